@@ -1,0 +1,1 @@
+//! Services compiled to a lookup table: backend selection, masquerade decision, SNAT port choice.

@@ -1,0 +1,1 @@
+//! Network policy compiled to a classifier.

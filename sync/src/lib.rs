@@ -1,0 +1,1 @@
+//! What threads share: quiescence, published snapshots, per-worker counters.
