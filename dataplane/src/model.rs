@@ -1,0 +1,148 @@
+//! Plain facts that forwarding is compiled from: the cluster's nodes, pods and pools as the manifests give them, and the
+//! devices, routes and neighbours as the kernel (or, for replay, the configuration) gives them.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use ipnet::{IpNet, Ipv4Net};
+use weir_packet::Mac;
+
+use crate::frame::IfIndex;
+
+/// What the manifests and weir.yaml say about the cluster, as far as forwarding needs it.
+#[derive(Clone, Debug, Default)]
+pub struct Cluster {
+    /// This node's name.
+    pub node_name: String,
+    /// All nodes, this one included.
+    pub nodes: Vec<Node>,
+    /// All pods and other workloads that have addresses and are not on the host's network.
+    pub workloads: Vec<Workload>,
+    /// Address pools.
+    pub pools: Vec<Pool>,
+    /// `podCIDRs` of weir.yaml; by default the pools', else the nodes' pod ranges.
+    pub pod_cidrs: Vec<IpNet>,
+    /// `serviceCIDRs` of weir.yaml.
+    pub service_cidrs: Vec<IpNet>,
+    /// `localAddresses` of weir.yaml, if given.
+    pub local_addresses: Option<Vec<IpAddr>>,
+    /// First and last source port that weir gives to translated connections (`snat.portRange`).
+    pub snat_ports: (u16, u16),
+}
+
+/// A node of the cluster.
+#[derive(Clone, Debug, Default)]
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// Node.status.addresses of type InternalIP, in their order.
+    pub internal_ips: Vec<IpAddr>,
+    /// Other node addresses (ExternalIP).
+    pub other_ips: Vec<IpAddr>,
+    /// Annotation projectcalico.org/IPv4Address, with the node's subnet as prefix.
+    pub ipv4_address: Option<Ipv4Net>,
+    /// Annotation projectcalico.org/IPv4IPIPTunnelAddr.
+    pub tunnel_address: Option<Ipv4Addr>,
+    /// Node.spec.podCIDRs.
+    pub pod_cidrs: Vec<IpNet>,
+}
+
+/// A pod, or another workload with a device of its own.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    /// "namespace/name".
+    pub name: String,
+    /// The node that it runs on.
+    pub node: Option<String>,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Name of the host's end of its veth pair.
+    pub device: String,
+    /// Its own MAC address, where its WorkloadEndpoint tells.
+    pub mac: Option<Mac>,
+}
+
+/// When packets to other nodes go into a tunnel (Calico's ipipMode).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum TunnelMode {
+    /// Direct routes only.
+    #[default]
+    Never,
+    /// To every other node.
+    Always,
+    /// To nodes of another subnet.
+    CrossSubnet,
+}
+
+/// An address pool (Calico's IPPool).
+#[derive(Clone, Debug)]
+pub struct Pool {
+    /// Its addresses.
+    pub cidr: IpNet,
+    /// IPIP towards addresses of this pool on other nodes.
+    pub ipip: TunnelMode,
+    /// Whether packets from this pool to an address in no pool are masqueraded.
+    pub nat_outgoing: bool,
+}
+
+/// What a device is to weir.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// A NIC of the node.
+    Uplink,
+    /// The host's end of a pod's veth pair.
+    Workload,
+    /// The node's own kernel.
+    Host,
+}
+
+/// A device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    /// Its name.
+    pub name: String,
+    /// The kernel's index; in replay a made-up one that is unique.
+    pub index: IfIndex,
+    /// Its role.
+    pub role: Role,
+    /// Its own MAC address.
+    pub mac: Mac,
+    /// Bytes of the largest IP packet that it carries.
+    pub mtu: u32,
+    /// Its addresses; their prefixes are connected routes.
+    pub addresses: Vec<IpNet>,
+}
+
+/// A route of the kernel or of weir.yaml.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Destination prefix.
+    pub to: IpNet,
+    /// Next hop; `None`: the destination is on the link itself.
+    pub via: Option<IpAddr>,
+    /// The device it leaves by.
+    pub device: IfIndex,
+    /// Lower is preferred among routes to one prefix.
+    pub metric: u32,
+}
+
+/// A neighbour: the MAC address of an IP address on a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Neighbor {
+    /// Its IP address.
+    pub address: IpAddr,
+    /// Its MAC address.
+    pub mac: Mac,
+    /// The device that it is on.
+    pub device: IfIndex,
+}
+
+/// Devices, routes and neighbours of this node at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Links {
+    /// Devices with a role.
+    pub devices: Vec<Device>,
+    /// Routes over uplinks, connected ones included where the kernel lists them.
+    pub routes: Vec<Route>,
+    /// Usable neighbours.
+    pub neighbors: Vec<Neighbor>,
+}
