@@ -1,1 +1,233 @@
-fn main() {}
+//! The `weir` command.
+
+use std::{
+    fs::File,
+    io::{self, BufReader, IsTerminal, Read},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use weir::{check, config::Problems, replay, trace, translate};
+
+/// A userspace packet router for Kubernetes nodes: services, network policy and forwarding on AF_XDP.
+///
+/// Weir reads the manifests that you already have and does what kube-proxy and Calico's Felix do on a node, without iptables.
+/// Start with `weir check -c weir.yaml`, ask `weir trace` what would happen to a flow, then `weir run`.
+#[derive(Parser)]
+#[command(name = "weir", version, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Load and compile the configuration and all manifests; print every problem as file:line:column.
+    Check(Check),
+    /// Say what the router would do with the first packet of each flow, without touching a network.
+    Trace(Trace),
+    /// Run the whole dataplane over packet captures instead of devices, without privileges.
+    Replay(Replay),
+    /// Run the router on this node. Needs root.
+    Run(Run),
+    /// Build a small cluster of network namespaces, run the router in it, send real traffic, and check what happens. Needs root.
+    Demo(Demo),
+    /// Measure the pipeline on memory rings: packets per second and cycles per packet.
+    Bench(Bench),
+    /// Show a running router: modes, workers, counters.
+    Status(Ask),
+    /// List the connections of a running router.
+    Conntrack(Ask),
+    /// Take everything off the node that a router attached: programs, maps, the trunk, routes.
+    Detach(Detach),
+}
+
+#[derive(Args)]
+struct ConfigFile {
+    /// The router's configuration file.
+    #[arg(short, long, value_name = "FILE", default_value = "weir.yaml")]
+    config: PathBuf,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For a person.
+    Text,
+    /// For a program.
+    Json,
+}
+
+#[derive(Args)]
+struct Check {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// How problems are printed.
+    #[arg(long, value_enum, default_value = "text")]
+    output: Output,
+}
+
+#[derive(Args)]
+#[command(after_help = "One JSON object per line, for example:\n  \
+    {\"id\": \"1\", \"src\": \"web/test-pod\", \"dst\": \"10.96.0.10\", \"proto\": \"tcp\", \"dport\": 80}\n\
+    src and dst are addresses or namespace/pod; optional: id, sport, dport, icmpType, icmpCode, device.\n\
+    Exit status 1 if a line was no valid flow; its answer is {\"id\", \"error\"}.")]
+struct Trace {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// The flows; `-` reads standard input.
+    #[arg(long, value_name = "FILE")]
+    flows: PathBuf,
+    /// Explain each flow step by step instead of printing JSON.
+    #[arg(long)]
+    text: bool,
+}
+
+#[derive(Args)]
+struct Replay {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// A device and the capture of what it receives (classic Ethernet pcap); may be given several times.
+    #[arg(long = "in", value_name = "DEVICE=FILE", required = true, value_parser = device_and_file)]
+    inputs: Vec<(String, PathBuf)>,
+    /// The folder for DEVICE.pcap, counters.json and conntrack.json.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Seed of the random source: the same inputs and seed give the same bytes.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Change to another configuration, at a time after the first packet; may be given several times.
+    #[arg(long, value_name = "SECONDS=FILE", value_parser = seconds_and_file)]
+    config_at: Vec<(f64, PathBuf)>,
+}
+
+#[derive(Args)]
+struct Run {
+    #[command(flatten)]
+    config: ConfigFile,
+}
+
+#[derive(Args)]
+struct Demo {
+    /// Run the scenario over memory rings: needs no privileges, sends no real traffic.
+    #[arg(long)]
+    memory: bool,
+}
+
+#[derive(Args)]
+struct Bench {
+    /// Flows that the packets belong to.
+    #[arg(long, default_value_t = 10_000)]
+    flows: u32,
+    /// Seconds to measure for each case.
+    #[arg(long, default_value_t = 2.0)]
+    seconds: f64,
+    /// How results are printed.
+    #[arg(long, value_enum, default_value = "text")]
+    output: Output,
+}
+
+#[derive(Args)]
+struct Ask {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// How the answer is printed.
+    #[arg(long, value_enum, default_value = "text")]
+    output: Output,
+}
+
+#[derive(Args)]
+struct Detach {
+    #[command(flatten)]
+    config: ConfigFile,
+}
+
+fn device_and_file(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((device, file)) if !device.is_empty() && !file.is_empty() => Ok((device.into(), file.into())),
+        _ => Err("expected DEVICE=FILE, like eth0=in.pcap".into()),
+    }
+}
+
+fn seconds_and_file(text: &str) -> Result<(f64, PathBuf), String> {
+    let parsed = text.split_once('=').and_then(|(seconds, file)| Some((seconds.parse::<f64>().ok()?, file)));
+    match parsed {
+        Some((seconds, file)) if seconds.is_finite() && seconds >= 0.0 && !file.is_empty() => Ok((seconds, file.into())),
+        _ => Err("expected SECONDS=FILE, like 2.5=other.yaml".into()),
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let failed = |message: &dyn std::fmt::Display| {
+        eprintln!("weir: {message}");
+        ExitCode::FAILURE
+    };
+    match cli.command {
+        Command::Check(args) => check::run(&args.config.config, if args.output == Output::Json { check::Output::Json } else { check::Output::Text }),
+        Command::Trace(args) => match run_trace(&args) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::FAILURE,
+            Err(message) => failed(&message),
+        },
+        Command::Replay(args) => {
+            let settings = replay::Settings {
+                config: args.config.config,
+                inputs: args.inputs,
+                out: args.out,
+                seed: args.seed,
+                reloads: args.config_at,
+            };
+            match replay::run(&settings) {
+                Ok(_) => ExitCode::SUCCESS,
+                Err(replay::ReplayError::Config(problems)) => failed(&rendered(&problems)),
+                Err(error) => failed(&error),
+            }
+        }
+        Command::Run(args) => match weir::run::run(&args.config.config) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(weir::run::RunError::Config(problems)) => failed(&rendered(&problems)),
+            Err(error) => failed(&error),
+        },
+        Command::Demo(args) => weir::demo::run(args.memory),
+        Command::Bench(args) => weir::bench::run(args.flows, args.seconds, args.output == Output::Json),
+        Command::Status(args) => ask(&args, weir::control::Request::Status),
+        Command::Conntrack(args) => ask(&args, weir::control::Request::Conntrack),
+        Command::Detach(args) => match weir::run::detach(&args.config.config) {
+            Ok(lines) => {
+                lines.iter().for_each(|line| println!("{line}"));
+                ExitCode::SUCCESS
+            }
+            Err(weir::run::RunError::Config(problems)) => failed(&rendered(&problems)),
+            Err(error) => failed(&error),
+        },
+    }
+}
+
+fn rendered(problems: &Problems) -> String {
+    format!("the configuration has errors\n{}", problems.render(io::stderr().is_terminal()))
+}
+
+fn run_trace(args: &Trace) -> Result<bool, String> {
+    let loaded = translate::load(&args.config.config).map_err(|problems| rendered(&problems))?;
+    let mut tracer = trace::Tracer::new(&loaded).map_err(|e| e.to_string())?;
+    let input: Box<dyn Read> = if args.flows.as_os_str() == "-" {
+        Box::new(io::stdin())
+    } else {
+        Box::new(File::open(&args.flows).map_err(|e| format!("{}: {e}", args.flows.display()))?)
+    };
+    let output = io::BufWriter::new(io::stdout().lock());
+    tracer.run(BufReader::new(input), output, args.text).map_err(|e| e.to_string())
+}
+
+fn ask(args: &Ask, request: weir::control::Request) -> ExitCode {
+    match weir::control::ask(&args.config.config, request) {
+        Ok(answer) if args.output == Output::Json => println!("{answer:#}"),
+        Ok(answer) => print!("{}", weir::control::as_text(request, &answer)),
+        Err(error) => {
+            eprintln!("weir: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}

@@ -1,1 +1,27 @@
 //! The lock-free connection table.
+//!
+//! - [`table`]: [`Table`], lookup, insertion, removal, ageing; its opening comment is the theory of the whole.
+//! - [`conn`]: [`ConnRef`], one connection: keys, attributes, tracking.
+//! - [`observed`]: [`Observed`], what tracking needs to know of a packet.
+//! - [`tcp`]: TCP's states and transitions, RFC 9293 as netfilter follows it from the middle.
+//! - [`timeouts`]: how long an idle connection lives, under netfilter's names.
+//! - [`hash`]: the keyed hash of flow keys.
+
+mod bucket;
+pub mod conn;
+pub mod hash;
+mod index;
+pub mod observed;
+mod state;
+mod storage;
+pub mod table;
+pub mod tcp;
+pub mod timeouts;
+
+pub use conn::{Attributes, ConnRef, Entry};
+pub use hash::Hash;
+pub use observed::{Observed, Opening, Tracked};
+pub use state::Lifecycle;
+pub use table::{ConnId, Counts, Handle, Hit, Insert, NewConn, Table, TableConfig};
+pub use tcp::TcpState;
+pub use timeouts::{Timeouts, UnknownTimeout};

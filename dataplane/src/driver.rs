@@ -21,10 +21,10 @@ pub trait Driver {
     /// Appends up to `limit` received packets to `into`, which has the capacity; the number appended. Keeps the fill ring full.
     fn receive(&mut self, port: PortId, into: &mut Vec<Packet>, limit: usize) -> usize;
 
-    /// Sends all of `packets` and leaves it empty. The number that had to be dropped because the ring stayed full.
+    /// Sends `packets` in their order and removes from the list what was sent; what the ring had no room for stays in it.
     ///
     /// `packet.device` is the device that it leaves by: an uplink's own index, or on the trunk a workload's or [`crate::frame::IfIndex::HOST`].
-    fn transmit(&mut self, port: PortId, packets: &mut Vec<Packet>) -> usize;
+    fn transmit(&mut self, port: PortId, packets: &mut Vec<Packet>);
 
     /// A packet of no bytes with the usual headroom, to be filled; `None` where no frame is free.
     fn allocate(&mut self) -> Option<Packet>;

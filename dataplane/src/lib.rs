@@ -1,8 +1,19 @@
 //! The dataplane: frames, rings, worker loop, stages, decide, forwarding.
 //!
-//! A reader follows the fast path through `worker`, `parse` (in weir-packet), `track`, `rewrite` and `forward`;
-//! the first packet of a connection adds `decide`.
+//! A reader follows the fast path through [`worker`] (the loop), [`pipeline`] (a burst), weir-packet's `parse` and `rewrite`, and
+//! weir-conntrack's table; the first packet of a connection adds [`decide`].
 
+pub mod afxdp;
+pub mod attach;
+pub mod counters;
+pub mod decide;
 pub mod driver;
+pub mod forwarding;
 pub mod frame;
+pub mod held;
+pub mod memory;
 pub mod model;
+pub mod pipeline;
+pub mod prefix;
+pub mod snapshot;
+pub mod worker;

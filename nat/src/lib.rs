@@ -1,1 +1,17 @@
 //! Services compiled to a lookup table: backend selection, masquerade decision, SNAT port choice.
+//!
+//! [`Model`] is what the configuration says, in plain types. [`ServiceTable::compile`] turns it into an immutable table
+//! that is part of a snapshot; [`Services::decide`] answers, for the first packet of a connection, what kube-proxy would
+//! do with it. [`SnatPorts`] chooses the source port of a masqueraded connection. None of them knows the
+//! connection table, policy, or where the model came from.
+
+mod compile;
+mod model;
+mod ranges;
+mod snat;
+mod table;
+
+pub use compile::CompileError;
+pub use model::{Endpoint, Model, ServicePort, TrafficPolicy};
+pub use snat::{AllocateError, Allocated, Attempt, MAX_TRIES, NoSnatPorts, SnatPorts};
+pub use table::{Backend, Conflict, Decision, Family, ServiceId, ServiceTable, Services, Source};

@@ -1,1 +1,71 @@
 //! Network policy compiled to a classifier.
+//!
+//! A [`Model`] (endpoints with labels and addresses; tiers, policies, rules and profiles) is compiled to a
+//! [`Classifier`], which says of the first packet of a connection whether the policy of a local workload allows it,
+//! and which rule decided. Nothing here knows YAML, devices or connections.
+//!
+//! # Theory
+//!
+//! A packet is a point in a space with a dimension per field, a rule a box in it, and the verdict that of the first box
+//! that holds the point. Looking at every rule costs time by the number of rules; instead, each field is looked up alone
+//! and answers with the set of rules that its value satisfies, as a bit vector in order of evaluation, and the first bit
+//! of the intersection is the verdict [1]. Values that satisfy the same rules form one class and share one vector [2];
+//! vectors are sparse, with summaries above them, so that the intersection reads few words [3].
+//!
+//! 1. T. V. Lakshman, D. Stiliadis: High-Speed Policy-based Packet Forwarding Using Efficient Multi-dimensional Range
+//!    Matching. SIGCOMM 1998.
+//! 2. P. Gupta, N. McKeown: Packet Classification on Multiple Fields. SIGCOMM 1999.
+//! 3. F. Baboescu, G. Varghese: Scalable Packet Classification. SIGCOMM 2001.
+//! 4. H. Asai, Y. Ohara: Poptrie. SIGCOMM 2015 (how classes of ranges are found).
+//!
+//! # From rules to tables
+//!
+//! ```text
+//! Model --peers--> sets of addresses --partition--> peer classes, per family  (addresses)
+//!   |                                                   |
+//!   +--resolve--> conditions per rule --plan--> slots --+--> rows per class, application, port  (program)
+//! ```
+//!
+//! - Selectors are evaluated at compile time: a rule's peer is a set of addresses ([`mod@model`], `peers`, `resolve`).
+//! - Addresses that no rule of the node tells apart are one peer class: one lookup per address (`partition`, `addresses`).
+//! - Workloads with the same policies and profiles in a direction share a program, one per family. Its rules are one
+//!   list of slots: tiers in order with their ends, then profiles; Pass is a jump to a later slot (`compile`, `program`).
+//! - A program has rows for the fields that its rules look at; a program whose first rule matches everything, such as
+//!   that of a workload without policy, answers without any lookup.
+//!
+//! # Cost
+//!
+//! A verdict takes one hash or trie lookup per address that rules look at, one trie lookup (at most four steps) for
+//! protocol and port, and the intersection (`rows`): constant in the number of policies, rules and members, but
+//! for words of the rows in which rules of a 64-rule block match by different fields. With Pass, the intersection is
+//! searched again from the next tier on, so at most once per tier.
+//!
+//! # Where upstream is ambiguous
+//!
+//! - `selector` with `not_selector` is one selector over each known endpoint, as upstream evaluates it, also where two
+//!   endpoints share an address.
+//! - A named port is a port of any known endpoint with the packet's address, whichever endpoint of that address the rule's
+//!   selector picked.
+//! - Numeric ports match TCP, UDP and SCTP only; a rule that excludes ports matches packets without ports.
+//! - An ICMP type matches ICMP and ICMPv6 alike where the rule does not say which; a rule that excludes one matches what is
+//!   no ICMP.
+//! - A profile that an endpoint names and nobody defines has no rules.
+
+mod addresses;
+mod classifier;
+mod compile;
+mod fingerprint;
+pub mod model;
+mod partition;
+mod peers;
+mod program;
+mod ranges;
+mod resolve;
+mod rows;
+pub mod selector;
+mod trie;
+
+pub use classifier::{Classifier, EndpointId, Judgement, PolicyDirection, RuleId, RuleOrigin};
+pub use compile::{CompileError, MAX_MEMBERSHIPS, MAX_ROW_WORDS, MAX_RULES_IN_PROGRAMS, MAX_RULES_PER_ENDPOINT};
+pub use model::Model;
+pub use selector::{Labels, Selector, SelectorError};

@@ -1,0 +1,519 @@
+//! One connection.
+//!
+//! # Layout
+//! A connection is one 64-byte line for IPv4 and two for IPv6. A line holds fourteen 32-bit words and, in the first,
+//! the state word. The keys stand where a lookup of either direction and the attributes that every packet asks for
+//! share the line with the state; IPv6 has the reply key in its second line.
+//!
+//! | | IPv4 | IPv6 |
+//! |---|---|---|
+//! | original key: source, destination, ports | words 0..3 | words 0..9 |
+//! | reply key | words 3..6 | words 14..23 |
+//! | last seen, device, generation, next hops | words 6..11 | words 9..14 |
+//! | stamps | words 11..14 | words 23..26 |
+//!
+//! Keys are written before a connection is published and then stay; the protocol is in the state word. Attributes are
+//! relaxed atomics: each is a value of its own, and none says anything about another.
+
+use std::marker::PhantomData;
+
+use weir_packet::{Address, Direction, FlowKey, Ports, Protocol, Tick};
+use weir_sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use crate::{
+    ConnId, Lifecycle, Observed, Table, TcpState, Tracked, state::State, storage::Zeroable, tcp::Step,
+    timeouts::TimeoutClass,
+};
+
+/// Words of a line.
+const LINE_WORDS: usize = 14;
+
+/// 64 bytes of a connection.
+#[derive(Default)]
+#[repr(C, align(64))]
+pub(crate) struct Line {
+    words: [AtomicU32; LINE_WORDS],
+    pub(crate) state: AtomicU64,
+}
+
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<Line>() == 64 && align_of::<Line>() == 64);
+
+// SAFETY: atomic integers only.
+unsafe impl Zeroable for Line {}
+
+/// Attributes, in the order in which they are laid out.
+#[derive(Clone, Copy)]
+enum Field {
+    LastSeen = 0,
+    Device = 1,
+    Generation = 2,
+    NextHops = 3,
+    Stamps = 5,
+}
+/// Attributes up to the stamps.
+const HOT: usize = Field::Stamps as usize;
+
+/// What the dataplane keeps with a connection; the table gives it no meaning.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Attributes {
+    /// The device that the first packet came from.
+    pub device: u32,
+    /// Stamps of what judged the connection: source, destination, backend.
+    pub stamps: [u32; 3],
+    /// The generation of the snapshot that the connection was last judged by.
+    pub generation: u32,
+    /// Next hops, by direction.
+    pub next_hops: [u32; 2],
+    /// Bits of the dataplane's choice.
+    pub flags: u8,
+}
+
+/// The lines of one connection.
+pub(crate) struct Lines<'t, A> {
+    lines: &'t [Line],
+    family: PhantomData<A>,
+}
+
+impl<A> Clone for Lines<'_, A> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<A> Copy for Lines<'_, A> {}
+
+impl<'t, A: Address> Lines<'t, A> {
+    /// Lines of a connection: 1 for IPv4, 2 for IPv6.
+    pub(crate) const COUNT: usize = (2 * (2 * A::WORDS + 1) + HOT + 3).div_ceil(LINE_WORDS);
+    /// Words of a key.
+    const KEY: usize = 2 * A::WORDS + 1;
+    /// Where the reply key starts.
+    const REPLY: usize = if Self::COUNT == 1 { Self::KEY } else { LINE_WORDS };
+
+    #[inline(always)]
+    pub(crate) fn of(lines: &'t [Line], index: u32) -> Self {
+        let start = index as usize * Self::COUNT;
+        Self { lines: &lines[start..start + Self::COUNT], family: PhantomData }
+    }
+
+    #[inline(always)]
+    fn word(self, at: usize) -> &'t AtomicU32 {
+        &self.lines[at / LINE_WORDS].words[at % LINE_WORDS]
+    }
+
+    #[inline(always)]
+    fn attribute(self, field: Field, element: usize) -> &'t AtomicU32 {
+        let number = field as usize + element;
+        self.word(match Self::COUNT {
+            1 => 2 * Self::KEY + number,
+            _ if number < HOT => Self::KEY + number,
+            _ => Self::REPLY + Self::KEY + number - HOT,
+        })
+    }
+
+    #[inline(always)]
+    pub(crate) fn state(self) -> &'t AtomicU64 {
+        &self.lines[0].state
+    }
+
+    #[inline(always)]
+    pub(crate) fn last_seen(self) -> Tick {
+        Tick(self.attribute(Field::LastSeen, 0).load(Ordering::Relaxed))
+    }
+
+    #[inline(always)]
+    const fn key_start(direction: Direction) -> usize {
+        match direction {
+            Direction::Original => 0,
+            Direction::Reply => Self::REPLY,
+        }
+    }
+
+    /// Whether the key of that direction is `key`, the protocol aside.
+    #[inline(always)]
+    pub(crate) fn has_key(self, direction: Direction, key: &FlowKey<A>) -> bool {
+        let start = Self::key_start(direction);
+        let load = |at: usize| self.word(start + at).load(Ordering::Relaxed);
+        let (src, dst) = (key.src.words(), key.dst.words());
+        let (src, dst) = (src.as_ref(), dst.as_ref());
+        let mut difference = load(2 * A::WORDS) ^ key.ports.word();
+        for i in 0..A::WORDS {
+            difference |= load(i) ^ src[i];
+            difference |= load(A::WORDS + i) ^ dst[i];
+        }
+        difference == 0
+    }
+
+    pub(crate) fn key(self, direction: Direction, protocol: Protocol) -> FlowKey<A> {
+        let start = Self::key_start(direction);
+        let load = |at: usize| self.word(start + at).load(Ordering::Relaxed);
+        let address = |at: usize| {
+            let mut words = A::Words::default();
+            words.as_mut().iter_mut().enumerate().for_each(|(i, word)| *word = load(at + i));
+            A::from_words(words)
+        };
+        FlowKey { src: address(0), dst: address(A::WORDS), ports: Ports::from_word(load(2 * A::WORDS)), protocol }
+    }
+
+    /// Writes everything but the state word. Only while nobody can find the connection.
+    pub(crate) fn fill(self, keys: [&FlowKey<A>; 2], attributes: &Attributes, now: Tick) {
+        for (key, direction) in keys.into_iter().zip([Direction::Original, Direction::Reply]) {
+            let start = Self::key_start(direction);
+            let (src, dst) = (key.src.words(), key.dst.words());
+            let words = src.as_ref().iter().chain(dst.as_ref()).copied().chain([key.ports.word()]);
+            words.enumerate().for_each(|(i, word)| self.word(start + i).store(word, Ordering::Relaxed));
+        }
+        let store = |field, element, value| self.attribute(field, element).store(value, Ordering::Relaxed);
+        store(Field::LastSeen, 0, now.0);
+        store(Field::Device, 0, attributes.device);
+        store(Field::Generation, 0, attributes.generation);
+        attributes.next_hops.into_iter().enumerate().for_each(|(i, value)| store(Field::NextHops, i, value));
+        attributes.stamps.into_iter().enumerate().for_each(|(i, value)| store(Field::Stamps, i, value));
+    }
+
+    fn attributes(self, state: State) -> Attributes {
+        let load = |field, element| self.attribute(field, element).load(Ordering::Relaxed);
+        Attributes {
+            device: load(Field::Device, 0),
+            stamps: std::array::from_fn(|i| load(Field::Stamps, i)),
+            generation: load(Field::Generation, 0),
+            next_hops: std::array::from_fn(|i| load(Field::NextHops, i)),
+            flags: state.flags(),
+        }
+    }
+}
+
+/// A connection of a table, in the turn in which it was looked up or inserted.
+///
+/// It may be removed meanwhile by another worker. Its words then stay as they are until the turn is over.
+pub struct ConnRef<'t, A: Address> {
+    table: &'t Table<A>,
+    id: ConnId,
+    lines: Lines<'t, A>,
+}
+
+impl<A: Address> Clone for ConnRef<'_, A> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<A: Address> Copy for ConnRef<'_, A> {}
+
+impl<'t, A: Address> ConnRef<'t, A> {
+    #[inline(always)]
+    pub(crate) fn new(table: &'t Table<A>, id: ConnId) -> Self {
+        Self { table, id, lines: table.lines(id.0) }
+    }
+
+    /// Its name in the table.
+    #[inline]
+    pub fn id(self) -> ConnId {
+        self.id
+    }
+
+    #[inline(always)]
+    fn state(self) -> State {
+        State(self.lines.state().load(Ordering::Relaxed))
+    }
+
+    /// Whether it is still in the table; an expired one is until it is swept.
+    #[inline]
+    pub fn is_live(self) -> bool {
+        self.state().is_live()
+    }
+
+    /// The key of a direction's packets as they arrive.
+    #[inline]
+    pub fn key(self, direction: Direction) -> FlowKey<A> {
+        self.lines.key(direction, self.protocol())
+    }
+
+    /// The key of the original direction's packets as they arrive.
+    #[inline]
+    pub fn original(self) -> FlowKey<A> {
+        self.key(Direction::Original)
+    }
+
+    /// The key of the reply direction's packets as they arrive. Inverted, it is what the original direction's packets
+    /// leave with.
+    #[inline]
+    pub fn reply(self) -> FlowKey<A> {
+        self.key(Direction::Reply)
+    }
+
+    /// Its IP protocol.
+    #[inline]
+    pub fn protocol(self) -> Protocol {
+        self.state().protocol()
+    }
+
+    /// All attributes.
+    pub fn attributes(self) -> Attributes {
+        self.lines.attributes(self.state())
+    }
+
+    #[inline]
+    fn get(self, field: Field, element: usize) -> u32 {
+        self.lines.attribute(field, element).load(Ordering::Relaxed)
+    }
+
+    #[inline]
+    fn set(self, field: Field, element: usize, value: u32) {
+        self.lines.attribute(field, element).store(value, Ordering::Relaxed);
+    }
+
+    /// The device that the first packet came from.
+    #[inline]
+    pub fn device(self) -> u32 {
+        self.get(Field::Device, 0)
+    }
+
+    /// The generation of the snapshot that the connection was last judged by.
+    #[inline]
+    pub fn generation(self) -> u32 {
+        self.get(Field::Generation, 0)
+    }
+
+    /// Notes by which snapshot the connection was judged again.
+    #[inline]
+    pub fn set_generation(self, generation: u32) {
+        self.set(Field::Generation, 0, generation);
+    }
+
+    /// Stamps of what judged the connection: source, destination, backend.
+    #[inline]
+    pub fn stamps(self) -> [u32; 3] {
+        std::array::from_fn(|i| self.get(Field::Stamps, i))
+    }
+
+    /// Replaces the stamps, one after the other.
+    #[inline]
+    pub fn set_stamps(self, stamps: [u32; 3]) {
+        stamps.into_iter().enumerate().for_each(|(i, stamp)| self.set(Field::Stamps, i, stamp));
+    }
+
+    /// The next hop of a direction's packets.
+    #[inline]
+    pub fn next_hop(self, direction: Direction) -> u32 {
+        self.get(Field::NextHops, direction as usize)
+    }
+
+    /// Replaces the next hop of a direction's packets.
+    #[inline]
+    pub fn set_next_hop(self, direction: Direction, next_hop: u32) {
+        self.set(Field::NextHops, direction as usize, next_hop);
+    }
+
+    /// Next hops, by direction.
+    #[inline]
+    pub fn next_hops(self) -> [u32; 2] {
+        [self.next_hop(Direction::Original), self.next_hop(Direction::Reply)]
+    }
+
+    /// Replaces both next hops, one after the other.
+    #[inline]
+    pub fn set_next_hops(self, next_hops: [u32; 2]) {
+        self.set_next_hop(Direction::Original, next_hops[0]);
+        self.set_next_hop(Direction::Reply, next_hops[1]);
+    }
+
+    /// Bits of the dataplane's choice.
+    #[inline]
+    pub fn flags(self) -> u8 {
+        self.state().flags()
+    }
+
+    /// Sets the bits of `set` and clears those of `clear`.
+    pub fn change_flags(self, set: u8, clear: u8) {
+        self.update(|state| Some(state.with_flags(state.flags() & !clear | set)));
+    }
+
+    /// When a packet last kept it alive.
+    #[inline]
+    pub fn last_seen(self) -> Tick {
+        self.lines.last_seen()
+    }
+
+    /// Keeps it alive; a store only if the tick is another one.
+    #[inline]
+    pub fn touch(self, now: Tick) {
+        let last_seen = self.lines.attribute(Field::LastSeen, 0);
+        if last_seen.load(Ordering::Relaxed) != now.0 {
+            last_seen.store(now.0, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether its timeout is over.
+    #[inline]
+    pub fn is_expired(self, now: Tick) -> bool {
+        self.table.is_expired(self.state(), self.lines, now)
+    }
+
+    /// Its life, as listings show it.
+    pub fn lifecycle(self) -> Lifecycle {
+        self.state().lifecycle()
+    }
+
+    /// Its TCP state; none for other protocols.
+    pub fn tcp_state(self) -> Option<TcpState> {
+        self.state().tcp_state()
+    }
+
+    /// Whether a packet of the reply direction was seen.
+    #[inline]
+    pub fn seen_reply(self) -> bool {
+        self.state().seen_reply()
+    }
+
+    /// Whether it has proved itself (netfilter's ASSURED): TCP after its handshake, UDP after two seconds both ways.
+    #[inline]
+    pub fn assured(self) -> bool {
+        self.state().assured()
+    }
+
+    /// Changes the state word, unless the connection was removed. Lost races are run again.
+    #[inline]
+    fn update(self, change: impl Fn(State) -> Option<State>) {
+        let word = self.lines.state();
+        let mut current = State(word.load(Ordering::Relaxed));
+        while current.is_live()
+            && let Some(next) = change(current).filter(|next| *next != current)
+        {
+            match word.compare_exchange_weak(current.0, next.0, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(found) => current = State(found),
+            }
+        }
+    }
+
+    /// Follows a packet of that direction, and keeps the connection alive where it is accepted.
+    ///
+    /// Not for the packet that a connection was inserted for, which [`Table::insert`] has followed. Of a connection
+    /// that another worker has just removed every packet is accepted: it came before.
+    #[inline]
+    pub fn track(self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
+        let state = self.state();
+        if state.protocol() == Protocol::TCP {
+            return self.track_tcp(direction, observed, now);
+        }
+        let settled = state.seen_reply() && (state.assured() || state.protocol() != Protocol::UDP);
+        if !settled {
+            self.update(|state| Some(after_datagram(state, direction, now)));
+        }
+        self.touch(now);
+        Tracked::Accept
+    }
+
+    #[inline(never)]
+    fn track_tcp(self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
+        let word = self.lines.state();
+        let line = self.table.tcp_line(self.id.0);
+        let mut state = State(word.load(Ordering::Relaxed));
+        loop {
+            let Some(from) = state.tcp_state().filter(|_| state.is_live()) else { return Tracked::Accept };
+            let before = line.load();
+            let mut tcp = before;
+            let step = tcp.step(from, (state.seen_reply(), state.assured()), direction, observed);
+            let Step::Accept { state: to, timeout, assured } = step else {
+                if step == Step::Ignore {
+                    line.store(&tcp, Some(&before));
+                }
+                return match step {
+                    Step::NewFlow => Tracked::NewFlow,
+                    Step::Invalid => Tracked::Invalid,
+                    _ => Tracked::Accept,
+                };
+            };
+            let mut next = state.in_tcp_state(to).in_timeout_class(timeout);
+            if direction == Direction::Reply {
+                next = next.with_reply_seen();
+            }
+            if assured {
+                next = next.with_assured();
+            }
+            if next != state {
+                match word.compare_exchange_weak(state.0, next.0, Ordering::AcqRel, Ordering::Relaxed) {
+                    Ok(_) => {}
+                    Err(found) => {
+                        state = State(found);
+                        continue;
+                    }
+                }
+            }
+            line.store(&tcp, Some(&before));
+            self.touch(now);
+            return Tracked::Accept;
+        }
+    }
+}
+
+/// A UDP flow that is answered is a stream when it still goes on after this time.
+const STREAM_TICKS: u32 = (2_000_000_000 / Tick::NS) as u32;
+
+/// The state after a packet of a protocol without connections.
+fn after_datagram(state: State, direction: Direction, now: Tick) -> State {
+    let mut next = state;
+    if state.protocol() == Protocol::UDP && state.seen_reply() && state.age(now) > STREAM_TICKS {
+        next = next.with_assured().in_timeout_class(TimeoutClass::UdpStream);
+    }
+    if direction == Direction::Reply {
+        next = next.with_reply_seen();
+        if state.protocol() == Protocol::SCTP {
+            next = next.in_timeout_class(TimeoutClass::SctpEstablished);
+        }
+    }
+    next
+}
+
+/// A copy of a connection for listings, of one moment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Entry<A: Address> {
+    /// The key of the original direction's packets as they arrive.
+    pub original: FlowKey<A>,
+    /// The key of the reply direction's packets as they arrive.
+    pub reply: FlowKey<A>,
+    /// What the dataplane keeps with it.
+    pub attributes: Attributes,
+    /// Its life.
+    pub lifecycle: Lifecycle,
+    /// Its TCP state; none for other protocols.
+    pub tcp_state: Option<TcpState>,
+    /// Whether it has proved itself.
+    pub assured: bool,
+    /// When a packet last kept it alive.
+    pub last_seen: Tick,
+    /// Ticks until it expires, unless a packet comes.
+    pub remaining_ticks: u32,
+}
+
+impl<A: Address> Entry<A> {
+    /// A copy of the connection with that index, if it is live and not expired. For any thread, in a turn or not.
+    pub(crate) fn read(table: &Table<A>, index: u32, now: Tick) -> Option<Self> {
+        let lines = table.lines(index);
+        loop {
+            let state = State(lines.state().load(Ordering::Acquire));
+            if !state.is_live() {
+                return None;
+            }
+            let last_seen = lines.last_seen();
+            let entry = Self {
+                original: lines.key(Direction::Original, state.protocol()),
+                reply: lines.key(Direction::Reply, state.protocol()),
+                attributes: lines.attributes(state),
+                lifecycle: state.lifecycle(),
+                tcp_state: state.tcp_state(),
+                assured: state.assured(),
+                last_seen,
+                remaining_ticks: table.timeout_ticks(state).saturating_sub(now.since(last_seen)),
+            };
+            // A sequence lock's reader: words of a later use of the index come with its state word.
+            weir_sync::atomic::fence(Ordering::Acquire);
+            let after = State(lines.state().load(Ordering::Relaxed));
+            if after.is_live() && after.same_incarnation(state) {
+                return (entry.remaining_ticks != 0).then_some(entry);
+            }
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! What tracking needs to know of a packet, and what it says about it.
+
+use weir_packet::{Address, FlowKey, Protocol};
+
+/// FIN, RFC 9293 section 3.1.
+pub(crate) const FIN: u8 = 0x01;
+/// SYN.
+pub(crate) const SYN: u8 = 0x02;
+/// RST.
+pub(crate) const RST: u8 = 0x04;
+/// PSH.
+const PSH: u8 = 0x08;
+/// ACK.
+pub(crate) const ACK: u8 = 0x10;
+/// URG.
+const URG: u8 = 0x20;
+
+/// The fields of a packet that a connection's state depends on. All zero for what is not TCP.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Observed {
+    /// Byte 13 of the TCP header: CWR, ECE, URG, ACK, PSH, RST, SYN, FIN from the highest bit.
+    pub tcp_flags: u8,
+    /// Sequence number.
+    pub tcp_seq: u32,
+    /// Acknowledgment number.
+    pub tcp_ack: u32,
+    /// Window as in the header, not scaled.
+    pub tcp_window: u16,
+    /// Bytes of TCP payload.
+    pub payload_bytes: u32,
+}
+
+/// Whether a packet of no connection may open one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Opening {
+    /// It may.
+    Opens,
+    /// A TCP packet in the middle of a connection, which may be picked up where the configuration allows (tcp_loose).
+    MidStream,
+    /// It belongs to a connection that does not exist, or is no valid packet.
+    Never,
+}
+
+/// What tracking says of a packet of a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Tracked {
+    /// It belongs to the connection.
+    Accept,
+    /// It opens a new connection with the keys of one that is over: remove that one, and decide anew.
+    NewFlow,
+    /// It is none that this connection could have, and changes nothing: drop it as [`weir_packet::DropReason::Invalid`].
+    Invalid,
+}
+
+impl Observed {
+    /// Whether a packet with that key and no connection may open one.
+    pub fn opening<A: Address>(&self, key: &FlowKey<A>) -> Opening {
+        let icmp_type = key.ports.destination();
+        match key.protocol {
+            Protocol::TCP if !self.flags_possible() => Opening::Never,
+            Protocol::TCP => match self.tcp_flags & (SYN | RST | FIN | ACK) {
+                SYN => Opening::Opens,
+                ACK => Opening::MidStream,
+                _ => Opening::Never,
+            },
+            // Echo, timestamp, information and address mask requests (RFC 792, RFC 950); node information (RFC 4620).
+            Protocol::ICMP if !matches!(icmp_type, 8 | 13 | 15 | 17) => Opening::Never,
+            Protocol::ICMPV6 if !matches!(icmp_type, 128 | 139) => Opening::Never,
+            _ => Opening::Opens,
+        }
+    }
+
+    /// Whether a TCP stack could have sent these flags; ECE, CWR and PSH aside.
+    #[inline]
+    pub(crate) const fn flags_possible(&self) -> bool {
+        match self.tcp_flags & (FIN | SYN | RST | ACK | URG) & !PSH {
+            flags if flags == SYN || flags == SYN | URG || flags == SYN | ACK => true,
+            flags if flags == RST || flags == RST | ACK => true,
+            flags if flags == FIN | ACK || flags == FIN | ACK | URG => true,
+            flags => flags == ACK || flags == ACK | URG,
+        }
+    }
+
+    /// The sequence number after the segment: SYN and FIN count one each (RFC 9293 section 3.4).
+    #[inline]
+    pub(crate) const fn tcp_end(&self) -> u32 {
+        let counted = (self.tcp_flags & SYN != 0) as u32 + (self.tcp_flags & FIN != 0) as u32;
+        self.tcp_seq.wrapping_add(self.payload_bytes).wrapping_add(counted)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use weir_packet::Ports;
+
+    use super::*;
+
+    fn opening<A: Address>(protocol: Protocol, destination: u16, tcp_flags: u8) -> Opening {
+        let key = FlowKey { src: A::unspecified(), dst: A::unspecified(), ports: Ports::new(7, destination), protocol };
+        Observed { tcp_flags, ..Observed::default() }.opening(&key)
+    }
+
+    #[test]
+    fn who_may_open_a_connection() {
+        let tcp = |flags| opening::<Ipv4Addr>(Protocol::TCP, 80, flags);
+        let rows = [
+            (SYN, Opening::Opens),
+            (SYN | 0xc0, Opening::Opens),
+            (SYN | PSH, Opening::Opens),
+            (ACK, Opening::MidStream),
+            (ACK | PSH, Opening::MidStream),
+            (SYN | ACK, Opening::Never),
+            (FIN | ACK, Opening::Never),
+            (RST, Opening::Never),
+            (RST | ACK, Opening::Never),
+            (SYN | FIN, Opening::Never),
+            (SYN | RST, Opening::Never),
+            (FIN, Opening::Never),
+            (0, Opening::Never),
+            (0xff, Opening::Never),
+        ];
+        for (flags, expected) in rows {
+            assert_eq!(tcp(flags), expected, "flags {flags:#04x}");
+        }
+        assert_eq!(opening::<Ipv4Addr>(Protocol::ICMP, 8, 0), Opening::Opens);
+        assert_eq!(opening::<Ipv4Addr>(Protocol::ICMP, 0, 0), Opening::Never);
+        assert_eq!(opening::<Ipv6Addr>(Protocol::ICMPV6, 128, 0), Opening::Opens);
+        assert_eq!(opening::<Ipv6Addr>(Protocol::ICMPV6, 129, 0), Opening::Never);
+        assert_eq!(opening::<Ipv6Addr>(Protocol::UDP, 0, 0), Opening::Opens);
+        assert_eq!(opening::<Ipv4Addr>(Protocol(47), 0, 0), Opening::Opens);
+    }
+
+    #[test]
+    fn a_segment_ends_after_its_payload_syn_and_fin() {
+        let end = |tcp_flags, payload_bytes| {
+            Observed { tcp_flags, tcp_seq: u32::MAX, payload_bytes, ..Observed::default() }.tcp_end()
+        };
+        assert_eq!((end(SYN, 0), end(ACK, 0), end(ACK, 10), end(FIN | ACK, 10)), (0, u32::MAX, 9, 10));
+    }
+}

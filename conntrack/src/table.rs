@@ -1,0 +1,938 @@
+//! The connection table.
+//!
+//! # What
+//! A map from flow keys to connections, shared by all workers, in which each connection has two keys, original and
+//! reply, that appear and disappear together. Of fixed capacity. Lookups take no lock and write nothing. Two workers
+//! that insert connections with a key in common end with exactly one of them; neither ever waits for the other.
+//!
+//! # Layout
+//! Four arrays, each allocated once and resident as far as it is used ([`crate::storage`]); all references between
+//! them are indices.
+//!
+//! - *Buckets* ([`crate::bucket`]), one line each: twelve slots of a connection's index and a direction, with a one-byte
+//!   tag of the key's hash each. There are so many that a full table fills half of the slots.
+//! - *Connections* ([`crate::conn`]), one line for IPv4, two for IPv6.
+//! - *TCP* ([`crate::tcp`]), one line per connection, touched by TCP only.
+//! - *Links* ([`crate::index`]), one word per connection, for chains of free ones.
+//!
+//! For each IPv4 connection: 64 + 64 * 2 / 6 + 64 + 4 = 153 bytes. A UDP hit touches two lines (bucket, connection),
+//! TCP three, a miss one.
+//!
+//! # Where a key lives
+//! In one of [`PROBES`] buckets: its home, and others at distances that depend on the hash (double hashing; the number
+//! of buckets is prime, so all are different). Nearly all live at home: at full load one home in fifty has keys that do
+//! not. A bucket counts them, and a lookup goes on to the others only if its home's count is not zero. The count grows
+//! before such a key is put elsewhere, and shrinks after it was taken out.
+//!
+//! # Insertion: publish, then validate
+//! A connection's *state word* ([`crate::state`]) has its phase, and is the only thing that decides what it is:
+//!
+//! ```text
+//! Free / Aborted / Removed ──► Filling ──► Published ──► Live ──► Removed
+//!                                             └────────► Aborted
+//! ```
+//!
+//! 1. *Fill.* The inserter owns the index alone. It writes keys and attributes.
+//! 2. *Publish.* It puts both keys into buckets, and stores the phase `Published`. From then on the keys do not change
+//!    and any thread can do the rest.
+//! 3. *Validate* ([`Table::validate`]). After a `SeqCst` fence, look through the probe sequences of both keys for other
+//!    connections with either key, in whatever direction:
+//!    - one that is `Live` and not expired: abort this one;
+//!    - one that is `Published`: the lower index goes first. A higher one is aborted; a lower one is *helped*, that is,
+//!      validated by this thread, whereupon it is `Live` or `Aborted`;
+//!    - one that is `Filling` is left alone: its own validation comes later and finds this one;
+//!    - an expired one is removed.
+//!
+//!    If none stands in the way: `Published` to `Live`, by compare-and-swap.
+//! 4. The inserter looks at the outcome, which it or a helper has brought about. `Aborted`: it takes its keys out, and
+//!    begins again; now it usually finds the winner, which the caller then uses.
+//!
+//! *Both directions appear at one instant*, the change to `Live`: lookups take no other phase.
+//!
+//! *At most one wins.* Let X and W have a key in common and both become live, X by thread P's compare-and-swap, W by
+//! Q's. Each of P and Q read its connection's `Published` (`Acquire`, so all of its keys' publication comes before),
+//! then executed its fence, then searched. One fence is first in the order of `SeqCst` fences, say P's. Then Q's search
+//! sees X's slots, its overflow counts, and X's phase as `Published` or later. If `Published`: Q aborts X, or helps X,
+//! after which it is live or aborted. If live, or if a helper made it so: Q aborts W. If `Aborted`, X never becomes
+//! live. If `Removed`, it is live no more. In no case do both live at the same time.
+//!
+//! *Nobody waits.* A thread that stops at any point holds up none: what it was filling is not looked at, what it had
+//! published is validated by whoever meets it. Helping goes to lower indices only, so it ends; its depth is at most the
+//! number of workers. Someone always wins: an abort has a live connection or a lower published one for its cause, and
+//! of those published at a time with keys in common the lowest is aborted only by a live one.
+//!
+//! # Removal and reuse
+//! `Live` to `Removed` by compare-and-swap: one thread succeeds, takes both keys out of their buckets, and retires the
+//! index. It is used again only after every turn of that time is over ([`weir_sync::domain`]). So within a turn
+//! - a slot's index that a lookup has read names the same connection until the turn is over, also if the slot has changed
+//!   meanwhile (a lookup compares keys, not only tags);
+//! - a helper never meets a later use of the index. The state word also counts uses, so that even a compare-and-swap
+//!   from an earlier use fails. Listings, which may be slow and must hold nothing up, read outside of turns, and by this
+//!   count find out that what they have read is gone.
+//!
+//! Slots: claimed by compare-and-swap from empty, then the tag is set; released by clearing the tag, then the slot. A
+//! slot and its tag thus belong to one thread from claim to tag and from tag to release. A lookup that meets a tag
+//! whose slot is empty or another's passes on.
+//!
+//! # Expiry
+//! A connection has expired when its last packet is older than the timeout of its class ([`crate::timeouts`]). Lookups
+//! take it for a miss at once; sweeping ([`Table::sweep`]), or an insertion that meets it, removes it. A packet that is
+//! being tracked in the very tick in which its connection expires may lose it: it came too late by less than a tick.
+//!
+//! # Thread safety
+//! All but creation is by shared reference. What a worker alone may use is its [`Handle`].
+//!
+//! # References
+//! - Fan, Andersen, Kaminsky, "MemC3", NSDI 2013: tags in the bucket, one line per lookup.
+//! - Harris, Fraser, Pratt, "A practical multi-word compare-and-swap operation", DISC 2002: publication with helping.
+//! - Michael, "High performance dynamic lock-free hash tables and list-based sets", SPAA 2002.
+
+use std::fmt;
+
+use weir_packet::{Address, Direction, FlowKey, Protocol, Tick};
+use weir_sync::{
+    Arc, CachePadded, Counters, Domain, Turn, WorkerCounters,
+    atomic::{AtomicU32, Ordering, fence},
+};
+
+use crate::{
+    Attributes, ConnRef, Entry, Hash, Observed, Timeouts,
+    bucket::{Bucket, SLOTS, SlotRef},
+    conn,
+    hash::Hasher,
+    index::{Indices, Stock},
+    state::{Phase, State},
+    storage::Lines,
+    tcp::{Tcp, TcpLine},
+    timeouts::{ByClass, TimeoutClass},
+};
+
+/// Buckets in which a key may live. At full load about one insertion in 10^10 finds all of them full.
+pub const PROBES: usize = 6;
+
+/// The most connections that a table may have.
+pub const MAX_ENTRIES: u32 = 1 << 29;
+
+/// Connections of a sweep that a worker takes from the shared cursor at a time.
+const SWEEP_CHUNK: u32 = 256;
+
+/// How a table is made.
+#[derive(Clone, Copy, Debug)]
+pub struct TableConfig {
+    /// Connections that it can hold, from 1 to [`MAX_ENTRIES`]; values outside are taken for the nearest.
+    pub max_entries: u32,
+    /// Random numbers, to be kept secret: who knows them can choose keys that collide.
+    pub seed: [u64; 2],
+    /// How long idle connections live.
+    pub timeouts: Timeouts,
+}
+
+/// A connection of a table. Good for the turn in which it was found: later, its index may be another's.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ConnId(pub(crate) u32);
+
+impl ConnId {
+    /// A number below the table's capacity.
+    #[inline]
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// A connection that has the key that was asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Hit {
+    /// The connection.
+    pub conn: ConnId,
+    /// Which of its keys it is.
+    pub direction: Direction,
+}
+
+/// A connection to be inserted.
+#[derive(Clone, Copy, Debug)]
+pub struct NewConn<A: Address> {
+    /// The key of the original direction's packets as they arrive.
+    pub original: FlowKey<A>,
+    /// The key of the reply direction's packets as they will arrive; of the same protocol.
+    pub reply: FlowKey<A>,
+    /// What the dataplane keeps with it.
+    pub attributes: Attributes,
+    /// The packet that opens it. It is followed by the insertion; do not track it again.
+    pub first: Observed,
+}
+
+/// What came of an insertion.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use]
+pub enum Insert {
+    /// It is in the table, both directions.
+    Inserted(ConnId),
+    /// The original key is a connection's already, perhaps that of a worker who was faster: use that one, and track
+    /// the packet in it. Nothing was inserted.
+    Exists(Hit),
+    /// The reply key is another connection's: try another one. Nothing was inserted.
+    ReplyTaken,
+    /// There is no room. Nothing was inserted.
+    Full,
+}
+
+/// Totals since creation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counts {
+    /// Connections inserted.
+    pub inserted: u64,
+    /// Connections removed, expired ones too.
+    pub removed: u64,
+    /// Connections removed because they had expired.
+    pub expired: u64,
+    /// Insertions that found their original key taken.
+    pub existing: u64,
+    /// Insertions that found their reply key taken.
+    pub reply_taken: u64,
+    /// Insertions that lost a race and were begun again.
+    pub retried: u64,
+    /// Insertions that found no room.
+    pub full: u64,
+}
+
+#[derive(Clone, Copy)]
+enum Count {
+    Inserted,
+    Removed,
+    Expired,
+    Existing,
+    ReplyTaken,
+    Retried,
+    Full,
+}
+const COUNTS: usize = Count::Full as usize + 1;
+
+/// What one worker needs to change a table. Sendable, not shareable. It belongs to the table that made it.
+pub struct Handle {
+    stock: Stock,
+    counters: WorkerCounters<COUNTS>,
+    sweep: std::ops::Range<u32>,
+}
+
+impl Handle {
+    #[inline]
+    fn count(&self, count: Count) {
+        self.counters.add(count as usize, 1);
+    }
+}
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle").finish_non_exhaustive()
+    }
+}
+
+/// The connections of one address family.
+pub struct Table<A: Address> {
+    buckets: Lines<Bucket>,
+    conns: Lines<conn::Line>,
+    tcp: Lines<TcpLine>,
+    bucket_count: u32,
+    capacity: u32,
+    hasher: Hasher,
+    timeouts: ByClass,
+    indices: Arc<Indices>,
+    domain: Arc<Domain>,
+    counters: Counters<COUNTS>,
+    cursor: CachePadded<AtomicU32>,
+    family: std::marker::PhantomData<A>,
+}
+
+/// The upper 32 bits of `a * n`: spreads a over 0..n without a division (Lemire, "Fast random integer generation in an
+/// interval", 2019).
+#[inline(always)]
+const fn scale(a: u32, n: u32) -> u32 {
+    (a as u64 * n as u64 >> 32) as u32
+}
+
+/// The least prime that is not below `n`.
+fn prime_from(n: u32) -> u32 {
+    let is_prime =
+        |n: u32| n > 1 && (2..).take_while(|d| d * d <= u64::from(n)).all(|d| !u64::from(n).is_multiple_of(d));
+    (n..).find(|n| is_prime(*n)).expect("there is a prime between n and 2n")
+}
+
+/// The buckets in which a key may live, from its home.
+#[derive(Clone, Copy)]
+struct Probe {
+    bucket: u32,
+    step: u32,
+    count: u32,
+}
+
+impl Probe {
+    #[inline(always)]
+    fn next(&mut self) {
+        let sum = self.bucket + self.step;
+        self.bucket = if sum >= self.count { sum - self.count } else { sum };
+    }
+}
+
+impl<A: Address> Table<A> {
+    /// An empty table, whose memory is asked for now and used as connections come.
+    ///
+    /// # Panics
+    /// Where the memory does not exist.
+    pub fn new(config: TableConfig, domain: Arc<Domain>) -> Self {
+        let capacity = config.max_entries.clamp(1, MAX_ENTRIES);
+        // Two keys each, and twice as many slots as keys. A few buckets at least, for probing to have somewhere to go.
+        let bucket_count = if cfg!(loom) { 1 } else { prime_from((4 * capacity).div_ceil(SLOTS as u32).max(7)) };
+        Self {
+            buckets: Lines::new(bucket_count as usize),
+            conns: Lines::new(capacity as usize * conn::Lines::<A>::COUNT),
+            tcp: Lines::new(capacity as usize),
+            bucket_count,
+            capacity,
+            hasher: Hasher::new(config.seed),
+            timeouts: config.timeouts.by_class(),
+            indices: Indices::new(capacity, Arc::clone(&domain)),
+            domain,
+            counters: Counters::new(),
+            cursor: CachePadded::new(AtomicU32::new(0)),
+            family: std::marker::PhantomData,
+        }
+    }
+
+    /// What one more worker needs to change the table.
+    pub fn handle(&self) -> Handle {
+        Handle { stock: Stock::new(&self.indices), counters: self.counters.join(), sweep: 0..0 }
+    }
+
+    /// Connections in the table, with those that have expired and are not swept yet. Takes a mutex: not for workers.
+    pub fn len(&self) -> usize {
+        let counts = self.counts();
+        // Of two moments, so that one that has come and gone in between must not make it negative.
+        counts.inserted.saturating_sub(counts.removed) as usize
+    }
+
+    /// Whether there is no connection.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Connections that it can hold.
+    pub fn capacity(&self) -> usize {
+        self.capacity as usize
+    }
+
+    /// Totals over all workers. Takes a mutex: not for workers.
+    pub fn counts(&self) -> Counts {
+        let sums = self.counters.sums();
+        let sum = |count: Count| sums[count as usize];
+        Counts {
+            inserted: sum(Count::Inserted),
+            removed: sum(Count::Removed),
+            expired: sum(Count::Expired),
+            existing: sum(Count::Existing),
+            reply_taken: sum(Count::ReplyTaken),
+            retried: sum(Count::Retried),
+            full: sum(Count::Full),
+        }
+    }
+
+    /// Bytes of memory that a full table uses.
+    pub fn memory_bytes(&self) -> usize {
+        size_of_val(&*self.buckets) + size_of_val(&*self.conns) + size_of_val(&*self.tcp) + 4 * self.capacity()
+    }
+
+    /// The hash of a key, for [`Table::prefetch`] and [`Table::lookup`].
+    #[inline]
+    pub fn hash(&self, key: &FlowKey<A>) -> Hash {
+        self.hasher.hash(key)
+    }
+
+    /// Asks for the line that a lookup will read first.
+    #[inline]
+    pub fn prefetch(&self, hash: Hash) {
+        self.buckets.prefetch(self.probe(hash).bucket as usize);
+    }
+
+    /// Asks for the line that a lookup will read second: of the first connection in the home bucket with the key's tag.
+    /// For use some packets after [`Table::prefetch`].
+    #[inline]
+    pub fn prefetch_conn(&self, hash: Hash) {
+        let bucket = &self.buckets[self.probe(hash).bucket as usize];
+        if let Some(slot) = bucket.matches(Self::tag(hash)).0.next()
+            && let Some((index, _)) = bucket.slot(slot).get()
+        {
+            self.conns.prefetch(index as usize * conn::Lines::<A>::COUNT);
+        }
+    }
+
+    /// The connection that has a key in either direction, and has not expired.
+    #[inline]
+    pub fn lookup(&self, key: &FlowKey<A>, hash: Hash, now: Tick, turn: &Turn<'_>) -> Option<Hit> {
+        debug_assert!(turn.is_of(&self.domain));
+        self.search(key, hash, |index, direction, lines, state| {
+            (state.is_live() && !self.is_expired(state, lines, now)).then_some(Hit { conn: ConnId(index), direction })
+        })
+    }
+
+    /// A connection that was found in this turn.
+    #[inline]
+    pub fn conn(&self, id: ConnId) -> ConnRef<'_, A> {
+        ConnRef::new(self, id)
+    }
+
+    /// Puts a connection into the table, both directions or neither.
+    ///
+    /// # Panics
+    /// Where `handle` is of another table.
+    pub fn insert(&self, handle: &mut Handle, new: NewConn<A>, now: Tick, turn: &Turn<'_>) -> Insert {
+        assert!(handle.stock.is_of(&self.indices), "a handle is used with the table that made it");
+        debug_assert!(turn.is_of(&self.domain) && new.original.protocol == new.reply.protocol);
+        let hashes = [self.hash(&new.original), self.hash(&new.reply)];
+        loop {
+            if let Some(hit) = self.holder(handle, &new.original, hashes[0], now) {
+                handle.count(Count::Existing);
+                return Insert::Exists(hit);
+            }
+            if self.holder(handle, &new.reply, hashes[1], now).is_some() {
+                // Whoever took it since the look above may have taken the original key with it: the same flow, inserted
+                // by another worker, or from the other end.
+                if let Some(hit) = self.holder(handle, &new.original, hashes[0], now) {
+                    handle.count(Count::Existing);
+                    return Insert::Exists(hit);
+                }
+                handle.count(Count::ReplyTaken);
+                return Insert::ReplyTaken;
+            }
+            let Some(index) = handle.stock.allocate() else {
+                handle.count(Count::Full);
+                return Insert::Full;
+            };
+            let filled = self.fill(index, &new, now);
+            if !self.publish(index, filled, &new, hashes) {
+                handle.stock.retire(index);
+                handle.count(Count::Full);
+                return Insert::Full;
+            }
+            match self.validate(handle, index, now) {
+                Phase::Aborted => {
+                    self.unlink(index);
+                    handle.stock.retire(index);
+                    handle.count(Count::Retried);
+                }
+                // Live; or live and by now removed by another worker, whose packet then came after this one.
+                _ => {
+                    handle.count(Count::Inserted);
+                    return Insert::Inserted(ConnId(index));
+                }
+            }
+        }
+    }
+
+    /// Takes a connection that was found in this turn out of the table; `false` if another worker was faster.
+    ///
+    /// # Panics
+    /// Where `handle` is of another table.
+    pub fn remove(&self, handle: &mut Handle, conn: ConnId, turn: &Turn<'_>) -> bool {
+        debug_assert!(turn.is_of(&self.domain));
+        let word = self.lines(conn.0).state();
+        let mut state = State(word.load(Ordering::Relaxed));
+        while state.is_live() {
+            match self.remove_from(handle, conn.0, state) {
+                Ok(()) => {
+                    handle.stock.settle();
+                    return true;
+                }
+                Err(found) => state = found,
+            }
+        }
+        false
+    }
+
+    /// Removes the expired among the next `budget` connections, and makes room of what was removed in earlier turns;
+    /// how many expired. To be called once in each turn, and when idle: the workers share one cursor.
+    ///
+    /// # Panics
+    /// Where `handle` is of another table.
+    pub fn sweep(&self, handle: &mut Handle, now: Tick, budget: u32, turn: &Turn<'_>) -> usize {
+        debug_assert!(turn.is_of(&self.domain));
+        let mut swept = 0;
+        for _ in 0..budget.min(self.indices.used()) {
+            let Some(index) = handle.sweep.next().or_else(|| {
+                handle.sweep = self.sweep_chunk();
+                handle.sweep.next()
+            }) else {
+                break;
+            };
+            let lines = self.lines(index);
+            let state = State(lines.state().load(Ordering::Acquire));
+            if state.is_live() && self.is_expired(state, lines, now) && self.remove_from(handle, index, state).is_ok() {
+                handle.count(Count::Expired);
+                swept += 1;
+            }
+        }
+        handle.stock.settle();
+        swept
+    }
+
+    /// Shows every connection that is live and has not expired, each as of one moment; those that come or go meanwhile
+    /// perhaps. For any thread, in a turn or, better for long listings, outside of one: it disturbs no worker.
+    pub fn for_each(&self, now: Tick, mut show: impl FnMut(&Entry<A>)) {
+        (0..self.indices.used()).filter_map(|index| Entry::read(self, index, now)).for_each(|entry| show(&entry));
+    }
+
+    #[inline(always)]
+    pub(crate) fn lines(&self, index: u32) -> conn::Lines<'_, A> {
+        conn::Lines::of(&self.conns, index)
+    }
+
+    #[inline(always)]
+    pub(crate) fn tcp_line(&self, index: u32) -> &TcpLine {
+        &self.tcp[index as usize]
+    }
+
+    #[inline(always)]
+    pub(crate) fn timeout_ticks(&self, state: State) -> u32 {
+        self.timeouts.ticks(state.timeout_class())
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_expired(&self, state: State, lines: conn::Lines<'_, A>, now: Tick) -> bool {
+        now.since(lines.last_seen()) >= self.timeout_ticks(state)
+    }
+
+    #[inline(always)]
+    fn probe(&self, hash: Hash) -> Probe {
+        let count = self.bucket_count;
+        let bucket = scale((hash.0 >> 32) as u32, count);
+        // Other bits than home's high ones and the tag's low ones, as far as there are others.
+        let step = if count == 1 { 0 } else { scale((hash.0 >> 8) as u32, count - 1) + 1 };
+        Probe { bucket, step, count }
+    }
+
+    /// Never 0, which marks an empty slot.
+    #[inline(always)]
+    const fn tag(hash: Hash) -> u8 {
+        match hash.0 as u8 {
+            0 => 1,
+            tag => tag,
+        }
+    }
+
+    /// Shows every connection of whatever phase with that key, until `found` returns something.
+    #[inline(always)]
+    fn search<R>(
+        &self,
+        key: &FlowKey<A>,
+        hash: Hash,
+        mut found: impl FnMut(u32, Direction, conn::Lines<'_, A>, State) -> Option<R>,
+    ) -> Option<R> {
+        let mut probe = self.probe(hash);
+        let tag = Self::tag(hash);
+        let mut in_bucket = |bucket: &Bucket| {
+            let (slots, overflowed) = bucket.matches(tag);
+            for slot in slots {
+                let Some((index, direction)) = bucket.slot(slot).get() else { continue };
+                let lines = self.lines(index);
+                let state = State(lines.state().load(Ordering::Acquire));
+                if lines.has_key(direction, key)
+                    && state.protocol() == key.protocol
+                    && let Some(result) = found(index, direction, lines, state)
+                {
+                    return (Some(result), overflowed);
+                }
+            }
+            (None, overflowed)
+        };
+        let (mut result, overflowed) = in_bucket(&self.buckets[probe.bucket as usize]);
+        if overflowed && result.is_none() {
+            for _ in 1..PROBES {
+                probe.next();
+                result = in_bucket(&self.buckets[probe.bucket as usize]).0;
+                if result.is_some() {
+                    break;
+                }
+            }
+        }
+        result
+    }
+
+    /// The live connection that has a key, after those that are only published were validated and expired ones removed.
+    fn holder(&self, handle: &mut Handle, key: &FlowKey<A>, hash: Hash, now: Tick) -> Option<Hit> {
+        self.search(key, hash, |index, direction, lines, state| {
+            let phase = match state.phase() {
+                Phase::Published => self.validate(handle, index, now),
+                phase => phase,
+            };
+            (phase == Phase::Live && self.outlives(handle, index, lines, now))
+                .then_some(Hit { conn: ConnId(index), direction })
+        })
+    }
+
+    /// Whether a live connection stays: it is removed if it has expired.
+    fn outlives(&self, handle: &mut Handle, index: u32, lines: conn::Lines<'_, A>, now: Tick) -> bool {
+        let mut state = State(lines.state().load(Ordering::Acquire));
+        while state.is_live() {
+            if !self.is_expired(state, lines, now) {
+                return true;
+            }
+            match self.remove_from(handle, index, state) {
+                Ok(()) => {
+                    handle.count(Count::Expired);
+                    return false;
+                }
+                Err(found) => state = found,
+            }
+        }
+        false
+    }
+
+    /// Writes a connection under an index that nobody else knows.
+    fn fill(&self, index: u32, new: &NewConn<A>, now: Tick) -> State {
+        let lines = self.lines(index);
+        let before = State(lines.state().load(Ordering::Relaxed));
+        let mut state = before.filling(new.original.protocol, new.attributes.flags, now);
+        lines.state().store(state.0, Ordering::Relaxed);
+        // Who reads one of the words that follow outside a turn must find that the state word has changed.
+        fence(Ordering::Release);
+        lines.fill([&new.original, &new.reply], &new.attributes, now);
+        let timeout = match new.original.protocol {
+            Protocol::TCP => {
+                let (tcp, tcp_state, timeout) = Tcp::open(&new.first);
+                self.tcp_line(index).store(&tcp, None);
+                state = state.in_tcp_state(tcp_state);
+                timeout
+            }
+            Protocol::UDP => TimeoutClass::Udp,
+            Protocol::ICMP => TimeoutClass::Icmp,
+            Protocol::ICMPV6 => TimeoutClass::Icmpv6,
+            Protocol::SCTP => TimeoutClass::SctpCookieWait,
+            _ => TimeoutClass::Generic,
+        };
+        state.in_timeout_class(timeout)
+    }
+
+    /// Puts both keys into buckets, and lets others validate; `false`, and nothing put, if there is no room.
+    fn publish(&self, index: u32, filled: State, new: &NewConn<A>, hashes: [Hash; 2]) -> bool {
+        let [original, reply] = [Direction::Original, Direction::Reply].map(|direction| SlotRef::new(index, direction));
+        if !self.place(hashes[0], original) {
+            return false;
+        }
+        // Who talks to themselves from and to one port has one key.
+        if new.reply != new.original && !self.place(hashes[1], reply) {
+            self.displace(hashes[0], original);
+            return false;
+        }
+        self.lines(index).state().store(filled.in_phase(Phase::Published).0, Ordering::Release);
+        true
+    }
+
+    /// Brings a published connection to its end, live or aborted, whoever's it is; the phase found at the end.
+    fn validate(&self, handle: &mut Handle, index: u32, now: Tick) -> Phase {
+        let lines = self.lines(index);
+        let word = lines.state();
+        let state = State(word.load(Ordering::Acquire));
+        if state.phase() != Phase::Published {
+            return state.phase();
+        }
+        fence(Ordering::SeqCst);
+        let [original, reply] =
+            [Direction::Original, Direction::Reply].map(|direction| lines.key(direction, state.protocol()));
+        let taken = self.is_held_by_another(handle, &original, index, now)
+            || reply != original && self.is_held_by_another(handle, &reply, index, now);
+        let end = state.in_phase(if taken { Phase::Aborted } else { Phase::Live });
+        match word.compare_exchange(state.0, end.0, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => end.phase(),
+            Err(found) => State(found).phase(),
+        }
+    }
+
+    /// Whether a live connection other than `index` has a key, after those that stand behind `index` were aborted, and
+    /// those that stand before it were brought to their end.
+    fn is_held_by_another(&self, handle: &mut Handle, key: &FlowKey<A>, index: u32, now: Tick) -> bool {
+        self.search(key, self.hash(key), |rival, _, lines, mut state| {
+            if rival == index {
+                return None;
+            }
+            loop {
+                match state.phase() {
+                    Phase::Live => return self.outlives(handle, rival, lines, now).then_some(()),
+                    Phase::Published if rival < index => {
+                        self.validate(handle, rival, now);
+                        state = State(lines.state().load(Ordering::Acquire));
+                    }
+                    Phase::Published => {
+                        let aborted = state.in_phase(Phase::Aborted);
+                        match lines.state().compare_exchange(state.0, aborted.0, Ordering::AcqRel, Ordering::Acquire) {
+                            Ok(_) => return None,
+                            Err(found) => state = State(found),
+                        }
+                    }
+                    Phase::Free | Phase::Filling | Phase::Aborted | Phase::Removed => return None,
+                }
+            }
+        })
+        .is_some()
+    }
+
+    /// Ends a live connection in the state `state`, or says in which other state it is.
+    fn remove_from(&self, handle: &mut Handle, index: u32, state: State) -> Result<(), State> {
+        assert!(handle.stock.is_of(&self.indices), "a handle is used with the table that made it");
+        let removed = state.in_phase(Phase::Removed);
+        let word = self.lines(index).state();
+        word.compare_exchange(state.0, removed.0, Ordering::AcqRel, Ordering::Acquire).map_err(State)?;
+        self.unlink(index);
+        handle.stock.retire(index);
+        handle.count(Count::Removed);
+        Ok(())
+    }
+
+    /// Takes both keys out of their buckets. For the one thread that has ended, or inserted, the connection.
+    fn unlink(&self, index: u32) {
+        let lines = self.lines(index);
+        let protocol = State(lines.state().load(Ordering::Relaxed)).protocol();
+        let [original, reply] = [Direction::Original, Direction::Reply].map(|direction| lines.key(direction, protocol));
+        self.displace(self.hash(&original), SlotRef::new(index, Direction::Original));
+        if reply != original {
+            self.displace(self.hash(&reply), SlotRef::new(index, Direction::Reply));
+        }
+    }
+
+    /// Puts a key into the first bucket that has room; `false` if none has.
+    fn place(&self, hash: Hash, key: SlotRef) -> bool {
+        let (tag, mut probe) = (Self::tag(hash), self.probe(hash));
+        let home = &self.buckets[probe.bucket as usize];
+        if home.claim(tag, key) {
+            return true;
+        }
+        if !home.overflow() {
+            return false;
+        }
+        for _ in 1..PROBES {
+            probe.next();
+            if self.buckets[probe.bucket as usize].claim(tag, key) {
+                return true;
+            }
+        }
+        home.end_overflow();
+        false
+    }
+
+    /// Takes a key out of the bucket that has it.
+    fn displace(&self, hash: Hash, key: SlotRef) {
+        let (tag, mut probe) = (Self::tag(hash), self.probe(hash));
+        let home = &self.buckets[probe.bucket as usize];
+        if home.release(tag, key) {
+            return;
+        }
+        for _ in 1..PROBES {
+            probe.next();
+            if self.buckets[probe.bucket as usize].release(tag, key) {
+                home.end_overflow();
+                return;
+            }
+        }
+        debug_assert!(false, "a linked connection has its keys in its buckets");
+    }
+
+    fn sweep_chunk(&self) -> std::ops::Range<u32> {
+        let used = self.indices.used();
+        let advance = |start: u32| Some(if start + SWEEP_CHUNK >= used { 0 } else { start + SWEEP_CHUNK });
+        let start =
+            self.cursor.fetch_update(Ordering::Relaxed, Ordering::Relaxed, advance).unwrap_or_else(|start| start);
+        start.min(used)..(start + SWEEP_CHUNK).min(used)
+    }
+}
+
+impl<A: Address> fmt::Debug for Table<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Table")
+            .field("capacity", &self.capacity)
+            .field("counts", &self.counts())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use weir_packet::Ports;
+
+    use super::*;
+
+    fn config(max_entries: u32) -> TableConfig {
+        TableConfig { max_entries, seed: [0x1234_5678_9abc_def0, 0x0fed_cba9_8765_4321], timeouts: Timeouts::default() }
+    }
+
+    fn udp<A: Address>(client: u128, source: u16) -> NewConn<A> {
+        let original = FlowKey {
+            src: A::from_bits128(client),
+            dst: A::from_bits128(0x0a60_0001),
+            ports: Ports::new(source, 53),
+            protocol: Protocol::UDP,
+        };
+        NewConn {
+            original,
+            reply: FlowKey { src: A::from_bits128(0x0af4_0001), ..original.invert() },
+            attributes: Attributes::default(),
+            first: Observed::default(),
+        }
+    }
+
+    #[test]
+    fn an_ipv4_connection_costs_at_most_160_bytes() {
+        let domain = Domain::new();
+        for max_entries in [1 << 14, 262_144, 1 << 20] {
+            let table = Table::<Ipv4Addr>::new(config(max_entries), domain.clone());
+            let bytes = table.memory_bytes() as f64 / f64::from(max_entries);
+            assert!(bytes <= 154.0, "{bytes} bytes for each of {max_entries}");
+            let table = Table::<Ipv6Addr>::new(config(max_entries), domain.clone());
+            let bytes = table.memory_bytes() as f64 / f64::from(max_entries);
+            assert!(bytes <= 218.0, "{bytes} bytes for each of {max_entries}");
+        }
+    }
+
+    #[test]
+    fn capacities_are_taken_for_the_nearest_possible() {
+        let mut domain = Domain::new().join();
+        let table = Table::<Ipv4Addr>::new(config(0), domain.domain().clone());
+        let mut handle = table.handle();
+        let turn = domain.enter();
+        assert!(matches!(table.insert(&mut handle, udp(1, 1), Tick(0), &turn), Insert::Inserted(_)));
+        assert_eq!(table.insert(&mut handle, udp(2, 2), Tick(0), &turn), Insert::Full);
+        assert_eq!((table.capacity(), table.len(), table.counts().full), (1, 1, 1));
+    }
+
+    #[test]
+    fn probes_visit_different_buckets() {
+        let table = Table::<Ipv4Addr>::new(config(1), Domain::new());
+        for i in 0..10_000u64 {
+            let mut probe = table.probe(Hash(i.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+            let mut seen = 0u64;
+            for _ in 0..PROBES {
+                assert!(probe.bucket < table.bucket_count);
+                assert_eq!(seen & 1 << probe.bucket, 0);
+                seen |= 1 << probe.bucket;
+                probe.next();
+            }
+        }
+        assert_eq!((prime_from(7), prime_from(8), prime_from(90), prime_from(349_526)), (7, 11, 97, 349_529));
+    }
+
+    /// At full load every connection has its place, lookups find all, and after removal every line is clear.
+    fn fills_and_empties<A: Address>() {
+        let domain = Domain::new();
+        let mut participant = domain.join();
+        let table = Table::<A>::new(config(20_000), domain);
+        let mut handle = table.handle();
+        let new = |i: u32| udp::<A>(u128::from(i / 60_000), (i % 60_000) as u16);
+        for round in 0..3 {
+            let turn = participant.enter();
+            for i in 0..20_000 {
+                let inserted = table.insert(&mut handle, new(i), Tick(0), &turn);
+                assert!(matches!(inserted, Insert::Inserted(_)), "{i} in round {round}: {inserted:?}");
+            }
+            assert_eq!(table.insert(&mut handle, new(20_000), Tick(0), &turn), Insert::Full);
+            let overflowed = table.buckets.iter().filter(|bucket| bucket.matches(1).1).count();
+            assert!(overflowed > 0, "some homes are full");
+            for i in 0..20_000 {
+                let new = new(i);
+                let original =
+                    table.lookup(&new.original, table.hash(&new.original), Tick(0), &turn).expect("original");
+                let reply = table.lookup(&new.reply, table.hash(&new.reply), Tick(0), &turn).expect("reply");
+                assert_eq!((original.direction, reply.direction), (Direction::Original, Direction::Reply));
+                assert_eq!(original.conn, reply.conn);
+                let conn = table.conn(original.conn);
+                assert_eq!((conn.original(), conn.reply()), (new.original, new.reply));
+                table.prefetch(table.hash(&new.original));
+                table.prefetch_conn(table.hash(&new.original));
+            }
+            for i in 0..20_000 {
+                let key = new(i).original;
+                let hit = table.lookup(&key, table.hash(&key), Tick(0), &turn).expect("still there");
+                assert!(table.remove(&mut handle, hit.conn, &turn) && !table.remove(&mut handle, hit.conn, &turn));
+            }
+            assert!(table.is_empty() && table.buckets.iter().all(Bucket::is_clear));
+        }
+    }
+
+    #[test]
+    fn fills_and_empties_ipv4() {
+        fills_and_empties::<Ipv4Addr>();
+    }
+
+    #[test]
+    fn fills_and_empties_ipv6() {
+        fills_and_empties::<Ipv6Addr>();
+    }
+
+    #[test]
+    fn an_insertion_without_a_slot_leaves_no_trace() {
+        let domain = Domain::new();
+        let mut participant = domain.join();
+        // Seven buckets for more connections than they have slots for: as if the hash had been broken.
+        let mut table = Table::<Ipv4Addr>::new(config(200), domain);
+        table.bucket_count = 7;
+        let mut handle = table.handle();
+        let turn = participant.enter();
+        let results: Vec<_> = (0..60).map(|i| table.insert(&mut handle, udp(1, i), Tick(0), &turn)).collect();
+        let inserted: Vec<_> = results
+            .iter()
+            .filter_map(|result| if let Insert::Inserted(conn) = result { Some(*conn) } else { None })
+            .collect();
+        assert!(inserted.len() <= 7 * SLOTS / 2 && inserted.len() > 30, "{} fit", inserted.len());
+        assert!(results.contains(&Insert::Full) && table.len() == inserted.len());
+        inserted.into_iter().for_each(|conn| assert!(table.remove(&mut handle, conn, &turn)));
+        assert!(table.buckets.iter().all(Bucket::is_clear));
+    }
+
+    #[test]
+    fn one_key_for_both_directions() {
+        let domain = Domain::new();
+        let mut participant = domain.join();
+        let table = Table::<Ipv4Addr>::new(config(10), domain);
+        let mut handle = table.handle();
+        let turn = participant.enter();
+        let original = FlowKey { dst: Ipv4Addr::from(1), ..udp::<Ipv4Addr>(1, 53).original };
+        assert_eq!(original.invert(), original);
+        let new = NewConn { original, reply: original, ..udp(1, 53) };
+        let Insert::Inserted(conn) = table.insert(&mut handle, new, Tick(0), &turn) else { panic!("room") };
+        let hit = Hit { conn, direction: Direction::Original };
+        assert_eq!(table.lookup(&original, table.hash(&original), Tick(0), &turn), Some(hit));
+        assert_eq!(table.insert(&mut handle, new, Tick(0), &turn), Insert::Exists(hit));
+        assert!(table.remove(&mut handle, conn, &turn) && table.buckets.iter().all(Bucket::is_clear));
+    }
+
+    #[test]
+    fn the_sweep_removes_what_has_expired_and_no_more() {
+        let domain = Domain::new();
+        let mut participant = domain.join();
+        let table = Table::<Ipv4Addr>::new(config(5000), domain);
+        let mut handle = table.handle();
+        {
+            let turn = participant.enter();
+            for i in 0..1000 {
+                let Insert::Inserted(conn) = table.insert(&mut handle, udp(1, i), Tick(0), &turn) else {
+                    panic!("room")
+                };
+                if i % 4 == 0 {
+                    table.conn(conn).touch(Tick(1));
+                }
+            }
+        }
+        let mut sweep = |now, budget| table.sweep(&mut handle, now, budget, &participant.enter());
+        assert_eq!((0..20).map(|_| sweep(Tick(2999), 100)).sum::<usize>(), 0);
+        assert_eq!(sweep(Tick(3000), 100), 75, "a sweep is bounded by its budget");
+        assert_eq!((0..19).map(|_| sweep(Tick(3000), 100)).sum::<usize>(), 675);
+        assert_eq!((0..20).map(|_| sweep(Tick(3001), 100)).sum::<usize>(), 250);
+        assert_eq!((table.len(), table.counts().expired, table.counts().removed), (0, 1000, 1000));
+    }
+
+    #[test]
+    #[should_panic(expected = "the table that made it")]
+    fn a_handle_of_another_table_is_refused() {
+        let domain = Domain::new();
+        let mut participant = domain.join();
+        let tables = [Table::<Ipv4Addr>::new(config(1), domain.clone()), Table::new(config(1), domain)];
+        let _ = tables[0].insert(&mut tables[1].handle(), udp(1, 1), Tick(0), &participant.enter());
+    }
+}

@@ -1,0 +1,261 @@
+//! Models of the table, run through every interleaving that the memory model allows, up to a bound on preemptions:
+//! `RUSTFLAGS="--cfg loom" cargo test -p weir-conntrack --test loom`.
+//!
+//! Under loom a table has one bucket, and turns are of two workers.
+#![cfg(loom)]
+
+use std::net::Ipv4Addr;
+
+use weir_conntrack::{Attributes, ConnId, Handle, Hit, Insert, NewConn, Observed, Table, TableConfig, Timeouts};
+use weir_packet::{Direction, FlowKey, Ports, Protocol, Tick};
+use weir_sync::{Arc, Domain, Turn, model_bounded, thread};
+
+const NOW: Tick = Tick(1000);
+
+type V4 = Table<Ipv4Addr>;
+
+fn table(max_entries: u32) -> (Arc<Domain>, Arc<V4>) {
+    let domain = Domain::new();
+    let config = TableConfig { max_entries, seed: [1, 2], timeouts: Timeouts::default() };
+    (domain.clone(), Arc::new(Table::new(config, domain)))
+}
+
+fn key(src: u32, dst: u32) -> FlowKey<Ipv4Addr> {
+    FlowKey { src: src.into(), dst: dst.into(), ports: Ports::new(5, 6), protocol: Protocol::UDP }
+}
+
+fn conn(original: FlowKey<Ipv4Addr>, reply: FlowKey<Ipv4Addr>) -> NewConn<Ipv4Addr> {
+    let device = u32::from(original.src);
+    let attributes = Attributes { device, ..Attributes::default() };
+    NewConn { original, reply, attributes, first: Observed::default() }
+}
+
+/// Runs one action on each of two threads, each with a handle and a turn of its own.
+fn two<R: Send + 'static>(
+    domain: &Arc<Domain>,
+    table: &Arc<V4>,
+    first: impl FnOnce(&V4, &mut Handle, &Turn<'_>) -> R,
+    second: impl FnOnce(&V4, &mut Handle, &Turn<'_>) -> R + Send + 'static,
+) -> [R; 2] {
+    let other = {
+        let (mut participant, mut handle, table) = (domain.join(), table.handle(), table.clone());
+        thread::spawn(move || second(&table, &mut handle, &participant.enter()))
+    };
+    let (mut participant, mut handle) = (domain.join(), table.handle());
+    let result = first(table, &mut handle, &participant.enter());
+    [result, other.join().unwrap()]
+}
+
+fn lookup(table: &V4, key: FlowKey<Ipv4Addr>, turn: &Turn<'_>) -> Option<Hit> {
+    table.lookup(&key, table.hash(&key), NOW, turn)
+}
+
+fn holder_of(domain: &Arc<Domain>, table: &V4, key: FlowKey<Ipv4Addr>) -> Option<Hit> {
+    lookup(table, key, &domain.join().enter())
+}
+
+/// One flow, two workers, different backends: one connection, and the loser is told which.
+#[test]
+fn insertion_race_of_one_flow() {
+    model_bounded(2, || {
+        let (domain, table) = table(3);
+        let insert = |backend| {
+            move |table: &V4, handle: &mut Handle, turn: &Turn<'_>| {
+                table.insert(handle, conn(key(1, 2), key(backend, 1)), NOW, turn)
+            }
+        };
+        let (winner, hit) = match two(&domain, &table, insert(10), insert(11)) {
+            [Insert::Inserted(conn), Insert::Exists(hit)] | [Insert::Exists(hit), Insert::Inserted(conn)] => {
+                (conn, hit)
+            }
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(hit, Hit { conn: winner, direction: Direction::Original });
+        assert_eq!(holder_of(&domain, &table, key(1, 2)), Some(hit));
+        let replies = [10, 11].map(|backend| holder_of(&domain, &table, key(backend, 1)));
+        let reply = Some(Hit { conn: winner, direction: Direction::Reply });
+        assert!(replies == [reply, None] || replies == [None, reply], "{replies:?}");
+        assert_eq!(table.len(), 1);
+    });
+}
+
+/// Two originals whose replies would be the same: one gets it.
+#[test]
+fn insertion_race_for_one_reply_key() {
+    model_bounded(2, || {
+        let (domain, table) = table(3);
+        let insert = |frontend| {
+            move |table: &V4, handle: &mut Handle, turn: &Turn<'_>| {
+                table.insert(handle, conn(key(1, frontend), key(10, 1)), NOW, turn)
+            }
+        };
+        let results = two(&domain, &table, insert(2), insert(3));
+        assert!(
+            matches!(results, [Insert::Inserted(_), Insert::ReplyTaken] | [Insert::ReplyTaken, Insert::Inserted(_)]),
+            "{results:?}"
+        );
+        assert_eq!(table.len(), 1);
+    });
+}
+
+/// Both ends open at once: each one's reply key is the other's original key.
+#[test]
+fn insertion_race_of_crossing_flows() {
+    model_bounded(2, || {
+        let (domain, table) = table(3);
+        let insert = |from, to| {
+            move |table: &V4, handle: &mut Handle, turn: &Turn<'_>| {
+                table.insert(handle, conn(key(from, to), key(to, from)), NOW, turn)
+            }
+        };
+        match two(&domain, &table, insert(1, 2), insert(2, 1)) {
+            [Insert::Inserted(conn), Insert::Exists(hit)] | [Insert::Exists(hit), Insert::Inserted(conn)] => {
+                assert_eq!(hit, Hit { conn, direction: Direction::Reply });
+            }
+            other => panic!("{other:?}"),
+        }
+    });
+}
+
+/// Insertion against lookup: both directions at one instant.
+#[test]
+fn insertion_and_lookup() {
+    model_bounded(3, || {
+        let (domain, table) = table(2);
+        let results = two(
+            &domain,
+            &table,
+            |table, handle, turn| {
+                matches!(table.insert(handle, conn(key(1, 2), key(10, 1)), NOW, turn), Insert::Inserted(_))
+            },
+            |table, _, turn| {
+                let Some(hit) = lookup(table, key(10, 1), turn) else { return true };
+                let found = table.conn(hit.conn);
+                let keys = (found.original(), found.reply(), found.device());
+                let original = lookup(table, key(1, 2), turn);
+                keys == (key(1, 2), key(10, 1), 1)
+                    && original == Some(Hit { conn: hit.conn, direction: Direction::Original })
+            },
+        );
+        assert_eq!(results, [true, true]);
+    });
+}
+
+/// Insertion against the removal of the connection that holds its key: it finds it or takes its place.
+#[test]
+fn insertion_and_removal() {
+    model_bounded(2, || {
+        let (domain, table) = table(3);
+        let old = {
+            let (mut handle, mut participant) = (table.handle(), domain.join());
+            let Insert::Inserted(old) =
+                table.insert(&mut handle, conn(key(1, 2), key(10, 1)), NOW, &participant.enter())
+            else {
+                panic!("room")
+            };
+            old
+        };
+        let [inserted, _] = two(
+            &domain,
+            &table,
+            |table, handle, turn| Some(table.insert(handle, conn(key(1, 2), key(11, 1)), NOW, turn)),
+            move |table, handle, turn| {
+                assert!(table.remove(handle, old, turn));
+                None
+            },
+        );
+        let original = holder_of(&domain, &table, key(1, 2));
+        match inserted {
+            Some(Insert::Exists(hit)) => assert_eq!((hit.conn, original), (old, None)),
+            Some(Insert::Inserted(new)) => assert_eq!(original.map(|hit| hit.conn), Some(new)),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(holder_of(&domain, &table, key(10, 1)), None);
+    });
+}
+
+/// Two removals of one connection: one of them does it, and the bucket is clear.
+#[test]
+fn removal_race() {
+    model_bounded(3, || {
+        let (domain, table) = table(2);
+        let id = {
+            let (mut handle, mut participant) = (table.handle(), domain.join());
+            match table.insert(&mut handle, conn(key(1, 2), key(2, 1)), NOW, &participant.enter()) {
+                Insert::Inserted(id) => id,
+                other => panic!("{other:?}"),
+            }
+        };
+        let remove = move |table: &V4, handle: &mut Handle, turn: &Turn<'_>| table.remove(handle, id, turn);
+        let [first, second] = two(&domain, &table, remove, remove);
+        assert!(first != second);
+        assert_eq!(holder_of(&domain, &table, key(1, 2)), None);
+    });
+}
+
+/// Removal and reuse of the only index against a reader: it sees the one connection or the other, never a mixture, and
+/// what it has found stays as it is while its turn lasts.
+#[test]
+fn removal_reuse_and_reader() {
+    model_bounded(2, || {
+        let (domain, table) = table(1);
+        let (mut handle, mut participant) = (table.handle(), domain.join());
+        let insert = |handle: &mut Handle, turn: &Turn<'_>, src| match table.insert(
+            handle,
+            conn(key(src, 2), key(2, src)),
+            NOW,
+            turn,
+        ) {
+            Insert::Inserted(id) => Some(id),
+            Insert::Full => None,
+            other => panic!("{other:?}"),
+        };
+        let old = insert(&mut handle, &participant.enter(), 1).unwrap();
+        let reader = {
+            let (mut participant, table) = (domain.join(), table.clone());
+            thread::spawn(move || {
+                let turn = participant.enter();
+                for src in [1, 3] {
+                    if let Some(hit) = lookup(&table, key(src, 2), &turn) {
+                        let found = table.conn(hit.conn);
+                        assert_eq!((found.original(), found.device()), (key(src, 2), src));
+                        assert_eq!(found.reply(), key(2, src));
+                    }
+                }
+            })
+        };
+        assert!(table.remove(&mut handle, old, &participant.enter()));
+        let new = insert(&mut handle, &participant.enter(), 3);
+        reader.join().unwrap();
+        if new.is_none() {
+            // The reader was in its way.
+            assert!(insert(&mut handle, &participant.enter(), 3).is_some());
+        }
+        assert_eq!(lookup(&table, key(1, 2), &participant.enter()), None);
+        assert!(lookup(&table, key(3, 2), &participant.enter()).is_some());
+    });
+}
+
+/// A listing outside of turns, while the only index is removed and reused: each entry is of one connection.
+#[test]
+fn listing_and_reuse() {
+    model_bounded(2, || {
+        let (domain, table) = table(1);
+        let (mut handle, mut participant) = (table.handle(), domain.join());
+        let insert =
+            |handle: &mut Handle, turn: &Turn<'_>, src| table.insert(handle, conn(key(src, 2), key(2, src)), NOW, turn);
+        let Insert::Inserted(old) = insert(&mut handle, &participant.enter(), 1) else { panic!("room") };
+        let lister = {
+            let table = table.clone();
+            thread::spawn(move || {
+                table.for_each(NOW, |entry| {
+                    let src = entry.attributes.device;
+                    assert_eq!((entry.original, entry.reply), (key(src, 2), key(2, src)));
+                });
+            })
+        };
+        assert!(table.remove(&mut handle, old, &participant.enter()));
+        assert!(matches!(insert(&mut handle, &participant.enter(), 3), Insert::Inserted(ConnId { .. })));
+        lister.join().unwrap();
+    });
+}

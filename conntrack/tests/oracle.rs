@@ -1,0 +1,261 @@
+//! Sequences of operations on the table and on a dull twin of hash maps; after each, everything is compared.
+#![cfg(not(loom))]
+
+use std::{
+    collections::HashMap,
+    net::{Ipv4Addr, Ipv6Addr},
+};
+
+use proptest::prelude::*;
+use weir_conntrack::{
+    Attributes, ConnId, Entry, Hit, Insert, Lifecycle, NewConn, Observed, Table, TableConfig, Timeouts, Tracked,
+};
+use weir_packet::{Address, Direction, FlowKey, Ports, Protocol, Tick};
+use weir_sync::Domain;
+
+/// Connections of the table under test: few, to meet a full table.
+const CAPACITY: u32 = 6;
+/// Keys: few, so that connections clash in every way.
+const KEYS: u8 = 10;
+const PROTOCOLS: [Protocol; 3] = [Protocol::UDP, Protocol::SCTP, Protocol(47)];
+
+#[derive(Clone, Debug)]
+enum Operation {
+    Insert { original: u8, reply: u8, protocol: u8, mark: u32 },
+    Track { key: u8, protocol: u8 },
+    Remove { key: u8, protocol: u8 },
+    Judge { key: u8, protocol: u8, mark: u32 },
+    Pass { ticks: u32 },
+    Sweep,
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    let (key, protocol) = (0..KEYS, 0..PROTOCOLS.len() as u8);
+    prop_oneof![
+        4 => (key.clone(), key.clone(), protocol.clone(), any::<u32>())
+            .prop_map(|(original, reply, protocol, mark)| Operation::Insert { original, reply, protocol, mark }),
+        3 => (key.clone(), protocol.clone()).prop_map(|(key, protocol)| Operation::Track { key, protocol }),
+        1 => (key.clone(), protocol.clone()).prop_map(|(key, protocol)| Operation::Remove { key, protocol }),
+        1 => (key, protocol, any::<u32>()).prop_map(|(key, protocol, mark)| Operation::Judge { key, protocol, mark }),
+        3 => prop_oneof![1..300u32, 2900..3100u32, 11_900..12_100u32].prop_map(|ticks| Operation::Pass { ticks }),
+        1 => Just(Operation::Sweep),
+    ]
+}
+
+fn key<A: Address>(number: u8, protocol: u8) -> FlowKey<A> {
+    FlowKey {
+        src: A::from_bits128(u128::from(number % 3) << 60 | 0x0a00_0001),
+        dst: A::from_bits128(0x0a00_0002),
+        ports: Ports::new(u16::from(number), 7),
+        protocol: PROTOCOLS[usize::from(protocol)],
+    }
+}
+
+#[derive(Clone, Copy)]
+struct TwinConn<A: Address> {
+    original: FlowKey<A>,
+    reply: FlowKey<A>,
+    mark: u32,
+    created: u32,
+    last_seen: u32,
+    seen_reply: bool,
+    stream: bool,
+}
+
+impl<A: Address> TwinConn<A> {
+    fn timeout(&self) -> u32 {
+        100 * match (self.original.protocol, self.seen_reply) {
+            (Protocol::UDP, _) if self.stream => 120,
+            (Protocol::UDP, _) => 30,
+            (Protocol::SCTP, false) => 3,
+            (Protocol::SCTP, true) => 210,
+            _ => 600,
+        }
+    }
+
+    fn attributes(&self) -> Attributes {
+        let mark = self.mark;
+        Attributes {
+            device: mark,
+            stamps: [mark ^ 1, mark ^ 2, mark ^ 3],
+            generation: mark ^ 4,
+            next_hops: [mark ^ 5, mark ^ 6],
+            flags: mark as u8,
+        }
+    }
+
+    fn entry(&self, now: u32) -> Entry<A> {
+        Entry {
+            original: self.original,
+            reply: self.reply,
+            attributes: self.attributes(),
+            lifecycle: if self.seen_reply { Lifecycle::Established } else { Lifecycle::Unreplied },
+            tcp_state: None,
+            assured: self.stream,
+            last_seen: Tick(self.last_seen),
+            remaining_ticks: self.timeout() - (now - self.last_seen),
+        }
+    }
+}
+
+/// Connections by number; no sharing, no expiry but by looking at all of them.
+struct Twin<A: Address> {
+    conns: HashMap<u32, TwinConn<A>>,
+    numbers: u32,
+    now: u32,
+}
+
+impl<A: Address> Twin<A> {
+    fn find(&self, key: &FlowKey<A>) -> Option<(u32, Direction)> {
+        self.conns.iter().find_map(|(number, conn)| match () {
+            () if conn.original == *key => Some((*number, Direction::Original)),
+            () if conn.reply == *key => Some((*number, Direction::Reply)),
+            () => None,
+        })
+    }
+
+    fn expire(&mut self) {
+        let now = self.now;
+        self.conns.retain(|_, conn| now - conn.last_seen < conn.timeout());
+    }
+}
+
+fn run<A: Address>(operations: Vec<Operation>, start: u32) {
+    let domain = Domain::new();
+    let mut participant = domain.join();
+    let config = TableConfig { max_entries: CAPACITY, seed: [7, 11], timeouts: Timeouts::default() };
+    let table = Table::<A>::new(config, domain);
+    let mut handle = table.handle();
+    let mut twin = Twin::<A> { conns: HashMap::new(), numbers: 0, now: 0 };
+    let mut names: HashMap<u32, ConnId> = HashMap::new();
+    for operation in operations {
+        let now = Tick(start.wrapping_add(twin.now));
+        match operation {
+            Operation::Insert { original, reply, protocol, mark } => {
+                let (original, reply) = (key::<A>(original, protocol), key::<A>(reply, protocol));
+                let mut conn = TwinConn {
+                    original,
+                    reply,
+                    mark,
+                    created: twin.now,
+                    last_seen: twin.now,
+                    seen_reply: false,
+                    stream: false,
+                };
+                let new = NewConn { original, reply, attributes: conn.attributes(), first: Observed::default() };
+                conn.mark = mark;
+                let mut insert = || table.insert(&mut handle, new, now, &participant.enter());
+                let mut result = insert();
+                if result == Insert::Full {
+                    // What was removed becomes free with the turns after it, what has expired when it is swept.
+                    for _ in 0..2 {
+                        table.sweep(&mut handle, now, 2 * CAPACITY, &participant.enter());
+                    }
+                    result = table.insert(&mut handle, new, now, &participant.enter());
+                }
+                match (twin.find(&original), twin.find(&reply)) {
+                    (Some((number, direction)), _) => {
+                        assert_eq!(result, Insert::Exists(Hit { conn: names[&number], direction }));
+                    }
+                    (None, Some(_)) => assert_eq!(result, Insert::ReplyTaken),
+                    (None, None) if twin.conns.len() == CAPACITY as usize => assert_eq!(result, Insert::Full),
+                    (None, None) => {
+                        let Insert::Inserted(id) = result else { panic!("{result:?} with room") };
+                        twin.numbers += 1;
+                        twin.conns.insert(twin.numbers, conn);
+                        names.insert(twin.numbers, id);
+                    }
+                }
+            }
+            Operation::Track { key: number, protocol } => {
+                if let Some((number, direction)) = twin.find(&key(number, protocol)) {
+                    let _turn = participant.enter();
+                    let tracked = table.conn(names[&number]).track(direction, &Observed::default(), now);
+                    assert_eq!(tracked, Tracked::Accept);
+                    let time = twin.now;
+                    let conn = twin.conns.get_mut(&number).expect("found");
+                    conn.stream |=
+                        conn.original.protocol == Protocol::UDP && conn.seen_reply && time - conn.created > 200;
+                    conn.seen_reply |= direction == Direction::Reply;
+                    conn.last_seen = time;
+                }
+            }
+            Operation::Remove { key: number, protocol } => {
+                if let Some((number, _)) = twin.find(&key(number, protocol)) {
+                    let turn = participant.enter();
+                    assert!(table.remove(&mut handle, names[&number], &turn));
+                    assert!(!table.remove(&mut handle, names[&number], &turn));
+                    twin.conns.remove(&number);
+                }
+            }
+            Operation::Judge { key: number, protocol, mark } => {
+                if let Some((number, _)) = twin.find(&key(number, protocol)) {
+                    let _turn = participant.enter();
+                    let (conn, twin) = (table.conn(names[&number]), twin.conns.get_mut(&number).expect("found"));
+                    // The device stays: give the twin a mark with the same one.
+                    let device = twin.mark;
+                    conn.set_stamps([mark ^ 1, mark ^ 2, mark ^ 3]);
+                    conn.set_generation(mark ^ 4);
+                    conn.set_next_hops([mark ^ 5, mark ^ 6]);
+                    conn.change_flags(mark as u8, !(mark as u8));
+                    let expected = Attributes { device, ..TwinConn { mark, ..*twin }.attributes() };
+                    assert_eq!(conn.attributes(), expected);
+                    let was = twin.attributes();
+                    conn.set_stamps(was.stamps);
+                    conn.set_generation(was.generation);
+                    conn.set_next_hops(was.next_hops);
+                    conn.change_flags(was.flags, !was.flags);
+                }
+            }
+            Operation::Pass { ticks } => {
+                twin.now += ticks;
+                twin.expire();
+            }
+            Operation::Sweep => {
+                table.sweep(&mut handle, now, 2 * CAPACITY, &participant.enter());
+                assert_eq!(table.len(), twin.conns.len());
+            }
+        }
+        let now = Tick(start.wrapping_add(twin.now));
+        let turn = participant.enter();
+        for protocol in 0..PROTOCOLS.len() as u8 {
+            for number in 0..KEYS {
+                let key = key::<A>(number, protocol);
+                let expected = twin.find(&key).map(|(number, direction)| Hit { conn: names[&number], direction });
+                assert_eq!(table.lookup(&key, table.hash(&key), now, &turn), expected, "{key:?}");
+            }
+        }
+        let mut listed = Vec::new();
+        table.for_each(now, |entry| listed.push(*entry));
+        let mut expected: Vec<_> = twin
+            .conns
+            .values()
+            .map(|conn| conn.entry(twin.now))
+            .map(|entry| Entry { last_seen: Tick(start.wrapping_add(entry.last_seen.0)), ..entry })
+            .collect();
+        let order = |entry: &Entry<A>| (entry.original.protocol, entry.original.ports, entry.original.src);
+        listed.sort_by_key(order);
+        expected.sort_by_key(order);
+        assert_eq!(listed, expected);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 300 }))]
+
+    #[test]
+    fn the_table_does_what_its_twin_does_ipv4(
+        operations in prop::collection::vec(operation(), 1..120),
+        start in prop_oneof![Just(0), Just(u32::MAX - 20_000), any::<u32>()],
+    ) {
+        run::<Ipv4Addr>(operations, start);
+    }
+
+    #[test]
+    fn the_table_does_what_its_twin_does_ipv6(
+        operations in prop::collection::vec(operation(), 1..120),
+        start in prop_oneof![Just(0), Just(u32::MAX - 20_000), any::<u32>()],
+    ) {
+        run::<Ipv6Addr>(operations, start);
+    }
+}

@@ -1,0 +1,26 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the programs count, one slot of the map `counters` each. src/attach/counters.rs names the same in the same
+ * order, and a test compares the two. Append only: the map is pinned and outlives the programs. */
+#pragma once
+
+enum counter {
+	/* The trunk: what came to weir1. */
+	COUNTER_TRUNK_TAKEN,
+	COUNTER_TRUNK_UNCLAIMED,
+	/* Workload devices: what a pod sent, redirected into weir0. */
+	COUNTER_WORKLOAD_SENT,
+	/* weir0: what weir sent on weir1. */
+	COUNTER_DELIVERED_WORKLOAD,
+	COUNTER_DELIVERED_HOST,
+	COUNTER_DELIVERED_NOWHERE,
+	/* Uplinks: by cause; the two last are those of the taken that found no socket. */
+	COUNTER_UPLINK_PASSED,
+	COUNTER_UPLINK_PASSED_FAILSAFE,
+	COUNTER_UPLINK_TAKEN_PREFIX,
+	COUNTER_UPLINK_TAKEN_PORT,
+	COUNTER_UPLINK_TAKEN_TUNNEL,
+	COUNTER_UPLINK_TAKEN_ICMP,
+	COUNTER_UPLINK_TAKEN_FRAGMENT,
+	COUNTER_UPLINK_UNCLAIMED_DROPPED,
+	COUNTER_UPLINK_UNCLAIMED_PASSED,
+};

@@ -1,0 +1,172 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* An uplink: takes what weir owns, and nothing else.
+ *
+ * Packets to one of the node's own addresses are judged first and by protocol, so that no prefix can take the node away
+ * from its operator; only then the owned prefixes count. What is taken and finds no socket, as when no router runs, is
+ * dropped, for it needs a decision; only ICMP and fragments to the node itself pass, so that the node stays reachable.
+ * */
+#include "weir.h"
+
+#include <linux/icmp.h>
+#include <linux/icmpv6.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+
+#define IPV4_FRAGMENT 0x3fff /* more fragments, or an offset */
+#define NEXT_HOP_BY_HOP 0
+#define NEXT_ROUTING 43
+#define NEXT_FRAGMENT 44
+#define NEXT_DESTINATION 60
+#define MAX_EXTENSIONS 4
+#define HOP_LIMIT_NEVER_FORWARDED 255
+/* RFC 4861 (neighbour discovery), RFC 2710 and RFC 3810 (multicast listeners). */
+#define FIRST_ND 133
+#define LAST_ND 137
+#define FIRST_MLD 130
+#define LAST_MLD 132
+#define MLD_V2_REPORT 143
+
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define from_network16(value) __builtin_bswap16(value)
+#else
+#define from_network16(value) (value)
+#endif
+
+INLINE int has_port(enum port_set set, enum port_protocol protocol, __u16 port)
+{
+	__u32 word = (set * PORT_PROTOCOLS + protocol) * PORT_WORDS + port / 64;
+	__u64 *bits = map_lookup(&ports, &word);
+
+	return bits && *bits >> port % 64 & 1;
+}
+
+/* A whole packet to one of the node's own addresses. TCP, UDP and SCTP begin with the source and destination port. */
+INLINE enum counter judge_ports(__u8 protocol, const void *header, const void *end)
+{
+	const __be16 *port = header;
+	enum port_protocol row;
+	__u16 destination;
+
+	switch (protocol) {
+	case IPPROTO_TCP:
+		row = PORTS_TCP;
+		break;
+	case IPPROTO_UDP:
+		row = PORTS_UDP;
+		break;
+	case IPPROTO_SCTP:
+		row = PORTS_SCTP;
+		break;
+	default:
+		return COUNTER_UPLINK_PASSED;
+	}
+	if ((const void *)(port + 2) > end)
+		return COUNTER_UPLINK_PASSED;
+	destination = from_network16(port[1]);
+	if (has_port(PORTS_FAILSAFE, row, destination))
+		return COUNTER_UPLINK_PASSED_FAILSAFE;
+	return has_port(PORTS_OWNED, row, destination) ? COUNTER_UPLINK_TAKEN_PORT : COUNTER_UPLINK_PASSED;
+}
+
+INLINE enum counter judge_v4(const struct iphdr *ip, const void *end)
+{
+	struct prefix_v4 prefix;
+
+	if ((const void *)(ip + 1) > end)
+		return COUNTER_UPLINK_PASSED;
+	prefix.bits = 32;
+	__builtin_memcpy(prefix.address, &ip->daddr, sizeof(prefix.address));
+
+	if (!map_lookup(&node_v4, prefix.address))
+		return map_lookup(&prefixes_v4, &prefix) ? COUNTER_UPLINK_TAKEN_PREFIX : COUNTER_UPLINK_PASSED;
+	if (ip->protocol == IPPROTO_IPIP)
+		return COUNTER_UPLINK_TAKEN_TUNNEL;
+	/* Only the first fragment shows its ports, so all go one way: to the router, which punts those that no flow
+	 * claims. */
+	if (from_network16(ip->frag_off) & IPV4_FRAGMENT)
+		return COUNTER_UPLINK_TAKEN_FRAGMENT;
+	if (ip->protocol == IPPROTO_ICMP)
+		return COUNTER_UPLINK_TAKEN_ICMP;
+	return judge_ports(ip->protocol, (const void *)ip + ip->ihl * 4, end);
+}
+
+/* Between a link's nodes and routers; never a router's to forward. */
+INLINE int is_link_protocol(__u8 type)
+{
+	return (type >= FIRST_MLD && type <= LAST_MLD) || (type >= FIRST_ND && type <= LAST_ND) ||
+	       type == MLD_V2_REPORT;
+}
+
+INLINE enum counter judge_v6(const struct ipv6hdr *ip, const void *end)
+{
+	const struct icmp6hdr *icmp = (const void *)(ip + 1);
+	const void *header = ip + 1;
+	struct prefix_v6 prefix;
+	__u8 next;
+	int i;
+
+	if (header > end)
+		return COUNTER_UPLINK_PASSED;
+	next = ip->nexthdr;
+	/* Neighbour discovery is the kernel's, whatever it is about; it is genuine only if no router has passed it on
+	 * (RFC 4861, 7.1). */
+	if (next == IPPROTO_ICMPV6 && ip->hop_limit == HOP_LIMIT_NEVER_FORWARDED && (const void *)(icmp + 1) <= end &&
+	    icmp->icmp6_type >= FIRST_ND && icmp->icmp6_type <= LAST_ND)
+		return COUNTER_UPLINK_PASSED;
+	prefix.bits = 128;
+	__builtin_memcpy(prefix.address, &ip->daddr, sizeof(prefix.address));
+
+	if (!map_lookup(&node_v6, prefix.address))
+		return map_lookup(&prefixes_v6, &prefix) ? COUNTER_UPLINK_TAKEN_PREFIX : COUNTER_UPLINK_PASSED;
+	for (i = 0; i < MAX_EXTENSIONS; i++) {
+		const struct ipv6_opt_hdr *extension = header;
+
+		if (next != NEXT_HOP_BY_HOP && next != NEXT_ROUTING && next != NEXT_DESTINATION)
+			break;
+		if ((const void *)(extension + 1) > end)
+			return COUNTER_UPLINK_PASSED;
+		next = extension->nexthdr;
+		header += (extension->hdrlen + 1) * 8;
+	}
+	if (next == NEXT_FRAGMENT)
+		return COUNTER_UPLINK_TAKEN_FRAGMENT;
+	if (next == IPPROTO_ICMPV6) {
+		icmp = header;
+		if ((const void *)(icmp + 1) > end || is_link_protocol(icmp->icmp6_type))
+			return COUNTER_UPLINK_PASSED;
+		return COUNTER_UPLINK_TAKEN_ICMP;
+	}
+	return judge_ports(next, header, end);
+}
+
+INLINE enum counter judge(const struct ethhdr *ethernet, const void *end)
+{
+	if ((const void *)(ethernet + 1) > end)
+		return COUNTER_UPLINK_PASSED;
+	switch (from_network16(ethernet->h_proto)) {
+	case ETH_P_IP:
+		return judge_v4((const void *)(ethernet + 1), end);
+	case ETH_P_IPV6:
+		return judge_v6((const void *)(ethernet + 1), end);
+	default:
+		return COUNTER_UPLINK_PASSED;
+	}
+}
+
+SECTION("xdp") int uplink_receive(struct xdp_md *packet)
+{
+	enum counter cause = judge((void *)(long)packet->data, (void *)(long)packet->data_end);
+	__u64 fallback = XDP_DROP;
+	long action;
+
+	count(cause);
+	if (cause == COUNTER_UPLINK_PASSED || cause == COUNTER_UPLINK_PASSED_FAILSAFE)
+		return XDP_PASS;
+	if (cause == COUNTER_UPLINK_TAKEN_ICMP || cause == COUNTER_UPLINK_TAKEN_FRAGMENT)
+		fallback = XDP_PASS;
+	action = redirect_map(&sockets, packet->rx_queue_index, fallback);
+	if (action != XDP_REDIRECT)
+		count(fallback == XDP_DROP ? COUNTER_UPLINK_UNCLAIMED_DROPPED : COUNTER_UPLINK_UNCLAIMED_PASSED);
+	return action;
+}

@@ -1,0 +1,155 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What all programs share: the kernel's helpers as far as they are used, and the maps.
+ *
+ * The helpers are declared here, by the numbers of linux/bpf.h, so that a build needs only clang and the kernel's UAPI
+ * headers.
+ *
+ * Every object carries all maps. They are pinned by name in the router's pin folder, so the objects share them, a
+ * restarted router finds them filled, and programs whose router is gone go on reading them. */
+#pragma once
+
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/types.h>
+
+#include "counters.h"
+
+#define SECTION(name) __attribute__((section(name), used))
+#define INLINE static inline __attribute__((always_inline))
+
+/* A map is declared as a struct whose BTF the loader reads: a number is the length of an array, a type what a pointer
+ * points to. */
+#define NUMBER(field, number) int(*field)[number]
+#define TYPE(field, type) __typeof__(type) *field
+#define PIN_BY_NAME NUMBER(pinning, 1)
+
+static void *(*const map_lookup)(const void *map, const void *key) = (void *)BPF_FUNC_map_lookup_elem;
+static long (*const redirect)(__u32 device, __u64 flags) = (void *)BPF_FUNC_redirect;
+static long (*const redirect_map)(const void *map, __u64 key, __u64 flags) = (void *)BPF_FUNC_redirect_map;
+static long (*const redirect_peer)(__u32 device, __u64 flags) = (void *)BPF_FUNC_redirect_peer;
+static long (*const skb_store_bytes)(struct __sk_buff *packet, __u32 offset, const void *from, __u32 len,
+				     __u64 flags) = (void *)BPF_FUNC_skb_store_bytes;
+static long (*const skb_change_type)(struct __sk_buff *packet, __u32 type) = (void *)BPF_FUNC_skb_change_type;
+
+/* First byte of a MAC address that carries a device's index: locally administered, unicast. */
+#define ENCODED 0x02
+
+/* A workload device, by its index. */
+struct workload {
+	__u8 mac[ETH_ALEN];
+	/* Whether the pod's end of the veth pair lies in another network namespace, which bpf_redirect_peer demands. */
+	__u8 peer_elsewhere;
+	__u8 zero;
+};
+
+/* Keys of the tries: prefix length in bits, then the address in network order. */
+struct prefix_v4 {
+	__u32 bits;
+	__u8 address[4];
+};
+
+struct prefix_v6 {
+	__u32 bits;
+	__u8 address[16];
+};
+
+/* The port bitmaps: per set and protocol 65536 bits in words of 64. */
+enum port_set { PORTS_OWNED, PORTS_FAILSAFE, PORT_SETS };
+enum port_protocol { PORTS_TCP, PORTS_UDP, PORTS_SCTP, PORT_PROTOCOLS };
+#define PORT_WORDS (65536 / 64)
+
+#define MAX_QUEUES 256
+#define MAX_WORKLOADS 4096
+#define MAX_NODE_ADDRESSES 4096
+#define MAX_PREFIXES 262144
+/* More than are used, so that a counter can be added without a new map. */
+#define COUNTER_SLOTS 64
+
+/* The sockets of one device by queue. Not shared: each load gets a pin of its own (sockets_trunk, sockets_INDEX). */
+struct {
+	NUMBER(type, BPF_MAP_TYPE_XSKMAP);
+	TYPE(key, __u32);
+	TYPE(value, __u32);
+	NUMBER(max_entries, MAX_QUEUES);
+	PIN_BY_NAME;
+} sockets SECTION(".maps");
+
+struct {
+	NUMBER(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	TYPE(key, __u32);
+	TYPE(value, __u64);
+	NUMBER(max_entries, COUNTER_SLOTS);
+	PIN_BY_NAME;
+} counters SECTION(".maps");
+
+struct {
+	NUMBER(type, BPF_MAP_TYPE_HASH);
+	TYPE(key, __u32);
+	TYPE(value, struct workload);
+	NUMBER(max_entries, MAX_WORKLOADS);
+	PIN_BY_NAME;
+} workloads SECTION(".maps");
+
+/* A trie must have a value; being in it is what counts. */
+struct {
+	NUMBER(type, BPF_MAP_TYPE_LPM_TRIE);
+	TYPE(key, struct prefix_v4);
+	TYPE(value, __u32);
+	NUMBER(max_entries, MAX_PREFIXES);
+	NUMBER(map_flags, BPF_F_NO_PREALLOC);
+	PIN_BY_NAME;
+} prefixes_v4 SECTION(".maps");
+
+struct {
+	NUMBER(type, BPF_MAP_TYPE_LPM_TRIE);
+	TYPE(key, struct prefix_v6);
+	TYPE(value, __u32);
+	NUMBER(max_entries, MAX_PREFIXES);
+	NUMBER(map_flags, BPF_F_NO_PREALLOC);
+	PIN_BY_NAME;
+} prefixes_v6 SECTION(".maps");
+
+struct {
+	NUMBER(type, BPF_MAP_TYPE_HASH);
+	TYPE(key, __u8[4]);
+	TYPE(value, __u32);
+	NUMBER(max_entries, MAX_NODE_ADDRESSES);
+	NUMBER(map_flags, BPF_F_NO_PREALLOC);
+	PIN_BY_NAME;
+} node_v4 SECTION(".maps");
+
+struct {
+	NUMBER(type, BPF_MAP_TYPE_HASH);
+	TYPE(key, __u8[16]);
+	TYPE(value, __u32);
+	NUMBER(max_entries, MAX_NODE_ADDRESSES);
+	NUMBER(map_flags, BPF_F_NO_PREALLOC);
+	PIN_BY_NAME;
+} node_v6 SECTION(".maps");
+
+struct {
+	NUMBER(type, BPF_MAP_TYPE_ARRAY);
+	TYPE(key, __u32);
+	TYPE(value, __u64);
+	NUMBER(max_entries, PORT_SETS * PORT_PROTOCOLS * PORT_WORDS);
+	PIN_BY_NAME;
+} ports SECTION(".maps");
+
+/* Slot 0: the inode number of the network namespace that the pins belong to. No program reads it. */
+struct {
+	NUMBER(type, BPF_MAP_TYPE_ARRAY);
+	TYPE(key, __u32);
+	TYPE(value, __u64);
+	NUMBER(max_entries, 1);
+	PIN_BY_NAME;
+} identity SECTION(".maps");
+
+INLINE void count(__u32 counter)
+{
+	__u64 *value = map_lookup(&counters, &counter);
+
+	if (value)
+		++*value;
+}
+
+char program_license[] SECTION("license") = "Apache-2.0";

@@ -1,0 +1,490 @@
+//! The kernel's side of weir: the trunk, the XDP and tc programs, their links and maps.
+//!
+//! # Theory
+//!
+//! *What.* Small programs (`bpf/`) bring packets to the workers' AF_XDP sockets and back:
+//!
+//! | program | on | does |
+//! |---|---|---|
+//! | `workload_send` | tc ingress of each workload's host end | writes the device's index into the destination MAC, redirects to weir0 |
+//! | `trunk_receive` | XDP of weir1 | gives everything to the socket of its queue |
+//! | `trunk_deliver` | tc ingress of weir0 | gives what weir sends to the device in the source MAC, else to the node's kernel |
+//! | `uplink_receive` | XDP of each uplink | gives what weir owns to the socket of its queue, leaves the rest to the kernel |
+//!
+//! *Encoding.* A frame that a worker receives on the trunk has the destination MAC `02:TT:II:II:II:II` if a workload
+//! sent it: TT is the kernel's `pkt_type` (0 to this device, 1 broadcast, 2 multicast, 3 to somebody else), II the
+//! device's index, big endian; its source MAC is the workload's. Any other destination MAC (that of weir0 for unicast)
+//! says: from the node's own kernel. A frame that a worker sends on the trunk has the source MAC `02:00:II:II:II:II`
+//! and the workload's MAC as destination, and leaves with the host end's MAC as source. Index 0, or any source MAC that
+//! does not begin with `02:00`, means the node's own kernel. [`crate::afxdp::trunk`] is this paragraph as code. Both
+//! ends of the trunk have MACs that begin with 06. `tcpdump -i weir0` sees all these frames.
+//!
+//! *Pins.* All links and maps are pinned in the pin folder. (1) When the process ends, however it ends, everything
+//! stays attached and only the sockets go: pods are closed, owned traffic is dropped, the rest of the node's traffic
+//! passes. (2) The next process adopts maps with their contents and replaces the programs in their links, without a
+//! packet between old and new. (3) [`detach`] takes all off. Pins are named by device index, so a pin folder belongs to
+//! one network namespace; it remembers which, and a lock keeps a second process out.
+//!
+//! *Namespaces.* Everything here acts in the network namespace of the calling thread: use an [`Attachment`] from
+//! threads of one namespace only. `ip netns exec` gives a process a mount namespace of its own, in which pins would die
+//! with the process: enter with `nsenter --net=/run/netns/NAME`. A container needs the machine's /sys/fs/bpf mounted
+//! into it for the same reason.
+//!
+//! *Limits.* The XDP programs take frames of one buffer: MTUs up to [`crate::frame::MAX_MTU`] (the kernel's own limit
+//! for veth is 3506). The NIC of an uplink must leave VLAN tags in the frame (`ethtool -K DEV rxvlan off`): XDP does
+//! not see a tag that was taken off.
+//!
+//! # References
+//! Linux: net/core/filter.c (bpf_redirect_peer), drivers/net/veth.c, net/xdp/xskmap.c, kernel/bpf/tcx.c.
+
+mod counters;
+mod error;
+mod maps;
+mod owned;
+mod pins;
+mod tools;
+mod trunk;
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::fd::BorrowedFd,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, MapData, MapError, PerCpuArray, XskMap},
+    programs::{Program, ProgramError, SchedClassifier, Xdp},
+    util::KernelVersion,
+};
+use nix::{
+    errno::Errno,
+    net::if_::{if_indextoname, if_nametoindex},
+};
+use tracing::{info, warn};
+use weir_packet::Mac;
+
+pub use self::{
+    counters::{Counter, Counters},
+    error::AttachError,
+    owned::Owned,
+    trunk::{KERNEL_END, KERNEL_END_MAC, ROUTER_END, ROUTER_END_MAC, Trunk},
+};
+use self::{
+    maps::{MAX_WORKLOADS, WorkloadEntry, map_error},
+    owned::OwnedMaps,
+    pins::Pins,
+    trunk::Link,
+};
+use crate::frame::MAX_MTU;
+
+const TRUNK_RECEIVE: &str = "trunk_receive";
+const TRUNK_DELIVER: &str = "trunk_deliver";
+const WORKLOAD_SEND: &str = "workload_send";
+const UPLINK_RECEIVE: &str = "uplink_receive";
+
+/// How the trunk is to be, and where the pins are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrunkSettings {
+    /// Queues of the trunk: one per worker.
+    pub queues: u32,
+    /// MTU of the trunk in bytes: the largest of the workloads' and the uplinks'.
+    pub mtu: u32,
+    /// The pin folder, on a BPF file system; below /sys/fs/bpf it is mounted where it is not.
+    pub pin_dir: PathBuf,
+}
+
+/// A device with AF_XDP sockets.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SocketDevice {
+    /// [`ROUTER_END`].
+    Trunk,
+    /// An attached uplink by its index.
+    Uplink(u32),
+}
+
+/// How a program is attached, and why so.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ModeReport {
+    /// The device's name.
+    pub device: String,
+    /// The program.
+    pub program: &'static str,
+    /// The mode, a word.
+    pub mode: &'static str,
+    /// Why this one.
+    pub reason: String,
+}
+
+/// What [`detach`] has removed.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct DetachReport {
+    /// Names of the pins, which were links and maps.
+    pub pins: Vec<String>,
+    /// Names of the devices.
+    pub devices: Vec<&'static str>,
+}
+
+impl DetachReport {
+    /// Whether there was nothing to remove.
+    pub fn is_empty(&self) -> bool {
+        self.pins.is_empty() && self.devices.is_empty()
+    }
+}
+
+/// weir's hold on the kernel. Dropping it leaves all in place but the lock: see the module's theory.
+pub struct Attachment {
+    pins: Pins,
+    trunk: Trunk,
+    /// Keeps `workload_send` loaded for workloads to come.
+    trunk_object: Ebpf,
+    trunk_sockets: XskMap<MapData>,
+    workload_map: HashMap<MapData, u32, WorkloadEntry>,
+    workloads: BTreeMap<u32, Workload>,
+    uplinks: BTreeMap<u32, Uplink>,
+    owned: OwnedMaps,
+    counters: PerCpuArray<MapData, u64>,
+    modes: Vec<ModeReport>,
+}
+
+struct Workload {
+    name: String,
+    peer_elsewhere: bool,
+}
+
+struct Uplink {
+    sockets: XskMap<MapData>,
+    mode: ModeReport,
+}
+
+impl Attachment {
+    /// Makes or adopts the trunk, and attaches its programs. What an earlier process has left attached goes on working
+    /// until it is adopted or forgotten: [`Attachment::pinned_workloads`] and [`Attachment::pinned_uplinks`] tell what
+    /// that is; devices that are gone are forgotten here.
+    ///
+    /// # Errors
+    /// Where the kernel is too old, the pin folder is not usable or in use, a device or program is refused, or native
+    /// XDP is not to be had. What was made until then stays, closed, for the next try or [`detach`].
+    pub fn open(settings: TrunkSettings) -> Result<Self, AttachError> {
+        check_kernel()?;
+        let pins = Pins::open(&settings.pin_dir)?;
+        pins.check_namespace()?;
+        let trunk = Trunk::ensure(settings.queues, settings.mtu)?;
+
+        let mut object = maps::load_trunk(&pins, trunk.kernel_end)?;
+        let mut identity: Array<_, u64> = maps::take(&mut object, "identity")?;
+        identity.set(0, pins::namespace()?, 0).map_err(map_error("identity"))?;
+
+        pins::attach_xdp(
+            xdp(&mut object, TRUNK_RECEIVE)?,
+            TRUNK_RECEIVE,
+            trunk.router_end,
+            ROUTER_END,
+            &pins.trunk_receive(),
+        )?;
+        pins::attach_tcx(classifier(&mut object, TRUNK_DELIVER)?, TRUNK_DELIVER, KERNEL_END, &pins.trunk_deliver())?;
+        // Loaded now, so that it is refused now, not at the first workload.
+        classifier(&mut object, WORKLOAD_SEND)?;
+        trunk.set_up()?;
+        let modes = vec![
+            native(ROUTER_END, TRUNK_RECEIVE, &existing(ROUTER_END, trunk.router_end)?)?,
+            ModeReport {
+                device: KERNEL_END.to_owned(),
+                program: TRUNK_DELIVER,
+                mode: "tcx",
+                reason: "a tc link that can be pinned, first of the device's ingress programs".to_owned(),
+            },
+            ModeReport {
+                device: KERNEL_END.to_owned(),
+                program: "-",
+                mode: "no-offload",
+                reason: "transmit checksum, segmentation and VLAN offload are off: XDP on weir1 sees whole frames only"
+                    .to_owned(),
+            },
+        ];
+
+        let mut attachment = Self {
+            trunk,
+            trunk_sockets: maps::take_sockets(&mut object)?,
+            workload_map: maps::take(&mut object, "workloads")?,
+            workloads: BTreeMap::new(),
+            uplinks: BTreeMap::new(),
+            owned: OwnedMaps::take(&mut object)?,
+            counters: maps::take(&mut object, "counters")?,
+            trunk_object: object,
+            modes,
+            pins,
+        };
+        attachment.forget_gone()?;
+        Ok(attachment)
+    }
+
+    /// The trunk.
+    pub fn trunk(&self) -> Trunk {
+        self.trunk
+    }
+
+    /// Redirects what a workload sends into the trunk, and lets weir send to it. Adopting again checks and renews: the
+    /// program is the current one and the link alive afterwards.
+    ///
+    /// `mac` is that of the host end, the device itself: the source of what the workload gets. `peer_elsewhere` tells
+    /// whether the pod's end lies in another network namespace, as a pod's does.
+    ///
+    /// # Errors
+    /// Where the device is gone, the kernel refuses the link, or there are too many workloads.
+    pub fn adopt_workload(
+        &mut self,
+        index: u32,
+        name: &str,
+        mac: Mac,
+        peer_elsewhere: bool,
+    ) -> Result<(), AttachError> {
+        let is_there = || if_nametoindex(name).is_ok_and(|found| found == index);
+        let gone = || AttachError::DeviceGone { name: name.to_owned(), index };
+        if !is_there() {
+            return Err(gone());
+        }
+        let [a, b, c, d, e, f] = mac.0;
+        let entry: WorkloadEntry = [a, b, c, d, e, f, peer_elsewhere.into(), 0];
+        let full = |error: MapError| match &error {
+            MapError::SyscallError(call) if call.io_error.raw_os_error() == Some(Errno::E2BIG as i32) => {
+                let max = MAX_WORKLOADS as usize;
+                AttachError::TooMany { what: "workloads", count: max + 1, max }
+            }
+            _ => map_error("workloads")(error),
+        };
+        self.workload_map.insert(index, entry, 0).map_err(full)?;
+        let attached = classifier(&mut self.trunk_object, WORKLOAD_SEND)
+            .and_then(|program| pins::attach_tcx(program, WORKLOAD_SEND, name, &self.pins.workload(index)));
+        // The kernel finds the device by its name: it must have been the same one.
+        if attached.is_err() || !is_there() {
+            self.forget_workload(index)?;
+            return attached.and(Err(gone()));
+        }
+        self.workloads.insert(index, Workload { name: name.to_owned(), peer_elsewhere });
+        Ok(())
+    }
+
+    /// Takes a workload's programs and entry away; the device may be gone, or never have been adopted. If it still
+    /// exists, what it sends goes to the node's kernel from now on, so forget only devices that are gone or no
+    /// workloads.
+    ///
+    /// # Errors
+    /// Where a pin or the map's entry cannot be removed.
+    pub fn forget_workload(&mut self, index: u32) -> Result<(), AttachError> {
+        self.workloads.remove(&index);
+        match self.workload_map.remove(&index) {
+            Err(error) if !is_missing(&error) => return Err(map_error("workloads")(error)),
+            _ => {}
+        }
+        pins::unpin_link(&self.pins.workload(index)).map(drop)
+    }
+
+    /// Indexes of all workload devices that have a link, adopted by this process or left by an earlier one.
+    ///
+    /// # Errors
+    /// Where the pin folder cannot be read.
+    pub fn pinned_workloads(&self) -> Result<Vec<u32>, AttachError> {
+        self.pins.workloads()
+    }
+
+    /// Attaches the uplink program in native mode, or renews it. Tell [`Attachment::set_owned`] first.
+    ///
+    /// # Errors
+    /// Where the device is gone, has an MTU above [`MAX_MTU`], no native XDP, or a foreign program.
+    pub fn attach_uplink(&mut self, index: u32, name: &str) -> Result<ModeReport, AttachError> {
+        let link = existing(name, index)?;
+        if link.mtu > MAX_MTU {
+            return Err(AttachError::Mtu { device: name.to_owned(), mtu: link.mtu });
+        }
+        let mut object = maps::load_uplink(&self.pins, index)?;
+        let program = xdp(&mut object, UPLINK_RECEIVE)?;
+        pins::attach_xdp(program, UPLINK_RECEIVE, index, name, &self.pins.uplink(index))?;
+        let mode = native(name, UPLINK_RECEIVE, &existing(name, index)?)?;
+        self.uplinks.insert(index, Uplink { sockets: maps::take_sockets(&mut object)?, mode: mode.clone() });
+        Ok(mode)
+    }
+
+    /// Takes the program off an uplink, attached by this process or left by an earlier one; the device may be gone.
+    ///
+    /// # Errors
+    /// Where a pin cannot be removed.
+    pub fn detach_uplink(&mut self, index: u32) -> Result<(), AttachError> {
+        self.uplinks.remove(&index);
+        pins::unpin_link(&self.pins.uplink(index))?;
+        pins::unpin_map(&self.pins.uplink_sockets(index))
+    }
+
+    /// Indexes of all uplinks that have a link, attached by this process or left by an earlier one.
+    ///
+    /// # Errors
+    /// Where the pin folder cannot be read.
+    pub fn pinned_uplinks(&self) -> Result<Vec<u32>, AttachError> {
+        self.pins.uplinks()
+    }
+
+    /// Gives a queue's packets to an AF_XDP socket, which must be bound to that device and queue. When the socket is
+    /// closed, the kernel ends that by itself.
+    ///
+    /// # Errors
+    /// Where the uplink is not attached, the device has no such queue, or the file descriptor is no AF_XDP socket.
+    pub fn register_socket(
+        &mut self,
+        device: SocketDevice,
+        queue: u32,
+        socket: BorrowedFd<'_>,
+    ) -> Result<(), AttachError> {
+        let sockets = match device {
+            SocketDevice::Trunk => &mut self.trunk_sockets,
+            SocketDevice::Uplink(index) => {
+                &mut self.uplinks.get_mut(&index).ok_or(AttachError::NoUplink(index))?.sockets
+            }
+        };
+        sockets.set(queue, socket, 0).map_err(map_error("sockets"))
+    }
+
+    /// Tells the uplink programs what weir owns. What was owned and stays so is owned at every moment between.
+    ///
+    /// # Errors
+    /// Where something does not fit, or a map cannot be written.
+    pub fn set_owned(&mut self, owned: &Owned) -> Result<(), AttachError> {
+        self.owned.set(owned)
+    }
+
+    /// What the programs have counted.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn counters(&self) -> Result<Counters, AttachError> {
+        Counters::read(&self.counters)
+    }
+
+    /// How the programs are attached and why: the trunk's, the uplinks', and those workloads that are not served the
+    /// fastest way.
+    pub fn modes(&self) -> Vec<ModeReport> {
+        let slow = self.workloads.values().filter(|workload| !workload.peer_elsewhere).map(|workload| ModeReport {
+            device: workload.name.clone(),
+            program: TRUNK_DELIVER,
+            mode: "redirect",
+            reason: "its peer is not in another network namespace, as bpf_redirect_peer demands".to_owned(),
+        });
+        let uplinks = self.uplinks.values().map(|uplink| uplink.mode.clone());
+        self.modes.iter().cloned().chain(uplinks).chain(slow).collect()
+    }
+
+    /// Forgets what an earlier process left on devices that do not exist any longer.
+    fn forget_gone(&mut self) -> Result<(), AttachError> {
+        for index in self.pins.workloads()?.into_iter().filter(is_gone) {
+            self.forget_workload(index)?;
+            info!(index, "forgot a workload device that is gone");
+        }
+        for index in self.pins.uplinks()?.into_iter().filter(is_gone) {
+            self.detach_uplink(index)?;
+            warn!(index, "forgot an uplink that is gone");
+        }
+        let entries: Vec<u32> = self.workload_map.keys().collect::<Result<_, _>>().map_err(map_error("workloads"))?;
+        for index in entries.into_iter().filter(is_gone) {
+            self.forget_workload(index)?;
+        }
+        Ok(())
+    }
+}
+
+/// Takes weir off the node of the calling thread's network namespace: links, maps, pins and the trunk. Doing so again
+/// does nothing.
+///
+/// # Errors
+/// Where a router still runs, or something cannot be removed.
+pub fn detach(pin_dir: &Path) -> Result<DetachReport, AttachError> {
+    let mut report = DetachReport::default();
+    if let Some(pins) = Pins::existing(pin_dir)? {
+        pins.check_namespace()?;
+        report.pins = pins.remove_all()?;
+        match fs::remove_dir(pin_dir) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(AttachError::Pin { path: pin_dir.to_owned(), source });
+            }
+            _ => {}
+        }
+    }
+    report.devices = trunk::remove()?;
+    Ok(report)
+}
+
+/// Whether no device of the calling thread's network namespace has that index. Any other error is no proof of that, and
+/// taking a link off a device that lives would open it.
+fn is_gone(index: &u32) -> bool {
+    match if_indextoname(*index) {
+        // nix 0.31 takes the null pointer for success.
+        Ok(name) => name.is_empty(),
+        Err(errno) => matches!(errno, Errno::ENXIO | Errno::ENODEV),
+    }
+}
+
+fn check_kernel() -> Result<(), AttachError> {
+    let oldest = KernelVersion::new(6, 6, 0);
+    match KernelVersion::current() {
+        Ok(version) if version < oldest => {
+            let code = version.code();
+            Err(AttachError::KernelTooOld { version: format!("{}.{}", code >> 16, code >> 8 & 0xff) })
+        }
+        // A version that cannot be read is no reason to give up: an old kernel refuses the links.
+        _ => Ok(()),
+    }
+}
+
+/// The device of that name, which must have that index.
+fn existing(name: &str, index: u32) -> Result<Link, AttachError> {
+    let found = trunk::link(name)?.filter(|link| link.index == index);
+    found.ok_or_else(|| AttachError::DeviceGone { name: name.to_owned(), index })
+}
+
+/// The report of a program that was attached in native mode; the kernel must agree.
+fn native(device: &str, program: &'static str, link: &Link) -> Result<ModeReport, AttachError> {
+    if !link.native_xdp {
+        return Err(AttachError::NoNativeMode { device: device.to_owned() });
+    }
+    Ok(ModeReport {
+        device: device.to_owned(),
+        program,
+        mode: "native",
+        reason: "the driver runs XDP itself; generic mode is never used".to_owned(),
+    })
+}
+
+/// A program of a loaded object, given to the kernel at its first use.
+fn xdp<'a>(object: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Xdp, AttachError> {
+    let program: &mut Xdp = program(object, name).try_into().map_err(refused(name))?;
+    loaded(program.load(), name)?;
+    Ok(program)
+}
+
+fn classifier<'a>(object: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, AttachError> {
+    let program: &mut SchedClassifier = program(object, name).try_into().map_err(refused(name))?;
+    loaded(program.load(), name)?;
+    Ok(program)
+}
+
+fn program<'a>(object: &'a mut Ebpf, name: &str) -> &'a mut Program {
+    object.program_mut(name).expect("the objects carry the programs that they were built with")
+}
+
+fn loaded(result: Result<(), ProgramError>, name: &'static str) -> Result<(), AttachError> {
+    match result {
+        Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(()),
+        Err(error) => Err(refused(name)(error)),
+    }
+}
+
+fn refused(object: &'static str) -> impl Fn(ProgramError) -> AttachError {
+    move |source| AttachError::Load { object, source: Box::new(source.into()) }
+}
+
+fn is_missing(error: &MapError) -> bool {
+    match error {
+        MapError::KeyNotFound => true,
+        MapError::SyscallError(call) => call.io_error.kind() == io::ErrorKind::NotFound,
+        _ => false,
+    }
+}

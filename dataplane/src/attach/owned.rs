@@ -1,0 +1,229 @@
+//! What weir owns, told to the uplink program.
+
+use std::{collections::HashSet, hash::Hash, net::IpAddr, ops::RangeInclusive};
+
+use aya::{
+    Ebpf, Pod,
+    maps::{Array, HashMap, LpmTrie, MapData, MapError, lpm_trie::Key},
+};
+use ipnet::IpNet;
+use weir_packet::Protocol;
+
+use super::{
+    AttachError,
+    maps::{MAX_NODE_ADDRESSES, MAX_PREFIXES, PORT_WORDS, map_error, take},
+};
+
+/// What uplinks take away from the node's kernel.
+///
+/// The node's own addresses are judged before the prefixes: one that is in both is a node address. Towards a node
+/// address weir takes its ports, tunnel packets, ICMP (other than ND and MLD) and fragments; towards the prefixes
+/// everything.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Owned {
+    /// Pods of this node, services, and tunnel addresses that are not the kernel's.
+    pub prefixes: Vec<IpNet>,
+    /// The node's own addresses.
+    pub node_addresses: Vec<IpAddr>,
+    /// Ports of the node's addresses: node ports, and those that weir gives to translated connections. TCP, UDP or
+    /// SCTP.
+    pub ports: Vec<(Protocol, RangeInclusive<u16>)>,
+    /// Ports of the node's addresses that stay the kernel's in any case, also if owned.
+    pub failsafe_ports: Vec<(Protocol, u16)>,
+}
+
+/// First word of the owned ports and of the failsafe ports in the bitmaps (`enum port_set` of `bpf/weir.h`).
+const OWNED_SET: usize = 0;
+const FAILSAFE_SET: usize = 1;
+const PORT_PROTOCOLS: usize = 3;
+const WORDS_PER_PROTOCOL: usize = 65_536 / 64;
+
+type PortWords = Box<[u64]>;
+
+pub(super) struct OwnedMaps {
+    prefixes_v4: LpmTrie<MapData, [u8; 4], u32>,
+    prefixes_v6: LpmTrie<MapData, [u8; 16], u32>,
+    node_v4: HashMap<MapData, [u8; 4], u32>,
+    node_v6: HashMap<MapData, [u8; 16], u32>,
+    ports: Array<MapData, u64>,
+}
+
+impl OwnedMaps {
+    pub(super) fn take(object: &mut Ebpf) -> Result<Self, AttachError> {
+        Ok(Self {
+            prefixes_v4: take(object, "prefixes_v4")?,
+            prefixes_v6: take(object, "prefixes_v6")?,
+            node_v4: take(object, "node_v4")?,
+            node_v6: take(object, "node_v6")?,
+            ports: take(object, "ports")?,
+        })
+    }
+
+    /// Makes the maps say `owned`. All that is new is added before anything is removed, so that what is owned before
+    /// and after is owned at every moment between. On an error something of the old or the new may be left, never less
+    /// than both share.
+    pub(super) fn set(&mut self, owned: &Owned) -> Result<(), AttachError> {
+        let wanted = Wanted::of(owned)?;
+        let old_ports = self.read_ports()?;
+        let old_node_v4 = collect("node_v4", self.node_v4.keys())?;
+        let old_node_v6 = collect("node_v6", self.node_v6.keys())?;
+        let old_prefixes_v4 = collect("prefixes_v4", self.prefixes_v4.keys().map(|key| key.map(plain)))?;
+        let old_prefixes_v6 = collect("prefixes_v6", self.prefixes_v6.keys().map(|key| key.map(plain)))?;
+
+        // Ports before the addresses that they count for.
+        for (word, (old, new)) in old_ports.iter().zip(&wanted.ports).enumerate() {
+            self.write_ports(word, *old, old | new)?;
+        }
+        for address in wanted.node_v4.difference(&old_node_v4) {
+            self.node_v4.insert(address, 1, 0).map_err(map_error("node_v4"))?;
+        }
+        for address in wanted.node_v6.difference(&old_node_v6) {
+            self.node_v6.insert(address, 1, 0).map_err(map_error("node_v6"))?;
+        }
+        for &(bits, address) in wanted.prefixes_v4.difference(&old_prefixes_v4) {
+            self.prefixes_v4.insert(&Key::new(bits, address), 1, 0).map_err(map_error("prefixes_v4"))?;
+        }
+        for &(bits, address) in wanted.prefixes_v6.difference(&old_prefixes_v6) {
+            self.prefixes_v6.insert(&Key::new(bits, address), 1, 0).map_err(map_error("prefixes_v6"))?;
+        }
+
+        // An address that stops being the node's becomes a prefix's before that prefix goes.
+        for address in old_node_v4.difference(&wanted.node_v4) {
+            self.node_v4.remove(address).map_err(map_error("node_v4"))?;
+        }
+        for address in old_node_v6.difference(&wanted.node_v6) {
+            self.node_v6.remove(address).map_err(map_error("node_v6"))?;
+        }
+        for &(bits, address) in old_prefixes_v4.difference(&wanted.prefixes_v4) {
+            self.prefixes_v4.remove(&Key::new(bits, address)).map_err(map_error("prefixes_v4"))?;
+        }
+        for &(bits, address) in old_prefixes_v6.difference(&wanted.prefixes_v6) {
+            self.prefixes_v6.remove(&Key::new(bits, address)).map_err(map_error("prefixes_v6"))?;
+        }
+        for (word, (old, new)) in old_ports.iter().zip(&wanted.ports).enumerate() {
+            self.write_ports(word, old | new, *new)?;
+        }
+        Ok(())
+    }
+
+    fn read_ports(&self) -> Result<PortWords, AttachError> {
+        (0..PORT_WORDS).map(|word| self.ports.get(&word, 0).map_err(map_error("ports"))).collect()
+    }
+
+    /// The kernel copies a value of eight bytes as one word, so that a program sees the old bits or the new.
+    fn write_ports(&mut self, word: usize, old: u64, new: u64) -> Result<(), AttachError> {
+        if old == new {
+            return Ok(());
+        }
+        self.ports.set(word as u32, new, 0).map_err(map_error("ports"))
+    }
+}
+
+/// [`Owned`] in the form of the maps.
+#[derive(Debug, PartialEq, Eq)]
+struct Wanted {
+    prefixes_v4: HashSet<(u32, [u8; 4])>,
+    prefixes_v6: HashSet<(u32, [u8; 16])>,
+    node_v4: HashSet<[u8; 4]>,
+    node_v6: HashSet<[u8; 16]>,
+    ports: PortWords,
+}
+
+impl Wanted {
+    fn of(owned: &Owned) -> Result<Self, AttachError> {
+        let mut wanted = Self {
+            prefixes_v4: HashSet::new(),
+            prefixes_v6: HashSet::new(),
+            node_v4: HashSet::new(),
+            node_v6: HashSet::new(),
+            ports: vec![0; PORT_WORDS as usize].into_boxed_slice(),
+        };
+        for prefix in &owned.prefixes {
+            match prefix.trunc() {
+                IpNet::V4(net) => wanted.prefixes_v4.insert((net.prefix_len().into(), net.addr().octets())),
+                IpNet::V6(net) => wanted.prefixes_v6.insert((net.prefix_len().into(), net.addr().octets())),
+            };
+        }
+        for address in &owned.node_addresses {
+            match address {
+                IpAddr::V4(address) => wanted.node_v4.insert(address.octets()),
+                IpAddr::V6(address) => wanted.node_v6.insert(address.octets()),
+            };
+        }
+        for (protocol, range) in &owned.ports {
+            for port in range.clone() {
+                wanted.set_port(OWNED_SET, *protocol, port)?;
+            }
+        }
+        for (protocol, port) in &owned.failsafe_ports {
+            wanted.set_port(FAILSAFE_SET, *protocol, *port)?;
+        }
+        // The kernel holds the new beside the old for a moment; what does not even fit alone is refused before anything
+        // is changed.
+        fits("owned prefixes", wanted.prefixes_v4.len().max(wanted.prefixes_v6.len()), MAX_PREFIXES)?;
+        fits("node addresses", wanted.node_v4.len().max(wanted.node_v6.len()), MAX_NODE_ADDRESSES)?;
+        Ok(wanted)
+    }
+
+    fn set_port(&mut self, set: usize, protocol: Protocol, port: u16) -> Result<(), AttachError> {
+        let row = match protocol {
+            Protocol::TCP => 0,
+            Protocol::UDP => 1,
+            Protocol::SCTP => 2,
+            other => return Err(AttachError::Portless(other)),
+        };
+        let first = (set * PORT_PROTOCOLS + row) * WORDS_PER_PROTOCOL;
+        self.ports[first + usize::from(port / 64)] |= 1 << (port % 64);
+        Ok(())
+    }
+}
+
+fn fits(what: &'static str, count: usize, max: u32) -> Result<(), AttachError> {
+    let max = max as usize;
+    if count <= max { Ok(()) } else { Err(AttachError::TooMany { what, count, max }) }
+}
+
+fn plain<A: Pod>(key: Key<A>) -> (u32, A) {
+    (key.prefix_len(), key.data())
+}
+
+fn collect<K: Eq + Hash>(
+    name: &'static str,
+    keys: impl Iterator<Item = Result<K, MapError>>,
+) -> Result<HashSet<K>, AttachError> {
+    keys.collect::<Result<_, _>>().map_err(map_error(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_lie_where_the_program_looks_for_them() {
+        let owned = Owned {
+            ports: vec![(Protocol::TCP, 63..=64), (Protocol::SCTP, 65_535..=65_535)],
+            failsafe_ports: vec![(Protocol::UDP, 68)],
+            ..Owned::default()
+        };
+        let words = Wanted::of(&owned).unwrap().ports;
+        let set: Vec<_> =
+            words.iter().enumerate().filter(|(_, word)| **word != 0).map(|(i, word)| (i, *word)).collect();
+        assert_eq!(set, [(0, 1 << 63), (1, 1), (2 * 1024 + 1023, 1 << 63), (4 * 1024 + 1, 1 << 4)]);
+    }
+
+    #[test]
+    fn prefixes_lose_their_host_bits_and_count_once() {
+        let prefixes = ["10.1.2.3/16", "10.1.0.0/16", "fd00::1/64"].map(|text| text.parse().unwrap());
+        let wanted = Wanted::of(&Owned { prefixes: prefixes.to_vec(), ..Owned::default() }).unwrap();
+        assert_eq!(wanted.prefixes_v4, HashSet::from([(16, [10, 1, 0, 0])]));
+        let mut address = [0; 16];
+        address[0] = 0xfd;
+        assert_eq!(wanted.prefixes_v6, HashSet::from([(64, address)]));
+    }
+
+    #[test]
+    fn ports_of_a_protocol_without_ports_are_refused() {
+        let owned = Owned { ports: vec![(Protocol::ICMP, 1..=1)], ..Owned::default() };
+        assert!(matches!(Wanted::of(&owned), Err(AttachError::Portless(Protocol::ICMP))));
+    }
+}

@@ -1,0 +1,81 @@
+//! What a worker counts. The law (the design, "Life of a packet", 11):
+//! `rx + generated = tx + drops + punted + consumed + held`.
+
+use weir_packet::DropReason;
+
+/// Indices into a worker's counters; the drop reasons follow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(usize)]
+pub enum Counter {
+    /// Packets received.
+    Rx,
+    /// Packets that weir made: answers, resets, ICMP errors, fragments.
+    Generated,
+    /// Packets sent, those to the node's kernel excepted.
+    Tx,
+    /// Packets handed to the node's kernel.
+    Punted,
+    /// Packets that were answered or merged.
+    Consumed,
+    /// Connections opened.
+    Opened,
+}
+
+/// Number of counters that are no drop reason.
+pub const PLAIN_COUNTERS: usize = 6;
+/// Number of counters of a worker.
+pub const COUNTERS: usize = PLAIN_COUNTERS + DropReason::COUNT;
+
+/// Index of a drop reason's counter.
+#[inline]
+pub const fn drop_index(reason: DropReason) -> usize {
+    PLAIN_COUNTERS + reason as usize
+}
+
+/// The sums of all workers at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Totals {
+    /// Packets received.
+    pub rx: u64,
+    /// Packets made.
+    pub generated: u64,
+    /// Packets sent.
+    pub tx: u64,
+    /// Packets handed to the node's kernel.
+    pub punted: u64,
+    /// Packets answered or merged.
+    pub consumed: u64,
+    /// Packets that wait for a neighbour.
+    pub held: u64,
+    /// Connections opened.
+    pub opened: u64,
+    /// Packets dropped, by reason; reasons that never occurred are left out.
+    pub drops: Vec<(DropReason, u64)>,
+}
+
+impl Totals {
+    /// From a worker's (or the summed) counters and the number of packets held.
+    pub fn new(counters: &[u64; COUNTERS], held: u64) -> Self {
+        let of = |c: Counter| counters[c as usize];
+        Self {
+            rx: of(Counter::Rx),
+            generated: of(Counter::Generated),
+            tx: of(Counter::Tx),
+            punted: of(Counter::Punted),
+            consumed: of(Counter::Consumed),
+            held,
+            opened: of(Counter::Opened),
+            drops: DropReason::ALL.iter().map(|r| (*r, counters[drop_index(*r)])).filter(|(_, n)| *n > 0).collect(),
+        }
+    }
+
+    /// All drops.
+    pub fn dropped(&self) -> u64 {
+        self.drops.iter().map(|(_, n)| n).sum()
+    }
+
+    /// Whether the law holds.
+    pub fn balance(&self) -> bool {
+        self.rx + self.generated == self.tx + self.dropped() + self.punted + self.consumed + self.held
+    }
+}

@@ -1,0 +1,221 @@
+//! The verdict on the first packet of a connection.
+//!
+//! [`decide`] sees a flow key, where it came from, and the tables of a snapshot; no packet, no clock. The running dataplane,
+//! `weir replay` and `weir trace` call this same function, so a trace tells what the router does.
+
+use weir_nat::{Backend, Decision as ServiceDecision, ServiceId};
+use weir_packet::{Address, DropReason, FlowKey, Ports, Protocol};
+use weir_policy::{Judgement, PolicyDirection};
+
+use crate::{
+    forwarding::{AdjacencyId, Route, Routed, RouteKind, WorkloadId},
+    snapshot::Snapshot,
+};
+
+/// Where a packet came from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Origin {
+    /// A workload of this node.
+    Workload(WorkloadId),
+    /// This node's own kernel.
+    Host,
+    /// An uplink, a tunnel included.
+    Uplink,
+}
+
+/// What happens to the first packet of a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// It is forwarded.
+    Forward,
+    /// It goes to this node's kernel; no service claims it.
+    Local,
+    /// No service claims it and there is no route.
+    Pass,
+    /// It is dropped.
+    Drop(DropReason),
+    /// It is dropped and its sender is told.
+    Reject(DropReason),
+}
+
+/// A verdict with all that led to it.
+#[derive(Debug, Clone)]
+pub struct Decision<'s, A: Address> {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// The key after DNAT, before SNAT.
+    pub translated: FlowKey<A>,
+    /// The service that claims the packet.
+    pub service: Option<ServiceId>,
+    /// Every backend that could have been picked.
+    pub candidates: &'s [Backend<A>],
+    /// The backend that was picked.
+    pub backend: Option<(A, u16)>,
+    /// That backend's stamp; 0 without one.
+    pub backend_stamp: u32,
+    /// Whether the service's rules masquerade the connection.
+    pub masquerade: bool,
+    /// The source address that the packet takes, for a service's sake or its pool's.
+    pub snat: Option<A>,
+    /// What the source workload's policies say.
+    pub egress: Option<Judgement>,
+    /// What the destination workload's policies say.
+    pub ingress: Option<Judgement>,
+    /// Where the packet goes.
+    pub route: Route,
+}
+
+impl<A: Address> Decision<'_, A> {
+    /// The adjacency of a packet that is forwarded.
+    pub fn adjacency(&self) -> Option<AdjacencyId> {
+        match self.route {
+            Route::Via(id) => Some(id),
+            Route::NoSuchPod | Route::None => None,
+        }
+    }
+}
+
+/// Judges the first packet of a connection.
+pub fn decide<'s, A: Routed>(
+    snapshot: &'s Snapshot,
+    from: Origin,
+    key: &FlowKey<A>,
+    random: &mut impl FnMut() -> u64,
+) -> Decision<'s, A> {
+    let forwarding = &snapshot.forwarding;
+    let mut decision = Decision {
+        verdict: Verdict::Forward,
+        translated: *key,
+        service: None,
+        candidates: &[],
+        backend: None,
+        backend_stamp: 0,
+        masquerade: false,
+        snat: None,
+        egress: None,
+        ingress: None,
+        route: Route::None,
+    };
+
+    if let Err(reason) = check_source(snapshot, from, key) {
+        decision.verdict = Verdict::Drop(reason);
+        return decision;
+    }
+
+    match snapshot.rules.services.services::<A>().decide(key, random) {
+        ServiceDecision::NotAService => {}
+        ServiceDecision::Translate { backend, masquerade, candidates, service } => {
+            decision.service = Some(service);
+            decision.candidates = candidates;
+            decision.backend = Some((backend.address, backend.port));
+            decision.backend_stamp = backend.stamp;
+            decision.masquerade = masquerade;
+            decision.translated.dst = backend.address;
+            decision.translated.ports = Ports::new(key.ports.source(), backend.port);
+        }
+        ServiceDecision::Reject { reason, service } => {
+            decision.service = service;
+            decision.verdict = Verdict::Reject(reason);
+            return decision;
+        }
+        ServiceDecision::Drop { reason, service } => {
+            decision.service = service;
+            decision.verdict = Verdict::Drop(reason);
+            return decision;
+        }
+    }
+
+    decision.route = forwarding.route(decision.translated.dst);
+    if let Err(reason) = judge(snapshot, from, &decision.translated, &mut decision.egress, &mut decision.ingress) {
+        decision.verdict = Verdict::Drop(reason);
+        return decision;
+    }
+
+    let claimed = decision.service.is_some();
+    match decision.route {
+        Route::NoSuchPod => decision.verdict = Verdict::Reject(DropReason::NoSuchPod),
+        Route::None if !claimed => decision.verdict = Verdict::Pass,
+        Route::None => {}
+        Route::Via(adjacency) => {
+            let kind = forwarding.adjacency(adjacency).kind;
+            if kind == RouteKind::Host && !claimed {
+                decision.verdict = Verdict::Local;
+            }
+            let leaves = matches!(kind, RouteKind::Direct | RouteKind::Ipip);
+            // A reply to the node's own port would never reach weir: what the kernel sends to a service takes a port of weir's.
+            let own_port = claimed && from == Origin::Host;
+            let outgoing = leaves && forwarding.nat_outgoing(decision.translated.src, decision.translated.dst);
+            if decision.masquerade || own_port || outgoing {
+                decision.snat = forwarding.masquerade_address(adjacency);
+            }
+        }
+    }
+    decision
+}
+
+/// Whether the packet may come from there with that source, and may be carried at all.
+pub fn check_source<A: Routed>(snapshot: &Snapshot, from: Origin, key: &FlowKey<A>) -> Result<(), DropReason> {
+    let forwarding = &snapshot.forwarding;
+    match from {
+        Origin::Workload(workload) => {
+            if forwarding.local_workload(key.src) != Some(workload) {
+                return Err(DropReason::SpoofedSource);
+            }
+            const VXLAN_PORT: u16 = 4789;
+            let tunnel = matches!(key.protocol, Protocol::IPIP | Protocol::IPV6)
+                || key.protocol == Protocol::UDP && key.ports.destination() == VXLAN_PORT;
+            if tunnel { Err(DropReason::WorkloadTunnel) } else { Ok(()) }
+        }
+        Origin::Host => Ok(()),
+        Origin::Uplink if forwarding.is_local(key.src) => Err(DropReason::MartianAddress),
+        Origin::Uplink => Ok(()),
+    }
+}
+
+/// Judges `translated` (after DNAT, before SNAT) by the policies of both ends: the source's egress, then the destination's ingress.
+pub fn judge<A: Routed>(
+    snapshot: &Snapshot,
+    from: Origin,
+    translated: &FlowKey<A>,
+    egress: &mut Option<Judgement>,
+    ingress: &mut Option<Judgement>,
+) -> Result<(), DropReason> {
+    let rules = &snapshot.rules;
+    let destination = snapshot.forwarding.local_workload(translated.dst);
+    if let Origin::Workload(source) = from {
+        if destination == Some(source) {
+            // A pod that talks to itself, directly or by a service, is never denied.
+            return Ok(());
+        }
+        let endpoint = rules.endpoint(source).ok_or(DropReason::PolicyNotReady)?;
+        let judgement = rules.policy.judge(endpoint, PolicyDirection::Egress, translated);
+        let allow = judgement.allow;
+        *egress = Some(judgement);
+        if !allow {
+            return Err(DropReason::PolicyDeniedEgress);
+        }
+    }
+    // The node's own processes always reach its pods (POLICY 12).
+    if let (Some(destination), true) = (destination, from != Origin::Host) {
+        let endpoint = rules.endpoint(destination).ok_or(DropReason::PolicyNotReady)?;
+        let judgement = rules.policy.judge(endpoint, PolicyDirection::Ingress, translated);
+        let allow = judgement.allow;
+        *ingress = Some(judgement);
+        if !allow {
+            return Err(DropReason::PolicyDeniedIngress);
+        }
+    }
+    Ok(())
+}
+
+/// The stamps of both ends' policies, as a connection keeps them: source, destination; 0 for an end that is no workload of this node.
+pub fn policy_stamps<A: Routed>(snapshot: &Snapshot, from: Origin, translated: &FlowKey<A>) -> [u32; 2] {
+    let stamp = |workload: Option<WorkloadId>| {
+        workload.and_then(|w| snapshot.rules.endpoint(w)).map_or(0, |endpoint| snapshot.rules.policy.stamp(endpoint))
+    };
+    let source = match from {
+        Origin::Workload(workload) => Some(workload),
+        Origin::Host | Origin::Uplink => None,
+    };
+    [stamp(source), stamp(snapshot.forwarding.local_workload(translated.dst))]
+}

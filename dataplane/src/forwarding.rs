@@ -1,0 +1,659 @@
+//! Forwarding tables: where an address is, and how to get there.
+//!
+//! Compiled from [`Cluster`] and [`Links`] whenever one of them changes; immutable afterwards. The first packet of a connection
+//! asks [`Forwarding::route`] once per direction and stores the answer, an [`AdjacencyId`], in the connection; later packets
+//! only index the adjacency array. Ids are valid within one generation: a connection judged in another generation asks again.
+//!
+//! Who owns a destination (the design, "Life of a packet"): an address of this node itself; a pod by its addresses;
+//! a node by its pod ranges; a kernel route.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use hashbrown::{HashMap, HashSet};
+use ipnet::IpNet;
+use weir_packet::{Address, Mac};
+
+use crate::{
+    driver::PortId,
+    frame::IfIndex,
+    model::{self, Cluster, Links, Role, TunnelMode},
+    prefix::PrefixMap,
+};
+
+/// Index of a device in [`Forwarding`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct DeviceId(pub u32);
+
+/// Index of an adjacency in [`Forwarding`]; 16 bits, so that a connection keeps both directions' and their generation in one word.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct AdjacencyId(pub u16);
+
+/// Index of a workload in the [`Cluster`] that this was compiled from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct WorkloadId(pub u32);
+
+/// Index of a node in the [`Cluster`] that this was compiled from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct NodeId(pub u32);
+
+/// A device, as the pipeline needs it.
+#[derive(Debug, Clone)]
+pub struct Device {
+    /// Its name.
+    pub name: String,
+    /// The kernel's index.
+    pub index: IfIndex,
+    /// Its role.
+    pub role: Role,
+    /// Where it is reached.
+    pub port: PortId,
+    /// Its MAC address.
+    pub mac: Mac,
+    /// Bytes of the largest IP packet that it carries.
+    pub mtu: u32,
+    /// The workload behind it.
+    pub workload: Option<WorkloadId>,
+    /// Its IPv6 link-local address.
+    pub link_local: Option<Ipv6Addr>,
+    address4: Option<Ipv4Addr>,
+    address6: Option<Ipv6Addr>,
+}
+
+/// What is put around a packet on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Encapsulation {
+    /// Nothing.
+    None,
+    /// An IPv4 header (RFC 2003).
+    Ipip {
+        /// This node's address.
+        src: Ipv4Addr,
+        /// The other node's address.
+        dst: Ipv4Addr,
+    },
+}
+
+/// A resolved next step: device, MAC address, tunnel.
+#[derive(Debug, Clone)]
+pub struct Adjacency {
+    /// The device it leaves by; `None` where the manifests alone (a trace without devices) do not tell.
+    pub device: Option<DeviceId>,
+    /// The next hop's IP address on that device.
+    pub next_hop: IpAddr,
+    /// The next hop's MAC address; `None` while it is not resolved.
+    pub mac: Option<Mac>,
+    /// Tunnel.
+    pub encapsulation: Encapsulation,
+    /// Bytes of the largest IP packet that fits, a tunnel's header already taken off.
+    pub mtu: u32,
+    /// What kind of route this is.
+    pub kind: RouteKind,
+}
+
+/// The kinds of route, as traces name them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RouteKind {
+    /// To a workload of this node.
+    Workload,
+    /// Over an uplink.
+    Direct,
+    /// Over an uplink, in an IPIP tunnel.
+    Ipip,
+    /// To this node's own kernel.
+    Host,
+}
+
+/// Where a destination is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Route {
+    /// There.
+    Via(AdjacencyId),
+    /// An address of this node's own pod range that no pod has.
+    NoSuchPod,
+    /// Nowhere that weir knows.
+    None,
+}
+
+/// Who owns a pod's address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    Local(WorkloadId),
+    Node(NodeId),
+    OwnRange,
+}
+
+/// The tables of one address family.
+#[derive(Debug)]
+pub struct Family<A: Address> {
+    local: HashSet<A>,
+    pods: HashMap<A, Owner>,
+    ranges: PrefixMap<A, Owner>,
+    routes: PrefixMap<A, AdjacencyId>,
+    pools: PrefixMap<A, PoolFacts>,
+    /// Adjacency towards each workload of this node, by workload.
+    workloads: HashMap<u32, AdjacencyId>,
+    /// Adjacency towards each other node, by node: with the tunnel, and without.
+    tunnels: HashMap<u32, AdjacencyId>,
+    nodes: HashMap<u32, AdjacencyId>,
+    /// Addresses of nodes, tunnels' included, to recognise senders of tunnel packets.
+    node_addresses: HashMap<A, NodeId>,
+    internal: Option<A>,
+    tunnel: Option<A>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct PoolFacts {
+    ipip: TunnelMode,
+    nat_outgoing: bool,
+}
+
+/// The forwarding tables of one moment.
+#[derive(Debug)]
+pub struct Forwarding {
+    devices: Vec<Device>,
+    by_index: HashMap<IfIndex, DeviceId>,
+    neighbors: HashMap<(IfIndex, IpAddr), Mac>,
+    adjacencies: Vec<Adjacency>,
+    host: AdjacencyId,
+    this_node: Option<NodeId>,
+    same_subnet: Vec<bool>,
+    v4: Family<Ipv4Addr>,
+    v6: Family<Ipv6Addr>,
+    cluster_workloads: Vec<String>,
+}
+
+/// Next hops that one node can have: pods of its own, other nodes (twice: directly and by tunnel), gateways and neighbours.
+pub const MAX_ADJACENCIES: usize = u16::MAX as usize;
+
+/// There are more next hops than a connection can number.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{count} next hops (pods of this node, nodes, gateways, neighbours) are more than the {MAX_ADJACENCIES} that weir can number")]
+pub struct TooManyNextHops {
+    /// How many there are.
+    pub count: usize,
+}
+
+/// Picks the tables of an address family; implemented by IPv4 and IPv6 addresses only.
+pub trait Routed: weir_nat::Family {
+    /// The tables of this family.
+    fn family(forwarding: &Forwarding) -> &Family<Self>;
+    /// The device's address of this family, link-local ones excepted.
+    fn device_address(device: &Device) -> Option<Self>;
+}
+
+impl Routed for Ipv4Addr {
+    #[inline]
+    fn family(forwarding: &Forwarding) -> &Family<Self> {
+        &forwarding.v4
+    }
+    fn device_address(device: &Device) -> Option<Self> {
+        device.address4
+    }
+}
+
+impl Routed for Ipv6Addr {
+    #[inline]
+    fn family(forwarding: &Forwarding) -> &Family<Self> {
+        &forwarding.v6
+    }
+    fn device_address(device: &Device) -> Option<Self> {
+        device.address6
+    }
+}
+
+impl Forwarding {
+    /// Compiles the tables. Uplinks become ports 1, 2, ... in the order of `links.devices`.
+    ///
+    /// # Errors
+    /// Where there are more next hops than a connection can number.
+    pub fn compile(cluster: &Cluster, links: &Links) -> Result<Self, TooManyNextHops> {
+        let forwarding = Compiler::new(cluster, links).finish();
+        match forwarding.adjacencies.len() {
+            count if count > MAX_ADJACENCIES => Err(TooManyNextHops { count }),
+            _ => Ok(forwarding),
+        }
+    }
+
+    /// The device with the kernel's index `index`.
+    #[inline]
+    pub fn device_by_index(&self, index: IfIndex) -> Option<DeviceId> {
+        self.by_index.get(&index).copied()
+    }
+
+    /// A device by its id.
+    #[inline]
+    pub fn device(&self, id: DeviceId) -> &Device {
+        &self.devices[id.0 as usize]
+    }
+
+    /// The MAC address of `address` on a device.
+    pub fn neighbor(&self, device: IfIndex, address: IpAddr) -> Option<Mac> {
+        self.neighbors.get(&(device, address)).copied()
+    }
+
+    /// All devices.
+    pub fn devices(&self) -> impl Iterator<Item = (DeviceId, &Device)> {
+        self.devices.iter().enumerate().map(|(i, d)| (DeviceId(i as u32), d))
+    }
+
+    /// An adjacency by its id.
+    #[inline]
+    pub fn adjacency(&self, id: AdjacencyId) -> &Adjacency {
+        &self.adjacencies[id.0 as usize]
+    }
+
+    /// The way to this node's own kernel.
+    #[inline]
+    pub fn host(&self) -> AdjacencyId {
+        self.host
+    }
+
+    /// "namespace/name" of a workload.
+    pub fn workload_name(&self, id: WorkloadId) -> &str {
+        &self.cluster_workloads[id.0 as usize]
+    }
+
+    /// Whether `address` is one of this node's own.
+    #[inline]
+    pub fn is_local<A: Routed>(&self, address: A) -> bool {
+        A::family(self).local.contains(&address)
+    }
+
+    /// The workload of this node that has `address`.
+    #[inline]
+    pub fn local_workload<A: Routed>(&self, address: A) -> Option<WorkloadId> {
+        match A::family(self).pods.get(&address) {
+            Some(Owner::Local(workload)) => Some(*workload),
+            _ => None,
+        }
+    }
+
+    /// The cluster node that `address` belongs to: a pod's node, a node's pod range, or a node's own address.
+    pub fn node_of<A: Routed>(&self, address: A) -> Option<NodeId> {
+        let family = A::family(self);
+        if let Some(node) = family.node_addresses.get(&address) {
+            return Some(*node);
+        }
+        match family.pods.get(&address).or_else(|| family.ranges.get(address))? {
+            Owner::Node(node) => Some(*node),
+            Owner::Local(_) | Owner::OwnRange => self.this_node,
+        }
+    }
+
+    /// The node that has `address` as its own.
+    pub fn node_by_address<A: Routed>(&self, address: A) -> Option<NodeId> {
+        A::family(self).node_addresses.get(&address).copied()
+    }
+
+    /// This node.
+    pub fn this_node(&self) -> Option<NodeId> {
+        self.this_node
+    }
+
+    /// Whether what leaves for `destination` from `source` by an uplink is to be masqueraded for its pool's sake (natOutgoing).
+    pub fn nat_outgoing<A: Routed>(&self, source: A, destination: A) -> bool {
+        let pools = &A::family(self).pools;
+        pools.get(source).is_some_and(|pool| pool.nat_outgoing) && pools.get(destination).is_none()
+    }
+
+    /// Where `destination` is.
+    pub fn route<A: Routed>(&self, destination: A) -> Route {
+        let family = A::family(self);
+        if family.local.contains(&destination) {
+            return Route::Via(self.host);
+        }
+        let via = |id: Option<&AdjacencyId>| id.map_or(Route::None, |id| Route::Via(*id));
+        match family.pods.get(&destination).or_else(|| family.ranges.get(destination)) {
+            Some(Owner::Local(workload)) => via(family.workloads.get(&workload.0)),
+            Some(Owner::OwnRange) => Route::NoSuchPod,
+            Some(Owner::Node(node)) => {
+                let tunnelled = match family.pools.get(destination).map_or(TunnelMode::Never, |p| p.ipip) {
+                    TunnelMode::Never => false,
+                    TunnelMode::Always => true,
+                    TunnelMode::CrossSubnet => !self.same_subnet[node.0 as usize],
+                };
+                let chosen = if tunnelled { family.tunnels.get(&node.0) } else { None };
+                via(chosen.or_else(|| family.nodes.get(&node.0)).or_else(|| family.routes.get(destination)))
+            }
+            None => via(family.routes.get(destination)),
+        }
+    }
+
+    /// This node's address for packets that leave by `adjacency`: the device's own, else the node's InternalIP.
+    pub fn address_towards<A: Routed>(&self, adjacency: AdjacencyId) -> Option<A> {
+        let family = A::family(self);
+        let adjacency = self.adjacency(adjacency);
+        adjacency.device.and_then(|d| A::device_address(self.device(d))).or(family.internal)
+    }
+
+    /// The address that masqueraded packets take that leave by `adjacency`: into a tunnel the node's tunnel address, else
+    /// [`Forwarding::address_towards`].
+    pub fn masquerade_address<A: Routed>(&self, adjacency: AdjacencyId) -> Option<A> {
+        if self.adjacency(adjacency).encapsulation == Encapsulation::None {
+            self.address_towards(adjacency)
+        } else {
+            let family = A::family(self);
+            family.tunnel.or(family.internal)
+        }
+    }
+
+    /// This node's addresses, both families, sorted.
+    pub fn local_addresses(&self) -> Vec<IpAddr> {
+        let mut all: Vec<IpAddr> = self.v4.local.iter().map(|a| a.to_ip()).collect();
+        all.extend(self.v6.local.iter().map(|a| a.to_ip()));
+        all.sort();
+        all
+    }
+}
+
+struct Compiler<'a> {
+    cluster: &'a Cluster,
+    links: &'a Links,
+    this_node: Option<NodeId>,
+    devices: Vec<Device>,
+    by_index: HashMap<IfIndex, DeviceId>,
+    neighbors: HashMap<(IfIndex, IpAddr), Mac>,
+    adjacencies: Vec<Adjacency>,
+    known: HashMap<(Option<DeviceId>, IpAddr, Encapsulation), AdjacencyId>,
+    same_subnet: Vec<bool>,
+}
+
+impl<'a> Compiler<'a> {
+    fn new(cluster: &'a Cluster, links: &'a Links) -> Self {
+        let this_node = cluster.nodes.iter().position(|n| n.name == cluster.node_name).map(|i| NodeId(i as u32));
+        let internal = this_node.map(|n| cluster.nodes[n.0 as usize].internal_ips.clone()).unwrap_or_default();
+        let by_device: HashMap<&str, WorkloadId> = local_workloads(cluster).map(|(id, w)| (w.device.as_str(), id)).collect();
+
+        let mut next_uplink = 1;
+        let mut devices: Vec<Device> = links
+            .devices
+            .iter()
+            .map(|d| {
+                let port = match d.role {
+                    Role::Uplink => {
+                        next_uplink += 1;
+                        PortId(next_uplink - 1)
+                    }
+                    Role::Workload | Role::Host => PortId::TRUNK,
+                };
+                Device {
+                    name: d.name.clone(),
+                    index: d.index,
+                    role: d.role,
+                    port,
+                    mac: d.mac,
+                    mtu: d.mtu,
+                    workload: by_device.get(d.name.as_str()).copied().filter(|_| d.role == Role::Workload),
+                    link_local: d.addresses.iter().find_map(|n| match n.addr() {
+                        IpAddr::V6(a) if a.is_unicast_link_local() => Some(a),
+                        _ => None,
+                    }),
+                    address4: first_address(d, &internal),
+                    address6: first_address(d, &internal),
+                }
+            })
+            .collect();
+        if !devices.iter().any(|d| d.role == Role::Host) {
+            // The node's kernel is always there, whether or not the configuration names it.
+            devices.push(Device {
+                name: "host".into(),
+                index: IfIndex::HOST,
+                role: Role::Host,
+                port: PortId::TRUNK,
+                mac: Mac::default(),
+                mtu: 65535,
+                workload: None,
+                link_local: None,
+                address4: None,
+                address6: None,
+            });
+        }
+        let by_index = devices.iter().enumerate().map(|(i, d)| (d.index, DeviceId(i as u32))).collect();
+        let mut neighbors: HashMap<(IfIndex, IpAddr), Mac> = HashMap::new();
+        for device in &devices {
+            let Some(workload) = device.workload.map(|w| &cluster.workloads[w.0 as usize]) else { continue };
+            let Some(mac) = workload.mac else { continue };
+            neighbors.extend(workload.addresses.iter().map(|ip| ((device.index, *ip), mac)));
+        }
+        neighbors.extend(links.neighbors.iter().map(|n| ((n.device, n.address), n.mac)));
+        Self {
+            cluster,
+            links,
+            this_node,
+            devices,
+            by_index,
+            neighbors,
+            adjacencies: Vec::new(),
+            known: HashMap::new(),
+            same_subnet: Vec::new(),
+        }
+    }
+
+    fn finish(mut self) -> Forwarding {
+        let host_device = self.devices.iter().position(|d| d.role == Role::Host).map(|i| DeviceId(i as u32));
+        let host_mac = host_device.map(|d| self.devices[d.0 as usize].mac).unwrap_or_default();
+        let host = AdjacencyId(0);
+        self.adjacencies.push(Adjacency {
+            device: host_device,
+            next_hop: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            mac: Some(host_mac),
+            encapsulation: Encapsulation::None,
+            // The kernel takes what the uplink or pod could send; the frame bounds it.
+            mtu: 65535,
+            kind: RouteKind::Host,
+        });
+        self.same_subnet = (0..self.cluster.nodes.len()).map(|n| self.in_own_subnet(&self.cluster.nodes[n])).collect();
+        let v4 = self.family::<Ipv4Addr>();
+        let v6 = self.family::<Ipv6Addr>();
+        Forwarding {
+            devices: self.devices,
+            by_index: self.by_index,
+            neighbors: self.neighbors,
+            adjacencies: self.adjacencies,
+            host,
+            this_node: self.this_node,
+            same_subnet: self.same_subnet,
+            v4,
+            v6,
+            cluster_workloads: self.cluster.workloads.iter().map(|w| w.name.clone()).collect(),
+        }
+    }
+
+    /// CrossSubnet's question: is the node's address within this node's subnet (its annotation's prefix, else an uplink's)?
+    fn in_own_subnet(&self, node: &model::Node) -> bool {
+        let Some(address) = direct_address::<Ipv4Addr>(node) else { return false };
+        if let Some(own) = self.this_node.and_then(|n| self.cluster.nodes[n.0 as usize].ipv4_address) {
+            return own.contains(&address);
+        }
+        self.links
+            .devices
+            .iter()
+            .filter(|d| d.role == Role::Uplink)
+            .flat_map(|d| &d.addresses)
+            .any(|net| net.contains(&IpAddr::V4(address)))
+    }
+
+    fn adjacency(&mut self, device: Option<DeviceId>, next_hop: IpAddr, encapsulation: Encapsulation) -> AdjacencyId {
+        if let Some(id) = self.known.get(&(device, next_hop, encapsulation)) {
+            return *id;
+        }
+        let (mtu, mac, role) = match device.map(|d| &self.devices[d.0 as usize]) {
+            Some(d) => (d.mtu, self.neighbors.get(&(d.index, next_hop)).copied(), Some(d.role)),
+            None => (u32::MAX, None, None),
+        };
+        let (mtu, kind) = match encapsulation {
+            Encapsulation::Ipip { .. } => (mtu.saturating_sub(20), RouteKind::Ipip),
+            Encapsulation::None if role == Some(Role::Workload) => (mtu, RouteKind::Workload),
+            Encapsulation::None => (mtu, RouteKind::Direct),
+        };
+        let id = AdjacencyId(self.adjacencies.len() as u16);
+        self.adjacencies.push(Adjacency { device, next_hop, mac, encapsulation, mtu, kind });
+        self.known.insert((device, next_hop, encapsulation), id);
+        id
+    }
+
+    fn family<A: Routed>(&mut self) -> Family<A> {
+        let cluster = self.cluster;
+        let own = self.this_node.map(|n| &cluster.nodes[n.0 as usize]);
+
+        let mut local: HashSet<A> = HashSet::new();
+        let node_ips = own.into_iter().flat_map(|n| n.internal_ips.iter().chain(&n.other_ips));
+        match &cluster.local_addresses {
+            Some(given) => local.extend(given.iter().filter_map(|ip| A::from_ip(*ip))),
+            None => local.extend(node_ips.filter_map(|ip| A::from_ip(*ip))),
+        }
+        let tunnel = own.and_then(|n| n.tunnel_address).and_then(|a| A::from_ip(IpAddr::V4(a)));
+        local.extend(tunnel);
+        local.extend(own.and_then(|n| n.ipv4_address).and_then(|net| A::from_ip(IpAddr::V4(net.addr()))));
+        for device in self.links.devices.iter().filter(|d| d.role != Role::Workload) {
+            local.extend(device.addresses.iter().filter_map(|net| A::from_ip(net.addr())));
+        }
+
+        // Next hops: connected prefixes and routes, the longest prefix first, the lowest metric among equals.
+        let mut hops: Vec<(A, u8, u32, Option<A>, DeviceId)> = Vec::new();
+        for device in &self.links.devices {
+            let id = self.by_index[&device.index];
+            if device.role == Role::Uplink {
+                hops.extend(device.addresses.iter().filter_map(|net| {
+                    Some((A::from_ip(net.network())?, net.prefix_len(), 0, None, id)).filter(|_| !is_link_local(net.addr()))
+                }));
+            }
+        }
+        for route in &self.links.routes {
+            let (Some(to), Some(id)) = (A::from_ip(route.to.network()), self.by_index.get(&route.device)) else { continue };
+            let via = match route.via {
+                Some(ip) => match A::from_ip(ip) {
+                    Some(via) => Some(via),
+                    None => continue,
+                },
+                None => None,
+            };
+            hops.push((to, route.to.prefix_len(), route.metric, via, *id));
+        }
+        hops.sort_by_key(|h| h.2);
+        let hop_map = PrefixMap::compile(hops.iter().map(|h| (h.0, h.1, (h.3, h.4))));
+
+        let mut node_addresses: HashMap<A, NodeId> = HashMap::new();
+        for (index, node) in cluster.nodes.iter().enumerate() {
+            let annotated = node.ipv4_address.map(|net| IpAddr::V4(net.addr()));
+            let tunnel = node.tunnel_address.map(IpAddr::V4);
+            for ip in node.internal_ips.iter().copied().chain(annotated).chain(tunnel) {
+                node_addresses.extend(A::from_ip(ip).map(|a| (a, NodeId(index as u32))));
+            }
+        }
+
+        let mut nodes: HashMap<u32, AdjacencyId> = HashMap::new();
+        let mut tunnels: HashMap<u32, AdjacencyId> = HashMap::new();
+        let own_outer = own.and_then(direct_address::<Ipv4Addr>);
+        for (index, node) in cluster.nodes.iter().enumerate() {
+            if self.this_node == Some(NodeId(index as u32)) {
+                continue;
+            }
+            let Some(address) = direct_address::<A>(node) else { continue };
+            let (device, hop) = match hop_map.get(address) {
+                Some((via, device)) => (Some(*device), via.unwrap_or(address)),
+                // Without devices (a trace of manifests alone) the node itself is the next hop.
+                None if self.links.devices.is_empty() => (None, address),
+                None => continue,
+            };
+            nodes.insert(index as u32, self.adjacency(device, hop.to_ip(), Encapsulation::None));
+            if let (Some(src), IpAddr::V4(dst)) = (own_outer, address.to_ip()) {
+                tunnels.insert(index as u32, self.adjacency(device, hop.to_ip(), Encapsulation::Ipip { src, dst }));
+            }
+        }
+
+        // Direct destinations on a link get an adjacency each; known neighbours and nodes are enough: others are made on demand
+        // through the prefix's own entry, whose next hop is the destination itself.
+        let mut routes: Vec<(A, u8, AdjacencyId)> = Vec::new();
+        for ((device, address), _) in self.neighbors.clone() {
+            let (Some(address), Some(id)) = (A::from_ip(address), self.by_index.get(&device).copied()) else { continue };
+            if self.devices[id.0 as usize].role != Role::Uplink {
+                continue;
+            }
+            if let Some((None, on)) = hop_map.get(address)
+                && *on == id
+            {
+                let adjacency = self.adjacency(Some(id), address.to_ip(), Encapsulation::None);
+                routes.push((address, A::BITS, adjacency));
+            }
+        }
+        for (to, length, _, via, device) in &hops {
+            // `unspecified` as next hop stands for "the destination itself": it is on the link and not resolved yet.
+            let hop = via.unwrap_or_else(A::unspecified);
+            let adjacency = self.adjacency(Some(*device), hop.to_ip(), Encapsulation::None);
+            routes.push((*to, *length, adjacency));
+        }
+
+        let mut pods: HashMap<A, Owner> = HashMap::new();
+        let mut workloads: HashMap<u32, AdjacencyId> = HashMap::new();
+        let device_by_name: HashMap<String, DeviceId> =
+            self.devices.iter().enumerate().map(|(i, d)| (d.name.clone(), DeviceId(i as u32))).collect();
+        for (index, workload) in cluster.workloads.iter().enumerate() {
+            let Some(node) = &workload.node else { continue };
+            let addresses = workload.addresses.iter().filter_map(|ip| A::from_ip(*ip));
+            if *node == cluster.node_name {
+                let id = WorkloadId(index as u32);
+                let device = device_by_name.get(&workload.device).copied();
+                for (position, address) in addresses.enumerate() {
+                    pods.insert(address, Owner::Local(id));
+                    if position == 0 && (device.is_some() || self.links.devices.is_empty()) {
+                        let adjacency = self.adjacency(device, address.to_ip(), Encapsulation::None);
+                        self.adjacencies[adjacency.0 as usize].kind = RouteKind::Workload;
+                        workloads.insert(index as u32, adjacency);
+                    }
+                }
+            } else if let Some(node) = cluster.nodes.iter().position(|n| n.name == *node) {
+                pods.extend(addresses.map(|a| (a, Owner::Node(NodeId(node as u32)))));
+            }
+        }
+        let ranges = cluster.nodes.iter().enumerate().flat_map(|(index, node)| {
+            let owner = match self.this_node {
+                Some(NodeId(own)) if own == index as u32 => Owner::OwnRange,
+                _ => Owner::Node(NodeId(index as u32)),
+            };
+            node.pod_cidrs.iter().filter_map(move |net| Some((A::from_ip(net.network())?, net.prefix_len(), owner)))
+        });
+
+        Family {
+            local,
+            pods,
+            ranges: PrefixMap::compile(ranges),
+            routes: PrefixMap::compile(routes),
+            pools: PrefixMap::compile(cluster.pools.iter().filter_map(|pool| {
+                let facts = PoolFacts { ipip: pool.ipip, nat_outgoing: pool.nat_outgoing };
+                Some((A::from_ip(pool.cidr.network())?, pool.cidr.prefix_len(), facts))
+            })),
+            workloads,
+            tunnels,
+            nodes,
+            node_addresses,
+            internal: own.and_then(|n| n.internal_ips.iter().find_map(|ip| A::from_ip(*ip))),
+            tunnel,
+        }
+    }
+}
+
+/// The workloads of this node, with their ids.
+pub fn local_workloads(cluster: &Cluster) -> impl Iterator<Item = (WorkloadId, &model::Workload)> {
+    let here = |w: &&model::Workload| w.node.as_deref() == Some(cluster.node_name.as_str());
+    cluster.workloads.iter().enumerate().map(|(i, w)| (WorkloadId(i as u32), w)).filter(move |(_, w)| here(&w))
+}
+
+/// The address under which other nodes reach `node`: its Calico annotation, else its first InternalIP.
+fn direct_address<A: Address>(node: &model::Node) -> Option<A> {
+    let annotated = node.ipv4_address.and_then(|net| A::from_ip(IpAddr::V4(net.addr())));
+    annotated.or_else(|| node.internal_ips.iter().find_map(|ip| A::from_ip(*ip)))
+}
+
+fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(a) => a.is_link_local(),
+        IpAddr::V6(a) => a.is_unicast_link_local(),
+    }
+}
+
+/// The device's address that the node is known by, else its first.
+fn first_address<A: Address>(device: &model::Device, internal: &[IpAddr]) -> Option<A> {
+    let usable = || device.addresses.iter().map(IpNet::addr).filter(|ip| !is_link_local(*ip));
+    usable().filter(|ip| internal.contains(ip)).find_map(A::from_ip).or_else(|| usable().find_map(A::from_ip))
+}

@@ -1,0 +1,77 @@
+//! Packets that wait for their next hop's MAC address.
+//!
+//! Whole but for the Ethernet destination; a few per next hop, and bounded in number and time (RFC 1122, 2.3.2.2: keep at least one).
+
+use std::net::IpAddr;
+
+use weir_packet::Tick;
+
+use crate::frame::{IfIndex, Packet};
+
+/// Packets that may wait for one next hop.
+const PER_NEXT_HOP: usize = 16;
+/// Packets that may wait in all, per worker.
+const CAPACITY: usize = 256;
+/// How long a packet waits: 3 s, as long as the kernel tries (three solicitations, one second apart; net.ipv4.neigh.*.mcast_solicit).
+pub const PATIENCE: u32 = (3_000_000_000 / Tick::NS) as u32;
+
+/// A packet that waits.
+#[derive(Debug)]
+pub struct HeldPacket {
+    /// The packet.
+    pub packet: Packet,
+    /// The device that it leaves by.
+    pub device: IfIndex,
+    /// Whose MAC address is missing.
+    pub next_hop: IpAddr,
+    /// Since when.
+    pub since: Tick,
+}
+
+/// A worker's waiting packets, oldest first.
+#[derive(Debug)]
+pub struct Held {
+    packets: Vec<HeldPacket>,
+}
+
+impl Held {
+    /// Room for all that may wait, allocated once.
+    pub fn new() -> Self {
+        Self { packets: Vec::with_capacity(CAPACITY) }
+    }
+
+    /// Number of waiting packets.
+    pub fn len(&self) -> usize {
+        self.packets.len()
+    }
+
+    /// Whether none waits.
+    pub fn is_empty(&self) -> bool {
+        self.packets.is_empty()
+    }
+
+    /// Keeps `held`. `Ok(true)` where it is the first for its next hop, so that somebody must ask for it.
+    ///
+    /// # Errors
+    /// The packet itself, where too many wait already.
+    pub fn push(&mut self, held: HeldPacket) -> Result<bool, Packet> {
+        let waiting = self.packets.iter().filter(|h| (h.device, h.next_hop) == (held.device, held.next_hop)).count();
+        if waiting >= PER_NEXT_HOP || self.packets.len() >= CAPACITY {
+            return Err(held.packet);
+        }
+        self.packets.push(held);
+        Ok(waiting == 0)
+    }
+
+    /// Removes and returns the first packet for which `take` says so.
+    pub fn take_if(&mut self, take: impl Fn(&HeldPacket) -> bool) -> Option<HeldPacket> {
+        let index = self.packets.iter().position(take)?;
+        Some(self.packets.remove(index))
+    }
+}
+
+impl Default for Held {
+    fn default() -> Self {
+        Self::new()
+    }
+}

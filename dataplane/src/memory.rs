@@ -1,0 +1,156 @@
+//! The memory driver: the same dataplane without devices, for `weir replay`, `weir bench` and tests.
+//!
+//! Packets are injected at a device and collected where they leave. Frames come from a heap arena and are accounted as a UMEM's are.
+
+use std::{collections::VecDeque, ptr::NonNull};
+
+use crate::{
+    driver::{Driver, PortId},
+    frame::{Arena, FRAME_BYTES, HEADROOM_BYTES, IfIndex, LinkType, MAX_PACKET_BYTES, Packet, Segment},
+};
+
+/// A driver whose rings are queues in memory.
+#[derive(Debug)]
+pub struct MemoryDriver {
+    arena: Arena,
+    /// Offsets of free frames.
+    free: Vec<u64>,
+    inboxes: Vec<VecDeque<Packet>>,
+    sent: Vec<Packet>,
+    /// Owns the arena's memory; never touched directly, so that the arena stays its only user.
+    memory: Box<[std::cell::UnsafeCell<[u8; FRAME_BYTES]>]>,
+}
+
+/// Why a packet was not injected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InjectError {
+    /// It does not fit a frame.
+    #[error("a packet of {0} bytes is longer than a frame holds ({MAX_PACKET_BYTES} bytes)")]
+    TooLong(usize),
+    /// All frames are in use.
+    #[error("no frame is free")]
+    NoFrame,
+}
+
+impl MemoryDriver {
+    /// A driver with `ports` ports and `frames` frames of [`FRAME_BYTES`] bytes.
+    pub fn new(ports: usize, frames: u32) -> Self {
+        let memory: Box<[_]> = (0..frames).map(|_| std::cell::UnsafeCell::new([0; FRAME_BYTES])).collect();
+        let base = NonNull::from(&*memory).cast::<u8>();
+        Self {
+            // SAFETY: `memory` is valid and initialised for frames * FRAME_BYTES bytes, its cells permit writing through a shared
+            // pointer, it lives and stays in place as long as `self` owns the box, and nothing else reads or writes it.
+            arena: unsafe { Arena::over(base, frames) },
+            free: (0..u64::from(frames)).rev().map(|i| i * FRAME_BYTES as u64).collect(),
+            inboxes: (0..ports).map(|_| VecDeque::new()).collect(),
+            sent: Vec::new(),
+            memory,
+        }
+    }
+
+    /// Puts a received packet into the queue of `port`.
+    ///
+    /// # Errors
+    /// Where it does not fit a frame, or none is free.
+    pub fn inject(&mut self, port: PortId, device: IfIndex, link: LinkType, bytes: &[u8]) -> Result<(), InjectError> {
+        if bytes.len() > MAX_PACKET_BYTES {
+            return Err(InjectError::TooLong(bytes.len()));
+        }
+        let mut packet = self.allocate().ok_or(InjectError::NoFrame)?;
+        packet.set_len(bytes.len());
+        packet.bytes_mut().copy_from_slice(bytes);
+        packet.device = device;
+        packet.link = link;
+        self.inboxes[usize::from(port.0)].push_back(packet);
+        Ok(())
+    }
+
+    /// Hands every packet that was sent since the last call to `look`, in order: the device that it left by, and its bytes.
+    pub fn drain_sent(&mut self, mut look: impl FnMut(IfIndex, &[u8])) {
+        for packet in std::mem::take(&mut self.sent) {
+            look(packet.device, packet.bytes());
+            self.release(packet);
+        }
+    }
+
+    /// Frames in use: in queues, or held by the pipeline.
+    pub fn outstanding(&self) -> u32 {
+        self.arena.outstanding()
+    }
+
+    /// Bytes of frame memory.
+    pub fn memory_bytes(&self) -> usize {
+        self.memory.len() * FRAME_BYTES
+    }
+}
+
+impl Driver for MemoryDriver {
+    fn ports(&self) -> usize {
+        self.inboxes.len()
+    }
+
+    fn receive(&mut self, port: PortId, into: &mut Vec<Packet>, limit: usize) -> usize {
+        let inbox = &mut self.inboxes[usize::from(port.0)];
+        let count = inbox.len().min(limit);
+        into.extend(inbox.drain(..count));
+        count
+    }
+
+    fn transmit(&mut self, _port: PortId, packets: &mut Vec<Packet>) {
+        self.sent.append(packets);
+    }
+
+    fn allocate(&mut self) -> Option<Packet> {
+        let offset = self.free.pop()?;
+        // SAFETY: the offset was on the free list, so nobody holds that frame.
+        let frame = unsafe { self.arena.take(offset) };
+        Some(Packet::new(Segment { frame, start: HEADROOM_BYTES as u16, len: 0 }, IfIndex::HOST, LinkType::Host))
+    }
+
+    fn release(&mut self, packet: Packet) {
+        let (head, tail) = packet.into_segments();
+        for segment in std::iter::once(head).chain(tail.into_iter().flatten()) {
+            self.free.push(self.arena.give_back(segment.frame));
+        }
+    }
+}
+
+impl Drop for MemoryDriver {
+    fn drop(&mut self) {
+        let queued: Vec<Packet> = self.inboxes.iter_mut().flat_map(|q| q.drain(..)).chain(self.sent.drain(..)).collect();
+        for packet in queued {
+            self.release(packet);
+        }
+        debug_assert!(std::thread::panicking() || self.arena.outstanding() == 0, "frames are missing at the end");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_go_round_and_are_accounted() {
+        let mut driver = MemoryDriver::new(2, 2);
+        driver.inject(PortId(1), IfIndex(3), LinkType::Host, b"one").unwrap();
+        driver.inject(PortId(1), IfIndex(3), LinkType::Host, b"two").unwrap();
+        assert_eq!(driver.inject(PortId(1), IfIndex(3), LinkType::Host, b"x"), Err(InjectError::NoFrame));
+        assert_eq!(
+            driver.inject(PortId(1), IfIndex(3), LinkType::Host, &[0; MAX_PACKET_BYTES + 1]),
+            Err(InjectError::TooLong(MAX_PACKET_BYTES + 1))
+        );
+        let mut burst = Vec::new();
+        assert_eq!(driver.receive(PortId::TRUNK, &mut burst, 64), 0);
+        assert_eq!(driver.receive(PortId(1), &mut burst, 1), 1);
+        assert_eq!(driver.receive(PortId(1), &mut burst, 64), 1);
+        let second = burst.pop().unwrap();
+        driver.release(second);
+        assert_eq!(driver.outstanding(), 1);
+        driver.transmit(PortId::TRUNK, &mut burst);
+        assert!(burst.is_empty());
+        let mut seen = Vec::new();
+        driver.drain_sent(|device, bytes| seen.push((device, bytes.to_vec())));
+        assert_eq!(seen, [(IfIndex(3), b"one".to_vec())]);
+        assert_eq!(driver.outstanding(), 0);
+    }
+}

@@ -1,0 +1,1108 @@
+//! What happens to the packets of a burst: parse, admit, track, translate, forward.
+//!
+//! [`process_burst`] is a plain function of a burst, a [`Context`] (snapshot, tables, clock) and the worker's own [`Pipeline`]
+//! (counters, random source, held packets); any driver will do, none is needed to test it. It works in two passes: the
+//! first parses every packet and asks memory for the buckets of their flows, the second handles one after the other.
+//!
+//! Every packet that comes in ends in exactly one of: transmitted, punted, dropped with a reason, consumed, held
+//! (asserted over whole runs, see [`crate::counters`]). What is to be sent is sent by [`Pipeline::flush`].
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crossbeam::channel::Sender;
+use rand_chacha::{ChaCha8Rng, rand_core::Rng};
+use weir_conntrack::{Attributes, ConnRef, Handle, Hash, Hit, Insert, NewConn, Observed, Opening, Table, Tracked};
+use weir_nat::{AllocateError, Attempt};
+use weir_packet::{
+    Address, Direction, DropReason, FlowKey, Mac, Ports, Protocol, Tick,
+    build::{self, IcmpError},
+    parse::{self, Arp, Kind, Parsed, View},
+    rewrite,
+};
+use weir_sync::{Turn, WorkerCounters};
+
+use crate::{
+    counters::{COUNTERS, Counter, Totals, drop_index},
+    decide::{self, Decision, Origin, Verdict},
+    driver::{Driver, PortId},
+    forwarding::{AdjacencyId, DeviceId, Encapsulation, Forwarding, Route, RouteKind, Routed},
+    frame::{IfIndex, LinkType, Packet},
+    held::{Held, HeldPacket, PATIENCE},
+    model::Role,
+    snapshot::Snapshot,
+};
+
+const ETHERNET_BYTES: usize = 14;
+const IPIP_HEADER_BYTES: u16 = 20;
+/// Calico's gateway address on every workload device.
+const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+/// "No next hop" in a connection; adjacencies have smaller numbers ([`crate::forwarding::MAX_ADJACENCIES`]).
+const NO_HOP: u16 = u16::MAX;
+/// Pieces that one packet is split into at most: a frame's worth of packet over the smallest IPv6 and a small IPv4 MTU.
+const MAX_FRAGMENTS: usize = 8;
+/// ICMP errors and resets that a worker may send at once, and per tick of 10 ms (RFC 1812, 4.3.2.8: errors are rate-limited).
+const ERROR_BURST: u32 = 1000;
+const ERRORS_PER_TICK: u32 = 10;
+
+/// The connection tables of both families.
+#[derive(Debug)]
+pub struct Tables {
+    /// IPv4.
+    pub v4: Table<Ipv4Addr>,
+    /// IPv6.
+    pub v6: Table<Ipv6Addr>,
+}
+
+/// A worker's handles on both tables.
+#[derive(Debug)]
+pub struct Handles {
+    v4: Handle,
+    v6: Handle,
+}
+
+/// An address family with a connection table.
+pub trait Family: Routed {
+    /// The family's table.
+    fn table(tables: &Tables) -> &Table<Self>;
+    /// The family's handle.
+    fn handle(handles: &mut Handles) -> &mut Handle;
+    /// Packets of the family that the second pass has still to handle.
+    fn pending(pipeline: &mut Pipeline) -> &mut Vec<Pending<Self>>;
+    /// Handles link-scope traffic of a workload.
+    fn workload_control<D: Driver>(
+        pipeline: &mut Pipeline,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<Self>,
+        device: DeviceId,
+        context: &Context<'_>,
+    );
+}
+
+impl Family for Ipv4Addr {
+    #[inline]
+    fn table(tables: &Tables) -> &Table<Self> {
+        &tables.v4
+    }
+    #[inline]
+    fn handle(handles: &mut Handles) -> &mut Handle {
+        &mut handles.v4
+    }
+    #[inline]
+    fn pending(pipeline: &mut Pipeline) -> &mut Vec<Pending<Self>> {
+        &mut pipeline.pending4
+    }
+    /// IPv4 has ARP for its neighbours; multicast and IGMP end here.
+    fn workload_control<D: Driver>(
+        pipeline: &mut Pipeline,
+        driver: &mut D,
+        packet: Packet,
+        _view: &View<Self>,
+        _device: DeviceId,
+        _context: &Context<'_>,
+    ) {
+        pipeline.end(driver, packet, End::Drop(DropReason::LinkScope));
+    }
+}
+
+impl Family for Ipv6Addr {
+    #[inline]
+    fn table(tables: &Tables) -> &Table<Self> {
+        &tables.v6
+    }
+    #[inline]
+    fn handle(handles: &mut Handles) -> &mut Handle {
+        &mut handles.v6
+    }
+    #[inline]
+    fn pending(pipeline: &mut Pipeline) -> &mut Vec<Pending<Self>> {
+        &mut pipeline.pending6
+    }
+    fn workload_control<D: Driver>(
+        pipeline: &mut Pipeline,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<Self>,
+        device: DeviceId,
+        context: &Context<'_>,
+    ) {
+        pipeline.neighbor_solicitation(driver, packet, view, device, context);
+    }
+}
+
+/// What a burst is judged by.
+#[derive(Clone, Copy)]
+pub struct Context<'t> {
+    /// Services, policy, forwarding.
+    pub snapshot: &'t Snapshot,
+    /// Connections.
+    pub tables: &'t Tables,
+    /// The turn that keeps both alive.
+    pub turn: &'t Turn<'t>,
+    /// The time.
+    pub now: Tick,
+    /// Whether a TCP connection may be picked up mid-stream (nf_conntrack_tcp_loose).
+    pub tcp_loose: bool,
+}
+
+/// What a worker asks of, or tells, the control thread.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// Packets wait for this neighbour's MAC address.
+    Resolve {
+        /// The device that it is on.
+        device: IfIndex,
+        /// Its address.
+        address: IpAddr,
+    },
+    /// A workload whose MAC address was unknown sent a packet.
+    Learned {
+        /// The workload's device.
+        device: IfIndex,
+        /// The source address of the packet.
+        address: IpAddr,
+        /// The source MAC address of the packet.
+        mac: Mac,
+    },
+}
+
+/// A packet between the two passes.
+#[derive(Debug)]
+pub struct Pending<A: Address> {
+    packet: Packet,
+    view: View<A>,
+    origin: Origin,
+    hash: Hash,
+}
+
+/// How a packet ended. The caller counts it and takes the frame back.
+enum End {
+    Drop(DropReason),
+    Consumed,
+}
+
+/// A worker's own state.
+#[derive(Debug)]
+pub struct Pipeline {
+    handles: Handles,
+    counters: WorkerCounters<COUNTERS>,
+    random: ChaCha8Rng,
+    events: Sender<Event>,
+    held: Held,
+    generation: u32,
+    errors_left: u32,
+    errors_at: Tick,
+    pending4: Vec<Pending<Ipv4Addr>>,
+    pending6: Vec<Pending<Ipv6Addr>>,
+    egress: Vec<Vec<Packet>>,
+}
+
+impl Pipeline {
+    /// The state of one worker. `burst`: packets handled in one turn; `ports`: as the driver's.
+    pub fn new(
+        tables: &Tables,
+        counters: WorkerCounters<COUNTERS>,
+        random: ChaCha8Rng,
+        events: Sender<Event>,
+        burst: usize,
+        ports: usize,
+    ) -> Self {
+        Self {
+            handles: Handles { v4: tables.v4.handle(), v6: tables.v6.handle() },
+            counters,
+            random,
+            events,
+            held: Held::new(),
+            generation: 0,
+            errors_left: ERROR_BURST,
+            errors_at: Tick::default(),
+            pending4: Vec::with_capacity(burst),
+            pending6: Vec::with_capacity(burst),
+            // Every packet of a burst may have been answered, and held packets may be set free with it.
+            egress: (0..ports).map(|_| Vec::with_capacity(4 * burst + 512)).collect(),
+        }
+    }
+
+    /// Packets that wait for a neighbour.
+    pub fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    /// This worker's counters.
+    pub fn counters(&self) -> &WorkerCounters<COUNTERS> {
+        &self.counters
+    }
+
+    /// Counts a packet that no frame could hold: received and dropped.
+    pub fn count_oversized(&mut self) {
+        self.count(Counter::Rx);
+        self.counters.add(drop_index(DropReason::Truncated), 1);
+    }
+
+    /// What this worker counted.
+    pub fn totals(&self) -> Totals {
+        Totals::new(&std::array::from_fn(|index| self.counters.get(index)), self.held.len() as u64)
+    }
+
+    /// Sends what the turn made.
+    pub fn flush(&mut self, driver: &mut impl Driver) {
+        for port in 0..self.egress.len() {
+            let packets = &mut self.egress[port];
+            if packets.is_empty() {
+                continue;
+            }
+            let count = packets.len();
+            let to_host = |packets: &[Packet]| match port {
+                0 => packets.iter().filter(|p| p.device == IfIndex::HOST).count(),
+                _ => 0,
+            };
+            let punted = to_host(packets);
+            driver.transmit(PortId(port as u8), packets);
+            let unsent_punts = to_host(packets);
+            let sent_punts = punted - unsent_punts;
+            let sent = count - packets.len() - sent_punts;
+            self.counters.add(Counter::Punted as usize, sent_punts as u64);
+            self.counters.add(Counter::Tx as usize, sent as u64);
+            self.counters.add(drop_index(DropReason::TxRingFull), packets.len() as u64);
+            for packet in packets.drain(..) {
+                driver.release(packet);
+            }
+        }
+    }
+
+    fn count(&mut self, counter: Counter) {
+        self.counters.add(counter as usize, 1);
+    }
+
+    fn end(&mut self, driver: &mut impl Driver, packet: Packet, end: End) {
+        match end {
+            End::Drop(reason) => self.counters.add(drop_index(reason), 1),
+            End::Consumed => self.count(Counter::Consumed),
+        }
+        driver.release(packet);
+    }
+
+    /// Whether one more ICMP error or reset may be sent now.
+    fn may_send_error(&mut self, now: Tick) -> bool {
+        let earned = now.since(self.errors_at).saturating_mul(ERRORS_PER_TICK);
+        if earned > 0 {
+            self.errors_left = self.errors_left.saturating_add(earned).min(ERROR_BURST);
+            self.errors_at = now;
+        }
+        let may = self.errors_left > 0;
+        self.errors_left = self.errors_left.saturating_sub(1);
+        may
+    }
+
+    /// Drops every packet that still waits for a neighbour.
+    pub fn give_up_held(&mut self, driver: &mut impl Driver) {
+        while let Some(held) = self.held.take_if(|_| true) {
+            self.end(driver, held.packet, End::Drop(DropReason::NeighborUnresolved));
+        }
+    }
+
+    /// Work that needs no packet: held packets whose neighbour is known now, or that waited too long, and a share of the sweep
+    /// over the tables (`share` connections of each).
+    pub fn maintain(&mut self, driver: &mut impl Driver, context: &Context<'_>, share: u32) {
+        self.look_after_held(driver, context);
+        let Handles { v4, v6 } = &mut self.handles;
+        context.tables.v4.sweep(v4, context.now, share, context.turn);
+        context.tables.v6.sweep(v6, context.now, share, context.turn);
+    }
+
+    fn look_after_held(&mut self, driver: &mut impl Driver, context: &Context<'_>) {
+        if self.held.is_empty() {
+            self.generation = context.snapshot.generation;
+            return;
+        }
+        if self.generation != context.snapshot.generation {
+            self.generation = context.snapshot.generation;
+            let forwarding = &context.snapshot.forwarding;
+            while let Some(mut held) = self.held.take_if(|h| forwarding.neighbor(h.device, h.next_hop).is_some()) {
+                match (forwarding.neighbor(held.device, held.next_hop), forwarding.device_by_index(held.device)) {
+                    (Some(mac), Some(device)) => {
+                        let device = forwarding.device(device);
+                        held.packet.bytes_mut()[..6].copy_from_slice(&mac.0);
+                        held.packet.bytes_mut()[6..12].copy_from_slice(&device.mac.0);
+                        self.egress[usize::from(device.port.0)].push(held.packet);
+                    }
+                    _ => self.end(driver, held.packet, End::Drop(DropReason::NeighborUnresolved)),
+                }
+            }
+        }
+        let now = context.now;
+        while let Some(held) = self.held.take_if(|h| now.since(h.since) > PATIENCE) {
+            self.end(driver, held.packet, End::Drop(DropReason::NeighborUnresolved));
+        }
+    }
+}
+
+/// Handles all packets of `burst` and leaves it empty. [`Pipeline::flush`] sends what it made.
+pub fn process_burst<D: Driver>(pipeline: &mut Pipeline, driver: &mut D, burst: &mut Vec<Packet>, context: &Context<'_>) {
+    pipeline.counters.add(Counter::Rx as usize, burst.len() as u64);
+    for packet in burst.drain(..) {
+        pipeline.admit(driver, packet, context);
+    }
+    pipeline.drain_pending::<Ipv4Addr, D>(driver, context);
+    pipeline.drain_pending::<Ipv6Addr, D>(driver, context);
+}
+
+impl Pipeline {
+    fn drain_pending<A: Family, D: Driver>(&mut self, driver: &mut D, context: &Context<'_>) {
+        // Taken and put back, so that the packets can be handled with all of `self`; no allocation happens.
+        let mut pending = std::mem::take(A::pending(self));
+        for Pending { packet, view, origin, hash } in pending.drain(..) {
+            self.flow(driver, packet, &view, origin, hash, context);
+        }
+        *A::pending(self) = pending;
+    }
+
+    /// First pass: where it came from, parse, spoof check, tunnel; then its flow's bucket is fetched.
+    fn admit<D: Driver>(&mut self, driver: &mut D, mut packet: Packet, context: &Context<'_>) {
+        let forwarding = &*context.snapshot.forwarding;
+        let Some(device_id) = forwarding.device_by_index(packet.device) else {
+            return self.end(driver, packet, End::Drop(DropReason::UnknownDevice));
+        };
+        let device = forwarding.device(device_id);
+        let origin = match (device.role, device.workload) {
+            (Role::Uplink, _) => Origin::Uplink,
+            (Role::Host, _) => Origin::Host,
+            (Role::Workload, Some(workload)) => Origin::Workload(workload),
+            (Role::Workload, None) => return self.end(driver, packet, End::Drop(DropReason::UnknownDevice)),
+        };
+        if packet.link == LinkType::Other {
+            return self.end(driver, packet, End::Drop(DropReason::WrongMac));
+        }
+        match parse::parse(packet.bytes()) {
+            Ok(Parsed::V4(view)) if view.key.protocol == Protocol::IPIP && origin == Origin::Uplink => {
+                match decapsulate(&mut packet, &view, forwarding) {
+                    Ok(inner) => self.admit_ip(driver, packet, inner, origin, device_id, context),
+                    Err(reason) => self.end(driver, packet, End::Drop(reason)),
+                }
+            }
+            Ok(Parsed::V4(view)) => self.admit_ip(driver, packet, view, origin, device_id, context),
+            Ok(Parsed::V6(view)) => self.admit_ip(driver, packet, view, origin, device_id, context),
+            Ok(Parsed::Arp(arp)) => self.arp(driver, packet, &arp, origin, device_id, context),
+            Ok(Parsed::Other { .. }) if origin == Origin::Uplink => self.punt_frame(packet),
+            Ok(Parsed::Other { .. }) => self.end(driver, packet, End::Drop(DropReason::UnknownEtherType)),
+            Err(reason) => self.end(driver, packet, End::Drop(reason)),
+        }
+    }
+
+    fn admit_ip<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        mut packet: Packet,
+        view: View<A>,
+        origin: Origin,
+        device: DeviceId,
+        context: &Context<'_>,
+    ) {
+        let multicast = view.key.dst.is_multicast_or_broadcast();
+        if matches!(packet.link, LinkType::Broadcast | LinkType::Multicast) && !multicast {
+            return self.end(driver, packet, End::Drop(DropReason::WrongMac));
+        }
+        if matches!(view.kind, Kind::Control) || multicast {
+            return match origin {
+                Origin::Uplink => self.punt_frame(packet),
+                Origin::Workload(_) => A::workload_control(self, driver, packet, &view, device, context),
+                Origin::Host => self.end(driver, packet, End::Drop(DropReason::LinkScope)),
+            };
+        }
+        // Ethernet padding is none of the packet's.
+        packet.set_len(usize::from(view.end));
+        let hash = A::table(context.tables).hash(&view.key);
+        A::table(context.tables).prefetch(hash);
+        A::pending(self).push(Pending { packet, view, origin, hash });
+    }
+
+    /// Second pass: the connection of the packet, or its first judgement.
+    fn flow<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<A>,
+        origin: Origin,
+        hash: Hash,
+        context: &Context<'_>,
+    ) {
+        if let Err(reason) = decide::check_source(context.snapshot, origin, &view.key) {
+            return self.end(driver, packet, End::Drop(reason));
+        }
+        match view.kind {
+            Kind::Flow => {}
+            Kind::IcmpError => return self.icmp_error(driver, packet, view, origin, context),
+            // Fragments are not followed yet; those for the node itself are its kernel's.
+            _ if origin == Origin::Uplink && context.snapshot.forwarding.is_local(view.key.dst) => {
+                return self.punt(packet, &context.snapshot.forwarding);
+            }
+            _ => return self.end(driver, packet, End::Drop(DropReason::Fragment)),
+        }
+
+        let table = A::table(context.tables);
+        // Twice at most: a SYN on a closing connection, or a flow whose service changed, opens anew.
+        for _ in 0..2 {
+            let Some(hit) = table.lookup(&view.key, hash, context.now, context.turn) else { break };
+            let conn = table.conn(hit.conn);
+            if conn.generation() != context.snapshot.generation {
+                match rejudge(&conn, hit.direction, context) {
+                    Rejudged::Keep => {}
+                    Rejudged::Cut(reason) => {
+                        table.remove(A::handle(&mut self.handles), hit.conn, context.turn);
+                        return self.end(driver, packet, End::Drop(reason));
+                    }
+                    Rejudged::Reset(reason) => {
+                        table.remove(A::handle(&mut self.handles), hit.conn, context.turn);
+                        return self.reject(driver, packet, view, reason, context);
+                    }
+                    Rejudged::Anew => {
+                        table.remove(A::handle(&mut self.handles), hit.conn, context.turn);
+                        continue;
+                    }
+                }
+            }
+            match conn.track(hit.direction, &observed(&packet, view), context.now) {
+                Tracked::Accept => return self.established(driver, packet, view, &conn, hit.direction, context),
+                Tracked::NewFlow => {
+                    table.remove(A::handle(&mut self.handles), hit.conn, context.turn);
+                }
+                Tracked::Invalid => return self.end(driver, packet, End::Drop(DropReason::Invalid)),
+            }
+        }
+        self.first_packet(driver, packet, view, origin, context);
+    }
+
+    /// A packet of a known connection: its recipe is the other direction's key.
+    #[inline]
+    fn established<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<A>,
+        conn: &ConnRef<'_, A>,
+        direction: Direction,
+        context: &Context<'_>,
+    ) {
+        let to = conn.key(direction.flip()).invert();
+        match next_hop(conn, direction, context) {
+            Some(adjacency) => self.forward(driver, packet, view, &to, adjacency, context),
+            None => self.end(driver, packet, End::Drop(DropReason::NoRoute)),
+        }
+    }
+
+    fn first_packet<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<A>,
+        origin: Origin,
+        context: &Context<'_>,
+    ) {
+        let snapshot = context.snapshot;
+        let forwarding = &*snapshot.forwarding;
+        self.learn(&packet, view, origin, context);
+        let Self { random, .. } = self;
+        let decision = decide::decide(snapshot, origin, &view.key, &mut || random.next_u64());
+
+        // To the node itself and no service's: the kernel's business, whatever it is.
+        if decision.verdict == Verdict::Local && origin == Origin::Uplink {
+            return self.punt(packet, forwarding);
+        }
+        let claimed = decision.service.is_some() || snapshot.rules.services.services::<A>().claims(&view.key);
+        match observed(&packet, view).opening(&view.key) {
+            Opening::Opens => {}
+            Opening::MidStream if context.tcp_loose && !claimed => {}
+            // The kernel answers what reached it past weir, as a remote pod's packet to the node's own address.
+            _ if origin == Origin::Host && decision.verdict == Verdict::Forward && !claimed => {
+                return match decision.adjacency() {
+                    Some(adjacency) => self.forward(driver, packet, view, &view.key, adjacency, context),
+                    None => self.end(driver, packet, End::Drop(DropReason::NoRoute)),
+                };
+            }
+            Opening::MidStream | Opening::Never => return self.end(driver, packet, End::Drop(DropReason::Invalid)),
+        }
+        match decision.verdict {
+            Verdict::Forward | Verdict::Local => {}
+            Verdict::Drop(reason) => return self.end(driver, packet, End::Drop(reason)),
+            Verdict::Reject(reason) => return self.reject(driver, packet, view, reason, context),
+            Verdict::Pass => return self.reject(driver, packet, view, DropReason::NoRoute, context),
+        }
+        if decision.adjacency().is_none() {
+            return self.reject(driver, packet, view, DropReason::NoRoute, context);
+        }
+        match self.open(&decision, &packet, view, origin, context) {
+            Ok(Opened { hit, ours }) => {
+                let conn = A::table(context.tables).conn(hit.conn);
+                self.counters.add(Counter::Opened as usize, u64::from(ours));
+                // Somebody was faster, with a packet of the same flow: this one is a further packet of that connection.
+                if !ours && conn.track(hit.direction, &observed(&packet, view), context.now) == Tracked::Invalid {
+                    return self.end(driver, packet, End::Drop(DropReason::Invalid));
+                }
+                self.established(driver, packet, view, &conn, hit.direction, context);
+            }
+            Err(reason) => self.end(driver, packet, End::Drop(reason)),
+        }
+    }
+
+    /// Puts both directions of a new connection into the table. Who loses a race gets the winner's connection.
+    fn open<A: Family>(
+        &mut self,
+        decision: &Decision<'_, A>,
+        packet: &Packet,
+        view: &View<A>,
+        origin: Origin,
+        context: &Context<'_>,
+    ) -> Result<Opened, DropReason> {
+        let snapshot = context.snapshot;
+        let table = A::table(context.tables);
+        let [source_stamp, destination_stamp] = decide::policy_stamps(snapshot, origin, &decision.translated);
+        let attributes = Attributes {
+            device: packet.device.0,
+            stamps: [source_stamp, destination_stamp, decision.backend_stamp],
+            generation: snapshot.generation,
+            next_hops: [
+                hop_word(snapshot.generation, decision.adjacency()),
+                hop_word(snapshot.generation, adjacency_to(snapshot, view.key.src)),
+            ],
+            flags: 0,
+        };
+        let mut reply = decision.translated.invert();
+        if let Some(address) = decision.snat {
+            reply.dst = address;
+        }
+        let Self { handles, random, .. } = self;
+        let mut attempt = |reply: FlowKey<A>| {
+            let new = NewConn { original: view.key, reply, attributes, first: observed(packet, view) };
+            match table.insert(A::handle(handles), new, context.now, context.turn) {
+                Insert::Inserted(conn) => Attempt::Free(Opened { hit: Hit { conn, direction: Direction::Original }, ours: true }),
+                Insert::Exists(hit) => Attempt::Free(Opened { hit, ours: false }),
+                Insert::ReplyTaken => Attempt::Taken,
+                Insert::Full => Attempt::Failed(DropReason::TableFull),
+            }
+        };
+
+        let wanted = reply_port(&reply);
+        let has_port = view.key.protocol.has_ports() || view.key.protocol.is_icmp();
+        // Without SNAT, and for ICMP (all of which is steered to weir), the sender's own port is as good as any.
+        if decision.snat.is_none() || !view.key.protocol.has_ports() {
+            match attempt(reply) {
+                Attempt::Free(opened) => return Ok(opened),
+                Attempt::Failed(reason) => return Err(reason),
+                Attempt::Taken if !has_port => return Err(DropReason::SnatExhausted),
+                Attempt::Taken => {}
+            }
+        }
+        let allocated = snapshot.rules.snat.allocate(
+            decision.snat.is_some().then_some(wanted),
+            &mut || random.next_u64(),
+            |port| attempt(with_reply_port(reply, port)),
+        );
+        match allocated {
+            Ok(allocated) => Ok(allocated.value),
+            Err(AllocateError::Failed(reason)) => Err(reason),
+            Err(AllocateError::Exhausted) => Err(DropReason::SnatExhausted),
+        }
+    }
+
+    /// Tells control the MAC address of a workload that it does not know yet.
+    fn learn<A: Family>(&mut self, packet: &Packet, view: &View<A>, origin: Origin, context: &Context<'_>) {
+        if matches!(origin, Origin::Workload(_)) && context.snapshot.forwarding.neighbor(packet.device, view.key.src.to_ip()).is_none() {
+            self.tell_learned(packet, view.key.src.to_ip());
+        }
+    }
+
+    fn tell_learned(&mut self, packet: &Packet, address: IpAddr) {
+        let mac = Mac(*packet.bytes()[6..].first_chunk().expect("an Ethernet header"));
+        if !mac.is_group() {
+            // A full channel loses nothing that the next packet does not bring again.
+            let _ = self.events.try_send(Event::Learned { device: packet.device, address, mac });
+        }
+    }
+
+    /// An ICMP error: about a packet of a connection, or nobody's.
+    fn icmp_error<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        mut packet: Packet,
+        view: &View<A>,
+        origin: Origin,
+        context: &Context<'_>,
+    ) {
+        let forwarding = &*context.snapshot.forwarding;
+        let table = A::table(context.tables);
+        let embedded = parse::parse_embedded::<A>(view.quote(packet.bytes()));
+        let hit = embedded.as_ref().and_then(|embedded| {
+            // The quoted packet went the other way; who sent the error answers it.
+            let key = embedded.key.invert();
+            table.lookup(&key, table.hash(&key), context.now, context.turn)
+        });
+        let (Some(embedded), Some(hit)) = (embedded, hit) else {
+            if origin == Origin::Uplink && forwarding.is_local(view.key.dst) {
+                return self.punt(packet, forwarding);
+            }
+            return self.end(driver, packet, End::Drop(DropReason::UnrelatedIcmpError));
+        };
+        let conn = table.conn(hit.conn);
+        let arrived = conn.key(hit.direction);
+        let inner_to = conn.key(hit.direction.flip());
+        let to = inner_to.invert();
+        // From the end itself, the error takes the address that the other end knows; a router keeps its own.
+        let outer_src = if view.key.src == arrived.src { to.src } else { view.key.src };
+        let Some(adjacency) = next_hop(&conn, hit.direction, context) else {
+            return self.end(driver, packet, End::Drop(DropReason::NoRoute));
+        };
+        rewrite::translate_icmp_error(packet.bytes_mut(), view, &embedded, outer_src, to.dst, &inner_to);
+        let rewritten = View { key: FlowKey { src: outer_src, dst: to.dst, ..view.key }, ..*view };
+        self.forward(driver, packet, &rewritten, &rewritten.key, adjacency, context);
+    }
+
+    /// Sends a packet on its way: translate, count its hop, encapsulate, address it.
+    fn forward<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        mut packet: Packet,
+        view: &View<A>,
+        to: &FlowKey<A>,
+        adjacency: AdjacencyId,
+        context: &Context<'_>,
+    ) {
+        let forwarding = &*context.snapshot.forwarding;
+        let hop = forwarding.adjacency(adjacency);
+        if hop.kind == RouteKind::Host {
+            if *to != view.key
+                && let Err(reason) = rewrite::translate(packet.bytes_mut(), view, to)
+            {
+                return self.end(driver, packet, End::Drop(reason));
+            }
+            return self.punt(packet, forwarding);
+        }
+        // Before anything is rewritten: an ICMP error quotes the packet as its sender knows it.
+        if view.ttl <= 1 {
+            return self.answer_error(driver, packet, view, IcmpError::TtlExceeded, DropReason::TtlExpired, context);
+        }
+        let ip_bytes = u32::from(view.end - view.l3);
+        let too_big = ip_bytes > hop.mtu;
+        if too_big && (view.dont_fragment || A::BITS == 128) {
+            let mtu = hop.mtu;
+            return self.answer_error(driver, packet, view, IcmpError::TooBig { mtu }, DropReason::TooBig, context);
+        }
+        if *to != view.key
+            && let Err(reason) = rewrite::translate(packet.bytes_mut(), view, to)
+        {
+            return self.end(driver, packet, End::Drop(reason));
+        }
+        rewrite::decrement_ttl(packet.bytes_mut(), view);
+        if too_big {
+            return self.fragment(driver, packet, to.dst, adjacency, context);
+        }
+        self.send(driver, packet, to.dst, adjacency, context);
+    }
+
+    /// Sends a whole packet to its next hop: tunnel header, Ethernet header, or waits for a MAC address.
+    fn send<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        mut packet: Packet,
+        destination: A,
+        adjacency: AdjacencyId,
+        context: &Context<'_>,
+    ) {
+        let forwarding = &*context.snapshot.forwarding;
+        let hop = forwarding.adjacency(adjacency);
+        let Some(device_id) = hop.device else {
+            return self.end(driver, packet, End::Drop(DropReason::NoRoute));
+        };
+        let device = forwarding.device(device_id);
+        let mut ethertype = A::ETHERTYPE;
+        if let Encapsulation::Ipip { src, dst } = hop.encapsulation {
+            if !packet.grow_front(IPIP_HEADER_BYTES) {
+                return self.end(driver, packet, End::Drop(DropReason::TooBig));
+            }
+            let id = self.random.next_u32() as u16;
+            let (header, inner) = packet.bytes_mut()[ETHERNET_BYTES..].split_at_mut(usize::from(IPIP_HEADER_BYTES));
+            rewrite::write_ipip_header(header, inner, src, dst, id);
+            ethertype = Ipv4Addr::ETHERTYPE;
+        }
+        rewrite::set_ethernet(packet.bytes_mut(), hop.mac.unwrap_or_default(), device.mac, ethertype);
+        packet.device = device.index;
+        if hop.mac.is_some() {
+            self.egress[usize::from(device.port.0)].push(packet);
+            return;
+        }
+        // An unspecified next hop stands for the destination itself, on the link.
+        let next_hop = if hop.next_hop.is_unspecified() { destination.to_ip() } else { hop.next_hop };
+        if let Some(mac) = forwarding.neighbor(device.index, next_hop) {
+            packet.bytes_mut()[..6].copy_from_slice(&mac.0);
+            self.egress[usize::from(device.port.0)].push(packet);
+            return;
+        }
+        let held = HeldPacket { packet, device: device.index, next_hop, since: context.now };
+        match self.held.push(held) {
+            Ok(true) => {
+                // A full channel: the packets wait in vain and are counted as unresolved; the next ones ask again.
+                let _ = self.events.try_send(Event::Resolve { device: device.index, address: next_hop });
+            }
+            Ok(false) => {}
+            Err(packet) => self.end(driver, packet, End::Drop(DropReason::NeighborUnresolved)),
+        }
+    }
+
+    /// Splits an IPv4 packet that is longer than the next hop's MTU; the pieces are sent, the packet is consumed.
+    fn fragment<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        destination: A,
+        adjacency: AdjacencyId,
+        context: &Context<'_>,
+    ) {
+        let mtu = context.snapshot.forwarding.adjacency(adjacency).mtu as usize;
+        let Ok(Parsed::V4(view)) = parse::parse_ip(packet.bytes(), ETHERNET_BYTES, Ipv4Addr::ETHERTYPE) else {
+            return self.end(driver, packet, End::Drop(DropReason::TooBig));
+        };
+        // All pieces or none: a receiver that gets a part waits for the rest in vain.
+        let mut pieces: [Option<Packet>; MAX_FRAGMENTS] = [const { None }; MAX_FRAGMENTS];
+        let mut next = pieces.iter_mut();
+        let mut complete = true;
+        let made = build::fragment_ipv4(packet.bytes(), &view, mtu, |header, payload| {
+            match next.next().map(|place| (place, driver.allocate())) {
+                Some((place, Some(mut piece))) => {
+                    piece.set_len(ETHERNET_BYTES + header.len() + payload.len());
+                    let (to_header, to_payload) = piece.bytes_mut()[ETHERNET_BYTES..].split_at_mut(header.len());
+                    to_header.copy_from_slice(header);
+                    to_payload.copy_from_slice(payload);
+                    *place = Some(piece);
+                }
+                _ => complete = false,
+            }
+        });
+        let complete = complete && made > 0;
+        for piece in pieces.into_iter().flatten() {
+            if complete {
+                self.count(Counter::Generated);
+                self.send(driver, piece, destination, adjacency, context);
+            } else {
+                driver.release(piece);
+            }
+        }
+        self.end(driver, packet, if complete { End::Consumed } else { End::Drop(DropReason::NoFrame) });
+    }
+
+    /// Hands a packet to the node's kernel.
+    fn punt(&mut self, mut packet: Packet, forwarding: &Forwarding) {
+        if let Some(mac) = forwarding.adjacency(forwarding.host()).mac {
+            let bytes = packet.bytes_mut();
+            bytes[..6].copy_from_slice(&mac.0);
+            // Never a MAC address of the trunk's own form, which names a device.
+            bytes[6..12].copy_from_slice(&mac.0);
+            bytes[11] ^= 1;
+            let ethertype: u16 = if bytes[ETHERNET_BYTES] >> 4 == 4 { Ipv4Addr::ETHERTYPE } else { Ipv6Addr::ETHERTYPE };
+            bytes[12..14].copy_from_slice(&ethertype.to_be_bytes());
+        }
+        self.punt_frame(packet);
+    }
+
+    /// Hands a frame to the node's kernel as it is.
+    fn punt_frame(&mut self, mut packet: Packet) {
+        packet.device = IfIndex::HOST;
+        self.egress[usize::from(PortId::TRUNK.0)].push(packet);
+    }
+
+    /// ARP: answered for the gateway and the node's addresses on workload devices; the kernel's on uplinks.
+    fn arp<D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        arp: &Arp,
+        origin: Origin,
+        device: DeviceId,
+        context: &Context<'_>,
+    ) {
+        let forwarding = &*context.snapshot.forwarding;
+        let workload = match origin {
+            Origin::Uplink => return self.punt_frame(packet),
+            Origin::Host => return self.end(driver, packet, End::Drop(DropReason::LinkScope)),
+            Origin::Workload(workload) => workload,
+        };
+        // An address probe (RFC 5227) has no sender address; it is nobody's to answer.
+        if forwarding.local_workload(arp.sender_ip) != Some(workload) {
+            return self.end(driver, packet, End::Drop(DropReason::SpoofedSource));
+        }
+        if forwarding.neighbor(packet.device, IpAddr::V4(arp.sender_ip)).is_none() {
+            self.tell_learned(&packet, IpAddr::V4(arp.sender_ip));
+        }
+        let ours = arp.target_ip == GATEWAY || forwarding.is_local(arp.target_ip);
+        if arp.operation == Arp::REQUEST && ours {
+            let mac = forwarding.device(device).mac;
+            self.answer_link(driver, packet.device, forwarding, device, |out| build::arp_reply(out, arp, mac));
+        }
+        self.end(driver, packet, End::Consumed);
+    }
+
+    /// Link-scope traffic of a workload: neighbour solicitations for its gateway are answered, all else ends here.
+    fn neighbor_solicitation<D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<Ipv6Addr>,
+        device_id: DeviceId,
+        context: &Context<'_>,
+    ) {
+        let forwarding = &*context.snapshot.forwarding;
+        let device = forwarding.device(device_id);
+        let Some(target) = build::solicited_target(packet.bytes(), view) else {
+            return self.end(driver, packet, End::Drop(DropReason::LinkScope));
+        };
+        if let Some(workload) = device.workload.filter(|w| forwarding.local_workload(view.key.src) == Some(*w)) {
+            self.learn(&packet, view, Origin::Workload(workload), context);
+        }
+        // Without a link-local address of its own, the device answers for any that the pod takes for its gateway.
+        let gateway = target.is_unicast_link_local() && device.link_local.is_none_or(|own| own == target);
+        if gateway || forwarding.is_local(target) {
+            let mac = device.mac;
+            self.answer_link(driver, packet.device, forwarding, device_id, |out| {
+                build::neighbor_advertisement(out, packet.bytes(), view, mac)
+            });
+        }
+        self.end(driver, packet, End::Consumed);
+    }
+
+    /// Sends a link-layer answer back by the device that asked.
+    fn answer_link<D: Driver>(
+        &mut self,
+        driver: &mut D,
+        asked_from: IfIndex,
+        forwarding: &Forwarding,
+        device: DeviceId,
+        write: impl FnOnce(&mut [u8]) -> Option<usize>,
+    ) {
+        let Some(mut answer) = driver.allocate() else { return };
+        answer.set_len(crate::frame::MAX_PACKET_BYTES);
+        match write(answer.bytes_mut()) {
+            Some(length) => {
+                answer.set_len(length);
+                answer.device = asked_from;
+                self.count(Counter::Generated);
+                    self.egress[usize::from(forwarding.device(device).port.0)].push(answer);
+            }
+            None => driver.release(answer),
+        }
+    }
+
+    /// Drops a packet that may not go on, and tells its sender: TCP by a RST, others by an ICMP error.
+    fn reject<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<A>,
+        reason: DropReason,
+        context: &Context<'_>,
+    ) {
+        let error = match reason {
+            DropReason::NoSuchPod => IcmpError::HostUnreachable,
+            DropReason::NoRoute => IcmpError::NetUnreachable,
+            _ => IcmpError::PortUnreachable,
+        };
+        if view.key.protocol == Protocol::TCP && error == IcmpError::PortUnreachable {
+            if self.may_send_error(context.now) {
+                self.generate(driver, view.key.src, context, |out, _| build::tcp_reset(out, packet.bytes(), view));
+            }
+            return self.end(driver, packet, End::Drop(reason));
+        }
+        self.answer_error(driver, packet, view, error, reason, context);
+    }
+
+    /// Drops a packet and sends its sender an ICMP error.
+    fn answer_error<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<A>,
+        error: IcmpError,
+        reason: DropReason,
+        context: &Context<'_>,
+    ) {
+        if self.may_send_error(context.now) {
+            self.generate(driver, view.key.src, context, |out, source| {
+                build::icmp_error(out, packet.bytes(), view, source?, error)
+            });
+        }
+        self.end(driver, packet, End::Drop(reason));
+    }
+
+    /// Makes a packet for `destination` and routes it there. `write` gets this node's address on the way there.
+    fn generate<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        destination: A,
+        context: &Context<'_>,
+        write: impl FnOnce(&mut [u8], Option<A>) -> Option<usize>,
+    ) {
+        let forwarding = &*context.snapshot.forwarding;
+        let Route::Via(adjacency) = forwarding.route(destination) else { return };
+        let Some(mut answer) = driver.allocate() else { return };
+        answer.set_len(crate::frame::MAX_PACKET_BYTES);
+        let Some(length) = write(answer.bytes_mut(), forwarding.address_towards(adjacency)) else {
+            return driver.release(answer);
+        };
+        answer.set_len(length);
+        self.count(Counter::Generated);
+        if forwarding.adjacency(adjacency).kind == RouteKind::Host {
+            self.punt(answer, forwarding);
+        } else {
+            self.send(driver, answer, destination, adjacency, context);
+        }
+    }
+}
+
+/// Takes the outer header off an IPIP packet, if its sender is the cluster node that owns the inner source.
+fn decapsulate(packet: &mut Packet, view: &View<Ipv4Addr>, forwarding: &Forwarding) -> Result<View<Ipv4Addr>, DropReason> {
+    let sender = forwarding.node_by_address(view.key.src).filter(|n| forwarding.this_node() != Some(*n));
+    let Some(sender) = sender.filter(|_| forwarding.is_local(view.key.dst)) else {
+        return Err(DropReason::TunnelUnknownPeer);
+    };
+    let inner = parse::inner_of_ipip(packet.bytes(), view)?;
+    if forwarding.node_of(inner.key.src) != Some(sender) {
+        return Err(DropReason::TunnelForeignSource);
+    }
+    let tos = rewrite::decapsulated_tos(view.tos, inner.tos).ok_or(DropReason::MalformedHeader)?;
+    rewrite::apply_tos(packet.bytes_mut(), &inner, tos);
+    let outer_bytes = view.l4 - view.l3;
+    // The Ethernet header moves along, so that an answer finds whom the frame came from.
+    packet.bytes_mut().copy_within(..ETHERNET_BYTES, usize::from(outer_bytes));
+    packet.shrink_front(outer_bytes);
+    let moved = inner.moved_up(outer_bytes).ok_or(DropReason::TunnelNested)?;
+    Ok(View { tos, ..moved })
+}
+
+/// What conntrack needs to know of a packet.
+#[inline]
+fn observed<A: Address>(packet: &Packet, view: &View<A>) -> Observed {
+    if view.key.protocol != Protocol::TCP {
+        return Observed::default();
+    }
+    let tcp = view.tcp(packet.bytes());
+    Observed {
+        tcp_flags: tcp.flags,
+        tcp_seq: tcp.seq,
+        tcp_ack: tcp.ack,
+        tcp_window: tcp.window,
+        payload_bytes: tcp.payload_bytes,
+    }
+}
+
+/// The port at the translated source's end: where replies go to.
+fn reply_port<A: Address>(reply: &FlowKey<A>) -> u16 {
+    if reply.protocol.is_icmp() { reply.ports.source() } else { reply.ports.destination() }
+}
+
+/// `reply` with another port (ICMP: identifier) at the translated source's end.
+fn with_reply_port<A: Address>(mut reply: FlowKey<A>, port: u16) -> FlowKey<A> {
+    reply.ports = if reply.protocol.is_icmp() {
+        Ports::new(port, reply.ports.destination())
+    } else {
+        Ports::new(reply.ports.source(), port)
+    };
+    reply
+}
+
+/// A next hop as a connection keeps it: the adjacency, and the low half of the generation that numbers adjacencies so.
+///
+/// Two workers whose turns began on both sides of a publication may judge one connection at once and overwrite each other's words, so
+/// each word tells by itself whose it is. Half a generation number is enough: the other half would have to pass within one turn.
+#[inline]
+fn hop_word(generation: u32, adjacency: Option<AdjacencyId>) -> u32 {
+    generation << 16 | u32::from(adjacency.map_or(NO_HOP, |a| a.0))
+}
+
+/// The adjacency of a direction's packets: the connection's own, or, where a worker with other tables wrote it, what these tables say.
+#[inline]
+fn next_hop<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, context: &Context<'_>) -> Option<AdjacencyId> {
+    let word = conn.next_hop(direction);
+    if word >> 16 == context.snapshot.generation & 0xffff {
+        let number = word as u16;
+        return (number != NO_HOP).then_some(AdjacencyId(number));
+    }
+    adjacency_to(context.snapshot, conn.key(direction.flip()).src)
+}
+
+fn adjacency_to<A: Family>(snapshot: &Snapshot, destination: A) -> Option<AdjacencyId> {
+    match snapshot.forwarding.route(destination) {
+        Route::Via(adjacency) => Some(adjacency),
+        Route::NoSuchPod | Route::None => None,
+    }
+}
+
+/// A connection for a packet that had none.
+struct Opened {
+    hit: Hit,
+    /// Whether this packet opened it, rather than one of another worker.
+    ours: bool,
+}
+
+/// What becomes of a connection that another generation judged.
+enum Rejudged {
+    /// It goes on.
+    Keep,
+    /// It ends: a policy denies it now.
+    Cut(DropReason),
+    /// It ends, and its sender is told: its backend is gone.
+    Reset(DropReason),
+    /// It ends, and the packet opens a new one.
+    Anew,
+}
+
+/// Judges a connection again, by its original key, its device and its stored DNAT.
+fn rejudge<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, context: &Context<'_>) -> Rejudged {
+    let snapshot = context.snapshot;
+    let forwarding = &*snapshot.forwarding;
+    let original = conn.key(Direction::Original);
+    let reply = conn.key(Direction::Reply);
+    let translated = {
+        let mut key = reply.invert();
+        key.src = original.src;
+        key.ports = if key.protocol.is_icmp() {
+            original.ports
+        } else {
+            Ports::new(original.ports.source(), key.ports.destination())
+        };
+        key
+    };
+
+    let services = snapshot.rules.services.services::<A>();
+    let was_translated = (translated.dst, translated.ports) != (original.dst, original.ports);
+    let is_tcp = original.protocol == Protocol::TCP;
+    if was_translated && !services.still_backend(&original, translated.dst, translated.ports.destination()) {
+        return match (is_tcp, direction) {
+            (true, _) => Rejudged::Reset(DropReason::BackendGone),
+            (false, Direction::Original) => Rejudged::Anew,
+            (false, Direction::Reply) => Rejudged::Cut(DropReason::BackendGone),
+        };
+    }
+    if !was_translated && !is_tcp && direction == Direction::Original && services.claims(&original) {
+        // A service appeared at this address.
+        return Rejudged::Anew;
+    }
+
+    let origin = match forwarding.device_by_index(IfIndex(conn.device())).map(|id| forwarding.device(id)) {
+        Some(device) => match (device.role, device.workload) {
+            (Role::Uplink, _) => Origin::Uplink,
+            (Role::Host, _) => Origin::Host,
+            (Role::Workload, Some(workload)) => Origin::Workload(workload),
+            (Role::Workload, None) => return Rejudged::Cut(DropReason::UnknownDevice),
+        },
+        None => return Rejudged::Cut(DropReason::UnknownDevice),
+    };
+    let stamps = decide::policy_stamps(snapshot, origin, &translated);
+    let [.., backend_stamp] = conn.stamps();
+    if stamps != conn.stamps()[..2] {
+        if let Err(reason) = decide::judge(snapshot, origin, &translated, &mut None, &mut None) {
+            return Rejudged::Cut(reason);
+        }
+        conn.set_stamps([stamps[0], stamps[1], backend_stamp]);
+    }
+    let word = |destination: A| hop_word(snapshot.generation, adjacency_to(snapshot, destination));
+    conn.set_next_hops([word(translated.dst), word(original.src)]);
+    conn.set_generation(snapshot.generation);
+    Rejudged::Keep
+}

@@ -1,0 +1,54 @@
+//! What one burst is judged by: services, policy and forwarding of one moment.
+//!
+//! Services and policy are compiled from the manifests ([`Rules`]), forwarding also from the kernel's devices, routes and
+//! neighbours. A change of neighbours publishes a new snapshot that shares the same `Rules`: nothing is compiled twice.
+
+use std::sync::Arc;
+
+use weir_nat::{ServiceTable, SnatPorts};
+use weir_policy::{Classifier, EndpointId};
+
+use crate::{
+    forwarding::{Forwarding, WorkloadId, local_workloads},
+    model::Cluster,
+};
+
+/// The compiled services and policies.
+#[derive(Debug)]
+pub struct Rules {
+    /// Services.
+    pub services: ServiceTable,
+    /// Policies.
+    pub policy: Classifier,
+    /// Source ports for translated connections.
+    pub snat: SnatPorts,
+    endpoints: Vec<Option<EndpointId>>,
+}
+
+impl Rules {
+    /// Joins compiled services and policy with the workloads of `cluster`.
+    pub fn new(services: ServiceTable, policy: Classifier, snat: SnatPorts, cluster: &Cluster) -> Self {
+        let mut endpoints = vec![None; cluster.workloads.len()];
+        for (id, workload) in local_workloads(cluster) {
+            endpoints[id.0 as usize] = policy.endpoint(&workload.name);
+        }
+        Self { services, policy, snat, endpoints }
+    }
+
+    /// The policy endpoint of a workload of this node; `None`: none is compiled yet, and the workload is closed.
+    #[inline]
+    pub fn endpoint(&self, workload: WorkloadId) -> Option<EndpointId> {
+        self.endpoints.get(workload.0 as usize).copied().flatten()
+    }
+}
+
+/// Services, policy and forwarding of one moment.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Counts publications; connections remember the one that judged them last. Never 0.
+    pub generation: u32,
+    /// Services and policy.
+    pub rules: Arc<Rules>,
+    /// Forwarding; compiled from the same cluster as `rules`.
+    pub forwarding: Arc<Forwarding>,
+}

@@ -1,0 +1,550 @@
+//! The AF_XDP driver on real veth devices. Needs root; WEIR_SKIP_E2E=1 leaves these tests out.
+
+#[path = "support/veth.rs"]
+mod veth;
+
+use std::{
+    sync::Barrier,
+    thread,
+    time::{Duration, Instant},
+};
+
+use veth::{Veth, enter_namespace, frame, ip, skipped};
+use weir_dataplane::{
+    afxdp::{AfXdp, AfXdpError, AfXdpSettings, PortSettings, RingSizes},
+    driver::{Driver, PortId},
+    frame::{IfIndex, LinkType, Packet},
+};
+use weir_packet::Mac;
+
+const TRUNK: PortId = PortId::TRUNK;
+const UPLINK: PortId = PortId(1);
+const BURST: usize = 64;
+const TRUNK_MAC: Mac = Mac([0x06, 0, 0, 0, 0, 1]);
+const UPLINK_MAC: Mac = Mac([0x06, 0, 0, 0, 0, 2]);
+const FAR_MAC: Mac = Mac([0x06, 0, 0, 0, 0, 9]);
+const SMALL: RingSizes = RingSizes { rx: 64, tx: 64 };
+
+/// A trunk and an uplink.
+struct Lab {
+    trunk: Veth,
+    uplink: Veth,
+}
+
+impl Lab {
+    fn new(queues: u32) -> Self {
+        enter_namespace();
+        Self { trunk: Veth::new("trunk", queues, TRUNK_MAC), uplink: Veth::new("uplink", queues, UPLINK_MAC) }
+    }
+
+    fn settings(&self, queue: u32, sizes: RingSizes) -> AfXdpSettings {
+        let port =
+            |veth: &Veth| PortSettings { device: veth.near.clone(), index: veth.index, mac: veth.mac, queue, sizes };
+        AfXdpSettings { trunk: port(&self.trunk), uplinks: vec![port(&self.uplink)], spare_frames: 128 }
+    }
+
+    fn open(&mut self, queue: u32, sizes: RingSizes) -> AfXdp {
+        let driver = AfXdp::open(&self.settings(queue, sizes)).unwrap();
+        self.trunk.redirect(queue, driver.socket(TRUNK));
+        self.uplink.redirect(queue, driver.socket(UPLINK));
+        driver
+    }
+}
+
+/// Receives until there are `count` packets.
+fn receive(driver: &mut AfXdp, port: PortId, count: usize) -> Vec<Packet> {
+    let mut packets = Vec::with_capacity(count.max(BURST) + BURST);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while packets.len() < count {
+        assert!(Instant::now() < deadline, "{} of {count} packets arrived", packets.len());
+        driver.receive(port, &mut packets, BURST);
+    }
+    assert_eq!(packets.len(), count);
+    packets
+}
+
+/// Sends all of `packets`.
+fn send(driver: &mut AfXdp, port: PortId, packets: &mut Vec<Packet>) {
+    driver.transmit(port, packets);
+    assert!(packets.is_empty(), "the ring has room");
+}
+
+/// Every frame is somewhere; when the kernel is done with all of them, those that we do not have lie in the rings.
+fn assert_accounted(driver: &mut AfXdp, in_packets: u32) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        // Takes the completions of what was sent on a port that sends nothing more.
+        driver.sleep(Duration::ZERO);
+        let counts = driver.frames();
+        assert_eq!(counts.free + counts.in_packets + counts.receiving + counts.sending, counts.total, "{counts:?}");
+        assert_eq!(counts.in_packets, in_packets);
+        if counts.in_rings == counts.receiving + counts.sending {
+            return;
+        }
+        assert!(Instant::now() < deadline, "the kernel keeps frames: {counts:?}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn the_trunk_tells_devices_apart() {
+    if skipped() {
+        return;
+    }
+    let mut lab = Lab::new(1);
+    let mut driver = lab.open(0, SMALL);
+    let wire = lab.trunk.wire();
+    let cases = [
+        ("host", Mac([2, 0, 0, 0, 0, 7]), IfIndex(7), LinkType::Host, Mac([2, 0, 0, 0, 0, 7])),
+        ("broadcast", Mac([2, 1, 0, 1, 0, 0]), IfIndex(65536), LinkType::Broadcast, Mac([2, 0, 0, 1, 0, 0])),
+        ("multicast", Mac([2, 2, 0, 0, 0, 7]), IfIndex(7), LinkType::Multicast, Mac([2, 0, 0, 0, 0, 7])),
+        ("other", Mac([2, 3, 0, 0, 0, 7]), IfIndex(7), LinkType::Other, Mac([2, 0, 0, 0, 0, 7])),
+        ("the node's kernel", TRUNK_MAC, IfIndex::HOST, LinkType::Host, FAR_MAC),
+        ("the node's kernel, broadcast", Mac::BROADCAST, IfIndex::HOST, LinkType::Host, FAR_MAC),
+    ];
+    for (number, (name, destination, device, link, source)) in cases.into_iter().enumerate() {
+        let sent = frame(destination, FAR_MAC, number as u32, 46);
+        wire.send(&sent);
+        let mut packets = receive(&mut driver, TRUNK, 1);
+        assert_eq!((packets[0].device, packets[0].link), (device, link), "{name}");
+        assert_eq!(packets[0].bytes(), sent, "{name}");
+        send(&mut driver, TRUNK, &mut packets);
+        // On the way back the source names the device; nothing else changes.
+        assert_eq!(wire.receive().unwrap(), frame(destination, source, number as u32, 46), "{name}");
+    }
+    assert_accounted(&mut driver, 0);
+}
+
+#[test]
+fn an_uplink_tells_how_a_packet_was_addressed() {
+    if skipped() {
+        return;
+    }
+    let mut lab = Lab::new(1);
+    let mut driver = lab.open(0, SMALL);
+    let wire = lab.uplink.wire();
+    for (destination, link) in [
+        (UPLINK_MAC, LinkType::Host),
+        (Mac::BROADCAST, LinkType::Broadcast),
+        (Mac([0x33, 0x33, 0, 0, 0, 1]), LinkType::Multicast),
+        (Mac([2, 0, 0, 0, 0, 7]), LinkType::Other),
+    ] {
+        wire.send(&frame(destination, FAR_MAC, 0, 46));
+        let mut packets = receive(&mut driver, UPLINK, 1);
+        assert_eq!((packets[0].device, packets[0].link), (lab.uplink.index, link));
+        send(&mut driver, UPLINK, &mut packets);
+        assert_eq!(
+            wire.receive().unwrap(),
+            frame(destination, FAR_MAC, 0, 46),
+            "an uplink's packets leave as they are"
+        );
+    }
+    assert_accounted(&mut driver, 0);
+}
+
+#[test]
+fn a_packet_leaves_from_wherever_it_starts() {
+    if skipped() {
+        return;
+    }
+    let mut lab = Lab::new(1);
+    let mut driver = lab.open(0, SMALL);
+    let wire = lab.uplink.wire();
+    for (number, payload_bytes) in [0, 46, 498, 1462].into_iter().enumerate() {
+        let sent = frame(UPLINK_MAC, FAR_MAC, number as u32, payload_bytes);
+        wire.send(&sent);
+        let mut packets = receive(&mut driver, UPLINK, 1);
+        assert!(packets[0].grow_front(20));
+        let tunnel_header: Vec<u8> = (0..20).map(|i| 0xa0 + i).collect();
+        packets[0].bytes_mut()[..20].copy_from_slice(&tunnel_header);
+        send(&mut driver, UPLINK, &mut packets);
+        assert_eq!(wire.receive().unwrap(), [&tunnel_header[..], &sent].concat(), "{payload_bytes}");
+
+        wire.send(&[&tunnel_header[..], &sent].concat());
+        let mut packets = receive(&mut driver, UPLINK, 1);
+        packets[0].shrink_front(20);
+        send(&mut driver, UPLINK, &mut packets);
+        assert_eq!(wire.receive().unwrap(), sent, "{payload_bytes}");
+    }
+    // The whole headroom, and a packet of our own making.
+    let mut packet = driver.allocate().unwrap();
+    assert_eq!((packet.bytes().len(), packet.grow_front(256)), (0, true));
+    packet.set_len(0);
+    let made = frame(FAR_MAC, UPLINK_MAC, 9, 1500);
+    packet.set_len(made.len());
+    packet.bytes_mut().copy_from_slice(&made);
+    send(&mut driver, UPLINK, &mut vec![packet]);
+    assert_eq!(wire.receive().unwrap(), made);
+    assert_accounted(&mut driver, 0);
+}
+
+#[test]
+fn what_no_device_can_send_stays_in_the_list() {
+    if skipped() {
+        return;
+    }
+    let mut lab = Lab::new(1);
+    let mut driver = lab.open(0, SMALL);
+    let before = driver.frames();
+    let mut packets: Vec<Packet> = (0..3).map(|_| driver.allocate().unwrap()).collect();
+    packets[1].set_len(13);
+    packets[2].set_len(14);
+    packets[2].device = IfIndex(3);
+    packets[2].bytes_mut().copy_from_slice(&frame(FAR_MAC, FAR_MAC, 0, 0)[..14]);
+    let wire = lab.trunk.wire();
+    driver.transmit(TRUNK, &mut packets);
+    assert_eq!(packets.iter().map(|packet| packet.bytes().len()).collect::<Vec<_>>(), [0, 13]);
+    packets.into_iter().for_each(|packet| driver.release(packet));
+    assert_eq!(wire.receive().unwrap(), frame(FAR_MAC, Mac([2, 0, 0, 0, 0, 3]), 0, 0)[..14]);
+    assert_accounted(&mut driver, 0);
+    assert_eq!(driver.frames(), before);
+    assert_eq!(driver.statistics(TRUNK).unwrap().tx_invalid_descs, 0);
+}
+
+#[test]
+fn a_hundred_thousand_frames_pass_whole_and_in_order_between_two_ports() {
+    if skipped() {
+        return;
+    }
+    const COUNT: u32 = 100_000;
+    const WINDOW: u32 = 64;
+    let mut lab = Lab::new(1);
+    let mut driver = lab.open(0, RingSizes { rx: 256, tx: 256 });
+    let (trunk, uplink) = (lab.trunk.wire(), lab.uplink.wire());
+    let mut packets = Vec::with_capacity(BURST);
+    let (mut sent, mut arrived) = (0, 0);
+    while arrived < COUNT {
+        while sent < COUNT && sent - arrived < WINDOW {
+            trunk.send(&frame(Mac([2, 0, 0, 0, 0, 7]), FAR_MAC, sent, (sent % 700) as usize));
+            sent += 1;
+        }
+        let mut forwarded = 0;
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while forwarded < sent - arrived {
+            assert!(Instant::now() < deadline, "frame {} does not arrive", arrived + forwarded);
+            forwarded += driver.receive(TRUNK, &mut packets, BURST) as u32;
+            for packet in &mut packets {
+                packet.device = lab.uplink.index;
+            }
+            send(&mut driver, UPLINK, &mut packets);
+        }
+        while arrived < sent {
+            let expected = frame(Mac([2, 0, 0, 0, 0, 7]), FAR_MAC, arrived, (arrived % 700) as usize);
+            assert!(uplink.receive().unwrap() == expected, "frame {arrived}");
+            arrived += 1;
+        }
+    }
+    assert_accounted(&mut driver, 0);
+    for port in [TRUNK, UPLINK] {
+        let statistics = driver.statistics(port).unwrap();
+        assert_eq!(
+            (
+                statistics.rx_dropped,
+                statistics.rx_ring_full,
+                statistics.rx_fill_ring_empty_descs,
+                statistics.tx_refused
+            ),
+            (0, 0, 0, 0)
+        );
+        assert_eq!((statistics.rx_invalid_descs, statistics.tx_invalid_descs), (0, 0));
+    }
+}
+
+#[test]
+fn a_full_rx_ring_is_counted_and_recovers() {
+    if skipped() {
+        return;
+    }
+    let mut lab = Lab::new(1);
+    let mut driver = lab.open(0, SMALL);
+    let wire = lab.uplink.wire();
+    for number in 0..100 {
+        wire.send(&frame(UPLINK_MAC, FAR_MAC, number, 46));
+        // Slowly enough for the veth's own ring.
+        if number % 32 == 0 {
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while driver.statistics(UPLINK).unwrap().rx_ring_full < 36 {
+        assert!(Instant::now() < deadline, "{:?}", driver.statistics(UPLINK));
+        thread::sleep(Duration::from_millis(1));
+    }
+    let mut packets = receive(&mut driver, UPLINK, 64);
+    for (number, packet) in packets.iter().enumerate() {
+        assert_eq!(packet.bytes(), frame(UPLINK_MAC, FAR_MAC, number as u32, 46));
+    }
+    assert_eq!(driver.statistics(UPLINK).unwrap().rx_ring_full, 36);
+    send(&mut driver, UPLINK, &mut packets);
+    for number in 0..64 {
+        assert_eq!(wire.receive().unwrap(), frame(UPLINK_MAC, FAR_MAC, number, 46));
+    }
+    wire.send(&frame(UPLINK_MAC, FAR_MAC, 100, 46));
+    let packet = receive(&mut driver, UPLINK, 1).pop().unwrap();
+    driver.release(packet);
+    assert_accounted(&mut driver, 0);
+}
+
+#[test]
+fn a_starved_fill_ring_is_counted_and_recovers() {
+    if skipped() {
+        return;
+    }
+    let mut lab = Lab::new(1);
+    let settings = AfXdpSettings { spare_frames: 0, ..lab.settings(0, SMALL) };
+    let mut driver = AfXdp::open(&settings).unwrap();
+    lab.uplink.redirect(0, driver.socket(UPLINK));
+    let wire = lab.uplink.wire();
+    // Two tx rings' worth of frames are free; 128 more wait in the fill ring of the uplink.
+    let mut kept = Vec::with_capacity(1024);
+    for number in 0..128 + 128 {
+        wire.send(&frame(UPLINK_MAC, FAR_MAC, number, 46));
+        kept.append(&mut receive(&mut driver, UPLINK, 1));
+    }
+    assert!(driver.allocate().is_none(), "all frames are in packets or in fill rings");
+    assert_eq!(driver.statistics(UPLINK).unwrap().rx_fill_ring_empty_descs, 0);
+    wire.send(&frame(UPLINK_MAC, FAR_MAC, 1000, 46));
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while driver.statistics(UPLINK).unwrap().rx_fill_ring_empty_descs == 0 {
+        assert!(Instant::now() < deadline, "{:?}", driver.statistics(UPLINK));
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert_accounted(&mut driver, 256);
+    for packet in kept {
+        driver.release(packet);
+    }
+    let mut none = Vec::with_capacity(BURST);
+    assert_eq!(driver.receive(UPLINK, &mut none, BURST), 0);
+    wire.send(&frame(UPLINK_MAC, FAR_MAC, 1001, 46));
+    let packet = receive(&mut driver, UPLINK, 1).pop().unwrap();
+    assert_eq!(packet.bytes(), frame(UPLINK_MAC, FAR_MAC, 1001, 46));
+    driver.release(packet);
+    assert_accounted(&mut driver, 0);
+}
+
+#[test]
+fn what_a_full_tx_ring_has_no_room_for_stays_in_the_list() {
+    if skipped() {
+        return;
+    }
+    let mut lab = Lab::new(1);
+    let mut driver = lab.open(0, SMALL);
+    let wire = lab.uplink.wire();
+    ip(&format!("link set {} down", lab.uplink.near));
+    let make = |driver: &mut AfXdp, number| {
+        let bytes = frame(FAR_MAC, UPLINK_MAC, number, 46);
+        let mut packet = driver.allocate().unwrap();
+        packet.set_len(bytes.len());
+        packet.bytes_mut().copy_from_slice(&bytes);
+        packet
+    };
+    let mut packets: Vec<Packet> = (0..100).map(|number| make(&mut driver, number)).collect();
+    driver.transmit(UPLINK, &mut packets);
+    let left: Vec<_> = packets.iter().map(|packet| packet.bytes().to_vec()).collect();
+    assert_eq!(left, (64..100).map(|number| frame(FAR_MAC, UPLINK_MAC, number, 46)).collect::<Vec<_>>());
+    assert!(driver.fault().is_none(), "a device that is down comes up again");
+    packets.into_iter().for_each(|packet| driver.release(packet));
+    assert_accounted(&mut driver, 0);
+    assert_eq!(driver.frames().sending, 64);
+    ip(&format!("link set {} up", lab.uplink.near));
+    // The far end's carrier follows a moment later.
+    assert!(wire.is_silent(Duration::from_millis(100)));
+    driver.transmit(UPLINK, &mut vec![]);
+    for number in 0..64 {
+        assert_eq!(wire.receive().unwrap(), frame(FAR_MAC, UPLINK_MAC, number, 46));
+    }
+    assert_accounted(&mut driver, 0);
+    assert_eq!(driver.frames().sending, 0);
+}
+
+#[test]
+fn a_packet_ends_the_sleep() {
+    if skipped() {
+        return;
+    }
+    let mut lab = Lab::new(1);
+    let mut driver = lab.open(0, SMALL);
+    let start = Instant::now();
+    assert!(!driver.sleep(Duration::from_millis(30)));
+    assert!(start.elapsed() >= Duration::from_millis(30));
+
+    for (port, wire) in [(TRUNK, lab.trunk.wire()), (UPLINK, lab.uplink.wire())] {
+        // One that is there before the sleep begins.
+        wire.send(&frame(UPLINK_MAC, FAR_MAC, 0, 46));
+        let start = Instant::now();
+        assert!(driver.sleep(Duration::from_secs(20)));
+        let packet = receive(&mut driver, port, 1).pop().unwrap();
+        driver.release(packet);
+        // One that comes while it lasts, at many different moments.
+        let ready = &Barrier::new(2);
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                for number in 0..200 {
+                    ready.wait();
+                    thread::sleep(Duration::from_micros(number * 3));
+                    wire.send(&frame(UPLINK_MAC, FAR_MAC, number as u32, 46));
+                }
+            });
+            for _ in 0..200 {
+                ready.wait();
+                assert!(driver.sleep(Duration::from_secs(20)));
+                let packet = receive(&mut driver, port, 1).pop().unwrap();
+                driver.release(packet);
+            }
+        });
+        assert!(start.elapsed() < Duration::from_secs(10), "a wakeup was lost");
+    }
+    assert_eq!(driver.fds().len(), 2);
+    assert_accounted(&mut driver, 0);
+}
+
+#[test]
+fn two_workers_own_a_queue_each() {
+    if skipped() {
+        return;
+    }
+    const FLOWS: u16 = 64;
+    let mut lab = Lab::new(2);
+    let workers = [lab.open(0, SMALL), lab.open(1, SMALL)];
+    let (trunk, uplink) = (lab.trunk.wire(), lab.uplink.wire());
+    let device = lab.uplink.index;
+    let counts: Vec<usize> = thread::scope(|scope| {
+        let workers = workers.map(|mut driver| {
+            scope.spawn(move || {
+                let mut packets = Vec::with_capacity(BURST);
+                let mut forwarded = 0;
+                let mut last = Instant::now();
+                while last.elapsed() < Duration::from_millis(500) {
+                    let received = driver.receive(TRUNK, &mut packets, BURST);
+                    if received > 0 {
+                        last = Instant::now();
+                    }
+                    packets.iter_mut().for_each(|packet| packet.device = device);
+                    send(&mut driver, UPLINK, &mut packets);
+                    forwarded += received;
+                    driver.sleep(Duration::from_millis(20));
+                }
+                assert_accounted(&mut driver, 0);
+                forwarded
+            })
+        });
+        for round in 0..10 {
+            for flow in 0..FLOWS {
+                trunk.send(&udp(flow, round));
+            }
+            for _ in 0..FLOWS {
+                uplink.receive().expect("every packet passes");
+            }
+        }
+        workers.map(|worker| worker.join().unwrap()).to_vec()
+    });
+    assert_eq!(counts.iter().sum::<usize>(), 10 * usize::from(FLOWS));
+    assert!(counts.iter().all(|count| *count > 0), "the kernel spread the flows over both queues: {counts:?}");
+}
+
+/// A UDP packet from the port 1000 + `flow`.
+fn udp(flow: u16, round: u8) -> Vec<u8> {
+    let mut packet = Vec::new();
+    etherparse::PacketBuilder::ethernet2(FAR_MAC.0, [2, 0, 0, 0, 0, 7])
+        .ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64)
+        .udp(1000 + flow, 53)
+        .write(&mut packet, &[round; 18])
+        .unwrap();
+    packet
+}
+
+#[test]
+fn errors_say_what_is_wrong() {
+    if skipped() {
+        return;
+    }
+    let mut lab = Lab::new(1);
+    let settings = lab.settings(0, SMALL);
+    let driver = lab.open(0, SMALL);
+
+    let error = AfXdp::open(&settings).unwrap_err();
+    assert!(matches!(&error, AfXdpError::QueueTaken { device, queue: 0, .. } if device == "trunkn"), "{error:?}");
+
+    let mut no_queue = settings.clone();
+    no_queue.trunk.queue = 3;
+    let error = AfXdp::open(&no_queue).unwrap_err();
+    assert!(matches!(&error, AfXdpError::NoSuchQueue { device, queue: 3, .. } if device == "trunkn"), "{error:?}");
+    assert!(error.to_string().contains("ethtool -L trunkn"), "{error}");
+
+    let mut gone = settings.clone();
+    gone.trunk.device = "gone".into();
+    let error = AfXdp::open(&gone).unwrap_err();
+    assert!(matches!(&error, AfXdpError::NoSuchDevice { device, .. } if device == "gone"), "{error:?}");
+
+    let mut renamed = settings.clone();
+    renamed.trunk.index = IfIndex(settings.trunk.index.0 + 100);
+    let error = AfXdp::open(&renamed).unwrap_err();
+    assert!(matches!(error, AfXdpError::NoSuchDevice { .. }), "{error:?}");
+
+    // A closed driver's queues can be had at once.
+    drop(driver);
+    for _ in 0..3 {
+        drop(AfXdp::open(&settings).unwrap());
+    }
+}
+
+#[test]
+fn a_removed_device_is_a_fault_and_loses_no_frame() {
+    if skipped() {
+        return;
+    }
+    let mut lab = Lab::new(1);
+    let mut driver = lab.open(0, SMALL);
+    assert!(driver.fault().is_none());
+    ip(&format!("link del {}", lab.uplink.near));
+    let packet = driver.allocate().map(|mut packet| {
+        packet.set_len(60);
+        packet
+    });
+    send(&mut driver, UPLINK, &mut packet.into_iter().collect());
+    let fault = driver.fault().expect("sending found it");
+    assert!(matches!(&fault, AfXdpError::Failed { device, .. } if device == "uplinkn"), "{fault:?}");
+    let mut packet = driver.allocate().unwrap();
+    packet.set_len(60);
+    let mut packets = vec![packet];
+    driver.transmit(UPLINK, &mut packets);
+    assert_eq!(packets.len(), 1, "nothing more is given to it");
+    driver.release(packets.remove(0));
+    // The other port works on.
+    let wire = lab.trunk.wire();
+    wire.send(&frame(TRUNK_MAC, FAR_MAC, 0, 46));
+    assert!(driver.sleep(Duration::from_secs(5)));
+    let packet = receive(&mut driver, TRUNK, 1).pop().unwrap();
+    driver.release(packet);
+    assert!(!driver.sleep(Duration::from_millis(10)), "a failed port does not end every sleep");
+}
+
+#[test]
+fn a_removed_device_ends_the_sleep() {
+    if skipped() {
+        return;
+    }
+    let mut lab = Lab::new(1);
+    let mut driver = lab.open(0, SMALL);
+    ip(&format!("link del {}", lab.trunk.near));
+    assert!(driver.sleep(Duration::from_secs(5)));
+    assert!(matches!(driver.fault(), Some(AfXdpError::Failed { device, .. }) if device == "trunkn"));
+}
+
+#[test]
+fn memory_and_modes_are_as_stated() {
+    if skipped() {
+        return;
+    }
+    let lab = Lab::new(1);
+    let mut settings = lab.settings(0, RingSizes { rx: 512, tx: 128 });
+    settings.trunk.sizes = RingSizes { rx: 1024, tx: 2048 };
+    let driver = AfXdp::open(&settings).unwrap();
+    let free_list_bytes = settings.frames() as usize * 8;
+    assert_eq!(driver.mapped_bytes() + free_list_bytes, settings.memory_bytes());
+    let counts = driver.frames();
+    assert_eq!(counts.total, 2 * 1024 + 2048 + 2 * 512 + 128 + 128);
+    assert_eq!((counts.receiving, counts.in_rings, counts.sending), (2048 + 1024, 2048 + 1024, 0));
+    let modes: Vec<_> = driver.modes().unwrap().into_iter().map(|mode| (mode.device, mode.queue, mode.mode)).collect();
+    assert_eq!(modes, [("trunkn".to_owned(), 0, "copy"), ("uplinkn".to_owned(), 0, "copy")]);
+}

@@ -1,0 +1,1083 @@
+//! The kernel's side of weir on a real kernel: every test builds network namespaces and a pin folder of its own and
+//! removes them again. They need root; WEIR_SKIP_E2E=1 skips them.
+
+use std::{
+    env, fs,
+    io::ErrorKind,
+    mem::zeroed,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    path::{Path, PathBuf},
+    process::{self, Command},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use aya::programs::{links::PinnedLink, loaded_links, loaded_programs};
+use etherparse::PacketBuilder;
+use nix::{
+    net::if_::if_nametoindex,
+    sched::{CloneFlags, setns},
+};
+use weir_dataplane::{
+    afxdp::trunk::{origin, target},
+    attach::{
+        AttachError, Attachment, Counter, KERNEL_END, KERNEL_END_MAC, Owned, ROUTER_END, ROUTER_END_MAC, SocketDevice,
+        TrunkSettings, detach,
+    },
+    frame::{IfIndex, LinkType},
+};
+use weir_packet::{Mac, Protocol};
+
+const XDP_DROP: u32 = 1;
+const XDP_PASS: u32 = 2;
+const XDP_REDIRECT: u32 = 4;
+
+const OUTSIDER: [u8; 4] = [192, 0, 2, 200];
+const NODE: [u8; 4] = [192, 0, 2, 1];
+const POD: [u8; 4] = [10, 7, 0, 5];
+const NODE_V6: [u8; 16] = [0xfd, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+const POD_V6: [u8; 16] = [0xfd, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5];
+const OUTSIDER_V6: [u8; 16] = [0xfd, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff];
+
+fn skipped() -> bool {
+    let skipped = env::var_os("WEIR_SKIP_E2E").is_some_and(|value| value == "1");
+    if skipped {
+        eprintln!("skipped: WEIR_SKIP_E2E=1");
+    } else {
+        assert!(nix::unistd::geteuid().is_root(), "needs root (WEIR_SKIP_E2E=1 skips it)");
+    }
+    skipped
+}
+
+/// Runs a shell command; its standard output.
+fn shell(command: &str) -> String {
+    let output = Command::new("sh").args(["-ec", command]).output().expect("sh starts");
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("the output is text")
+}
+
+/// A network namespace, deleted on drop.
+struct Namespace {
+    name: String,
+}
+
+impl Namespace {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("weir-attach-{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        shell(&format!("ip netns add {name}"));
+        let namespace = Self { name };
+        namespace.shell("ip link set lo up");
+        namespace
+    }
+
+    fn shell(&self, command: &str) -> String {
+        self.run(|| shell(command))
+    }
+
+    /// Runs `work` on a thread that is in this namespace.
+    fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        let path = format!("/run/netns/{}", self.name);
+        let result = thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    let namespace = fs::File::open(path).expect("the namespace exists");
+                    setns(namespace, CloneFlags::CLONE_NEWNET).expect("root may enter it");
+                    work()
+                })
+                .join()
+        });
+        result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "delete", &self.name]).status();
+    }
+}
+
+/// A node: a namespace for the router, and its pin folder.
+struct Node {
+    namespace: Namespace,
+    pins: PathBuf,
+}
+
+impl Node {
+    fn new() -> Self {
+        let namespace = Namespace::new();
+        let pins = Path::new("/sys/fs/bpf").join(&namespace.name);
+        Self { namespace, pins }
+    }
+
+    fn settings(&self) -> TrunkSettings {
+        TrunkSettings { queues: 2, mtu: 1500, pin_dir: self.pins.clone() }
+    }
+
+    fn open(&self) -> Attachment {
+        Attachment::open(self.settings()).expect("the trunk attaches")
+    }
+
+    fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.namespace.run(work)
+    }
+
+    /// A veth pair: `host` here, eth0 in `there`.
+    fn connect(&self, host: &str, there: &Namespace) {
+        self.namespace
+            .shell(&format!("ip link add {host} type veth peer name eth0 netns {}; ip link set {host} up", there.name));
+        there.shell("ip link set eth0 up");
+    }
+
+    /// A pod with [`POD`] as address and a default route, as Calico sets it up.
+    fn pod(&self, host: &str) -> Namespace {
+        let pod = Namespace::new();
+        self.connect(host, &pod);
+        pod.shell(
+            "ip addr add 10.7.0.5/32 dev eth0; ip route add 169.254.1.1 dev eth0 scope link; \
+             ip route add default via 169.254.1.1; \
+             ip neigh add 169.254.1.1 lladdr ee:ee:ee:ee:ee:ee dev eth0 nud permanent",
+        );
+        pod
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let result = thread::scope(|scope| scope.spawn(|| self.run(|| detach(&self.pins))).join());
+        if !thread::panicking() {
+            result.expect("detach does not panic").expect("detach cleans up");
+        } else {
+            let _ = fs::remove_dir_all(&self.pins);
+        }
+    }
+}
+
+fn index_of(device: &str) -> u32 {
+    if_nametoindex(device).unwrap_or_else(|error| panic!("{device}: {error}"))
+}
+
+fn mac_of(namespace: &Namespace, device: &str) -> Mac {
+    let text = namespace.shell(&format!("ip -br link show dev {device}"));
+    text.split_whitespace().nth(2).expect("the third column is the MAC").parse().expect("a MAC address")
+}
+
+/// A packet socket on one device of the calling thread's namespace.
+struct Tap(OwnedFd);
+
+impl Tap {
+    fn open(device: &str) -> Self {
+        let all = (libc::ETH_P_ALL as u16).to_be();
+        // SAFETY: socket() takes no pointers, and its result is checked before it is owned.
+        let socket = unsafe {
+            let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, all.into());
+            assert!(fd >= 0, "packet socket: {}", std::io::Error::last_os_error());
+            OwnedFd::from_raw_fd(fd)
+        };
+        // SAFETY: all zeroes is a valid sockaddr_ll, and its true size is passed.
+        let bound = unsafe {
+            let mut address: libc::sockaddr_ll = zeroed();
+            address.sll_family = libc::AF_PACKET as u16;
+            address.sll_protocol = all;
+            address.sll_ifindex = index_of(device) as i32;
+            let size = size_of::<libc::sockaddr_ll>() as u32;
+            libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size)
+        };
+        assert_eq!(bound, 0, "bind: {}", std::io::Error::last_os_error());
+        Self(socket)
+    }
+
+    fn send(&self, frame: &[u8]) {
+        nix::unistd::write(&self.0, frame).expect("the frame is sent");
+    }
+
+    /// The first frame that `wanted` likes, within two seconds.
+    fn find(&self, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        let deadline = Instant::now() + Duration::from_secs(2);
+        let mut buffer = vec![0; 65_536];
+        while Instant::now() < deadline {
+            let mut ready = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut ready, PollTimeout::from(50u8)).expect("poll works") == 0 {
+                continue;
+            }
+            let len = nix::unistd::read(&self.0, &mut buffer).expect("a frame is there");
+            if wanted(&buffer[..len]) {
+                return Some(buffer[..len].to_vec());
+            }
+        }
+        None
+    }
+}
+
+fn udp(macs: (Mac, Mac), from: [u8; 4], to: [u8; 4], port: u16, payload: &[u8]) -> Vec<u8> {
+    let (destination, source) = macs;
+    let mut frame = Vec::new();
+    let builder = PacketBuilder::ethernet2(source.0, destination.0).ipv4(from, to, 64).udp(4444, port);
+    builder.write(&mut frame, payload).expect("a vector takes it");
+    frame
+}
+
+/// Runs a pinned link's program on a frame that arrived on a queue; what it returns. (BPF_PROG_TEST_RUN.)
+fn test_run(link: &Path, frame: &[u8], device: u32, queue: u32) -> u32 {
+    /// The union's part for BPF_PROG_TEST_RUN in `bpf_attr`, include/uapi/linux/bpf.h.
+    #[repr(C)]
+    struct TestRun {
+        prog_fd: u32,
+        retval: u32,
+        data_size_in: u32,
+        data_size_out: u32,
+        data_in: u64,
+        data_out: u64,
+        repeat: u32,
+        duration: u32,
+        ctx_size_in: u32,
+        ctx_size_out: u32,
+        ctx_in: u64,
+        ctx_out: u64,
+        flags: u32,
+        cpu: u32,
+        batch_size: u32,
+        pad: u32,
+    }
+    const BPF_PROG_TEST_RUN: i32 = 10;
+
+    let id = program_of(link);
+    let program = loaded_programs()
+        .map(|info| info.expect("programs can be listed"))
+        .find(|info| info.id() == id)
+        .expect("the program is loaded");
+    let fd = program.fd().expect("root may open it");
+    // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
+    let context = [0, frame.len() as u32, 0, device, queue, 0];
+    // SAFETY: all zeroes is a valid value of plain integers.
+    let mut run: TestRun = unsafe { zeroed() };
+    run.prog_fd = fd.as_fd().as_raw_fd() as u32;
+    run.data_in = frame.as_ptr() as u64;
+    run.data_size_in = frame.len() as u32;
+    run.ctx_in = context.as_ptr() as u64;
+    run.ctx_size_in = size_of_val(&context) as u32;
+    run.repeat = 1;
+    // SAFETY: the pointers in `run` and their sizes are those of live buffers, and `run` is as large as is said.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut run, size_of::<TestRun>()) };
+    assert_eq!(result, 0, "test run: {}", std::io::Error::last_os_error());
+    run.retval
+}
+
+fn program_of(link: &Path) -> u32 {
+    info_of(link).1
+}
+
+/// The id of a pinned link, and of its program.
+fn info_of(link: &Path) -> (u32, u32) {
+    let pinned = PinnedLink::from_pin(link).expect("the link is pinned");
+    let info = aya::programs::links::FdLink::from(pinned).info().expect("the kernel knows it");
+    (info.id(), info.program_id())
+}
+
+/// An AF_XDP socket. The kernel checks only at a packet whether it is bound.
+fn xdp_socket() -> OwnedFd {
+    // SAFETY: socket() takes no pointers, and its result is checked before it is owned.
+    unsafe {
+        let fd = libc::socket(libc::AF_XDP, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);
+        assert!(fd >= 0, "AF_XDP socket: {}", std::io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd)
+    }
+}
+
+fn node_owned() -> Owned {
+    Owned {
+        prefixes: ["10.7.0.0/24", "10.96.0.0/12", "fd07::/64", "192.0.2.1/32"]
+            .map(|text| text.parse().unwrap())
+            .to_vec(),
+        node_addresses: vec![Ipv4Addr::from(NODE).into(), Ipv6Addr::from(NODE_V6).into()],
+        ports: vec![
+            (Protocol::TCP, 30_000..=30_100),
+            (Protocol::UDP, 30_053..=30_053),
+            (Protocol::SCTP, 31_000..=31_000),
+            (Protocol::TCP, 22..=22),
+        ],
+        failsafe_ports: vec![(Protocol::TCP, 22), (Protocol::UDP, 68)],
+    }
+}
+
+#[test]
+fn the_trunk_has_a_queue_per_worker_and_is_adopted_or_made_anew() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    node.run(|| {
+        let attachment = node.open();
+        let trunk = attachment.trunk();
+        assert_eq!((trunk.queues, trunk.mtu), (2, 1500));
+        assert_eq!((trunk.kernel_end, trunk.router_end), (index_of(KERNEL_END), index_of(ROUTER_END)));
+        for device in [KERNEL_END, ROUTER_END] {
+            let text = shell(&format!("ip -d link show dev {device}"));
+            for part in ["numtxqueues 2", "numrxqueues 2", "mtu 1500", "NOARP", ",UP,LOWER_UP"] {
+                assert!(text.contains(part), "{device} has no {part}: {text}");
+            }
+        }
+        assert_eq!(mac_of(&node.namespace, KERNEL_END), KERNEL_END_MAC);
+        assert_eq!(mac_of(&node.namespace, ROUTER_END), ROUTER_END_MAC);
+        let features = shell("ethtool -k weir0");
+        for feature in ["tx-checksumming", "tx-vlan-offload", "tx-tcp-segmentation", "tx-udp-segmentation"] {
+            assert!(features.contains(&format!("{feature}: off")), "{features}");
+        }
+        let modes: Vec<_> =
+            attachment.modes().into_iter().map(|report| (report.device, report.program, report.mode)).collect();
+        assert_eq!(
+            modes,
+            [
+                ("weir1".to_owned(), "trunk_receive", "native"),
+                ("weir0".to_owned(), "trunk_deliver", "tcx"),
+                ("weir0".to_owned(), "-", "no-offload")
+            ]
+        );
+        drop(attachment);
+
+        assert_eq!(node.open().trunk(), trunk, "the same trunk is adopted");
+        let larger =
+            Attachment::open(TrunkSettings { queues: 3, mtu: 1400, ..node.settings() }).expect("it is made anew");
+        assert_ne!(larger.trunk().kernel_end, trunk.kernel_end);
+        assert_eq!((larger.trunk().queues, larger.trunk().mtu), (3, 1400));
+        assert!(shell("ip -d link show dev weir1").contains("numrxqueues 3"));
+    });
+}
+
+#[test]
+fn what_a_workload_sends_carries_its_device_and_arrives_whole() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let pod = node.pod("caliaaaa");
+    let mac = mac_of(&node.namespace, "caliaaaa");
+    let pod_mac = mac_of(&pod, "eth0");
+    node.run(|| {
+        let mut attachment = node.open();
+        let index = index_of("caliaaaa");
+        attachment.adopt_workload(index, "caliaaaa", mac, true).unwrap();
+        let tap = Tap::open(KERNEL_END);
+        let from_pod = |frame: &[u8]| frame[6..12] == pod_mac.0;
+        let source = |frame: &[u8]| origin(Mac(frame[..6].try_into().unwrap()));
+
+        // Its checksum is left to the device, and the device has no such offload any more.
+        pod.run(|| {
+            let socket = UdpSocket::bind("10.7.0.5:4000").unwrap();
+            socket.send_to(b"from the pod", "198.51.100.9:53").unwrap();
+        });
+        let frame = tap.find(|frame| from_pod(frame) && frame.ends_with(b"from the pod")).expect("the datagram");
+        // ee:ee:ee:ee:ee:ee, which the pod takes for its gateway, is not the host end's address.
+        assert_eq!(source(&frame), (IfIndex(index), LinkType::Other));
+        let (ip, udp) = (etherparse::Ipv4Header::from_slice(&frame[14..]).unwrap().0, &frame[34..]);
+        let header = etherparse::UdpHeader::from_slice(udp).unwrap().0;
+        assert_eq!(Ok(header.checksum), header.calc_checksum_ipv4(&ip, b"from the pod"), "a whole checksum");
+
+        // How it was addressed at the link layer.
+        let pod_tap = pod.run(|| Tap::open("eth0"));
+        for (destination, link) in [
+            (mac, LinkType::Host),
+            (Mac::BROADCAST, LinkType::Broadcast),
+            (Mac([1, 0, 0x5e, 0, 0, 1]), LinkType::Multicast),
+            (Mac([2, 0, 0, 0, 0, 9]), LinkType::Other),
+        ] {
+            let payload = format!("to {destination}");
+            pod_tap.send(&link_frame((destination, pod_mac)));
+            let frame =
+                tap.find(|frame| from_pod(frame) && frame.ends_with(b"link")).unwrap_or_else(|| panic!("{payload}"));
+            assert_eq!(source(&frame), (IfIndex(index), link), "{payload}");
+        }
+
+        // A VLAN tag stays in the frame.
+        let mut tagged = link_frame((mac, pod_mac));
+        tagged.splice(12..12, [0x81, 0, 0, 5]);
+        pod_tap.send(&tagged);
+        let frame = tap.find(|frame| from_pod(frame) && frame.ends_with(b"link")).expect("the tagged frame");
+        assert_eq!(frame[12..18], [0x81, 0, 0, 5, 8, 0]);
+
+        let counters = attachment.counters().unwrap();
+        assert!(counters.get(Counter::WorkloadSent) >= 6, "{counters:?}");
+        assert!(counters.get(Counter::TrunkUnclaimed) >= 6, "nobody has a socket: {counters:?}");
+        assert_eq!(counters.get(Counter::TrunkTaken), 0);
+    });
+}
+
+fn link_frame(macs: (Mac, Mac)) -> Vec<u8> {
+    udp(macs, POD, OUTSIDER, 5, b"link")
+}
+
+#[test]
+fn a_segmented_stream_of_a_workload_is_cut_before_it_enters_the_trunk() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let pod = node.pod("calibbbb");
+    let mac = mac_of(&node.namespace, "calibbbb");
+    let pod_mac = mac_of(&pod, "eth0");
+    node.run(|| {
+        let mut attachment = node.open();
+        attachment.adopt_workload(index_of("calibbbb"), "calibbbb", mac, true).unwrap();
+        let tap = Tap::open(KERNEL_END);
+        pod.run(|| {
+            let socket = UdpSocket::bind("10.7.0.5:4001").unwrap();
+            let segment: i32 = 1000;
+            // SAFETY: the option's value is an integer, whose address and size are passed.
+            let set = unsafe {
+                let size = size_of_val(&segment) as u32;
+                libc::setsockopt(
+                    socket.as_raw_fd(),
+                    libc::SOL_UDP,
+                    libc::UDP_SEGMENT,
+                    (&raw const segment).cast(),
+                    size,
+                )
+            };
+            assert_eq!(set, 0, "UDP_SEGMENT: {}", std::io::Error::last_os_error());
+            socket.send_to(&[7; 10_000], "198.51.100.9:53").unwrap();
+        });
+        for nth in 0..10 {
+            let frame = tap.find(|frame| frame[6..12] == pod_mac.0 && frame[12..14] == [8, 0]);
+            let frame = frame.unwrap_or_else(|| panic!("segment {nth}"));
+            assert_eq!(frame.len(), 14 + 20 + 8 + 1000, "segment {nth}");
+            let ip = etherparse::Ipv4Header::from_slice(&frame[14..]).unwrap().0;
+            let header = etherparse::UdpHeader::from_slice(&frame[34..]).unwrap().0;
+            assert_eq!(Ok(header.checksum), header.calc_checksum_ipv4(&ip, &frame[42..]), "segment {nth}");
+        }
+        assert_eq!(attachment.counters().unwrap().get(Counter::WorkloadSent), 1);
+    });
+}
+
+#[test]
+fn what_weir_sends_reaches_workloads_and_the_host() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let pod = node.pod("calicccc");
+    let mac = mac_of(&node.namespace, "calicccc");
+    let pod_mac = mac_of(&pod, "eth0");
+    node.namespace.shell(
+        "ip addr add 192.0.2.1/32 dev lo; ip link add near0 type veth peer name near1; \
+         ip link set near0 up; ip link set near1 up",
+    );
+    let near_mac = mac_of(&node.namespace, "near0");
+    let near_peer = mac_of(&node.namespace, "near1");
+    node.run(|| {
+        let mut attachment = node.open();
+        let (index, near) = (index_of("calicccc"), index_of("near0"));
+        attachment.adopt_workload(index, "calicccc", mac, true).unwrap();
+        attachment.adopt_workload(near, "near0", near_mac, false).unwrap();
+        let slow = attachment.modes().into_iter().filter(|report| report.mode == "redirect");
+        assert_eq!(slow.map(|report| report.device).collect::<Vec<_>>(), ["near0"]);
+        let router = Tap::open(ROUTER_END);
+        let before = attachment.counters().unwrap();
+
+        // To a pod: as if from the host end, and to its applications.
+        let (pod_tap, pod_socket) = pod.run(|| (Tap::open("eth0"), UdpSocket::bind("10.7.0.5:53").unwrap()));
+        pod_socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        router.send(&udp((pod_mac, target(IfIndex(index))), OUTSIDER, POD, 53, b"to the pod"));
+        let frame = pod_tap.find(|frame| frame.ends_with(b"to the pod")).expect("the pod gets it");
+        assert_eq!((&frame[..6], &frame[6..12]), (&pod_mac.0[..], &mac.0[..]));
+        let mut buffer = [0; 64];
+        let (len, from) = pod_socket.recv_from(&mut buffer).expect("the pod's socket gets it");
+        assert_eq!((&buffer[..len], from.ip()), (&b"to the pod"[..], IpAddr::from(OUTSIDER)));
+
+        // To a workload whose peer is in this namespace.
+        let near_tap = Tap::open("near1");
+        router.send(&udp((near_peer, target(IfIndex(near))), OUTSIDER, POD, 53, b"to the near one"));
+        let frame = near_tap.find(|frame| frame.ends_with(b"to the near one")).expect("the near one gets it");
+        assert_eq!((&frame[..6], &frame[6..12]), (&near_peer.0[..], &near_mac.0[..]));
+
+        // To the node: index 0, or no index at all. Even from the node's own address.
+        let host = UdpSocket::bind("192.0.2.1:9000").unwrap();
+        host.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        for (source, from, payload) in [
+            (target(IfIndex::HOST), OUTSIDER, b"zero"),
+            (ROUTER_END_MAC, OUTSIDER, b"none"),
+            (ROUTER_END_MAC, NODE, b"self"),
+        ] {
+            router.send(&udp((KERNEL_END_MAC, source), from, NODE, 9000, payload));
+            let (len, sender) = host.recv_from(&mut buffer).expect("the node's socket gets it");
+            assert_eq!((&buffer[..len], sender.ip()), (&payload[..], IpAddr::from(from)));
+        }
+
+        // To nobody, and to one that was forgotten.
+        attachment.forget_workload(near).unwrap();
+        for gone in [0x00ff_0000, near] {
+            router.send(&udp((near_peer, target(IfIndex(gone))), OUTSIDER, POD, 53, b"to nobody"));
+        }
+        assert!(near_tap.find(|frame| frame.ends_with(b"to nobody")).is_none());
+        let after = attachment.counters().unwrap();
+        let gained = |counter| after.get(counter) - before.get(counter);
+        assert_eq!(gained(Counter::DeliveredWorkload), 2);
+        assert_eq!(gained(Counter::DeliveredHost), 3);
+        assert_eq!(gained(Counter::DeliveredNowhere), 2);
+    });
+}
+
+#[test]
+fn the_trunk_gives_frames_to_the_socket_of_their_queue_or_drops_them() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    node.run(|| {
+        let mut attachment = node.open();
+        let (link, device) = (node.pins.join("trunk_receive"), attachment.trunk().router_end);
+        let frame = link_frame((KERNEL_END_MAC, Mac([2; 6])));
+        assert_eq!(test_run(&link, &frame, device, 0), XDP_DROP);
+        let socket = xdp_socket();
+        attachment.register_socket(SocketDevice::Trunk, 1, socket.as_fd()).unwrap();
+        assert_eq!(test_run(&link, &frame, device, 0), XDP_DROP, "another queue");
+        assert_eq!(test_run(&link, &frame, device, 1), XDP_REDIRECT);
+        drop(socket);
+        assert_eq!(test_run(&link, &frame, device, 1), XDP_DROP, "the socket is gone");
+        let counters = attachment.counters().unwrap();
+        assert_eq!((counters.get(Counter::TrunkTaken), counters.get(Counter::TrunkUnclaimed)), (1, 3));
+
+        let no_socket = fs::File::open("/dev/null").unwrap();
+        assert!(matches!(
+            attachment.register_socket(SocketDevice::Trunk, 0, no_socket.as_fd()),
+            Err(AttachError::Map { name: "sockets", .. })
+        ));
+        assert!(matches!(
+            attachment.register_socket(SocketDevice::Uplink(77), 0, xdp_socket().as_fd()),
+            Err(AttachError::NoUplink(77))
+        ));
+    });
+}
+
+/// What the uplink program should do with a frame: with a socket, without one, and what it counts.
+#[derive(Clone, Copy)]
+struct Expected(u32, u32, Counter);
+
+const PASSED: Expected = Expected(XDP_PASS, XDP_PASS, Counter::UplinkPassed);
+const FAILSAFE: Expected = Expected(XDP_PASS, XDP_PASS, Counter::UplinkPassedFailsafe);
+const PREFIX: Expected = Expected(XDP_REDIRECT, XDP_DROP, Counter::UplinkTakenPrefix);
+const PORT: Expected = Expected(XDP_REDIRECT, XDP_DROP, Counter::UplinkTakenPort);
+const TUNNEL: Expected = Expected(XDP_REDIRECT, XDP_DROP, Counter::UplinkTakenTunnel);
+const ICMP: Expected = Expected(XDP_REDIRECT, XDP_PASS, Counter::UplinkTakenIcmp);
+const FRAGMENT: Expected = Expected(XDP_REDIRECT, XDP_PASS, Counter::UplinkTakenFragment);
+
+const MACS: ([u8; 6], [u8; 6]) = ([0x0a, 0, 0, 0, 0, 1], [0x0a, 0, 0, 0, 0, 2]);
+
+/// An Ethernet frame around an IPv4 packet with that protocol and payload. `fragment` is the field of flags and offset.
+fn v4(to: [u8; 4], protocol: u8, fragment: u16, payload: &[u8]) -> Vec<u8> {
+    let mut frame = [&MACS.0[..], &MACS.1, &[8, 0]].concat();
+    let total = 20 + payload.len() as u16;
+    frame.extend([0x45, 0]);
+    frame.extend(total.to_be_bytes());
+    frame.extend([0, 1]);
+    frame.extend(fragment.to_be_bytes());
+    frame.extend([64, protocol, 0, 0]);
+    frame.extend(OUTSIDER);
+    frame.extend(to);
+    frame.extend(payload);
+    frame
+}
+
+fn v6(to: [u8; 16], next: u8, hop_limit: u8, payload: &[u8]) -> Vec<u8> {
+    let mut frame = [&MACS.0[..], &MACS.1, &[0x86, 0xdd, 0x60, 0, 0, 0]].concat();
+    frame.extend((payload.len() as u16).to_be_bytes());
+    frame.extend([next, hop_limit]);
+    frame.extend(OUTSIDER_V6);
+    frame.extend(to);
+    frame.extend(payload);
+    frame
+}
+
+/// Source port 1000 and that destination port, with the rest of a header.
+fn to_port(port: u16) -> Vec<u8> {
+    [&1000u16.to_be_bytes()[..], &port.to_be_bytes(), &[0; 16]].concat()
+}
+
+/// An IPv6 extension header of `8 * (units + 1)` bytes before `payload`.
+fn extension(next: u8, units: u8, payload: &[u8]) -> Vec<u8> {
+    let mut header = vec![0; 8 * (usize::from(units) + 1)];
+    header[..2].copy_from_slice(&[next, units]);
+    header.extend(payload);
+    header
+}
+
+fn uplink_cases() -> Vec<(&'static str, Vec<u8>, Expected)> {
+    let (tcp, udp, sctp, icmp, ipip, icmpv6) = (6, 17, 132, 1, 4, 58);
+    let echo = [8, 0, 0, 0, 0, 1, 0, 1];
+    let mut options = v4(NODE, tcp, 0, &[&[1; 8][..], &to_port(30_000)].concat());
+    options[14] = 0x47;
+    let mut short_header = v4(NODE, tcp, 0, &to_port(30_000));
+    short_header[14] = 0x41;
+    let tagged = |mut frame: Vec<u8>| {
+        frame.splice(12..12, [0x81, 0, 0, 5]);
+        frame
+    };
+    let nd = |kind| [kind, 0, 0, 0, 0, 0, 0, 0];
+    let four = (0..4).fold((tcp, to_port(30_000)), |(next, payload), _| (60, extension(next, 1, &payload)));
+    let five = extension(four.0, 0, &four.1);
+    vec![
+        ("v4 pod", v4(POD, tcp, 0, &to_port(80)), PREFIX),
+        ("v4 pod, unknown protocol", v4(POD, 99, 0, &[]), PREFIX),
+        ("v4 pod, later fragment", v4(POD, udp, 185, &[0; 8]), PREFIX),
+        ("v4 pod, echo", v4(POD, icmp, 0, &echo), PREFIX),
+        ("v4 service", v4([10, 96, 0, 10], udp, 0, &to_port(53)), PREFIX),
+        ("v4 last address of the service range", v4([10, 111, 255, 255], udp, 0, &to_port(53)), PREFIX),
+        ("v4 first address after it", v4([10, 112, 0, 0], udp, 0, &to_port(53)), PASSED),
+        ("v4 pod of another node", v4([10, 7, 1, 5], tcp, 0, &to_port(80)), PASSED),
+        ("v4 broadcast", v4([255; 4], udp, 0, &to_port(68)), PASSED),
+        ("v4 node, ordinary port", v4(NODE, tcp, 0, &to_port(10_250)), PASSED),
+        ("v4 node, owned port", v4(NODE, tcp, 0, &to_port(30_000)), PORT),
+        ("v4 node, last of a range", v4(NODE, tcp, 0, &to_port(30_100)), PORT),
+        ("v4 node, before and after a range", v4(NODE, tcp, 0, &to_port(29_999)), PASSED),
+        ("v4 node, after a range", v4(NODE, tcp, 0, &to_port(30_101)), PASSED),
+        ("v4 node, that port of another protocol", v4(NODE, udp, 0, &to_port(30_000)), PASSED),
+        ("v4 node, owned UDP port", v4(NODE, udp, 0, &to_port(30_053)), PORT),
+        ("v4 node, owned SCTP port", v4(NODE, sctp, 0, &to_port(31_000)), PORT),
+        ("v4 node, failsafe beats owned", v4(NODE, tcp, 0, &to_port(22)), FAILSAFE),
+        ("v4 node, UDP failsafe", v4(NODE, udp, 0, &to_port(68)), FAILSAFE),
+        ("v4 node, TCP is not UDP's failsafe", v4(NODE, tcp, 0, &to_port(68)), PASSED),
+        ("v4 pod, no failsafe", v4(POD, tcp, 0, &to_port(22)), PREFIX),
+        ("v4 node, header options", options, PORT),
+        ("v4 node, a header shorter than a header", short_header, PASSED),
+        ("v4 node, ports cut off", v4(NODE, tcp, 0, &[0, 1, 2]), PASSED),
+        ("v4 node, tunnel", v4(NODE, ipip, 0, &v4(POD, tcp, 0, &to_port(80))[14..]), TUNNEL),
+        ("v4 node, fragmented tunnel", v4(NODE, ipip, 0x2000, &[0; 24]), TUNNEL),
+        ("v4 node, echo", v4(NODE, icmp, 0, &echo), ICMP),
+        ("v4 node, first fragment", v4(NODE, udp, 0x2000, &to_port(30_053)), FRAGMENT),
+        ("v4 node, later fragment", v4(NODE, udp, 185, &[0; 8]), FRAGMENT),
+        ("v4 node, do not fragment", v4(NODE, udp, 0x4000, &to_port(30_053)), PORT),
+        ("v4 node, GRE", v4(NODE, 47, 0, &[0; 8]), PASSED),
+        ("v4 cut off", v4(POD, tcp, 0, &[])[..33].to_vec(), PASSED),
+        ("v6 pod", v6(POD_V6, tcp, 64, &to_port(80)), PREFIX),
+        ("v6 pod, echo", v6(POD_V6, icmpv6, 64, &[128, 0, 0, 0, 0, 0, 0, 0]), PREFIX),
+        ("v6 pod, neighbour solicitation", v6(POD_V6, icmpv6, 255, &nd(135)), PASSED),
+        ("v6 pod, forged neighbour solicitation", v6(POD_V6, icmpv6, 254, &nd(135)), PREFIX),
+        ("v6 another prefix", v6([0xfd; 16], tcp, 64, &to_port(80)), PASSED),
+        ("v6 node, ordinary port", v6(NODE_V6, tcp, 64, &to_port(80)), PASSED),
+        ("v6 node, owned port", v6(NODE_V6, tcp, 64, &to_port(30_001)), PORT),
+        ("v6 node, failsafe", v6(NODE_V6, tcp, 64, &to_port(22)), FAILSAFE),
+        ("v6 node, echo", v6(NODE_V6, icmpv6, 255, &[128, 0, 0, 0, 0, 0, 0, 0]), ICMP),
+        ("v6 node, too big", v6(NODE_V6, icmpv6, 60, &[2, 0, 0, 0, 0, 0, 5, 0]), ICMP),
+        ("v6 node, router solicitation", v6(NODE_V6, icmpv6, 255, &nd(133)), PASSED),
+        ("v6 node, redirect", v6(NODE_V6, icmpv6, 255, &nd(137)), PASSED),
+        ("v6 node, listener query", v6(NODE_V6, icmpv6, 1, &nd(130)), PASSED),
+        ("v6 node, listener report", v6(NODE_V6, 0, 1, &extension(icmpv6, 0, &nd(143))), PASSED),
+        ("v6 node, fragment", v6(NODE_V6, 44, 64, &extension(udp, 0, &to_port(30_053))), FRAGMENT),
+        ("v6 node, options, fragment", v6(NODE_V6, 60, 64, &extension(44, 2, &extension(udp, 0, &[]))), FRAGMENT),
+        ("v6 node, owned port after options", v6(NODE_V6, 0, 64, &extension(tcp, 3, &to_port(30_000))), PORT),
+        ("v6 node, after as many options as are looked through", v6(NODE_V6, four.0, 64, &four.1), PORT),
+        ("v6 node, after one more", v6(NODE_V6, 60, 64, &five), PASSED),
+        ("v6 node, options cut off", v6(NODE_V6, 0, 64, &[tcp]), PASSED),
+        ("v6 node, options beyond the end", v6(NODE_V6, 0, 64, &extension(tcp, 0, &[])), PASSED),
+        ("v6 cut off", v6(POD_V6, tcp, 64, &[])[..53].to_vec(), PASSED),
+        ("ARP", [&[0xff; 6][..], &MACS.1, &[8, 6], &[0; 28]].concat(), PASSED),
+        ("VLAN", tagged(v4(POD, tcp, 0, &to_port(80))), PASSED),
+        ("LLDP", [&[1, 0x80, 0xc2, 0, 0, 0xe][..], &MACS.1, &[0x88, 0xcc], &[0; 40]].concat(), PASSED),
+    ]
+}
+
+#[test]
+fn uplinks_give_up_what_weir_owns_and_nothing_else() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let outside = Namespace::new();
+    node.connect("up0", &outside);
+    node.run(|| {
+        let mut attachment = node.open();
+        let index = index_of("up0");
+        attachment.set_owned(&node_owned()).unwrap();
+        let report = attachment.attach_uplink(index, "up0").unwrap();
+        assert_eq!((report.program, report.mode), ("uplink_receive", "native"));
+        assert!(attachment.modes().contains(&report));
+        assert_eq!(attachment.pinned_uplinks().unwrap(), [index]);
+        let link = node.pins.join(format!("uplink_{index}"));
+
+        let socket = xdp_socket();
+        for with_socket in [false, true] {
+            if with_socket {
+                attachment.register_socket(SocketDevice::Uplink(index), 0, socket.as_fd()).unwrap();
+            }
+            for (name, frame, Expected(taken, untaken, cause)) in uplink_cases() {
+                let before = attachment.counters().unwrap();
+                let action = test_run(&link, &frame, index, 0);
+                let after = attachment.counters().unwrap();
+                assert_eq!(action, if with_socket { taken } else { untaken }, "{name}, socket: {with_socket}");
+                let mut counted = vec![cause];
+                if taken == XDP_REDIRECT && !with_socket {
+                    counted.push(match untaken {
+                        XDP_DROP => Counter::UplinkUnclaimedDropped,
+                        _ => Counter::UplinkUnclaimedPassed,
+                    });
+                }
+                let gained: Vec<_> = after
+                    .iter()
+                    .filter(|(counter, _)| after.get(*counter) != before.get(*counter))
+                    .map(|(c, _)| c)
+                    .collect();
+                assert_eq!(gained, counted, "{name}, socket: {with_socket}");
+            }
+        }
+        attachment.detach_uplink(index).unwrap();
+        assert!(attachment.pinned_uplinks().unwrap().is_empty());
+        assert!(!shell("ip link show dev up0").contains("xdp"), "detaching is done when it returns");
+    });
+}
+
+#[test]
+fn without_a_router_the_node_stays_reachable_and_owned_ports_are_closed() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let outside = Namespace::new();
+    node.connect("up0", &outside);
+    node.namespace.shell("ip addr add 192.0.2.1/24 dev up0");
+    outside.shell("ip addr add 192.0.2.200/24 dev eth0");
+    node.run(|| {
+        let mut attachment = node.open();
+        attachment
+            .set_owned(&Owned {
+                node_addresses: vec![Ipv4Addr::from(NODE).into()],
+                ports: vec![(Protocol::UDP, 30_000..=30_000), (Protocol::UDP, 53..=53)],
+                failsafe_ports: vec![(Protocol::UDP, 53)],
+                ..Owned::default()
+            })
+            .unwrap();
+        attachment.attach_uplink(index_of("up0"), "up0").unwrap();
+        drop(attachment);
+
+        outside.shell("ping -c 1 -W 2 192.0.2.1");
+        let sender = outside.run(|| UdpSocket::bind("192.0.2.200:0").unwrap());
+        for (port, arrives) in [(30_000, false), (7000, true), (53, true)] {
+            let socket = UdpSocket::bind(("192.0.2.1", port)).unwrap();
+            socket.set_read_timeout(Some(Duration::from_millis(if arrives { 2000 } else { 300 }))).unwrap();
+            sender.send_to(b"hello", ("192.0.2.1", port)).unwrap();
+            let got = socket.recv(&mut [0; 16]);
+            assert_eq!(got.is_ok(), arrives, "port {port}: {got:?}");
+        }
+    });
+}
+
+#[test]
+fn pins_outlive_the_router_and_the_next_one_adopts_them() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let pod = node.pod("calidddd");
+    let outside = Namespace::new();
+    node.connect("up0", &outside);
+    let mac = mac_of(&node.namespace, "calidddd");
+    node.run(|| {
+        let (workload, uplink) = (index_of("calidddd"), index_of("up0"));
+        let mut first = node.open();
+        first.set_owned(&node_owned()).unwrap();
+        first.adopt_workload(workload, "calidddd", mac, true).unwrap();
+        first.attach_uplink(uplink, "up0").unwrap();
+        assert!(matches!(Attachment::open(node.settings()), Err(AttachError::InUse { .. })));
+        assert!(matches!(detach(&node.pins), Err(AttachError::InUse { .. })));
+        let pins = [
+            "trunk_receive".to_owned(),
+            "trunk_deliver".to_owned(),
+            format!("workload_{workload}"),
+            format!("uplink_{uplink}"),
+        ]
+        .map(|name| node.pins.join(name));
+        let links = pins.each_ref().map(|pin| info_of(pin));
+        drop(first);
+
+        // Closed, and still attached.
+        assert_eq!(pins.each_ref().map(|pin| info_of(pin)), links);
+        let tap = Tap::open(KERNEL_END);
+        pod.run(|| UdpSocket::bind("10.7.0.5:0").unwrap().send_to(b"anyone?", "198.51.100.9:53").unwrap());
+        assert!(tap.find(|frame| frame.ends_with(b"anyone?")).is_some(), "the pod's packets still go into the trunk");
+        let frame = v4(POD, 6, 0, &to_port(80));
+        assert_eq!(test_run(&pins[3], &frame, uplink, 0), XDP_DROP);
+
+        let mut second = node.open();
+        assert!(second.counters().unwrap().get(Counter::TrunkUnclaimed) > 0, "counters are kept");
+        assert_eq!(second.pinned_workloads().unwrap(), [workload]);
+        assert_eq!(second.pinned_uplinks().unwrap(), [uplink]);
+        second.adopt_workload(workload, "calidddd", mac, true).unwrap();
+        second.attach_uplink(uplink, "up0").unwrap();
+        for (pin, (link, program)) in pins.iter().zip(links) {
+            let (new_link, new_program) = info_of(pin);
+            assert_eq!(new_link, link, "{pin:?}: the link is the same");
+            assert_ne!(new_program, program, "{pin:?}: its program is the new one");
+        }
+        assert_eq!(test_run(&pins[3], &frame, uplink, 0), XDP_DROP, "what is owned is kept");
+        second.register_socket(SocketDevice::Uplink(uplink), 0, xdp_socket().as_fd()).unwrap();
+
+        // Adopting again changes nothing.
+        second.adopt_workload(workload, "calidddd", mac, true).unwrap();
+        assert_eq!(info_of(&pins[2]).0, links[2].0);
+        drop(second);
+
+        let report = detach(&node.pins).unwrap();
+        assert_eq!(report.devices, [KERNEL_END, ROUTER_END]);
+        for name in ["trunk_receive", "trunk_deliver", "sockets_trunk", "workloads", "counters"] {
+            assert!(report.pins.iter().any(|pin| pin == name), "{name} is reported: {report:?}");
+        }
+        assert!(!node.pins.exists());
+        assert!(if_nametoindex(KERNEL_END).is_err() && if_nametoindex(ROUTER_END).is_err());
+        let alive: Vec<u32> = loaded_links().map(|link| link.unwrap().id()).collect();
+        for (pin, (link, _)) in pins.iter().zip(links) {
+            assert!(!alive.contains(&link), "{pin:?} is detached");
+        }
+        assert!(detach(&node.pins).unwrap().is_empty(), "again: nothing");
+    });
+}
+
+#[test]
+fn devices_that_are_gone_leave_nothing() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let pods = ["calie0", "calie1"].map(|host| node.pod(host));
+    let outside = Namespace::new();
+    node.connect("up0", &outside);
+    node.run(|| {
+        let mut attachment = node.open();
+        let indexes = ["calie0", "calie1"].map(index_of);
+        for (host, index) in ["calie0", "calie1"].iter().zip(indexes) {
+            attachment.adopt_workload(index, host, Mac([2; 6]), true).unwrap();
+        }
+        let uplink = index_of("up0");
+        attachment.attach_uplink(uplink, "up0").unwrap();
+
+        // One goes while the router runs, the others while none does.
+        shell("ip link delete calie0");
+        attachment.forget_workload(indexes[0]).unwrap();
+        attachment.forget_workload(indexes[0]).unwrap();
+        assert_eq!(attachment.pinned_workloads().unwrap(), [indexes[1]]);
+        assert!(matches!(
+            attachment.adopt_workload(indexes[0], "calie0", Mac([2; 6]), true),
+            Err(AttachError::DeviceGone { .. })
+        ));
+        drop(attachment);
+        drop(pods);
+        shell("ip link delete up0; while ip link show calie1 2>/dev/null; do sleep 0.05; done");
+
+        let attachment = node.open();
+        assert_eq!(attachment.pinned_workloads().unwrap(), [0u32; 0]);
+        assert_eq!(attachment.pinned_uplinks().unwrap(), [0u32; 0]);
+        let left: Vec<_> = fs::read_dir(&node.pins).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let stale = |name: &std::ffi::OsString| {
+            let name = name.to_string_lossy();
+            name.starts_with("workload_") || name.starts_with("uplink_") || name == format!("sockets_{uplink}")
+        };
+        assert!(!left.iter().any(stale), "{left:?}");
+    });
+}
+
+#[test]
+fn what_stays_owned_is_owned_at_every_moment() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let outside = Namespace::new();
+    node.connect("up0", &outside);
+    node.run(|| {
+        let mut attachment = node.open();
+        let index = index_of("up0");
+        let one = node_owned();
+        let other = Owned {
+            prefixes: vec!["10.7.0.0/25".parse().unwrap(), "fd07::/63".parse().unwrap()],
+            node_addresses: vec![Ipv4Addr::from(NODE).into(), "198.51.100.1".parse().unwrap()],
+            ports: vec![(Protocol::TCP, 30_000..=30_000), (Protocol::TCP, 40_000..=50_000)],
+            failsafe_ports: vec![(Protocol::TCP, 22), (Protocol::TCP, 179)],
+        };
+        attachment.set_owned(&one).unwrap();
+        attachment.attach_uplink(index, "up0").unwrap();
+        let link = node.pins.join(format!("uplink_{index}"));
+
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let watch = scope.spawn(|| {
+                let frames = [
+                    (v4(POD, 6, 0, &to_port(80)), XDP_DROP),
+                    (v6(POD_V6, 6, 64, &to_port(80)), XDP_DROP),
+                    (v4(NODE, 6, 0, &to_port(30_000)), XDP_DROP),
+                    (v4(NODE, 6, 0, &to_port(22)), XDP_PASS),
+                ];
+                let mut runs = 0;
+                while !done.load(Ordering::Relaxed) {
+                    for (nth, (frame, action)) in frames.iter().enumerate() {
+                        assert_eq!(test_run(&link, frame, index, 0), *action, "frame {nth}");
+                    }
+                    runs += 1;
+                }
+                runs
+            });
+            for round in 0..50 {
+                attachment.set_owned(if round % 2 == 0 { &other } else { &one }).unwrap();
+            }
+            done.store(true, Ordering::Relaxed);
+            assert!(watch.join().expect("always owned") > 10);
+        });
+
+        // And exactly the last is left.
+        attachment.set_owned(&other).unwrap();
+        let action = |frame: Vec<u8>| test_run(&link, &frame, index, 0);
+        assert_eq!(action(v4([10, 96, 0, 10], 17, 0, &to_port(53))), XDP_PASS);
+        assert_eq!(action(v4([10, 7, 0, 128], 6, 0, &to_port(80))), XDP_PASS);
+        assert_eq!(action(v4(NODE, 6, 0, &to_port(30_001))), XDP_PASS);
+        assert_eq!(action(v4(NODE, 6, 0, &to_port(45_000))), XDP_DROP);
+        assert_eq!(action(v6(NODE_V6, 4, 64, &[])), XDP_PASS);
+        attachment.set_owned(&Owned::default()).unwrap();
+        for (name, frame, _) in uplink_cases() {
+            assert_eq!(action(frame), XDP_PASS, "{name}: nothing is owned");
+        }
+        attachment.set_owned(&one).unwrap();
+        for (name, frame, Expected(_, untaken, _)) in uplink_cases() {
+            assert_eq!(action(frame), untaken, "{name}");
+        }
+    });
+}
+
+#[test]
+fn adopting_many_workloads_is_quick() {
+    if skipped() {
+        return;
+    }
+    const WORKLOADS: u32 = 100;
+    let node = Node::new();
+    let batch: String = (0..WORKLOADS).map(|n| format!("link add w{n} type veth peer name p{n}\n")).collect();
+    node.namespace.shell(&format!("ip -batch - <<'END'\n{batch}END\n"));
+    node.run(|| {
+        let mut attachment = node.open();
+        let devices: Vec<_> = (0..WORKLOADS).map(|n| format!("w{n}")).map(|name| (index_of(&name), name)).collect();
+        let each = |what: &str, start: Instant, limit: Duration| {
+            let mean = start.elapsed() / WORKLOADS;
+            assert!(mean < limit, "{what}: {mean:?} each");
+        };
+        let start = Instant::now();
+        for (index, name) in &devices {
+            attachment.adopt_workload(*index, name, Mac([2; 6]), false).unwrap();
+        }
+        // The kernel waits for an RCU grace period, some 10 ms, at the first link of a device, and when one is taken
+        // off a live device.
+        each("adopting", start, Duration::from_millis(50));
+        drop(attachment);
+        let mut attachment = node.open();
+        let start = Instant::now();
+        for (index, name) in &devices {
+            attachment.adopt_workload(*index, name, Mac([2; 6]), false).unwrap();
+        }
+        each("adopting again", start, Duration::from_millis(5));
+        let half = devices.len() / 2;
+        for (_, name) in &devices[..half] {
+            shell(&format!("ip link delete {name}"));
+        }
+        let start = Instant::now();
+        for (index, _) in &devices[..half] {
+            attachment.forget_workload(*index).unwrap();
+        }
+        each("forgetting what is gone", start, Duration::from_millis(5));
+        let start = Instant::now();
+        for (index, _) in &devices[half..] {
+            attachment.forget_workload(*index).unwrap();
+        }
+        each("forgetting", start, Duration::from_millis(50));
+        assert!(attachment.pinned_workloads().unwrap().is_empty());
+    });
+}
+
+#[test]
+fn what_cannot_work_is_refused_with_a_reason() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    node.run(|| {
+        let settings = node.settings();
+        let refused = |settings: TrunkSettings| Attachment::open(settings).err().expect("refused");
+        assert!(matches!(
+            refused(TrunkSettings { queues: 0, ..settings.clone() }),
+            AttachError::Queues { queues: 0, .. }
+        ));
+        assert!(matches!(refused(TrunkSettings { mtu: 9000, ..settings.clone() }), AttachError::Mtu { mtu: 9000, .. }));
+        let ordinary = env::temp_dir().join(&node.namespace.name);
+        assert!(matches!(
+            refused(TrunkSettings { pin_dir: ordinary.clone(), ..settings.clone() }),
+            AttachError::NotBpf { .. }
+        ));
+        assert!(!ordinary.exists(), "nothing is made in a wrong place");
+
+        shell("sysctl -qw net.ipv4.conf.all.rp_filter=1");
+        assert!(matches!(refused(settings.clone()), AttachError::ReversePathFilter { value: 1 }));
+        shell("sysctl -qw net.ipv4.conf.all.rp_filter=0; ip link add weir0 type veth peer name other");
+        assert!(matches!(refused(settings.clone()), AttachError::ForeignDevice { name: KERNEL_END, .. }));
+        assert!(matches!(detach(&node.pins), Err(AttachError::ForeignDevice { .. })), "nor is it deleted");
+        shell("ip link delete weir0");
+
+        let mut attachment = node.open();
+        let lo = index_of("lo");
+        assert!(matches!(attachment.attach_uplink(lo, "lo"), Err(AttachError::Mtu { mtu: 65_536, .. })));
+        shell("ip link set lo mtu 1500");
+        assert!(matches!(attachment.attach_uplink(lo, "lo"), Err(AttachError::NoNativeMode { .. })));
+        assert!(matches!(attachment.attach_uplink(lo + 1000, "lo"), Err(AttachError::DeviceGone { .. })));
+        assert!(matches!(
+            attachment.attach_uplink(index_of(ROUTER_END), ROUTER_END),
+            Err(AttachError::Occupied { .. })
+        ));
+        assert!(attachment.pinned_uplinks().unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_pin_folder_serves_one_namespace() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let stranger = Namespace::new();
+    let strange = TrunkSettings { queues: 2, mtu: 1500, pin_dir: node.pins.clone() };
+    node.run(|| drop(node.open()));
+    stranger.run(|| {
+        assert!(matches!(Attachment::open(strange.clone()), Err(AttachError::OtherNamespace { .. })));
+        assert!(matches!(detach(&node.pins), Err(AttachError::OtherNamespace { .. })));
+        assert!(if_nametoindex(KERNEL_END).is_err(), "it is refused before anything is made");
+    });
+    // A namespace that is gone has no claim; nobody can detach there any more.
+    let Node { namespace, .. } = &node;
+    namespace.run(|| shell("ip link delete weir0"));
+    stranger.run(|| {
+        let attachment = Attachment::open(strange).expect("the pins are taken over");
+        assert_eq!(attachment.trunk().kernel_end, index_of(KERNEL_END));
+        drop(attachment);
+        assert!(!detach(&node.pins).unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_namespace_of_mounts_is_noticed() {
+    if skipped() {
+        return;
+    }
+    // The pins of a process under `ip netns exec` would go with it. A child takes that part.
+    if env::var_os("WEIR_TEST_PRIVATE_MOUNTS").is_some() {
+        let settings = TrunkSettings { queues: 1, mtu: 1500, pin_dir: "/sys/fs/bpf/weir-private-mounts".into() };
+        assert!(matches!(detach(&settings.pin_dir), Err(AttachError::PrivateMounts { .. })));
+        assert!(matches!(Attachment::open(settings), Err(AttachError::PrivateMounts { .. })));
+        return;
+    }
+    let namespace = Namespace::new();
+    let status = Command::new("ip")
+        .args(["netns", "exec", &namespace.name])
+        .arg(env::current_exe().unwrap())
+        .args(["--exact", "a_namespace_of_mounts_is_noticed", "--nocapture"])
+        .env("WEIR_TEST_PRIVATE_MOUNTS", "1")
+        .status();
+    match status {
+        Ok(status) => assert!(status.success()),
+        Err(error) if error.kind() == ErrorKind::NotFound => panic!("apt-get install iproute2"),
+        Err(error) => panic!("{error}"),
+    }
+}

@@ -1,0 +1,323 @@
+//! The compiled table against a dull twin that reads the model anew for every packet, line by line as the rules say.
+
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use common::*;
+use ipnet::IpNet;
+use proptest::{collection::vec, prelude::*, sample::select};
+use weir_nat::{Decision, Endpoint, Family, Model, ServicePort, ServiceTable, TrafficPolicy};
+use weir_packet::{DropReason, FlowKey, Ports, Protocol};
+
+/// What the rules say: the decision, with all backends that may be picked.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    NotAService,
+    /// Backends; and whether one that is not the source itself is masqueraded.
+    Translate(BTreeSet<(IpAddr, u16)>, bool, String),
+    Reject(DropReason, String),
+    Drop(DropReason, Option<String>),
+}
+
+fn same_family(one: IpAddr, other: IpAddr) -> bool {
+    one.is_ipv4() == other.is_ipv4()
+}
+
+fn family_nets(nets: &[IpNet], of: IpAddr) -> Vec<IpNet> {
+    nets.iter().copied().filter(|net| same_family(net.addr(), of)).collect()
+}
+
+fn inside(nets: &[IpNet], address: IpAddr) -> bool {
+    nets.iter().any(|net| net.contains(&address))
+}
+
+/// The cluster list and the local list (rules 1 to 7).
+fn lists<'a>(model: &'a Model, service: &'a ServicePort, family: IpAddr) -> [Vec<&'a Endpoint>; 2] {
+    let mut once: Vec<&Endpoint> = Vec::new();
+    for endpoint in service.endpoints.iter().filter(|endpoint| same_family(endpoint.address, family)) {
+        // Ready before terminating before the rest; here before there.
+        let worth = |one: &Endpoint| {
+            let condition = match (one.serving, one.ready, one.terminating) {
+                (true, true, _) => 3,
+                (true, false, true) => 2,
+                (true, false, false) => 1,
+                (false, ..) => 0,
+            };
+            (condition, one.node_name.as_deref() == Some(&model.node_name))
+        };
+        match once.iter_mut().find(|one| (one.address, one.port) == (endpoint.address, endpoint.port)) {
+            Some(listed) if worth(endpoint) > worth(listed) => *listed = endpoint,
+            Some(_) => {}
+            None => once.push(endpoint),
+        }
+    }
+    let or_terminating = |of: &[&'a Endpoint]| -> (Vec<&'a Endpoint>, bool) {
+        let ready: Vec<_> = of.iter().copied().filter(|one| one.serving && one.ready).collect();
+        if !ready.is_empty() {
+            return (ready, true);
+        }
+        (of.iter().copied().filter(|one| one.serving && one.terminating).collect(), false)
+    };
+    let (mut cluster, ready) = or_terminating(&once);
+    if ready {
+        let all_and_one = |hints: fn(&Endpoint) -> &Vec<String>, name: &String| {
+            cluster.iter().all(|one| !hints(one).is_empty()) && cluster.iter().any(|one| hints(one).contains(name))
+        };
+        if all_and_one(|one| &one.node_hints, &model.node_name) {
+            cluster.retain(|one| one.node_hints.contains(&model.node_name));
+        } else if let Some(zone) = &model.zone
+            && all_and_one(|one| &one.zone_hints, zone)
+        {
+            cluster.retain(|one| one.zone_hints.contains(zone));
+        }
+    }
+    let here: Vec<_> = once.into_iter().filter(|one| one.node_name.as_ref() == Some(&model.node_name)).collect();
+    [cluster, or_terminating(&here).0]
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Cluster,
+    LoadBalancer,
+    External,
+    NodePort,
+}
+
+/// Who is served at a destination.
+fn service_at(model: &Model, protocol: Protocol, dst: IpAddr, port: u16) -> Option<(&ServicePort, Kind)> {
+    let open = family_nets(&model.node_port_addresses, dst);
+    let local = model.local_addresses.contains(&dst) && !dst.is_loopback() && (open.is_empty() || inside(&open, dst));
+    for kind in [Kind::Cluster, Kind::LoadBalancer, Kind::External, Kind::NodePort] {
+        for service in &model.services {
+            let exists = service.cluster_ips.iter().any(|&address| same_family(address, dst));
+            let claims = match kind {
+                Kind::Cluster => service.port == port && service.cluster_ips.contains(&dst),
+                Kind::LoadBalancer => service.port == port && service.load_balancer_ips.contains(&dst),
+                Kind::External => service.port == port && service.external_ips.contains(&dst),
+                Kind::NodePort => service.node_port == Some(port) && local,
+            };
+            if exists && claims && service.protocol == protocol {
+                return Some((service, kind));
+            }
+        }
+    }
+    None
+}
+
+fn judge(model: &Model, protocol: Protocol, src: IpAddr, dst: IpAddr, port: u16) -> Verdict {
+    let found = if protocol.has_ports() { service_at(model, protocol, dst, port) } else { None };
+    let Some((service, kind)) = found else {
+        if let Some(service) = model.services.iter().find(|service| service.cluster_ips.contains(&dst)) {
+            return Verdict::Reject(DropReason::UnpublishedPort, service.name.clone());
+        }
+        if inside(&model.service_cidrs, dst) && !model.local_addresses.contains(&dst) {
+            return Verdict::Drop(DropReason::UnallocatedServiceIp, None);
+        }
+        return Verdict::NotAService;
+    };
+    let name = service.name.clone();
+
+    let guard = family_nets(&service.source_ranges, dst);
+    if kind == Kind::LoadBalancer && !guard.is_empty() && !inside(&guard, src) {
+        let node = model.local_addresses.iter().find(|&&address| same_family(address, dst));
+        let node_allowed = node.is_some_and(|&node| inside(&guard, node));
+        if !(node_allowed && service.load_balancer_ips.contains(&src)) {
+            return Verdict::Drop(DropReason::SourceRange, Some(name));
+        }
+    }
+
+    let [cluster, local] = lists(model, service, dst);
+    if cluster.is_empty() {
+        return Verdict::Reject(DropReason::NoBackend, name);
+    }
+    let pods = family_nets(&model.pod_cidrs, dst);
+    let from_pod = inside(&pods, src);
+    let from_node = !from_pod && (src.is_loopback() || model.local_addresses.contains(&src));
+    let (list, masquerade) = match (kind, service.internal_policy, service.external_policy) {
+        (Kind::Cluster, internal, _) => {
+            let masquerade = model.masquerade_all || (!pods.is_empty() && !from_pod);
+            (if internal == TrafficPolicy::Local { local } else { cluster }, masquerade)
+        }
+        (_, _, TrafficPolicy::Cluster) => (cluster, true),
+        (_, _, TrafficPolicy::Local) if from_pod || from_node => (cluster, from_node),
+        (_, _, TrafficPolicy::Local) => (local, false),
+    };
+    if list.is_empty() {
+        return Verdict::Drop(DropReason::NoLocalBackend, Some(name));
+    }
+    Verdict::Translate(list.iter().map(|one| (one.address, one.port)).collect(), masquerade, name)
+}
+
+/// The decision of the compiled table, in the twin's words; the masquerade of a hairpin pick is checked here.
+fn compiled<A: Family>(table: &ServiceTable, key: &FlowKey<A>, number: u64) -> Result<Verdict, TestCaseError> {
+    let name = |service| table.service_name(service).to_owned();
+    Ok(match table.services::<A>().decide(key, &mut || number) {
+        Decision::NotAService => Verdict::NotAService,
+        Decision::Translate { backend, masquerade, candidates, service } => {
+            prop_assert!(candidates.contains(&backend));
+            prop_assert!(table.services::<A>().still_backend(key, backend.address, backend.port));
+            let list: BTreeSet<_> = candidates.iter().map(|one| (one.address.to_ip(), one.port)).collect();
+            prop_assert_eq!(list.len(), candidates.len(), "no backend is listed twice");
+            if backend.address == key.src {
+                prop_assert!(masquerade, "a hairpin");
+                // What another pick would get: the twin's answer cannot be told from this one, so ask for it.
+                let other = (0..64).map(|turn| table.services::<A>().decide(key, &mut || turn << 58 | 1 << 57));
+                let other = other.filter_map(|decision| match decision {
+                    Decision::Translate { backend, masquerade, .. } if backend.address != key.src => Some(masquerade),
+                    _ => None,
+                });
+                match other.last() {
+                    Some(masquerade) => Verdict::Translate(list, masquerade, name(service)),
+                    None => Verdict::Translate(list, true, name(service)),
+                }
+            } else {
+                Verdict::Translate(list, masquerade, name(service))
+            }
+        }
+        Decision::Reject { reason, service } => Verdict::Reject(reason, name(service.expect("a service rejects"))),
+        Decision::Drop { reason, service } => Verdict::Drop(reason, service.map(name)),
+    })
+}
+
+/// Few addresses, so that everything meets everything.
+const PODS: [&str; 4] = ["10.0.0.1", "10.0.0.2", "10.1.0.1", "10.1.0.2"];
+const NODES: [&str; 3] = ["192.168.0.2", "192.168.1.2", "127.0.0.1"];
+const VIPS: [&str; 5] = ["172.30.0.1", "172.30.0.2", "198.51.100.7", "1.2.3.4", "192.168.0.2"];
+const ELSEWHERE: [&str; 3] = ["172.30.0.9", "203.0.113.2", "192.168.0.9"];
+const NETS: [&str; 7] =
+    ["10.0.0.0/8", "10.1.0.0/16", "192.168.0.0/24", "192.168.1.2/32", "0.0.0.0/1", "203.0.113.0/24", "172.30.0.0/16"];
+
+/// `text` or its IPv6 twin.
+fn address(texts: Vec<&'static str>) -> impl Strategy<Value = IpAddr> {
+    (select(texts), prop::bool::weighted(0.3))
+        .prop_map(|(text, v6)| if v6 { Ipv6Addr::carry(v4(text)) } else { v4(text).into() })
+}
+
+fn net() -> impl Strategy<Value = IpNet> {
+    (select(NETS.to_vec()), prop::bool::weighted(0.3)).prop_map(|(text, v6)| {
+        let net: IpNet = text.parse().expect("a prefix");
+        if v6 { Ipv6Addr::carry_net(net) } else { net }
+    })
+}
+
+fn policy() -> impl Strategy<Value = TrafficPolicy> {
+    select(vec![TrafficPolicy::Cluster, TrafficPolicy::Local])
+}
+
+fn protocol() -> impl Strategy<Value = Protocol> {
+    select(vec![Protocol::TCP, Protocol::TCP, Protocol::UDP, Protocol::SCTP])
+}
+
+fn names(names: &'static [&'static str]) -> impl Strategy<Value = Vec<String>> {
+    vec(select(names).prop_map(str::to_owned), 0..3)
+}
+
+prop_compose! {
+    fn endpoint()(
+        address in address(PODS.to_vec()),
+        port in select(vec![80, 8080]),
+        node_name in select(vec![None, Some("node-a"), Some("node-b")]),
+        (ready, serving, terminating) in
+            (prop::bool::weighted(0.7), prop::bool::weighted(0.8), prop::bool::weighted(0.5)),
+        zone_hints in names(&["zone-a", "zone-b"]),
+        node_hints in names(&["node-a", "node-b"]),
+    ) -> Endpoint {
+        let node_name = node_name.map(str::to_owned);
+        Endpoint { address, port, node_name, ready, serving, terminating, zone_hints, node_hints }
+    }
+}
+
+prop_compose! {
+    fn service()(
+        protocol in protocol(),
+        port in select(vec![80, 81, 3001]),
+        cluster_ips in vec(address(VIPS.to_vec()), 0..3),
+        node_port in select(vec![None, Some(3001), Some(80)]),
+        external_ips in vec(address(VIPS.to_vec()), 0..3),
+        load_balancer_ips in vec(address(VIPS.to_vec()), 0..3),
+        source_ranges in vec(net(), 0..3),
+        (internal_policy, external_policy) in (policy(), policy()),
+        endpoints in vec(endpoint(), 0..6),
+    ) -> ServicePort {
+        ServicePort {
+            protocol, port, cluster_ips, node_port, external_ips, load_balancer_ips, source_ranges, internal_policy,
+            external_policy, endpoints, ..ServicePort::default()
+        }
+    }
+}
+
+prop_compose! {
+    fn model()(
+        zone in select(vec![None, Some("zone-a")]),
+        pod_cidrs in vec(net(), 0..3),
+        masquerade_all in prop::bool::weighted(0.2),
+        node_port_addresses in vec(net(), 0..3),
+        local_addresses in vec(address(NODES.to_vec()), 0..5),
+        service_cidrs in vec(net(), 0..2),
+        services in vec(service(), 0..5),
+    ) -> Model {
+        let services = services.into_iter().enumerate().map(|(number, service)| {
+            ServicePort { name: format!("test/service-{number}"), ..service }
+        });
+        Model {
+            node_name: "node-a".into(), zone: zone.map(str::to_owned), pod_cidrs, masquerade_all, node_port_addresses,
+            local_addresses, service_cidrs, services: services.collect(),
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1500))]
+
+    /// Every packet of a small world, in both families.
+    #[test]
+    fn the_table_decides_as_the_rules_say(model in model(), number in (1_u64 << 32)..) {
+        let table = ServiceTable::compile(&model).expect("the model compiles");
+        let texts = || PODS.iter().chain(&NODES).chain(&VIPS).chain(&ELSEWHERE);
+        for (src, dst) in texts().flat_map(|src| texts().map(move |dst| (src, dst))) {
+            for (protocol, port) in
+                [(Protocol::TCP, 80), (Protocol::TCP, 3001), (Protocol::UDP, 80), (Protocol::SCTP, 81), (Protocol::ICMP, 8)]
+            {
+                let key4 = key::<Ipv4Addr>(protocol, src, dst, port);
+                let expected = judge(&model, protocol, key4.src.into(), key4.dst.into(), port);
+                prop_assert_eq!(compiled(&table, &key4, number)?, hairpin(expected, key4.src.into()), "{:?}", key4);
+                let key6 = FlowKey { protocol, ports: Ports::new(40000, port), src: ip::<Ipv6Addr>(src), dst: ip(dst) };
+                let expected = judge(&model, protocol, key6.src.into(), key6.dst.into(), port);
+                prop_assert_eq!(compiled(&table, &key6, number)?, hairpin(expected, key6.src.into()), "{:?}", key6);
+            }
+        }
+    }
+
+    /// Compilation is a function of the model, and counts what it holds.
+    #[test]
+    fn the_same_model_gives_the_same_table(model in model()) {
+        let tables = [(); 2].map(|()| ServiceTable::compile(&model).expect("the model compiles"));
+        let owned = tables.each_ref().map(|table| table.owned_addresses().collect::<BTreeSet<_>>());
+        prop_assert_eq!(&owned[0], &owned[1]);
+        prop_assert_eq!(tables[0].conflicts(), tables[1].conflicts());
+        prop_assert_eq!(tables[0].memory_bytes(), tables[1].memory_bytes());
+        for address in &owned[0] {
+            let claimed = model.services.iter().any(|service| {
+                let lists = [&service.cluster_ips, &service.external_ips, &service.load_balancer_ips];
+                lists.into_iter().any(|list| list.contains(address))
+            });
+            let cluster_ip = model.services.iter().any(|service| service.cluster_ips.contains(address));
+            prop_assert!(claimed && (cluster_ip || !model.local_addresses.contains(address)));
+        }
+    }
+}
+
+/// Rule 16: where every backend is the source itself, every pick is masqueraded.
+fn hairpin(verdict: Verdict, src: IpAddr) -> Verdict {
+    match verdict {
+        Verdict::Translate(list, masquerade, service) => {
+            let only_itself = list.iter().all(|&(address, _)| address == src);
+            Verdict::Translate(list, masquerade || only_itself, service)
+        }
+        other => other,
+    }
+}

@@ -1,0 +1,249 @@
+//! The compiled policy of a node, and the questions that the dataplane asks of it.
+
+use std::{fmt, sync::Arc};
+
+use hashbrown::HashMap;
+use weir_packet::{Address, FlowKey};
+
+use crate::{
+    addresses::AddressClasses,
+    program::{Facts, Outcome, Program},
+};
+
+/// Which of an endpoint's two policies: for what it sends, or for what arrives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PolicyDirection {
+    /// What arrives: the endpoint is the destination.
+    Ingress = 0,
+    /// What it sends: the endpoint is the source.
+    Egress = 1,
+}
+
+impl PolicyDirection {
+    /// Both, in the order of their numbers.
+    pub const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
+
+    /// "ingress" or "egress".
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+        }
+    }
+}
+
+/// The number of a local workload in one [`Classifier`]; another classifier has other numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct EndpointId(pub u32);
+
+/// The number of a rule, or of another reason for a verdict, in one [`Classifier`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RuleId(pub u32);
+
+/// A verdict and what decided it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Judgement {
+    /// Whether the packet may go.
+    pub allow: bool,
+    /// What decided: see [`Classifier::describe`].
+    pub rule: RuleId,
+}
+
+/// What a [`RuleId`] stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RuleOrigin<'classifier> {
+    /// A rule of a policy.
+    Policy {
+        /// The policy's name.
+        name: &'classifier str,
+        /// [`crate::model::Rule::number`].
+        rule: u32,
+        /// Of which of its lists.
+        direction: PolicyDirection,
+        /// [`crate::model::Policy::origin`].
+        object: u32,
+    },
+    /// The end of a tier that denies: policies of it apply, and none of their rules decided.
+    TierEnd {
+        /// The tier's name.
+        tier: &'classifier str,
+        /// The names of the policies that apply, in order.
+        policies: Vec<&'classifier str>,
+    },
+    /// A rule of a profile.
+    Profile {
+        /// The profile's name.
+        name: &'classifier str,
+        /// [`crate::model::Rule::number`], where the profile has several rules.
+        rule: Option<u32>,
+        /// Of which of its lists.
+        direction: PolicyDirection,
+    },
+    /// No tier decided, and no rule of a profile matched: denied.
+    NoProfile,
+}
+
+/// How many policies the name of a tier's end lists.
+const NAMED_POLICIES: usize = 8;
+
+impl fmt::Display for RuleOrigin<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Policy { name, rule, .. } => write!(f, "{name} rule {rule}"),
+            Self::TierEnd { policies, .. } => {
+                let named = &policies[..policies.len().min(NAMED_POLICIES)];
+                write!(f, "default-deny {}", named.join(", "))?;
+                match policies.len() - named.len() {
+                    0 => Ok(()),
+                    more => write!(f, " and {more} more"),
+                }
+            }
+            Self::Profile { name, rule: None, .. } => write!(f, "profile {name}"),
+            Self::Profile { name, rule: Some(rule), .. } => write!(f, "profile {name} rule {rule}"),
+            Self::NoProfile => f.write_str("default-deny without a matching profile"),
+        }
+    }
+}
+
+/// [`RuleOrigin`] by numbers.
+#[derive(Debug)]
+pub(crate) enum Origin {
+    Policy { policy: u32, rule: u32, direction: PolicyDirection },
+    TierEnd { tier: u32, policies: Arc<[u32]> },
+    Profile { profile: u32, rule: Option<u32>, direction: PolicyDirection },
+    NoProfile,
+}
+
+/// Names by number.
+#[derive(Debug)]
+pub(crate) struct Names {
+    /// And where each policy came from.
+    pub(crate) policies: Box<[(Box<str>, u32)]>,
+    pub(crate) tiers: Box<[Box<str>]>,
+    pub(crate) profiles: Box<[Box<str>]>,
+}
+
+/// A local workload's part.
+#[derive(Debug)]
+pub(crate) struct LocalEndpoint {
+    pub(crate) name: String,
+    /// Programs by direction and family.
+    pub(crate) programs: [[u32; 2]; 2],
+    pub(crate) stamp: u32,
+}
+
+/// The compiled policy of a node's workloads.
+///
+/// Made by [`Classifier::compile`], immutable since, and so shared freely between threads.
+#[derive(Debug)]
+pub struct Classifier {
+    pub(crate) v4: AddressClasses<u32>,
+    pub(crate) v6: AddressClasses<u128>,
+    pub(crate) programs: Vec<Program>,
+    pub(crate) endpoints: Vec<LocalEndpoint>,
+    pub(crate) by_name: HashMap<String, EndpointId>,
+    pub(crate) origins: Vec<Origin>,
+    pub(crate) names: Names,
+}
+
+impl Classifier {
+    /// The local workload of this name.
+    pub fn endpoint(&self, name: &str) -> Option<EndpointId> {
+        self.by_name.get(name).copied()
+    }
+
+    /// The local workloads and their names, by number.
+    pub fn endpoints(&self) -> impl ExactSizeIterator<Item = (EndpointId, &str)> {
+        self.endpoints.iter().enumerate().map(|(index, endpoint)| (EndpointId(index as u32), endpoint.name.as_str()))
+    }
+
+    /// What the endpoint's policy for `direction` says of the first packet of a connection.
+    ///
+    /// `key` is the original direction's, after DNAT and before SNAT. Of an ICMP packet its destination port is the
+    /// type, and its source port the code, except for an echo, whose code is taken as 0. Protocols other than TCP, UDP,
+    /// SCTP and ICMP have no ports that rules could match.
+    ///
+    /// Whether a packet from an endpoint to itself is judged at all is for the caller to decide: policy leaves that
+    /// undefined, and weir allows it.
+    ///
+    /// # Panics
+    /// Where `endpoint` is of another classifier that had more endpoints.
+    #[inline]
+    pub fn judge<A: Address>(&self, endpoint: EndpointId, direction: PolicyDirection, key: &FlowKey<A>) -> Judgement {
+        let family = usize::from(A::WORDS != 1);
+        let program = self.endpoints[endpoint.0 as usize].programs[direction as usize][family];
+        let slot = self.programs[program as usize].judge(
+            Facts::new(key),
+            || self.address_class(key.src),
+            || self.address_class(key.dst),
+        );
+        Judgement { allow: slot.outcome == Outcome::Allow, rule: slot.rule }
+    }
+
+    #[inline]
+    fn address_class<A: Address>(&self, address: A) -> u32 {
+        if A::WORDS == 1 { self.v4.class(address.to_bits128() as u32) } else { self.v6.class(address.to_bits128()) }
+    }
+
+    /// A number, never 0, that stands for all that this endpoint's verdicts depend on.
+    ///
+    /// It is the same in any compilation, in any process, whose verdicts for this endpoint are the same for the same
+    /// reasons, and changes (but for one chance in 2^32) when a rule that applies to the endpoint, or an address or
+    /// named port that such a rule refers to, changes. Names and numbers of rules have no part in it.
+    ///
+    /// # Panics
+    /// Where `endpoint` is of another classifier that had more endpoints.
+    pub fn stamp(&self, endpoint: EndpointId) -> u32 {
+        self.endpoints[endpoint.0 as usize].stamp
+    }
+
+    /// What a rule's number stands for.
+    ///
+    /// # Panics
+    /// Where `rule` is of another classifier that had more rules.
+    pub fn describe(&self, rule: RuleId) -> RuleOrigin<'_> {
+        match &self.origins[rule.0 as usize] {
+            Origin::Policy { policy, rule, direction } => {
+                let (name, object) = &self.names.policies[*policy as usize];
+                RuleOrigin::Policy { name, rule: *rule, direction: *direction, object: *object }
+            }
+            Origin::TierEnd { tier, policies } => RuleOrigin::TierEnd {
+                tier: &self.names.tiers[*tier as usize],
+                policies: policies.iter().map(|policy| &*self.names.policies[*policy as usize].0).collect(),
+            },
+            Origin::Profile { profile, rule, direction } => RuleOrigin::Profile {
+                name: &self.names.profiles[*profile as usize],
+                rule: *rule,
+                direction: *direction,
+            },
+            Origin::NoProfile => RuleOrigin::NoProfile,
+        }
+    }
+
+    /// What decided, for people: "NetworkPolicy/ns/name rule 2", "default-deny NetworkPolicy/ns/name" (the policies
+    /// that isolated the endpoint), "profile kns.ns".
+    ///
+    /// # Panics
+    /// Where `rule` is of another classifier that had more rules.
+    pub fn rule_name(&self, rule: RuleId) -> String {
+        self.describe(rule).to_string()
+    }
+
+    /// How many rules have a number: the numbers are those below it.
+    pub fn rule_count(&self) -> usize {
+        self.origins.len()
+    }
+
+    /// How many programs there are: workloads with the same policies share theirs. Two families each.
+    pub fn program_count(&self) -> usize {
+        self.programs.len()
+    }
+
+    /// Memory that verdicts are looked up in; names are not counted.
+    pub fn memory_bytes(&self) -> usize {
+        self.v4.memory_bytes()
+            + self.v6.memory_bytes()
+            + self.programs.iter().map(Program::memory_bytes).sum::<usize>()
+            + size_of_val(&*self.endpoints)
+    }
+}

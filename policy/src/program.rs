@@ -1,0 +1,545 @@
+//! The compiled rules of one set of endpoints in one direction and one address family.
+//!
+//! Tiers, policies, rules and profiles are one list of slots in the order in which they are evaluated; a slot decides,
+//! or continues at a later slot (Pass). Each field of a packet that any slot looks at gives a row: the slots that this
+//! field's value satisfies. The first slot that is in every row is the first rule that matches.
+//!
+//! Fields: the application (protocol with destination port, or with ICMP type and code), the classes of the source and
+//! of the destination address, the source port, and, for named ports, (class, protocol, port) of either end. A field
+//! that no slot looks at has no row.
+//!
+//! Invariant: the last slot is in every row, so a search always finds one.
+
+use hashbrown::HashMap;
+use weir_packet::{Address, FlowKey, Protocol};
+
+use crate::{
+    RuleId,
+    partition::{Partition, TooManyMemberships},
+    ranges::Ranges,
+    rows::{DenseRow, MAX_FIELDS, Rows, RowsBuilder},
+    trie::RangeMap,
+};
+
+/// Bits of an application number: protocol, then a 16-bit selector.
+pub(crate) const APPLICATION_BITS: u32 = 24;
+/// Bits of a source port number; [`NO_PORT`] needs one more than a port.
+pub(crate) const SOURCE_PORT_BITS: u32 = 17;
+/// The source port number of a packet without ports.
+pub(crate) const NO_PORT: u32 = 1 << 16;
+
+/// What rules see of a packet besides its addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Facts {
+    /// Protocol, then destination port, or ICMP type and code, or 0.
+    pub(crate) application: u32,
+    /// Source port or [`NO_PORT`].
+    pub(crate) source_port: u32,
+}
+
+impl Facts {
+    #[inline]
+    pub(crate) fn new<A: Address>(key: &FlowKey<A>) -> Self {
+        let (source, destination) = (key.ports.source(), key.ports.destination());
+        let (selector, source_port) = if key.protocol.has_ports() {
+            (destination, u32::from(source))
+        } else if key.protocol.is_icmp() {
+            // An echo's source port is its identifier; its code is 0.
+            let echo = matches!((key.protocol, destination), (Protocol::ICMP, 0 | 8) | (Protocol::ICMPV6, 128 | 129));
+            (icmp_selector(destination as u8, if echo { 0 } else { source as u8 }), NO_PORT)
+        } else {
+            (0, NO_PORT)
+        };
+        Self { application: application(key.protocol, selector), source_port }
+    }
+
+    /// Protocol and destination port, for [`PointRows`].
+    #[inline]
+    fn destination_point(self) -> u32 {
+        self.application
+    }
+
+    /// Protocol and source port, for [`PointRows`]; nobody's for a packet without ports.
+    #[inline]
+    fn source_point(self) -> u32 {
+        if self.source_port == NO_PORT { 0 } else { self.application & 0xff_0000 | self.source_port }
+    }
+}
+
+/// The number of a protocol and a selector.
+#[inline]
+pub(crate) const fn application(protocol: Protocol, selector: u16) -> u32 {
+    (protocol.0 as u32) << 16 | selector as u32
+}
+
+/// The selector of an ICMP type and code.
+#[inline]
+pub(crate) const fn icmp_selector(icmp_type: u8, code: u8) -> u16 {
+    (icmp_type as u16) << 8 | code as u16
+}
+
+/// What a slot does with a packet that matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Outcome {
+    /// The packet may go.
+    Allow,
+    /// The packet is dropped.
+    Deny,
+    /// The search goes on at this slot, which is a later one.
+    Continue(u32),
+}
+
+/// A rule in its place.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slot {
+    pub(crate) outcome: Outcome,
+    pub(crate) rule: RuleId,
+}
+
+/// Rows by address class: a bit for each class whose row is not the common one, and the rows of those, found by
+/// population count.
+#[derive(Debug)]
+struct ClassRows {
+    /// For 64 classes each: which have a row of their own, and how many in the words before have.
+    words: Box<[(u64, u32)]>,
+    rows: Box<[u32]>,
+    common: u32,
+}
+
+impl ClassRows {
+    fn new(field: FieldRows) -> Self {
+        let length = field.rows.last().map_or(0, |(class, _)| *class as usize / 64 + 1);
+        let mut words = vec![(0u64, 0u32); length];
+        for (class, _) in &field.rows {
+            words[*class as usize / 64].0 |= 1 << (class % 64);
+        }
+        let mut before = 0;
+        for (bits, count) in &mut words {
+            *count = before;
+            before += bits.count_ones();
+        }
+        let rows = field.rows.iter().map(|(_, row)| *row).collect();
+        Self { words: words.into(), rows, common: field.common }
+    }
+
+    #[inline]
+    fn get(&self, class: u32) -> u32 {
+        match self.words.get(class as usize / 64) {
+            Some((bits, before)) if bits >> (class % 64) & 1 != 0 => {
+                let below = bits & ((1u64 << (class % 64)) - 1);
+                self.rows[(before + below.count_ones()) as usize]
+            }
+            _ => self.common,
+        }
+    }
+
+    fn memory_bytes(&self) -> usize {
+        size_of_val(&*self.words) + size_of_val(&*self.rows)
+    }
+}
+
+/// Rows by address class, protocol and port.
+#[derive(Debug)]
+struct PointRows {
+    rows: HashMap<u64, u32>,
+    common: u32,
+}
+
+impl PointRows {
+    fn new(field: FieldRows) -> Self {
+        Self { rows: field.rows.into_iter().collect(), common: field.common }
+    }
+
+    #[inline]
+    fn get(&self, class: u32, point: u32) -> u32 {
+        self.rows.get(&point_key(class, point)).copied().unwrap_or(self.common)
+    }
+}
+
+/// A class with a protocol and port, as one number.
+#[inline]
+pub(crate) const fn point_key(class: u32, point: u32) -> u64 {
+    (class as u64) << 32 | point as u64
+}
+
+/// See the module's description.
+#[derive(Debug)]
+pub(crate) struct Program {
+    application: Option<RangeMap<u32>>,
+    source: Option<ClassRows>,
+    destination: Option<ClassRows>,
+    source_port: Option<RangeMap<u32>>,
+    source_point: Option<PointRows>,
+    destination_point: Option<PointRows>,
+    rows: Rows,
+    slots: Box<[Slot]>,
+}
+
+impl Program {
+    /// The slot that decides: never one that continues.
+    ///
+    /// `source` and `destination` give the classes of the packet's addresses; they are called only where a slot needs
+    /// them.
+    #[inline]
+    pub(crate) fn judge(&self, facts: Facts, source: impl FnOnce() -> u32, destination: impl FnOnce() -> u32) -> Slot {
+        if let [only] = &*self.slots {
+            return *only;
+        }
+        let mut rows = [0; MAX_FIELDS];
+        let mut fields = 0;
+        let mut push = |row: u32| {
+            rows[fields] = row;
+            fields += 1;
+        };
+        if self.source.is_some() || self.source_point.is_some() {
+            let class = source();
+            if let Some(field) = &self.source {
+                push(field.get(class));
+            }
+            if let Some(field) = &self.source_point {
+                push(field.get(class, facts.source_point()));
+            }
+        }
+        if self.destination.is_some() || self.destination_point.is_some() {
+            let class = destination();
+            if let Some(field) = &self.destination {
+                push(field.get(class));
+            }
+            if let Some(field) = &self.destination_point {
+                push(field.get(class, facts.destination_point()));
+            }
+        }
+        if let Some(field) = &self.application {
+            push(field.get(facts.application));
+        }
+        if let Some(field) = &self.source_port {
+            push(field.get(facts.source_port));
+        }
+        let mut from = 0;
+        loop {
+            let first = self.rows.first_common(&rows[..fields], from).expect("the last slot matches every packet");
+            let slot = self.slots[first as usize];
+            match slot.outcome {
+                Outcome::Continue(next) => from = next,
+                Outcome::Allow | Outcome::Deny => return slot,
+            }
+        }
+    }
+
+    /// Memory in use.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        let trie = |field: &Option<RangeMap<u32>>| field.as_ref().map_or(0, RangeMap::memory_bytes);
+        let classes = |field: &Option<ClassRows>| field.as_ref().map_or(0, ClassRows::memory_bytes);
+        let points = |field: &Option<PointRows>| field.as_ref().map_or(0, |field| field.rows.allocation_size());
+        size_of::<Self>()
+            + trie(&self.application)
+            + trie(&self.source_port)
+            + classes(&self.source)
+            + classes(&self.destination)
+            + points(&self.source_point)
+            + points(&self.destination_point)
+            + self.rows.memory_bytes()
+            + size_of_val(&*self.slots)
+    }
+}
+
+/// The rows of one field by its values.
+pub(crate) struct FieldRows {
+    /// By value, ascending: only those that differ from `common`.
+    rows: Vec<(u64, u32)>,
+    common: u32,
+}
+
+/// What one slot asks of a field that is tested by membership in a set of values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Test {
+    /// Nothing.
+    Any,
+    /// The value is in this set.
+    In(u32),
+    /// The value is not in this set.
+    NotIn(u32),
+}
+
+/// More work than is allowed for one program.
+#[derive(Debug)]
+pub(crate) struct ProgramTooLarge;
+
+/// Makes the parts of a [`Program`] and keeps count of their size.
+pub(crate) struct ProgramBuilder {
+    slots: Vec<Slot>,
+    rows: RowsBuilder,
+    /// Row words and row edits that may still be made.
+    budget: usize,
+    program: Program,
+}
+
+impl ProgramBuilder {
+    /// For these slots, at most [`crate::rows::MAX_BITS`]; `budget` bounds rows (in words) and time.
+    pub(crate) fn new(slots: Vec<Slot>, budget: usize) -> Self {
+        let rows = RowsBuilder::new(slots.len());
+        let program = Program {
+            application: None,
+            source: None,
+            destination: None,
+            source_port: None,
+            source_point: None,
+            destination_point: None,
+            rows: Rows::Words(Box::default()),
+            slots: Box::default(),
+        };
+        Self { slots, rows, budget, program }
+    }
+
+    /// Sets the rows by source class: `tests` by slot, and the classes of each set.
+    pub(crate) fn source_classes<'set>(
+        &mut self,
+        tests: &[Test],
+        classes_of: impl Fn(u32) -> &'set [u32],
+    ) -> Result<(), ProgramTooLarge> {
+        self.program.source = self.by_class(tests, classes_of)?;
+        Ok(())
+    }
+
+    /// Sets the rows by destination class, like [`ProgramBuilder::source_classes`].
+    pub(crate) fn destination_classes<'set>(
+        &mut self,
+        tests: &[Test],
+        classes_of: impl Fn(u32) -> &'set [u32],
+    ) -> Result<(), ProgramTooLarge> {
+        self.program.destination = self.by_class(tests, classes_of)?;
+        Ok(())
+    }
+
+    /// Sets the rows by class, protocol and port of the source: `tests` by slot, and the [`point_key`]s of each set.
+    pub(crate) fn source_points(
+        &mut self,
+        tests: &[Test],
+        keys_of: impl Fn(u32, &mut Vec<u64>),
+    ) -> Result<(), ProgramTooLarge> {
+        self.program.source_point = self.by_membership(tests, keys_of)?.map(PointRows::new);
+        Ok(())
+    }
+
+    /// Sets the rows by class, protocol and port of the destination, like [`ProgramBuilder::source_points`].
+    pub(crate) fn destination_points(
+        &mut self,
+        tests: &[Test],
+        keys_of: impl Fn(u32, &mut Vec<u64>),
+    ) -> Result<(), ProgramTooLarge> {
+        self.program.destination_point = self.by_membership(tests, keys_of)?.map(PointRows::new);
+        Ok(())
+    }
+
+    /// Sets the rows by application: the set of each slot (`None`: any), and what is in a set.
+    pub(crate) fn applications<'set>(
+        &mut self,
+        sets: &[Option<u32>],
+        ranges_of: impl Fn(u32) -> &'set Ranges,
+    ) -> Result<(), ProgramTooLarge> {
+        self.program.application = self.by_range(sets, ranges_of, APPLICATION_BITS)?;
+        Ok(())
+    }
+
+    /// Sets the rows by source port, like [`ProgramBuilder::applications`].
+    pub(crate) fn source_ports<'set>(
+        &mut self,
+        sets: &[Option<u32>],
+        ranges_of: impl Fn(u32) -> &'set Ranges,
+    ) -> Result<(), ProgramTooLarge> {
+        self.program.source_port = self.by_range(sets, ranges_of, SOURCE_PORT_BITS)?;
+        Ok(())
+    }
+
+    /// The program, and the words that its rows take.
+    pub(crate) fn finish(self) -> (Program, usize) {
+        let words = self.rows.words();
+        (Program { rows: self.rows.finish(), slots: self.slots.into(), ..self.program }, words)
+    }
+
+    fn by_class<'set>(
+        &mut self,
+        tests: &[Test],
+        classes_of: impl Fn(u32) -> &'set [u32],
+    ) -> Result<Option<ClassRows>, ProgramTooLarge> {
+        let values_of = |set, values: &mut Vec<u64>| values.extend(classes_of(set).iter().copied().map(u64::from));
+        Ok(self.by_membership(tests, values_of)?.map(ClassRows::new))
+    }
+
+    fn spend(&mut self, amount: usize) -> Result<(), ProgramTooLarge> {
+        self.budget = self.budget.checked_sub(amount).ok_or(ProgramTooLarge)?;
+        Ok(())
+    }
+
+    fn add_row(&mut self, row: &DenseRow) -> Result<u32, ProgramTooLarge> {
+        let number = self.rows.add(row);
+        self.spend(self.rows.last_words())?;
+        Ok(number)
+    }
+
+    /// Rows of a field whose values are told apart by membership in sets.
+    ///
+    /// The common row holds for values in no set; each other value's row differs from it exactly in the slots that
+    /// name one of the value's sets.
+    fn by_membership(
+        &mut self,
+        tests: &[Test],
+        values_of: impl Fn(u32, &mut Vec<u64>),
+    ) -> Result<Option<FieldRows>, ProgramTooLarge> {
+        if tests.iter().all(|test| *test == Test::Any) {
+            return Ok(None);
+        }
+        let mut common = DenseRow::zeros(tests.len());
+        let mut slots_of: HashMap<u32, SlotsOfSet> = HashMap::new();
+        for (slot, test) in tests.iter().enumerate() {
+            if !matches!(test, Test::In(_)) {
+                common.flip(slot as u32);
+            }
+            if let Test::In(set) | Test::NotIn(set) = test {
+                slots_of.entry(*set).or_default().list.push(slot as u32);
+            }
+        }
+        let mut memberships: Vec<(u64, u32)> = Vec::new();
+        let mut values = Vec::new();
+        for (set, slots) in &mut slots_of {
+            slots.finish(tests.len());
+            values.clear();
+            values_of(*set, &mut values);
+            self.spend(values.len())?;
+            memberships.extend(values.iter().map(|value| (*value, *set)));
+        }
+        memberships.sort_unstable();
+
+        let common_row = self.add_row(&common)?;
+        let mut row = common.clone();
+        let mut rows = Vec::new();
+        for of_value in memberships.chunk_by(|a, b| a.0 == b.0) {
+            row.copy_from(&common);
+            for (_, set) in of_value {
+                self.spend(slots_of[set].flip_in(&mut row))?;
+            }
+            let number = self.add_row(&row)?;
+            if number != common_row {
+                rows.push((of_value[0].0, number));
+            }
+        }
+        Ok(Some(FieldRows { rows, common: common_row }))
+    }
+
+    /// Rows of a field whose values are told apart by ranges.
+    fn by_range<'set>(
+        &mut self,
+        sets: &[Option<u32>],
+        ranges_of: impl Fn(u32) -> &'set Ranges,
+        bits: u32,
+    ) -> Result<Option<RangeMap<u32>>, ProgramTooLarge> {
+        if sets.iter().all(Option::is_none) {
+            return Ok(None);
+        }
+        let mut common = DenseRow::zeros(sets.len());
+        let mut local: HashMap<u32, usize> = HashMap::new();
+        let mut ranges: Vec<&Ranges> = Vec::new();
+        let mut slots_of: Vec<SlotsOfSet> = Vec::new();
+        for (slot, set) in sets.iter().enumerate() {
+            match set {
+                None => common.flip(slot as u32),
+                Some(set) => {
+                    let number = *local.entry(*set).or_insert_with(|| {
+                        ranges.push(ranges_of(*set));
+                        slots_of.push(SlotsOfSet::default());
+                        ranges.len() - 1
+                    });
+                    slots_of[number].list.push(slot as u32);
+                }
+            }
+        }
+        slots_of.iter_mut().for_each(|slots| slots.finish(sets.len()));
+        let partition =
+            Partition::new(&ranges, (1 << bits) - 1, self.budget).map_err(|TooManyMemberships| ProgramTooLarge)?;
+        let mut row = common.clone();
+        let mut rows = Vec::with_capacity(partition.signatures.len());
+        for signature in &partition.signatures {
+            row.copy_from(&common);
+            for set in signature {
+                self.spend(slots_of[*set as usize].flip_in(&mut row))?;
+            }
+            rows.push(self.add_row(&row)?);
+        }
+        let mut starts: Vec<(u128, u32)> = Vec::with_capacity(partition.intervals.len());
+        for (start, class) in &partition.intervals {
+            let row = rows[*class as usize];
+            if starts.last().is_none_or(|(_, last)| *last != row) {
+                starts.push((*start, row));
+            }
+        }
+        Ok(Some(RangeMap::new(&starts, bits)))
+    }
+}
+
+/// The slots that name one set; as a row too where that is the shorter form.
+#[derive(Default)]
+struct SlotsOfSet {
+    list: Vec<u32>,
+    row: Option<DenseRow>,
+}
+
+impl SlotsOfSet {
+    fn finish(&mut self, slots: usize) {
+        if self.list.len() > slots / 64 {
+            let mut row = DenseRow::zeros(slots);
+            self.list.iter().for_each(|slot| row.flip(*slot));
+            self.row = Some(row);
+        }
+    }
+
+    /// Flips the slots in `row` and says how much work that was.
+    fn flip_in(&self, row: &mut DenseRow) -> usize {
+        match &self.row {
+            Some(flips) => row.flip_all(flips),
+            None => {
+                self.list.iter().for_each(|slot| row.flip(*slot));
+                self.list.len()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use weir_packet::Ports;
+
+    use super::*;
+
+    fn facts(protocol: Protocol, source: u16, destination: u16) -> Facts {
+        let any = Ipv4Addr::UNSPECIFIED;
+        Facts::new(&FlowKey { src: any, dst: any, ports: Ports::new(source, destination), protocol })
+    }
+
+    #[test]
+    fn echo_identifiers_are_no_codes() {
+        assert_eq!(facts(Protocol::ICMP, 77, 8), Facts { application: 0x01_0800, source_port: NO_PORT });
+        assert_eq!(facts(Protocol::ICMP, 4, 3), Facts { application: 0x01_0304, source_port: NO_PORT });
+        assert_eq!(facts(Protocol::ICMPV6, 77, 129), Facts { application: 0x3a_8100, source_port: NO_PORT });
+        let any = Ipv6Addr::UNSPECIFIED;
+        let key = FlowKey { src: any, dst: any, ports: Ports::new(1, 1), protocol: Protocol::ICMPV6 };
+        assert_eq!(Facts::new(&key).application, 0x3a_0101);
+    }
+
+    #[test]
+    fn only_tcp_udp_and_sctp_have_ports() {
+        assert_eq!(facts(Protocol::TCP, 1, 2), Facts { application: 0x06_0002, source_port: 1 });
+        assert_eq!(facts(Protocol::SCTP, 0, 2), Facts { application: 0x84_0002, source_port: 0 });
+        assert_eq!(facts(Protocol(47), 1, 2), Facts { application: 0x2f_0000, source_port: NO_PORT });
+        assert_eq!(facts(Protocol(47), 1, 2).source_point(), 0);
+    }
+
+    #[test]
+    fn class_rows_count_across_words() {
+        let rows = ClassRows::new(FieldRows { rows: vec![(1, 10), (63, 11), (64, 12), (200, 13)], common: 9 });
+        for (class, row) in [(0, 9), (1, 10), (63, 11), (64, 12), (65, 9), (200, 13), (201, 9), (u32::MAX, 9)] {
+            assert_eq!(rows.get(class), row, "class {class}");
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! `weir check`: loads and compiles everything, and says all that is wrong.
+
+use std::{
+    io::{IsTerminal, Write},
+    path::Path,
+    process::ExitCode,
+};
+
+use crate::{
+    config::{Problems, Severity},
+    translate::{Loaded, load},
+};
+
+/// The form of what is printed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Output {
+    /// For a person.
+    #[default]
+    Text,
+    /// For a program: a list of {file, line, column, severity, message, help}.
+    Json,
+}
+
+/// Checks the configuration: problems go to standard error and a summary to standard output; as JSON, the list of
+/// problems goes to standard output. Exit status 0, or 1 where there is an error.
+pub fn run(config: &Path, output: Output) -> ExitCode {
+    let outcome = load(config);
+    let colour = output == Output::Text && std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let Report { stdout, stderr, success } = report(&outcome, config, output, colour);
+    // A reader that went away must not turn the answer into a panic.
+    let _ = std::io::stderr().write_all(stderr.as_bytes());
+    let _ = std::io::stdout().write_all(stdout.as_bytes());
+    if success { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+struct Report {
+    stdout: String,
+    stderr: String,
+    success: bool,
+}
+
+fn report(outcome: &Result<Loaded, Problems>, config: &Path, output: Output, colour: bool) -> Report {
+    let (problems, success) = match outcome {
+        Ok(loaded) => (&loaded.notes, true),
+        Err(problems) => (problems, false),
+    };
+    if output == Output::Json {
+        let list = serde_json::to_string_pretty(&problems.to_json()).expect("plain data becomes JSON");
+        return Report { stdout: format!("{list}\n"), stderr: String::new(), success };
+    }
+    let count = |severity, one: &str| match problems.of(severity).count() {
+        0 => None,
+        1 => Some(format!("1 {one}")),
+        more => Some(format!("{more} {one}s")),
+    };
+    let counts = [count(Severity::Error, "error"), count(Severity::Warning, "warning"), count(Severity::Note, "note")];
+    let counts: Vec<String> = counts.into_iter().flatten().collect();
+    let counts = if counts.is_empty() { "no problems".to_owned() } else { counts.join(", ") };
+    let mut stdout = format!("{}: {counts}\n", config.display());
+    if let Ok(loaded) = outcome {
+        for (kind, number) in &loaded.counts {
+            stdout.push_str(&format!("  {kind}: {number}\n"));
+        }
+    }
+    Report { stdout, stderr: problems.render(colour), success }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn check(weir: &str, output: Output) -> (Report, String) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("weir.yaml");
+        fs::write(&path, weir).unwrap();
+        let outcome = load(&path);
+        (report(&outcome, &path, output, false), path.display().to_string())
+    }
+
+    #[test]
+    fn a_faulty_configuration_is_shown_whole_and_fails() {
+        let (report, path) = check("nodename: a\nmanifests: []\nworkers: {burst: 99}\n", Output::Text);
+        assert!(!report.success);
+        assert_eq!(report.stdout, format!("{path}: 3 errors\n"));
+        let expected =
+            format!("  \u{d7} unknown field nodename\n   \u{256d}\u{2500}[{path}:1:1]\n 1 \u{2502} nodename: a\n");
+        assert!(report.stderr.contains(&expected), "{}", report.stderr);
+        assert!(report.stderr.contains("help: did you mean nodeName?"), "{}", report.stderr);
+        assert!(report.stderr.contains(&format!("[{path}:3:18]")), "{}", report.stderr);
+    }
+
+    #[test]
+    fn a_valid_configuration_is_summed_up() {
+        let (report, path) = check("nodeName: a\nmanifests: []\n", Output::Text);
+        assert!(report.success);
+        assert_eq!((report.stdout, report.stderr), (format!("{path}: no problems\n"), String::new()));
+    }
+
+    #[test]
+    fn json_lists_every_problem() {
+        let (report, path) = check("nodeName: a\nmanifests: 5\n", Output::Json);
+        let list: serde_json::Value = serde_json::from_str(&report.stdout).unwrap();
+        assert!(!report.success && report.stderr.is_empty());
+        assert_eq!(
+            list,
+            serde_json::json!([{
+                "file": path, "line": 2, "column": 12, "severity": "error",
+                "message": "manifests: expected a list, found the number 5", "help": null
+            }])
+        );
+    }
+}

@@ -1,0 +1,93 @@
+//! From loaded configuration to the tables of a snapshot; the same for check, trace, replay and run.
+
+use std::net::IpAddr;
+
+use weir_conntrack::Timeouts;
+use weir_dataplane::{
+    forwarding::TooManyNextHops,
+    frame::IfIndex,
+    model::{Device, Links, Neighbor, Role, Route},
+    snapshot::Rules,
+};
+use weir_nat::{CompileError as ServicesError, NoSnatPorts, ServiceTable, SnatPorts};
+use weir_policy::{Classifier, CompileError as PolicyError};
+
+use crate::{
+    config::{RouterConfig, router::Conntrack},
+    translate::Loaded,
+};
+
+/// Why tables could not be compiled: a size beyond what weir can number, always with what and how many.
+#[derive(Debug, thiserror::Error)]
+pub enum CompileError {
+    /// Services.
+    #[error("services: {0}")]
+    Services(#[from] ServicesError),
+    /// Policy.
+    #[error("policy: {0}")]
+    Policy(#[from] PolicyError),
+    /// Source ports.
+    #[error("{0}")]
+    Snat(#[from] NoSnatPorts),
+    /// A setting that is not implemented yet.
+    #[error("conntrack: {0} is not implemented yet: weir would not follow it; remove it from weir.yaml")]
+    Setting(&'static str),
+    /// Forwarding.
+    #[error("forwarding: {0}")]
+    Forwarding(#[from] TooManyNextHops),
+}
+
+/// Compiles services and policy.
+///
+/// # Errors
+/// Where a size is beyond what can be compiled.
+pub fn rules(loaded: &Loaded) -> Result<Rules, CompileError> {
+    let services = ServiceTable::compile(&loaded.services)?;
+    let policy = Classifier::compile(&loaded.policy)?;
+    let (first, last) = loaded.config.snat.port_range;
+    let snat = SnatPorts::new(first..=last, services.node_ports().map(|(_, port)| port))?;
+    Ok(Rules::new(services, policy, snat, &loaded.cluster))
+}
+
+/// The devices, routes and neighbours that weir.yaml gives: all that replay has, and what trace knows of them.
+pub fn links_of(config: &RouterConfig) -> Links {
+    // Made-up indices; 0 is the host's, whether it is named or not.
+    let index_of = |name: &str| {
+        let position = config.devices.iter().position(|d| d.name == name)?;
+        let is_host = config.devices[position].role == Role::Host;
+        Some(if is_host { IfIndex::HOST } else { IfIndex(position as u32 + 1) })
+    };
+    let devices = config.devices.iter().map(|device| Device {
+        name: device.name.clone(),
+        index: index_of(&device.name).expect("its own name"),
+        role: device.role,
+        mac: device.mac.unwrap_or_default(),
+        mtu: device.mtu.unwrap_or(1500),
+        addresses: device.addresses.clone(),
+    });
+    let routes = config
+        .routes
+        .iter()
+        .filter_map(|route| Some(Route { to: route.to, via: route.via, device: index_of(&route.device)?, metric: 0 }));
+    let neighbors = config.neighbors.iter().filter_map(|neighbor| {
+        Some(Neighbor { address: neighbor.address, mac: neighbor.mac, device: index_of(&neighbor.device)? })
+    });
+    Links { devices: devices.collect(), routes: routes.collect(), neighbors: neighbors.collect() }
+}
+
+/// The connection timeouts of weir.yaml over netfilter's defaults.
+///
+/// # Errors
+/// Where a setting is one that the table does not follow yet.
+pub fn timeouts(settings: &Conntrack) -> Result<Timeouts, CompileError> {
+    let mut timeouts = Timeouts::default();
+    for (sysctl, seconds) in settings.given() {
+        timeouts.set(sysctl, seconds).map_err(|_| CompileError::Setting(sysctl))?;
+    }
+    Ok(timeouts)
+}
+
+/// "address:port", with brackets around an IPv6 address.
+pub fn address_port(address: IpAddr, port: u16) -> String {
+    std::net::SocketAddr::new(address, port).to_string()
+}

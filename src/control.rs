@@ -1,0 +1,129 @@
+//! Talking to a running router over its Unix socket: one JSON line asked, one JSON document answered.
+
+use std::{
+    fmt::Write as _,
+    io::{self, BufRead, BufReader, Write},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::config::{Problems, RouterConfig};
+
+/// Where running routers keep their sockets and records; a tmpfs.
+pub const RUN_FOLDER: &str = "/run/weir";
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What can be asked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Request {
+    /// Modes, workers, counters, table use.
+    Status,
+    /// Live connections.
+    Conntrack,
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// weir.yaml, which names the node and so the socket, is bad.
+    #[error("the configuration has errors; run weir check")]
+    Config,
+    /// Nobody listens.
+    #[error("no router answers at {path}: {source}; is `weir run` with this configuration running, and are you root?")]
+    NotRunning {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The answer is none.
+    #[error("the router's answer cannot be read: {0}")]
+    BadAnswer(#[from] serde_json::Error),
+}
+
+/// The socket of the router of a node.
+pub fn socket_path(node_name: &str) -> PathBuf {
+    Path::new(RUN_FOLDER).join(format!("{node_name}.sock"))
+}
+
+/// Asks the router that runs with `config`.
+///
+/// # Errors
+/// Where it does not run or does not answer.
+pub fn ask(config: &Path, request: Request) -> Result<Value, AskError> {
+    let mut problems = Problems::default();
+    let (config, _) = RouterConfig::read(config, &mut problems).ok_or(AskError::Config)?;
+    let path = socket_path(&config.node_name);
+    let failed = |source| AskError::NotRunning { path: path.clone(), source };
+    let mut stream = UnixStream::connect(&path).map_err(failed)?;
+    stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+    writeln!(stream, "{}", serde_json::to_string(&request)?).map_err(failed)?;
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).map_err(failed)?;
+    Ok(serde_json::from_str(&answer)?)
+}
+
+/// An answer for a person.
+pub fn as_text(request: Request, answer: &Value) -> String {
+    let mut text = String::new();
+    match request {
+        Request::Status => status_text(&mut text, answer),
+        Request::Conntrack => {
+            for conn in answer.as_array().into_iter().flatten() {
+                let end = |direction: &str, side: &str, port: &str| {
+                    format!("{}:{}", conn[direction][side].as_str().unwrap_or("?"), conn[direction][port])
+                };
+                let _ = writeln!(
+                    text,
+                    "{:<6} {:<12} {} > {}   reply {} > {}",
+                    conn["proto"].as_str().unwrap_or("?"),
+                    conn["tcpState"].as_str().or(conn["state"].as_str()).unwrap_or("?"),
+                    end("original", "src", "sport"),
+                    end("original", "dst", "dport"),
+                    end("reply", "src", "sport"),
+                    end("reply", "dst", "dport"),
+                );
+            }
+        }
+    }
+    text
+}
+
+fn status_text(text: &mut String, status: &Value) {
+    let word = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let _ = writeln!(text, "node        {}", word(&status["nodeName"]));
+    let _ = writeln!(text, "generation  {}", status["generation"]);
+    let _ = writeln!(text, "workloads   {}", status["workloads"]);
+    let connections = &status["connections"];
+    let _ = writeln!(
+        text,
+        "connections {} IPv4, {} IPv6, of {} each",
+        connections["ipv4"], connections["ipv6"], connections["capacity"]
+    );
+    for mode in status["modes"].as_array().into_iter().flatten() {
+        let _ = writeln!(
+            text,
+            "mode        {} {}: {} ({})",
+            word(&mode["device"]),
+            word(&mode["program"]),
+            word(&mode["mode"]),
+            word(&mode["reason"]),
+        );
+    }
+    let counters = &status["counters"];
+    for name in ["rx", "generated", "tx", "punted", "consumed", "held"] {
+        let _ = writeln!(text, "{name:<11} {}", counters[name]);
+    }
+    for (reason, count) in counters["drops"].as_object().into_iter().flatten() {
+        let _ = writeln!(text, "drop        {reason} {count}");
+    }
+    for note in status["notes"].as_array().into_iter().flatten() {
+        let _ = writeln!(text, "note        {}", word(note));
+    }
+}

@@ -1,0 +1,287 @@
+//! Following the kernel: subscriptions, dumps, and what changed.
+
+use std::{future::Future, net::IpAddr, pin::Pin, time::Duration};
+
+use futures::{FutureExt, StreamExt, channel::mpsc::UnboundedReceiver};
+use nix::sys::socket::{setsockopt, sockopt};
+use rtnetlink::{
+    MulticastGroup,
+    packet_core::{NLM_F_CREATE, NLM_F_REPLACE, NetlinkMessage},
+    packet_route::{
+        AddressFamily, RouteNetlinkMessage,
+        address::AddressMessage,
+        link::{LinkAttribute, LinkExtentMask, LinkMessage},
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
+        route::{RouteAttribute, RouteMessage},
+    },
+    sys::{AsyncSocket, SocketAddr},
+};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, MissedTickBehavior, interval_at, sleep_until},
+};
+use weir_dataplane::{frame::IfIndex, model::Links};
+
+use super::{
+    KernelError,
+    netlink::Requests,
+    picture::{Link, Picture, RoleRules, TABLE_DEFAULT, TABLE_MAIN},
+};
+
+/// Bytes of the multicast socket's receive buffer: a message about a link costs it some 4 KiB, and 250 pods may come at
+/// once.
+const RECEIVE_BUFFER_BYTES: usize = 8 << 20;
+
+/// How the kernel is followed.
+#[derive(Clone, Debug)]
+pub struct FollowSettings {
+    /// How long [`KernelState::changed`] gathers further changes after the first.
+    pub gather: Duration,
+    /// How often everything is read anew, for what the kernel does not tell (a deleted next-hop object takes its IPv4
+    /// routes along silently).
+    pub audit: Duration,
+}
+
+impl Default for FollowSettings {
+    fn default() -> Self {
+        Self { gather: Duration::from_millis(3), audit: Duration::from_secs(60) }
+    }
+}
+
+/// What changed, as far as weir uses it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changed {
+    /// Devices or addresses.
+    pub links: bool,
+    /// Routes of the main or default table.
+    pub routes: bool,
+    /// Usable neighbours.
+    pub neighbors: bool,
+    /// Neighbours that the kernel could not resolve: what waits for them is to be dropped.
+    pub failed: Vec<(IfIndex, IpAddr)>,
+}
+
+impl Changed {
+    /// Whether nothing changed.
+    pub fn is_empty(&self) -> bool {
+        !self.links && !self.routes && !self.neighbors && self.failed.is_empty()
+    }
+}
+
+type Dump = Pin<Box<dyn Future<Output = Result<Picture, KernelError>> + Send>>;
+
+/// The kernel's links, addresses, routes and neighbours, kept current.
+pub struct KernelState {
+    picture: Picture,
+    events: UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>,
+    requests: Requests,
+    dump: Option<Dump>,
+    gather: Duration,
+    audit: tokio::time::Interval,
+    due: Option<Instant>,
+    readings: u64,
+    // Ends the sockets' tasks with this.
+    _tasks: JoinSet<()>,
+}
+
+impl KernelState {
+    /// Subscribes, then reads everything: nothing that happens in between is missed.
+    ///
+    /// Needs a tokio runtime; follows the network namespace of the thread that calls.
+    ///
+    /// # Errors
+    /// Where there is no rtnetlink socket or the kernel refuses a list.
+    pub async fn follow(settings: FollowSettings) -> Result<Self, KernelError> {
+        let mut tasks = JoinSet::new();
+        let (mut connection, _, events) = rtnetlink::new_multicast_connection(&[
+            MulticastGroup::Link,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
+            MulticastGroup::Neigh,
+        ])
+        .map_err(KernelError::Open)?;
+        let socket = connection.socket_mut().socket_mut();
+        // Without CAP_NET_ADMIN in the first user namespace the forced size is refused; a smaller buffer only means
+        // more dumps.
+        if setsockopt(&*socket, sockopt::RcvBufForce, &RECEIVE_BUFFER_BYTES).is_err() {
+            socket.set_rx_buf_sz(RECEIVE_BUFFER_BYTES as libc::c_int).map_err(KernelError::Open)?;
+        }
+        tasks.spawn(connection);
+        let requests = Requests::open(&mut tasks)?;
+        let mut picture = Picture::default();
+        picture.replace(read_all(requests.clone()).await?);
+        picture.take_changed();
+        let mut audit = interval_at(Instant::now() + settings.audit, settings.audit);
+        audit.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Ok(Self {
+            picture,
+            events,
+            requests,
+            dump: None,
+            gather: settings.gather,
+            audit,
+            due: None,
+            readings: 1,
+            _tasks: tasks,
+        })
+    }
+
+    /// Waits until something changed that weir uses. Further changes of the next few milliseconds are gathered into the
+    /// answer.
+    ///
+    /// Cancel-safe: a call that is given up loses nothing.
+    ///
+    /// # Errors
+    /// Where the connection to the kernel ended or a new dump is refused; following on is then pointless.
+    pub async fn changed(&mut self) -> Result<Changed, KernelError> {
+        loop {
+            // What is there already comes first, so that a burst of messages costs one dump and not one each.
+            while self.dump.is_none()
+                && let Some(event) = self.events.next().now_or_never()
+            {
+                self.picture.apply(event.ok_or(KernelError::Closed)?.0);
+            }
+            if self.dump.is_none() && self.picture.wants_dump() {
+                self.dump = Some(Box::pin(read_all(self.requests.clone())));
+            }
+            if self.due.is_none() && !self.picture.changed().is_empty() {
+                self.due = Some(Instant::now() + self.gather);
+            }
+            let due = self.due;
+            let dumping = self.dump.is_some();
+            tokio::select! {
+                biased;
+                () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
+                    self.due = None;
+                    return Ok(self.picture.take_changed());
+                }
+                fresh = async { self.dump.as_mut().expect("guarded by the branch's condition").await }, if dumping => {
+                    self.dump = None;
+                    self.picture.replace(fresh?);
+                    self.readings += 1;
+                }
+                // While a dump is read, events wait: they belong on top of it.
+                event = self.events.next(), if !dumping => {
+                    self.picture.apply(event.ok_or(KernelError::Closed)?.0);
+                }
+                _ = self.audit.tick() => self.picture.distrust(),
+            }
+        }
+    }
+
+    /// What the dataplane is compiled from: devices with a role (up or not), routes over uplinks, neighbours on devices
+    /// with a role. The node's own kernel is among the devices once the trunk is there.
+    pub fn links(&self, rules: &RoleRules) -> Links {
+        self.picture.links(rules)
+    }
+
+    /// All devices of the namespace, by index.
+    pub fn all(&self) -> impl Iterator<Item = &Link> {
+        self.picture.all()
+    }
+
+    /// The device of that name.
+    pub fn link(&self, name: &str) -> Option<&Link> {
+        self.all().find(|link| link.name == name)
+    }
+
+    /// Every address of this node that others could use: no loopback, no link-local IPv6, none of the trunk's.
+    pub fn node_addresses(&self, rules: &RoleRules) -> Vec<IpAddr> {
+        self.picture.node_addresses(rules)
+    }
+
+    /// What of the kernel's routes weir does not follow as the kernel does, one line each.
+    pub fn notes(&self, rules: &RoleRules) -> Vec<String> {
+        self.picture.notes(rules)
+    }
+
+    /// How often everything was read, the first time included. A number that grows faster than the audit says that the
+    /// kernel's messages come faster than they are read, or are of the kinds that leave something open.
+    pub fn readings(&self) -> u64 {
+        self.readings
+    }
+
+    /// A handle that makes the kernel resolve neighbours. It works as long as this is there.
+    pub fn resolver(&self) -> Resolver {
+        Resolver { requests: self.requests.clone() }
+    }
+}
+
+/// Makes the kernel resolve neighbours; clones share one socket.
+#[derive(Clone)]
+pub struct Resolver {
+    requests: Requests,
+}
+
+impl Resolver {
+    /// Makes the kernel send an ARP request or a neighbour solicitation for `address` on `device`, as its own traffic
+    /// would (NTF_USE). Returns when it has begun: the result comes as a neighbour of [`KernelState::links`], or after
+    /// the kernel's own tries (three, one second each) in [`Changed::failed`]. Asking again while it resolves costs
+    /// nothing on the wire.
+    ///
+    /// # Errors
+    /// Where the kernel refuses, as for a device that is gone or down.
+    pub async fn resolve(&self, address: IpAddr, device: IfIndex) -> Result<(), KernelError> {
+        let mut message = NeighbourMessage::default();
+        message.header.ifindex = device.0;
+        message.header.state = NeighbourState::None;
+        message.header.flags = NeighbourFlags::Use;
+        let (family, destination) = match address {
+            IpAddr::V4(address) => (AddressFamily::Inet, NeighbourAddress::Inet(address)),
+            IpAddr::V6(address) => (AddressFamily::Inet6, NeighbourAddress::Inet6(address)),
+        };
+        message.header.family = family;
+        message.attributes.push(NeighbourAttribute::Destination(destination));
+        self.requests
+            .change(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE, || {
+                format!("resolve {address} on device {}", device.0)
+            })
+            .await
+    }
+}
+
+/// Reads links, addresses, routes and neighbours into a new picture.
+async fn read_all(requests: Requests) -> Result<Picture, KernelError> {
+    let mut picture = Picture::default();
+    let mut links = LinkMessage::default();
+    links.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+    for message in requests.dump(RouteNetlinkMessage::GetLink(links), "links", &[]).await? {
+        picture.apply_inner(message, false);
+    }
+    let addresses = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+    for message in requests.dump(addresses, "addresses", &[]).await? {
+        picture.apply_inner(message, false);
+    }
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        for table in [TABLE_MAIN, TABLE_DEFAULT] {
+            for message in routes_of_table(&requests, family, table).await? {
+                picture.dumped_route(message);
+            }
+        }
+        let mut neighbors = NeighbourMessage::default();
+        neighbors.header.family = family;
+        let neighbors = RouteNetlinkMessage::GetNeighbour(neighbors);
+        for message in requests.dump(neighbors, "neighbours", &NO_FAMILY).await? {
+            picture.apply_inner(message, false);
+        }
+    }
+    Ok(picture)
+}
+
+/// How the kernel says that it was built or started without IPv6.
+const NO_FAMILY: [i32; 2] = [libc::EOPNOTSUPP, libc::EAFNOSUPPORT];
+
+/// The routes of one table; a table that was never used is an empty one.
+pub(super) async fn routes_of_table(
+    requests: &Requests,
+    family: AddressFamily,
+    table: u32,
+) -> Result<Vec<RouteNetlinkMessage>, KernelError> {
+    let mut routes = RouteMessage::default();
+    routes.header.address_family = family;
+    routes.attributes.push(RouteAttribute::Table(table));
+    let empty = [libc::ENOENT, NO_FAMILY[0], NO_FAMILY[1]];
+    requests.dump(RouteNetlinkMessage::GetRoute(routes), "routes", &empty).await
+}

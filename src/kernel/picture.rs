@@ -1,0 +1,698 @@
+//! The in-memory picture of the kernel's links, addresses, routes and neighbours.
+//!
+//! # Theory
+//!
+//! *What.* A plain structure fed with rtnetlink messages, from dumps and from multicast alike; it does no input or
+//! output. It keeps what weir uses and nothing else, so a message that changes nothing of it (statistics, a neighbour
+//! that goes from REACHABLE to STALE) is no change.
+//!
+//! *Convergence.* Multicast is subscribed before a dump is read, and its messages are applied after it, in order. A
+//! message older than the dump may undo for a moment what the dump says, but the last message about an object always
+//! wins, and what had no message since the dump is as the dump says.
+//!
+//! *What the kernel does not tell.* Then [`Picture::wants_dump`] asks for a new dump:
+//! - IPv4 routes vanish without a message when their device goes down or their source address goes (fib_sync_down_dev,
+//!   fib_table_flush in net/ipv4);
+//! - a route message may mean one of several paths to one prefix (multipath, appended routes), which differs between
+//!   IPv4 and IPv6;
+//! - a veth's end says nothing when its peer is moved to another namespace: only the leaving peer does
+//!   (IFLA_NEW_NETNSID);
+//! - a socket's queue that ran over.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use ipnet::IpNet;
+use rtnetlink::{
+    packet_core::{NLM_F_REPLACE, NetlinkMessage, NetlinkPayload},
+    packet_route::{
+        AddressFamily, RouteNetlinkMessage,
+        address::{AddressAttribute, AddressFlags, AddressMessage},
+        link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+        route::{
+            RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteNextHopFlags, RouteType, RouteVia,
+        },
+    },
+};
+use weir_dataplane::{
+    frame::IfIndex,
+    model::{Device, Links, Neighbor, Role, Route},
+};
+use weir_packet::Mac;
+
+use super::{Changed, TRUNK_HOST, TRUNK_WEIR};
+
+/// RT_TABLE_DEFAULT (include/uapi/linux/rtnetlink.h): looked up after the main table.
+pub(super) const TABLE_DEFAULT: u32 = 253;
+/// RT_TABLE_MAIN.
+pub(super) const TABLE_MAIN: u32 = RouteHeader::RT_TABLE_MAIN as u32;
+
+/// A network device as the kernel describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Its index.
+    pub index: IfIndex,
+    /// Its name.
+    pub name: String,
+    /// Its Ethernet address; `None` for devices without one.
+    pub mac: Option<Mac>,
+    /// Bytes of the largest IP packet that it carries.
+    pub mtu: u32,
+    /// Administratively up (IFF_UP). AF_XDP cannot bind to a device that is down.
+    pub up: bool,
+    /// What it is, as "veth" or "bridge"; `None` for most NICs.
+    pub kind: Option<String>,
+    /// Index of the other end (veth) or the lower device (VLAN), in that one's own namespace.
+    pub peer: Option<u32>,
+    /// Whether that other end is in another network namespace, which bpf_redirect_peer needs.
+    pub peer_elsewhere: bool,
+    /// Receive queues.
+    pub rx_queues: u32,
+    /// Transmit queues.
+    pub tx_queues: u32,
+    /// Differs between two devices that had the same index one after the other (one that left the namespace and came
+    /// back lost its programs).
+    pub incarnation: u64,
+}
+
+/// Which devices weir uses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RoleRules {
+    /// Names of the uplinks.
+    pub uplinks: BTreeSet<String>,
+    /// Names of the devices that the manifests give to local workloads.
+    pub workloads: BTreeSet<String>,
+    /// Names of the trunk's ends, the kernel's first; they never are uplinks or workloads.
+    pub trunk: [String; 2],
+}
+
+impl RoleRules {
+    /// Rules with the trunk's usual names.
+    pub fn new(
+        uplinks: impl IntoIterator<Item = impl Into<String>>,
+        workloads: impl IntoIterator<Item = impl Into<String>>,
+    ) -> Self {
+        Self {
+            uplinks: uplinks.into_iter().map(Into::into).collect(),
+            workloads: workloads.into_iter().map(Into::into).collect(),
+            trunk: [TRUNK_HOST.to_owned(), TRUNK_WEIR.to_owned()],
+        }
+    }
+
+    fn role(&self, name: &str) -> Option<Role> {
+        if self.trunk.iter().any(|end| end == name) {
+            None
+        } else if self.uplinks.contains(name) {
+            Some(Role::Uplink)
+        } else if self.workloads.contains(name) {
+            Some(Role::Workload)
+        } else {
+            None
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Address {
+    net: IpNet,
+    secondary: bool,
+}
+
+/// Where a route of one table sits; the kernel keeps at most one route per key, unless some were appended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct RouteKey {
+    to: IpNet,
+    default_table: bool,
+    tos: u8,
+    metric: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Hop {
+    via: Option<IpAddr>,
+    device: u32,
+    usable: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Target {
+    Hops(Vec<Hop>),
+    /// What weir does not take over, by its name.
+    Other(&'static str),
+}
+
+/// Everything weir knows of the kernel's network state.
+#[derive(Debug, Default)]
+pub(super) struct Picture {
+    links: BTreeMap<u32, Link>,
+    addresses: BTreeMap<u32, Vec<Address>>,
+    routes: BTreeMap<RouteKey, Vec<Target>>,
+    neighbors: BTreeMap<(u32, IpAddr), Mac>,
+    incarnations: u64,
+    changed: Changed,
+    wants_dump: bool,
+}
+
+impl Picture {
+    /// Whether the messages so far leave something open that only a new dump tells. Asking resets it.
+    pub(super) fn wants_dump(&mut self) -> bool {
+        std::mem::take(&mut self.wants_dump)
+    }
+
+    /// Asks for a new dump.
+    pub(super) fn distrust(&mut self) {
+        self.wants_dump = true;
+    }
+
+    /// What has changed since the last call of [`Picture::take_changed`].
+    pub(super) fn changed(&self) -> &Changed {
+        &self.changed
+    }
+
+    /// What has changed since the last call.
+    pub(super) fn take_changed(&mut self) -> Changed {
+        std::mem::take(&mut self.changed)
+    }
+
+    /// Takes over a picture made of a dump.
+    pub(super) fn replace(&mut self, fresh: Picture) {
+        let Picture { mut links, addresses, routes, neighbors, .. } = fresh;
+        for link in links.values_mut() {
+            link.incarnation = match self.links.get(&link.index.0) {
+                Some(known) if known.kind == link.kind => known.incarnation,
+                _ => {
+                    self.incarnations += 1;
+                    self.incarnations
+                }
+            };
+        }
+        self.changed.links |= links != self.links || addresses != self.addresses;
+        self.changed.routes |= routes != self.routes;
+        self.changed.neighbors |= neighbors != self.neighbors;
+        (self.links, self.addresses, self.routes, self.neighbors) = (links, addresses, routes, neighbors);
+    }
+
+    /// Applies one message.
+    pub(super) fn apply(&mut self, message: NetlinkMessage<RouteNetlinkMessage>) {
+        let replaces = message.header.flags & NLM_F_REPLACE != 0;
+        match message.payload {
+            NetlinkPayload::InnerMessage(inner) => self.apply_inner(inner, replaces),
+            NetlinkPayload::Overrun(_) => self.wants_dump = true,
+            _ => {}
+        }
+    }
+
+    /// Applies one message of a dump, or of multicast; `replaces`: it had NLM_F_REPLACE.
+    pub(super) fn apply_inner(&mut self, message: RouteNetlinkMessage, replaces: bool) {
+        match message {
+            RouteNetlinkMessage::NewLink(message) => self.new_link(message),
+            RouteNetlinkMessage::DelLink(message) => self.del_link(&message),
+            RouteNetlinkMessage::NewAddress(message) => self.new_address(&message),
+            RouteNetlinkMessage::DelAddress(message) => self.del_address(&message),
+            RouteNetlinkMessage::NewRoute(message) => self.new_route(&message, replaces),
+            RouteNetlinkMessage::DelRoute(message) => self.del_route(&message),
+            RouteNetlinkMessage::NewNeighbour(message) => self.new_neighbor(&message),
+            RouteNetlinkMessage::DelNeighbour(message) => self.del_neighbor(&message),
+            _ => {}
+        }
+    }
+
+    fn new_link(&mut self, message: LinkMessage) {
+        // A bridge speaks of its ports with AF_BRIDGE: a port that leaves it is not a device that goes.
+        if message.header.interface_family != AddressFamily::Unspec {
+            return;
+        }
+        let index = message.header.index;
+        let known = self.links.get(&index);
+        let mut link = Link {
+            index: IfIndex(index),
+            name: String::new(),
+            mac: None,
+            mtu: 0,
+            up: message.header.flags.contains(LinkFlags::Up),
+            kind: None,
+            peer: None,
+            peer_elsewhere: false,
+            rx_queues: 1,
+            tx_queues: 1,
+            incarnation: known.map_or(self.incarnations + 1, |known| known.incarnation),
+        };
+        for attribute in message.attributes {
+            match attribute {
+                LinkAttribute::IfName(name) => link.name = name,
+                LinkAttribute::Address(bytes) => link.mac = bytes.try_into().ok().map(Mac),
+                LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+                LinkAttribute::NumRxQueues(queues) => link.rx_queues = queues,
+                LinkAttribute::NumTxQueues(queues) => link.tx_queues = queues,
+                LinkAttribute::Link(peer) => link.peer = Some(peer),
+                LinkAttribute::LinkNetNsId(_) => link.peer_elsewhere = true,
+                LinkAttribute::LinkInfo(infos) => {
+                    link.kind = infos.into_iter().find_map(|info| match info {
+                        LinkInfo::Kind(InfoKind::Other(kind)) => Some(kind),
+                        LinkInfo::Kind(kind) => Some(kind.to_string()),
+                        _ => None,
+                    });
+                }
+                _ => {}
+            }
+        }
+        if link.name.is_empty() {
+            return;
+        }
+        if known == Some(&link) {
+            return;
+        }
+        let went_down = known.is_some_and(|known| known.up) && !link.up;
+        self.incarnations = self.incarnations.max(link.incarnation);
+        self.links.insert(index, link);
+        self.changed.links = true;
+        if went_down && self.routes_use(index) {
+            self.wants_dump = true;
+        }
+    }
+
+    fn del_link(&mut self, message: &LinkMessage) {
+        if message.header.interface_family != AddressFamily::Unspec {
+            return;
+        }
+        let index = message.header.index;
+        // A dump cannot tell that a device left and came back, and the link's own messages are in order, so it goes at
+        // once.
+        if self.links.remove(&index).is_some() {
+            self.changed.links = true;
+        }
+        self.addresses.remove(&index);
+        if self.routes_use(index) {
+            self.wants_dump = true;
+        }
+        let neighbors = self.neighbors.len();
+        self.neighbors.retain(|(device, _), _| *device != index);
+        self.changed.neighbors |= self.neighbors.len() != neighbors;
+        if message.attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::NewNetnsId(_))) {
+            self.wants_dump = true;
+        }
+    }
+
+    fn routes_use(&self, device: u32) -> bool {
+        self.routes.values().flatten().any(|target| match target {
+            Target::Hops(hops) => hops.iter().any(|hop| hop.device == device),
+            Target::Other(_) => false,
+        })
+    }
+
+    fn new_address(&mut self, message: &AddressMessage) {
+        let Some((address, usable)) = address_of(message) else { return };
+        if !usable {
+            return self.remove_address(message.header.index, &address.net);
+        }
+        let list = self.addresses.entry(message.header.index).or_default();
+        match list.iter_mut().find(|known| known.net == address.net) {
+            Some(known) if *known == address => return,
+            Some(known) => *known = address,
+            None => list.push(address),
+        }
+        // Primary addresses first, each group in the order of the kernel.
+        list.sort_by_key(|address| address.secondary);
+        self.changed.links = true;
+    }
+
+    fn del_address(&mut self, message: &AddressMessage) {
+        let Some((address, _)) = address_of(message) else { return };
+        self.remove_address(message.header.index, &address.net);
+        if address.net.addr().is_ipv4() {
+            self.wants_dump = true;
+        }
+    }
+
+    fn remove_address(&mut self, device: u32, net: &IpNet) {
+        let Some(list) = self.addresses.get_mut(&device) else { return };
+        let before = list.len();
+        list.retain(|known| known.net != *net);
+        self.changed.links |= list.len() != before;
+        if list.is_empty() {
+            self.addresses.remove(&device);
+        }
+    }
+
+    fn new_route(&mut self, message: &RouteMessage, replaces: bool) {
+        let Some((key, target)) = route_of(message) else { return };
+        let single = matches!(&target, Target::Hops(hops) if hops.len() == 1) || matches!(target, Target::Other(_));
+        match self.routes.entry(key) {
+            std::collections::btree_map::Entry::Vacant(entry) => {
+                entry.insert(vec![target]);
+                self.changed.routes = true;
+            }
+            std::collections::btree_map::Entry::Occupied(mut entry) => {
+                if entry.get().as_slice() == std::slice::from_ref(&target) {
+                    return;
+                }
+                if replaces && single && entry.get().len() == 1 {
+                    entry.insert(vec![target]);
+                    self.changed.routes = true;
+                } else {
+                    self.wants_dump = true;
+                }
+            }
+        }
+    }
+
+    fn del_route(&mut self, message: &RouteMessage) {
+        let Some((key, target)) = route_of(message) else { return };
+        let Some(known) = self.routes.get(&key) else { return };
+        if known.as_slice() == std::slice::from_ref(&target) {
+            self.routes.remove(&key);
+            self.changed.routes = true;
+        } else {
+            self.wants_dump = true;
+        }
+    }
+
+    /// Adds a route of a dump, where several under one key are all there in the kernel's order.
+    pub(super) fn dumped_route(&mut self, message: RouteNetlinkMessage) {
+        let RouteNetlinkMessage::NewRoute(message) = message else { return };
+        let Some((key, target)) = route_of(&message) else { return };
+        self.routes.entry(key).or_default().push(target);
+    }
+
+    fn new_neighbor(&mut self, message: &NeighbourMessage) {
+        let Some(key) = neighbor_key(message) else { return };
+        let mac = message.attributes.iter().find_map(|attribute| match attribute {
+            NeighbourAttribute::LinkLayerAddress(bytes) => bytes.as_slice().try_into().ok().map(Mac),
+            _ => None,
+        });
+        use NeighbourState::{Delay, Failed, Noarp, Permanent, Probe, Reachable, Stale};
+        match (message.header.state, mac) {
+            (Reachable | Stale | Delay | Probe | Permanent | Noarp, Some(mac)) => {
+                self.changed.neighbors |= self.neighbors.insert(key, mac) != Some(mac);
+                self.changed.failed.retain(|failed| *failed != (IfIndex(key.0), key.1));
+            }
+            (state, _) => {
+                self.changed.neighbors |= self.neighbors.remove(&key).is_some();
+                if state == Failed {
+                    self.failed(key);
+                }
+            }
+        }
+    }
+
+    fn del_neighbor(&mut self, message: &NeighbourMessage) {
+        let Some(key) = neighbor_key(message) else { return };
+        self.changed.neighbors |= self.neighbors.remove(&key).is_some();
+        if message.header.state == NeighbourState::Failed {
+            self.failed(key);
+        }
+    }
+
+    fn failed(&mut self, (device, address): (u32, IpAddr)) {
+        let failed = (IfIndex(device), address);
+        if !self.changed.failed.contains(&failed) {
+            self.changed.failed.push(failed);
+        }
+    }
+
+    /// All devices, by index.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Link> {
+        self.links.values()
+    }
+
+    /// The addresses of this node that a remote party could use: no loopback, no link-local IPv6, none of the trunk's.
+    pub(super) fn node_addresses(&self, rules: &RoleRules) -> Vec<IpAddr> {
+        let mut list: Vec<IpAddr> = self
+            .addresses
+            .iter()
+            .filter(|(device, _)| self.links.get(device).is_some_and(|link| !rules.trunk.contains(&link.name)))
+            .flat_map(|(_, addresses)| addresses.iter().map(|address| address.net.addr()))
+            .filter(|address| match address {
+                IpAddr::V4(address) => !address.is_loopback(),
+                IpAddr::V6(address) => !address.is_loopback() && !address.is_unicast_link_local(),
+            })
+            .collect();
+        list.sort_unstable();
+        list.dedup();
+        list
+    }
+
+    /// What the dataplane is compiled from.
+    pub(super) fn links(&self, rules: &RoleRules) -> Links {
+        let mut roles = BTreeMap::new();
+        let mut devices = Vec::new();
+        for link in self.links.values() {
+            let (Some(role), Some(mac)) = (rules.role(&link.name), link.mac) else { continue };
+            roles.insert(link.index.0, role);
+            let addresses = self.addresses.get(&link.index.0).map_or(&[][..], Vec::as_slice);
+            devices.push(Device {
+                name: link.name.clone(),
+                index: link.index,
+                role,
+                mac,
+                mtu: link.mtu,
+                addresses: addresses.iter().map(|address| address.net).collect(),
+            });
+        }
+        devices.extend(self.host_device(rules, &roles));
+        let routes = self
+            .routes
+            .iter()
+            .filter(|(key, _)| key.tos == 0 && !(key.default_table && self.main_has(key.to)))
+            .filter_map(|(key, targets)| {
+                let Target::Hops(hops) = targets.first()? else { return None };
+                let hop = hops.iter().find(|hop| hop.usable && roles.get(&hop.device) == Some(&Role::Uplink))?;
+                Some(Route { to: key.to, via: hop.via, device: IfIndex(hop.device), metric: key.metric })
+            })
+            .collect();
+        let neighbors = self
+            .neighbors
+            .iter()
+            .filter(|((device, _), _)| roles.contains_key(device))
+            .map(|(&(device, address), &mac)| Neighbor { address, mac, device: IfIndex(device) })
+            .collect();
+        Links { devices, routes, neighbors }
+    }
+
+    /// The node's own kernel as a device: there once the trunk is, with the node's addresses that no uplink or workload
+    /// device has.
+    fn host_device(&self, rules: &RoleRules, roles: &BTreeMap<u32, Role>) -> Option<Device> {
+        let trunk = self.links.values().find(|link| link.name == rules.trunk[0])?;
+        let named: BTreeSet<IpAddr> = roles
+            .keys()
+            .filter_map(|device| self.addresses.get(device))
+            .flatten()
+            .map(|address| address.net.addr())
+            .collect();
+        Some(Device {
+            name: "host".to_owned(),
+            index: IfIndex::HOST,
+            role: Role::Host,
+            mac: trunk.mac?,
+            mtu: trunk.mtu,
+            addresses: self.node_addresses(rules).into_iter().filter(|a| !named.contains(a)).map(IpNet::from).collect(),
+        })
+    }
+
+    fn main_has(&self, to: IpNet) -> bool {
+        let from = RouteKey { to, default_table: false, tos: 0, metric: 0 };
+        self.routes.range(from..).next().is_some_and(|(key, _)| key.to == to && !key.default_table)
+    }
+
+    /// What of the kernel's routes weir does not follow as the kernel does, one line each.
+    pub(super) fn notes(&self, rules: &RoleRules) -> Vec<String> {
+        let uplink = |hop: &Hop| self.links.get(&hop.device).is_some_and(|link| rules.uplinks.contains(&link.name));
+        let mut notes = Vec::new();
+        for (key, targets) in &self.routes {
+            let to = key.to;
+            match targets.first() {
+                Some(Target::Other(kind)) => {
+                    notes.push(format!("route to {to}: {kind} routes are not followed by weir"));
+                }
+                Some(Target::Hops(hops)) if hops.iter().any(uplink) => {
+                    if key.tos != 0 {
+                        notes.push(format!(
+                            "route to {to}: routes with a TOS ({:#x}) are not followed by weir",
+                            key.tos
+                        ));
+                    } else if hops.len() > 1 || targets.len() > 1 {
+                        let all = if hops.len() > 1 { hops.len() } else { targets.len() };
+                        notes.push(format!("route to {to}: weir uses the first usable of its {all} next hops"));
+                    }
+                }
+                _ => {}
+            }
+        }
+        notes
+    }
+}
+
+fn address_of(message: &AddressMessage) -> Option<(Address, bool)> {
+    let (mut local, mut address) = (None, None);
+    let mut flags = AddressFlags::from_bits_retain(u32::from(message.header.flags.bits()));
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(ip) => local = Some(*ip),
+            AddressAttribute::Address(ip) => address = Some(*ip),
+            AddressAttribute::Flags(all) => flags = *all,
+            _ => {}
+        }
+    }
+    let own = local.or(address)?;
+    // On a point-to-point link the prefix is the peer's.
+    let net = match address {
+        Some(peer) if peer != own => IpNet::from(own),
+        _ => IpNet::new(own, message.header.prefix_len).ok()?,
+    };
+    let unusable = flags.contains(AddressFlags::Dadfailed)
+        || (flags.contains(AddressFlags::Tentative) && !flags.contains(AddressFlags::Optimistic));
+    // For IPv6 the flag's bit means a temporary address (RFC 8981), which is no worse.
+    let secondary = own.is_ipv4() && flags.contains(AddressFlags::Secondary);
+    Some((Address { net, secondary }, !unusable))
+}
+
+fn ip_of(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
+        RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
+        _ => None,
+    }
+}
+
+fn gateway_of(attribute: &RouteAttribute) -> Option<IpAddr> {
+    match attribute {
+        RouteAttribute::Gateway(address) => ip_of(address),
+        RouteAttribute::Via(RouteVia::Inet(address)) => Some(IpAddr::V4(*address)),
+        RouteAttribute::Via(RouteVia::Inet6(address)) => Some(IpAddr::V6(*address)),
+        _ => None,
+    }
+}
+
+/// A route of the tables that weir follows, as key and target.
+fn route_of(message: &RouteMessage) -> Option<(RouteKey, Target)> {
+    let header = &message.header;
+    if header.flags.contains(RouteFlags::Cloned) {
+        return None;
+    }
+    let unspecified = match header.address_family {
+        AddressFamily::Inet => IpAddr::from([0; 4]),
+        AddressFamily::Inet6 => IpAddr::from([0; 16]),
+        _ => return None,
+    };
+    let usable = !header.flags.intersects(RouteFlags::Dead);
+    let (mut table, mut to, mut via, mut device, mut metric) = (u32::from(header.table), unspecified, None, None, 0);
+    let (mut hops, mut encapsulated) = (None, false);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(number) => table = *number,
+            RouteAttribute::Destination(address) => to = ip_of(address)?,
+            RouteAttribute::Oif(index) => device = Some(*index),
+            RouteAttribute::Priority(priority) => metric = *priority,
+            RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => via = gateway_of(attribute),
+            RouteAttribute::EncapType(_) => encapsulated = true,
+            RouteAttribute::MultiPath(list) => {
+                encapsulated |=
+                    list.iter().flat_map(|hop| &hop.attributes).any(|a| matches!(a, RouteAttribute::EncapType(_)));
+                hops = Some(
+                    list.iter()
+                        .map(|hop| Hop {
+                            via: hop.attributes.iter().find_map(gateway_of),
+                            device: hop.interface_index,
+                            usable: !hop.flags.intersects(RouteNextHopFlags::Dead),
+                        })
+                        .collect(),
+                );
+            }
+            _ => {}
+        }
+    }
+    if table != TABLE_MAIN && table != TABLE_DEFAULT {
+        return None;
+    }
+    let to = IpNet::new(to, header.destination_prefix_length).ok()?;
+    let key = RouteKey { to, default_table: table == TABLE_DEFAULT, tos: header.tos, metric };
+    let target = match (header.kind, hops, device) {
+        (RouteType::Unicast, _, _) if encapsulated => Target::Other("encapsulating"),
+        (RouteType::Unicast, _, _) if header.source_prefix_length != 0 => Target::Other("source-specific"),
+        (RouteType::Unicast, Some(hops), _) => Target::Hops(hops),
+        (RouteType::Unicast, None, Some(device)) => Target::Hops(vec![Hop { via, device, usable }]),
+        (RouteType::BlackHole, ..) => Target::Other("blackhole"),
+        (RouteType::Unreachable, ..) => Target::Other("unreachable"),
+        (RouteType::Prohibit, ..) => Target::Other("prohibit"),
+        (RouteType::Throw, ..) => Target::Other("throw"),
+        // Local, broadcast, multicast and anycast routes are the kernel's own business.
+        _ => return None,
+    };
+    Some((key, target))
+}
+
+fn neighbor_key(message: &NeighbourMessage) -> Option<(u32, IpAddr)> {
+    // The bridges' forwarding entries come as AF_BRIDGE.
+    if !matches!(message.header.family, AddressFamily::Inet | AddressFamily::Inet6) {
+        return None;
+    }
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(IpAddr::V4(*address)),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
+        _ => None,
+    })?;
+    (!address.is_multicast()).then_some((message.header.ifindex, address))
+}
+
+/// What became of the devices with a role since the last look.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceChanges {
+    /// New ones, also those that went and came back.
+    pub appeared: Vec<Link>,
+    /// Those that are no more, by what they were.
+    pub gone: Vec<Link>,
+    /// Those whose description changed (MTU, MAC, up or down), by what they are now.
+    pub altered: Vec<Link>,
+}
+
+impl DeviceChanges {
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.appeared.is_empty() && self.gone.is_empty() && self.altered.is_empty()
+    }
+}
+
+/// Remembers which devices of one role were there, and tells the difference.
+#[derive(Clone, Debug)]
+pub struct DeviceTracker {
+    role: Role,
+    known: BTreeMap<IfIndex, Link>,
+}
+
+impl DeviceTracker {
+    /// Follows devices of `role` ([`Role::Uplink`] or [`Role::Workload`]); at first it knows none.
+    pub fn new(role: Role) -> Self {
+        Self { role, known: BTreeMap::new() }
+    }
+
+    /// The difference to the last call. A device whose role is new or gone by `rules` counts as appeared or gone.
+    pub fn update<'a>(&mut self, links: impl IntoIterator<Item = &'a Link>, rules: &RoleRules) -> DeviceChanges {
+        let now: BTreeMap<IfIndex, Link> = links
+            .into_iter()
+            .filter(|link| rules.role(&link.name) == Some(self.role) && link.mac.is_some())
+            .map(|link| (link.index, link.clone()))
+            .collect();
+        let mut changes = DeviceChanges::default();
+        for (index, link) in &now {
+            match self.known.get(index) {
+                Some(known) if known == link => {}
+                Some(known) if known.incarnation == link.incarnation && known.name == link.name => {
+                    changes.altered.push(link.clone());
+                }
+                Some(known) => {
+                    changes.gone.push(known.clone());
+                    changes.appeared.push(link.clone());
+                }
+                None => changes.appeared.push(link.clone()),
+            }
+        }
+        changes
+            .gone
+            .extend(self.known.iter().filter(|(index, _)| !now.contains_key(index)).map(|(_, link)| link.clone()));
+        self.known = now;
+        changes
+    }
+}

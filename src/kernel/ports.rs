@@ -1,0 +1,159 @@
+//! Sets of L4 ports in the text form of net.ipv4.ip_local_reserved_ports ("8080,9000-9100").
+
+use std::{fmt, str::FromStr};
+
+/// A set of ports: inclusive ranges, sorted, neither overlapping nor adjacent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PortSet(Vec<(u16, u16)>);
+
+impl PortSet {
+    /// The ports from `first` to `last`, both included; empty if `last` is less.
+    pub fn range(first: u16, last: u16) -> Self {
+        Self(if first <= last { vec![(first, last)] } else { Vec::new() })
+    }
+
+    /// Whether no port is in it.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The ports in either.
+    #[must_use]
+    pub fn union(&self, other: &Self) -> Self {
+        let mut ranges: Vec<(u16, u16)> = self.0.iter().chain(&other.0).copied().collect();
+        ranges.sort_unstable();
+        let mut merged: Vec<(u16, u16)> = Vec::with_capacity(ranges.len());
+        for (first, last) in ranges {
+            match merged.last_mut() {
+                Some((_, end)) if u32::from(first) <= u32::from(*end) + 1 => *end = (*end).max(last),
+                _ => merged.push((first, last)),
+            }
+        }
+        Self(merged)
+    }
+
+    /// The ports of this that are not in `other`.
+    #[must_use]
+    pub fn minus(&self, other: &Self) -> Self {
+        let mut left = self.0.clone();
+        for &(cut_first, cut_last) in &other.0 {
+            left = left
+                .into_iter()
+                .flat_map(|(first, last)| {
+                    let before = (first < cut_first).then(|| (first, last.min(cut_first.saturating_sub(1))));
+                    let after = (last > cut_last).then(|| (first.max(cut_last.saturating_add(1)), last));
+                    [before, after]
+                })
+                .flatten()
+                .collect();
+        }
+        Self(left)
+    }
+}
+
+impl fmt::Display for PortSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (position, (first, last)) in self.0.iter().enumerate() {
+            if position > 0 {
+                f.write_str(",")?;
+            }
+            write!(f, "{first}")?;
+            if first != last {
+                write!(f, "-{last}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for PortSet {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let port = |text: &str| text.trim().parse::<u16>().map_err(|_| format!("{text:?} is no port"));
+        let mut set = Self::default();
+        for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+            let (first, last) = match part.split_once('-') {
+                Some((first, last)) => (port(first)?, port(last)?),
+                None => (port(part)?, port(part)?),
+            };
+            if first > last {
+                return Err(format!("the range {part:?} runs backwards"));
+            }
+            set = set.union(&Self::range(first, last));
+        }
+        Ok(set)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(text: &str) -> PortSet {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn text_is_read_and_written_as_the_kernel_does() {
+        for (text, written) in [
+            ("", ""),
+            ("\n", ""),
+            ("8080\n", "8080"),
+            ("1-3,5", "1-3,5"),
+            ("5,1-3,4", "1-5"),
+            ("0,65535", "0,65535"),
+            ("10-20,15-30", "10-30"),
+        ] {
+            assert_eq!(set(text).to_string(), written, "{text:?}");
+        }
+        for bad in ["x", "70000", "5-3", "1-2-3", "-1"] {
+            assert!(bad.parse::<PortSet>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn taking_away_leaves_what_others_reserved() {
+        assert_eq!(set("8080,10000-29999").minus(&set("10000-29999")), set("8080"));
+        assert_eq!(set("1-10").minus(&set("3-4,7")), set("1-2,5-6,8-10"));
+        assert_eq!(set("0-65535").minus(&set("0,65535")), set("1-65534"));
+        assert_eq!(set("5").minus(&set("0-65535")), set(""));
+    }
+
+    /// The dull twin: a flag per port.
+    #[test]
+    fn union_and_minus_agree_with_flags() {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = |below: u64| {
+            // xorshift64
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state % below
+        };
+        let flags = |set: &PortSet| {
+            let mut flags = vec![false; 65536];
+            for &(first, last) in &set.0 {
+                flags[usize::from(first)..=usize::from(last)].fill(true);
+            }
+            flags
+        };
+        for round in 0..300 {
+            // Crowded at both ends, where the arithmetic could wrap.
+            let base = [0, 30_000, 65_336][round % 3];
+            let mut build = || {
+                (0..random(8)).fold(PortSet::default(), |set, _| {
+                    let first = base + random(200) as u32;
+                    set.union(&PortSet::range(first as u16, (first + random(20) as u32).min(65_535) as u16))
+                })
+            };
+            let (a, b) = (build(), build());
+            let (flags_a, flags_b) = (flags(&a), flags(&b));
+            let either: Vec<bool> = flags_a.iter().zip(&flags_b).map(|(a, b)| *a || *b).collect();
+            let only: Vec<bool> = flags_a.iter().zip(&flags_b).map(|(a, b)| *a && !*b).collect();
+            assert_eq!(flags(&a.union(&b)), either, "{a} and {b}");
+            assert_eq!(flags(&a.minus(&b)), only, "{a} without {b}");
+            assert_eq!(set(&a.to_string()), a);
+        }
+    }
+}

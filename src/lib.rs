@@ -1,0 +1,29 @@
+//! The `weir` command's parts: configuration, translation of resources, control, telemetry.
+//!
+//! - [`config`]: YAML with positions, diagnostics, and weir.yaml.
+//! - [`manifests`]: Kubernetes and Calico resources.
+//! - [`translate`]: resources to the plain models that the dataplane compiles its tables from.
+//! - [`compile`]: models to tables.
+//! - [`check`], [`trace`], [`replay`], [`run`], [`demo`], [`bench`]: the commands of these names.
+//! - [`control`]: asking a running router; [`report`]: what is printed alike.
+//! - [`kernel`]: the node's kernel, followed and set up.
+//! - [`watch`]: when to reload.
+//! - [`lab`]: clusters in network namespaces, for the demo and the end-to-end tests.
+
+pub mod bench;
+pub mod check;
+pub mod compile;
+pub mod config;
+pub mod control;
+pub mod demo;
+pub mod kernel;
+pub mod lab;
+pub mod manifests;
+pub mod memory_demo;
+pub mod memory_router;
+pub mod replay;
+pub mod report;
+pub mod run;
+pub mod trace;
+pub mod translate;
+pub mod watch;

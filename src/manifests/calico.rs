@@ -1,0 +1,140 @@
+//! Calico's resources, as far as they are read so far (projectcalico.org/v3, and the same as crd.projectcalico.org/v1).
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde::{Deserialize, de::IgnoredAny};
+
+/// What all of Calico's resources have.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Resource<S> {
+    /// The API group and version.
+    pub api_version: String,
+    /// The kind.
+    pub kind: String,
+    /// Name, namespace, labels, annotations.
+    #[serde(default)]
+    pub metadata: ObjectMeta,
+    /// What is wanted.
+    pub spec: S,
+    /// What is; of no interest.
+    pub status: Option<Unread>,
+}
+
+/// A field that is known and means nothing to weir.
+#[derive(Clone, Copy, Debug)]
+pub struct Unread;
+
+impl<'de> Deserialize<'de> for Unread {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        IgnoredAny::deserialize(deserializer).map(|_| Self)
+    }
+}
+
+/// An IPPool.
+pub type IpPool = Resource<IpPoolSpec>;
+
+/// IPPool's spec.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct IpPoolSpec {
+    /// The pool's addresses.
+    pub cidr: String,
+    /// When packets go into IPIP; unset is Never.
+    pub ipip_mode: Option<EncapsulationMode>,
+    /// When packets go into VXLAN; unset is Never.
+    pub vxlan_mode: Option<EncapsulationMode>,
+    /// Whether packets to addresses outside all pools are masqueraded; unset is false.
+    pub nat_outgoing: Option<bool>,
+    /// No new addresses from here; of no interest.
+    pub disabled: Option<Unread>,
+    /// Allocation; of no interest.
+    pub block_size: Option<Unread>,
+    /// Allocation; of no interest.
+    pub node_selector: Option<Unread>,
+    /// Allocation; of no interest.
+    pub namespace_selector: Option<Unread>,
+    /// Allocation; of no interest.
+    pub allowed_uses: Option<Unread>,
+    /// Allocation; of no interest.
+    pub assignment_mode: Option<Unread>,
+    /// BGP; of no interest.
+    #[serde(rename = "disableBGPExport")]
+    pub disable_bgp_export: Option<Unread>,
+}
+
+/// Calico's ipipMode and vxlanMode.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+pub enum EncapsulationMode {
+    /// Never.
+    Never,
+    /// To every other node.
+    Always,
+    /// To nodes of another subnet.
+    CrossSubnet,
+}
+
+/// A WorkloadEndpoint.
+pub type WorkloadEndpoint = Resource<WorkloadEndpointSpec>;
+
+/// WorkloadEndpoint's spec.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadEndpointSpec {
+    /// The node that it is on.
+    pub node: Option<String>,
+    /// "k8s" for pods.
+    pub orchestrator: Option<String>,
+    /// The pod that it belongs to.
+    pub pod: Option<String>,
+    /// The name of a workload that is no pod; of no interest.
+    pub workload: Option<Unread>,
+    /// The device's name inside the workload; of no interest.
+    pub endpoint: Option<Unread>,
+    /// Of no interest.
+    #[serde(rename = "containerID")]
+    pub container_id: Option<Unread>,
+    /// The service account that it runs as.
+    pub service_account_name: Option<String>,
+    /// Its addresses, as CIDRs of one address each.
+    #[serde(default)]
+    pub ip_networks: Vec<String>,
+    /// Floating addresses.
+    #[serde(rename = "ipNATs", default)]
+    pub ip_nats: Vec<Unread>,
+    /// Of no interest.
+    pub ipv4_gateway: Option<Unread>,
+    /// Of no interest.
+    pub ipv6_gateway: Option<Unread>,
+    /// Its profiles; unset is as good as none.
+    #[serde(default)]
+    pub profiles: Vec<String>,
+    /// The host's end of its veth pair.
+    pub interface_name: Option<String>,
+    /// Its own MAC address.
+    pub mac: Option<String>,
+    /// Its named ports.
+    #[serde(default)]
+    pub ports: Vec<WorkloadEndpointPort>,
+    /// Sources beyond its own addresses that it may send from.
+    #[serde(default)]
+    pub allow_spoofed_source_prefixes: Vec<Unread>,
+    /// Bandwidth and packet rate limits.
+    pub qos_controls: Option<Unread>,
+}
+
+/// A port of a WorkloadEndpoint.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadEndpointPort {
+    /// Its name.
+    pub name: Option<String>,
+    /// Its protocol, by name or number.
+    pub protocol: Option<k8s_openapi::apimachinery::pkg::util::intstr::IntOrString>,
+    /// Its number.
+    pub port: u16,
+    /// Of no interest.
+    pub host_port: Option<Unread>,
+    /// Of no interest.
+    #[serde(rename = "hostIP")]
+    pub host_ip: Option<Unread>,
+}

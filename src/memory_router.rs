@@ -1,0 +1,231 @@
+//! A router of one worker over memory: the same dataplane without devices, for replay, the demo without privileges, and tests.
+
+use std::{sync::Arc, time::Duration};
+
+use crossbeam::channel::Receiver;
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{Rng, SeedableRng},
+};
+use serde_json::Value;
+use weir_conntrack::{Table, TableConfig};
+use weir_dataplane::{
+    counters::{COUNTERS, Totals},
+    driver::Driver,
+    forwarding::Forwarding,
+    frame::{LinkType, Packet},
+    memory::{InjectError, MemoryDriver},
+    model::{Cluster, Device, Links, Neighbor, Role},
+    pipeline::{Context, Event, Pipeline, Tables, process_burst},
+    snapshot::{Rules, Snapshot},
+};
+use weir_packet::{Mac, Tick};
+use weir_sync::{Counters, Domain, Participant, Published};
+
+use crate::{
+    compile::{self, CompileError},
+    report::connection,
+    translate::Loaded,
+};
+
+/// Frames of the memory driver: more than may be held, plus what one packet can make.
+const FRAMES: u32 = 1024;
+/// Connections of each table that are looked at after each packet, to remove the expired.
+const SWEEP_SHARE: u32 = 64;
+
+/// Why a router cannot be made, or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryRouterError {
+    /// Something is too large to compile.
+    #[error(transparent)]
+    Compile(#[from] CompileError),
+}
+
+/// A dataplane of one worker over memory.
+pub struct MemoryRouter {
+    links: Links,
+    cluster: Cluster,
+    rules: Arc<Rules>,
+    generation: u32,
+    published: Published<Snapshot>,
+    tables: Tables,
+    participant: Participant,
+    pipeline: Pipeline,
+    driver: MemoryDriver,
+    events: Receiver<Event>,
+    burst: Vec<Packet>,
+    tcp_loose: bool,
+    now: Tick,
+}
+
+impl MemoryRouter {
+    /// A router for `loaded` with the devices, routes and neighbours of `links`.
+    ///
+    /// # Errors
+    /// Where something is too large to compile.
+    pub fn new(loaded: Loaded, links: Links, seed: u64) -> Result<Self, MemoryRouterError> {
+        let rules = Arc::new(compile::rules(&loaded)?);
+        let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?);
+        let domain = Domain::new();
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let max_entries = loaded.config.conntrack.max_entries;
+        let timeouts = compile::timeouts(&loaded.config.conntrack)?;
+        let mut table = || TableConfig {
+            max_entries: u32::try_from(max_entries).unwrap_or(u32::MAX),
+            seed: [random.next_u64(), random.next_u64()],
+            timeouts,
+        };
+        let tables = Tables { v4: Table::new(table(), domain.clone()), v6: Table::new(table(), domain.clone()) };
+        let ports = 1 + links.devices.iter().filter(|d| d.role == Role::Uplink).count();
+        let (sender, events) = crossbeam::channel::bounded(1024);
+        let counters = Counters::<COUNTERS>::new();
+        let pipeline = Pipeline::new(&tables, counters.join(), random, sender, 1, ports);
+        Ok(Self {
+            published: Published::new(&domain, Snapshot { generation: 1, rules: rules.clone(), forwarding }),
+            participant: domain.join(),
+            links,
+            cluster: loaded.cluster,
+            rules,
+            generation: 1,
+            tables,
+            pipeline,
+            driver: MemoryDriver::new(ports, FRAMES),
+            events,
+            burst: Vec::with_capacity(1),
+            tcp_loose: loaded.config.conntrack.tcp_loose,
+            now: Tick::default(),
+        })
+    }
+
+    /// Takes over another configuration; what pods' MAC addresses were learned is kept.
+    ///
+    /// # Errors
+    /// Where something is too large to compile.
+    pub fn reload(&mut self, loaded: Loaded) -> Result<(), MemoryRouterError> {
+        let learned = std::mem::take(&mut self.links.neighbors);
+        self.links = compile::links_of(&loaded.config);
+        for neighbor in learned {
+            self.learn(neighbor);
+        }
+        self.rules = Arc::new(compile::rules(&loaded)?);
+        self.cluster = loaded.cluster;
+        self.publish()
+    }
+
+    fn learn(&mut self, neighbor: Neighbor) -> bool {
+        let known = self.links.neighbors.iter().any(|n| (n.address, n.device) == (neighbor.address, neighbor.device));
+        if !known {
+            self.links.neighbors.push(neighbor);
+        }
+        !known
+    }
+
+    fn publish(&mut self) -> Result<(), MemoryRouterError> {
+        let forwarding = Forwarding::compile(&self.cluster, &self.links).map_err(CompileError::from)?;
+        self.generation += 1;
+        self.published.publish(Snapshot {
+            generation: self.generation,
+            rules: self.rules.clone(),
+            forwarding: Arc::new(forwarding),
+        });
+        Ok(())
+    }
+
+    /// Handles one packet that `device` (by its place in [`MemoryRouter::devices`]) receives, `at` after the clock's start.
+    ///
+    /// # Errors
+    /// Where what was learned from it is too large to compile.
+    pub fn packet(&mut self, device: usize, bytes: &[u8], at: Duration) -> Result<(), MemoryRouterError> {
+        self.now = Tick::from_ns(at.as_nanos() as u64);
+        let device = &self.links.devices[device];
+        let (index, link) = (device.index, link_type(device, bytes));
+        let port = {
+            let turn = self.participant.enter();
+            let forwarding = &self.published.load(&turn).forwarding;
+            let id = forwarding.device_by_index(index).expect("compiled from the same devices");
+            forwarding.device(id).port
+        };
+        match self.driver.inject(port, index, link, bytes) {
+            Ok(()) => {}
+            Err(InjectError::TooLong(_)) => self.pipeline.count_oversized(),
+            Err(InjectError::NoFrame) => unreachable!("frames outnumber what can be held"),
+        }
+        self.driver.receive(port, &mut self.burst, 1);
+        self.turn();
+        if self.take_events() {
+            self.publish()?;
+            // Packets may have waited for what was just learned.
+            self.turn();
+        }
+        Ok(())
+    }
+
+    fn turn(&mut self) {
+        let turn = self.participant.enter();
+        let context = Context {
+            snapshot: self.published.load(&turn),
+            tables: &self.tables,
+            turn: &turn,
+            now: self.now,
+            tcp_loose: self.tcp_loose,
+        };
+        process_burst(&mut self.pipeline, &mut self.driver, &mut self.burst, &context);
+        self.pipeline.maintain(&mut self.driver, &context, SWEEP_SHARE);
+        self.pipeline.flush(&mut self.driver);
+    }
+
+    /// Learns what workloads told of themselves. Nobody is there to resolve others.
+    fn take_events(&mut self) -> bool {
+        let mut learned = false;
+        for event in self.events.clone().try_iter() {
+            match event {
+                Event::Learned { device, address, mac } => learned |= self.learn(Neighbor { address, mac, device }),
+                Event::Resolve { .. } => {}
+            }
+        }
+        learned
+    }
+
+    /// Hands every packet that was sent since the last call to `look`: the name of the device that it left by, and its bytes.
+    pub fn drain_sent(&mut self, mut look: impl FnMut(&str, &[u8])) {
+        let names = &self.links.devices;
+        self.driver.drain_sent(|device, bytes| {
+            look(names.iter().find(|d| d.index == device).map_or("host", |d| d.name.as_str()), bytes);
+        });
+    }
+
+    /// The devices.
+    pub fn devices(&self) -> &[Device] {
+        &self.links.devices
+    }
+
+    /// Gives up what still waits; the counters at the end.
+    pub fn finish(&mut self) -> Totals {
+        self.pipeline.give_up_held(&mut self.driver);
+        debug_assert_eq!(self.driver.outstanding(), 0, "every frame is back");
+        self.pipeline.totals()
+    }
+
+    /// Live connections, in a stable order.
+    pub fn connections(&self) -> Vec<Value> {
+        let mut all = Vec::new();
+        self.tables.v4.for_each(self.now, |entry| all.push(connection(entry)));
+        self.tables.v6.for_each(self.now, |entry| all.push(connection(entry)));
+        all.sort_by_cached_key(Value::to_string);
+        all
+    }
+}
+
+/// How the kernel would see the frame's destination.
+fn link_type(device: &Device, bytes: &[u8]) -> LinkType {
+    let Some(destination) = bytes.first_chunk().map(|b| Mac(*b)) else { return LinkType::Host };
+    if destination == Mac::BROADCAST {
+        LinkType::Broadcast
+    } else if destination.is_group() {
+        LinkType::Multicast
+    } else if device.mac == Mac::default() || destination == device.mac {
+        LinkType::Host
+    } else {
+        LinkType::Other
+    }
+}

@@ -1,0 +1,182 @@
+//! `weir replay`: the whole dataplane over captures instead of devices, without privileges.
+//!
+//! The captures' timestamps are the clock and the seed is the random source, so the same inputs give the same bytes. Each packet is a
+//! burst of its own (the design, "Contract: commands", Replay).
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, BufReader, BufWriter, Write},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use pcap_file::pcap::{PcapPacket, PcapReader, PcapWriter};
+use serde_json::Value;
+use weir_dataplane::counters::Totals;
+
+use crate::{
+    compile,
+    config::Problems,
+    memory_router::{MemoryRouter, MemoryRouterError},
+    report::counters_json,
+    translate::{self, Loaded},
+};
+
+/// What to replay.
+#[derive(Debug)]
+pub struct Settings {
+    /// weir.yaml.
+    pub config: PathBuf,
+    /// Device name and capture file of each input.
+    pub inputs: Vec<(String, PathBuf)>,
+    /// The folder that the outputs go to; made if it is missing.
+    pub out: PathBuf,
+    /// Seeds the random source.
+    pub seed: u64,
+    /// Configurations to change to, at seconds after the first packet.
+    pub reloads: Vec<(f64, PathBuf)>,
+}
+
+/// Why a replay failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError {
+    /// The configuration is bad; the problems are for the user to read.
+    #[error("the configuration has errors")]
+    Config(Box<Problems>),
+    /// It is too large.
+    #[error(transparent)]
+    Router(#[from] MemoryRouterError),
+    /// An input names a device that weir.yaml does not have.
+    #[error("--in {0}=...: weir.yaml has no device {0}; its devices are: {1}")]
+    UnknownDevice(String, String),
+    /// A capture cannot be read.
+    #[error("{path}: {message}; captures are classic Ethernet pcap files")]
+    Capture {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// An output cannot be written.
+    #[error("{path}: {source}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A packet of the inputs.
+struct Input {
+    at: Duration,
+    device: usize,
+    bytes: Vec<u8>,
+}
+
+/// Runs a replay; the counters at its end.
+///
+/// # Errors
+/// Where the configuration or an input is bad, or an output cannot be written.
+pub fn run(settings: &Settings) -> Result<Totals, ReplayError> {
+    let loaded = load(&settings.config)?;
+    let mut reloads = Vec::new();
+    for (seconds, path) in &settings.reloads {
+        reloads.push((Duration::from_secs_f64(*seconds), load(path)?));
+    }
+    reloads.sort_by_key(|r| r.0);
+    let mut reloads = reloads.into_iter().peekable();
+
+    let links = compile::links_of(&loaded.config);
+    let mut router = MemoryRouter::new(loaded, links, settings.seed)?;
+    let mut devices = Vec::new();
+    for (name, _) in &settings.inputs {
+        let device = router.devices().iter().position(|d| d.name == *name).ok_or_else(|| {
+            let known: Vec<&str> = router.devices().iter().map(|d| d.name.as_str()).collect();
+            ReplayError::UnknownDevice(name.clone(), known.join(", "))
+        })?;
+        devices.push(device);
+    }
+    let inputs = read_inputs(&settings.inputs, &devices)?;
+    let mut outputs = Outputs::new(&settings.out)?;
+
+    let start = inputs.first().map(|i| i.at).unwrap_or_default();
+    for input in inputs {
+        let now = input.at - start;
+        while let Some((_, next)) = reloads.next_if(|(at, _)| *at <= now) {
+            router.reload(next)?;
+        }
+        router.packet(input.device, &input.bytes, now)?;
+        let mut written = Ok(());
+        router.drain_sent(|device, bytes| {
+            if written.is_ok() {
+                written = outputs.write(device, input.at, bytes);
+            }
+        });
+        written?;
+    }
+    let totals = router.finish();
+    outputs.finish(&totals, router.connections())?;
+    Ok(totals)
+}
+
+fn load(path: &Path) -> Result<Loaded, ReplayError> {
+    translate::load(path).map_err(|problems| ReplayError::Config(Box::new(problems)))
+}
+
+fn read_inputs(inputs: &[(String, PathBuf)], devices: &[usize]) -> Result<Vec<Input>, ReplayError> {
+    let mut packets = Vec::new();
+    for ((_, path), device) in inputs.iter().zip(devices) {
+        let bad = |message: String| ReplayError::Capture { path: path.clone(), message };
+        let file = File::open(path).map_err(|e| bad(e.to_string()))?;
+        let mut reader = PcapReader::new(BufReader::new(file)).map_err(|e| bad(e.to_string()))?;
+        if reader.header().datalink != pcap_file::DataLink::ETHERNET {
+            return Err(bad(format!("its link type is {:?}", reader.header().datalink)));
+        }
+        while let Some(packet) = reader.next_packet() {
+            let packet = packet.map_err(|e| bad(e.to_string()))?;
+            packets.push(Input { at: packet.timestamp, device: *device, bytes: packet.data.into_owned() });
+        }
+    }
+    // Stable: packets of one instant keep the order of the inputs.
+    packets.sort_by_key(|p| p.at);
+    Ok(packets)
+}
+
+/// The files that a replay writes.
+struct Outputs {
+    folder: PathBuf,
+    captures: BTreeMap<String, PcapWriter<BufWriter<File>>>,
+}
+
+impl Outputs {
+    fn new(folder: &Path) -> Result<Self, ReplayError> {
+        fs::create_dir_all(folder).map_err(|source| ReplayError::Write { path: folder.into(), source })?;
+        Ok(Self { folder: folder.into(), captures: BTreeMap::new() })
+    }
+
+    fn write(&mut self, device: &str, at: Duration, bytes: &[u8]) -> Result<(), ReplayError> {
+        let path = self.folder.join(format!("{device}.pcap"));
+        let fail = |e: pcap_file::PcapError| ReplayError::Write { path: path.clone(), source: io::Error::other(e) };
+        if !self.captures.contains_key(device) {
+            let file = File::create(&path).map_err(|source| ReplayError::Write { path: path.clone(), source })?;
+            self.captures.insert(device.into(), PcapWriter::new(BufWriter::new(file)).map_err(fail)?);
+        }
+        let capture = self.captures.get_mut(device).expect("just made");
+        capture.write_packet(&PcapPacket::new(at, bytes.len() as u32, bytes)).map_err(fail)?;
+        Ok(())
+    }
+
+    fn finish(self, totals: &Totals, connections: Vec<Value>) -> Result<(), ReplayError> {
+        for (device, capture) in self.captures {
+            let path = self.folder.join(format!("{device}.pcap"));
+            capture.into_writer().flush().map_err(|source| ReplayError::Write { path, source })?;
+        }
+        for (name, value) in [("counters.json", counters_json(totals)), ("conntrack.json", Value::Array(connections))] {
+            let path = self.folder.join(name);
+            fs::write(&path, format!("{value:#}\n")).map_err(|source| ReplayError::Write { path, source })?;
+        }
+        Ok(())
+    }
+}

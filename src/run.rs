@@ -1,0 +1,830 @@
+//! `weir run`: the router of a node.
+//!
+//! One control thread (a tokio current-thread runtime) and one pinned thread per worker. Control reads configuration, follows the kernel,
+//! attaches the programs, compiles snapshots and publishes them; workers only read snapshots. When a worker fails, the process ends.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    net::IpAddr,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    sync::{Arc, atomic::AtomicBool, atomic::Ordering},
+    thread,
+    time::Instant,
+};
+
+use ipnet::IpNet;
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{Rng, SeedableRng},
+};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    net::{UnixListener, UnixStream},
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+use tracing::{error, info, warn};
+use weir_conntrack::{Table, TableConfig};
+use weir_dataplane::{
+    afxdp::{AfXdp, AfXdpError, AfXdpSettings, PortSettings, RingSizes},
+    attach::{self, AttachError, Attachment, Owned, SocketDevice, TrunkSettings},
+    counters::{COUNTERS, Totals},
+    driver::PortId,
+    forwarding::{Forwarding, local_workloads},
+    frame::{IfIndex, MAX_MTU},
+    model::{Device, Links, Neighbor, Role, Route},
+    pipeline::{Event, Pipeline, Tables},
+    snapshot::{Rules, Snapshot},
+    worker::{Mode, Shared, Worker},
+};
+use weir_packet::{Mac, Protocol, Tick};
+use weir_sync::{Counters, Domain, Published};
+
+use crate::{
+    compile::{self, CompileError},
+    config::{Problems, RouterConfig, router::WorkerMode},
+    control::{self, RUN_FOLDER, Request},
+    kernel::{
+        DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState, RoleRules,
+        TRUNK_HOST, TRUNK_WEIR, Wanted,
+    },
+    report::{connection, counters_json},
+    translate::{self, Loaded},
+    watch::{Watch, WatchError},
+};
+
+/// Calico's default failsafe ports, inbound (POLICY 29): never taken from the node's kernel.
+const FAILSAFE_PORTS: [(Protocol, u16); 9] = [
+    (Protocol::TCP, 22),
+    (Protocol::TCP, 179),
+    (Protocol::TCP, 2379),
+    (Protocol::TCP, 2380),
+    (Protocol::TCP, 5473),
+    (Protocol::TCP, 6443),
+    (Protocol::TCP, 6666),
+    (Protocol::TCP, 6667),
+    (Protocol::UDP, 68),
+];
+/// Events that workers may have waiting for control.
+const EVENTS: usize = 4096;
+
+/// Why the router does not run, or not any more.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The configuration is bad; the problems are for the user to read.
+    #[error("the configuration has errors")]
+    Config(Box<Problems>),
+    /// It is too large to compile.
+    #[error(transparent)]
+    Compile(#[from] CompileError),
+    /// The kernel's programs, maps or the trunk.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// AF_XDP sockets.
+    #[error(transparent)]
+    AfXdp(#[from] AfXdpError),
+    /// Devices, routes, neighbours.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// Watched files.
+    #[error(transparent)]
+    Watch(#[from] WatchError),
+    /// An uplink of weir.yaml does not exist.
+    #[error(
+        "weir.yaml names the uplink {0}, but there is no such device in this network namespace (`ip link` lists them)"
+    )]
+    NoUplink(String),
+    /// An uplink has too few queues.
+    #[error(
+        "the uplink {device} has {queues} receive queues for {workers} workers, and each worker needs one of its own; \
+         run `ethtool -L {device} combined {workers}` (on a veth: rx {workers} tx {workers}) or list fewer cores in workers.cores"
+    )]
+    TooFewQueues {
+        /// The uplink.
+        device: String,
+        /// Its receive queues.
+        queues: u32,
+        /// Workers.
+        workers: u32,
+    },
+    /// An uplink's MTU is too large.
+    #[error(
+        "the MTU of {device} is {mtu}, but weir carries at most {MAX_MTU} for now; lower it with `ip link set {device} mtu {MAX_MTU}`"
+    )]
+    Mtu {
+        /// The device.
+        device: String,
+        /// Its MTU.
+        mtu: u32,
+    },
+    /// A core of weir.yaml does not exist.
+    #[error("workers.cores names core {core}, but this process may run on the cores {allowed:?} only")]
+    NoCore {
+        /// The core.
+        core: usize,
+        /// Those there are.
+        allowed: Vec<usize>,
+    },
+    /// Another router uses the socket.
+    #[error("a router for this node runs already: {0} answers; stop it first")]
+    AlreadyRunning(PathBuf),
+    /// A worker ended.
+    #[error("worker {worker} failed, so the router ends: {source}")]
+    Worker {
+        /// Which.
+        worker: usize,
+        /// Why.
+        source: io::Error,
+    },
+    /// Something of the system.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+fn system(what: impl Into<String>) -> impl FnOnce(io::Error) -> RunError {
+    let what = what.into();
+    move |source| RunError::System { what, source }
+}
+
+/// The pin folder of a node's router.
+pub fn pin_folder(node_name: &str) -> PathBuf {
+    Path::new("/sys/fs/bpf/weir").join(node_name)
+}
+
+fn host_record(node_name: &str) -> PathBuf {
+    Path::new(RUN_FOLDER).join(format!("{node_name}.host.json"))
+}
+
+fn load(path: &Path) -> Result<Loaded, RunError> {
+    translate::load(path).map_err(|problems| RunError::Config(Box::new(problems)))
+}
+
+/// Runs the router until SIGINT or SIGTERM.
+///
+/// # Errors
+/// Where it cannot start, or a part of it fails.
+pub fn run(config: &Path) -> Result<(), RunError> {
+    tracing_subscriber::fmt().with_writer(io::stderr).with_target(false).with_max_level(tracing::Level::INFO).init();
+    runtime()?.block_on(async {
+        let mut router = Router::start(config).await?;
+        let result = router.serve().await;
+        router.stop();
+        result
+    })
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, RunError> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(system("cannot start the control thread"))
+}
+
+/// Takes everything off this node that a router attached; what was done, line by line.
+///
+/// # Errors
+/// Where a router still runs, or something cannot be removed.
+pub fn detach(config: &Path) -> Result<Vec<String>, RunError> {
+    let mut problems = Problems::default();
+    let Some((config, _)) = RouterConfig::read(config, &mut problems) else {
+        return Err(RunError::Config(Box::new(problems)));
+    };
+    let mut lines = Vec::new();
+    let host = runtime()?.block_on(HostPlumbing::undo(TRUNK_HOST, &host_record(&config.node_name)))?;
+    lines.extend(host.changed);
+    let report = attach::detach(&pin_folder(&config.node_name))?;
+    lines.extend(report.devices.iter().map(|device| format!("removed the device {device}")));
+    if !report.pins.is_empty() {
+        lines.push(format!("removed {} pinned links and maps", report.pins.len()));
+    }
+    if lines.is_empty() {
+        lines.push("nothing was attached".into());
+    }
+    Ok(lines)
+}
+
+/// The router's control.
+struct Router {
+    path: PathBuf,
+    loaded: Loaded,
+    rules: Arc<Rules>,
+    roles: RoleRules,
+    kernel: KernelState,
+    tracker: DeviceTracker,
+    attachment: Attachment,
+    plumbing: HostPlumbing,
+    watch: Watch,
+    learned: BTreeMap<(IfIndex, IpAddr), Mac>,
+    links: Links,
+    generation: u32,
+    shared: Arc<Shared>,
+    counters: Counters<COUNTERS>,
+    events: mpsc::Receiver<Event>,
+    failures: mpsc::Receiver<(usize, io::Error)>,
+    workers: Vec<thread::JoinHandle<()>>,
+    modes: Vec<Value>,
+    notes: Vec<String>,
+    socket: PathBuf,
+    listener: UnixListener,
+}
+
+impl Router {
+    async fn start(path: &Path) -> Result<Self, RunError> {
+        let config_path = fs::canonicalize(path).unwrap_or_else(|_| path.into());
+        let watch = Watch::new([config_path.clone()])?;
+        let loaded = load(&config_path)?;
+        let rules = Arc::new(compile::rules(&loaded)?);
+        let config = &loaded.config;
+        info!(
+            node = config.node_name,
+            services = loaded.services.services.len(),
+            workloads = local_workloads(&loaded.cluster).count(),
+            "configuration compiled"
+        );
+
+        let allowed: Vec<usize> = core_ids();
+        if let Some(core) = config.workers.cores.iter().find(|core| !allowed.contains(core)) {
+            return Err(RunError::NoCore { core: *core, allowed });
+        }
+        fs::create_dir_all(RUN_FOLDER).map_err(system(format!("cannot make {RUN_FOLDER}")))?;
+        let socket = control::socket_path(&config.node_name);
+        if UnixStream::connect(&socket).await.is_ok() {
+            return Err(RunError::AlreadyRunning(socket));
+        }
+
+        let workers = config.workers.cores.len() as u32;
+        let roles = role_rules(&loaded);
+        let kernel = KernelState::follow(FollowSettings::default()).await?;
+        let uplinks = check_uplinks(config, &kernel, workers)?;
+        let mtu =
+            kernel.links(&roles).devices.iter().map(|d| d.mtu).filter(|mtu| *mtu <= MAX_MTU).max().unwrap_or(1500);
+        let mut attachment = Attachment::open(TrunkSettings {
+            queues: workers,
+            mtu: mtu.max(1500),
+            pin_dir: pin_folder(&config.node_name),
+        })?;
+
+        // What the uplinks' programs take is told before they are attached, so that nothing is taken by mistake.
+        let trunk = attachment.trunk();
+        let trunk_mac = mac_of(TRUNK_HOST)?;
+        let mut links = assemble_links(&kernel, &roles, &loaded, trunk_mac, &BTreeMap::new());
+        let forwarding = Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?;
+        attachment.set_owned(&owned(&loaded, &rules, &forwarding))?;
+        for (name, index, _) in &uplinks {
+            attachment.attach_uplink(index.0, name)?;
+        }
+
+        let domain = Domain::new();
+        let mut random = ChaCha8Rng::from_seed(seed()?);
+        let timeouts = compile::timeouts(&config.conntrack)?;
+        let mut table = || TableConfig {
+            max_entries: u32::try_from(config.conntrack.max_entries).unwrap_or(u32::MAX),
+            seed: [random.next_u64(), random.next_u64()],
+            timeouts,
+        };
+        let tables = Tables { v4: Table::new(table(), domain.clone()), v6: Table::new(table(), domain.clone()) };
+        let generation = 1;
+        let shared = Arc::new(Shared {
+            snapshot: Published::new(
+                &domain,
+                Snapshot { generation, rules: rules.clone(), forwarding: Arc::new(forwarding) },
+            ),
+            tables,
+            tcp_loose: config.conntrack.tcp_loose,
+            start: Instant::now(),
+            stop: AtomicBool::new(false),
+        });
+
+        let counters = Counters::<COUNTERS>::new();
+        let (event_sender, event_receiver) = crossbeam::channel::bounded(EVENTS);
+        let (failure_sender, failures) = mpsc::channel(config.workers.cores.len().max(1));
+        let mut modes: Vec<Value> = Vec::new();
+        let mut handles = Vec::new();
+        for (worker, core) in config.workers.cores.iter().enumerate() {
+            let settings = worker_settings(worker as u32, workers, trunk.router_end, &uplinks);
+            let driver = AfXdp::open(&settings)?;
+            register(&mut attachment, &driver, &settings)?;
+            for mode in driver.modes().map_err(system("cannot read a socket's mode"))? {
+                info!(
+                    worker,
+                    device = mode.device,
+                    queue = mode.queue,
+                    mode = mode.mode,
+                    reason = mode.reason,
+                    "socket"
+                );
+                modes.push(json!({
+                    "device": format!("{} queue {}", mode.device, mode.queue), "program": "socket",
+                    "mode": mode.mode, "reason": mode.reason,
+                }));
+            }
+            info!(worker, core, memory_bytes = settings.memory_bytes(), "worker");
+            let pipeline = Pipeline::new(
+                &shared.tables,
+                counters.join(),
+                ChaCha8Rng::from_seed(seed()?),
+                event_sender.clone(),
+                config.workers.burst,
+                1 + settings.uplinks.len(),
+            );
+            let mode = match config.workers.mode {
+                WorkerMode::Busy => Mode::Busy,
+                WorkerMode::Adaptive => Mode::Adaptive,
+            };
+            let worker_state = Worker::new(driver, pipeline, domain.join(), shared.clone(), config.workers.burst, mode);
+            handles.push(spawn_worker(worker, *core, worker_state, failure_sender.clone())?);
+        }
+
+        let plumbing = HostPlumbing::new(HostSettings {
+            device: TRUNK_HOST.into(),
+            gateway_mac: attach::ROUTER_END_MAC,
+            uplinks: uplinks.iter().map(|(name, ..)| name.clone()).collect(),
+            snat_ports: config.snat.port_range,
+            record: host_record(&config.node_name),
+        })?;
+        let _ = fs::remove_file(&socket);
+        let listener = UnixListener::bind(&socket).map_err(system(format!("cannot listen at {}", socket.display())))?;
+        links.neighbors.clear();
+
+        let mut router = Self {
+            path: config_path,
+            roles,
+            kernel,
+            tracker: DeviceTracker::new(Role::Workload),
+            attachment,
+            plumbing,
+            watch,
+            learned: BTreeMap::new(),
+            links,
+            generation,
+            shared,
+            counters,
+            events: bridge(event_receiver)?,
+            failures,
+            workers: handles,
+            modes,
+            notes: Vec::new(),
+            socket,
+            listener,
+            loaded,
+            rules,
+        };
+        router.watch_files()?;
+        router.devices_changed(true).await?;
+        for mode in router.attachment.modes() {
+            info!(device = mode.device, program = mode.program, mode = mode.mode, reason = mode.reason, "program");
+        }
+        info!("the router runs");
+        Ok(router)
+    }
+
+    /// Serves until a signal ends it.
+    async fn serve(&mut self) -> Result<(), RunError> {
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(system("cannot catch SIGINT"))?;
+        let mut terminate = signal(SignalKind::terminate()).map_err(system("cannot catch SIGTERM"))?;
+        loop {
+            tokio::select! {
+                _ = interrupt.recv() => return Ok(()),
+                _ = terminate.recv() => return Ok(()),
+                failure = self.failures.recv() => {
+                    if let Some((worker, source)) = failure {
+                        return Err(RunError::Worker { worker, source });
+                    }
+                }
+                changed = self.kernel.changed() => {
+                    let changed = changed?;
+                    if changed.links || changed.routes || changed.neighbors {
+                        self.devices_changed(false).await?;
+                    }
+                }
+                event = self.events.recv() => {
+                    if let Some(event) = event {
+                        self.worker_event(event).await?;
+                    }
+                }
+                trigger = self.watch.changed() => {
+                    trigger?;
+                    self.reload().await?;
+                }
+                connection = self.listener.accept() => {
+                    if let Ok((stream, _)) = connection
+                        && let Err(error) = self.answer(stream).await
+                    {
+                        warn!(%error, "a client was not answered");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Ends the workers. What is attached stays: pods are closed until the next router adopts them.
+    fn stop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        for worker in self.workers.drain(..) {
+            let _ = worker.join();
+        }
+        let _ = fs::remove_file(&self.socket);
+        let totals = self.totals();
+        info!(rx = totals.rx, tx = totals.tx, punted = totals.punted, dropped = totals.dropped(), "the router ends");
+        info!("programs stay attached, so pods stay closed until weir runs again; `weir detach` takes everything off");
+    }
+
+    fn watch_files(&mut self) -> Result<(), RunError> {
+        let files = std::iter::once(self.path.clone()).chain(self.loaded.config.manifests.iter().cloned());
+        Ok(self.watch.set_paths(files.collect::<Vec<_>>())?)
+    }
+
+    /// Brings attachments and forwarding up to what the kernel has now.
+    async fn devices_changed(&mut self, first: bool) -> Result<(), RunError> {
+        let changes = self.tracker.update(self.kernel.all(), &self.roles);
+        for gone in &changes.gone {
+            self.learned.retain(|(device, _), _| *device != gone.index);
+            self.attachment.forget_workload(gone.index.0)?;
+            info!(device = gone.name, "workload device gone");
+        }
+        for link in changes.appeared.iter().chain(&changes.altered) {
+            let adopted = self.attachment.adopt_workload(
+                link.index.0,
+                &link.name,
+                link.mac.unwrap_or_default(),
+                link.peer_elsewhere,
+            );
+            match adopted {
+                Ok(()) if link.mtu > MAX_MTU => error!(
+                    device = link.name,
+                    mtu = link.mtu,
+                    "the workload stays closed: weir carries an MTU of at most {MAX_MTU} for now"
+                ),
+                Ok(()) => info!(device = link.name, index = link.index.0, "workload device adopted"),
+                // Gone again already: the next change says so.
+                Err(AttachError::DeviceGone { .. }) => {}
+                Err(error) => error!(device = link.name, %error, "the workload cannot be adopted"),
+            }
+        }
+        self.publish(first).await
+    }
+
+    /// Compiles and publishes forwarding, if anything that it depends on changed.
+    async fn publish(&mut self, even_if_same: bool) -> Result<(), RunError> {
+        let trunk_mac = self.trunk_mac();
+        let links = assemble_links(&self.kernel, &self.roles, &self.loaded, trunk_mac, &self.learned);
+        let uplinks = links.devices.iter().filter(|d| d.role == Role::Uplink).count();
+        if let Some(missing) = self.roles.uplinks.iter().find(|name| !links.devices.iter().any(|d| d.name == **name))
+            && uplinks < self.roles.uplinks.len()
+        {
+            return Err(RunError::NoUplink(missing.clone()));
+        }
+        if links == self.links && !even_if_same {
+            return Ok(());
+        }
+        let devices_differ = links.devices != self.links.devices || even_if_same;
+        let forwarding = Forwarding::compile(&self.loaded.cluster, &links).map_err(CompileError::from)?;
+        if devices_differ {
+            self.attachment.set_owned(&owned(&self.loaded, &self.rules, &forwarding))?;
+        }
+        self.links = links;
+        self.generation = self.generation.wrapping_add(1).max(1);
+        self.shared.snapshot.publish(Snapshot {
+            generation: self.generation,
+            rules: self.rules.clone(),
+            forwarding: Arc::new(forwarding),
+        });
+        if devices_differ {
+            let wanted = self.wanted();
+            let report = self.plumbing.apply(&wanted).await?;
+            self.tell(report);
+        }
+        Ok(())
+    }
+
+    fn trunk_mac(&self) -> Mac {
+        self.links.devices.iter().find(|d| d.role == Role::Host).map(|d| d.mac).unwrap_or_default()
+    }
+
+    fn tell(&mut self, report: HostReport) {
+        for line in report.changed {
+            info!("{line}");
+        }
+        for line in report.warnings {
+            if !self.notes.contains(&line) {
+                warn!("{line}");
+                self.notes.push(line);
+            }
+        }
+    }
+
+    /// What the node's kernel shall reach through weir.
+    fn wanted(&self) -> Wanted {
+        let cluster = &self.loaded.cluster;
+        let mut through: Vec<IpNet> = cluster.nodes.iter().flat_map(|n| n.pod_cidrs.iter().copied()).collect();
+        through.extend(cluster.pools.iter().map(|p| p.cidr));
+        through.extend(cluster.workloads.iter().flat_map(|w| w.addresses.iter().map(|ip| IpNet::from(*ip))));
+        through.extend(&cluster.service_cidrs);
+        through.extend(self.rules.services.owned_addresses().map(IpNet::from));
+        let own = cluster.nodes.iter().find(|n| n.name == cluster.node_name);
+        let internal = own.map(|n| n.internal_ips.as_slice()).unwrap_or_default();
+        let mut wanted = Wanted::new(&self.links, through, internal);
+        // Other nodes are reached as ever, also where a prefix of pods covers them.
+        wanted.except.extend(cluster.nodes.iter().flat_map(|n| n.internal_ips.iter().map(|ip| IpNet::from(*ip))));
+        wanted
+    }
+
+    async fn worker_event(&mut self, event: Event) -> Result<(), RunError> {
+        match event {
+            Event::Resolve { device, address } => {
+                // A refusal means that the device just went; the packets that wait are dropped in time.
+                if let Err(error) = self.kernel.resolver().resolve(address, device).await {
+                    warn!(%address, device = device.0, %error, "a neighbour cannot be asked for");
+                }
+                Ok(())
+            }
+            Event::Learned { device, address, mac } => {
+                if self.learned.insert((device, address), mac) == Some(mac) {
+                    return Ok(());
+                }
+                self.publish(false).await
+            }
+        }
+    }
+
+    /// Takes over the configuration as it is now. A bad one changes nothing.
+    async fn reload(&mut self) -> Result<(), RunError> {
+        let begin = Instant::now();
+        let loaded = match translate::load(&self.path) {
+            Ok(loaded) => loaded,
+            Err(problems) => {
+                error!("reload refused, the last good configuration stays:\n{}", problems.render(false));
+                return Ok(());
+            }
+        };
+        let rules = match compile::rules(&loaded) {
+            Ok(rules) => Arc::new(rules),
+            Err(error) => {
+                error!(%error, "reload refused, the last good configuration stays");
+                return Ok(());
+            }
+        };
+        if loaded.config.workers != self.loaded.config.workers || role_rules(&loaded).uplinks != self.roles.uplinks {
+            warn!("changed workers, uplinks or nodeName take effect at the next start only");
+        }
+        self.roles.workloads = role_rules(&loaded).workloads;
+        self.loaded = loaded;
+        self.rules = rules;
+        self.watch_files()?;
+        let changes = self.tracker.update(self.kernel.all(), &self.roles);
+        for gone in &changes.gone {
+            // Still there, but no workload any more: it stays closed.
+            self.learned.retain(|(device, _), _| *device != gone.index);
+        }
+        for link in &changes.appeared {
+            let adopted = self.attachment.adopt_workload(
+                link.index.0,
+                &link.name,
+                link.mac.unwrap_or_default(),
+                link.peer_elsewhere,
+            );
+            if let Err(error) = adopted {
+                error!(device = link.name, %error, "the workload cannot be adopted");
+            }
+        }
+        self.publish(true).await?;
+        info!(generation = self.generation, took_ms = begin.elapsed().as_millis() as u64, "reloaded");
+        Ok(())
+    }
+
+    fn totals(&self) -> Totals {
+        Totals::new(&self.counters.sums(), 0)
+    }
+
+    async fn answer(&mut self, stream: UnixStream) -> io::Result<()> {
+        let mut stream = BufReader::new(stream);
+        let mut line = String::new();
+        stream.read_line(&mut line).await?;
+        let answer = match serde_json::from_str(&line) {
+            Ok(Request::Status) => self.status(),
+            Ok(Request::Conntrack) => self.connections(),
+            Err(error) => json!({"error": error.to_string()}),
+        };
+        let mut text = answer.to_string();
+        text.push('\n');
+        stream.get_mut().write_all(text.as_bytes()).await
+    }
+
+    fn connections(&self) -> Value {
+        let now = Tick::from_ns(self.shared.start.elapsed().as_nanos() as u64);
+        let mut all = Vec::new();
+        self.shared.tables.v4.for_each(now, |entry| all.push(connection(entry)));
+        self.shared.tables.v6.for_each(now, |entry| all.push(connection(entry)));
+        Value::Array(all)
+    }
+
+    fn status(&self) -> Value {
+        let programs = self.attachment.modes().into_iter().map(
+            |mode| json!({"device": mode.device, "program": mode.program, "mode": mode.mode, "reason": mode.reason}),
+        );
+        let kernel: serde_json::Map<String, Value> = match self.attachment.counters() {
+            Ok(counters) => counters.iter().map(|(counter, n)| (format!("{counter:?}"), n.into())).collect(),
+            Err(_) => serde_json::Map::new(),
+        };
+        json!({
+            "nodeName": self.loaded.config.node_name,
+            "generation": self.generation,
+            "workers": self.loaded.config.workers.cores,
+            "workloads": self.links.devices.iter().filter(|d| d.role == Role::Workload).count(),
+            "modes": programs.chain(self.modes.iter().cloned()).collect::<Vec<_>>(),
+            "connections": {
+                "ipv4": self.shared.tables.v4.len(), "ipv6": self.shared.tables.v6.len(),
+                "capacity": self.shared.tables.v4.capacity(),
+            },
+            "counters": counters_json(&self.totals()),
+            "programs": kernel,
+            "notes": self.notes,
+        })
+    }
+}
+
+fn core_ids() -> Vec<usize> {
+    core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect()
+}
+
+fn seed() -> Result<[u8; 32], RunError> {
+    use io::Read;
+    let mut seed = [0; 32];
+    fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut seed))
+        .map_err(system("cannot read /dev/urandom"))?;
+    Ok(seed)
+}
+
+fn mac_of(device: &str) -> Result<Mac, RunError> {
+    let path = format!("/sys/class/net/{device}/address");
+    let text = fs::read_to_string(&path).map_err(system(format!("cannot read {path}")))?;
+    text.trim().parse().map_err(|error| RunError::System { what: path, source: io::Error::other(error) })
+}
+
+fn role_rules(loaded: &Loaded) -> RoleRules {
+    let of_role = |role: Role| loaded.config.devices.iter().filter(move |d| d.role == role).map(|d| d.name.clone());
+    let workloads = local_workloads(&loaded.cluster).map(|(_, w)| w.device.clone());
+    RoleRules::new(of_role(Role::Uplink), workloads.chain(of_role(Role::Workload)))
+}
+
+/// The uplinks of weir.yaml in their order: name, index, receive queues.
+fn check_uplinks(
+    config: &RouterConfig,
+    kernel: &KernelState,
+    workers: u32,
+) -> Result<Vec<(String, IfIndex, (u32, Mac))>, RunError> {
+    let uplinks = config.devices.iter().filter(|d| d.role == Role::Uplink);
+    uplinks
+        .map(|uplink| {
+            let link = kernel.link(&uplink.name).ok_or_else(|| RunError::NoUplink(uplink.name.clone()))?;
+            if link.mtu > MAX_MTU {
+                return Err(RunError::Mtu { device: uplink.name.clone(), mtu: link.mtu });
+            }
+            if link.rx_queues < workers {
+                return Err(RunError::TooFewQueues { device: uplink.name.clone(), queues: link.rx_queues, workers });
+            }
+            Ok((uplink.name.clone(), link.index, (link.rx_queues, link.mac.unwrap_or_default())))
+        })
+        .collect()
+}
+
+/// Worker `worker` owns its queue of the trunk and every `workers`-th queue of each uplink. The first queue of each uplink
+/// comes first, so that port numbers are those of the forwarding tables for all workers.
+fn worker_settings(worker: u32, workers: u32, trunk: u32, uplinks: &[(String, IfIndex, (u32, Mac))]) -> AfXdpSettings {
+    let port = |device: &str, index: IfIndex, mac: Mac, queue: u32| PortSettings {
+        device: device.into(),
+        index,
+        mac,
+        queue,
+        sizes: RingSizes::default(),
+    };
+    let first = uplinks.iter().map(|(name, index, (_, mac))| port(name, *index, *mac, worker));
+    let further = uplinks.iter().flat_map(|(name, index, (queues, mac))| {
+        (worker + workers..*queues).step_by(workers as usize).map(move |queue| port(name, *index, *mac, queue))
+    });
+    AfXdpSettings {
+        trunk: port(TRUNK_WEIR, IfIndex(trunk), Mac::default(), worker),
+        uplinks: first.chain(further).collect(),
+        spare_frames: AfXdpSettings::DEFAULT_SPARE_FRAMES,
+    }
+}
+
+fn register(attachment: &mut Attachment, driver: &AfXdp, settings: &AfXdpSettings) -> Result<(), RunError> {
+    attachment.register_socket(SocketDevice::Trunk, settings.trunk.queue, driver.socket(PortId::TRUNK).as_fd())?;
+    for (position, uplink) in settings.uplinks.iter().enumerate() {
+        let socket = driver.socket(PortId(position as u8 + 1));
+        attachment.register_socket(SocketDevice::Uplink(uplink.index.0), uplink.queue, socket.as_fd())?;
+    }
+    Ok(())
+}
+
+fn spawn_worker(
+    number: usize,
+    core: usize,
+    mut worker: Worker<AfXdp>,
+    failures: mpsc::Sender<(usize, io::Error)>,
+) -> Result<thread::JoinHandle<()>, RunError> {
+    /// Tells control when the worker ends by a panic.
+    struct Guard(usize, mpsc::Sender<(usize, io::Error)>);
+    impl Drop for Guard {
+        fn drop(&mut self) {
+            if thread::panicking() {
+                let _ = self.1.try_send((self.0, io::Error::other("it panicked; the message is above")));
+            }
+        }
+    }
+    thread::Builder::new()
+        .name(format!("weir-worker-{number}"))
+        .spawn(move || {
+            let guard = Guard(number, failures);
+            if !core_affinity::set_for_current(core_affinity::CoreId { id: core }) {
+                let _ = guard.1.try_send((number, io::Error::other(format!("it cannot be pinned to core {core}"))));
+                return;
+            }
+            if let Err(error) = worker.run() {
+                let _ = guard.1.try_send((number, error));
+            }
+        })
+        .map_err(system("cannot start a worker"))
+}
+
+/// Events of the workers, for the control thread's runtime.
+fn bridge(events: crossbeam::channel::Receiver<Event>) -> Result<mpsc::Receiver<Event>, RunError> {
+    let (sender, receiver) = mpsc::channel(EVENTS);
+    thread::Builder::new()
+        .name("weir-events".into())
+        .spawn(move || events.iter().try_for_each(|event| sender.blocking_send(event)))
+        .map_err(system("cannot start the event thread"))?;
+    Ok(receiver)
+}
+
+/// The devices, routes and neighbours that forwarding is compiled from: the kernel's, weir.yaml's, what workloads told, and the
+/// node's own kernel.
+fn assemble_links(
+    kernel: &KernelState,
+    roles: &RoleRules,
+    loaded: &Loaded,
+    trunk_mac: Mac,
+    learned: &BTreeMap<(IfIndex, IpAddr), Mac>,
+) -> Links {
+    let config = &loaded.config;
+    let mut links = kernel.links(roles);
+    links.devices.retain(|device| device.mtu <= MAX_MTU);
+    // Uplinks in the order of weir.yaml: that is the order of the workers' ports.
+    let place = |name: &str| config.devices.iter().position(|d| d.name == name).unwrap_or(usize::MAX);
+    links.devices.sort_by_key(|device| (device.role != Role::Uplink, place(&device.name), device.index));
+    let index_of = |links: &Links, name: &str| links.devices.iter().find(|d| d.name == name).map(|d| d.index);
+    for route in &config.routes {
+        if let Some(device) = index_of(&links, &route.device) {
+            links.routes.push(Route { to: route.to, via: route.via, device, metric: 0 });
+        }
+    }
+    for neighbor in &config.neighbors {
+        if let Some(device) = index_of(&links, &neighbor.device) {
+            links.neighbors.push(Neighbor { address: neighbor.address, mac: neighbor.mac, device });
+        }
+    }
+    for ((device, address), mac) in learned {
+        links.neighbors.push(Neighbor { address: *address, mac: *mac, device: *device });
+    }
+    if !links.devices.iter().any(|d| d.role == Role::Host) {
+        // The follower may not have seen the trunk yet that was made a moment ago.
+        links.devices.push(Device {
+            name: "host".into(),
+            index: IfIndex::HOST,
+            role: Role::Host,
+            mac: trunk_mac,
+            mtu: 65535,
+            addresses: kernel.node_addresses(roles).into_iter().map(IpNet::from).collect(),
+        });
+    }
+    links
+}
+
+/// What the uplinks' programs take from the node's kernel.
+fn owned(loaded: &Loaded, rules: &Rules, forwarding: &Forwarding) -> Owned {
+    let cluster = &loaded.cluster;
+    let own = cluster.nodes.iter().filter(|n| n.name == cluster.node_name);
+    let mut prefixes: Vec<IpNet> = own.flat_map(|n| n.pod_cidrs.iter().copied()).collect();
+    prefixes.extend(local_workloads(cluster).flat_map(|(_, w)| w.addresses.iter().map(|ip| IpNet::from(*ip))));
+    prefixes.extend(rules.services.owned_addresses().map(IpNet::from));
+    prefixes.extend(&cluster.service_cidrs);
+    let (first, last) = loaded.config.snat.port_range;
+    let snat = [Protocol::TCP, Protocol::UDP, Protocol::SCTP].map(|protocol| (protocol, first..=last));
+    let node_ports = rules.services.node_ports().map(|(protocol, port)| (protocol, port..=port));
+    Owned {
+        prefixes,
+        node_addresses: forwarding.local_addresses(),
+        ports: node_ports.chain(snat).collect(),
+        failsafe_ports: FAILSAFE_PORTS.to_vec(),
+    }
+}

@@ -1,0 +1,344 @@
+//! `weir trace`: what the router would do with the first packet of each flow, without touching a network.
+//!
+//! Reads one JSON object per line, writes one per line, in the same order (the design, "Contract: commands").
+
+use std::{
+    io::{BufRead, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+};
+
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{Rng, SeedableRng},
+};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use weir_dataplane::{
+    decide::{self, Decision, Origin, Verdict},
+    forwarding::{Encapsulation, Forwarding, RouteKind, Routed},
+    model::{Cluster, Role},
+    snapshot::Snapshot,
+};
+use weir_packet::{FlowKey, Ports, Protocol};
+use weir_policy::Judgement;
+
+use crate::{
+    compile::{self, CompileError, address_port},
+    config::RouterConfig,
+    translate::Loaded,
+};
+
+/// One line of the input.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Flow {
+    #[serde(default)]
+    id: Value,
+    src: String,
+    dst: String,
+    proto: Value,
+    sport: Option<u16>,
+    dport: Option<u16>,
+    icmp_type: Option<u8>,
+    icmp_code: Option<u8>,
+    device: Option<String>,
+}
+
+/// The compiled tables that flows are traced through.
+pub struct Tracer {
+    snapshot: Snapshot,
+    cluster: Cluster,
+    config: RouterConfig,
+    random: ChaCha8Rng,
+}
+
+impl Tracer {
+    /// Compiles what `loaded` describes.
+    ///
+    /// # Errors
+    /// Where a size is beyond what can be compiled.
+    pub fn new(loaded: &Loaded) -> Result<Self, CompileError> {
+        let rules = Arc::new(compile::rules(loaded)?);
+        let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &compile::links_of(&loaded.config))?);
+        Ok(Self {
+            snapshot: Snapshot { generation: 1, rules, forwarding },
+            cluster: loaded.cluster.clone(),
+            config: loaded.config.clone(),
+            // A trace is a pure function of its input, the picked backends included.
+            random: ChaCha8Rng::seed_from_u64(0),
+        })
+    }
+
+    /// Traces every line of `input`. `Ok(false)`: some line was no valid flow.
+    ///
+    /// # Errors
+    /// Where reading or writing fails.
+    pub fn run(&mut self, input: impl BufRead, mut output: impl Write, text: bool) -> std::io::Result<bool> {
+        let mut all_valid = true;
+        for line in input.lines() {
+            let line = line?;
+            if line.trim().is_empty() {
+                continue;
+            }
+            match self.trace_line(&line, text) {
+                Ok(answer) => writeln!(output, "{answer}")?,
+                Err((id, error)) => {
+                    all_valid = false;
+                    writeln!(output, "{}", json!({"id": id, "error": error}))?;
+                }
+            }
+        }
+        output.flush()?;
+        Ok(all_valid)
+    }
+
+    fn trace_line(&mut self, line: &str, text: bool) -> Result<String, (Value, String)> {
+        let value: Value = serde_json::from_str(line).map_err(|e| (Value::Null, format!("not JSON: {e}")))?;
+        let id = value.get("id").cloned().unwrap_or(Value::Null);
+        let flow: Flow = serde_json::from_value(value).map_err(|e| (id.clone(), e.to_string()))?;
+        self.trace(&flow, text).map_err(|error| (id, error))
+    }
+
+    fn trace(&mut self, flow: &Flow, text: bool) -> Result<String, String> {
+        let protocol = match &flow.proto {
+            Value::String(name) => Protocol::from_name(name),
+            Value::Number(number) => number.as_u64().and_then(|n| u8::try_from(n).ok()).map(Protocol),
+            _ => None,
+        };
+        let protocol = protocol.ok_or_else(|| {
+            format!("proto {} is neither tcp, udp, sctp, icmp, icmpv6 nor a number 0-255", flow.proto)
+        })?;
+        let sources = self.addresses(&flow.src)?;
+        let destinations = self.addresses(&flow.dst)?;
+        for src in &sources {
+            for dst in &destinations {
+                match (src, dst) {
+                    (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                        return self.trace_family::<Ipv4Addr>(flow, *src, *dst, protocol, text);
+                    }
+                    (IpAddr::V6(src), IpAddr::V6(dst)) => {
+                        return self.trace_family::<Ipv6Addr>(flow, *src, *dst, protocol, text);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Err(format!("{} and {} have no address of one family", flow.src, flow.dst))
+    }
+
+    /// The addresses behind "address" or "namespace/pod".
+    fn addresses(&self, text: &str) -> Result<Vec<IpAddr>, String> {
+        if let Ok(address) = text.parse() {
+            return Ok(vec![address]);
+        }
+        let pod = self.cluster.workloads.iter().find(|w| w.name == text);
+        match pod {
+            Some(pod) => Ok(pod.addresses.clone()),
+            None if text.contains('/') => Err(format!("no pod {text} with an address is in the manifests")),
+            None => Err(format!("{text:?} is neither an IP address nor namespace/pod")),
+        }
+    }
+
+    fn origin<A: Routed>(&self, flow: &Flow, src: A) -> Result<Origin, String> {
+        let forwarding = &self.snapshot.forwarding;
+        let Some(name) = &flow.device else {
+            return Ok(match forwarding.local_workload(src) {
+                Some(workload) => Origin::Workload(workload),
+                None if forwarding.is_local(src) => Origin::Host,
+                None => Origin::Uplink,
+            });
+        };
+        if name == "host" {
+            return Ok(Origin::Host);
+        }
+        let workload = weir_dataplane::forwarding::local_workloads(&self.cluster).find(|(_, w)| w.device == *name);
+        if let Some((id, _)) = workload {
+            return Ok(Origin::Workload(id));
+        }
+        match self.config.devices.iter().find(|d| d.name == *name).map(|d| d.role) {
+            Some(Role::Uplink) => Ok(Origin::Uplink),
+            Some(Role::Host) => Ok(Origin::Host),
+            Some(Role::Workload) => Err(format!("no pod of this node has the device {name}")),
+            // Uplinks need not be configured for a trace.
+            None if self.config.devices.iter().all(|d| d.role != Role::Uplink) => Ok(Origin::Uplink),
+            None => Err(format!("there is no device {name}")),
+        }
+    }
+
+    fn trace_family<A: Routed>(
+        &mut self,
+        flow: &Flow,
+        src: A,
+        dst: A,
+        protocol: Protocol,
+        text: bool,
+    ) -> Result<String, String> {
+        const ANY_SOURCE_PORT: u16 = 40_000;
+        let ports = if protocol.is_icmp() {
+            let echo = if A::BITS == 32 { 8 } else { 128 };
+            let icmp_type = flow.icmp_type.unwrap_or(echo);
+            // An echo's key has its identifier, others their code (see Ports).
+            let is_echo = icmp_type == echo || icmp_type == if A::BITS == 32 { 0 } else { 129 };
+            let first = if is_echo { flow.sport.unwrap_or(0) } else { u16::from(flow.icmp_code.unwrap_or(0)) };
+            Ports::new(first, u16::from(icmp_type))
+        } else if protocol.has_ports() {
+            Ports::new(flow.sport.unwrap_or(ANY_SOURCE_PORT), flow.dport.unwrap_or(0))
+        } else {
+            Ports::default()
+        };
+        let key = FlowKey { src, dst, ports, protocol };
+        let origin = self.origin(flow, src)?;
+        let random = &mut self.random;
+        let decision = decide::decide(&self.snapshot, origin, &key, &mut || random.next_u64());
+        Ok(if text { self.explain(flow, &key, origin, &decision) } else { self.answer(flow, &decision).to_string() })
+    }
+
+    fn rule(&self, judgement: &Judgement) -> String {
+        self.snapshot.rules.policy.rule_name(judgement.rule)
+    }
+
+    fn answer<A: Routed>(&self, flow: &Flow, decision: &Decision<'_, A>) -> Value {
+        let services = &self.snapshot.rules.services;
+        let (verdict, reason) = match decision.verdict {
+            Verdict::Forward => ("forward", None),
+            Verdict::Local => ("local", None),
+            Verdict::Pass => ("pass", None),
+            Verdict::Drop(reason) => ("drop", Some(reason.name())),
+            Verdict::Reject(reason) => ("reject", Some(reason.name())),
+        };
+        let mut backends: Vec<(A, u16)> = decision.candidates.iter().map(|b| (b.address, b.port)).collect();
+        backends.sort();
+        let word = |judgement: &Option<Judgement>| match judgement {
+            None => "none",
+            Some(j) if j.allow => "allow",
+            Some(_) => "deny",
+        };
+        let by: Vec<String> = decision.egress.iter().chain(&decision.ingress).map(|j| self.rule(j)).collect();
+        json!({
+            "id": flow.id,
+            "verdict": verdict,
+            "reason": reason,
+            "service": decision.service.map(|s| services.service_name(s)),
+            "backends": backends.iter().map(|(a, p)| address_port(a.to_ip(), *p)).collect::<Vec<_>>(),
+            "backend": decision.backend.map(|(a, p)| address_port(a.to_ip(), p)),
+            "masquerade": self.masquerades(decision),
+            "policy": {"egress": word(&decision.egress), "ingress": word(&decision.ingress), "by": by},
+            "route": self.route(decision),
+        })
+    }
+
+    /// The service's decision; without a service the pool's (natOutgoing).
+    fn masquerades<A: Routed>(&self, decision: &Decision<'_, A>) -> bool {
+        decision.masquerade || decision.service.is_none() && decision.snat.is_some()
+    }
+
+    fn route<A: Routed>(&self, decision: &Decision<'_, A>) -> Value {
+        let forwarding = &self.snapshot.forwarding;
+        let Some(adjacency) = decision.adjacency().map(|id| forwarding.adjacency(id)) else {
+            return json!({"kind": "none", "device": null, "nextHop": null, "tunnel": null});
+        };
+        let kind = match adjacency.kind {
+            RouteKind::Workload => "workload",
+            RouteKind::Direct => "direct",
+            RouteKind::Ipip => "ipip",
+            RouteKind::Host => "host",
+        };
+        let workload_device = || {
+            let id = forwarding.local_workload(decision.translated.dst)?;
+            Some(self.cluster.workloads[id.0 as usize].device.clone())
+        };
+        let device = match adjacency.device {
+            Some(id) => Some(forwarding.device(id).name.clone()),
+            None if adjacency.kind == RouteKind::Workload => workload_device(),
+            None => None,
+        };
+        let next_hop = match adjacency.kind {
+            RouteKind::Host => None,
+            _ if adjacency.next_hop.is_unspecified() => Some(decision.translated.dst.to_ip()),
+            _ => Some(adjacency.next_hop),
+        };
+        let tunnel = match adjacency.encapsulation {
+            Encapsulation::Ipip { dst, .. } => Some(dst),
+            Encapsulation::None => None,
+        };
+        json!({"kind": kind, "device": device, "nextHop": next_hop, "tunnel": tunnel})
+    }
+
+    /// The trace for a person, step by step.
+    fn explain<A: Routed>(&self, flow: &Flow, key: &FlowKey<A>, origin: Origin, decision: &Decision<'_, A>) -> String {
+        let services = &self.snapshot.rules.services;
+        let mut lines = vec![format!(
+            "{key:?}{}",
+            match &flow.id {
+                Value::Null => String::new(),
+                id => format!("   (id {id})"),
+            }
+        )];
+        let mut step = |name: &str, words: String| lines.push(format!("  {name:<9} {words}"));
+        step(
+            "from",
+            match origin {
+                Origin::Workload(id) => format!("workload {}", self.snapshot.forwarding.workload_name(id)),
+                Origin::Host => "this node's own kernel".into(),
+                Origin::Uplink => "an uplink".into(),
+            },
+        );
+        match (decision.service, decision.backend) {
+            (Some(service), Some((address, port))) => {
+                step(
+                    "service",
+                    format!(
+                        "{}: {} usable backend{}, picked {}",
+                        services.service_name(service),
+                        decision.candidates.len(),
+                        if decision.candidates.len() == 1 { "" } else { "s" },
+                        address_port(address.to_ip(), port),
+                    ),
+                );
+            }
+            (Some(service), None) => {
+                step("service", format!("{}: no backend was picked", services.service_name(service)))
+            }
+            (None, _) => step("service", "none claims this destination".into()),
+        }
+        for (name, judgement) in [("egress", &decision.egress), ("ingress", &decision.ingress)] {
+            step(
+                name,
+                match judgement {
+                    Some(j) => format!("{} by {}", if j.allow { "allowed" } else { "denied" }, self.rule(j)),
+                    None => "not judged".into(),
+                },
+            );
+        }
+        if let Some(address) = decision.snat {
+            step("snat", format!("the source becomes {address}"));
+        }
+        let route = self.route(decision);
+        let part = |label: &str, key: &str| match &route[key] {
+            Value::String(text) => format!(" {label} {text}"),
+            _ => String::new(),
+        };
+        step(
+            "route",
+            format!(
+                "{}{}{}{}",
+                route["kind"].as_str().unwrap_or_default(),
+                part("device", "device"),
+                part("next hop", "nextHop"),
+                part("tunnel to", "tunnel"),
+            ),
+        );
+        step(
+            "verdict",
+            match decision.verdict {
+                Verdict::Forward => "forwarded".into(),
+                Verdict::Local => "handed to this node's kernel".into(),
+                Verdict::Pass => "no service claims it and the manifests give no route".into(),
+                Verdict::Drop(reason) => format!("dropped, {reason}: {}", reason.description()),
+                Verdict::Reject(reason) => format!("rejected, {reason}: {}", reason.description()),
+            },
+        );
+        lines.join("\n")
+    }
+}
