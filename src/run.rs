@@ -274,7 +274,7 @@ impl Router {
 
         // What the uplinks' programs take is told before they are attached, so that nothing is taken by mistake.
         let trunk = attachment.trunk();
-        let trunk_mac = mac_of(TRUNK_HOST)?;
+        let trunk_mac = attach::KERNEL_END_MAC;
         let mut links = assemble_links(&kernel, &roles, &loaded, trunk_mac, &BTreeMap::new());
         let forwarding = Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?;
         attachment.set_owned(&owned(&loaded, &rules, &forwarding))?;
@@ -662,12 +662,6 @@ fn seed() -> Result<[u8; 32], RunError> {
         .and_then(|mut file| file.read_exact(&mut seed))
         .map_err(system("cannot read /dev/urandom"))?;
     Ok(seed)
-}
-
-fn mac_of(device: &str) -> Result<Mac, RunError> {
-    let path = format!("/sys/class/net/{device}/address");
-    let text = fs::read_to_string(&path).map_err(system(format!("cannot read {path}")))?;
-    text.trim().parse().map_err(|error| RunError::System { what: path, source: io::Error::other(error) })
 }
 
 fn role_rules(loaded: &Loaded) -> RoleRules {

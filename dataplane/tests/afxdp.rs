@@ -358,6 +358,23 @@ fn what_a_full_tx_ring_has_no_room_for_stays_in_the_list() {
 }
 
 #[test]
+fn what_the_device_refuses_is_counted_and_its_frames_come_back() {
+    if skipped() {
+        return;
+    }
+    let mut lab = Lab::new(1);
+    let mut driver = lab.open(0, SMALL);
+    // Our end has no carrier then: the kernel takes each packet and drops it.
+    ip(&format!("link set {} down", lab.uplink.far));
+    let mut packets: Vec<Packet> = (0..40).map(|_| driver.allocate().unwrap()).collect();
+    packets.iter_mut().for_each(|packet| packet.set_len(60));
+    send(&mut driver, UPLINK, &mut packets);
+    assert_accounted(&mut driver, 0);
+    assert_eq!((driver.frames().sending, driver.statistics(UPLINK).unwrap().tx_refused), (0, 40));
+    assert!(driver.fault().is_none());
+}
+
+#[test]
 fn a_packet_ends_the_sleep() {
     if skipped() {
         return;

@@ -46,7 +46,9 @@ pub enum AfXdpError {
         source: io::Error,
     },
     /// EAFNOSUPPORT or ENOPROTOOPT.
-    #[error("this kernel has no AF_XDP sockets; it needs CONFIG_XDP_SOCKETS and Linux 6.6 or later")]
+    #[error(
+        "this kernel lacks AF_XDP sockets, or what weir needs of them; give it CONFIG_XDP_SOCKETS and Linux 6.6 or later"
+    )]
     NoKernelSupport(#[source] io::Error),
     /// ENODEV, or another device has the name now.
     #[error("there is no device {device} with index {index}; it was removed, or made anew: read the devices again")]

@@ -165,7 +165,11 @@ impl Socket {
         let socket = Self { rx, _tx: tx, _fill: fill, _completion: completion };
         // SAFETY: socket and UMEM were made with these sizes just now; libxdp's view of the rings is never used; all chunks that this driver
         // pushes come from `frames`, its only UMEM.
-        let rings = unsafe { Rings::of(socket.fd(), entries) }?;
+        let rings = unsafe { Rings::of(socket.fd(), entries) }.map_err(|error| match error.raw_os_error() {
+            // Kernels before 6.4 do not map the rings of a bound socket; the queue itself is not busy.
+            Some(libc::EBUSY) => io::Error::from_raw_os_error(libc::EAFNOSUPPORT),
+            _ => error,
+        })?;
         Ok((socket, rings))
     }
 

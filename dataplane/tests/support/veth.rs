@@ -62,7 +62,7 @@ pub fn ip(arguments: &str) {
 /// A veth pair: `near`, whose frames go to AF_XDP, and `far`, where the test sends and receives.
 pub struct Veth {
     pub near: String,
-    far: String,
+    pub far: String,
     pub index: IfIndex,
     pub mac: Mac,
     program: Ebpf,
