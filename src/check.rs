@@ -7,7 +7,8 @@ use std::{
 };
 
 use crate::{
-    config::{Problems, Severity},
+    compile::{self, CompileError},
+    config::{Problems, Severity, Span},
     translate::{Loaded, load},
 };
 
@@ -24,13 +25,39 @@ pub enum Output {
 /// Checks the configuration: problems go to standard error and a summary to standard output; as JSON, the list of
 /// problems goes to standard output. Exit status 0, or 1 where there is an error.
 pub fn run(config: &Path, output: Output) -> ExitCode {
-    let outcome = load(config);
+    let outcome = load_and_compile(config);
     let colour = output == Output::Text && std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let Report { stdout, stderr, success } = report(&outcome, config, output, colour);
     // A reader that went away must not turn the answer into a panic.
     let _ = std::io::stderr().write_all(stderr.as_bytes());
     let _ = std::io::stdout().write_all(stdout.as_bytes());
     if success { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Loads, and compiles what was loaded as a running router does.
+fn load_and_compile(config: &Path) -> Result<Loaded, Problems> {
+    let mut loaded = load(config)?;
+    let rules = compile::rules(&loaded).err();
+    let timeouts = compile::timeouts(&loaded.config.conntrack).err();
+    for error in [rules, timeouts].into_iter().flatten() {
+        let span = place_of(&error, &loaded.notes);
+        loaded.notes.error(span, error.to_string(), None);
+    }
+    if loaded.notes.has_errors() {
+        loaded.notes.sort();
+        return Err(loaded.notes);
+    }
+    Ok(loaded)
+}
+
+/// Where weir.yaml, the first source, gives the setting at fault; its beginning where the fault is no setting's.
+fn place_of(error: &CompileError, problems: &Problems) -> Span {
+    let CompileError::Setting(sysctl) = error else { return Span::default() };
+    let name = sysctl.trim_start_matches("nf_conntrack_");
+    match problems.source(0).text().find(name) {
+        Some(start) => Span { file: 0, start: start as u32, end: (start + name.len()) as u32 },
+        None => Span::default(),
+    }
 }
 
 struct Report {
@@ -75,7 +102,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("weir.yaml");
         fs::write(&path, weir).unwrap();
-        let outcome = load(&path);
+        let outcome = load_and_compile(&path);
         (report(&outcome, &path, output, false), path.display().to_string())
     }
 
@@ -96,6 +123,15 @@ mod tests {
         let (report, path) = check("nodeName: a\nmanifests: []\n", Output::Text);
         assert!(report.success);
         assert_eq!((report.stdout, report.stderr), (format!("{path}: no problems\n"), String::new()));
+    }
+
+    #[test]
+    fn what_cannot_be_compiled_is_an_error_at_its_place() {
+        let weir = "nodeName: a\nmanifests: []\nconntrack:\n  frag6_timeout: 5\n";
+        let (report, path) = check(weir, Output::Text);
+        assert!(!report.success);
+        assert!(report.stderr.contains(&format!("[{path}:4:3]")), "{}", report.stderr);
+        assert!(report.stderr.contains("nf_conntrack_frag6_timeout is not implemented yet"), "{}", report.stderr);
     }
 
     #[test]

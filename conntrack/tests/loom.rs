@@ -30,6 +30,13 @@ fn conn(original: FlowKey<Ipv4Addr>, reply: FlowKey<Ipv4Addr>) -> NewConn<Ipv4Ad
     NewConn { original, reply, attributes, first: Observed::default() }
 }
 
+/// Goes through a model, and says how large it was.
+fn explore(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
+    let executions = model_bounded(preemptions, model);
+    println!("{executions} executions");
+    assert!(executions > 10, "a model of a race has many executions");
+}
+
 /// Runs one action on each of two threads, each with a handle and a turn of its own.
 fn two<R: Send + 'static>(
     domain: &Arc<Domain>,
@@ -57,7 +64,7 @@ fn holder_of(domain: &Arc<Domain>, table: &V4, key: FlowKey<Ipv4Addr>) -> Option
 /// One flow, two workers, different backends: one connection, and the loser is told which.
 #[test]
 fn insertion_race_of_one_flow() {
-    model_bounded(2, || {
+    explore(2, || {
         let (domain, table) = table(3);
         let insert = |backend| {
             move |table: &V4, handle: &mut Handle, turn: &Turn<'_>| {
@@ -82,7 +89,7 @@ fn insertion_race_of_one_flow() {
 /// Two originals whose replies would be the same: one gets it.
 #[test]
 fn insertion_race_for_one_reply_key() {
-    model_bounded(2, || {
+    explore(2, || {
         let (domain, table) = table(3);
         let insert = |frontend| {
             move |table: &V4, handle: &mut Handle, turn: &Turn<'_>| {
@@ -101,7 +108,7 @@ fn insertion_race_for_one_reply_key() {
 /// Both ends open at once: each one's reply key is the other's original key.
 #[test]
 fn insertion_race_of_crossing_flows() {
-    model_bounded(2, || {
+    explore(2, || {
         let (domain, table) = table(3);
         let insert = |from, to| {
             move |table: &V4, handle: &mut Handle, turn: &Turn<'_>| {
@@ -120,7 +127,7 @@ fn insertion_race_of_crossing_flows() {
 /// Insertion against lookup: both directions at one instant.
 #[test]
 fn insertion_and_lookup() {
-    model_bounded(3, || {
+    explore(5, || {
         let (domain, table) = table(2);
         let results = two(
             &domain,
@@ -144,7 +151,7 @@ fn insertion_and_lookup() {
 /// Insertion against the removal of the connection that holds its key: it finds it or takes its place.
 #[test]
 fn insertion_and_removal() {
-    model_bounded(2, || {
+    explore(3, || {
         let (domain, table) = table(3);
         let old = {
             let (mut handle, mut participant) = (table.handle(), domain.join());
@@ -177,7 +184,7 @@ fn insertion_and_removal() {
 /// Two removals of one connection: one of them does it, and the bucket is clear.
 #[test]
 fn removal_race() {
-    model_bounded(3, || {
+    explore(5, || {
         let (domain, table) = table(2);
         let id = {
             let (mut handle, mut participant) = (table.handle(), domain.join());
@@ -197,7 +204,7 @@ fn removal_race() {
 /// what it has found stays as it is while its turn lasts.
 #[test]
 fn removal_reuse_and_reader() {
-    model_bounded(2, || {
+    explore(3, || {
         let (domain, table) = table(1);
         let (mut handle, mut participant) = (table.handle(), domain.join());
         let insert = |handle: &mut Handle, turn: &Turn<'_>, src| match table.insert(
@@ -239,7 +246,7 @@ fn removal_reuse_and_reader() {
 /// A listing outside of turns, while the only index is removed and reused: each entry is of one connection.
 #[test]
 fn listing_and_reuse() {
-    model_bounded(2, || {
+    explore(1, || {
         let (domain, table) = table(1);
         let (mut handle, mut participant) = (table.handle(), domain.join());
         let insert =

@@ -61,9 +61,12 @@ pub(super) fn translate(
     model
 }
 
-/// Endpoints by namespace and service, then by port name and protocol.
+/// The endpoints of a service, by port name and protocol.
+type BackendsByPort = BTreeMap<(String, Protocol), Vec<Endpoint>>;
+
+/// Endpoints by namespace and service.
 struct Backends<'m> {
-    ports: HashMap<(&'m str, &'m str), BTreeMap<(String, Protocol), Vec<Endpoint>>>,
+    ports: HashMap<(&'m str, &'m str), BackendsByPort>,
 }
 
 impl<'m> Backends<'m> {

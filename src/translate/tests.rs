@@ -115,8 +115,8 @@ fn faults_of_weir_yaml() {
             ],
         ),
         (
-            "nodeName: a\nmanifests: []\ndevices:\n- {name: eth0, role: uplnk, mtu: 1500}\n- {name: eth1, role: uplink, \
-             mtu: 9000}\n- {name: eth1, role: uplink, mac: x, mut: 2}\n",
+            "nodeName: a\nmanifests: []\ndevices:\n- {name: eth0, role: uplnk, mtu: 1500}\n- {name: eth1, role: \
+             uplink, mtu: 9000}\n- {name: eth1, role: uplink, mac: x, mut: 2}\n",
             &[
                 "weir.yaml:4:22: error: devices[0].role: \"uplnk\" is none of: uplink, workload, host [did you mean \
                  uplink?]",
@@ -180,7 +180,8 @@ fn a_syntax_error_hides_its_own_document_only() {
     assert!(said[0].contains("this is not valid YAML"), "{said:#?}");
     assert_eq!(
         said[1],
-        "cluster.yaml:7:18: error: Namespace: metadata.name: expected a name, found the number 5 [every object needs a name of its own]"
+        "cluster.yaml:7:18: error: Namespace: metadata.name: expected a name, found the number 5 [every object \
+         needs a name of its own]"
     );
     assert!(said[2].contains("this line begins with a tab"), "{said:#?}");
 }
@@ -281,45 +282,47 @@ fn faults_of_network_policies() {
             ],
         ),
         (
-            "podSelector: {}\ningress:\n- from:\n  - ipBlock: {cidr: 10.0.0.0/8, except: [11.0.0.0/16, 10.0.0.0/8]}\n  - \
-             {}\n  - ipBlock: {cidr: 10.0.0.0}\n    podSelector: {}\n  - ipBlock: {cidr: 10.0.0.300/8}\n",
+            "podSelector: {}\ningress:\n- from:\n  - ipBlock: {cidr: 10.0.0.0/8, except: [11.0.0.0/16, \
+             10.0.0.0/8]}\n  - {}\n  - ipBlock: {cidr: 10.0.0.0}\n    podSelector: {}\n  - ipBlock: {cidr: \
+             10.0.0.300/8}\n",
             &[
-                "cluster.yaml:8:44: error: NetworkPolicy x/p: spec.ingress[0].from[0].ipBlock.except[0]: 11.0.0.0/16 is \
-                 not inside 10.0.0.0/8 [an exception is a part of the block]",
+                "cluster.yaml:8:44: error: NetworkPolicy x/p: spec.ingress[0].from[0].ipBlock.except[0]: \
+                 11.0.0.0/16 is not inside 10.0.0.0/8 [an exception is a part of the block]",
                 "cluster.yaml:8:57: error: NetworkPolicy x/p: spec.ingress[0].from[0].ipBlock.except[1]: 10.0.0.0/8 is \
                  not inside 10.0.0.0/8 [an exception is a part of the block]",
                 "cluster.yaml:9:7: error: NetworkPolicy x/p: spec.ingress[0].from[1] names no peer [name podSelector, \
                  namespaceSelector or ipBlock; leave the list out to allow any peer]",
-                "cluster.yaml:10:7: error: NetworkPolicy x/p: spec.ingress[0].from[2]: ipBlock stands beside a selector \
-                 [a peer is an ipBlock or selectors; make two peers of it to allow either]",
+                "cluster.yaml:10:7: error: NetworkPolicy x/p: spec.ingress[0].from[2]: ipBlock stands beside a \
+                 selector [a peer is an ipBlock or selectors; make two peers of it to allow either]",
                 "cluster.yaml:12:23: error: NetworkPolicy x/p: spec.ingress[0].from[3].ipBlock.cidr: \"10.0.0.300\" is \
                  not an IP address [write an address like 192.0.2.1 or 2001:db8::1]",
             ],
         ),
         (
-            "podSelector: {}\negress:\n- ports:\n  - {port: 80, endPort: 79}\n  - {port: http, endPort: 81}\n  - {endPort: \
-             9}\n  - {port: 65536}\n  - {port: 53, protocol: udp}\n  - {port: \"80\"}\n  - \n",
+            "podSelector: {}\negress:\n- ports:\n  - {port: 80, endPort: 79}\n  - {port: http, endPort: 81}\n  \
+             - {endPort: 9}\n  - {port: 65536}\n  - {port: 53, protocol: udp}\n  - {port: \"80\"}\n  - \n",
             &[
-                "cluster.yaml:8:27: error: NetworkPolicy x/p: spec.egress[0].ports[0].endPort 79 is less than port 80 [a \
-                 range goes up: port is its first, endPort its last]",
+                "cluster.yaml:8:27: error: NetworkPolicy x/p: spec.egress[0].ports[0].endPort 79 is less than \
+                 port 80 [a range goes up: port is its first, endPort its last]",
                 "cluster.yaml:9:29: error: NetworkPolicy x/p: spec.egress[0].ports[1].endPort after the named port \
                  \"http\" [write the number of the range's first port]",
                 "cluster.yaml:10:17: error: NetworkPolicy x/p: spec.egress[0].ports[2].endPort stands without port \
                  [write port: FIRST, the first port of the range]",
-                "cluster.yaml:11:14: error: NetworkPolicy x/p: spec.egress[0].ports[3].port: 65536 is not a port [a port \
-                 is a number from 1 to 65535]",
+                "cluster.yaml:11:14: error: NetworkPolicy x/p: spec.egress[0].ports[3].port: 65536 is not a \
+                 port [a port is a number from 1 to 65535]",
                 "cluster.yaml:12:28: error: NetworkPolicy x/p: spec.egress[0].ports[4].protocol: \"udp\" is not known \
                  [did you mean UDP?]",
                 "cluster.yaml:13:14: error: NetworkPolicy x/p: spec.egress[0].ports[5].port: \"80\" cannot be a port's \
                  name [remove the quotes: 80]",
-                "cluster.yaml:14:7: error: NetworkPolicy x/p: spec.egress[0].ports[6]: expected an object, found nothing \
-                 [write {} for an empty one]",
+                "cluster.yaml:14:7: error: NetworkPolicy x/p: spec.egress[0].ports[6]: expected an object, \
+                 found nothing [write {} for an empty one]",
             ],
         ),
         (
             "podSelectr: {}\ningress:\n  from: []\n",
             &[
-                "cluster.yaml:5:3: warning: NetworkPolicy x/p: unknown field spec.podSelectr [did you mean podSelector?]",
+                "cluster.yaml:5:3: warning: NetworkPolicy x/p: unknown field spec.podSelectr [did you mean \
+                 podSelector?]",
                 "cluster.yaml:7:5: error: NetworkPolicy x/p: spec.ingress: expected a list, found an object",
             ],
         ),
@@ -362,10 +365,10 @@ fn faults_of_services() {
         (
             "clusterIP: 10.96.0.1\nloadBalancerSourceRanges: [10.0.0.0/8, ' 10.1.0.0 ']\nports: [{prt: 80}]\n",
             &[
-                "cluster.yaml:6:42: error: Service x/web: spec.loadBalancerSourceRanges[1]: \"10.1.0.0\" is an address, \
-                 not a CIDR [write 10.1.0.0/32 for this one address]",
-                "cluster.yaml:7:11: error: Service x/web: spec.ports[0].port: 0 is not a port [a port is a number from 1 \
-                 to 65535]",
+                "cluster.yaml:6:42: error: Service x/web: spec.loadBalancerSourceRanges[1]: \"10.1.0.0\" is an \
+                 address, not a CIDR [write 10.1.0.0/32 for this one address]",
+                "cluster.yaml:7:11: error: Service x/web: spec.ports[0].port: 0 is not a port [a port is a \
+                 number from 1 to 65535]",
                 "cluster.yaml:7:12: warning: Service x/web: unknown field spec.ports[0].prt [did you mean port?]",
             ],
         ),
@@ -394,10 +397,11 @@ fn faults_of_slices_nodes_pods_and_pools() {
         "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s}\naddressType: IPv4\nendpoints:\n- \
          addresses: ['2001:db8::1']\n- addresses: [10.0.0.x]\n- {}\nports: [{port: 70000}]\n",
         &[
-            "cluster.yaml:3:18: note: EndpointSlice default/s: it has no label kubernetes.io/service-name and belongs to \
-             no service",
+            "cluster.yaml:3:18: note: EndpointSlice default/s: it has no label kubernetes.io/service-name and \
+             belongs to no service",
             "cluster.yaml:6:15: error: EndpointSlice default/s: endpoints[0].addresses[0]: 2001:db8::1 is not an IPv4 \
-             address as addressType says [a slice holds addresses of one family; put the others in a slice of their own]",
+             address as addressType says [a slice holds addresses of one family; put the others in a slice of \
+             their own]",
             "cluster.yaml:7:15: error: EndpointSlice default/s: endpoints[1].addresses[0]: \"10.0.0.x\" is not an IP \
              address [write an address like 192.0.2.1 or 2001:db8::1]",
             "cluster.yaml:8:3: error: EndpointSlice default/s: endpoints[2].addresses is missing [an endpoint has at \
@@ -423,20 +427,20 @@ fn faults_of_slices_nodes_pods_and_pools() {
              between 0 and 32 [write a CIDR like 192.0.2.0/24 or 2001:db8::/64]",
             "cluster.yaml:7:50: error: Node node-b: status.addresses[0].address: \"1.2.3\" is not an IP address [write \
              an address like 192.0.2.1 or 2001:db8::1]",
-            "cluster.yaml:12:17: error: Pod default/a: status.podIP 10.0.0.1 is not status.podIPs[0] [make it the first \
-             of podIPs]",
-            "cluster.yaml:12:57: error: Pod default/a: status.podIPs[1].ip: \"z\" is not an IP address [write an address \
-             like 192.0.2.1 or 2001:db8::1]",
+            "cluster.yaml:12:17: error: Pod default/a: status.podIP 10.0.0.1 is not status.podIPs[0] [make it \
+             the first of podIPs]",
+            "cluster.yaml:12:57: error: Pod default/a: status.podIPs[1].ip: \"z\" is not an IP address [write \
+             an address like 192.0.2.1 or 2001:db8::1]",
             "cluster.yaml:17:39: error: IPPool p: spec.ipipMode Always of an IPv6 pool [IPIP carries IPv4 only: write \
              ipipMode: Never]",
             "cluster.yaml:17:58: error: IPPool p: spec.vxlanMode CrossSubnet is not implemented yet [not implemented \
              yet: weir would not enforce it]",
-            "cluster.yaml:22:14: error: IPPool q: spec.cidr: 2001:db8:1::/48 overlaps 2001:db8::/32 of another pool [an \
-             address must belong to one pool]",
-            "cluster.yaml:22:43: error: IPPool q: spec.ipipMode: \"always\" is none of: Never, Always, CrossSubnet [did \
-             you mean Always?]",
-            "cluster.yaml:27:14: error: IPPool r: spec.cidr: 2001:db8:1::/48 overlaps 2001:db8::/32 of another pool [an \
-             address must belong to one pool]",
+            "cluster.yaml:22:14: error: IPPool q: spec.cidr: 2001:db8:1::/48 overlaps 2001:db8::/32 of another \
+             pool [an address must belong to one pool]",
+            "cluster.yaml:22:43: error: IPPool q: spec.ipipMode: \"always\" is none of: Never, Always, \
+             CrossSubnet [did you mean Always?]",
+            "cluster.yaml:27:14: error: IPPool r: spec.cidr: 2001:db8:1::/48 overlaps 2001:db8::/32 of another \
+             pool [an address must belong to one pool]",
         ],
     );
 }
@@ -505,7 +509,8 @@ fn a_service_becomes_its_ports() {
     let model = loaded(
         WEIR,
         &(service(
-            "type: LoadBalancer\nclusterIP: 010.96.0.1\nclusterIPs: [10.96.0.1]\nexternalIPs: [8.8.8.8, '2001:db8::1']\n\
+            "type: LoadBalancer\nclusterIP: 010.96.0.1\nclusterIPs: [10.96.0.1]\nexternalIPs: [8.8.8.8, \
+             '2001:db8::1']\n\
              loadBalancerIP: 9.9.9.9\nloadBalancerSourceRanges: [' 10.0.0.0/8 ', '2001:db8::/32']\n\
              externalTrafficPolicy: Local\nports:\n- {name: http, port: 80, nodePort: 30080}\n- {name: dns, port: 53, \
              protocol: UDP}\n",
@@ -559,8 +564,8 @@ fn a_service_becomes_its_ports() {
 
 #[test]
 fn local_addresses_are_the_nodes_and_later_the_devices() {
-    let node = "apiVersion: v1\nkind: Node\nmetadata: {name: node-a, labels: {topology.kubernetes.io/zone: z}}\nstatus: \
-                {addresses: [{type: Hostname, address: h}, {type: InternalIP, address: 10.0.0.1}, {type: ExternalIP, \
+    let node = "apiVersion: v1\nkind: Node\nmetadata: {name: node-a, labels: {topology.kubernetes.io/zone: \
+    z}}\nstatus: {addresses: [{type: Hostname, address: h}, {type: InternalIP, address: 10.0.0.1}, {type: ExternalIP, \
                 address: 10.0.0.2}]}\n";
     let texts = |loaded: &Loaded| loaded.services.local_addresses.iter().map(ToString::to_string).collect::<Vec<_>>();
     let devices = ["10.0.0.2".parse().unwrap(), "10.0.0.3".parse().unwrap()];
@@ -580,17 +585,18 @@ fn local_addresses_are_the_nodes_and_later_the_devices() {
 fn pods_become_workloads_with_inherited_labels() {
     let text = "apiVersion: v1\nkind: Namespace\nmetadata: {name: default, labels: {team: red}}\n---\napiVersion: \
                 v1\nkind: ServiceAccount\nmetadata: {name: sa, labels: {role: r}}\n---\napiVersion: v1\nkind: \
-                Pod\nmetadata: {name: a1, labels: {app: a}}\nspec: {nodeName: node-a, serviceAccountName: sa, containers: \
-                [{name: c, ports: [{name: http, containerPort: 80}, {containerPort: 81}, {name: dns, containerPort: 53, \
-                protocol: UDP}]}]}\nstatus: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}, {ip: \
-                'fd00::1'}]}\n---\napiVersion: v1\nkind: Pod\nmetadata: {name: done}\nspec: {containers: []}\nstatus: \
-                {phase: Succeeded, podIP: 10.0.0.1}\n---\napiVersion: v1\nkind: Pod\nmetadata: {name: host}\nspec: \
-                {hostNetwork: true, containers: []}\nstatus: {podIP: 192.168.0.1}\n---\napiVersion: \
-                projectcalico.org/v3\nkind: WorkloadEndpoint\nmetadata: {name: w, namespace: default}\nspec: \
-                {orchestrator: k8s, node: node-a, pod: a1, interfaceName: calinamed, mac: '0a:00:00:00:00:01', \
-                ipNetworks: [10.0.0.1/32, 'fd00::1/128'], profiles: [kns.default]}\n---\napiVersion: \
-                projectcalico.org/v3\nkind: WorkloadEndpoint\nmetadata: {name: vm, namespace: default, labels: {app: \
-                v}}\nspec: {orchestrator: openstack, node: node-b, interfaceName: tap0, ipNetworks: [10.0.0.9]}\n";
+                Pod\nmetadata: {name: a1, labels: {app: a}}\nspec: {nodeName: node-a, serviceAccountName: sa, \
+                containers: [{name: c, ports: [{name: http, containerPort: 80}, {containerPort: 81}, {name: \
+                dns, containerPort: 53, protocol: UDP}]}]}\nstatus: {phase: Running, podIP: 10.0.0.1, podIPs: \
+                [{ip: 10.0.0.1}, {ip: 'fd00::1'}]}\n---\napiVersion: v1\nkind: Pod\nmetadata: {name: \
+                done}\nspec: {containers: []}\nstatus: {phase: Succeeded, podIP: 10.0.0.1}\n---\napiVersion: \
+                v1\nkind: Pod\nmetadata: {name: host}\nspec: {hostNetwork: true, containers: []}\nstatus: \
+                {podIP: 192.168.0.1}\n---\napiVersion: projectcalico.org/v3\nkind: WorkloadEndpoint\nmetadata: \
+                {name: w, namespace: default}\nspec: {orchestrator: k8s, node: node-a, pod: a1, interfaceName: \
+                calinamed, mac: '0a:00:00:00:00:01', ipNetworks: [10.0.0.1/32, 'fd00::1/128'], profiles: \
+                [kns.default]}\n---\napiVersion: projectcalico.org/v3\nkind: WorkloadEndpoint\nmetadata: {name: \
+                vm, namespace: default, labels: {app: v}}\nspec: {orchestrator: openstack, node: node-b, \
+                interfaceName: tap0, ipNetworks: [10.0.0.9]}\n";
     let loaded = loaded(WEIR, text);
     let workloads: Vec<String> = loaded
         .cluster
@@ -633,9 +639,9 @@ fn a_network_policy_becomes_rules() {
         WEIR,
         &policy(
             "podSelector: {matchLabels: {app: a}}\ningress:\n- from:\n  - podSelector: {matchLabels: {b: c}}\n  - \
-             namespaceSelector: {}\n  - namespaceSelector: {matchExpressions: [{key: t, operator: NotIn, values: [v]}]}\n    \
-             podSelector: {}\n  - ipBlock: {cidr: 10.0.0.7/8, except: [10.1.0.0/16]}\n  ports:\n  - {port: 80, endPort: \
-             90}\n  - {protocol: UDP}\n  - {port: http}\n- {}\n",
+             namespaceSelector: {}\n  - namespaceSelector: {matchExpressions: [{key: t, operator: NotIn, \
+             values: [v]}]}\n    podSelector: {}\n  - ipBlock: {cidr: 10.0.0.7/8, except: [10.1.0.0/16]}\n  \
+             ports:\n  - {port: 80, endPort: 90}\n  - {protocol: UDP}\n  - {port: http}\n- {}\n",
         ),
     )
     .policy;

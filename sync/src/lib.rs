@@ -53,13 +53,21 @@ pub fn model(run: impl Fn() + Sync + Send + 'static) {
 }
 
 /// The same with at most so many preemptions, for closures of which all interleavings are too many: nearly all faults
-/// show with two (Musuvathi and Qadeer, "Iterative context bounding", PLDI 2007).
+/// show with two (Musuvathi and Qadeer, "Iterative context bounding", PLDI 2007). How many executions there were.
 #[cfg(loom)]
-pub fn model_bounded(preemptions: usize, run: impl Fn() + Sync + Send + 'static) {
+pub fn model_bounded(preemptions: usize, run: impl Fn() + Sync + Send + 'static) -> usize {
+    let executions = Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(preemptions);
     builder.max_branches = 100_000;
-    builder.check(run);
+    builder.check({
+        let executions = Arc::clone(&executions);
+        move || {
+            executions.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            run();
+        }
+    });
+    executions.load(std::sync::atomic::Ordering::Relaxed)
 }
 
 /// Exclusive access to what a mutex protects, also after another holder panicked: what is protected here is never

@@ -1,0 +1,60 @@
+# Two commands matter: `make demo` shows weir at work, `make test` tests it. `make help` lists the rest.
+
+CARGO ?= cargo
+LOOM_FLAGS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=2
+
+.PHONY: help setup build release demo demo-memory test lint unit loom e2e cases bench perf miri fuzz install clean
+
+help: ## Lists the targets.
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: ## Installs missing Debian packages (as root).
+	@./scripts/setup.sh
+
+build: setup ## Builds weir with debug assertions.
+	$(CARGO) build
+
+release: setup ## Builds weir as it is to be run: target/release/weir.
+	$(CARGO) build --release
+
+demo: build ## Builds a cluster of network namespaces, runs two routers in it, sends real traffic. Needs root.
+	./target/debug/weir demo
+
+demo-memory: build ## The same scenario over memory rings, without privileges.
+	./target/debug/weir demo --memory
+
+test: setup lint unit loom ## Everything that must pass: formatting, lints, unit, property, loom, golden, end-to-end, conformance.
+	@./scripts/summary.sh
+
+lint: ## Formatting, and clippy with warnings as errors.
+	$(CARGO) fmt --all -- --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+unit: ## All tests of the workspace, the end-to-end ones one at a time (WEIR_SKIP_E2E=1 skips those that need root).
+	$(CARGO) test --workspace -- --test-threads=1
+
+loom: ## The lock-free structures under loom, bounded.
+	$(LOOM_FLAGS) $(CARGO) test --release -p weir-sync -p weir-conntrack --test loom
+
+e2e: setup ## The end-to-end tests alone.
+	$(CARGO) test --test e2e -- --test-threads=1 --nocapture
+
+cases: setup ## The conformance cases alone.
+	$(CARGO) test --test conformance -- --nocapture
+
+bench: setup ## Criterion benchmarks of the hot structures, and the pipeline on memory rings.
+	$(CARGO) bench --workspace
+	$(CARGO) run --release -- bench --flows 10000
+	$(CARGO) run --release -- bench --flows 1000000
+
+perf: release ## Packets per second through veth, beside a bare AF_XDP forwarder in the same run. Needs root.
+	$(CARGO) run --release --example veth_pps
+
+miri: ## The unsafe and lock-free parts under miri (needs a nightly toolchain with miri).
+	$(CARGO) +nightly miri test -p weir-sync -p weir-conntrack --lib
+
+install: release ## Installs weir to /usr/local/bin.
+	install -m 755 target/release/weir /usr/local/bin/weir
+
+clean: ## Removes what was built.
+	$(CARGO) clean
