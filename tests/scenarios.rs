@@ -36,6 +36,9 @@ fn trace(node: &str, manifests: &[PathBuf], flows: &str) -> Vec<Value> {
 fn input_of(line: &str) -> (String, String) {
     let mut flow: Value = serde_json::from_str(line).unwrap();
     let expect = flow.as_object_mut().unwrap().remove("expect").unwrap();
+    if let Some(address) = flow["dst"].as_str().and_then(|dst| dst.strip_prefix("ip:")).map(str::to_owned) {
+        flow["dst"] = address.into();
+    }
     (flow.to_string(), expect.as_str().unwrap().to_owned())
 }
 

@@ -172,13 +172,13 @@ impl Stock {
     /// An index that nobody uses, or nothing if all are in use or wait for turns to end.
     pub(crate) fn allocate(&mut self) -> Option<u32> {
         self.settle();
-        self.from_stock().or_else(|| {
+        self.next_in_stock().or_else(|| {
             self.indices.adopt();
-            self.from_stock()
+            self.next_in_stock()
         })
     }
 
-    fn from_stock(&mut self) -> Option<u32> {
+    fn next_in_stock(&mut self) -> Option<u32> {
         if self.free.len == 0 {
             self.free = self.indices.take();
         }

@@ -247,7 +247,7 @@ pub struct Table<A: Address> {
 /// interval", 2019).
 #[inline(always)]
 const fn scale(a: u32, n: u32) -> u32 {
-    (a as u64 * n as u64 >> 32) as u32
+    ((a as u64 * n as u64) >> 32) as u32
 }
 
 /// The least prime that is not below `n`.
