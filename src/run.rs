@@ -278,6 +278,11 @@ impl Router {
         let mut links = assemble_links(&kernel, &roles, &loaded, trunk_mac, &BTreeMap::new());
         let forwarding = Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?;
         attachment.set_owned(&owned(&loaded, &rules, &forwarding))?;
+        for left in attachment.pinned_uplinks()? {
+            if !uplinks.iter().any(|(_, index, _)| index.0 == left) {
+                attachment.detach_uplink(left)?;
+            }
+        }
         for (name, index, _) in &uplinks {
             attachment.attach_uplink(index.0, name)?;
         }

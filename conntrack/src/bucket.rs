@@ -5,17 +5,17 @@ use weir_sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::storage::Zeroable;
 
-/// Slots of a bucket.
-pub(crate) const SLOTS: usize = 12;
+/// Slots of a bucket. Two in a model, so that a bucket can be full in it.
+pub(crate) const SLOTS: usize = if cfg!(loom) { 2 } else { 12 };
 /// Tags of one control word.
-const TAGS: usize = 6;
+const TAGS: usize = SLOTS / 2;
 /// Where the count of overflowed keys stands in the first control word.
 const OVERFLOW_SHIFT: u32 = 48;
 /// The most keys that may have overflowed from one bucket.
 const OVERFLOW_MAX: u64 = u16::MAX as u64;
 const ONES: u64 = 0x0000_0101_0101_0101;
 const LOW_BITS: u64 = 0x0000_7f7f_7f7f_7f7f;
-const HIGH_BITS: u64 = 0x0000_8080_8080_8080;
+const HIGH_BITS: u64 = 0x0000_8080_8080_8080 & ((1 << (8 * TAGS)) - 1);
 
 /// Which connection and which of its keys a slot stands for. Zero is an empty slot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

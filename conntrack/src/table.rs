@@ -281,7 +281,7 @@ impl<A: Address> Table<A> {
     pub fn new(config: TableConfig, domain: Arc<Domain>) -> Self {
         let capacity = config.max_entries.clamp(1, MAX_ENTRIES);
         // Two keys each, and twice as many slots as keys. A few buckets at least, for probing to have somewhere to go.
-        let bucket_count = if cfg!(loom) { 1 } else { prime_from((4 * capacity).div_ceil(SLOTS as u32).max(7)) };
+        let bucket_count = if cfg!(loom) { 3 } else { prime_from((4 * capacity).div_ceil(SLOTS as u32).max(7)) };
         Self {
             buckets: Lines::new(bucket_count as usize),
             conns: Lines::new(capacity as usize * conn::Lines::<A>::COUNT),

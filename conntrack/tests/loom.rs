@@ -1,7 +1,7 @@
 //! Models of the table, run through every interleaving that the memory model allows, up to a bound on preemptions:
 //! `RUSTFLAGS="--cfg loom" cargo test -p weir-conntrack --test loom`.
 //!
-//! Under loom a table has one bucket, and turns are of two workers.
+//! Under loom a table has three buckets of two slots, and a domain three participants.
 #![cfg(loom)]
 
 use std::net::Ipv4Addr;
@@ -34,7 +34,7 @@ fn conn(original: FlowKey<Ipv4Addr>, reply: FlowKey<Ipv4Addr>) -> NewConn<Ipv4Ad
 fn explore(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     let executions = model_bounded(preemptions, model);
     println!("{executions} executions");
-    assert!(executions > 10, "a model of a race has many executions");
+    assert!(executions > 5, "a model of a race has many executions");
 }
 
 /// Runs one action on each of two threads, each with a handle and a turn of its own.
@@ -61,6 +61,16 @@ fn holder_of(domain: &Arc<Domain>, table: &V4, key: FlowKey<Ipv4Addr>) -> Option
     lookup(table, key, &domain.join().enter())
 }
 
+/// Fills so many slots with connections that have one key for both directions.
+fn occupy(domain: &Arc<Domain>, table: &V4, slots: u32) {
+    let (mut participant, mut handle) = (domain.join(), table.handle());
+    for host in 100..100 + slots {
+        let one = FlowKey { ports: Ports::new(5, 5), ..key(host, host) };
+        let inserted = table.insert(&mut handle, conn(one, one), NOW, &participant.enter());
+        assert!(matches!(inserted, Insert::Inserted(_)), "{inserted:?}");
+    }
+}
+
 /// One flow, two workers, different backends: one connection, and the loser is told which.
 #[test]
 fn insertion_race_of_one_flow() {
@@ -83,6 +93,37 @@ fn insertion_race_of_one_flow() {
         let reply = Some(Hit { conn: winner, direction: Direction::Reply });
         assert!(replies == [reply, None] || replies == [None, reply], "{replies:?}");
         assert_eq!(table.len(), 1);
+    });
+}
+
+/// The same where homes are full, so that keys go elsewhere, and the first connection takes the last slots: then the
+/// second one finds it, or no room.
+#[test]
+fn insertion_race_in_full_buckets() {
+    explore(2, || {
+        let (domain, table) = table(6);
+        occupy(&domain, &table, 3);
+        let insert = |backend| {
+            move |table: &V4, handle: &mut Handle, turn: &Turn<'_>| {
+                table.insert(handle, conn(key(1, 2), key(backend, 1)), NOW, turn)
+            }
+        };
+        let results = two(&domain, &table, insert(10), insert(11));
+        let held = holder_of(&domain, &table, key(1, 2));
+        let replies = [10, 11].map(|backend| holder_of(&domain, &table, key(backend, 1)).map(|hit| hit.conn));
+        match results {
+            [Insert::Inserted(conn), Insert::Exists(Hit { conn: found, .. })]
+            | [Insert::Exists(Hit { conn: found, .. }), Insert::Inserted(conn)] => {
+                assert_eq!((found, held.map(|hit| hit.conn)), (conn, Some(conn)));
+                assert!(replies == [Some(conn), None] || replies == [None, Some(conn)]);
+            }
+            [Insert::Inserted(conn), Insert::Full] | [Insert::Full, Insert::Inserted(conn)] => {
+                assert_eq!(held.map(|hit| hit.conn), Some(conn));
+                assert!(replies == [Some(conn), None] || replies == [None, Some(conn)]);
+            }
+            [Insert::Full, Insert::Full] => assert_eq!((held, replies), (None, [None, None])),
+            other => panic!("{other:?}"),
+        }
     });
 }
 
@@ -145,6 +186,55 @@ fn insertion_and_lookup() {
             },
         );
         assert_eq!(results, [true, true]);
+    });
+}
+
+/// The same for a connection whose keys take the last slots, far from their homes.
+#[test]
+fn insertion_and_lookup_in_full_buckets() {
+    explore(3, || {
+        let (domain, table) = table(5);
+        occupy(&domain, &table, 4);
+        let results = two(
+            &domain,
+            &table,
+            |table, handle, turn| {
+                matches!(table.insert(handle, conn(key(1, 2), key(10, 1)), NOW, turn), Insert::Inserted(_))
+            },
+            |table, _, turn| {
+                let Some(hit) = lookup(table, key(10, 1), turn) else { return true };
+                lookup(table, key(1, 2), turn) == Some(Hit { conn: hit.conn, direction: Direction::Original })
+            },
+        );
+        assert_eq!(results, [true, true]);
+        assert!([key(1, 2), key(10, 1)].iter().all(|key| holder_of(&domain, &table, *key).is_some()));
+    });
+}
+
+/// Removal of keys that are not at home, against the lookup of others that are not.
+#[test]
+fn removal_and_lookup_in_full_buckets() {
+    explore(3, || {
+        let (domain, table) = table(5);
+        occupy(&domain, &table, 2);
+        let [stays, goes] = [1, 3].map(|src| {
+            let (mut participant, mut handle) = (domain.join(), table.handle());
+            match table.insert(&mut handle, conn(key(src, 2), key(10, src)), NOW, &participant.enter()) {
+                Insert::Inserted(id) => id,
+                other => panic!("{other:?}"),
+            }
+        });
+        let results = two(
+            &domain,
+            &table,
+            |table, handle, turn| table.remove(handle, goes, turn),
+            move |table, _, turn| {
+                let all = [(key(1, 2), Direction::Original), (key(10, 1), Direction::Reply)];
+                all.into_iter().all(|(key, direction)| lookup(table, key, turn) == Some(Hit { conn: stays, direction }))
+            },
+        );
+        assert_eq!(results, [true, true]);
+        assert!([key(3, 2), key(10, 3)].iter().all(|key| holder_of(&domain, &table, *key).is_none()));
     });
 }
 

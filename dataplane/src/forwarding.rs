@@ -473,6 +473,11 @@ impl<'a> Compiler<'a> {
             .any(|net| net.contains(&IpAddr::V4(address)))
     }
 
+    fn only_uplink(&self) -> Option<DeviceId> {
+        let mut uplinks = (0..).zip(&self.devices).filter(|(_, d)| d.role == Role::Uplink).map(|(i, _)| DeviceId(i));
+        uplinks.next().filter(|_| uplinks.next().is_none())
+    }
+
     fn adjacency(&mut self, device: Option<DeviceId>, next_hop: IpAddr, encapsulation: Encapsulation) -> AdjacencyId {
         if let Some(id) = self.known.get(&(device, next_hop, encapsulation)) {
             return *id;
@@ -552,8 +557,8 @@ impl<'a> Compiler<'a> {
             let Some(address) = direct_address::<A>(node) else { continue };
             let (device, hop) = match hop_map.get(address) {
                 Some((via, device)) => (Some(*device), via.unwrap_or(address)),
-                // Without devices (a trace of manifests alone) the node itself is the next hop.
-                None if self.links.devices.is_empty() => (None, address),
+                // Where nothing is known of links (a trace, whose devices' addresses only the kernel knows), the node itself is the next hop.
+                None if hops.is_empty() => (self.only_uplink(), address),
                 None => continue,
             };
             nodes.insert(index as u32, self.adjacency(device, hop.to_ip(), Encapsulation::None));
@@ -596,7 +601,7 @@ impl<'a> Compiler<'a> {
                 let device = device_by_name.get(&workload.device).copied();
                 for (position, address) in addresses.enumerate() {
                     pods.insert(address, Owner::Local(id));
-                    if position == 0 && (device.is_some() || self.links.devices.is_empty()) {
+                    if position == 0 && (device.is_some() || !self.links.devices.iter().any(|d| d.role == Role::Workload)) {
                         let adjacency = self.adjacency(device, address.to_ip(), Encapsulation::None);
                         self.adjacencies[adjacency.0 as usize].kind = RouteKind::Workload;
                         workloads.insert(index as u32, adjacency);
@@ -636,7 +641,7 @@ impl<'a> Compiler<'a> {
 /// The workloads of this node, with their ids.
 pub fn local_workloads(cluster: &Cluster) -> impl Iterator<Item = (WorkloadId, &model::Workload)> {
     let here = |w: &&model::Workload| w.node.as_deref() == Some(cluster.node_name.as_str());
-    cluster.workloads.iter().enumerate().map(|(i, w)| (WorkloadId(i as u32), w)).filter(move |(_, w)| here(&w))
+    cluster.workloads.iter().enumerate().map(|(i, w)| (WorkloadId(i as u32), w)).filter(move |(_, w)| here(w))
 }
 
 /// The address under which other nodes reach `node`: its Calico annotation, else its first InternalIP.

@@ -55,26 +55,16 @@ pub enum Mode {
 
 /// A driver that can wait for packets and that can fail.
 pub trait Device: Driver {
-    /// Waits until a port may have received something, or `limit` has passed.
+    /// Waits until a port may have received something, or `limit` has passed. With a limit of zero it only looks after the devices.
     ///
     /// # Errors
-    /// Where waiting is impossible.
+    /// Where a device failed for good.
     fn sleep(&mut self, limit: Duration) -> std::io::Result<()>;
-
-    /// What makes further work impossible, once it has happened.
-    ///
-    /// # Errors
-    /// That.
-    fn check(&mut self) -> std::io::Result<()>;
 }
 
 impl Device for AfXdp {
     fn sleep(&mut self, limit: Duration) -> std::io::Result<()> {
         AfXdp::sleep(self, limit);
-        self.check()
-    }
-
-    fn check(&mut self) -> std::io::Result<()> {
         self.fault().map_or(Ok(()), |fault| Err(std::io::Error::other(fault)))
     }
 }
@@ -114,15 +104,14 @@ impl<D: Device> Worker<D> {
                 idle_turns = 0;
                 continue;
             }
-            self.driver.check()?;
             idle_turns += 1;
-            if self.mode == Mode::Adaptive && idle_turns > IDLE_TURNS {
-                // Outside a turn: nobody waits for a sleeping worker.
-                self.driver.sleep(MAX_SLEEP)?;
-                idle_turns = IDLE_TURNS / 2;
-            } else {
+            if idle_turns <= IDLE_TURNS {
                 std::hint::spin_loop();
+                continue;
             }
+            // Outside a turn: nobody waits for a sleeping worker. A busy one only looks whether its devices still live.
+            self.driver.sleep(if self.mode == Mode::Adaptive { MAX_SLEEP } else { Duration::ZERO })?;
+            idle_turns = if self.mode == Mode::Adaptive { IDLE_TURNS / 2 } else { 0 };
         }
         self.pipeline.give_up_held(&mut self.driver);
         Ok(())

@@ -9,8 +9,8 @@
 //! A packet is a point in a space with a dimension per field, a rule a box in it, and the verdict that of the first box
 //! that holds the point. Looking at every rule costs time by the number of rules; instead, each field is looked up alone
 //! and answers with the set of rules that its value satisfies, as a bit vector in order of evaluation, and the first bit
-//! of the intersection is the verdict [1]. Values that satisfy the same rules form one class and share one vector [2];
-//! vectors are sparse, with summaries above them, so that the intersection reads few words [3].
+//! of the intersection is the verdict (1). Values that satisfy the same rules form one class and share one vector (2);
+//! vectors are sparse, with summaries above them, so that the intersection reads few words (3).
 //!
 //! 1. T. V. Lakshman, D. Stiliadis: High-Speed Policy-based Packet Forwarding Using Efficient Multi-dimensional Range
 //!    Matching. SIGCOMM 1998.

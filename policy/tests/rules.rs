@@ -448,6 +448,50 @@ fn stamps_follow_members_of_peers_and_nothing_else() {
 }
 
 #[test]
+fn stamps_cover_every_field_of_a_rule() {
+    let stamp = |model: &Model| {
+        let classifier = Classifier::compile(model).unwrap();
+        classifier.stamp(classifier.endpoint("red/a").unwrap())
+    };
+    let nets = || vec!["10.0.0.0/30".parse().unwrap()];
+    let icmp = Some(IcmpMatch { icmp_type: 8, code: None });
+    let web = || vec![PortMatch::Named("web".to_owned())];
+    let http = || vec![PortMatch::Range(80, 80)];
+    let entities = [
+        EntityMatch { nets: Some(nets()), ..EntityMatch::default() },
+        EntityMatch { not_nets: nets(), ..EntityMatch::default() },
+        EntityMatch { ports: Some(http()), ..EntityMatch::default() },
+        EntityMatch { not_ports: http(), ..EntityMatch::default() },
+        EntityMatch { ports: Some(web()), ..EntityMatch::default() },
+        EntityMatch { not_ports: web(), ..EntityMatch::default() },
+    ];
+    let mut rules = vec![
+        rule(Action::Allow, None),
+        rule(Action::Deny, None),
+        rule(Action::Pass, Some(TCP)),
+        rule(Action::Allow, Some(TCP)),
+        Rule { not_protocol: Some(TCP), ..Rule::default() },
+        Rule { ip_version: Some(4), ..Rule::default() },
+        Rule { icmp, ..Rule::default() },
+        Rule { not_icmp: icmp, ..Rule::default() },
+    ];
+    for entity in entities {
+        rules.push(Rule { source: entity.clone(), ..Rule::default() });
+        rules.push(Rule { destination: entity, ..Rule::default() });
+    }
+    let count = rules.len();
+    let models = rules.into_iter().map(|rule| with(vec![ingress(policy("p", 1000.0, "app == 'a'"), vec![rule])]));
+    let stamps: std::collections::BTreeSet<u32> = models.map(|model| stamp(&model)).collect();
+    assert_eq!(stamps.len(), count);
+
+    let named = to_port(TCP, PortMatch::Named("web".to_owned()));
+    let mut model = with(vec![ingress(policy("p", 1000.0, "app == 'a'"), vec![named])]);
+    let before = stamp(&model);
+    model.endpoints[0].ports[0].port = 8081;
+    assert_ne!(stamp(&model), before);
+}
+
+#[test]
 fn deciding_rules_are_described() {
     let mut open = ingress(policy("p", 1000.0, "app == 'a'"), vec![rule(Action::Allow, Some(TCP))]);
     open.origin = 77;

@@ -364,6 +364,13 @@ impl RouterConfig {
             let conntrack = root.get("conntrack").unwrap_or(root);
             problems.error(within(conntrack, "maxEntries"), "conntrack.maxEntries is 0: nothing could connect", None);
         }
+        if self.conntrack.tcp_be_liberal {
+            let conntrack = root.get("conntrack").unwrap_or(root);
+            let key = ["tcp_be_liberal", "nf_conntrack_tcp_be_liberal"].iter().find_map(|key| conntrack.entry(key));
+            let span = key.map_or(conntrack.span, |(key, _)| key.span);
+            let help = "remove it: weir would not follow it".to_owned();
+            problems.error(span, "conntrack.tcp_be_liberal is not implemented yet", help);
+        }
         for (index, (device, node)) in self.devices.iter().zip(items("devices")).enumerate() {
             let name = &device.name;
             let odd = |byte: u8| byte == b'/' || byte.is_ascii_whitespace();

@@ -113,15 +113,6 @@ pub enum AttachError {
         /// Its index.
         index: u32,
     },
-    /// The kernel would drop what weir punts.
-    #[error(
-        "net.ipv4.conf.all.rp_filter is {value}, which would make the kernel drop what comes from weir0: set it to 0 \
-         (sysctl -w net.ipv4.conf.all.rp_filter=0); the settings of the single devices stay in force"
-    )]
-    ReversePathFilter {
-        /// Its value.
-        value: u32,
-    },
     /// A kernel setting could not be read or written.
     #[error("{path}: {source}")]
     Sysctl {

@@ -1,6 +1,6 @@
 //! The trunk: the veth pair between the kernel and the workers.
 
-use std::{fs, io, path::PathBuf};
+use std::{fs, path::PathBuf};
 
 use nix::net::if_::if_nametoindex;
 use serde_json::Value;
@@ -88,7 +88,6 @@ impl Trunk {
         if !(MIN_MTU..=MAX_MTU).contains(&mtu) {
             return Err(AttachError::Mtu { device: KERNEL_END.to_owned(), mtu });
         }
-        check_reverse_path_filter()?;
 
         let usable = match (own(KERNEL_END, KERNEL_END_MAC)?, own(ROUTER_END, ROUTER_END_MAC)?) {
             (Some(kernel_end), Some(router_end)) => {
@@ -183,18 +182,6 @@ fn configure(mtu: u32) -> Result<(), AttachError> {
         write_sysctl(&format!("ipv6/conf/{ROUTER_END}/disable_ipv6"), "1")?;
     }
     Ok(())
-}
-
-/// The kernel filters by the larger of a device's value and that for all devices, and a device without addresses, as
-/// the trunk, gets nothing through either filter (`__fib_validate_source`, net/ipv4/fib_frontend.c).
-fn check_reverse_path_filter() -> Result<(), AttachError> {
-    let path = PathBuf::from("/proc/sys/net/ipv4/conf/all/rp_filter");
-    let text = fs::read_to_string(&path).map_err(|source| AttachError::Sysctl { path: path.clone(), source })?;
-    match text.trim().parse() {
-        Ok(0) => Ok(()),
-        Ok(value) => Err(AttachError::ReversePathFilter { value }),
-        Err(_) => Err(AttachError::Sysctl { path, source: io::ErrorKind::InvalidData.into() }),
-    }
 }
 
 fn write_sysctl(name: &str, value: &str) -> Result<(), AttachError> {

@@ -72,7 +72,7 @@ pub fn judge(model: &Model, endpoint: &Endpoint, direction: PolicyDirection, pac
         let Some(profile) = model.profiles.iter().find(|profile| profile.name == *name) else { continue };
         let (ingress, egress) = (Some(profile.ingress.clone()), Some(profile.egress.clone()));
         let rules = rules(&ingress, &egress, direction).unwrap();
-        for rule in rules.iter().filter(|rule| rule.action != Action::Log && matches(model, rule, packet)) {
+        if let Some(rule) = rules.iter().find(|rule| rule.action != Action::Log && matches(model, rule, packet)) {
             let number = if rules.len() > 1 { format!(" rule {}", rule.number) } else { String::new() };
             return (rule.action == Action::Allow, format!("profile {name}{number}"));
         }

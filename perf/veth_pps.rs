@@ -1,0 +1,224 @@
+//! Packets per second through veth: weir beside a bare AF_XDP forwarder, on the same devices, alternating in one run.
+//!
+//! Two pods on one node. One sends small UDP packets as fast as its kernel can (UDP_SEGMENT: many packets a call); the other
+//! counts what arrives and drops it (nftables, raw hook). The bare forwarder uses the same trunk, programs and rings as weir and does
+//! nothing but set the target device: the difference is weir's own work. Ratios of medians are what counts; absolute figures
+//! of a shared machine are not.
+//!
+//!     cargo run --release --example veth_pps [-- ROUNDS [SECONDS]]
+
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::sys::socket::{setsockopt, sockopt};
+use weir::lab::Lab;
+use weir_dataplane::{
+    afxdp::{AfXdp, AfXdpSettings, PortSettings, RingSizes},
+    attach::{self, Attachment, SocketDevice, TrunkSettings},
+    driver::{Driver, PortId},
+    frame::IfIndex,
+};
+use weir_packet::Mac;
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+const SENDER: (&str, &str, &str) = ("default/sender", "10.1.1.10", "sender0");
+const SINK: (&str, &str, &str) = ("default/sink", "10.1.1.11", "sink0");
+/// UDP payload of a 64-byte frame, with the frame check sequence that a veth does not have.
+const PAYLOAD_BYTES: usize = 18;
+/// Packets per send call.
+const SEGMENTS: usize = 64;
+/// The sender's core, and the forwarder's.
+const CORES: (usize, usize) = (0, 1);
+
+fn main() -> Result<(), Failure> {
+    let mut arguments = std::env::args().skip(1);
+    let rounds: usize = arguments.next().map_or(Ok(7), |a| a.parse())?;
+    let seconds: f64 = arguments.next().map_or(Ok(2.0), |a| a.parse())?;
+    let weir = std::env::current_exe()?.parent().and_then(|p| p.parent()).ok_or("no target folder")?.join("weir");
+    let mut lab = Lab::new(&weir)?;
+    lab.add_switch()?;
+    lab.add_node("node", &["192.168.10.1/24".into()], 1)?;
+    for (pod, address, device) in [SENDER, SINK] {
+        lab.add_pod("node", pod, device, &[address.parse::<IpAddr>()?])?;
+    }
+    // A prerouting hook at raw priority sees every packet and none goes on.
+    lab.run_in(SINK.0, &["nft", "add table inet sink; add chain inet sink all { type filter hook prerouting priority raw; policy drop; }"])?;
+    let config = configuration(&lab)?;
+
+    let (mut with_weir, mut bare) = (Vec::new(), Vec::new());
+    for round in 0..rounds {
+        let mut router = lab.start_router("node", &config)?;
+        let rate = measure(&lab, seconds)?;
+        router.signal(nix::sys::signal::Signal::SIGTERM);
+        router.wait(Duration::from_secs(5))?;
+        with_weir.push(rate);
+        lab.weir("node", &["detach", "-c", &config.display().to_string()])?;
+
+        let forwarder = Forwarder::start(&lab)?;
+        let rate = measure(&lab, seconds)?;
+        forwarder.stop(&lab)?;
+        bare.push(rate);
+        println!("round {}: weir {:.3} Mpps, bare forwarder {:.3} Mpps", round + 1, with_weir[round] / 1e6, bare[round] / 1e6);
+    }
+    let ratios: Vec<f64> = with_weir.iter().zip(&bare).map(|(w, b)| w / b).collect();
+    println!(
+        "medians of {rounds} alternating rounds of {seconds} s: weir {:.3} Mpps, bare forwarder {:.3} Mpps, ratio of pairs {:.3}",
+        median(with_weir) / 1e6,
+        median(bare) / 1e6,
+        median(ratios)
+    );
+    Ok(())
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn configuration(lab: &Lab) -> Result<PathBuf, Failure> {
+    let node = lab.node_name("node");
+    let mut manifests = format!(
+        "{{apiVersion: v1, kind: Node, metadata: {{name: {node}}}, spec: {{podCIDRs: [10.1.1.0/24]}}, \
+         status: {{addresses: [{{type: InternalIP, address: 192.168.10.1}}]}}}}\n---\n\
+         {{apiVersion: v1, kind: Namespace, metadata: {{name: default}}}}\n"
+    );
+    for (pod, address, device) in [SENDER, SINK] {
+        let name = pod.rsplit('/').next().unwrap_or(pod);
+        manifests += &format!(
+            "---\n{{apiVersion: v1, kind: Pod, metadata: {{namespace: default, name: {name}}}, spec: {{nodeName: {node}, \
+             containers: [{{name: c}}]}}, status: {{podIP: {address}, podIPs: [{{ip: {address}}}]}}}}\n---\n\
+             {{apiVersion: projectcalico.org/v3, kind: WorkloadEndpoint, metadata: {{namespace: default, name: {name}}}, \
+             spec: {{node: {node}, pod: {name}, orchestrator: k8s, endpoint: eth0, interfaceName: {device}, ipNetworks: [{address}/32]}}}}\n"
+        );
+    }
+    fs::write(lab.folder().join("cluster.yaml"), manifests)?;
+    let config = lab.folder().join("weir.yaml");
+    fs::write(&config, format!("nodeName: {node}\nmanifests: [cluster.yaml]\nworkers: {{cores: [{}], mode: busy}}\n", CORES.1))?;
+    Ok(config)
+}
+
+/// Runs `work` on a thread in a namespace of the lab, pinned to a core.
+fn in_namespace<T: Send + 'static>(
+    lab: &Lab,
+    name: &str,
+    core: usize,
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> thread::JoinHandle<Result<T, Failure>> {
+    let path = format!("/run/netns/{}", lab.namespace_name(name));
+    thread::spawn(move || {
+        nix::sched::setns(fs::File::open(path)?, nix::sched::CloneFlags::CLONE_NEWNET)?;
+        core_affinity::set_for_current(core_affinity::CoreId { id: core });
+        work()
+    })
+}
+
+/// Packets per second that arrive at the sink.
+fn measure(lab: &Lab, seconds: f64) -> Result<f64, Failure> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = stop.clone();
+    let sender = in_namespace(lab, SENDER.0, CORES.0, move || {
+        let socket = UdpSocket::bind((SENDER.1, 0))?;
+        socket.connect(SocketAddr::new(SINK.1.parse()?, 9))?;
+        setsockopt(&socket, sockopt::UdpGsoSegment, &(PAYLOAD_BYTES as i32))?;
+        let data = [0; PAYLOAD_BYTES * SEGMENTS];
+        while !stopped.load(Ordering::Relaxed) {
+            // Refused while a queue is full: the next call tries again.
+            let _ = socket.send(&data);
+        }
+        Ok(())
+    });
+    thread::sleep(Duration::from_millis(500));
+    let (begin, first) = (Instant::now(), received(lab)?);
+    thread::sleep(Duration::from_secs_f64(seconds));
+    let (elapsed, last) = (begin.elapsed(), received(lab)?);
+    stop.store(true, Ordering::Relaxed);
+    sender.join().map_err(|_| "the sender panicked")??;
+    Ok((last - first) as f64 / elapsed.as_secs_f64())
+}
+
+fn received(lab: &Lab) -> Result<u64, Failure> {
+    let text = lab.run_in(SINK.0, &["cat", "/proc/self/net/dev"])?;
+    let line = text.lines().find_map(|l| l.trim().strip_prefix("eth0:")).ok_or("the sink has no eth0")?;
+    Ok(line.split_whitespace().nth(1).ok_or("no packet count")?.parse()?)
+}
+
+/// Receives on the trunk, sets the target device, sends. Nothing else.
+struct Forwarder {
+    stop: Arc<AtomicBool>,
+    thread: thread::JoinHandle<Result<(), Failure>>,
+    pins: PathBuf,
+}
+
+impl Forwarder {
+    fn start(lab: &Lab) -> Result<Self, Failure> {
+        let pins = weir::run::pin_folder(&lab.node_name("node"));
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stopped, pin_dir) = (stop.clone(), pins.clone());
+        let (ready, is_ready) = std::sync::mpsc::channel();
+        let thread = in_namespace(lab, "node", CORES.1, move || {
+            let mut attachment = Attachment::open(TrunkSettings { queues: 1, mtu: 1500, pin_dir })?;
+            let mut index_of = |device: &str| -> Result<IfIndex, Failure> {
+                let index = nix::net::if_::if_nametoindex(device)?;
+                attachment.adopt_workload(index, device, Mac([0xee; 6]), true)?;
+                Ok(IfIndex(index))
+            };
+            let (sender, sink) = (index_of(SENDER.2)?, index_of(SINK.2)?);
+            let mut driver = AfXdp::open(&AfXdpSettings {
+                trunk: PortSettings {
+                    device: "weir1".into(),
+                    index: IfIndex(attachment.trunk().router_end),
+                    mac: Mac::default(),
+                    queue: 0,
+                    sizes: RingSizes::default(),
+                },
+                uplinks: Vec::new(),
+                spare_frames: AfXdpSettings::DEFAULT_SPARE_FRAMES,
+            })?;
+            attachment.register_socket(SocketDevice::Trunk, 0, driver.socket(PortId::TRUNK))?;
+            ready.send(())?;
+            let mut burst = Vec::with_capacity(64);
+            while !stopped.load(Ordering::Relaxed) {
+                if driver.receive(PortId::TRUNK, &mut burst, 64) == 0 {
+                    std::hint::spin_loop();
+                    continue;
+                }
+                for packet in &mut burst {
+                    packet.device = if packet.device == sender { sink } else { sender };
+                }
+                driver.transmit(PortId::TRUNK, &mut burst);
+                burst.drain(..).for_each(|packet| driver.release(packet));
+            }
+            Ok(())
+        });
+        // The sender end is gone where the thread failed; its error comes from the join.
+        if is_ready.recv().is_err() {
+            return Err(match thread.join() {
+                Ok(Err(error)) => error,
+                _ => "the bare forwarder did not start".into(),
+            });
+        }
+        // ARP for the gateway is weir's to answer; a bare forwarder has nobody who does.
+        for pod in [SENDER.0, SINK.0] {
+            lab.ip(pod, "neigh replace 169.254.1.1 lladdr ee:ee:ee:ee:ee:ee dev eth0 nud permanent")?;
+        }
+        Ok(Self { stop, thread, pins })
+    }
+
+    fn stop(self, lab: &Lab) -> Result<(), Failure> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().map_err(|_| "the bare forwarder panicked")??;
+        let pins = self.pins;
+        in_namespace(lab, "node", CORES.1, move || Ok(attach::detach(&pins)?)).join().map_err(|_| "detach panicked")??;
+        Ok(())
+    }
+}

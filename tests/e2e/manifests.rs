@@ -1,0 +1,131 @@
+//! Manifests written by tests: one JSON document per resource, which is YAML too.
+
+use serde_json::{Value, json};
+
+/// A service port: name, protocol, port, target port, node port (0: none).
+pub type PortSpec = (&'static str, &'static str, u16, u16, u16);
+
+/// A Service with its EndpointSlices.
+#[derive(Default)]
+pub struct ServiceSpec<'a> {
+    /// "namespace/name".
+    pub name: &'a str,
+    /// Cluster IPs, of one or both families.
+    pub addresses: &'a [&'a str],
+    pub ports: &'a [PortSpec],
+    /// externalTrafficPolicy: Local.
+    pub local: bool,
+    /// Address and node of each ready backend.
+    pub backends: &'a [(&'a str, &'a str)],
+}
+
+/// A file of manifests.
+#[derive(Default)]
+pub struct Manifests(Vec<Value>);
+
+impl Manifests {
+    /// The nodes and the pool of most tests: node-a and node-b on 192.168.10.0/24, pods in 10.1.0.0/16, IPv6 alike.
+    pub fn cluster(ipip: &str) -> Self {
+        let mut all = Self::default();
+        all.node("node-a", &["192.168.10.1", "fd00:10::1"], &["10.1.1.0/24", "fd00:1:1::/64"]);
+        all.node("node-b", &["192.168.10.2", "fd00:10::2"], &["10.1.2.0/24", "fd00:1:2::/64"]);
+        all.pool("ipv4", "10.1.0.0/16", ipip);
+        all.pool("ipv6", "fd00:1::/32", "Never");
+        all.namespace("default");
+        all
+    }
+
+    pub fn add(&mut self, resource: Value) {
+        self.0.push(resource);
+    }
+
+    pub fn node(&mut self, name: &str, addresses: &[&str], pod_cidrs: &[&str]) {
+        let addresses: Vec<_> = addresses.iter().map(|a| json!({"type": "InternalIP", "address": a})).collect();
+        self.add(json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": name},
+            "spec": {"podCIDR": pod_cidrs[0], "podCIDRs": pod_cidrs}, "status": {"addresses": addresses},
+        }));
+    }
+
+    pub fn pool(&mut self, name: &str, cidr: &str, ipip: &str) {
+        self.add(json!({
+            "apiVersion": "projectcalico.org/v3", "kind": "IPPool", "metadata": {"name": name},
+            "spec": {"cidr": cidr, "ipipMode": ipip, "vxlanMode": "Never", "natOutgoing": true},
+        }));
+    }
+
+    pub fn namespace(&mut self, name: &str) {
+        self.add(json!({
+            "apiVersion": "v1", "kind": "Namespace",
+            "metadata": {"name": name, "labels": {"kubernetes.io/metadata.name": name}},
+        }));
+    }
+
+    /// A running pod with the label `app`.
+    pub fn pod(&mut self, node: &str, pod: &str, app: &str, addresses: &[&str]) {
+        let (namespace, name) = pod.split_once('/').expect("namespace/name");
+        let ips: Vec<_> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
+        self.add(json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"namespace": namespace, "name": name, "labels": {"app": app}},
+            "spec": {"nodeName": node, "containers": [{"name": "c"}]},
+            "status": {"phase": "Running", "podIP": addresses[0], "podIPs": ips},
+        }));
+    }
+
+    pub fn service(&mut self, spec: &ServiceSpec<'_>) {
+        let (namespace, name) = spec.name.split_once('/').expect("namespace/name");
+        let has_node_port = spec.ports.iter().any(|p| p.4 != 0);
+        let ports: Vec<_> = spec
+            .ports
+            .iter()
+            .map(|(name, protocol, port, target, node_port)| {
+                let mut value = json!({"name": name, "protocol": protocol, "port": port, "targetPort": target});
+                if *node_port != 0 {
+                    value["nodePort"] = (*node_port).into();
+                }
+                value
+            })
+            .collect();
+        let mut service = json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": namespace, "name": name},
+            "spec": {
+                "type": if has_node_port { "NodePort" } else { "ClusterIP" },
+                "clusterIP": spec.addresses[0], "clusterIPs": spec.addresses, "ports": ports,
+            },
+        });
+        if has_node_port {
+            service["spec"]["externalTrafficPolicy"] = if spec.local { "Local" } else { "Cluster" }.into();
+        }
+        self.add(service);
+        let slice_ports: Vec<_> = spec
+            .ports
+            .iter()
+            .map(|(name, protocol, _, target, _)| json!({"name": name, "protocol": protocol, "port": target}))
+            .collect();
+        for (family, is_v6) in [("IPv4", false), ("IPv6", true)] {
+            let endpoints: Vec<_> = spec
+                .backends
+                .iter()
+                .filter(|(address, _)| address.contains(':') == is_v6)
+                .map(|(address, node)| json!({"addresses": [address], "nodeName": node, "conditions": {"ready": true}}))
+                .collect();
+            if endpoints.is_empty() {
+                continue;
+            }
+            self.add(json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family,
+                "metadata": {
+                    "namespace": namespace, "name": format!("{name}-{}", family.to_lowercase()),
+                    "labels": {"kubernetes.io/service-name": name},
+                },
+                "endpoints": endpoints, "ports": slice_ports,
+            }));
+        }
+    }
+
+    /// The file's text.
+    pub fn text(&self) -> String {
+        self.0.iter().map(|resource| format!("---\n{resource:#}\n")).collect()
+    }
+}
