@@ -52,7 +52,7 @@ fn main() -> Result<(), Failure> {
         lab.add_pod("node", pod, device, &[address.parse::<IpAddr>()?])?;
     }
     // A prerouting hook at raw priority sees every packet and none goes on.
-    lab.run_in(SINK.0, &["nft", "add table inet sink; add chain inet sink all { type filter hook prerouting priority raw; policy drop; }"])?;
+    lab.run_in(SINK.0, &["nft", "add table inet sink; add chain inet sink discard { type filter hook prerouting priority raw; policy drop; }"])?;
     let config = configuration(&lab)?;
 
     let (mut with_weir, mut bare) = (Vec::new(), Vec::new());
@@ -68,7 +68,12 @@ fn main() -> Result<(), Failure> {
         let rate = measure(&lab, seconds)?;
         forwarder.stop(&lab)?;
         bare.push(rate);
-        println!("round {}: weir {:.3} Mpps, bare forwarder {:.3} Mpps", round + 1, with_weir[round] / 1e6, bare[round] / 1e6);
+        println!(
+            "round {}: weir {:.3} Mpps, bare forwarder {:.3} Mpps",
+            round + 1,
+            with_weir[round] / 1e6,
+            bare[round] / 1e6
+        );
     }
     let ratios: Vec<f64> = with_weir.iter().zip(&bare).map(|(w, b)| w / b).collect();
     println!(
@@ -103,7 +108,10 @@ fn configuration(lab: &Lab) -> Result<PathBuf, Failure> {
     }
     fs::write(lab.folder().join("cluster.yaml"), manifests)?;
     let config = lab.folder().join("weir.yaml");
-    fs::write(&config, format!("nodeName: {node}\nmanifests: [cluster.yaml]\nworkers: {{cores: [{}], mode: busy}}\n", CORES.1))?;
+    fs::write(
+        &config,
+        format!("nodeName: {node}\nmanifests: [cluster.yaml]\nworkers: {{cores: [{}], mode: busy}}\n", CORES.1),
+    )?;
     Ok(config)
 }
 
@@ -218,7 +226,9 @@ impl Forwarder {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().map_err(|_| "the bare forwarder panicked")??;
         let pins = self.pins;
-        in_namespace(lab, "node", CORES.1, move || Ok(attach::detach(&pins)?)).join().map_err(|_| "detach panicked")??;
+        in_namespace(lab, "node", CORES.1, move || Ok(attach::detach(&pins)?))
+            .join()
+            .map_err(|_| "detach panicked")??;
         Ok(())
     }
 }

@@ -152,7 +152,9 @@ fn device_and_file(text: &str) -> Result<(String, PathBuf), String> {
 fn seconds_and_file(text: &str) -> Result<(f64, PathBuf), String> {
     let parsed = text.split_once('=').and_then(|(seconds, file)| Some((seconds.parse::<f64>().ok()?, file)));
     match parsed {
-        Some((seconds, file)) if seconds.is_finite() && seconds >= 0.0 && !file.is_empty() => Ok((seconds, file.into())),
+        Some((seconds, file)) if seconds.is_finite() && seconds >= 0.0 && !file.is_empty() => {
+            Ok((seconds, file.into()))
+        }
         _ => Err("expected SECONDS=FILE, like 2.5=other.yaml".into()),
     }
 }
@@ -164,7 +166,10 @@ fn main() -> ExitCode {
         ExitCode::FAILURE
     };
     match cli.command {
-        Command::Check(args) => check::run(&args.config.config, if args.output == Output::Json { check::Output::Json } else { check::Output::Text }),
+        Command::Check(args) => check::run(
+            &args.config.config,
+            if args.output == Output::Json { check::Output::Json } else { check::Output::Text },
+        ),
         Command::Trace(args) => match run_trace(&args) {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => ExitCode::FAILURE,

@@ -5,7 +5,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
+    io::{self, IsTerminal as _},
     net::IpAddr,
     os::fd::AsFd,
     path::{Path, PathBuf},
@@ -48,8 +49,8 @@ use crate::{
     config::{Problems, RouterConfig, router::WorkerMode},
     control::{self, RUN_FOLDER, Request},
     kernel::{
-        DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState, RoleRules,
-        TRUNK_HOST, TRUNK_WEIR, Wanted,
+        DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState, Link,
+        RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted,
     },
     report::{connection, counters_json},
     translate::{self, Loaded},
@@ -172,12 +173,16 @@ fn load(path: &Path) -> Result<Loaded, RunError> {
 /// # Errors
 /// Where it cannot start, or a part of it fails.
 pub fn run(config: &Path) -> Result<(), RunError> {
-    tracing_subscriber::fmt().with_writer(io::stderr).with_target(false).with_max_level(tracing::Level::INFO).init();
+    tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .with_target(false)
+        .with_max_level(tracing::Level::INFO)
+        .init();
     runtime()?.block_on(async {
         let mut router = Router::start(config).await?;
         let result = router.serve().await;
-        router.stop();
-        result
+        result.and(router.stop())
     })
 }
 
@@ -279,12 +284,12 @@ impl Router {
         let forwarding = Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?;
         attachment.set_owned(&owned(&loaded, &rules, &forwarding))?;
         for left in attachment.pinned_uplinks()? {
-            if !uplinks.iter().any(|(_, index, _)| index.0 == left) {
+            if !uplinks.iter().any(|uplink| uplink.index.0 == left) {
                 attachment.detach_uplink(left)?;
             }
         }
-        for (name, index, _) in &uplinks {
-            attachment.attach_uplink(index.0, name)?;
+        for uplink in &uplinks {
+            attachment.attach_uplink(uplink.index.0, &uplink.name)?;
         }
 
         let domain = Domain::new();
@@ -351,7 +356,7 @@ impl Router {
         let plumbing = HostPlumbing::new(HostSettings {
             device: TRUNK_HOST.into(),
             gateway_mac: attach::ROUTER_END_MAC,
-            uplinks: uplinks.iter().map(|(name, ..)| name.clone()).collect(),
+            uplinks: uplinks.iter().map(|uplink| uplink.name.clone()).collect(),
             snat_ports: config.snat.port_range,
             record: host_record(&config.node_name),
         })?;
@@ -431,15 +436,20 @@ impl Router {
     }
 
     /// Ends the workers. What is attached stays: pods are closed until the next router adopts them.
-    fn stop(&mut self) {
+    fn stop(&mut self) -> Result<(), RunError> {
         self.shared.stop.store(true, Ordering::Relaxed);
-        for worker in self.workers.drain(..) {
-            let _ = worker.join();
+        let mut result = Ok(());
+        for (number, worker) in self.workers.drain(..).enumerate() {
+            if worker.join().is_err() {
+                let source = io::Error::other("it panicked at its end; the message is above");
+                result = Err(RunError::Worker { worker: number, source });
+            }
         }
         let _ = fs::remove_file(&self.socket);
         let totals = self.totals();
         info!(rx = totals.rx, tx = totals.tx, punted = totals.punted, dropped = totals.dropped(), "the router ends");
         info!("programs stay attached, so pods stay closed until weir runs again; `weir detach` takes everything off");
+        result
     }
 
     fn watch_files(&mut self) -> Result<(), RunError> {
@@ -675,12 +685,8 @@ fn role_rules(loaded: &Loaded) -> RoleRules {
     RoleRules::new(of_role(Role::Uplink), workloads.chain(of_role(Role::Workload)))
 }
 
-/// The uplinks of weir.yaml in their order: name, index, receive queues.
-fn check_uplinks(
-    config: &RouterConfig,
-    kernel: &KernelState,
-    workers: u32,
-) -> Result<Vec<(String, IfIndex, (u32, Mac))>, RunError> {
+/// The uplinks of weir.yaml in their order.
+fn check_uplinks(config: &RouterConfig, kernel: &KernelState, workers: u32) -> Result<Vec<Link>, RunError> {
     let uplinks = config.devices.iter().filter(|d| d.role == Role::Uplink);
     uplinks
         .map(|uplink| {
@@ -691,27 +697,33 @@ fn check_uplinks(
             if link.rx_queues < workers {
                 return Err(RunError::TooFewQueues { device: uplink.name.clone(), queues: link.rx_queues, workers });
             }
-            Ok((uplink.name.clone(), link.index, (link.rx_queues, link.mac.unwrap_or_default())))
+            Ok(link.clone())
         })
         .collect()
 }
 
 /// Worker `worker` owns its queue of the trunk and every `workers`-th queue of each uplink. The first queue of each uplink
 /// comes first, so that port numbers are those of the forwarding tables for all workers.
-fn worker_settings(worker: u32, workers: u32, trunk: u32, uplinks: &[(String, IfIndex, (u32, Mac))]) -> AfXdpSettings {
-    let port = |device: &str, index: IfIndex, mac: Mac, queue: u32| PortSettings {
-        device: device.into(),
-        index,
-        mac,
+fn worker_settings(worker: u32, workers: u32, trunk: u32, uplinks: &[Link]) -> AfXdpSettings {
+    let port = |uplink: &Link, queue: u32| PortSettings {
+        device: uplink.name.clone(),
+        index: uplink.index,
+        mac: uplink.mac.unwrap_or_default(),
         queue,
         sizes: RingSizes::default(),
     };
-    let first = uplinks.iter().map(|(name, index, (_, mac))| port(name, *index, *mac, worker));
-    let further = uplinks.iter().flat_map(|(name, index, (queues, mac))| {
-        (worker + workers..*queues).step_by(workers as usize).map(move |queue| port(name, *index, *mac, queue))
+    let first = uplinks.iter().map(|uplink| port(uplink, worker));
+    let further = uplinks.iter().flat_map(|uplink| {
+        (worker + workers..uplink.rx_queues).step_by(workers as usize).map(move |queue| port(uplink, queue))
     });
     AfXdpSettings {
-        trunk: port(TRUNK_WEIR, IfIndex(trunk), Mac::default(), worker),
+        trunk: PortSettings {
+            device: TRUNK_WEIR.into(),
+            index: IfIndex(trunk),
+            mac: Mac::default(),
+            queue: worker,
+            sizes: RingSizes::default(),
+        },
         uplinks: first.chain(further).collect(),
         spare_frames: AfXdpSettings::DEFAULT_SPARE_FRAMES,
     }

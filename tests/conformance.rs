@@ -44,6 +44,7 @@ fn packets_through_replay() {
 fn fragments_are_dropped_with_their_reason_until_they_are_followed() {
     let output = run("packets.py", &[WEIR, "--only", "^frag-in-order-dnat$", "--keep", env!("CARGO_TARGET_TMPDIR")]);
     assert!(!output.status.success(), "fragments are followed now: move their cases into packets_through_replay");
-    let counters = std::fs::read_to_string(concat!(env!("CARGO_TARGET_TMPDIR"), "/frag-in-order-dnat/out/counters.json"));
+    let counters =
+        std::fs::read_to_string(concat!(env!("CARGO_TARGET_TMPDIR"), "/frag-in-order-dnat/out/counters.json"));
     assert!(counters.unwrap().contains("\"Fragment\": 5"), "all five fragments are counted");
 }

@@ -16,13 +16,29 @@ fn router() -> MemoryRouter {
 
 /// Frames that get far: the right MAC addresses and EtherTypes, addresses that the router knows, any content behind.
 fn near_valid() -> impl Strategy<Value = Vec<u8>> {
-    const ADDRESSES: [[u8; 4]; 7] =
-        [[10, 244, 1, 2], [10, 244, 1, 3], [10, 244, 2, 2], [10, 96, 0, 10], [192, 168, 0, 10], [192, 168, 0, 11], [203, 0, 113, 7]];
+    const ADDRESSES: [[u8; 4]; 7] = [
+        [10, 244, 1, 2],
+        [10, 244, 1, 3],
+        [10, 244, 2, 2],
+        [10, 96, 0, 10],
+        [192, 168, 0, 10],
+        [192, 168, 0, 11],
+        [203, 0, 113, 7],
+    ];
     let address = || prop::sample::select(ADDRESSES.to_vec());
     let protocol = prop::sample::select(vec![1u8, 4, 6, 17, 41, 132, 255]);
     let port = || prop::sample::select(vec![0u16, 22, 80, 8080, 30080, 12345, 40000]);
-    (address(), address(), protocol, port(), port(), any::<[u8; 3]>(), 0u16..0x8000, prop::collection::vec(any::<u8>(), 0..200)).prop_map(
-        |(src, dst, protocol, sport, dport, [ttl, tos, flags], fragment, payload)| {
+    (
+        address(),
+        address(),
+        protocol,
+        port(),
+        port(),
+        any::<[u8; 3]>(),
+        0u16..0x8000,
+        prop::collection::vec(any::<u8>(), 0..200),
+    )
+        .prop_map(|(src, dst, protocol, sport, dport, [ttl, tos, flags], fragment, payload)| {
             let mut l4 = [sport.to_be_bytes(), dport.to_be_bytes()].concat();
             l4.extend([0, 0, 0, 1, 0, 0, 0, 0, 0x50, flags & 0x3f, 0xff, 0xff, 0, 0, 0, 0]);
             l4.extend(payload);
@@ -45,13 +61,15 @@ fn near_valid() -> impl Strategy<Value = Vec<u8>> {
             frame.extend(header);
             frame.extend(l4);
             frame
-        },
-    )
+        })
 }
 
 fn frames() -> impl Strategy<Value = Vec<(usize, Vec<u8>)>> {
     let random = prop::collection::vec(any::<u8>(), 0..400);
-    let typed = (prop::sample::select(vec![[8u8, 0], [0x86, 0xdd], [8, 6], [0x81, 0]]), prop::collection::vec(any::<u8>(), 0..300))
+    let typed = (
+        prop::sample::select(vec![[8u8, 0], [0x86, 0xdd], [8, 6], [0x81, 0]]),
+        prop::collection::vec(any::<u8>(), 0..300),
+    )
         .prop_map(|(ethertype, rest)| [&[0; 12], &ethertype[..], &rest].concat());
     let cut = (near_valid(), any::<prop::sample::Index>()).prop_map(|(mut frame, at)| {
         frame.truncate(at.index(frame.len() + 1));

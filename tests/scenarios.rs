@@ -106,9 +106,9 @@ fn node_port(cluster: &str, node: &str, flow: &str) -> Value {
 
 fn internal_ip(cluster: &str, node: &str) -> String {
     let text = fs::read_to_string(scenario("webapp-nodeport").join(cluster)).unwrap();
-    let document = text.split("\n---").find(|d| {
-        d.lines().any(|l| l == "kind: Node") && d.lines().any(|l| l.strip_prefix("  name: ") == Some(node))
-    });
+    let document = text
+        .split("\n---")
+        .find(|d| d.lines().any(|l| l == "kind: Node") && d.lines().any(|l| l.strip_prefix("  name: ") == Some(node)));
     let lines: Vec<&str> = document.unwrap().lines().collect();
     let at = lines.iter().position(|l| l.contains("InternalIP")).unwrap();
     lines[at + 1].split(": ").nth(1).unwrap().to_owned()

@@ -166,7 +166,7 @@ mod tests {
     #[test]
     fn a_bucket_holds_twelve_keys_and_gives_back_each() {
         let bucket = Bucket::default();
-        let key = |i: u32| SlotRef::new(i, if i % 2 == 0 { Direction::Original } else { Direction::Reply });
+        let key = |i: u32| SlotRef::new(i, if i.is_multiple_of(2) { Direction::Original } else { Direction::Reply });
         for i in 0..SLOTS as u32 {
             assert!(bucket.claim(1 + i as u8 % 3, key(i)));
         }

@@ -108,7 +108,7 @@ use crate::{
 };
 
 /// Buckets in which a key may live. At full load about one insertion in 10^10 finds all of them full.
-pub const PROBES: usize = 6;
+pub const PROBES: usize = if cfg!(loom) { 3 } else { 6 };
 
 /// The most connections that a table may have.
 pub const MAX_ENTRIES: u32 = 1 << 29;

@@ -8,7 +8,7 @@ use weir_packet::{Address, DropReason, FlowKey, Ports, Protocol};
 use weir_policy::{Judgement, PolicyDirection};
 
 use crate::{
-    forwarding::{AdjacencyId, Route, Routed, RouteKind, WorkloadId},
+    forwarding::{AdjacencyId, Route, RouteKind, Routed, WorkloadId},
     snapshot::Snapshot,
 };
 

@@ -167,7 +167,9 @@ pub const MAX_ADJACENCIES: usize = u16::MAX as usize;
 
 /// There are more next hops than a connection can number.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{count} next hops (pods of this node, nodes, gateways, neighbours) are more than the {MAX_ADJACENCIES} that weir can number")]
+#[error(
+    "{count} next hops (pods of this node, nodes, gateways, neighbours) are more than the {MAX_ADJACENCIES} that weir can number"
+)]
 pub struct TooManyNextHops {
     /// How many there are.
     pub count: usize,
@@ -362,7 +364,8 @@ impl<'a> Compiler<'a> {
     fn new(cluster: &'a Cluster, links: &'a Links) -> Self {
         let this_node = cluster.nodes.iter().position(|n| n.name == cluster.node_name).map(|i| NodeId(i as u32));
         let internal = this_node.map(|n| cluster.nodes[n.0 as usize].internal_ips.clone()).unwrap_or_default();
-        let by_device: HashMap<&str, WorkloadId> = local_workloads(cluster).map(|(id, w)| (w.device.as_str(), id)).collect();
+        let by_device: HashMap<&str, WorkloadId> =
+            local_workloads(cluster).map(|(id, w)| (w.device.as_str(), id)).collect();
 
         let mut next_uplink = 1;
         let mut devices: Vec<Device> = links
@@ -520,12 +523,15 @@ impl<'a> Compiler<'a> {
             let id = self.by_index[&device.index];
             if device.role == Role::Uplink {
                 hops.extend(device.addresses.iter().filter_map(|net| {
-                    Some((A::from_ip(net.network())?, net.prefix_len(), 0, None, id)).filter(|_| !is_link_local(net.addr()))
+                    Some((A::from_ip(net.network())?, net.prefix_len(), 0, None, id))
+                        .filter(|_| !is_link_local(net.addr()))
                 }));
             }
         }
         for route in &self.links.routes {
-            let (Some(to), Some(id)) = (A::from_ip(route.to.network()), self.by_index.get(&route.device)) else { continue };
+            let (Some(to), Some(id)) = (A::from_ip(route.to.network()), self.by_index.get(&route.device)) else {
+                continue;
+            };
             let via = match route.via {
                 Some(ip) => match A::from_ip(ip) {
                     Some(via) => Some(via),
@@ -571,7 +577,9 @@ impl<'a> Compiler<'a> {
         // through the prefix's own entry, whose next hop is the destination itself.
         let mut routes: Vec<(A, u8, AdjacencyId)> = Vec::new();
         for ((device, address), _) in self.neighbors.clone() {
-            let (Some(address), Some(id)) = (A::from_ip(address), self.by_index.get(&device).copied()) else { continue };
+            let (Some(address), Some(id)) = (A::from_ip(address), self.by_index.get(&device).copied()) else {
+                continue;
+            };
             if self.devices[id.0 as usize].role != Role::Uplink {
                 continue;
             }
@@ -601,7 +609,9 @@ impl<'a> Compiler<'a> {
                 let device = device_by_name.get(&workload.device).copied();
                 for (position, address) in addresses.enumerate() {
                     pods.insert(address, Owner::Local(id));
-                    if position == 0 && (device.is_some() || !self.links.devices.iter().any(|d| d.role == Role::Workload)) {
+                    if position == 0
+                        && (device.is_some() || !self.links.devices.iter().any(|d| d.role == Role::Workload))
+                    {
                         let adjacency = self.adjacency(device, address.to_ip(), Encapsulation::None);
                         self.adjacencies[adjacency.0 as usize].kind = RouteKind::Workload;
                         workloads.insert(index as u32, adjacency);

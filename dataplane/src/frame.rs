@@ -262,11 +262,8 @@ mod tests {
         with_arena(2, |arena| {
             // SAFETY: nobody has taken chunk 1.
             let frame = unsafe { arena.take(FRAME_BYTES as u64 + 300) };
-            let mut packet = Packet::new(
-                Segment { frame, start: HEADROOM_BYTES as u16, len: 4 },
-                IfIndex(7),
-                LinkType::Host,
-            );
+            let mut packet =
+                Packet::new(Segment { frame, start: HEADROOM_BYTES as u16, len: 4 }, IfIndex(7), LinkType::Host);
             packet.bytes_mut().copy_from_slice(b"abcd");
             assert!(packet.grow_front(20));
             assert_eq!(packet.bytes().len(), 24);

@@ -117,7 +117,8 @@ impl Driver for MemoryDriver {
 
 impl Drop for MemoryDriver {
     fn drop(&mut self) {
-        let queued: Vec<Packet> = self.inboxes.iter_mut().flat_map(|q| q.drain(..)).chain(self.sent.drain(..)).collect();
+        let queued: Vec<Packet> =
+            self.inboxes.iter_mut().flat_map(|q| q.drain(..)).chain(self.sent.drain(..)).collect();
         for packet in queued {
             self.release(packet);
         }

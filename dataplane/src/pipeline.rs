@@ -338,7 +338,12 @@ impl Pipeline {
 }
 
 /// Handles all packets of `burst` and leaves it empty. [`Pipeline::flush`] sends what it made.
-pub fn process_burst<D: Driver>(pipeline: &mut Pipeline, driver: &mut D, burst: &mut Vec<Packet>, context: &Context<'_>) {
+pub fn process_burst<D: Driver>(
+    pipeline: &mut Pipeline,
+    driver: &mut D,
+    burst: &mut Vec<Packet>,
+    context: &Context<'_>,
+) {
     pipeline.counters.add(Counter::Rx as usize, burst.len() as u64);
     for packet in burst.drain(..) {
         pipeline.admit(driver, packet, context);
@@ -351,6 +356,10 @@ impl Pipeline {
     fn drain_pending<A: Family, D: Driver>(&mut self, driver: &mut D, context: &Context<'_>) {
         // Taken and put back, so that the packets can be handled with all of `self`; no allocation happens.
         let mut pending = std::mem::take(A::pending(self));
+        // By now the buckets have arrived, so the connections' own lines can be asked for.
+        for packet in &pending {
+            A::table(context.tables).prefetch_conn(packet.hash);
+        }
         for Pending { packet, view, origin, hash } in pending.drain(..) {
             self.flow(driver, packet, &view, origin, hash, context);
         }
@@ -448,7 +457,11 @@ impl Pipeline {
                 match rejudge(&conn, hit.direction, context) {
                     Rejudged::Keep => {}
                     Rejudged::Cut(reason) => {
-                        table.remove(A::handle(&mut self.handles), hit.conn, context.turn);
+                        // One that a policy denies stays until it expires: forgotten, its other end's next packet could pick it up
+                        // mid-stream as a connection of the opposite direction, which may be allowed.
+                        if !reason.is_policy() {
+                            table.remove(A::handle(&mut self.handles), hit.conn, context.turn);
+                        }
                         return self.end(driver, packet, End::Drop(reason));
                     }
                     Rejudged::Reset(reason) => {
@@ -509,16 +522,19 @@ impl Pipeline {
             return self.punt(packet, forwarding);
         }
         let claimed = decision.service.is_some() || snapshot.rules.services.services::<A>().claims(&view.key);
+        // What the node's own kernel sends to a remote pod is answered to the node's own address, past weir, as is what it answers a
+        // remote pod: half a connection cannot be followed, and the kernel follows the whole of it.
+        if origin == Origin::Host && decision.verdict == Verdict::Forward && !claimed && decision.snat.is_none() {
+            match decision.adjacency() {
+                Some(hop) if forwarding.adjacency(hop).kind != RouteKind::Workload => {
+                    return self.forward(driver, packet, view, &view.key, hop, context);
+                }
+                _ => {}
+            }
+        }
         match observed(&packet, view).opening(&view.key) {
             Opening::Opens => {}
             Opening::MidStream if context.tcp_loose && !claimed => {}
-            // The kernel answers what reached it past weir, as a remote pod's packet to the node's own address.
-            _ if origin == Origin::Host && decision.verdict == Verdict::Forward && !claimed => {
-                return match decision.adjacency() {
-                    Some(adjacency) => self.forward(driver, packet, view, &view.key, adjacency, context),
-                    None => self.end(driver, packet, End::Drop(DropReason::NoRoute)),
-                };
-            }
             Opening::MidStream | Opening::Never => return self.end(driver, packet, End::Drop(DropReason::Invalid)),
         }
         match decision.verdict {
@@ -574,7 +590,9 @@ impl Pipeline {
         let mut attempt = |reply: FlowKey<A>| {
             let new = NewConn { original: view.key, reply, attributes, first: observed(packet, view) };
             match table.insert(A::handle(handles), new, context.now, context.turn) {
-                Insert::Inserted(conn) => Attempt::Free(Opened { hit: Hit { conn, direction: Direction::Original }, ours: true }),
+                Insert::Inserted(conn) => {
+                    Attempt::Free(Opened { hit: Hit { conn, direction: Direction::Original }, ours: true })
+                }
                 Insert::Exists(hit) => Attempt::Free(Opened { hit, ours: false }),
                 Insert::ReplyTaken => Attempt::Taken,
                 Insert::Full => Attempt::Failed(DropReason::TableFull),
@@ -606,7 +624,9 @@ impl Pipeline {
 
     /// Tells control the MAC address of a workload that it does not know yet.
     fn learn<A: Family>(&mut self, packet: &Packet, view: &View<A>, origin: Origin, context: &Context<'_>) {
-        if matches!(origin, Origin::Workload(_)) && context.snapshot.forwarding.neighbor(packet.device, view.key.src.to_ip()).is_none() {
+        if matches!(origin, Origin::Workload(_))
+            && context.snapshot.forwarding.neighbor(packet.device, view.key.src.to_ip()).is_none()
+        {
             self.tell_learned(packet, view.key.src.to_ip());
         }
     }
@@ -796,7 +816,8 @@ impl Pipeline {
             // Never a MAC address of the trunk's own form, which names a device.
             bytes[6..12].copy_from_slice(&mac.0);
             bytes[11] ^= 1;
-            let ethertype: u16 = if bytes[ETHERNET_BYTES] >> 4 == 4 { Ipv4Addr::ETHERTYPE } else { Ipv6Addr::ETHERTYPE };
+            let ethertype: u16 =
+                if bytes[ETHERNET_BYTES] >> 4 == 4 { Ipv4Addr::ETHERTYPE } else { Ipv6Addr::ETHERTYPE };
             bytes[12..14].copy_from_slice(&ethertype.to_be_bytes());
         }
         self.punt_frame(packet);
@@ -883,7 +904,7 @@ impl Pipeline {
                 answer.set_len(length);
                 answer.device = asked_from;
                 self.count(Counter::Generated);
-                    self.egress[usize::from(forwarding.device(device).port.0)].push(answer);
+                self.egress[usize::from(forwarding.device(device).port.0)].push(answer);
             }
             None => driver.release(answer),
         }
@@ -956,7 +977,11 @@ impl Pipeline {
 }
 
 /// Takes the outer header off an IPIP packet, if its sender is the cluster node that owns the inner source.
-fn decapsulate(packet: &mut Packet, view: &View<Ipv4Addr>, forwarding: &Forwarding) -> Result<View<Ipv4Addr>, DropReason> {
+fn decapsulate(
+    packet: &mut Packet,
+    view: &View<Ipv4Addr>,
+    forwarding: &Forwarding,
+) -> Result<View<Ipv4Addr>, DropReason> {
     let sender = forwarding.node_by_address(view.key.src).filter(|n| forwarding.this_node() != Some(*n));
     let Some(sender) = sender.filter(|_| forwarding.is_local(view.key.dst)) else {
         return Err(DropReason::TunnelUnknownPeer);

@@ -196,7 +196,12 @@ mod tests {
     use super::*;
 
     fn key(protocol: Protocol, source: u16, destination: u16) -> FlowKey<Ipv4Addr> {
-        FlowKey { src: [10, 0, 0, 1].into(), dst: [10, 0, 0, 2].into(), ports: Ports::new(source, destination), protocol }
+        FlowKey {
+            src: [10, 0, 0, 1].into(),
+            dst: [10, 0, 0, 2].into(),
+            ports: Ports::new(source, destination),
+            protocol,
+        }
     }
 
     #[test]

@@ -7,10 +7,10 @@
 //! # Theory
 //!
 //! A packet is a point in a space with a dimension per field, a rule a box in it, and the verdict that of the first box
-//! that holds the point. Looking at every rule costs time by the number of rules; instead, each field is looked up alone
-//! and answers with the set of rules that its value satisfies, as a bit vector in order of evaluation, and the first bit
-//! of the intersection is the verdict (1). Values that satisfy the same rules form one class and share one vector (2);
-//! vectors are sparse, with summaries above them, so that the intersection reads few words (3).
+//! that holds the point. Looking at every rule costs time by the number of rules; instead, each field is looked up
+//! alone and answers with the set of rules that its value satisfies, as a bit vector in order of evaluation, and the
+//! first bit of the intersection is the verdict (1). Values that satisfy the same rules form one class and share one
+//! vector (2); vectors are sparse, with summaries above them, so that the intersection reads few words (3).
 //!
 //! 1. T. V. Lakshman, D. Stiliadis: High-Speed Policy-based Packet Forwarding Using Efficient Multi-dimensional Range
 //!    Matching. SIGCOMM 1998.
@@ -27,9 +27,11 @@
 //! ```
 //!
 //! - Selectors are evaluated at compile time: a rule's peer is a set of addresses ([`mod@model`], `peers`, `resolve`).
-//! - Addresses that no rule of the node tells apart are one peer class: one lookup per address (`partition`, `addresses`).
+//! - Addresses that no rule of the node tells apart are one peer class: one lookup per address (`partition`,
+//!   `addresses`).
 //! - Workloads with the same policies and profiles in a direction share a program, one per family. Its rules are one
-//!   list of slots: tiers in order with their ends, then profiles; Pass is a jump to a later slot (`compile`, `program`).
+//!   list of slots: tiers in order with their ends, then profiles; Pass is a jump to a later slot (`compile`,
+//!   `program`).
 //! - A program has rows for the fields that its rules look at; a program whose first rule matches everything, such as
 //!   that of a workload without policy, answers without any lookup.
 //!
@@ -44,11 +46,11 @@
 //!
 //! - `selector` with `not_selector` is one selector over each known endpoint, as upstream evaluates it, also where two
 //!   endpoints share an address.
-//! - A named port is a port of any known endpoint with the packet's address, whichever endpoint of that address the rule's
-//!   selector picked.
+//! - A named port is a port of any known endpoint with the packet's address, whichever endpoint of that address the
+//!   rule's selector picked.
 //! - Numeric ports match TCP, UDP and SCTP only; a rule that excludes ports matches packets without ports.
-//! - An ICMP type matches ICMP and ICMPv6 alike where the rule does not say which; a rule that excludes one matches what is
-//!   no ICMP.
+//! - An ICMP type matches ICMP and ICMPv6 alike where the rule does not say which; a rule that excludes one matches
+//!   what is no ICMP.
 //! - A profile that an endpoint names and nobody defines has no rules.
 
 mod addresses;

@@ -60,7 +60,7 @@ pub struct Endpoint {
 pub struct NamedPort {
     /// The name.
     pub name: String,
-    /// The protocol of the port.
+    /// The protocol of the port: TCP, UDP or SCTP; others are ignored.
     pub protocol: Protocol,
     /// The port number.
     pub port: u16,

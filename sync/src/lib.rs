@@ -53,7 +53,7 @@ pub fn model(run: impl Fn() + Sync + Send + 'static) {
 }
 
 /// The same with at most so many preemptions, for closures of which all interleavings are too many: nearly all faults
-/// show with two (Musuvathi and Qadeer, "Iterative context bounding", PLDI 2007). Ends after 6 seconds if that is
+/// show with two (Musuvathi and Qadeer, "Iterative context bounding", PLDI 2007). Ends after 15 seconds if that is
 /// still too much, or after LOOM_MAX_DURATION seconds. How many executions there were.
 #[cfg(loom)]
 pub fn model_bounded(preemptions: usize, run: impl Fn() + Sync + Send + 'static) -> usize {
@@ -61,7 +61,7 @@ pub fn model_bounded(preemptions: usize, run: impl Fn() + Sync + Send + 'static)
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(preemptions);
     builder.max_branches = 100_000;
-    builder.max_duration.get_or_insert(std::time::Duration::from_secs(6));
+    builder.max_duration.get_or_insert(std::time::Duration::from_secs(15));
     builder.checkpoint_interval = 1000;
     builder.check({
         let executions = Arc::clone(&executions);

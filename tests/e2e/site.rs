@@ -198,7 +198,7 @@ impl Site {
         self.routers.remove(node).expect("it was started")
     }
 
-    /// A drop reason that is part of the test.
+    /// A drop reason that is part of the test, although few tests may see it.
     pub fn tolerate(&mut self, reason: &'static str) {
         self.tolerated.push(reason);
     }
@@ -287,8 +287,9 @@ impl Site {
     /// Asserts that an HTTP request gets no answer at all (curl: 28, its own time limit).
     pub fn unanswered(&self, from: &str, url: &str) {
         let limit = NO_ANSWER_SECONDS.to_string();
-        let output = self.lab.output_in(from, &["curl", "-s", "-g", "--max-time", &limit, url]).unwrap();
-        assert_eq!(output.status.code(), Some(28), "{url} from {from}: {}", String::from_utf8_lossy(&output.stdout));
+        let output = self.lab.output_in(from, &["curl", "-sS", "-g", "--max-time", &limit, url]).unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(28), "{url} from {from}: {said}");
     }
 
     /// Runs ping; whether all were answered, and what it said.
