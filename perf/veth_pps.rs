@@ -59,6 +59,9 @@ fn main() -> Result<(), Failure> {
     for round in 0..rounds {
         let mut router = lab.start_router("node", &config)?;
         let rate = measure(&lab, seconds)?;
+        if rate < 1000.0 {
+            return Err(format!("nothing arrived through weir:\n{}", lab.weir("node", &["status", "-c", &config.display().to_string()])?).into());
+        }
         router.signal(nix::sys::signal::Signal::SIGTERM);
         router.wait(Duration::from_secs(5))?;
         with_weir.push(rate);
@@ -103,7 +106,7 @@ fn configuration(lab: &Lab) -> Result<PathBuf, Failure> {
             "---\n{{apiVersion: v1, kind: Pod, metadata: {{namespace: default, name: {name}}}, spec: {{nodeName: {node}, \
              containers: [{{name: c}}]}}, status: {{podIP: {address}, podIPs: [{{ip: {address}}}]}}}}\n---\n\
              {{apiVersion: projectcalico.org/v3, kind: WorkloadEndpoint, metadata: {{namespace: default, name: {name}}}, \
-             spec: {{node: {node}, pod: {name}, orchestrator: k8s, endpoint: eth0, interfaceName: {device}, ipNetworks: [{address}/32]}}}}\n"
+             spec: {{node: {node}, pod: {name}, orchestrator: k8s, endpoint: eth0, interfaceName: {device}, profiles: [kns.default], ipNetworks: [{address}/32]}}}}\n"
         );
     }
     fs::write(lab.folder().join("cluster.yaml"), manifests)?;

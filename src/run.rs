@@ -130,7 +130,7 @@ pub enum RunError {
         allowed: Vec<usize>,
     },
     /// Another router uses the socket.
-    #[error("a router for this node runs already: {0} answers; stop it first")]
+    #[error("a router for this node runs: {0} answers; stop it first")]
     AlreadyRunning(PathBuf),
     /// A worker ended.
     #[error("worker {worker} failed, so the router ends: {source}")]
@@ -202,6 +202,11 @@ pub fn detach(config: &Path) -> Result<Vec<String>, RunError> {
     let Some((config, _)) = RouterConfig::read(config, &mut problems) else {
         return Err(RunError::Config(Box::new(problems)));
     };
+    // Before anything is taken away: a router that runs keeps all of it.
+    let socket = control::socket_path(&config.node_name);
+    if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
+        return Err(RunError::AlreadyRunning(socket));
+    }
     let mut lines = Vec::new();
     let host = runtime()?.block_on(HostPlumbing::undo(TRUNK_HOST, &host_record(&config.node_name)))?;
     lines.extend(host.changed);

@@ -63,6 +63,11 @@ const fn equal(control: u64, tag: u8) -> u64 {
     !((difference & LOW_BITS).wrapping_add(LOW_BITS) | difference) & HIGH_BITS
 }
 
+/// Where a slot's tag stands in its control word.
+const fn tag_shift(slot: usize) -> usize {
+    8 * if slot < TAGS { slot } else { slot - TAGS }
+}
+
 /// Slots of a bucket with some tag, from the first.
 #[derive(Clone, Copy)]
 pub(crate) struct Matches([u64; 2]);
@@ -105,7 +110,7 @@ impl Bucket {
             // yet emptied the slot: until then, tag and slot are the other's.
             let claimed = self.slots[slot].compare_exchange(SlotRef::EMPTY, key.0, Ordering::AcqRel, Ordering::Relaxed);
             if claimed.is_ok() {
-                self.control[slot / TAGS].fetch_or(u64::from(tag) << (slot % TAGS * 8), Ordering::AcqRel);
+                self.control[slot / TAGS].fetch_or(u64::from(tag) << tag_shift(slot), Ordering::AcqRel);
                 return true;
             }
         }
@@ -117,7 +122,7 @@ impl Bucket {
         for slot in self.matches(tag).0 {
             if self.slot(slot) == key {
                 // The tag first: a slot that looks empty by its tag is only then claimed when it is empty.
-                self.control[slot / TAGS].fetch_and(!(0xff << (slot % TAGS * 8)), Ordering::AcqRel);
+                self.control[slot / TAGS].fetch_and(!(0xff << tag_shift(slot)), Ordering::AcqRel);
                 self.slots[slot].store(SlotRef::EMPTY, Ordering::Release);
                 return true;
             }
@@ -140,7 +145,7 @@ impl Bucket {
     }
 
     /// Nothing in it and nothing overflowed.
-    #[cfg(test)]
+    #[cfg(all(test, not(loom)))]
     pub(crate) fn is_clear(&self) -> bool {
         self.control.iter().all(|control| control.load(Ordering::Relaxed) == 0)
             && self.slots.iter().all(|slot| slot.load(Ordering::Relaxed) == SlotRef::EMPTY)

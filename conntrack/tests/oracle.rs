@@ -55,6 +55,9 @@ fn key<A: Address>(number: u8, protocol: u8) -> FlowKey<A> {
 struct TwinConn<A: Address> {
     original: FlowKey<A>,
     reply: FlowKey<A>,
+    /// The device, which stays.
+    device: u32,
+    /// From which the other attributes follow.
     mark: u32,
     created: u32,
     last_seen: u32,
@@ -76,7 +79,7 @@ impl<A: Address> TwinConn<A> {
     fn attributes(&self) -> Attributes {
         let mark = self.mark;
         Attributes {
-            device: mark,
+            device: self.device,
             stamps: [mark ^ 1, mark ^ 2, mark ^ 3],
             generation: mark ^ 4,
             next_hops: [mark ^ 5, mark ^ 6],
@@ -133,9 +136,10 @@ fn run<A: Address>(operations: Vec<Operation>, start: u32) {
         match operation {
             Operation::Insert { original, reply, protocol, mark } => {
                 let (original, reply) = (key::<A>(original, protocol), key::<A>(reply, protocol));
-                let mut conn = TwinConn {
+                let conn = TwinConn {
                     original,
                     reply,
+                    device: mark,
                     mark,
                     created: twin.now,
                     last_seen: twin.now,
@@ -143,7 +147,6 @@ fn run<A: Address>(operations: Vec<Operation>, start: u32) {
                     stream: false,
                 };
                 let new = NewConn { original, reply, attributes: conn.attributes(), first: Observed::default() };
-                conn.mark = mark;
                 let mut insert = || table.insert(&mut handle, new, now, &participant.enter());
                 let mut result = insert();
                 if result == Insert::Full {
@@ -192,19 +195,12 @@ fn run<A: Address>(operations: Vec<Operation>, start: u32) {
                 if let Some((number, _)) = twin.find(&key(number, protocol)) {
                     let _turn = participant.enter();
                     let (conn, twin) = (table.conn(names[&number]), twin.conns.get_mut(&number).expect("found"));
-                    // The device stays: give the twin a mark with the same one.
-                    let device = twin.mark;
                     conn.set_stamps([mark ^ 1, mark ^ 2, mark ^ 3]);
                     conn.set_generation(mark ^ 4);
                     conn.set_next_hops([mark ^ 5, mark ^ 6]);
                     conn.change_flags(mark as u8, !(mark as u8));
-                    let expected = Attributes { device, ..TwinConn { mark, ..*twin }.attributes() };
-                    assert_eq!(conn.attributes(), expected);
-                    let was = twin.attributes();
-                    conn.set_stamps(was.stamps);
-                    conn.set_generation(was.generation);
-                    conn.set_next_hops(was.next_hops);
-                    conn.change_flags(was.flags, !was.flags);
+                    twin.mark = mark;
+                    assert_eq!(conn.attributes(), twin.attributes());
                 }
             }
             Operation::Pass { ticks } => {

@@ -142,9 +142,8 @@ fn faults_of_weir_yaml() {
         ),
         (
             "nodeName: a\nmanifests: []\nconntrack: {tcp_be_liberal: 1}\n",
-            &[
-                "weir.yaml:3:13: error: conntrack.tcp_be_liberal is not implemented yet [remove it: weir would not follow it]",
-            ],
+            &["weir.yaml:3:13: error: conntrack.tcp_be_liberal is not implemented yet [remove it: weir would not \
+                 follow it]"],
         ),
         (
             "nodeName: a\nmanifests: []\nmanifests: [x]\nkind: Router\napiVersion: v1\n---\na: 1\n",

@@ -34,8 +34,10 @@ fn a_killed_router_leaves_the_node_reachable_and_pods_closed_and_a_restart_adopt
     assert!(passes(&near, &far, DEADLINE));
     let refused = site.lab.output_in("node-a", &[&[crate::site::weir_binary().to_str().unwrap()], &detach[..]].concat());
     let refused = refused.unwrap();
-    assert!(!refused.status.success(), "a running router is not detached");
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && said.contains("stop it first"), "a running router is not detached: {said}");
     site.answered("default/client", url);
+    site.answered("node-a", url);
 
     let mut router = site.take_router("node-a");
     router.signal(Signal::SIGKILL);
@@ -125,7 +127,9 @@ fn pods_come_and_go_under_traffic() {
         for _ in 0..2 {
             for name in &names {
                 delays.push(appear(&mut site, name));
-                site.pings(name, "-c 1 10.1.1.20");
+                // The flood towards it fills what may wait for its MAC address, so a first answer may be lost.
+                weir::lab::wait_until("the new pod's ping", DEADLINE, || site.ping(name, "-c 1 10.1.1.20").0.then_some(()))
+                    .unwrap();
             }
             for name in &names {
                 site.lab.remove_pod(name).unwrap();

@@ -68,7 +68,6 @@ pub fn one_node() -> Vec<NodePlan> {
 pub struct Site {
     routers: BTreeMap<String, Process>,
     configs: BTreeMap<String, PathBuf>,
-    tolerated: Vec<&'static str>,
     pub cluster: Cluster,
     pub lab: Lab,
 }
@@ -96,7 +95,6 @@ impl Site {
         let mut site = Self {
             routers: BTreeMap::new(),
             configs: BTreeMap::new(),
-            tolerated: Vec::new(),
             cluster: Cluster::default(),
             lab,
         };
@@ -198,10 +196,6 @@ impl Site {
         self.routers.remove(node).expect("it was started")
     }
 
-    /// A drop reason that is part of the test, although few tests may see it.
-    pub fn tolerate(&mut self, reason: &'static str) {
-        self.tolerated.push(reason);
-    }
 
     /// What a node's router answers to `weir status`.
     pub fn status(&self, node: &str) -> Value {
@@ -340,7 +334,7 @@ impl Site {
         });
         assert!(rest.is_ok(), "{node} does not balance: {last}");
         for (reason, count) in last["drops"].as_object().into_iter().flatten() {
-            let never = NEVER.contains(&reason.as_str()) && !self.tolerated.contains(&reason.as_str());
+            let never = NEVER.contains(&reason.as_str());
             assert!(!never || *count == 0, "{node} dropped {count} packets: {reason}; {last}");
         }
     }
