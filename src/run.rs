@@ -140,6 +140,9 @@ pub enum RunError {
         /// Why.
         source: io::Error,
     },
+    /// It failed for a user who is not root.
+    #[error("{0}; routers need root (or all of its capabilities): for BPF, AF_XDP sockets, devices and routes")]
+    NotRoot(Box<RunError>),
     /// Something of the system.
     #[error("{what}: {source}")]
     System {
@@ -164,6 +167,15 @@ fn host_record(node_name: &str) -> PathBuf {
     Path::new(RUN_FOLDER).join(format!("{node_name}.host.json"))
 }
 
+/// The same error, which says so if missing privileges may be behind it.
+fn for_this_user(error: RunError) -> RunError {
+    match error {
+        RunError::Config(_) => error,
+        _ if nix::unistd::geteuid().is_root() => error,
+        _ => RunError::NotRoot(Box::new(error)),
+    }
+}
+
 fn load(path: &Path) -> Result<Loaded, RunError> {
     translate::load(path).map_err(|problems| RunError::Config(Box::new(problems)))
 }
@@ -180,7 +192,7 @@ pub fn run(config: &Path) -> Result<(), RunError> {
         .with_max_level(tracing::Level::INFO)
         .init();
     runtime()?.block_on(async {
-        let mut router = Router::start(config).await?;
+        let mut router = Router::start(config).await.map_err(for_this_user)?;
         let result = router.serve().await;
         result.and(router.stop())
     })
@@ -198,6 +210,10 @@ fn runtime() -> Result<tokio::runtime::Runtime, RunError> {
 /// # Errors
 /// Where a router still runs, or something cannot be removed.
 pub fn detach(config: &Path) -> Result<Vec<String>, RunError> {
+    take_off(config).map_err(for_this_user)
+}
+
+fn take_off(config: &Path) -> Result<Vec<String>, RunError> {
     let mut problems = Problems::default();
     let Some((config, _)) = RouterConfig::read(config, &mut problems) else {
         return Err(RunError::Config(Box::new(problems)));
@@ -250,7 +266,10 @@ impl Router {
     async fn start(path: &Path) -> Result<Self, RunError> {
         let config_path = fs::canonicalize(path).unwrap_or_else(|_| path.into());
         let watch = Watch::new([config_path.clone()])?;
-        let loaded = load(&config_path)?;
+        let mut loaded = load(&config_path)?;
+        let roles = role_rules(&loaded);
+        let kernel = KernelState::follow(FollowSettings::default()).await?;
+        loaded.add_local_addresses(&own_addresses(&kernel, &roles));
         let rules = Arc::new(compile::rules(&loaded)?);
         let config = &loaded.config;
         info!(
@@ -271,8 +290,6 @@ impl Router {
         }
 
         let workers = config.workers.cores.len() as u32;
-        let roles = role_rules(&loaded);
-        let kernel = KernelState::follow(FollowSettings::default()).await?;
         let uplinks = check_uplinks(config, &kernel, workers)?;
         let mtu =
             kernel.links(&roles).devices.iter().map(|d| d.mtu).filter(|mtu| *mtu <= MAX_MTU).max().unwrap_or(1500);
@@ -464,6 +481,13 @@ impl Router {
 
     /// Brings attachments and forwarding up to what the kernel has now.
     async fn devices_changed(&mut self, first: bool) -> Result<(), RunError> {
+        let addresses = own_addresses(&self.kernel, &self.roles);
+        let given = self.loaded.config.local_addresses.is_some();
+        if !given && addresses.iter().any(|address| !self.loaded.services.local_addresses.contains(address)) {
+            // Node ports are open on every address of the node.
+            self.loaded.add_local_addresses(&addresses);
+            self.rules = Arc::new(compile::rules(&self.loaded)?);
+        }
         let changes = self.tracker.update(self.kernel.all(), &self.roles);
         for gone in &changes.gone {
             self.learned.retain(|(device, _), _| *device != gone.index);
@@ -578,13 +602,14 @@ impl Router {
     /// Takes over the configuration as it is now. A bad one changes nothing.
     async fn reload(&mut self) -> Result<(), RunError> {
         let begin = Instant::now();
-        let loaded = match translate::load(&self.path) {
+        let mut loaded = match translate::load(&self.path) {
             Ok(loaded) => loaded,
             Err(problems) => {
                 error!("reload refused, the last good configuration stays:\n{}", problems.render(false));
                 return Ok(());
             }
         };
+        loaded.add_local_addresses(&own_addresses(&self.kernel, &self.roles));
         let rules = match compile::rules(&loaded) {
             Ok(rules) => Arc::new(rules),
             Err(error) => {
@@ -781,6 +806,15 @@ fn bridge(events: crossbeam::channel::Receiver<Event>) -> Result<mpsc::Receiver<
         .spawn(move || events.iter().try_for_each(|event| sender.blocking_send(event)))
         .map_err(system("cannot start the event thread"))?;
     Ok(receiver)
+}
+
+/// This node's own addresses, link-local ones (the trunk's among them) excepted.
+fn own_addresses(kernel: &KernelState, roles: &RoleRules) -> Vec<IpAddr> {
+    let is_link_local = |address: &IpAddr| match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    };
+    kernel.node_addresses(roles).into_iter().filter(|address| !is_link_local(address)).collect()
 }
 
 /// The devices, routes and neighbours that forwarding is compiled from: the kernel's, weir.yaml's, what workloads told, and the

@@ -41,6 +41,11 @@ fn packets_through_replay() {
 }
 
 #[test]
+fn golden_replay_cases() {
+    all_agree("packets.py", &[WEIR, "--cases", concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden")]);
+}
+
+#[test]
 fn fragments_are_dropped_with_their_reason_until_they_are_followed() {
     let output = run("packets.py", &[WEIR, "--only", "^frag-in-order-dnat$", "--keep", env!("CARGO_TARGET_TMPDIR")]);
     assert!(!output.status.success(), "fragments are followed now: move their cases into packets_through_replay");

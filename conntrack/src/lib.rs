@@ -7,6 +7,9 @@
 //! - [`timeouts`]: how long an idle connection lives, under netfilter's names.
 //! - [`hash`]: the keyed hash of flow keys.
 
+// The theory of the structures names their private parts too.
+#![allow(rustdoc::private_intra_doc_links)]
+
 mod bucket;
 pub mod conn;
 pub mod hash;

@@ -871,12 +871,13 @@ impl Pipeline {
     ) {
         let forwarding = &*context.snapshot.forwarding;
         let device = forwarding.device(device_id);
-        let Some(target) = build::solicited_target(packet.bytes(), view) else {
-            return self.end(driver, packet, End::Drop(DropReason::LinkScope));
-        };
+        // Also from its answer to the kernel, which asked for it on weir's behalf.
         if let Some(workload) = device.workload.filter(|w| forwarding.local_workload(view.key.src) == Some(*w)) {
             self.learn(&packet, view, Origin::Workload(workload), context);
         }
+        let Some(target) = build::solicited_target(packet.bytes(), view) else {
+            return self.end(driver, packet, End::Drop(DropReason::LinkScope));
+        };
         // Without a link-local address of its own, the device answers for any that the pod takes for its gateway.
         let gateway = target.is_unicast_link_local() && device.link_local.is_none_or(|own| own == target);
         if gateway || forwarding.is_local(target) {

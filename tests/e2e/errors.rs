@@ -61,7 +61,7 @@ fn a_core_or_an_uplink_that_does_not_exist_is_named() {
         assert!(said.contains(expected), "{expected} is missing in: {said}");
     }
     let links = site.lab.run_in("node-a", &["ip", "link"]).unwrap();
-    assert!(!links.contains("weir0"), "a router that does not start attaches nothing:\n{links}");
+    assert!(!links.contains("weir0@"), "a router that does not start attaches nothing:\n{links}");
     site.finish();
 }
 
@@ -87,7 +87,7 @@ fn a_bad_reload_keeps_the_last_good_configuration() {
     site.answered("default/client", url);
     let good = std::fs::read_to_string(site.config("node-a")).unwrap();
     for (number, (file, text, reason)) in [
-        ("policies.yaml", deny.replace("policyTypes", "policyTipes"), "policyTipes"),
+        ("policies.yaml", deny.replace("[Ingress]", "[Sideways]"), "Sideways"),
         ("policies.yaml", "{ broken".to_owned(), "policies.yaml:1"),
         ("node-a.yaml", good.replace("workers:", "wrokers:"), "wrokers"),
     ]

@@ -57,7 +57,8 @@ fn dual_stack_pods_services_and_node_ports() {
     bulk(&near, &far, 4 << 20);
     bulk(&far, &near, 4 << 20);
 
-    for (url, own) in [(format!("http://{}/", WEB[0]), "10.1.1.10"), (format!("http://[{}]/", WEB[1]), "fd00:1:1::10")] {
+    for (url, own) in [(format!("http://{}/", WEB[0]), "10.1.1.10"), (format!("http://[{}]/", WEB[1]), "fd00:1:1::10")]
+    {
         let mut by = Vec::new();
         for _ in 0..30 {
             let (pod, seen) = site.answered("default/client", &url);
@@ -67,8 +68,7 @@ fn dual_stack_pods_services_and_node_ports() {
         assert!(pods.iter().all(|pod| by.iter().any(|p| p == pod)), "{url}: {by:?}");
     }
     {
-        let _echoes =
-            [Echo::new(&site, "default/local", "[::]:7"), Echo::new(&site, "default/remote", "[::]:7")];
+        let _echoes = [Echo::new(&site, "default/local", "[::]:7"), Echo::new(&site, "default/remote", "[::]:7")];
         for _ in 0..10 {
             let socket = site.udp("default/client", "[::]:0");
             socket.connect(format!("[{}]:53", WEB[1])).unwrap();

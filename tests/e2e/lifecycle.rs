@@ -32,7 +32,8 @@ fn a_killed_router_leaves_the_node_reachable_and_pods_closed_and_a_restart_adopt
     site.answered("client", url);
     let (near, far) = connection(&site, "default/client", "default/server", "10.1.1.20:5000");
     assert!(passes(&near, &far, DEADLINE));
-    let refused = site.lab.output_in("node-a", &[&[crate::site::weir_binary().to_str().unwrap()], &detach[..]].concat());
+    let refused =
+        site.lab.output_in("node-a", &[&[crate::site::weir_binary().to_str().unwrap()], &detach[..]].concat());
     let refused = refused.unwrap();
     let said = String::from_utf8_lossy(&refused.stderr);
     assert!(!refused.status.success() && said.contains("stop it first"), "a running router is not detached: {said}");
@@ -67,7 +68,7 @@ fn a_killed_router_leaves_the_node_reachable_and_pods_closed_and_a_restart_adopt
     }
     assert!(!pins.exists());
     let links = site.lab.run_in("node-a", &["ip", "link"]).unwrap();
-    assert!(!links.contains("weir") && !links.contains("xdp"), "{links}");
+    assert!(!links.contains("weir0@") && !links.contains("weir1@") && !links.contains("xdp"), "{links}");
     let rules = site.lab.run_in("node-a", &["ip", "rule"]).unwrap();
     assert_eq!(rules.lines().count(), 3, "local, main and default are left:\n{rules}");
     assert_eq!(site.lab.weir("node-a", &detach).unwrap().trim(), "nothing was attached");
@@ -128,8 +129,10 @@ fn pods_come_and_go_under_traffic() {
             for name in &names {
                 delays.push(appear(&mut site, name));
                 // The flood towards it fills what may wait for its MAC address, so a first answer may be lost.
-                weir::lab::wait_until("the new pod's ping", DEADLINE, || site.ping(name, "-c 1 10.1.1.20").0.then_some(()))
-                    .unwrap();
+                weir::lab::wait_until("the new pod's ping", DEADLINE, || {
+                    site.ping(name, "-c 1 10.1.1.20").0.then_some(())
+                })
+                .unwrap();
             }
             for name in &names {
                 site.lab.remove_pod(name).unwrap();

@@ -3,7 +3,6 @@
 use std::{
     io::{BufRead, BufReader, Write},
     net::TcpStream,
-    time::Duration,
 };
 
 use crate::{
@@ -53,14 +52,14 @@ fn the_nodes_own_kernel_reaches_pods_and_services_and_pods_reach_nodes() {
             assert_eq!((by.as_str(), seen.to_string().as_str()), (pod, own), "{from}");
             site.pings(from, &format!("-c 2 {address}"));
         }
-        let text = site.lab.run_in(from, &["curl", "-sS", "--max-time", "60", &format!("http://{WEB}/?[1-40]")]).unwrap();
+        let text =
+            site.lab.run_in(from, &["curl", "-sS", "--max-time", "60", &format!("http://{WEB}/?[1-40]")]).unwrap();
         for pod in ["default/local", "default/remote"] {
             assert!(text.contains(&format!("{pod} {own}\n")), "{from}: {text}");
         }
     }
     {
-        let _echoes =
-            [Echo::new(&site, "default/local", "0.0.0.0:7"), Echo::new(&site, "default/remote", "0.0.0.0:7")];
+        let _echoes = [Echo::new(&site, "default/local", "0.0.0.0:7"), Echo::new(&site, "default/remote", "0.0.0.0:7")];
         for _ in 0..10 {
             let socket = site.udp("node-a", "0.0.0.0:0");
             socket.connect(format!("{WEB}:53")).unwrap();
@@ -70,7 +69,9 @@ fn the_nodes_own_kernel_reaches_pods_and_services_and_pods_reach_nodes() {
     }
 
     // Pods to their own node, to the other one, and outside: beyond the pools they have the node's address.
-    for (address, seen_as) in [("192.168.10.1", "10.1.1.20"), ("192.168.10.2", "192.168.10.1"), (CLIENT, "192.168.10.1")] {
+    for (address, seen_as) in
+        [("192.168.10.1", "10.1.1.20"), ("192.168.10.2", "192.168.10.1"), (CLIENT, "192.168.10.1")]
+    {
         let (_, seen) = site.answered("default/local", &format!("http://{address}:9000/"));
         assert_eq!(seen.to_string(), seen_as, "{address}");
         site.pings("default/local", &format!("-c 2 {address}"));
@@ -158,8 +159,6 @@ fn ssh_to_the_node_works_before_while_and_after_weir_runs() {
     site.start_all();
     lasting.speak("while");
     shell_works(&site);
-    // Not even a policy that denies everything to pods concerns it.
-    std::thread::sleep(Duration::from_millis(200));
     let mut second = Shell::open(&site, "192.168.10.1");
     let mut router = site.take_router("node-a");
     site.check_end("node-a", &mut router);

@@ -82,7 +82,8 @@ fn scenario_three_tier_lets_each_tier_talk_to_its_neighbours_only() {
 
 #[test]
 fn scenario_advanced_policy_demo_as_far_as_its_kinds_are_implemented() {
-    let mut site = site("advanced-policy-demo", "cluster.yaml", &scenario("advanced-policy-demo", "step0-policies.yaml"));
+    let mut site =
+        site("advanced-policy-demo", "cluster.yaml", &scenario("advanced-policy-demo", "step0-policies.yaml"));
     site.lab.ip("client", "address add 203.0.113.80/32 dev eth0").unwrap();
     site.lab.ip("node-a", &format!("route add 203.0.113.80 via {CLIENT}")).unwrap();
     site.serve("client", &[80]);
@@ -100,7 +101,9 @@ fn scenario_advanced_policy_demo_as_far_as_its_kinds_are_implemented() {
         let check = Command::new(weir_binary()).args(["check", "-c", &config]).output().unwrap();
         if check.status.success() {
             weir::lab::wait_until("the reload", DEADLINE, || {
-                site.status("node-a")["generation"].as_u64().filter(|_| site.router("node-a").log().contains("reloaded"))
+                site.status("node-a")["generation"]
+                    .as_u64()
+                    .filter(|_| site.router("node-a").log().contains("reloaded"))
             })
             .unwrap();
             expect_flows(&site, &scenario("advanced-policy-demo", &format!("step{step}-flows.jsonl")), &[]);

@@ -81,12 +81,18 @@ fn ten_thousand_connections_lose_nothing() {
     let url = format!("http://{WEB}/?[1-{EACH}]");
     let mut runs: Vec<_> = CLIENTS
         .iter()
-        .map(|(_, pod, _)| site.lab.spawn(pod, &format!("curl-{pod}"), &["curl", "-sS", "--fail", "--max-time", "60", &url]).unwrap())
+        .map(|(_, pod, _)| {
+            site.lab.spawn(pod, &format!("curl-{pod}"), &["curl", "-sS", "--fail", "--max-time", "60", &url]).unwrap()
+        })
         .collect();
     for (run, (_, pod, address)) in runs.iter_mut().zip(CLIENTS) {
         let status = run.wait(10 * DEADLINE).unwrap();
         let log = run.log();
-        assert!(status.success(), "{pod}: {}", log.lines().filter(|l| l.contains("curl")).collect::<Vec<_>>().join("\n"));
+        assert!(
+            status.success(),
+            "{pod}: {}",
+            log.lines().filter(|l| l.contains("curl")).collect::<Vec<_>>().join("\n")
+        );
         assert_eq!(log.lines().filter(|line| line.ends_with(&format!(" {address}"))).count(), EACH, "{pod}");
     }
     println!("{} connections in {:?}", CLIENTS.len() * EACH, begin.elapsed());

@@ -92,12 +92,7 @@ impl Site {
         }
         let prefix = nodes[0].addresses[0].rsplit_once('.').unwrap().0.to_owned();
         lab.add_host("client", &[format!("{prefix}.100/24"), "fd00:10::100/64".into()], 1).unwrap();
-        let mut site = Self {
-            routers: BTreeMap::new(),
-            configs: BTreeMap::new(),
-            cluster: Cluster::default(),
-            lab,
-        };
+        let mut site = Self { routers: BTreeMap::new(), configs: BTreeMap::new(), cluster: Cluster::default(), lab };
         let names: Vec<&str> = nodes.iter().map(|n| n.name.as_str()).collect();
         site.write("cluster.yaml", &site.with_node_names(cluster, &names));
         site.write("policies.yaml", policies);
@@ -195,7 +190,6 @@ impl Site {
     pub fn take_router(&mut self, node: &str) -> Process {
         self.routers.remove(node).expect("it was started")
     }
-
 
     /// What a node's router answers to `weir status`.
     pub fn status(&self, node: &str) -> Value {
@@ -308,7 +302,8 @@ impl Site {
         let capture = self.lab.spawn(at, &format!("tcpdump-{at}"), &command).unwrap();
         let before = capture.log().matches("listening on").count();
         wait_until("the start of tcpdump", DEADLINE, || {
-            (capture.log().matches("listening on").count() > before || capture.log().contains("listening on")).then_some(())
+            (capture.log().matches("listening on").count() > before || capture.log().contains("listening on"))
+                .then_some(())
         })
         .unwrap();
         capture
