@@ -46,7 +46,10 @@ use weir_sync::{Counters, Domain, Published};
 
 use crate::{
     compile::{self, CompileError},
-    config::{Problems, RouterConfig, router::WorkerMode},
+    config::{
+        Problems, RouterConfig,
+        router::{Require, WorkerMode},
+    },
     control::{self, RUN_FOLDER, Request},
     kernel::{
         DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState, Link,
@@ -120,6 +123,18 @@ pub enum RunError {
         device: String,
         /// Its MTU.
         mtu: u32,
+    },
+    /// A socket is bound in a lesser mode than required.
+    #[error(
+        "weir.yaml requires zero-copy of {device}, but its socket is bound in mode {mode}: {reason}; remove `require` or use a device that can"
+    )]
+    Require {
+        /// The device.
+        device: String,
+        /// The mode that it has.
+        mode: &'static str,
+        /// Why it has that mode.
+        reason: &'static str,
     },
     /// A core of weir.yaml does not exist.
     #[error("workers.cores names core {core}, but this process may run on the cores {allowed:?} only")]
@@ -353,6 +368,10 @@ impl Router {
                     reason = mode.reason,
                     "socket"
                 );
+                let required = config.devices.iter().find(|d| d.name == mode.device).and_then(|d| d.require);
+                if required == Some(Require::ZeroCopy) && mode.mode != "zero-copy" {
+                    return Err(RunError::Require { device: mode.device, mode: mode.mode, reason: mode.reason });
+                }
                 modes.push(json!({
                     "device": format!("{} queue {}", mode.device, mode.queue), "program": "socket",
                     "mode": mode.mode, "reason": mode.reason,

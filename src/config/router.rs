@@ -123,6 +123,16 @@ pub enum WorkerMode {
     Adaptive,
 }
 
+/// What a device's sockets must be able to do; otherwise the router does not start.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Require {
+    /// XDP runs in the driver. Always required: generic mode is never used.
+    Native,
+    /// The device writes packets into weir's memory itself.
+    ZeroCopy,
+}
+
 /// An entry of `devices`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
@@ -140,6 +150,9 @@ pub struct DeviceConfig {
     /// Its addresses, which give connected routes: read from the kernel, given for replay.
     #[serde(default, deserialize_with = "cidrs")]
     pub addresses: Vec<IpNet>,
+    /// For an uplink: the mode below which the router is not to start.
+    #[serde(default)]
+    pub require: Option<Require>,
 }
 
 /// An entry of `routes`.

@@ -24,6 +24,7 @@ fn weir(site: &Site, before: &[&str], command: &str) -> (Output, String) {
 }
 
 #[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn without_root_it_says_so() {
     let site = site(&[0]);
     let (output, said) = weir(&site, &["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"], "run");
@@ -33,6 +34,7 @@ fn without_root_it_says_so() {
 }
 
 #[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn too_few_queues_name_the_command_that_helps() {
     let mut site = site(&[0]);
     let text = std::fs::read_to_string(site.config("node-a")).unwrap().replace("cores: [0]", "cores: [0, 1]");
@@ -47,6 +49,7 @@ fn too_few_queues_name_the_command_that_helps() {
 }
 
 #[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn a_core_or_an_uplink_that_does_not_exist_is_named() {
     let site = site(&[0]);
     let good = std::fs::read_to_string(site.config("node-a")).unwrap();
@@ -66,6 +69,7 @@ fn a_core_or_an_uplink_that_does_not_exist_is_named() {
 }
 
 #[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn a_second_router_is_refused_and_the_first_goes_on() {
     let mut site = site(&[0]);
     site.start_all();
@@ -77,6 +81,7 @@ fn a_second_router_is_refused_and_the_first_goes_on() {
 }
 
 #[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn a_bad_reload_keeps_the_last_good_configuration() {
     let mut site = site(&[0]);
     site.serve("default/server", &[80]);

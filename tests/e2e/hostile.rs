@@ -22,6 +22,7 @@ fn throw(site: &Site, from: &str, seed: u32, mac: &str, sources: [&str; 2], targ
 }
 
 #[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn hostile_frames_never_stop_the_router() {
     let mut manifests = Manifests::cluster("Always");
     manifests.pod("node-a", "default/client", "client", &["10.1.1.10", "fd00:1:1::10"]);

@@ -13,6 +13,7 @@ const NODE_PORT: u16 = 31390;
 const NODES: [&str; 2] = ["fd00:10::1", "fd00:10::2"];
 
 #[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn dual_stack_pods_services_and_node_ports() {
     let mut manifests = Manifests::cluster("Always");
     manifests.pod("node-a", "default/client", "client", &["10.1.1.10", "fd00:1:1::10"]);

@@ -16,6 +16,7 @@ use crate::{
 };
 
 #[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn a_killed_router_leaves_the_node_reachable_and_pods_closed_and_a_restart_adopts_them() {
     let mut manifests = Manifests::cluster("Always");
     manifests.pod("node-a", "default/client", "client", &["10.1.1.10"]);
@@ -81,6 +82,7 @@ fn a_killed_router_leaves_the_node_reachable_and_pods_closed_and_a_restart_adopt
 }
 
 #[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn pods_come_and_go_under_traffic() {
     const PODS: usize = 12;
     let mut manifests = Manifests::cluster("Always");

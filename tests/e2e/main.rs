@@ -1,7 +1,7 @@
 //! End to end: clusters in network namespaces, real servers and clients, routers on AF_XDP.
 //!
-//! Needs root and the packages that `make setup` installs. Skipped (and counted as ignored) only when built with WEIR_SKIP_E2E=1, which
-//! `cargo test` does by itself when the variable is set. WEIR_E2E_BIN names another `weir` to test, as a release build.
+//! Needs root and the packages that `make setup` installs. Ignored, and counted so, only with WEIR_SKIP_E2E=1 (`build.rs` hands that to the
+//! compiler, so a change of the variable builds anew). WEIR_E2E_BIN names another `weir` to test, as a release build.
 //!
 //! Every test ends with [`site::Site::finish`]: routers at rest whose counters balance, no drop that no test expects, a clean end on SIGTERM
 //! without a lost frame (debug builds prove that).

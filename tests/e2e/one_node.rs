@@ -18,6 +18,7 @@ fn two_pods() -> Site {
 }
 
 #[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn pods_of_a_node_reach_each_other_over_two_workers() {
     let mut site = two_pods();
     site.start_all();
@@ -52,6 +53,7 @@ fn pods_of_a_node_reach_each_other_over_two_workers() {
 }
 
 #[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn one_gibibyte_over_tcp_arrives_intact() {
     const SIZE: usize = 1 << 30;
     let mut site = two_pods();

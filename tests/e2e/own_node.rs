@@ -36,6 +36,7 @@ fn site() -> Site {
 }
 
 #[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn the_nodes_own_kernel_reaches_pods_and_services_and_pods_reach_nodes() {
     let mut site = site();
     site.serve("default/local", &[8080]);
@@ -151,6 +152,7 @@ fn a_node_reaches_a_service_whose_only_backend_it_is_itself() {
 }
 
 #[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn ssh_to_the_node_works_before_while_and_after_weir_runs() {
     let mut site = site();
     serve_shell(&mut site, "node-a");

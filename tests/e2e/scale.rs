@@ -13,6 +13,7 @@ use crate::{
 const WEB: &str = "10.96.0.10";
 
 #[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn two_hundred_and_fifty_pods_of_a_node_reach_a_server() {
     const PODS: usize = 250;
     let mut manifests = Manifests::default();
@@ -52,6 +53,7 @@ fn two_hundred_and_fifty_pods_of_a_node_reach_a_server() {
 }
 
 #[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn ten_thousand_connections_lose_nothing() {
     const CLIENTS: [(&str, &str, &str); 4] = [
         ("node-a", "default/client-1", "10.1.1.11"),
