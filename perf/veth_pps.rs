@@ -60,7 +60,11 @@ fn main() -> Result<(), Failure> {
         let mut router = lab.start_router("node", &config)?;
         let rate = measure(&lab, seconds)?;
         if rate < 1000.0 {
-            return Err(format!("nothing arrived through weir:\n{}", lab.weir("node", &["status", "-c", &config.display().to_string()])?).into());
+            return Err(format!(
+                "nothing arrived through weir:\n{}",
+                lab.weir("node", &["status", "-c", &config.display().to_string()])?
+            )
+            .into());
         }
         router.signal(nix::sys::signal::Signal::SIGTERM);
         router.wait(Duration::from_secs(5))?;
