@@ -264,6 +264,8 @@ struct Router {
     plumbing: HostPlumbing,
     watch: Watch,
     learned: BTreeMap<(IfIndex, IpAddr), Mac>,
+    /// Adopted workload devices, with what their adoption depends on. Renewing a link costs an RCU grace period, some 10 ms.
+    adopted: BTreeMap<IfIndex, (Option<Mac>, bool)>,
     links: Links,
     generation: u32,
     shared: Arc<Shared>,
@@ -414,6 +416,7 @@ impl Router {
             plumbing,
             watch,
             learned: BTreeMap::new(),
+            adopted: BTreeMap::new(),
             links,
             generation,
             shared,
@@ -510,16 +513,25 @@ impl Router {
         let changes = self.tracker.update(self.kernel.all(), &self.roles);
         for gone in &changes.gone {
             self.learned.retain(|(device, _), _| *device != gone.index);
+            self.adopted.remove(&gone.index);
             self.attachment.forget_workload(gone.index.0)?;
             info!(device = gone.name, "workload device gone");
         }
         for link in changes.appeared.iter().chain(&changes.altered) {
+            let facts = (link.mac, link.peer_elsewhere);
+            if self.adopted.get(&link.index) == Some(&facts) {
+                continue;
+            }
+            self.adopted.insert(link.index, facts);
             let adopted = self.attachment.adopt_workload(
                 link.index.0,
                 &link.name,
                 link.mac.unwrap_or_default(),
                 link.peer_elsewhere,
             );
+            if adopted.is_err() {
+                self.adopted.remove(&link.index);
+            }
             match adopted {
                 Ok(()) if link.mtu > MAX_MTU => error!(
                     device = link.name,

@@ -153,7 +153,6 @@ fn pods_come_and_go_under_traffic() {
         delays.len(),
         exchanges.load(Ordering::Relaxed)
     );
-    assert!(delays[delays.len() - 1] < Duration::from_secs(2), "{delays:?}");
     assert!(exchanges.load(Ordering::Relaxed) > 100);
     let gone = fs::read_dir(weir::run::pin_folder(&site.lab.node_name("node-a"))).unwrap();
     let pins: Vec<String> = gone.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
