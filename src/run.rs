@@ -265,7 +265,7 @@ struct Router {
     watch: Watch,
     learned: BTreeMap<(IfIndex, IpAddr), Mac>,
     /// Adopted workload devices, with what their adoption depends on. Renewing a link costs an RCU grace period, some 10 ms.
-    adopted: BTreeMap<IfIndex, (Option<Mac>, bool)>,
+    adopted: BTreeMap<IfIndex, (Option<Mac>, bool, u32)>,
     links: Links,
     generation: u32,
     shared: Arc<Shared>,
@@ -518,7 +518,7 @@ impl Router {
             info!(device = gone.name, "workload device gone");
         }
         for link in changes.appeared.iter().chain(&changes.altered) {
-            let facts = (link.mac, link.peer_elsewhere);
+            let facts = (link.mac, link.peer_elsewhere, link.mtu);
             if self.adopted.get(&link.index) == Some(&facts) {
                 continue;
             }
