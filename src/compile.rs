@@ -1,16 +1,19 @@
 //! From loaded configuration to the tables of a snapshot; the same for check, trace, replay and run.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
-use weir_conntrack::Timeouts;
+use rand_chacha::{ChaCha8Rng, rand_core::Rng};
+use weir_conntrack::{Table, TableConfig, Timeouts};
 use weir_dataplane::{
     forwarding::TooManyNextHops,
     frame::IfIndex,
     model::{Device, Links, Neighbor, Role, Route},
+    pipeline::Tables,
     snapshot::Rules,
 };
 use weir_nat::{CompileError as ServicesError, NoSnatPorts, ServiceTable, SnatPorts};
 use weir_policy::{Classifier, CompileError as PolicyError};
+use weir_sync::Domain;
 
 use crate::{
     config::{RouterConfig, router::Conntrack},
@@ -97,6 +100,20 @@ pub fn timeouts(settings: &Conntrack) -> Result<Timeouts, CompileError> {
         }
     }
     Ok(timeouts)
+}
+
+/// Makes the connection tables of both families; their hashes are keyed from `random`.
+///
+/// # Errors
+/// As [`timeouts`].
+pub fn tables(settings: &Conntrack, domain: &Arc<Domain>, random: &mut ChaCha8Rng) -> Result<Tables, CompileError> {
+    let timeouts = timeouts(settings)?;
+    let mut config = || TableConfig {
+        max_entries: u32::try_from(settings.max_entries).unwrap_or(u32::MAX),
+        seed: [random.next_u64(), random.next_u64()],
+        timeouts,
+    };
+    Ok(Tables { v4: Table::new(config(), domain.clone()), v6: Table::new(config(), domain.clone()) })
 }
 
 /// "address:port", with brackets around an IPv6 address.

@@ -3,12 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use crossbeam::channel::Receiver;
-use rand_chacha::{
-    ChaCha8Rng,
-    rand_core::{Rng, SeedableRng},
-};
+use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use serde_json::Value;
-use weir_conntrack::{Table, TableConfig};
 use weir_dataplane::{
     counters::{COUNTERS, Totals},
     driver::Driver,
@@ -68,14 +64,7 @@ impl MemoryRouter {
         let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?);
         let domain = Domain::new();
         let mut random = ChaCha8Rng::seed_from_u64(seed);
-        let max_entries = loaded.config.conntrack.max_entries;
-        let timeouts = compile::timeouts(&loaded.config.conntrack)?;
-        let mut table = || TableConfig {
-            max_entries: u32::try_from(max_entries).unwrap_or(u32::MAX),
-            seed: [random.next_u64(), random.next_u64()],
-            timeouts,
-        };
-        let tables = Tables { v4: Table::new(table(), domain.clone()), v6: Table::new(table(), domain.clone()) };
+        let tables = compile::tables(&loaded.config.conntrack, &domain, &mut random)?;
         let ports = 1 + links.devices.iter().filter(|d| d.role == Role::Uplink).count();
         let (sender, events) = crossbeam::channel::bounded(1024);
         let counters = Counters::<COUNTERS>::new();

@@ -16,10 +16,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use rand_chacha::{
-    ChaCha8Rng,
-    rand_core::{Rng, SeedableRng},
-};
+use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
@@ -28,7 +25,6 @@ use tokio::{
     sync::mpsc,
 };
 use tracing::{error, info, warn};
-use weir_conntrack::{Table, TableConfig};
 use weir_dataplane::{
     afxdp::{AfXdp, AfXdpError, AfXdpSettings, PortSettings, RingSizes},
     attach::{self, AttachError, Attachment, Owned, SocketDevice, TrunkSettings},
@@ -37,7 +33,7 @@ use weir_dataplane::{
     forwarding::{Forwarding, local_workloads},
     frame::{IfIndex, MAX_MTU},
     model::{Device, Links, Neighbor, Role, Route},
-    pipeline::{Event, Pipeline, Tables},
+    pipeline::{Event, Pipeline},
     snapshot::{Rules, Snapshot},
     worker::{Mode, Shared, Worker},
 };
@@ -333,13 +329,7 @@ impl Router {
 
         let domain = Domain::new();
         let mut random = ChaCha8Rng::from_seed(seed()?);
-        let timeouts = compile::timeouts(&config.conntrack)?;
-        let mut table = || TableConfig {
-            max_entries: u32::try_from(config.conntrack.max_entries).unwrap_or(u32::MAX),
-            seed: [random.next_u64(), random.next_u64()],
-            timeouts,
-        };
-        let tables = Tables { v4: Table::new(table(), domain.clone()), v6: Table::new(table(), domain.clone()) };
+        let tables = compile::tables(&config.conntrack, &domain, &mut random)?;
         let generation = 1;
         let shared = Arc::new(Shared {
             snapshot: Published::new(

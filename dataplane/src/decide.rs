@@ -8,7 +8,8 @@ use weir_packet::{Address, DropReason, FlowKey, Ports, Protocol};
 use weir_policy::{Judgement, PolicyDirection};
 
 use crate::{
-    forwarding::{AdjacencyId, Route, RouteKind, Routed, WorkloadId},
+    forwarding::{AdjacencyId, Device, Route, RouteKind, Routed, WorkloadId},
+    model::Role,
     snapshot::Snapshot,
 };
 
@@ -21,6 +22,18 @@ pub enum Origin {
     Host,
     /// An uplink, a tunnel included.
     Uplink,
+}
+
+impl Origin {
+    /// Where packets that `device` receives come from; `None` for a workload device behind which no known workload is.
+    #[inline]
+    pub fn of(device: &Device) -> Option<Self> {
+        match device.role {
+            Role::Uplink => Some(Self::Uplink),
+            Role::Host => Some(Self::Host),
+            Role::Workload => device.workload.map(Self::Workload),
+        }
+    }
 }
 
 /// What happens to the first packet of a connection.

@@ -28,7 +28,6 @@ use crate::{
     forwarding::{AdjacencyId, DeviceId, Encapsulation, Forwarding, Route, RouteKind, Routed},
     frame::{IfIndex, LinkType, Packet},
     held::{Held, HeldPacket, PATIENCE},
-    model::Role,
     snapshot::Snapshot,
 };
 
@@ -373,11 +372,8 @@ impl Pipeline {
             return self.end(driver, packet, End::Drop(DropReason::UnknownDevice));
         };
         let device = forwarding.device(device_id);
-        let origin = match (device.role, device.workload) {
-            (Role::Uplink, _) => Origin::Uplink,
-            (Role::Host, _) => Origin::Host,
-            (Role::Workload, Some(workload)) => Origin::Workload(workload),
-            (Role::Workload, None) => return self.end(driver, packet, End::Drop(DropReason::UnknownDevice)),
+        let Some(origin) = Origin::of(device) else {
+            return self.end(driver, packet, End::Drop(DropReason::UnknownDevice));
         };
         if packet.link == LinkType::Other {
             return self.end(driver, packet, End::Drop(DropReason::WrongMac));
@@ -1110,14 +1106,9 @@ fn rejudge<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, context: &Con
         return Rejudged::Anew;
     }
 
-    let origin = match forwarding.device_by_index(IfIndex(conn.device())).map(|id| forwarding.device(id)) {
-        Some(device) => match (device.role, device.workload) {
-            (Role::Uplink, _) => Origin::Uplink,
-            (Role::Host, _) => Origin::Host,
-            (Role::Workload, Some(workload)) => Origin::Workload(workload),
-            (Role::Workload, None) => return Rejudged::Cut(DropReason::UnknownDevice),
-        },
-        None => return Rejudged::Cut(DropReason::UnknownDevice),
+    let device = forwarding.device_by_index(IfIndex(conn.device()));
+    let Some(origin) = device.and_then(|id| Origin::of(forwarding.device(id))) else {
+        return Rejudged::Cut(DropReason::UnknownDevice);
     };
     let stamps = decide::policy_stamps(snapshot, origin, &translated);
     let [.., backend_stamp] = conn.stamps();
