@@ -217,7 +217,12 @@ fn links(cluster: &weir_dataplane::model::Cluster) -> Links {
         mac: Mac([2, 0, 0, 0, 0, 2]),
         device: IfIndex(1),
     };
-    Links { devices: std::iter::once(uplink).chain(devices).collect(), routes: Vec::new(), neighbors: vec![other] }
+    Links {
+        devices: std::iter::once(uplink).chain(devices).collect(),
+        routes: Vec::new(),
+        neighbors: vec![other],
+        ..Links::default()
+    }
 }
 
 fn manifests() -> String {

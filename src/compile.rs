@@ -75,7 +75,12 @@ pub fn links_of(config: &RouterConfig) -> Links {
     let neighbors = config.neighbors.iter().filter_map(|neighbor| {
         Some(Neighbor { address: neighbor.address, mac: neighbor.mac, device: index_of(&neighbor.device)? })
     });
-    Links { devices: devices.collect(), routes: routes.collect(), neighbors: neighbors.collect() }
+    Links {
+        devices: devices.collect(),
+        routes: routes.collect(),
+        neighbors: neighbors.collect(),
+        loopback_sources: Vec::new(),
+    }
 }
 
 /// Timeouts of SCTP states that the table does not tell apart yet.

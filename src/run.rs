@@ -48,8 +48,8 @@ use crate::{
     },
     control::{self, RUN_FOLDER, Request},
     kernel::{
-        DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState, Link,
-        RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted,
+        DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState,
+        LOOPBACK_SOURCES, Link, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted,
     },
     report::{connection, counters_json},
     translate::{self, Loaded},
@@ -864,6 +864,7 @@ fn assemble_links(
             links.neighbors.push(Neighbor { address: neighbor.address, mac: neighbor.mac, device });
         }
     }
+    links.loopback_sources = LOOPBACK_SOURCES.to_vec();
     for ((device, address), mac) in learned {
         links.neighbors.push(Neighbor { address: *address, mac: *mac, device: *device });
     }

@@ -159,7 +159,10 @@ pub fn decide<'s, A: Routed>(
             let own_port = claimed && from == Origin::Host;
             let outgoing = leaves && forwarding.nat_outgoing(decision.translated.src, decision.translated.dst);
             if decision.masquerade || own_port || outgoing {
-                decision.snat = forwarding.masquerade_address(adjacency);
+                decision.snat = match (from, kind) {
+                    (Origin::Host, RouteKind::Host) => forwarding.loopback_source(),
+                    _ => forwarding.masquerade_address(adjacency),
+                };
             }
         }
     }

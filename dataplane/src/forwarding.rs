@@ -139,6 +139,7 @@ pub struct Family<A: Address> {
     node_addresses: HashMap<A, NodeId>,
     internal: Option<A>,
     tunnel: Option<A>,
+    loopback_source: Option<A>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -337,6 +338,12 @@ impl Forwarding {
             let family = A::family(self);
             family.tunnel.or(family.internal)
         }
+    }
+
+    /// The source of what the node's kernel sends to itself by a service ([`Links::loopback_sources`]).
+    pub fn loopback_source<A: Routed>(&self) -> Option<A> {
+        let family = A::family(self);
+        family.loopback_source.or(family.internal)
     }
 
     /// This node's addresses, both families, sorted.
@@ -644,6 +651,7 @@ impl<'a> Compiler<'a> {
             node_addresses,
             internal: own.and_then(|n| n.internal_ips.iter().find_map(|ip| A::from_ip(*ip))),
             tunnel,
+            loopback_source: self.links.loopback_sources.iter().find_map(|ip| A::from_ip(*ip)),
         }
     }
 }

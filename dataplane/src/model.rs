@@ -145,4 +145,8 @@ pub struct Links {
     pub routes: Vec<Route>,
     /// Usable neighbours.
     pub neighbors: Vec<Neighbor>,
+    /// Sources, at most one of each family, for what the node's kernel sends to a service whose backend is the node itself: addresses that
+    /// it answers through weir. To an address of its own it would answer over its loopback device. Where there is none (replay),
+    /// the node's own address is taken.
+    pub loopback_sources: Vec<IpAddr>,
 }

@@ -659,6 +659,16 @@ impl Pipeline {
             return self.end(driver, packet, End::Drop(DropReason::UnrelatedIcmpError));
         };
         let conn = table.conn(hit.conn);
+        // What it is about may be judged otherwise by now. The connection's end is left to its own packets.
+        if conn.generation() != context.snapshot.generation {
+            match rejudge(&conn, hit.direction, context) {
+                Rejudged::Keep => {}
+                Rejudged::Cut(reason) | Rejudged::Reset(reason) => {
+                    return self.end(driver, packet, End::Drop(reason));
+                }
+                Rejudged::Anew => return self.end(driver, packet, End::Drop(DropReason::UnrelatedIcmpError)),
+            }
+        }
         let arrived = conn.key(hit.direction);
         let inner_to = conn.key(hit.direction.flip());
         let to = inner_to.invert();

@@ -19,8 +19,12 @@
 //!
 //! *Source.* The routes carry the node's InternalIP as preferred source, if the node has it.
 //!
-//! *What weir hands to the kernel* on `weir0` may have a source that is the node's own address (the node's kernel
-//! speaks to a service whose backend is the node itself, as `kubernetes.default` on a control plane node) or an outside
+//! *To itself.* What the node's kernel sends to a service whose backend is the node itself (`kubernetes.default` on a
+//! control plane node) comes back to it from one of [`LOOPBACK_SOURCES`], which the table routes through `weir0`; were
+//! it from the node's own address, the answer would never leave the loopback device. (The idea is Cilium's, which takes
+//! 169.254.42.1 so.)
+//!
+//! *What weir hands to the kernel* on `weir0` may have a source that is the node's own address or an outside
 //! one. Hence accept_local, and no strict reverse path filter (net/ipv4/fib_frontend.c, __fib_validate_source); the
 //! loose filter passes only on a device that has an address, so `weir0` gets one.
 
@@ -65,6 +69,10 @@ const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 119, 1);
 const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0x7765, 0x6972);
 /// The address of `weir0` itself, which is never used as a source.
 const TRUNK_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 119, 2);
+/// Addresses that nobody has, reached through `weir0`: the sources of what the node's kernel sends to itself by a service, so that it
+/// answers through weir. The IPv6 one is a unique local address (RFC 4193).
+pub const LOOPBACK_SOURCES: [IpAddr; 2] =
+    [IpAddr::V4(GATEWAY_V4), IpAddr::V6(Ipv6Addr::new(0xfd77, 0x6569, 0x7200, 0x0119, 0, 0, 0, 1))];
 /// How many prefixes a line of the report names.
 const NAMED_PREFIXES: usize = 8;
 
@@ -206,12 +214,16 @@ impl HostPlumbing {
             ));
             None
         });
+        let has_family = |v6: bool| wanted.through.iter().any(|net| net.addr().is_ipv6() == v6);
+        let loopback = LOOPBACK_SOURCES.into_iter().filter(|source| has_family(source.is_ipv6())).map(IpNet::from);
         let mut routes: BTreeMap<IpNet, RouteTo> = wanted
             .through
             .iter()
+            .copied()
+            .chain(loopback)
             .map(|net| {
                 let source = sources[usize::from(net.addr().is_ipv6())];
-                (*net, RouteTo::Trunk { device, source })
+                (net, RouteTo::Trunk { device, source })
             })
             .collect();
         for kept in &wanted.except {

@@ -17,7 +17,7 @@ mod ports;
 use std::{io, path::PathBuf};
 
 pub use follow::{Changed, FollowSettings, KernelState, Resolver};
-pub use host::{HostPlumbing, HostReport, HostSettings, ROUTE_TABLE, RULE_PRIORITY, Wanted};
+pub use host::{HostPlumbing, HostReport, HostSettings, LOOPBACK_SOURCES, ROUTE_TABLE, RULE_PRIORITY, Wanted};
 pub use picture::{DeviceChanges, DeviceTracker, Link, RoleRules};
 pub use ports::PortSet;
 
