@@ -123,6 +123,10 @@ fn status_text(text: &mut String, status: &Value) {
     for (reason, count) in counters["drops"].as_object().into_iter().flatten() {
         let _ = writeln!(text, "drop        {reason} {count}");
     }
+    for faulty in status["faultyObjects"].as_array().into_iter().flatten() {
+        let [object, in_force, problem] = ["object", "inForce", "problem"].map(|key| word(&faulty[key]));
+        let _ = writeln!(text, "faulty      {object}: {problem}; in force: {in_force}");
+    }
     for note in status["notes"].as_array().into_iter().flatten() {
         let _ = writeln!(text, "note        {}", word(note));
     }

@@ -51,8 +51,9 @@ use crate::{
         DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState,
         LOOPBACK_SOURCES, Link, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted,
     },
+    manifests::Substitute,
     report::{connection, counters_json},
-    translate::{self, Loaded},
+    translate::{self, Faulty, Loaded},
     watch::{Watch, WatchError},
 };
 
@@ -507,7 +508,13 @@ impl Router {
             self.attachment.forget_workload(gone.index.0)?;
             info!(device = gone.name, "workload device gone");
         }
-        for link in changes.appeared.iter().chain(&changes.altered) {
+        self.adopt(changes.appeared.iter().chain(&changes.altered));
+        self.publish(first).await
+    }
+
+    /// Attaches workload devices, where what that depends on is not as it was.
+    fn adopt<'l>(&mut self, links: impl IntoIterator<Item = &'l Link>) {
+        for link in links {
             let facts = (link.mac, link.peer_elsewhere, link.mtu);
             if self.adopted.get(&link.index) == Some(&facts) {
                 continue;
@@ -534,7 +541,6 @@ impl Router {
                 Err(error) => error!(device = link.name, %error, "the workload cannot be adopted"),
             }
         }
-        self.publish(first).await
     }
 
     /// Compiles and publishes forwarding, if anything that it depends on changed.
@@ -623,8 +629,19 @@ impl Router {
     /// Takes over the configuration as it is now. A bad one changes nothing.
     async fn reload(&mut self) -> Result<(), RunError> {
         let begin = Instant::now();
-        let mut loaded = match translate::load(&self.path) {
-            Ok(loaded) => loaded,
+        let mut loaded = match translate::reload(&self.path, &self.loaded) {
+            Ok((loaded, problems)) => {
+                if let Some(problems) = problems {
+                    warn!("objects are faulty, and others stand for them:\n{}", problems.render(false));
+                }
+                for Faulty { id, substitute, .. } in &loaded.faulty {
+                    match substitute {
+                        Substitute::LastGood => warn!(object = %id, "its last good version stays"),
+                        Substitute::Nothing => warn!(object = %id, "left out; a policy denies what it selects"),
+                    }
+                }
+                loaded
+            }
             Err(problems) => {
                 error!("reload refused, the last good configuration stays:\n{}", problems.render(false));
                 return Ok(());
@@ -650,17 +667,7 @@ impl Router {
             // Still there, but no workload any more: it stays closed.
             self.learned.retain(|(device, _), _| *device != gone.index);
         }
-        for link in &changes.appeared {
-            let adopted = self.attachment.adopt_workload(
-                link.index.0,
-                &link.name,
-                link.mac.unwrap_or_default(),
-                link.peer_elsewhere,
-            );
-            if let Err(error) = adopted {
-                error!(device = link.name, %error, "the workload cannot be adopted");
-            }
-        }
+        self.adopt(&changes.appeared);
         self.publish(true).await?;
         info!(generation = self.generation, took_ms = begin.elapsed().as_millis() as u64, "reloaded");
         Ok(())
@@ -711,6 +718,14 @@ impl Router {
                 "capacity": self.shared.tables.v4.capacity(),
             },
             "counters": counters_json(&self.totals()),
+            "faultyObjects": self.loaded.faulty.iter().map(|faulty| json!({
+                "object": faulty.id.to_string(),
+                "inForce": match faulty.substitute {
+                    Substitute::LastGood => "last good version",
+                    Substitute::Nothing => "nothing; a policy denies what it selects",
+                },
+                "problem": faulty.problem,
+            })).collect::<Vec<_>>(),
             "programs": kernel,
             "notes": self.notes,
         })

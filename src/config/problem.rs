@@ -66,6 +66,12 @@ impl Problems {
         (self.sources.len() - 1) as u32
     }
 
+    /// Makes a text known that was read before.
+    pub fn share_source(&mut self, source: Arc<Source>) -> u32 {
+        self.sources.push(source);
+        (self.sources.len() - 1) as u32
+    }
+
     /// The text with this number.
     ///
     /// # Panics
@@ -109,6 +115,12 @@ impl Problems {
     /// Those of one severity.
     pub fn of(&self, severity: Severity) -> impl Iterator<Item = &Diagnostic> {
         self.diagnostics.iter().filter(move |diagnostic| diagnostic.severity == severity)
+    }
+
+    /// Takes out the errors that `which` names.
+    pub fn take_errors(&mut self, which: impl Fn(&Diagnostic) -> bool) -> Vec<Diagnostic> {
+        let is_taken = |d: &mut Diagnostic| d.severity == Severity::Error && which(d);
+        self.diagnostics.extract_if(.., is_taken).collect()
     }
 
     /// Whether the configuration must be refused.

@@ -313,7 +313,7 @@ impl RouterConfig {
         for extra in documents {
             problems.error(extra.span, "weir.yaml holds more than one document", "keep the first one only".to_owned());
         }
-        let mut config: Self = typed::read(root, "", Severity::Error, problems)?;
+        let mut config: Self = typed::read(root, "", |_| Severity::Error, problems)?;
         config.validate(root, problems);
         let entries: Vec<Span> =
             root.get("manifests").map_or(Vec::new(), |list| list.items().map(|entry| entry.span).collect());

@@ -65,6 +65,27 @@ pub struct Key {
 }
 
 impl Node {
+    /// Nothing, from nowhere.
+    pub fn null() -> Self {
+        Self { span: Span::default(), value: Value::Null, dropped: Cell::new(false) }
+    }
+
+    /// The place of the node with all that is in it.
+    pub fn extent(&self) -> Span {
+        let mut extent = self.span;
+        let mut add = |span: Span| extent.end = extent.end.max(span.end).max(span.start + 1);
+        add(self.span);
+        match &self.value {
+            Value::List(items) => items.iter().for_each(|item| add(item.extent())),
+            Value::Map(entries) => entries.iter().for_each(|(key, value)| {
+                add(key.span);
+                add(value.extent());
+            }),
+            _ => {}
+        }
+        extent
+    }
+
     /// The value under a key of an object, unless typed reading dropped it.
     pub fn get(&self, key: &str) -> Option<&Node> {
         self.entry(key).map(|(_, node)| node)

@@ -24,12 +24,12 @@ use super::{
 const MAX_FAULTS: usize = 64;
 
 /// Reads a `T` out of `root`. Faults are errors of `problems`, with `subject` ("Service default/web: ", may be empty)
-/// before their message; fields that `T` does not know are problems of severity `unknown`. `None` where the root
+/// before their message; a field that `T` does not know is a problem of the severity that `unknown` gives its path. `None` where the root
 /// itself is at fault; a value whose inner parts were at fault lacks those (see [`Node::has_dropped`]).
 pub fn read<'t, T: serde::Deserialize<'t>>(
     root: &'t Node,
     subject: &str,
-    unknown: Severity,
+    unknown: impl Fn(&str) -> Severity,
     problems: &mut Problems,
 ) -> Option<T> {
     for _ in 0..MAX_FAULTS {
@@ -43,7 +43,12 @@ pub fn read<'t, T: serde::Deserialize<'t>>(
                         Some(known) => Some(format!("did you mean {known}?")),
                         None => Some(format!("known here: {}", field.known.join(", "))),
                     };
-                    problems.push(super::Diagnostic { severity: unknown, span: field.span, message, help });
+                    problems.push(super::Diagnostic {
+                        severity: unknown(&field.path),
+                        span: field.span,
+                        message,
+                        help,
+                    });
                 }
                 return Some(value);
             }

@@ -8,8 +8,9 @@ pub mod at;
 pub mod calico;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use k8s_openapi::api::{
@@ -17,6 +18,7 @@ use k8s_openapi::api::{
     discovery::v1::EndpointSlice,
     networking::v1::NetworkPolicy,
 };
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::de::DeserializeOwned;
 
 use self::{
@@ -29,6 +31,36 @@ use crate::config::{
     tree::{self, Node, Value},
     typed,
 };
+
+/// What makes an object the same one in two versions of a manifest.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectId {
+    /// Its kind.
+    pub kind: &'static str,
+    /// Its namespace; empty for kinds without.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+impl std::fmt::Display for ObjectId {
+    /// "kind namespace/name" or "kind name".
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { kind, namespace, name } = self;
+        if namespace.is_empty() { write!(f, "{kind} {name}") } else { write!(f, "{kind} {namespace}/{name}") }
+    }
+}
+
+/// A policy that cannot be read and has no earlier version: it denies what it selects.
+#[derive(Debug)]
+pub struct Denying {
+    /// Its index in [`Manifests::origins`].
+    pub origin: u32,
+    /// Its identity.
+    pub id: ObjectId,
+    /// Its `spec.podSelector`, where that can be read.
+    pub pod_selector: Option<LabelSelector>,
+}
 
 /// Where an object comes from: what messages, traces and metrics call it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,7 +146,27 @@ pub struct Manifests {
     pub origins: Vec<Origin>,
     /// The files and folders that were read: what to watch.
     pub files: Vec<PathBuf>,
-    defined: HashMap<(&'static str, String, String), Span>,
+    /// Policies that could not be read and deny what they select.
+    pub denying: Vec<Denying>,
+    /// Whether something of the contract was refused because it is not implemented: nothing stands for that.
+    pub not_implemented: bool,
+    /// The place of each object's name.
+    defined: HashMap<ObjectId, Span>,
+    /// The place of each object that was read or passed over.
+    extents: Vec<(Span, ObjectId)>,
+    /// Objects that are passed over, or of which nothing but what they deny is taken.
+    passed_over: BTreeMap<ObjectId, Substitute>,
+    /// The only objects that are read, at a moment when a text of before is read.
+    only: Option<BTreeSet<ObjectId>>,
+}
+
+/// What stands for an object that cannot be read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Substitute {
+    /// The last version that could be.
+    LastGood,
+    /// Nothing; a policy denies what it selects.
+    Nothing,
 }
 
 /// A kind that the contract names.
@@ -175,9 +227,15 @@ const KINDS: &[Kind] = &[
 const CALICO_CRD: (&str, &str) = ("crd.projectcalico.org", "v1");
 
 impl Manifests {
-    /// Reads all files and folders; `spans` says where weir.yaml names each.
-    pub fn read(paths: &[PathBuf], spans: &[Span], config: &Path, problems: &mut Problems) -> Self {
-        let mut manifests = Self::default();
+    /// Reads all files and folders but for the objects in `passed_over`; `spans` says where weir.yaml names each.
+    pub fn read(
+        paths: &[PathBuf],
+        spans: &[Span],
+        config: &Path,
+        passed_over: BTreeMap<ObjectId, Substitute>,
+        problems: &mut Problems,
+    ) -> Self {
+        let mut manifests = Self { passed_over, ..Self::default() };
         let mut seen = BTreeSet::new();
         // weir.yaml may lie in the folder that it names.
         seen.extend(config.canonicalize());
@@ -266,6 +324,35 @@ impl Manifests {
         }
     }
 
+    /// Reads objects out of a text of before, and nothing else of it.
+    pub fn read_last_good(&mut self, source: &Arc<Source>, only: BTreeSet<ObjectId>, problems: &mut Problems) {
+        let file = problems.share_source(Arc::clone(source));
+        self.only = Some(only);
+        // What else is wrong with that text was said when it was read.
+        let mut said_before = problems.clone();
+        for document in tree::read_documents(file, &mut said_before) {
+            self.add(document, problems);
+        }
+        self.only = None;
+    }
+
+    /// The object in whose text a place is.
+    pub fn object_at(&self, place: Span) -> Option<&ObjectId> {
+        let holds = |span: &Span| span.file == place.file && (span.start..span.end).contains(&place.start);
+        self.extents.iter().find_map(|(span, id)| holds(span).then_some(id))
+    }
+
+    /// All objects in the texts that were read, those that were passed over too.
+    pub fn mentioned(&self) -> HashSet<&ObjectId> {
+        self.extents.iter().map(|(_, id)| id).collect()
+    }
+
+    /// The objects that there are, each with the text that it was read from.
+    pub fn sources(&self, problems: &Problems) -> HashMap<ObjectId, Arc<Source>> {
+        let source = |(id, span): (&ObjectId, &Span)| (id.clone(), Arc::clone(problems.source(span.file)));
+        self.defined.iter().map(source).collect()
+    }
+
     fn add(&mut self, mut node: Node, problems: &mut Problems) {
         if !matches!(node.value, Value::Map(_)) {
             let message = format!("expected a Kubernetes object, found {}", node.describe());
@@ -322,12 +409,15 @@ impl Manifests {
             let help = format!("write apiVersion: {}", kind.api_version(group));
             return problems.error(version_span, format!("{kind_name} of {api_version} is not read"), help);
         }
-        if !kind.implemented {
+        if !kind.implemented && self.only.is_none() {
+            self.not_implemented = true;
             let message = format!("{kind_name} is not implemented yet: weir would not enforce it");
             let help = "take it out, or keep using Calico or kube-proxy for what it says".to_owned();
             return problems.error(kind_span, message, help);
         }
-        self.add_implemented(kind, node, problems);
+        if kind.implemented {
+            self.add_implemented(kind, node, problems);
+        }
     }
 
     fn add_implemented(&mut self, kind: &'static Kind, node: Node, problems: &mut Problems) {
@@ -348,10 +438,21 @@ impl Manifests {
             (true, given) => given.unwrap_or("default").to_owned(),
             (false, _) => String::new(),
         };
-        let subject =
-            if kind.namespaced { format!("{} {namespace}/{name}", kind.name) } else { format!("{} {name}", kind.name) };
+        let id = ObjectId { kind: kind.name, namespace: namespace.clone(), name: name.clone() };
+        let subject = id.to_string();
+        self.extents.push((node.extent(), id.clone()));
+        let substitute = match &self.only {
+            Some(only) if only.contains(&id) => None,
+            Some(_) => return,
+            None => self.passed_over.get(&id).copied(),
+        };
+        if substitute == Some(Substitute::LastGood) {
+            return;
+        }
         let span = metadata.key("name").span();
-        if let Some(first) = self.defined.insert((kind.name, namespace.clone(), name.clone()), span) {
+        if substitute.is_none()
+            && let Some(first) = self.defined.insert(id.clone(), span)
+        {
             let help = format!("the other is at {}; keep one", problems.place(first));
             problems.error(span, format!("{subject} is defined twice"), help);
         }
@@ -366,6 +467,16 @@ impl Manifests {
             file,
             line,
         });
+        if substitute == Some(Substitute::Nothing) {
+            if kind.name == "NetworkPolicy" {
+                let selector = node.get("spec").and_then(|spec| spec.get("podSelector"));
+                let mut unread = Problems::default();
+                let pod_selector = selector.and_then(|node| typed::read(node, "", |_| Severity::Error, &mut unread));
+                let pod_selector = pod_selector.filter(|_| !unread.has_errors());
+                self.denying.push(Denying { origin, id, pod_selector });
+            }
+            return;
+        }
         let read = Read { origin, subject, namespace, name, node, problems };
         match kind.name {
             "Node" => self.nodes.extend(read.object()),
@@ -404,7 +515,11 @@ struct Read<'a> {
 impl Read<'_> {
     fn object<T: DeserializeOwned>(self) -> Option<Object<T>> {
         let prefix = format!("{}: ", self.subject);
-        let value = typed::read(&self.node, &prefix, Severity::Warning, self.problems)?;
+        let is_policy = self.subject.starts_with("NetworkPolicy ");
+        // A rule with a part that weir does not know may let more through than it says.
+        let unknown =
+            |path: &str| if is_policy && path.starts_with("spec") { Severity::Error } else { Severity::Warning };
+        let value = typed::read(&self.node, &prefix, unknown, self.problems)?;
         let Self { origin, subject, namespace, name, node, .. } = self;
         Some(Object { origin, subject, namespace, name, value, node })
     }

@@ -10,13 +10,15 @@ mod services;
 mod tests;
 
 use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use crate::{
-    config::{Problems, RouterConfig, Severity},
-    manifests::{Manifests, Origin},
+    config::{Problems, RouterConfig, Severity, Source},
+    manifests::{Manifests, ObjectId, Origin, Substitute},
 };
 
 pub use cluster::workload_device;
@@ -35,11 +37,26 @@ pub struct Loaded {
     /// Where objects come from; the models' `origin` is an index.
     pub objects: Vec<Origin>,
     /// How many objects of each kind were read.
-    pub counts: std::collections::BTreeMap<&'static str, usize>,
+    pub counts: BTreeMap<&'static str, usize>,
     /// Warnings and notes.
     pub notes: Problems,
     /// The files and folders that were read, weir.yaml first: what to watch.
     pub files: Vec<PathBuf>,
+    /// Objects whose newest version is faulty, and what stands for them; only after [`reload`].
+    pub faulty: Vec<Faulty>,
+    /// The text that each object was read from.
+    good: HashMap<ObjectId, Arc<Source>>,
+}
+
+/// An object whose newest version is faulty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Faulty {
+    /// Which.
+    pub id: ObjectId,
+    /// What stands for it.
+    pub substitute: Substitute,
+    /// What is wrong, with its place.
+    pub problem: String,
 }
 
 impl Loaded {
@@ -61,24 +78,117 @@ impl Loaded {
 /// # Errors
 /// All problems, warnings and notes included, where at least one is an error.
 pub fn load(path: &Path) -> Result<Loaded, Problems> {
+    attempt(path, None).map_err(|failed| failed.problems)
+}
+
+/// As [`load`], but an object at fault does not stop the rest: its last good version stands for it, or, where there is none, nothing, so
+/// that a policy denies what it selects. [`Loaded::faulty`] names what is at fault; all problems come with it, to be shown.
+///
+/// # Errors
+/// All problems, where one is not an object's: of weir.yaml itself, or what weir would not enforce.
+pub fn reload(path: &Path, previous: &Loaded) -> Result<(Loaded, Option<Problems>), Problems> {
+    let all = match attempt(path, None) {
+        Ok(loaded) => return Ok((loaded, None)),
+        Err(failed) if failed.manifests.as_ref().is_some_and(|manifests| !manifests.not_implemented) => failed.problems,
+        Err(failed) => return Err(failed.problems),
+    };
+    let mut faulty: BTreeMap<ObjectId, (Substitute, String)> = BTreeMap::new();
+    // Each round substitutes for an object that the one before did not, or takes a substitute out, so there is a last one.
+    loop {
+        let substitutes = faulty.iter().map(|(id, (substitute, _))| (id.clone(), *substitute)).collect();
+        let (problems, manifests) = match attempt(path, Some((&substitutes, previous))) {
+            Ok(mut loaded) => {
+                let named = faulty.into_iter().map(|(id, (substitute, problem))| Faulty { id, substitute, problem });
+                loaded.faulty.extend(named);
+                return Ok((loaded, Some(all)));
+            }
+            Err(failed) => match *failed {
+                Failed { problems, manifests: Some(manifests) } => (problems, manifests),
+                Failed { .. } => return Err(all),
+            },
+        };
+        for error in problems.of(Severity::Error) {
+            let Some(id) = manifests.object_at(error.span) else { continue };
+            let substitute = match substitutes.get(id) {
+                None if previous.good.contains_key(id) => Substitute::LastGood,
+                _ => Substitute::Nothing,
+            };
+            if substitutes.get(id) != Some(&substitute) {
+                faulty.insert(id.clone(), (substitute, problems.line(error)));
+            }
+        }
+        if faulty.iter().all(|(id, (substitute, _))| substitutes.get(id) == Some(substitute)) {
+            return Err(all);
+        }
+    }
+}
+
+/// An attempt that found errors.
+struct Failed {
+    problems: Problems,
+    /// What was read; `None` where weir.yaml is at fault.
+    manifests: Option<Manifests>,
+}
+
+/// Reads everything. At a reload with the given substitutes, and with last good versions of what a text that cannot be read has lost.
+fn attempt(path: &Path, reload: Option<(&BTreeMap<ObjectId, Substitute>, &Loaded)>) -> Result<Loaded, Box<Failed>> {
     let mut problems = Problems::default();
     let Some((config, spans)) = RouterConfig::read(path, &mut problems) else {
         problems.sort();
-        return Err(problems);
+        return Err(Box::new(Failed { problems, manifests: None }));
     };
-    let manifests = Manifests::read(&config.manifests, &spans, path, &mut problems);
-    translate(config, path, manifests, problems)
+    let substitutes = reload.map(|(substitutes, _)| substitutes.clone()).unwrap_or_default();
+    let mut manifests = Manifests::read(&config.manifests, &spans, path, substitutes, &mut problems);
+    let mut faulty = Vec::new();
+    if let Some((substitutes, previous)) = reload {
+        let mut wanted: Vec<ObjectId> = Vec::new();
+        wanted.extend(substitutes.iter().filter(|(_, s)| **s == Substitute::LastGood).map(|(id, _)| id.clone()));
+        // An error outside of every object: the text may have lost any that it held.
+        let unreadable =
+            problems.take_errors(|error| error.span.file != 0 && manifests.object_at(error.span).is_none());
+        let mentioned = manifests.mentioned();
+        for error in unreadable {
+            let name = problems.source(error.span.file).name();
+            let of_text = previous.good.iter().filter(|(_, source)| source.name() == name).map(|(id, _)| id);
+            for id in of_text.filter(|id| !mentioned.contains(id)) {
+                if faulty.iter().any(|known: &Faulty| known.id == *id) {
+                    continue;
+                }
+                faulty.push(Faulty {
+                    id: id.clone(),
+                    substitute: Substitute::LastGood,
+                    problem: problems.line(&error),
+                });
+                wanted.push(id.clone());
+            }
+        }
+        let mut by_text: Vec<(&Arc<Source>, BTreeSet<ObjectId>)> = Vec::new();
+        for id in wanted {
+            let Some(source) = previous.good.get(&id) else { continue };
+            match by_text.iter_mut().find(|(known, _)| Arc::ptr_eq(known, source)) {
+                Some((_, ids)) => drop(ids.insert(id)),
+                None => by_text.push((source, BTreeSet::from([id]))),
+            }
+        }
+        for (source, ids) in by_text {
+            manifests.read_last_good(source, ids, &mut problems);
+        }
+    }
+    match translate(config, path, &mut manifests, problems) {
+        Ok(loaded) => Ok(Loaded { faulty, ..loaded }),
+        Err(problems) => Err(Box::new(Failed { problems, manifests: Some(manifests) })),
+    }
 }
 
 fn translate(
     config: RouterConfig,
     path: &Path,
-    mut manifests: Manifests,
+    manifests: &mut Manifests,
     mut problems: Problems,
 ) -> Result<Loaded, Problems> {
-    let cluster = cluster::translate(&config, &manifests, &mut problems);
-    let services = services::translate(&config, &manifests, &cluster, &mut problems);
-    let policy = policy::translate(&config, &manifests, &cluster, &mut problems);
+    let cluster = cluster::translate(&config, manifests, &mut problems);
+    let services = services::translate(&config, manifests, &cluster, &mut problems);
+    let policy = policy::translate(&config, manifests, &cluster, &mut problems);
     problems.sort();
     if problems.has_errors() {
         return Err(problems);
@@ -87,5 +197,7 @@ fn translate(
     let mut files = vec![path.to_owned()];
     files.append(&mut manifests.files);
     let counts = manifests.counts();
-    Ok(Loaded { config, cluster, services, policy, objects: manifests.origins, counts, notes: problems, files })
+    let good = manifests.sources(&problems);
+    let objects = std::mem::take(&mut manifests.origins);
+    Ok(Loaded { config, cluster, services, policy, objects, counts, notes: problems, files, faulty: Vec::new(), good })
 }

@@ -30,9 +30,9 @@ use super::{
     services::{port_number, protocol},
 };
 use crate::{
-    config::{Problems, RouterConfig, address::parse_network, problem::nearest},
+    config::{Problems, RouterConfig, address::parse_network, problem::nearest, tree::Node},
     manifests::{
-        Manifests, Object,
+        Denying, Manifests, Object, ObjectId,
         at::{At, Reporter},
         calico::WorkloadEndpoint,
     },
@@ -59,7 +59,8 @@ pub(super) fn translate(
 ) -> Model {
     let endpoints = endpoints(config, manifests, cluster, problems);
     let profiles = profiles(&endpoints);
-    let policies = manifests.network_policies.iter().filter_map(|object| network_policy(object, problems)).collect();
+    let policies = manifests.network_policies.iter().filter_map(|object| network_policy(object, problems));
+    let policies = policies.chain(manifests.denying.iter().map(denying)).collect();
     let tier = Tier {
         name: "default".to_owned(),
         order: Some(DEFAULT_TIER_ORDER),
@@ -277,6 +278,28 @@ fn network_policy(object: &Object<NetworkPolicy>, problems: &mut Problems) -> Op
         egress: governs_egress.then_some(egress_rules),
         origin: object.origin,
     })
+}
+
+/// What stands for a policy that cannot be read: it selects the same pods, or all of its namespace, and allows nothing.
+fn denying(policy: &Denying) -> Policy {
+    let ObjectId { namespace, name, .. } = &policy.id;
+    let mut problems = Problems::default();
+    let node = Node::null();
+    let own = policy.pod_selector.as_ref().map(|selector| {
+        let mut report = Reporter::new(&mut problems, String::new());
+        label_selector(selector, "", At::root(&node), "", &mut report)
+    });
+    let own = own.filter(|_| !problems.has_errors());
+    Policy {
+        name: format!("NetworkPolicy/{namespace}/{name}"),
+        sort_name: format!("knp.default.{name}/{namespace}"),
+        order: Some(NETWORK_POLICY_ORDER),
+        selector: Selector::all_of(std::iter::once(pods_of(namespace)).chain(own)),
+        staged: false,
+        ingress: Some(Vec::new()),
+        egress: Some(Vec::new()),
+        origin: policy.origin,
+    }
 }
 
 /// The pods of a namespace.

@@ -29,7 +29,7 @@ fn load_texts(weir: &str, cluster: &str) -> Result<Loaded, Problems> {
     };
     let mut manifests = Manifests::default();
     manifests.read_text("cluster.yaml", cluster.to_owned(), &mut problems);
-    translate(config, Path::new("weir.yaml"), manifests, problems)
+    translate(config, Path::new("weir.yaml"), &mut manifests, problems)
 }
 
 /// "place: severity: message [help]" of everything that is said.
@@ -326,7 +326,7 @@ fn faults_of_network_policies() {
         (
             "podSelectr: {}\ningress:\n  from: []\n",
             &[
-                "cluster.yaml:5:3: warning: NetworkPolicy x/p: unknown field spec.podSelectr [did you mean \
+                "cluster.yaml:5:3: error: NetworkPolicy x/p: unknown field spec.podSelectr [did you mean \
                  podSelector?]",
                 "cluster.yaml:7:5: error: NetworkPolicy x/p: spec.ingress: expected a list, found an object",
             ],
@@ -800,4 +800,87 @@ fn folders_are_read_with_their_subfolders_and_missing_paths_are_errors() {
     assert_eq!(facts, [(2, 17, missing.as_str()), (2, 4, "this file is not UTF-8")]);
     let problems = load(&path("nowhere.yaml")).unwrap_err();
     assert!(problems.diagnostics()[0].message.starts_with("cannot read weir.yaml"));
+}
+
+/// A reload of `cluster` after `previous`, with what stands for faulty objects: "object: substitute: problem".
+fn reloaded(folder: &Path, previous: &Loaded, cluster: &str) -> (Loaded, Vec<String>) {
+    fs::write(folder.join("cluster.yaml"), cluster).unwrap();
+    let (loaded, _) = reload(&folder.join("weir.yaml"), previous).unwrap_or_else(|problems| panic!("{problems}"));
+    let line = |faulty: &Faulty| {
+        let problem = faulty.problem.strip_prefix(folder.to_str().unwrap()).unwrap_or(&faulty.problem);
+        format!("{}: {:?}: {problem}", faulty.id, faulty.substitute)
+    };
+    let faulty = loaded.faulty.iter().map(line).collect();
+    (loaded, faulty)
+}
+
+#[test]
+fn a_faulty_object_keeps_its_last_good_version_and_the_rest_proceeds() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    fs::write(folder.join("weir.yaml"), WEIR).unwrap();
+    let object = |kind: &str, name: &str, spec: &str| {
+        let version = if kind == "Service" { "v1" } else { "networking.k8s.io/v1" };
+        format!("---\napiVersion: {version}\nkind: {kind}\nmetadata: {{name: {name}, namespace: x}}\nspec: {spec}\n")
+    };
+    let service = |ip: &str| object("Service", "web", &format!("{{clusterIP: {ip}, ports: [{{port: 80}}]}}"));
+    let policy = |name: &str, spec: &str| object("NetworkPolicy", name, spec);
+    let open = "{podSelector: {}, ingress: [{}]}";
+    let typo = "{podSelector: {}, ingress: [{}], policyTipes: [Egress]}";
+    let first = service("10.96.0.1") + &policy("p", open);
+    fs::write(folder.join("cluster.yaml"), &first).unwrap();
+    let good = load(&folder.join("weir.yaml")).unwrap_or_else(|problems| panic!("{problems}"));
+    let address = |loaded: &Loaded| loaded.services.services[0].cluster_ips[0].to_string();
+    let rules = |loaded: &Loaded| -> Vec<(String, usize)> {
+        let policies = loaded.policy.tiers[0].policies.iter();
+        policies.map(|policy| (policy.name.clone(), policy.ingress.as_ref().map_or(0, Vec::len))).collect()
+    };
+    let p = ("NetworkPolicy/x/p".to_owned(), 1);
+
+    // An unknown field of a policy is an error; the service's new address is taken all the same.
+    let (loaded, faulty) = reloaded(folder, &good, &(service("10.96.0.2") + &policy("p", typo)));
+    assert_eq!((address(&loaded).as_str(), rules(&loaded)), ("10.96.0.2", vec![p.clone()]));
+    let problem = "/cluster.yaml:10:40: NetworkPolicy x/p: unknown field spec.policyTipes";
+    assert_eq!(faulty, [format!("NetworkPolicy x/p: LastGood: {problem}")]);
+
+    // Once more: the last good version is still that of the first text. And the other way round.
+    let (loaded, faulty) = reloaded(folder, &loaded, &(service("10.96.0") + &policy("p", typo)));
+    assert_eq!((address(&loaded).as_str(), rules(&loaded), faulty.len()), ("10.96.0.2", vec![p.clone()], 2));
+
+    // A new policy that cannot be read denies what it selects: by its selector, or, without one, its whole namespace.
+    let new = policy("q", "{podSelector: {matchLabels: {a: b}}, egress: [7]}") + &policy("r", "[]");
+    let (loaded, faulty) = reloaded(folder, &loaded, &(first.clone() + &new));
+    assert_eq!(rules(&loaded), [p.clone(), ("NetworkPolicy/x/q".into(), 0), ("NetworkPolicy/x/r".into(), 0)]);
+    let policies = &loaded.policy.tiers[0].policies;
+    assert!(policies[1..].iter().all(|policy| policy.ingress.is_some() && policy.egress.is_some()));
+    let selects = |policy: usize, labels: &[(&str, &str)]| {
+        let labels: BTreeMap<String, String> = labels.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
+        policies[policy].selector.matches(&labels)
+    };
+    let of_x = [("projectcalico.org/namespace", "x"), ("projectcalico.org/orchestrator", "k8s")];
+    let of_x_with_label = [of_x[0], of_x[1], ("a", "b")];
+    assert_eq!(
+        [1, 2].map(|policy| (selects(policy, &of_x), selects(policy, &of_x_with_label))),
+        [(false, true), (true, true)]
+    );
+    assert_eq!(faulty.len(), 2, "{faulty:?}");
+
+    // A text that is no YAML has lost what was in it, and loses nothing.
+    let (loaded, faulty) = reloaded(folder, &loaded, &(service("10.96.0.3") + "---\napiVersion: [\n"));
+    assert_eq!((address(&loaded).as_str(), rules(&loaded)), ("10.96.0.3", vec![p.clone()]));
+    assert!(faulty[0].starts_with("NetworkPolicy x/p: LastGood"), "{faulty:?}");
+
+    // Two of one name; then all is well again, and what is gone is gone.
+    let (loaded, faulty) = reloaded(folder, &loaded, &(first.clone() + &policy("p", open)));
+    assert_eq!((rules(&loaded), faulty.len()), (vec![p], 1));
+    let (loaded, faulty) = reloaded(folder, &loaded, &service("10.96.0.4"));
+    assert_eq!((address(&loaded).as_str(), rules(&loaded), faulty.len()), ("10.96.0.4", vec![], 0));
+
+    // weir.yaml itself, and what would not be enforced, are refused whole.
+    let tier = "---\napiVersion: projectcalico.org/v3\nkind: Tier\nmetadata: {name: t}\n";
+    fs::write(folder.join("cluster.yaml"), first.clone() + tier).unwrap();
+    assert!(reload(&folder.join("weir.yaml"), &loaded).is_err());
+    fs::write(folder.join("cluster.yaml"), first).unwrap();
+    fs::write(folder.join("weir.yaml"), "nodeName: [").unwrap();
+    assert!(reload(&folder.join("weir.yaml"), &loaded).is_err());
 }

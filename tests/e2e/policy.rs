@@ -237,3 +237,51 @@ fn a_policy_cuts_established_connections_and_its_removal_allows_them_again() {
     assert!(passes(&near, &far, DEADLINE) && passes(&far, &near, DEADLINE));
     site.finish();
 }
+
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn a_faulty_policy_stays_as_it_was_and_a_new_faulty_one_denies_while_the_rest_proceeds() {
+    let mut manifests = Manifests::cluster("Always");
+    for (pod, app, address) in [
+        ("default/client", "client", "10.1.1.10"),
+        ("default/friend", "friend", "10.1.1.11"),
+        ("default/server", "server", "10.1.1.20"),
+        ("default/other", "other", "10.1.1.21"),
+    ] {
+        manifests.pod("node-a", pod, app, &[address]);
+    }
+    let plan = [NodePlan::new("node-a", &["192.168.10.1/24"], &[0])];
+    let mut site = Site::build(&plan, &manifests.text(), DENY);
+    site.serve("default/server", &[80]);
+    site.serve("default/other", &[80]);
+    site.start_all();
+    let (server, other) = ("http://10.1.1.20/", "http://10.1.1.21/");
+    site.answered("default/friend", server);
+    site.unanswered("default/client", server);
+    site.answered("default/client", other);
+
+    // The first is mistyped so that it would open to all; the second is new and mistyped.
+    let new = DENY.replace("only-friends", "other").replace("app: server", "app: other");
+    site.set_policies(&format!("{}---{}", DENY.replace("from:", "form:"), new.replace("- from:", "- from: 7\n    x:")));
+    site.answered("default/friend", server);
+    site.unanswered("default/client", server);
+    site.unanswered("default/friend", other);
+    let faulty = site.status("node-a")["faultyObjects"].clone();
+    let named: Vec<_> =
+        faulty.as_array().unwrap().iter().map(|f| (f["object"].clone(), f["inForce"].clone())).collect();
+    assert_eq!(
+        named,
+        [
+            ("NetworkPolicy default/only-friends".into(), "last good version".into()),
+            ("NetworkPolicy default/other".into(), "nothing; a policy denies what it selects".into()),
+        ]
+    );
+    assert!(faulty[0]["problem"].as_str().unwrap().contains("policies.yaml:9:5"), "{faulty}");
+
+    site.set_policies(&new);
+    site.answered("default/client", server);
+    site.answered("default/friend", other);
+    site.unanswered("default/client", other);
+    assert_eq!(site.status("node-a")["faultyObjects"], Value::Array(vec![]));
+    site.finish();
+}
