@@ -107,18 +107,25 @@ pub fn timeouts(settings: &Conntrack) -> Result<Timeouts, CompileError> {
     Ok(timeouts)
 }
 
-/// Makes the connection tables of both families; their hashes are keyed from `random`.
+/// How a connection table is made; its hash is keyed from `random`.
+///
+/// # Errors
+/// As [`timeouts`].
+pub fn table_config(settings: &Conntrack, random: &mut ChaCha8Rng) -> Result<TableConfig, CompileError> {
+    Ok(TableConfig {
+        max_entries: u32::try_from(settings.max_entries).unwrap_or(u32::MAX),
+        seed: [random.next_u64(), random.next_u64()],
+        timeouts: timeouts(settings)?,
+    })
+}
+
+/// Makes the connection tables of both families, in memory.
 ///
 /// # Errors
 /// As [`timeouts`].
 pub fn tables(settings: &Conntrack, domain: &Arc<Domain>, random: &mut ChaCha8Rng) -> Result<Tables, CompileError> {
-    let timeouts = timeouts(settings)?;
-    let mut config = || TableConfig {
-        max_entries: u32::try_from(settings.max_entries).unwrap_or(u32::MAX),
-        seed: [random.next_u64(), random.next_u64()],
-        timeouts,
-    };
-    Ok(Tables { v4: Table::new(config(), domain.clone()), v6: Table::new(config(), domain.clone()) })
+    let v4 = Table::new(table_config(settings, random)?, domain.clone());
+    Ok(Tables { v4, v6: Table::new(table_config(settings, random)?, domain.clone()) })
 }
 
 /// "address:port", with brackets around an IPv6 address.

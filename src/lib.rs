@@ -14,6 +14,7 @@ pub mod bench;
 pub mod check;
 pub mod compile;
 pub mod config;
+pub mod connections;
 pub mod control;
 pub mod demo;
 pub mod kernel;

@@ -25,6 +25,7 @@ use tokio::{
     sync::mpsc,
 };
 use tracing::{error, info, warn};
+use weir_conntrack::{Table, file::Restored};
 use weir_dataplane::{
     afxdp::{AfXdp, AfXdpError, AfXdpSettings, PortSettings, RingSizes},
     attach::{self, AttachError, Attachment, Owned, SocketDevice, TrunkSettings},
@@ -33,11 +34,11 @@ use weir_dataplane::{
     forwarding::{Forwarding, local_workloads},
     frame::{IfIndex, MAX_MTU},
     model::{Device, Links, Neighbor, Role, Route},
-    pipeline::{Event, Pipeline},
+    pipeline::{Event, Family, Pipeline},
     snapshot::{Rules, Snapshot},
-    worker::{Mode, Shared, Worker},
+    worker::{Mode, Shared, Worker, now},
 };
-use weir_packet::{Mac, Protocol, Tick};
+use weir_packet::{Mac, Protocol};
 use weir_sync::{Counters, Domain, Published};
 
 use crate::{
@@ -46,6 +47,7 @@ use crate::{
         Problems, RouterConfig,
         router::{Require, WorkerMode},
     },
+    connections::{self, TablesError},
     control::{self, RUN_FOLDER, Request},
     kernel::{
         DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState,
@@ -81,6 +83,9 @@ pub enum RunError {
     /// It is too large to compile.
     #[error(transparent)]
     Compile(#[from] CompileError),
+    /// The connection tables.
+    #[error(transparent)]
+    Tables(#[from] TablesError),
     /// The kernel's programs, maps or the trunk.
     #[error(transparent)]
     Attach(#[from] AttachError),
@@ -243,6 +248,10 @@ fn take_off(config: &Path) -> Result<Vec<String>, RunError> {
     if !report.pins.is_empty() {
         lines.push(format!("removed {} pinned links and maps", report.pins.len()));
     }
+    let folder = connections::folder(&config.node_name);
+    if connections::remove(&folder).map_err(system(format!("cannot remove {}", folder.display())))? {
+        lines.push("removed the connection table".into());
+    }
     if lines.is_empty() {
         lines.push("nothing was attached".into());
     }
@@ -330,16 +339,22 @@ impl Router {
 
         let domain = Domain::new();
         let mut random = ChaCha8Rng::from_seed(seed()?);
-        let tables = compile::tables(&config.conntrack, &domain, &mut random)?;
+        let folder = connections::folder(&config.node_name);
+        let opened = connections::open(&folder, &config.conntrack, &domain, &mut random, now())?;
+        for (family, restored) in ["IPv4", "IPv6"].iter().zip(&opened.restored) {
+            if let Some(Restored { connections, left_out, .. }) = restored.filter(|r| r.connections + r.left_out > 0) {
+                info!(family, connections, left_out, "connections of the process before are taken over");
+            }
+        }
+        opened.notes.iter().for_each(|note| warn!("{note}"));
         let generation = 1;
         let shared = Arc::new(Shared {
             snapshot: Published::new(
                 &domain,
                 Snapshot { generation, rules: rules.clone(), forwarding: Arc::new(forwarding) },
             ),
-            tables,
+            tables: opened.tables,
             tcp_loose: config.conntrack.tcp_loose,
-            start: Instant::now(),
             stop: AtomicBool::new(false),
         });
 
@@ -416,7 +431,7 @@ impl Router {
             failures,
             workers: handles,
             modes,
-            notes: Vec::new(),
+            notes: opened.notes,
             socket,
             listener,
             loaded,
@@ -634,10 +649,10 @@ impl Router {
                 if let Some(problems) = problems {
                     warn!("objects are faulty, and others stand for them:\n{}", problems.render(false));
                 }
-                for Faulty { id, substitute, .. } in &loaded.faulty {
+                for Faulty { object, substitute, .. } in &loaded.faulty {
                     match substitute {
-                        Substitute::LastGood => warn!(object = %id, "its last good version stays"),
-                        Substitute::Nothing => warn!(object = %id, "left out; a policy denies what it selects"),
+                        Substitute::LastGood => warn!(object, "its last good version stays"),
+                        Substitute::Nothing => warn!(object, "left out; a policy denies what it selects"),
                     }
                 }
                 loaded
@@ -692,7 +707,7 @@ impl Router {
     }
 
     fn connections(&self) -> Value {
-        let now = Tick::from_ns(self.shared.start.elapsed().as_nanos() as u64);
+        let now = now();
         let mut all = Vec::new();
         self.shared.tables.v4.for_each(now, |entry| all.push(connection(entry)));
         self.shared.tables.v6.for_each(now, |entry| all.push(connection(entry)));
@@ -717,9 +732,12 @@ impl Router {
                 "ipv4": self.shared.tables.v4.len(), "ipv6": self.shared.tables.v6.len(),
                 "capacity": self.shared.tables.v4.capacity(),
             },
+            "tables": {
+                "ipv4": table_json(&self.shared.tables.v4), "ipv6": table_json(&self.shared.tables.v6),
+            },
             "counters": counters_json(&self.totals()),
             "faultyObjects": self.loaded.faulty.iter().map(|faulty| json!({
-                "object": faulty.id.to_string(),
+                "object": faulty.object,
                 "inForce": match faulty.substitute {
                     Substitute::LastGood => "last good version",
                     Substitute::Nothing => "nothing; a policy denies what it selects",
@@ -730,6 +748,18 @@ impl Router {
             "notes": self.notes,
         })
     }
+}
+
+/// A connection table's totals.
+fn table_json<A: Family>(table: &Table<A>) -> Value {
+    let counts = table.counts();
+    json!({
+        "connections": table.len(), "capacity": table.capacity(), "memoryBytes": table.memory_bytes(),
+        "inserted": counts.inserted, "expired": counts.expired, "retried": counts.retried, "refused": counts.full,
+        "evicted": {
+            "closing": counts.evicted_closing, "unproved": counts.evicted_unproved, "idle": counts.evicted_idle,
+        },
+    })
 }
 
 fn core_ids() -> Vec<usize> {

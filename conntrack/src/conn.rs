@@ -172,6 +172,20 @@ impl<'t, A: Address> Lines<'t, A> {
         attributes.stamps.into_iter().enumerate().for_each(|(i, value)| store(Field::Stamps, i, value));
     }
 
+    /// Copies everything but the state word, as a connection that nobody has judged: without generation, policy stamps and
+    /// next hops. Only while nobody can find this one.
+    pub(crate) fn fill_from(self, other: Lines<'_, A>) {
+        for (line, other) in self.lines.iter().zip(other.lines) {
+            for (word, other) in line.words.iter().zip(&other.words) {
+                word.store(other.load(Ordering::Relaxed), Ordering::Relaxed);
+            }
+        }
+        let clear = |field, element| self.attribute(field, element).store(0, Ordering::Relaxed);
+        clear(Field::Generation, 0);
+        (0..2).for_each(|element| clear(Field::NextHops, element));
+        (0..2).for_each(|element| clear(Field::Stamps, element));
+    }
+
     fn attributes(self, state: State) -> Attributes {
         let load = |field, element| self.attribute(field, element).load(Ordering::Relaxed);
         Attributes {

@@ -36,7 +36,8 @@ const WAITING: usize = 8;
 pub(crate) struct Indices {
     links: Lines<AtomicU32>,
     free: CachePadded<AtomicU64>,
-    fresh: CachePadded<AtomicU32>,
+    /// One word: the first index that was never used.
+    fresh: Lines<AtomicU32>,
     capacity: u32,
     /// What a worker takes at a time.
     batch: u32,
@@ -65,11 +66,13 @@ pub(crate) struct Stock {
 }
 
 impl Indices {
-    pub(crate) fn new(capacity: u32, domain: Arc<Domain>) -> Arc<Self> {
+    /// As many indices as there are links, which are zero, as is the one word of `fresh`.
+    pub(crate) fn new(links: Lines<AtomicU32>, fresh: Lines<AtomicU32>, domain: Arc<Domain>) -> Arc<Self> {
+        let capacity = links.len() as u32;
         Arc::new(Self {
-            links: Lines::new(capacity as usize),
+            links,
             free: CachePadded::new(AtomicU64::new(0)),
-            fresh: CachePadded::new(AtomicU32::new(0)),
+            fresh,
             capacity,
             // What workers hold in stock others cannot have: together well below one percent.
             batch: (capacity / 4096).clamp(1, 16),
@@ -82,7 +85,7 @@ impl Indices {
     /// Indices from this one on were never used.
     #[inline]
     pub(crate) fn used(&self) -> u32 {
-        self.fresh.load(Ordering::Relaxed)
+        self.fresh[0].load(Ordering::Relaxed)
     }
 
     fn link(&self, index: u32) -> &AtomicU32 {
@@ -129,7 +132,7 @@ impl Indices {
     /// Up to a batch of indices that were never used.
     fn take_fresh(&self) -> std::ops::Range<u32> {
         let more = |fresh: u32| (fresh < self.capacity).then(|| (fresh + self.batch).min(self.capacity));
-        match self.fresh.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more) {
+        match self.fresh[0].fetch_update(Ordering::Relaxed, Ordering::Relaxed, more) {
             Ok(start) => start..(start + self.batch).min(self.capacity),
             Err(_) => 0..0,
         }
@@ -245,14 +248,20 @@ impl Drop for Stock {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use std::collections::HashSet;
+    use std::{collections::HashSet, net::Ipv4Addr};
 
     use super::*;
+    use crate::storage::{Arrays, Layout};
+
+    fn indices(capacity: u32, domain: Arc<Domain>) -> Arc<Indices> {
+        let Arrays { links, used, .. } = Arrays::new(&Layout::new::<Ipv4Addr>(7, capacity));
+        Indices::new(links, used, domain)
+    }
 
     #[test]
     fn each_index_is_given_out_once_and_comes_back_after_the_turn() {
         let domain = Domain::new();
-        let indices = Indices::new(10_000, domain.clone());
+        let indices = indices(10_000, domain.clone());
         let mut participant = domain.join();
         let mut stocks = [Stock::new(&indices), Stock::new(&indices)];
         for round in 0..3 {
@@ -279,7 +288,7 @@ mod tests {
     #[test]
     fn a_worker_that_ends_leaves_nothing_behind() {
         let domain = Domain::new();
-        let indices = Indices::new(100, domain.clone());
+        let indices = indices(100, domain.clone());
         let mut participant = domain.join();
         let turn = participant.enter();
         let mut ending = Stock::new(&indices);
@@ -297,7 +306,7 @@ mod tests {
     #[test]
     fn threads_never_hold_the_same_index() {
         let domain = Domain::new();
-        let indices = Indices::new(64, domain.clone());
+        let indices = indices(64, domain.clone());
         let held: Vec<AtomicU32> = (0..64).map(|_| AtomicU32::new(0)).collect();
         std::thread::scope(|scope| {
             for _ in 0..3 {

@@ -5,6 +5,7 @@
 //! - [`observed`]: [`Observed`], what tracking needs to know of a packet.
 //! - [`tcp`]: TCP's states and transitions, RFC 9293 as netfilter follows it from the middle.
 //! - [`timeouts`]: how long an idle connection lives, under netfilter's names.
+//! - [`file`](mod@file): a table that outlives its process.
 //! - [`hash`]: the keyed hash of flow keys.
 
 // The theory of the structures names their private parts too.
@@ -12,6 +13,8 @@
 
 mod bucket;
 pub mod conn;
+#[cfg(not(loom))]
+pub mod file;
 pub mod hash;
 mod index;
 pub mod observed;

@@ -277,6 +277,13 @@ impl TcpLine {
         }
     }
 
+    /// Takes over all words of another line.
+    pub(crate) fn fill_from(&self, other: &Self) {
+        for (word, other) in self.words.iter().zip(&other.words) {
+            word.store(other.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+
     /// Stores what differs from `before`, or everything.
     pub(crate) fn store(&self, tcp: &Tcp, before: Option<&Tcp>) {
         let before = before.map(Tcp::words);

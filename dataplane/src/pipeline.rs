@@ -43,6 +43,9 @@ const MAX_FRAGMENTS: usize = 8;
 const ERROR_BURST: u32 = 1000;
 const ERRORS_PER_TICK: u32 = 10;
 
+/// One in so many connections of a table is kept for the node itself.
+const HOST_SHARE: u32 = 64;
+
 /// The connection tables of both families.
 #[derive(Debug)]
 pub struct Tables {
@@ -583,6 +586,13 @@ impl Pipeline {
             reply.dst = address;
         }
         let Self { handles, random, .. } = self;
+        // A share is kept for the node's own connections, so that it can be reached however many others there are.
+        let for_host = origin == Origin::Host
+            || decision.adjacency().is_some_and(|hop| snapshot.forwarding.adjacency(hop).kind == RouteKind::Host);
+        let kept_free = if for_host { 0 } else { table.capacity() as u32 / HOST_SHARE };
+        if !table.make_room(A::handle(handles), kept_free, context.now, context.turn) {
+            return Err(DropReason::TableFull);
+        }
         let mut attempt = |reply: FlowKey<A>| {
             let new = NewConn { original: view.key, reply, attributes, first: observed(packet, view) };
             match table.insert(A::handle(handles), new, context.now, context.turn) {

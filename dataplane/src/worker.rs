@@ -8,9 +8,10 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
+use nix::time::{ClockId, clock_gettime};
 use weir_packet::Tick;
 use weir_sync::{Participant, Published};
 
@@ -29,6 +30,12 @@ const IDLE_TURNS: u32 = 200;
 /// Longest sleep: held packets and expired connections are looked after that often without traffic.
 const MAX_SLEEP: Duration = Duration::from_millis(100);
 
+/// The time by the clock that all processes of a boot share (CLOCK_MONOTONIC), since connections outlive a process.
+pub fn now() -> Tick {
+    let time = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every kernel has this clock");
+    Tick::from_ns(time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
+}
+
 /// What the workers of one process share.
 #[derive(Debug)]
 pub struct Shared {
@@ -38,8 +45,6 @@ pub struct Shared {
     pub tables: Tables,
     /// Whether a TCP connection may be picked up mid-stream.
     pub tcp_loose: bool,
-    /// The clock's start.
-    pub start: Instant,
     /// Set to end all workers.
     pub stop: AtomicBool,
 }
@@ -125,7 +130,7 @@ impl<D: Device> Worker<D> {
             snapshot: shared.snapshot.load(&turn),
             tables: &shared.tables,
             turn: &turn,
-            now: Tick::from_ns(shared.start.elapsed().as_nanos() as u64),
+            now: now(),
             tcp_loose: shared.tcp_loose,
         };
         let mut handled = 0;

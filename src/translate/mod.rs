@@ -51,8 +51,8 @@ pub struct Loaded {
 /// An object whose newest version is faulty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Faulty {
-    /// Which.
-    pub id: ObjectId,
+    /// Which: kind and name, or the text that cannot be read.
+    pub object: String,
     /// What stands for it.
     pub substitute: Substitute,
     /// What is wrong, with its place.
@@ -98,7 +98,11 @@ pub fn reload(path: &Path, previous: &Loaded) -> Result<(Loaded, Option<Problems
         let substitutes = faulty.iter().map(|(id, (substitute, _))| (id.clone(), *substitute)).collect();
         let (problems, manifests) = match attempt(path, Some((&substitutes, previous))) {
             Ok(mut loaded) => {
-                let named = faulty.into_iter().map(|(id, (substitute, problem))| Faulty { id, substitute, problem });
+                let named = faulty.into_iter().map(|(id, (substitute, problem))| Faulty {
+                    object: id.to_string(),
+                    substitute,
+                    problem,
+                });
                 loaded.faulty.extend(named);
                 return Ok((loaded, Some(all)));
             }
@@ -149,15 +153,18 @@ fn attempt(path: &Path, reload: Option<(&BTreeMap<ObjectId, Substitute>, &Loaded
         let mentioned = manifests.mentioned();
         for error in unreadable {
             let name = problems.source(error.span.file).name();
+            let problem = problems.line(&error);
             let of_text = previous.good.iter().filter(|(_, source)| source.name() == name).map(|(id, _)| id);
-            for id in of_text.filter(|id| !mentioned.contains(id)) {
-                if faulty.iter().any(|known: &Faulty| known.id == *id) {
-                    continue;
-                }
+            let lost: Vec<&ObjectId> = of_text.filter(|id| !mentioned.contains(id) && !wanted.contains(id)).collect();
+            if lost.is_empty() {
+                faulty.push(Faulty { object: name.to_owned(), substitute: Substitute::Nothing, problem });
+                continue;
+            }
+            for id in lost {
                 faulty.push(Faulty {
-                    id: id.clone(),
+                    object: id.to_string(),
                     substitute: Substitute::LastGood,
-                    problem: problems.line(&error),
+                    problem: problem.clone(),
                 });
                 wanted.push(id.clone());
             }

@@ -808,7 +808,7 @@ fn reloaded(folder: &Path, previous: &Loaded, cluster: &str) -> (Loaded, Vec<Str
     let (loaded, _) = reload(&folder.join("weir.yaml"), previous).unwrap_or_else(|problems| panic!("{problems}"));
     let line = |faulty: &Faulty| {
         let problem = faulty.problem.strip_prefix(folder.to_str().unwrap()).unwrap_or(&faulty.problem);
-        format!("{}: {:?}: {problem}", faulty.id, faulty.substitute)
+        format!("{}: {:?}: {problem}", faulty.object, faulty.substitute)
     };
     let faulty = loaded.faulty.iter().map(line).collect();
     (loaded, faulty)

@@ -95,9 +95,46 @@ impl<const N: usize> WorkerCounters<N> {
     }
 }
 
+/// A number that all workers change, exact and on one shared line: for what happens once per connection, not per packet.
+/// It orders nothing, and no model is about it, so it is the standard library's also under loom.
+#[derive(Debug, Default)]
+pub struct Gauge(CachePadded<std::sync::atomic::AtomicU32>);
+
+impl Gauge {
+    /// Adds one unless the number has reached `limit`; whether it did.
+    #[inline]
+    pub fn add_below(&self, limit: u32) -> bool {
+        if self.0.fetch_add(1, Ordering::Relaxed) < limit {
+            return true;
+        }
+        self.0.fetch_sub(1, Ordering::Relaxed);
+        false
+    }
+
+    /// Takes one away.
+    #[inline]
+    pub fn subtract(&self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// The number.
+    #[inline]
+    pub fn get(&self) -> u32 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_gauge_stops_at_its_limit() {
+        let gauge = Gauge::default();
+        assert_eq!([gauge.add_below(2), gauge.add_below(2), gauge.add_below(2)], [true, true, false]);
+        gauge.subtract();
+        assert_eq!((gauge.get(), gauge.add_below(2), gauge.get()), (1, true, 2));
+    }
 
     #[test]
     fn sums_are_over_all_workers_also_those_that_ended() {

@@ -85,28 +85,29 @@ fn a_second_router_is_refused_and_the_first_goes_on() {
 fn a_bad_reload_keeps_the_last_good_configuration() {
     let mut site = site(&[0]);
     site.serve("default/server", &[80]);
-    site.start_all();
-    let url = "http://10.1.1.20/";
     let deny = "{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {namespace: default, name: closed}, \
                 spec: {podSelector: {matchLabels: {app: server}}, policyTypes: [Ingress]}}\n";
-    site.answered("default/client", url);
+    site.write("policies.yaml", deny);
+    site.start_all();
+    let url = "http://10.1.1.20/";
+    site.unanswered("default/client", url);
     let good = std::fs::read_to_string(site.config("node-a")).unwrap();
-    for (number, (file, text, reason)) in [
-        ("policies.yaml", deny.replace("[Ingress]", "[Sideways]"), "Sideways"),
-        ("policies.yaml", "{ broken".to_owned(), "policies.yaml:1"),
-        ("node-a.yaml", good.replace("workers:", "wrokers:"), "wrokers"),
-    ]
-    .into_iter()
-    .enumerate()
-    {
+    // What cannot be read loses nothing; weir.yaml, and kinds that would not be enforced, are refused whole.
+    let tier = "{apiVersion: projectcalico.org/v3, kind: Tier, metadata: {name: t}}";
+    for (file, text, outcome, reason) in [
+        ("policies.yaml", "{ broken".to_owned(), "objects are faulty", "policies.yaml:1"),
+        ("policies.yaml", tier.to_owned(), "reload refused", "Tier"),
+        ("node-a.yaml", good.replace("workers:", "wrokers:"), "reload refused", "wrokers"),
+    ] {
         let before = std::fs::read_to_string(site.lab.folder().join(file)).unwrap();
+        let outcomes = site.router("node-a").log().matches(outcome).count();
         site.write(file, &text);
-        weir::lab::wait_until("the refusal", DEADLINE, || {
+        weir::lab::wait_until("the outcome", DEADLINE, || {
             let log = site.router("node-a").log();
-            (log.matches("reload refused").count() > number && log.contains(reason)).then_some(())
+            (log.matches(outcome).count() > outcomes && log.contains(reason)).then_some(())
         })
         .unwrap();
-        site.answered("default/client", url);
+        site.unanswered("default/client", url);
         // Back to what it was, which is taken over again.
         let reloads = site.router("node-a").log().matches("reloaded").count();
         site.write(file, &before);
@@ -115,7 +116,7 @@ fn a_bad_reload_keeps_the_last_good_configuration() {
         })
         .unwrap();
     }
-    site.set_policies(deny);
-    site.unanswered("default/client", url);
+    site.set_policies("");
+    site.answered("default/client", url);
     site.finish();
 }

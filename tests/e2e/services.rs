@@ -2,13 +2,18 @@
 
 use std::{
     collections::BTreeMap,
-    io::ErrorKind,
+    io::{ErrorKind, Read, Write},
+    net::{Shutdown, TcpStream},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    thread,
     time::{Duration, Instant},
 };
 
+use nix::sys::signal::Signal;
+
 use crate::{
     manifests::{Manifests, ServiceSpec},
-    site::{CLIENT, DEADLINE, Echo, Site, two_nodes},
+    site::{CLIENT, DEADLINE, Echo, Site, pattern, two_nodes},
 };
 
 const WEB: &str = "10.96.0.10";
@@ -17,6 +22,7 @@ const ECHO: &str = "10.96.0.12";
 const ALONE: &str = "10.96.0.13";
 const NODE_PORT: u16 = 31380;
 const LOCAL_NODE_PORT: u16 = 31381;
+const DOWNLOAD_NODE_PORT: u16 = 31382;
 const NODES: [(&str, &str); 2] = [("node-a", "192.168.10.1"), ("node-b", "192.168.10.2")];
 
 fn site() -> Site {
@@ -28,7 +34,7 @@ fn site() -> Site {
     manifests.service(&ServiceSpec {
         name: "default/web",
         addresses: &[WEB],
-        ports: &[("http", "TCP", 80, 8080, NODE_PORT)],
+        ports: &[("http", "TCP", 80, 8080, NODE_PORT), ("download", "TCP", 81, 8081, DOWNLOAD_NODE_PORT)],
         backends: &[("10.1.1.21", "node-a"), ("10.1.2.21", "node-b"), ("10.1.2.22", "node-b")],
         ..ServiceSpec::default()
     });
@@ -166,5 +172,91 @@ fn external_traffic_policy_local_keeps_the_client_and_drops_elsewhere() {
     // Within the cluster the policy does not count.
     let (pod, seen) = site.answered("default/web-2", &format!("http://{ALONE}/"));
     assert_eq!((pod.as_str(), seen.to_string().as_str()), ("default/web-1", "10.1.2.21"));
+    site.finish();
+}
+
+/// Bytes that never end, from one end to the other, which checks each; `received` counts them.
+fn stream(mut from: TcpStream, mut to: TcpStream, stop: &AtomicBool, received: &AtomicUsize) {
+    const PIECE: usize = 64 * 1024;
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut piece = vec![0; PIECE];
+            for at in (0..).step_by(PIECE).take_while(|_| !stop.load(Ordering::Relaxed)) {
+                pattern(at, &mut piece);
+                from.write_all(&piece).expect("the connection takes everything");
+            }
+            from.shutdown(Shutdown::Write).expect("its end");
+        });
+        let (mut piece, mut expected, mut at) = (vec![0; PIECE], vec![0; PIECE], 0);
+        loop {
+            let length = to.read(&mut piece).expect("bytes, or the end");
+            if length == 0 {
+                break;
+            }
+            pattern(at, &mut expected[..length]);
+            assert!(piece[..length] == expected[..length], "bytes {at} to {}", at + length);
+            at += length;
+            received.store(at, Ordering::Relaxed);
+        }
+    });
+}
+
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn downloads_through_services_live_through_kill_9() {
+    let mut site = site();
+    site.lab.ip("client", "route add 10.96.0.0/16 via 192.168.10.1").unwrap();
+    // From a pod to a backend of the other node; and from outside by a node port, masqueraded.
+    let open = |site: &Site, from: &str, address: &str| {
+        let listeners = ["default/web-1", "default/web-2", "default/web-3"].map(|pod| {
+            let listener = site.listen(pod, "0.0.0.0:8081");
+            listener.set_nonblocking(true).unwrap();
+            listener
+        });
+        let near = site.connect(from, address, DEADLINE).unwrap();
+        let accepted = || listeners.iter().find_map(|listener| listener.accept().ok());
+        let (far, seen) = weir::lab::wait_until("the connection", DEADLINE, accepted).unwrap();
+        far.set_nonblocking(false).unwrap();
+        for end in [&near, &far] {
+            end.set_read_timeout(Some(DEADLINE)).unwrap();
+            end.set_write_timeout(Some(DEADLINE)).unwrap();
+        }
+        (near, far, seen)
+    };
+    let (stop, received) = (AtomicBool::new(false), [(); 2].map(|()| AtomicUsize::new(0)));
+    thread::scope(|scope| {
+        struct Stop<'a>(&'a AtomicBool);
+        impl Drop for Stop<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
+        let _stop = Stop(&stop);
+        let (near, far, _) = open(&site, "default/client", &format!("{WEB}:81"));
+        scope.spawn(|| stream(far, near, &stop, &received[0]));
+        let (near, far, seen) = open(&site, "client", &format!("192.168.10.1:{DOWNLOAD_NODE_PORT}"));
+        assert_ne!(seen.ip().to_string(), CLIENT, "it is masqueraded");
+        scope.spawn(|| stream(far, near, &stop, &received[1]));
+        let progress = |what: &str| {
+            let goals = received.each_ref().map(|count| count.load(Ordering::Relaxed) + (1 << 20));
+            let reached = || received.iter().zip(goals).all(|(count, goal)| count.load(Ordering::Relaxed) >= goal);
+            let begin = Instant::now();
+            weir::lab::wait_until(what, DEADLINE, || reached().then_some(())).unwrap();
+            begin.elapsed()
+        };
+        progress("the downloads' start");
+        for _ in 0..2 {
+            let mut router = site.take_router("node-a");
+            router.signal(Signal::SIGKILL);
+            assert!(!router.wait(DEADLINE).unwrap().success());
+            let begin = Instant::now();
+            site.start("node-a");
+            let started = begin.elapsed();
+            println!("restarted in {started:?}, a MiB more of each {:?} later", progress("the downloads to go on"));
+            let log = site.router("node-a").log();
+            assert!(log.contains("connections of the process before are taken over"), "{log}");
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
     site.finish();
 }
