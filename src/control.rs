@@ -1,4 +1,5 @@
-//! Talking to a running router over its Unix socket: one JSON line asked, one JSON document answered.
+//! Talking to a running router over its Unix socket: one JSON line asked, one JSON document answered, or, by `weir conntrack`, a line
+//! for each connection.
 
 use std::{
     fmt::Write as _,
@@ -11,7 +12,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::config::{Problems, RouterConfig};
+use crate::{
+    config::{Problems, RouterConfig},
+    conntrack::Query,
+};
 
 /// Where running routers keep their sockets and records; a tmpfs.
 pub const RUN_FOLDER: &str = "/run/weir";
@@ -19,13 +23,13 @@ pub const RUN_FOLDER: &str = "/run/weir";
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What can be asked.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Request {
     /// Modes, workers, counters, table use.
     Status,
     /// Live connections.
-    Conntrack,
+    Conntrack(Query),
 }
 
 /// Why there is no answer.
@@ -45,6 +49,12 @@ pub enum AskError {
     /// The answer is none.
     #[error("the router's answer cannot be read: {0}")]
     BadAnswer(#[from] serde_json::Error),
+    /// The answer ended before its end, or what reads it did.
+    #[error("the answer was cut short: {0}")]
+    Broken(io::Error),
+    /// The router does not know what is asked for.
+    #[error("the router refuses: {0}; is it of the same version?")]
+    Refused(String),
 }
 
 /// The socket of the router of a node.
@@ -52,46 +62,34 @@ pub fn socket_path(node_name: &str) -> PathBuf {
     Path::new(RUN_FOLDER).join(format!("{node_name}.sock"))
 }
 
-/// Asks the router that runs with `config`.
+/// A connection to the router that runs with `config`.
 ///
 /// # Errors
-/// Where it does not run or does not answer.
-pub fn ask(config: &Path, request: Request) -> Result<Value, AskError> {
+/// Where it does not run.
+pub fn connect(config: &Path) -> Result<UnixStream, AskError> {
     let mut problems = Problems::default();
     let (config, _) = RouterConfig::read(config, &mut problems).ok_or(AskError::Config)?;
     let path = socket_path(&config.node_name);
-    let failed = |source| AskError::NotRunning { path: path.clone(), source };
-    let mut stream = UnixStream::connect(&path).map_err(failed)?;
-    stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
-    writeln!(stream, "{}", serde_json::to_string(&request)?).map_err(failed)?;
+    UnixStream::connect(&path).map_err(|source| AskError::NotRunning { path, source })
+}
+
+/// The status of the router that runs with `config`.
+///
+/// # Errors
+/// Where it does not run or does not answer.
+pub fn status(config: &Path) -> Result<Value, AskError> {
+    let mut stream = connect(config)?;
+    stream.set_read_timeout(Some(PATIENCE)).map_err(AskError::Broken)?;
+    writeln!(stream, "{}", serde_json::to_string(&Request::Status)?).map_err(AskError::Broken)?;
     let mut answer = String::new();
-    BufReader::new(stream).read_line(&mut answer).map_err(failed)?;
+    BufReader::new(stream).read_line(&mut answer).map_err(AskError::Broken)?;
     Ok(serde_json::from_str(&answer)?)
 }
 
-/// An answer for a person.
-pub fn as_text(request: Request, answer: &Value) -> String {
+/// A status for a person.
+pub fn status_as_text(status: &Value) -> String {
     let mut text = String::new();
-    match request {
-        Request::Status => status_text(&mut text, answer),
-        Request::Conntrack => {
-            for conn in answer.as_array().into_iter().flatten() {
-                let end = |direction: &str, side: &str, port: &str| {
-                    format!("{}:{}", conn[direction][side].as_str().unwrap_or("?"), conn[direction][port])
-                };
-                let _ = writeln!(
-                    text,
-                    "{:<6} {:<12} {} > {}   reply {} > {}",
-                    conn["proto"].as_str().unwrap_or("?"),
-                    conn["tcpState"].as_str().or(conn["state"].as_str()).unwrap_or("?"),
-                    end("original", "src", "sport"),
-                    end("original", "dst", "dport"),
-                    end("reply", "src", "sport"),
-                    end("reply", "dst", "dport"),
-                );
-            }
-        }
-    }
+    status_text(&mut text, status);
     text
 }
 
@@ -106,6 +104,20 @@ fn status_text(text: &mut String, status: &Value) {
         "connections {} IPv4, {} IPv6, of {} each",
         connections["ipv4"], connections["ipv6"], connections["capacity"]
     );
+    for family in ["ipv4", "ipv6"] {
+        let table = &status["tables"][family];
+        let evicted = &table["evicted"];
+        let _ = writeln!(
+            text,
+            "table       {family}: {} inserted, {} expired, evicted {} closing, {} unproved, {} idle; {} found no room",
+            table["inserted"],
+            table["expired"],
+            evicted["closing"],
+            evicted["unproved"],
+            evicted["idle"],
+            table["refused"],
+        );
+    }
     for mode in status["modes"].as_array().into_iter().flatten() {
         let _ = writeln!(
             text,

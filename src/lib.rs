@@ -15,6 +15,7 @@ pub mod check;
 pub mod compile;
 pub mod config;
 pub mod connections;
+pub mod conntrack;
 pub mod control;
 pub mod demo;
 pub mod kernel;

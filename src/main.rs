@@ -8,7 +8,13 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use weir::{check, config::Problems, replay, trace, translate};
+use weir::{
+    check,
+    config::Problems,
+    conntrack::{Action, Query},
+    control::AskError,
+    replay, trace, translate,
+};
 
 /// A userspace packet router for Kubernetes nodes: services, network policy and forwarding on AF_XDP.
 ///
@@ -37,8 +43,8 @@ enum Command {
     Bench(Bench),
     /// Show a running router: modes, workers, counters.
     Status(Ask),
-    /// List the connections of a running router.
-    Conntrack(Ask),
+    /// List, count, delete or watch the connections of a running router.
+    Conntrack(Conntrack),
     /// Take everything off the node that a router attached: programs, maps, the trunk, routes.
     Detach(Detach),
 }
@@ -137,6 +143,41 @@ struct Ask {
 }
 
 #[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    weir conntrack --dst 10.96.0.10 --dport 80        connections to a service\n  \
+    weir conntrack count --state unreplied            how many wait for an answer\n  \
+    weir conntrack delete --reply-src 10.1.2.20       forget those to a backend\n  \
+    weir conntrack watch --proto udp --output json    what happens, a line for each event\n\
+    Lines are as `conntrack -L` prints them: protocol, its number, seconds left, state, both directions.")]
+struct Conntrack {
+    /// What to do with the connections that the filters name.
+    #[arg(value_enum, default_value = "list")]
+    action: ConntrackAction,
+    #[command(flatten)]
+    config: ConfigFile,
+    #[command(flatten)]
+    filter: weir::conntrack::Filter,
+    /// With delete, without a filter: all of them.
+    #[arg(long)]
+    all: bool,
+    /// How connections are printed; JSON is a list, or with watch an object per line.
+    #[arg(long, value_enum, default_value = "text")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ConntrackAction {
+    /// Print them.
+    List,
+    /// Print their number.
+    Count,
+    /// Remove them; the next packet of each opens a new one, or is refused.
+    Delete,
+    /// Print a line whenever one appears, changes its state, or goes, until interrupted.
+    Watch,
+}
+
+#[derive(Args)]
 struct Detach {
     #[command(flatten)]
     config: ConfigFile,
@@ -196,8 +237,18 @@ fn main() -> ExitCode {
         },
         Command::Demo(args) => weir::demo::run(args.memory),
         Command::Bench(args) => weir::bench::run(args.flows, args.seconds, args.output == Output::Json),
-        Command::Status(args) => ask(&args, weir::control::Request::Status),
-        Command::Conntrack(args) => ask(&args, weir::control::Request::Conntrack),
+        Command::Status(args) => match weir::control::status(&args.config.config) {
+            Ok(status) => {
+                let text = weir::control::status_as_text(&status);
+                print!("{}", if args.output == Output::Json { format!("{status:#}\n") } else { text });
+                ExitCode::SUCCESS
+            }
+            Err(error) => failed(&error),
+        },
+        Command::Conntrack(args) => match run_conntrack(&args, &mut io::BufWriter::new(io::stdout().lock())) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(message) => failed(&message),
+        },
         Command::Detach(args) => match weir::run::detach(&args.config.config) {
             Ok(lines) => {
                 lines.iter().for_each(|line| println!("{line}"));
@@ -225,14 +276,45 @@ fn run_trace(args: &Trace) -> Result<bool, String> {
     tracer.run(BufReader::new(input), output, args.text).map_err(|e| e.to_string())
 }
 
-fn ask(args: &Ask, request: weir::control::Request) -> ExitCode {
-    match weir::control::ask(&args.config.config, request) {
-        Ok(answer) if args.output == Output::Json => println!("{answer:#}"),
-        Ok(answer) => print!("{}", weir::control::as_text(request, &answer)),
-        Err(error) => {
-            eprintln!("weir: {error}");
-            return ExitCode::FAILURE;
-        }
+fn run_conntrack(args: &Conntrack, out: &mut impl io::Write) -> Result<(), String> {
+    let action = match args.action {
+        ConntrackAction::List => Action::List,
+        ConntrackAction::Count => Action::Count,
+        ConntrackAction::Delete => Action::Delete,
+        ConntrackAction::Watch => Action::Watch,
+    };
+    if action == Action::Delete && args.filter.is_empty() != args.all {
+        return Err("delete needs either filters, or --all to remove every connection".into());
     }
-    ExitCode::SUCCESS
+    let query = Query { action, filter: args.filter.clone() };
+    let json = args.output == Output::Json;
+    let mut shown = 0_u64;
+    let result = weir::conntrack::ask(&args.config.config, &query, |value| {
+        shown += 1;
+        match action {
+            Action::List if json => write!(out, "{}{value}", if shown == 1 { "[\n" } else { ",\n" }),
+            Action::List => writeln!(out, "{}", weir::conntrack::text_line(value)),
+            Action::Count if !json => writeln!(out, "{}", value["count"]),
+            Action::Delete if !json => writeln!(out, "{} deleted", value["deleted"]),
+            Action::Count | Action::Delete => writeln!(out, "{value}"),
+            // Whoever waits for events waits for the line.
+            Action::Watch if value["watching"] == true => Ok(()),
+            Action::Watch if json => writeln!(out, "{value}").and_then(|()| out.flush()),
+            Action::Watch => writeln!(out, "{}", weir::conntrack::text_line(value)).and_then(|()| out.flush()),
+        }
+    });
+    let end = match (action, json, shown) {
+        (Action::List, true, 0) => "[]\n",
+        (Action::List, true, _) => "\n]\n",
+        _ => "",
+    };
+    let written = result.map_err(|error| match error {
+        AskError::Broken(source) if source.kind() == io::ErrorKind::BrokenPipe => None,
+        error => Some(error.to_string()),
+    });
+    match written.and_then(|()| write!(out, "{end}").and_then(|()| out.flush()).map_err(|e| Some(e.to_string()))) {
+        // Who reads no more, as `head`, has what they wanted.
+        Ok(()) | Err(None) => Ok(()),
+        Err(Some(message)) => Err(message),
+    }
 }

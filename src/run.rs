@@ -48,13 +48,14 @@ use crate::{
         router::{Require, WorkerMode},
     },
     connections::{self, TablesError},
+    conntrack,
     control::{self, RUN_FOLDER, Request},
     kernel::{
         DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState,
         LOOPBACK_SOURCES, Link, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted,
     },
     manifests::Substitute,
-    report::{connection, counters_json},
+    report::counters_json,
     translate::{self, Faulty, Loaded},
     watch::{Watch, WatchError},
 };
@@ -275,6 +276,7 @@ struct Router {
     links: Links,
     generation: u32,
     shared: Arc<Shared>,
+    domain: Arc<Domain>,
     counters: Counters<COUNTERS>,
     events: mpsc::Receiver<Event>,
     failures: mpsc::Receiver<(usize, io::Error)>,
@@ -426,6 +428,7 @@ impl Router {
             links,
             generation,
             shared,
+            domain,
             counters,
             events: bridge(event_receiver)?,
             failures,
@@ -698,20 +701,21 @@ impl Router {
         stream.read_line(&mut line).await?;
         let answer = match serde_json::from_str(&line) {
             Ok(Request::Status) => self.status(),
-            Ok(Request::Conntrack) => self.connections(),
+            Ok(Request::Conntrack(query)) => {
+                let stream = stream.into_inner().into_std()?;
+                stream.set_nonblocking(false)?;
+                let (shared, domain) = (self.shared.clone(), self.domain.clone());
+                // A reader that goes away ends the thread.
+                thread::Builder::new()
+                    .name("weir-conntrack".into())
+                    .spawn(move || drop(conntrack::answer(stream, &shared, &domain, &query)))?;
+                return Ok(());
+            }
             Err(error) => json!({"error": error.to_string()}),
         };
         let mut text = answer.to_string();
         text.push('\n');
         stream.get_mut().write_all(text.as_bytes()).await
-    }
-
-    fn connections(&self) -> Value {
-        let now = now();
-        let mut all = Vec::new();
-        self.shared.tables.v4.for_each(now, |entry| all.push(connection(entry)));
-        self.shared.tables.v6.for_each(now, |entry| all.push(connection(entry)));
-        Value::Array(all)
     }
 
     fn status(&self) -> Value {

@@ -481,9 +481,21 @@ fn after_datagram(state: State, direction: Direction, now: Tick) -> State {
     next
 }
 
+/// Tells connections of a table apart over their whole lives.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Identity {
+    /// Below the number of connections that there is memory for.
+    pub index: u32,
+    /// Counts the uses of the index.
+    pub incarnation: u16,
+}
+
 /// A copy of a connection for listings, of one moment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Entry<A: Address> {
+    /// Its place in the table, and which use of that place it is: no other connection of the table has both, but for one that comes
+    /// 65,536 uses later.
+    pub identity: Identity,
     /// The key of the original direction's packets as they arrive.
     pub original: FlowKey<A>,
     /// The key of the reply direction's packets as they arrive.
@@ -513,6 +525,7 @@ impl<A: Address> Entry<A> {
             }
             let last_seen = lines.last_seen();
             let entry = Self {
+                identity: Identity { index, incarnation: state.incarnation() },
                 original: lines.key(Direction::Original, state.protocol()),
                 reply: lines.key(Direction::Reply, state.protocol()),
                 attributes: lines.attributes(state),

@@ -24,7 +24,7 @@ pub mod table;
 pub mod tcp;
 pub mod timeouts;
 
-pub use conn::{Attributes, ConnRef, Entry};
+pub use conn::{Attributes, ConnRef, Entry, Identity};
 pub use hash::Hash;
 pub use observed::{Observed, Opening, Tracked};
 pub use state::Lifecycle;

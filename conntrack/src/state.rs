@@ -179,6 +179,12 @@ impl State {
         self.0 >> INCARNATION_SHIFT == other.0 >> INCARNATION_SHIFT
     }
 
+    /// Which use of its index the word is of.
+    #[inline(always)]
+    pub(crate) const fn incarnation(self) -> u16 {
+        (self.0 >> INCARNATION_SHIFT) as u16
+    }
+
     pub(crate) const fn lifecycle(self) -> Lifecycle {
         if self.timeout_class() == TimeoutClass::Ended as u8 {
             return Lifecycle::Closed;

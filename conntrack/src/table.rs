@@ -105,7 +105,7 @@ use weir_sync::{
 };
 
 use crate::{
-    Attributes, ConnRef, Entry, Hash, Lifecycle, Observed, Timeouts,
+    Attributes, ConnRef, Entry, Hash, Identity, Lifecycle, Observed, Timeouts,
     bucket::{Bucket, SLOTS, SlotRef},
     conn,
     hash::Hasher,
@@ -593,6 +593,33 @@ impl<A: Address> Table<A> {
     /// perhaps. For any thread, in a turn or, better for long listings, outside of one: it disturbs no worker.
     pub fn for_each(&self, now: Tick, mut show: impl FnMut(&Entry<A>)) {
         (0..self.indices.used()).filter_map(|index| Entry::read(self, index, now)).for_each(|entry| show(&entry));
+    }
+
+    /// Connections have indices below this number, which only grows.
+    pub fn used(&self) -> u32 {
+        self.indices.used()
+    }
+
+    /// The connection with that index, if it is live and not expired, as of one moment. For any thread, as [`Table::for_each`].
+    pub fn entry(&self, index: u32, now: Tick) -> Option<Entry<A>> {
+        if index < self.indices.used() { Entry::read(self, index, now) } else { None }
+    }
+
+    /// Takes a connection that was listed out of the table; `false` if it is there no more.
+    ///
+    /// # Panics
+    /// Where `handle` is of another table.
+    pub fn remove_listed(&self, handle: &mut Handle, identity: Identity, turn: &Turn<'_>) -> bool {
+        debug_assert!(turn.is_of(&self.domain));
+        let word = self.lines(identity.index).state();
+        let mut state = State(word.load(Ordering::Acquire));
+        while state.is_live() && state.incarnation() == identity.incarnation {
+            match self.remove_from(handle, identity.index, state) {
+                Ok(()) => return true,
+                Err(found) => state = found,
+            }
+        }
+        false
     }
 
     #[inline(always)]
@@ -1173,6 +1200,29 @@ mod tests {
         // A minute later one of them may go.
         assert!(table.make_room(&mut handle, 0, Tick(ACTIVE_TICKS), &turn));
         assert_eq!((table.counts().evicted_idle, table.len()), (1, 99));
+    }
+
+    #[test]
+    fn what_was_listed_is_removed_but_never_a_later_connection_in_its_place() {
+        let domain = Domain::new();
+        let mut participant = domain.join();
+        let table = Table::<Ipv4Addr>::new(config(1), domain);
+        let mut handle = table.handle();
+        let mut identities = Vec::new();
+        for i in 0..3 {
+            let turn = participant.enter();
+            assert!(matches!(table.insert(&mut handle, udp(1, i), Tick(0), &turn), Insert::Inserted(_)));
+            let mut listed = (0..table.used()).filter_map(|index| table.entry(index, Tick(0)));
+            let entry = listed.next().expect("the one connection");
+            assert_eq!((entry.original, listed.next()), (udp(1, i).original, None));
+            for earlier in &identities {
+                assert!(!table.remove_listed(&mut handle, *earlier, &turn) && table.len() == 1, "{earlier:?}");
+            }
+            assert!(table.remove_listed(&mut handle, entry.identity, &turn));
+            assert!(!table.remove_listed(&mut handle, entry.identity, &turn) && table.is_empty());
+            identities.push(entry.identity);
+        }
+        assert_eq!(table.entry(table.used(), Tick(0)), None);
     }
 
     #[test]

@@ -8,7 +8,8 @@ use std::{
 
 use proptest::prelude::*;
 use weir_conntrack::{
-    Attributes, ConnId, Entry, Hit, Insert, Lifecycle, NewConn, Observed, Table, TableConfig, Timeouts, Tracked,
+    Attributes, ConnId, Entry, Hit, Identity, Insert, Lifecycle, NewConn, Observed, Table, TableConfig, Timeouts,
+    Tracked,
 };
 use weir_packet::{Address, Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::Domain;
@@ -65,6 +66,9 @@ struct TwinConn<A: Address> {
     stream: bool,
 }
 
+/// The twin has no places.
+const NOBODY: Identity = Identity { index: 0, incarnation: 0 };
+
 impl<A: Address> TwinConn<A> {
     fn timeout(&self) -> u32 {
         100 * match (self.original.protocol, self.seen_reply) {
@@ -89,6 +93,7 @@ impl<A: Address> TwinConn<A> {
 
     fn entry(&self, now: u32) -> Entry<A> {
         Entry {
+            identity: NOBODY,
             original: self.original,
             reply: self.reply,
             attributes: self.attributes(),
@@ -222,7 +227,7 @@ fn run<A: Address>(operations: Vec<Operation>, start: u32) {
             }
         }
         let mut listed = Vec::new();
-        table.for_each(now, |entry| listed.push(*entry));
+        table.for_each(now, |entry| listed.push(Entry { identity: NOBODY, ..*entry }));
         let mut expected: Vec<_> = twin
             .conns
             .values()

@@ -6,6 +6,7 @@
 //! Every test ends with [`site::Site::finish`]: routers at rest whose counters balance, no drop that no test expects, a clean end on SIGTERM
 //! without a lost frame (debug builds prove that).
 
+mod conntrack;
 mod errors;
 mod hostile;
 mod ipv6;
