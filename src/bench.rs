@@ -4,6 +4,7 @@
 //! measured the same way and subtracted. Rounds with and without the pipeline alternate, so that a noisy machine disturbs both alike.
 
 use std::{
+    collections::BTreeSet,
     fmt::Write as _,
     fs, hint,
     net::Ipv4Addr,
@@ -95,9 +96,10 @@ pub fn measure(flows: u32, duration: Duration) -> Result<Measurement, String> {
 
     let links = links(&loaded.cluster);
     let rules = Arc::new(compile::rules(&loaded).map_err(|e| e.to_string())?);
+    let snat = Arc::new(compile::snat_ports(&loaded, &rules, &BTreeSet::new()).map_err(|e| e.to_string())?);
     let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &links).map_err(|e| e.to_string())?);
     let domain = Domain::new();
-    let published = Published::new(&domain, Snapshot { generation: 1, rules, forwarding });
+    let published = Published::new(&domain, Snapshot { generation: 1, rules, snat, forwarding });
     let table = || TableConfig { max_entries: flows.max(1024), seed: [1, 2], timeouts: Timeouts::default() };
     let tables = Tables {
         v4: Table::new(table(), domain.clone()),

@@ -1,6 +1,6 @@
 //! From loaded configuration to the tables of a snapshot; the same for check, trace, replay and run.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
 use rand_chacha::{ChaCha8Rng, rand_core::Rng};
 use weir_conntrack::{Table, TableConfig, Timeouts};
@@ -47,9 +47,17 @@ pub enum CompileError {
 pub fn rules(loaded: &Loaded) -> Result<Rules, CompileError> {
     let services = ServiceTable::compile(&loaded.services)?;
     let policy = Classifier::compile(&loaded.policy)?;
+    Ok(Rules::new(services, policy, &loaded.cluster))
+}
+
+/// The ports that translated connections may have: `snat.portRange` without node ports and those that the node listens on.
+///
+/// # Errors
+/// Where none is left.
+pub fn snat_ports(loaded: &Loaded, rules: &Rules, listening: &BTreeSet<u16>) -> Result<SnatPorts, CompileError> {
     let (first, last) = loaded.config.snat.port_range;
-    let snat = SnatPorts::new(first..=last, services.node_ports().map(|(_, port)| port))?;
-    Ok(Rules::new(services, policy, snat, &loaded.cluster))
+    let node_ports = rules.services.node_ports().map(|(_, port)| port);
+    Ok(SnatPorts::new(first..=last, node_ports.chain(listening.iter().copied()))?)
 }
 
 /// The devices, routes and neighbours that weir.yaml gives: all that replay has, and what trace knows of them.

@@ -1,6 +1,6 @@
 //! A router of one worker over memory: the same dataplane without devices, for replay, the demo without privileges, and tests.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use crossbeam::channel::Receiver;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
@@ -15,6 +15,7 @@ use weir_dataplane::{
     pipeline::{Context, Event, Pipeline, Tables, process_burst},
     snapshot::{Rules, Snapshot},
 };
+use weir_nat::SnatPorts;
 use weir_packet::{Mac, Tick};
 use weir_sync::{Counters, Domain, Participant, Published};
 
@@ -42,6 +43,7 @@ pub struct MemoryRouter {
     links: Links,
     cluster: Cluster,
     rules: Arc<Rules>,
+    snat: Arc<SnatPorts>,
     generation: u32,
     published: Published<Snapshot>,
     tables: Tables,
@@ -61,6 +63,7 @@ impl MemoryRouter {
     /// Where something is too large to compile.
     pub fn new(loaded: Loaded, links: Links, seed: u64) -> Result<Self, MemoryRouterError> {
         let rules = Arc::new(compile::rules(&loaded)?);
+        let snat = Arc::new(compile::snat_ports(&loaded, &rules, &BTreeSet::new())?);
         let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?);
         let domain = Domain::new();
         let mut random = ChaCha8Rng::seed_from_u64(seed);
@@ -70,11 +73,15 @@ impl MemoryRouter {
         let counters = Counters::<COUNTERS>::new();
         let pipeline = Pipeline::new(&tables, counters.join(), random, sender, 1, ports);
         Ok(Self {
-            published: Published::new(&domain, Snapshot { generation: 1, rules: rules.clone(), forwarding }),
+            published: Published::new(
+                &domain,
+                Snapshot { generation: 1, rules: rules.clone(), snat: snat.clone(), forwarding },
+            ),
             participant: domain.join(),
             links,
             cluster: loaded.cluster,
             rules,
+            snat,
             generation: 1,
             tables,
             pipeline,
@@ -97,6 +104,7 @@ impl MemoryRouter {
             self.learn(neighbor);
         }
         self.rules = Arc::new(compile::rules(&loaded)?);
+        self.snat = Arc::new(compile::snat_ports(&loaded, &self.rules, &BTreeSet::new())?);
         self.cluster = loaded.cluster;
         self.publish()
     }
@@ -115,6 +123,7 @@ impl MemoryRouter {
         self.published.publish(Snapshot {
             generation: self.generation,
             rules: self.rules.clone(),
+            snat: self.snat.clone(),
             forwarding: Arc::new(forwarding),
         });
         Ok(())

@@ -4,7 +4,7 @@
 //! attaches the programs, compiles snapshots and publishes them; workers only read snapshots. When a worker fails, the process ends.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     io::{self, IsTerminal as _},
     net::IpAddr,
@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, atomic::AtomicBool, atomic::Ordering},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use ipnet::IpNet;
@@ -23,6 +23,7 @@ use tokio::{
     net::{UnixListener, UnixStream},
     signal::unix::{SignalKind, signal},
     sync::mpsc,
+    time::MissedTickBehavior,
 };
 use tracing::{error, info, warn};
 use weir_conntrack::{Table, file::Restored};
@@ -38,6 +39,7 @@ use weir_dataplane::{
     snapshot::{Rules, Snapshot},
     worker::{Mode, Shared, Worker, now},
 };
+use weir_nat::SnatPorts;
 use weir_packet::{Mac, Protocol};
 use weir_sync::{Counters, Domain, Published};
 
@@ -52,7 +54,7 @@ use crate::{
     control::{self, RUN_FOLDER, Request},
     kernel::{
         DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState,
-        LOOPBACK_SOURCES, Link, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted,
+        LOOPBACK_SOURCES, Link, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted, listening_ports,
     },
     manifests::Substitute,
     report::counters_json,
@@ -72,6 +74,8 @@ const FAILSAFE_PORTS: [(Protocol, u16); 9] = [
     (Protocol::TCP, 6667),
     (Protocol::UDP, 68),
 ];
+/// How often is looked which ports the node listens on.
+const PORTS_INTERVAL: Duration = Duration::from_secs(30);
 /// Events that workers may have waiting for control.
 const EVENTS: usize = 4096;
 
@@ -264,6 +268,9 @@ struct Router {
     path: PathBuf,
     loaded: Loaded,
     rules: Arc<Rules>,
+    /// Ports of `snat.portRange` that sockets of the node listen on.
+    listening: BTreeSet<u16>,
+    snat: Arc<SnatPorts>,
     roles: RoleRules,
     kernel: KernelState,
     tracker: DeviceTracker,
@@ -296,6 +303,8 @@ impl Router {
         let kernel = KernelState::follow(FollowSettings::default()).await?;
         loaded.add_local_addresses(&own_addresses(&kernel, &roles));
         let rules = Arc::new(compile::rules(&loaded)?);
+        let listening = listening_ports(loaded.config.snat.port_range);
+        let snat = Arc::new(compile::snat_ports(&loaded, &rules, &listening)?);
         let config = &loaded.config;
         info!(
             node = config.node_name,
@@ -329,7 +338,7 @@ impl Router {
         let trunk_mac = attach::KERNEL_END_MAC;
         let mut links = assemble_links(&kernel, &roles, &loaded, trunk_mac, &BTreeMap::new());
         let forwarding = Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?;
-        attachment.set_owned(&owned(&loaded, &rules, &forwarding))?;
+        attachment.set_owned(&owned(&loaded, &rules, &snat, &forwarding))?;
         for left in attachment.pinned_uplinks()? {
             if !uplinks.iter().any(|uplink| uplink.index.0 == left) {
                 attachment.detach_uplink(left)?;
@@ -353,7 +362,7 @@ impl Router {
         let shared = Arc::new(Shared {
             snapshot: Published::new(
                 &domain,
-                Snapshot { generation, rules: rules.clone(), forwarding: Arc::new(forwarding) },
+                Snapshot { generation, rules: rules.clone(), snat: snat.clone(), forwarding: Arc::new(forwarding) },
             ),
             tables: opened.tables,
             tcp_loose: config.conntrack.tcp_loose,
@@ -439,6 +448,8 @@ impl Router {
             listener,
             loaded,
             rules,
+            listening,
+            snat,
         };
         router.watch_files()?;
         router.devices_changed(true).await?;
@@ -453,6 +464,8 @@ impl Router {
     async fn serve(&mut self) -> Result<(), RunError> {
         let mut interrupt = signal(SignalKind::interrupt()).map_err(system("cannot catch SIGINT"))?;
         let mut terminate = signal(SignalKind::terminate()).map_err(system("cannot catch SIGTERM"))?;
+        let mut look_at_ports = tokio::time::interval(PORTS_INTERVAL);
+        look_at_ports.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 _ = interrupt.recv() => return Ok(()),
@@ -473,6 +486,7 @@ impl Router {
                         self.worker_event(event).await?;
                     }
                 }
+                _ = look_at_ports.tick() => self.ports_changed().await?,
                 trigger = self.watch.changed() => {
                     trigger?;
                     self.reload().await?;
@@ -518,6 +532,7 @@ impl Router {
             // Node ports are open on every address of the node.
             self.loaded.add_local_addresses(&addresses);
             self.rules = Arc::new(compile::rules(&self.loaded)?);
+            self.snat = Arc::new(compile::snat_ports(&self.loaded, &self.rules, &self.listening)?);
         }
         let changes = self.tracker.update(self.kernel.all(), &self.roles);
         for gone in &changes.gone {
@@ -577,13 +592,14 @@ impl Router {
         let devices_differ = links.devices != self.links.devices || even_if_same;
         let forwarding = Forwarding::compile(&self.loaded.cluster, &links).map_err(CompileError::from)?;
         if devices_differ {
-            self.attachment.set_owned(&owned(&self.loaded, &self.rules, &forwarding))?;
+            self.attachment.set_owned(&owned(&self.loaded, &self.rules, &self.snat, &forwarding))?;
         }
         self.links = links;
         self.generation = self.generation.wrapping_add(1).max(1);
         self.shared.snapshot.publish(Snapshot {
             generation: self.generation,
             rules: self.rules.clone(),
+            snat: self.snat.clone(),
             forwarding: Arc::new(forwarding),
         });
         if devices_differ {
@@ -644,6 +660,25 @@ impl Router {
         }
     }
 
+    /// Leaves ports alone that the node has begun to listen on, and takes back those that it has ceased to.
+    async fn ports_changed(&mut self) -> Result<(), RunError> {
+        let range = self.loaded.config.snat.port_range;
+        // The kernel lists all sockets to find these, which takes its time where there are many.
+        let listening = tokio::task::spawn_blocking(move || listening_ports(range)).await;
+        let Ok(listening) = listening else { return Ok(()) };
+        if listening == self.listening {
+            return Ok(());
+        }
+        match compile::snat_ports(&self.loaded, &self.rules, &listening) {
+            Ok(snat) => (self.listening, self.snat) = (listening, Arc::new(snat)),
+            Err(error) => {
+                warn!(%error, "source ports stay as they were");
+                return Ok(());
+            }
+        }
+        self.publish(true).await
+    }
+
     /// Takes over the configuration as it is now. A bad one changes nothing.
     async fn reload(&mut self) -> Result<(), RunError> {
         let begin = Instant::now();
@@ -666,8 +701,11 @@ impl Router {
             }
         };
         loaded.add_local_addresses(&own_addresses(&self.kernel, &self.roles));
-        let rules = match compile::rules(&loaded) {
-            Ok(rules) => Arc::new(rules),
+        let listening = listening_ports(loaded.config.snat.port_range);
+        let compiled = compile::rules(&loaded)
+            .and_then(|rules| compile::snat_ports(&loaded, &rules, &listening).map(|snat| (rules, snat)));
+        let (rules, snat) = match compiled {
+            Ok((rules, snat)) => (Arc::new(rules), Arc::new(snat)),
             Err(error) => {
                 error!(%error, "reload refused, the last good configuration stays");
                 return Ok(());
@@ -679,6 +717,7 @@ impl Router {
         self.roles.workloads = role_rules(&loaded).workloads;
         self.loaded = loaded;
         self.rules = rules;
+        (self.listening, self.snat) = (listening, snat);
         self.watch_files()?;
         let changes = self.tracker.update(self.kernel.all(), &self.roles);
         for gone in &changes.gone {
@@ -932,15 +971,18 @@ fn assemble_links(
 }
 
 /// What the uplinks' programs take from the node's kernel.
-fn owned(loaded: &Loaded, rules: &Rules, forwarding: &Forwarding) -> Owned {
+fn owned(loaded: &Loaded, rules: &Rules, snat: &SnatPorts, forwarding: &Forwarding) -> Owned {
     let cluster = &loaded.cluster;
     let own = cluster.nodes.iter().filter(|n| n.name == cluster.node_name);
     let mut prefixes: Vec<IpNet> = own.flat_map(|n| n.pod_cidrs.iter().copied()).collect();
     prefixes.extend(local_workloads(cluster).flat_map(|(_, w)| w.addresses.iter().map(|ip| IpNet::from(*ip))));
     prefixes.extend(rules.services.owned_addresses().map(IpNet::from));
     prefixes.extend(&cluster.service_cidrs);
-    let (first, last) = loaded.config.snat.port_range;
-    let snat = [Protocol::TCP, Protocol::UDP, Protocol::SCTP].map(|protocol| (protocol, first..=last));
+    // What the node listens on stays its kernel's, so that it is reached without weir too.
+    let snat_ports: Vec<_> = snat.ranges().collect();
+    let snat = [Protocol::TCP, Protocol::UDP, Protocol::SCTP]
+        .into_iter()
+        .flat_map(|protocol| snat_ports.iter().map(move |range| (protocol, range.clone())));
     let node_ports = rules.services.node_ports().map(|(protocol, port)| (protocol, port..=port));
     Owned {
         prefixes,

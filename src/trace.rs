@@ -3,6 +3,7 @@
 //! Reads one JSON object per line, writes one per line, in the same order (the design, "Contract: commands").
 
 use std::{
+    collections::BTreeSet,
     io::{BufRead, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
@@ -60,9 +61,10 @@ impl Tracer {
     /// Where a size is beyond what can be compiled.
     pub fn new(loaded: &Loaded) -> Result<Self, CompileError> {
         let rules = Arc::new(compile::rules(loaded)?);
+        let snat = Arc::new(compile::snat_ports(loaded, &rules, &BTreeSet::new())?);
         let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &compile::links_of(&loaded.config))?);
         Ok(Self {
-            snapshot: Snapshot { generation: 1, rules, forwarding },
+            snapshot: Snapshot { generation: 1, rules, snat, forwarding },
             cluster: loaded.cluster.clone(),
             config: loaded.config.clone(),
             // A trace is a pure function of its input, the picked backends included.

@@ -616,11 +616,10 @@ impl Pipeline {
                 Attempt::Taken => {}
             }
         }
-        let allocated = snapshot.rules.snat.allocate(
-            decision.snat.is_some().then_some(wanted),
-            &mut || random.next_u64(),
-            |port| attempt(with_reply_port(reply, port)),
-        );
+        let allocated =
+            snapshot.snat.allocate(decision.snat.is_some().then_some(wanted), &mut || random.next_u64(), |port| {
+                attempt(with_reply_port(reply, port))
+            });
         match allocated {
             Ok(allocated) => Ok(allocated.value),
             Err(AllocateError::Failed(reason)) => Err(reason),

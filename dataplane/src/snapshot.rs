@@ -20,19 +20,17 @@ pub struct Rules {
     pub services: ServiceTable,
     /// Policies.
     pub policy: Classifier,
-    /// Source ports for translated connections.
-    pub snat: SnatPorts,
     endpoints: Vec<Option<EndpointId>>,
 }
 
 impl Rules {
     /// Joins compiled services and policy with the workloads of `cluster`.
-    pub fn new(services: ServiceTable, policy: Classifier, snat: SnatPorts, cluster: &Cluster) -> Self {
+    pub fn new(services: ServiceTable, policy: Classifier, cluster: &Cluster) -> Self {
         let mut endpoints = vec![None; cluster.workloads.len()];
         for (id, workload) in local_workloads(cluster) {
             endpoints[id.0 as usize] = policy.endpoint(&workload.name);
         }
-        Self { services, policy, snat, endpoints }
+        Self { services, policy, endpoints }
     }
 
     /// The policy endpoint of a workload of this node; `None`: none is compiled yet, and the workload is closed.
@@ -49,6 +47,8 @@ pub struct Snapshot {
     pub generation: u32,
     /// Services and policy.
     pub rules: Arc<Rules>,
+    /// Source ports for translated connections.
+    pub snat: Arc<SnatPorts>,
     /// Forwarding; compiled from the same cluster as `rules`.
     pub forwarding: Arc<Forwarding>,
 }

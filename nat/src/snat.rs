@@ -97,6 +97,18 @@ impl SnatPorts {
         self.allowed[usize::from(port >> 6)] >> (port & 63) & 1 != 0
     }
 
+    /// The ports that a connection may get, as ranges in order.
+    pub fn ranges(&self) -> impl Iterator<Item = RangeInclusive<u16>> + '_ {
+        let mut next = Some(self.first);
+        let after = move |from: u16, wanted: bool| (from..=self.last).find(|port| self.allows(*port) == wanted);
+        std::iter::from_fn(move || {
+            let first = after(next?, true)?;
+            let end = after(first, false);
+            next = end;
+            Some(first..=end.map_or(self.last, |end| end - 1))
+        })
+    }
+
     /// The whole range, the excluded ports too.
     pub fn range(&self) -> RangeInclusive<u16> {
         self.first..=self.last
@@ -212,6 +224,16 @@ mod tests {
             if tries == 3 { Tried::Failed("table full") } else { Tried::Taken }
         });
         assert_eq!((got, tries), (Err(AllocateError::Failed("table full")), 3));
+    }
+
+    #[test]
+    fn allowed_ports_are_listed_as_ranges() {
+        let ranges = |excluded: &[u16]| ports(10..=20, excluded.iter().copied()).ranges().collect::<Vec<_>>();
+        assert_eq!(ranges(&[]), [10..=20]);
+        assert_eq!(ranges(&[10, 13, 14, 20]), [11..=12, 15..=19]);
+        assert_eq!(ranges(&[11, 19]), [10..=10, 12..=18, 20..=20]);
+        assert_eq!(ports(0..=65535, [65535]).ranges().collect::<Vec<_>>(), [1..=65534]);
+        assert_eq!(ports(65535..=65535, []).ranges().collect::<Vec<_>>(), [65535..=65535]);
     }
 
     #[test]

@@ -1,6 +1,13 @@
-//! Sets of L4 ports in the text form of net.ipv4.ip_local_reserved_ports ("8080,9000-9100").
+//! Sets of L4 ports in the text form of net.ipv4.ip_local_reserved_ports ("8080,9000-9100"), and the ports that the node
+//! listens on.
 
-use std::{fmt, str::FromStr};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    fs::File,
+    io::{BufRead, BufReader},
+    str::FromStr,
+};
 
 /// A set of ports: inclusive ranges, sorted, neither overlapping nor adjacent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -86,9 +93,55 @@ impl FromStr for PortSet {
     }
 }
 
+/// The ports within `range` that sockets of this network namespace listen on: TCP's listeners and UDP sockets that are not
+/// connected, as /proc/net lists them. What cannot be read is taken for empty.
+pub fn listening_ports(range: (u16, u16)) -> BTreeSet<u16> {
+    let mut ports = BTreeSet::new();
+    for table in ["tcp", "tcp6", "udp", "udp6"] {
+        // Of this thread: the process may have entered a namespace after it began.
+        if let Ok(file) = File::open(format!("/proc/thread-self/net/{table}")) {
+            ports.extend(BufReader::new(file).lines().map_while(Result::ok).filter_map(|line| listening_port(&line)));
+        }
+    }
+    ports.retain(|port| (range.0..=range.1).contains(port));
+    ports
+}
+
+/// The local port of a line of /proc/net/tcp or udp, if its socket waits for anybody.
+fn listening_port(line: &str) -> Option<u16> {
+    // include/net/tcp_states.h
+    const LISTEN: &str = "0A";
+    const UDP_UNCONNECTED: &str = "07";
+    let mut words = line.split_whitespace();
+    let (local, _remote, state) = (words.nth(1)?, words.next()?, words.next()?);
+    let port = u16::from_str_radix(local.rsplit_once(':')?.1, 16).ok()?;
+    [LISTEN, UDP_UNCONNECTED].contains(&state).then_some(port)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn listeners_are_found_by_their_state() {
+        let line = |local: &str, state: &str| {
+            listening_port(&format!(
+                "   0: {local} 0100007F:D431 {state} 00000000:00000000 00:00000000 00000000     0 0 1"
+            ))
+        };
+        assert_eq!(line("0100007F:280A", "0A"), Some(10250));
+        assert_eq!(line("00000000000000000000000000000000:280A", "07"), Some(10250));
+        assert_eq!(
+            (line("0100007F:280A", "01"), line("0100007F:280A", "06"), line("garbage", "0A")),
+            (None, None, None)
+        );
+        assert_eq!(listening_port("  sl  local_address rem_address   st tx_queue rx_queue tr"), None);
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let udp = std::net::UdpSocket::bind("[::1]:0").unwrap();
+        for port in [listener.local_addr().unwrap().port(), udp.local_addr().unwrap().port()] {
+            assert_eq!(listening_ports((port, port)), BTreeSet::from([port]));
+        }
+    }
 
     fn set(text: &str) -> PortSet {
         text.parse().unwrap()

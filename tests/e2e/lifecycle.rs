@@ -26,6 +26,8 @@ fn a_killed_router_leaves_the_node_reachable_and_pods_closed_and_a_restart_adopt
     let detach = ["detach", "-c", config.as_str()];
     let pins = weir::run::pin_folder(&site.lab.node_name("node-a"));
     site.serve("default/server", &[80]);
+    // A kubelet's port, which lies within snat.portRange.
+    site.serve("node-a", &[10250]);
     serve_shell(&mut site, "node-a");
     site.lab.ip("client", "route add 10.1.1.0/24 via 192.168.10.1").unwrap();
     site.start_all();
@@ -45,6 +47,7 @@ fn a_killed_router_leaves_the_node_reachable_and_pods_closed_and_a_restart_adopt
     router.signal(Signal::SIGKILL);
     assert!(!router.wait(DEADLINE).unwrap().success());
     shell_works(&site);
+    site.answered("client", "http://192.168.10.1:10250/");
     site.pings("client", "-c 2 192.168.10.1");
     site.unanswered("default/client", url);
     site.unanswered("client", url);
