@@ -36,7 +36,7 @@
 use weir_conntrack::Observed;
 use weir_packet::{
     Address, DropReason, FlowKey, Protocol, Tick,
-    parse::{Kind, View},
+    parse::{Kind, TcpFields, View},
 };
 
 use crate::{
@@ -137,9 +137,16 @@ impl<A: Address> Lead<A> {
         Self { key, to, segment, header_bytes: bytes.saturating_sub(segment.payload_bytes as u16) }
     }
 
-    /// The whole TCP segment, once it is known to end at `end`: its acknowledgment must not come as one of data that nobody sent.
-    pub fn whole_segment(&self, end: u16) -> Observed {
-        Observed { payload_bytes: u32::from(end.saturating_sub(self.header_bytes)), ..self.segment }
+    /// For tracking: the whole TCP segment, once it is known to end at `end`, so that its acknowledgment is not one of data that
+    /// nobody sent. `None` where the first fragment told all. It stands as data alone: its FIN, which is counted in its length, has been seen.
+    pub fn whole_segment(&self, end: u16) -> Option<Observed> {
+        let flags = self.segment.tcp_flags;
+        if self.key.protocol != Protocol::TCP || flags & (TcpFields::SYN | TcpFields::RST) != 0 {
+            return None;
+        }
+        let fin = u32::from(flags & TcpFields::FIN != 0);
+        let payload_bytes = u32::from(end.saturating_sub(self.header_bytes)) + fin;
+        Some(Observed { tcp_flags: TcpFields::ACK, payload_bytes, ..self.segment })
     }
 }
 
@@ -257,10 +264,12 @@ pub struct Fragments<A: Address> {
 impl<A: Address> Fragments<A> {
     /// An empty table. `secret`: random numbers that key its hash.
     pub fn new(secret: [u64; 2]) -> Self {
+        // With as many ones as zeroes, so that also a poor number gives a usable factor.
+        const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
         Self {
             datagrams: (0..DATAGRAMS).map(|_| Datagram::unused()).collect(),
             waiting: Vec::with_capacity(WAITING),
-            secret,
+            secret: [secret[0], secret[1] ^ SPREAD],
         }
     }
 
@@ -297,17 +306,18 @@ impl<A: Address> Fragments<A> {
         Some(slot(way))
     }
 
-    /// Multiplies the key's words into each other, as the connection table's hash does (weir-conntrack, hash.rs).
+    /// Multiplies the key's words with a secret factor, as the connection table's hash does (weir-conntrack, hash.rs).
     fn bucket(&self, key: &DatagramKey<A>) -> usize {
-        let fold = |a: u64, b: u64| {
-            let product = u128::from(a) * u128::from(b);
+        let [seed, factor] = self.secret;
+        let fold = |a: u64| {
+            let product = u128::from(a) * u128::from(factor);
             product as u64 ^ (product >> 64) as u64
         };
-        let ends = key.src.words().as_ref().iter().zip(key.dst.words().as_ref()).fold(self.secret[0], |hash, (s, d)| {
-            fold(hash ^ (u64::from(*s) << 32 | u64::from(*d)), self.secret[1] | 1)
-        });
-        let rest = u64::from(key.id) << 8 | u64::from(key.protocol.0);
-        (fold(ends ^ rest, self.secret[1] | 1) >> 32) as usize % (DATAGRAMS / WAYS)
+        let (src, dst) = (key.src.words(), key.dst.words());
+        let ends = src.as_ref().iter().zip(dst.as_ref());
+        let mixed = ends.fold(seed, |mixed, (src, dst)| fold(mixed ^ (u64::from(*src) << 32 | u64::from(*dst))));
+        let hash = fold(fold(mixed ^ (u64::from(key.id) << 8 | u64::from(key.protocol.0))));
+        (hash >> 32) as usize % (DATAGRAMS / WAYS)
     }
 
     /// Notes that a fragment has come.
@@ -391,5 +401,122 @@ impl<A: Address> Fragments<A> {
 
     fn of_mut(&mut self, slot: Slot) -> &mut Datagram<A> {
         &mut self.datagrams[usize::from(slot.0)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    type Table = Fragments<Ipv4Addr>;
+
+    fn key(id: u32, from: Option<IfIndex>) -> DatagramKey<Ipv4Addr> {
+        let (src, dst) = ([10, 0, 0, 1].into(), [10, 0, 0, 2].into());
+        DatagramKey { src, dst, id, protocol: Protocol::UDP, from }
+    }
+
+    fn part(start: u16, end: u16, more: bool) -> Extent {
+        Extent { start, end, more }
+    }
+
+    #[test]
+    fn what_a_packets_fragments_may_not_do() {
+        use DropReason::{FragmentDuplicate as Duplicate, FragmentOverlap as Overlap};
+        let rows: [(&str, &[(Extent, Result<(), DropReason>)]); 9] = [
+            ("in order", &[(part(0, 8, true), Ok(())), (part(8, 16, true), Ok(())), (part(16, 17, false), Ok(()))]),
+            ("reversed", &[(part(16, 17, false), Ok(())), (part(8, 16, true), Ok(())), (part(0, 8, true), Ok(()))]),
+            (
+                "a duplicate ends nothing",
+                &[(part(8, 16, true), Ok(())), (part(8, 16, true), Err(Duplicate)), (part(16, 24, true), Ok(()))],
+            ),
+            (
+                "an overlap ends all",
+                &[(part(8, 24, true), Ok(())), (part(16, 32, true), Err(Overlap)), (part(32, 40, true), Err(Overlap))],
+            ),
+            ("inside another", &[(part(8, 32, true), Ok(())), (part(16, 24, true), Err(Overlap))]),
+            ("around another", &[(part(16, 24, true), Ok(())), (part(8, 32, true), Err(Overlap))]),
+            ("two ends", &[(part(8, 16, false), Ok(())), (part(16, 20, false), Err(Overlap))]),
+            ("past the end", &[(part(8, 16, false), Ok(())), (part(16, 24, true), Err(Overlap))]),
+            ("an end before what came", &[(part(16, 24, true), Ok(())), (part(8, 12, false), Err(Overlap))]),
+        ];
+        for (name, steps) in rows {
+            let mut table = Table::new([1, 2]);
+            let slot = table.datagram(&key(1, None), Tick(1)).unwrap();
+            for (extent, expected) in steps {
+                assert_eq!(table.note(slot, *extent), *expected, "{name}: {extent:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_complete_packet_is_forgotten_and_its_identification_free() {
+        let mut table = Table::new([1, 2]);
+        let slot = table.datagram(&key(1, None), Tick(1)).unwrap();
+        for extent in [part(0, 8, true), part(8, 9, false)] {
+            table.finish(slot);
+            assert_eq!(table.datagram(&key(1, None), Tick(1)), Some(slot), "not yet");
+            table.note(slot, extent).unwrap();
+            table.decide(slot, Fate::Pass);
+        }
+        table.finish(slot);
+        let next = table.datagram(&key(1, None), Tick(1)).unwrap();
+        assert_eq!(table.fate(next), Fate::Unknown);
+        assert_eq!(table.note(next, part(0, 8, true)), Ok(()));
+    }
+
+    #[test]
+    fn a_packet_has_so_many_fragments_and_no_more() {
+        let mut table = Table::new([1, 2]);
+        let slot = table.datagram(&key(1, None), Tick(1)).unwrap();
+        for piece in (0..PIECES as u16).rev() {
+            assert_eq!(table.note(slot, part(piece * 16, piece * 16 + 8, true)), Ok(()));
+        }
+        for start in [8, 24] {
+            assert_eq!(table.note(slot, part(start, start + 8, true)), Err(DropReason::FragmentLimit));
+        }
+        assert_eq!(table.fate(slot), Fate::Drop(DropReason::FragmentLimit));
+    }
+
+    #[test]
+    fn a_full_bucket_keeps_ways_for_other_places_and_takes_back_what_is_old() {
+        let mut table = Table::new([1, 2]);
+        let (pod, other) = (Some(IfIndex(3)), Some(IfIndex(4)));
+        let home = table.bucket(&key(0, pod));
+        let same_bucket: Vec<u32> = (0..).filter(|id| table.bucket(&key(*id, pod)) == home).take(3 * WAYS).collect();
+        let mut ids = same_bucket.into_iter();
+        let mut add = |table: &mut Table, from, now| table.datagram(&key(ids.next().unwrap(), from), Tick(now));
+        let slots: Vec<Slot> = (0..SHARE).map(|_| add(&mut table, pod, 100).unwrap()).collect();
+        assert_eq!(add(&mut table, pod, 100), None, "the pod's share");
+        let others: Vec<Slot> = (SHARE..WAYS).map(|_| add(&mut table, other, 101).unwrap()).collect();
+        assert_eq!(add(&mut table, None, 101), None, "the whole bucket");
+        // The pod replaces its own oldest, others may take any.
+        let late = 101 + PATIENCE;
+        assert!(slots.contains(&add(&mut table, pod, late).unwrap()));
+        assert_eq!(add(&mut table, other, late).map(|slot| slots.contains(&slot)), Some(true));
+        assert!(others.iter().all(|slot| table.fate(*slot) == Fate::Unknown && table.of(*slot).since == Tick(101)));
+        // After its lifetime a packet is another's.
+        let first = table.of(others[0]).key;
+        let again = table.datagram(&first, Tick(102 + LIFETIME)).unwrap();
+        assert_eq!(table.of(again).since, Tick(102 + LIFETIME));
+    }
+
+    #[test]
+    fn keys_spread_over_all_buckets() {
+        for secret in [[0, 0], [1, 2], [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210]] {
+            let table = Table::new(secret);
+            let of = |spread: &dyn Fn(u32) -> DatagramKey<Ipv4Addr>| {
+                let mut counts = [0_u32; DATAGRAMS / WAYS];
+                (0..65536).for_each(|i| counts[table.bucket(&spread(i))] += 1);
+                counts
+            };
+            let by_id = of(&|i| key(i, None));
+            let by_source = of(&|i| DatagramKey { src: Ipv4Addr::from_bits(0x0a00_0000 + i), ..key(7, None) });
+            // 1,024 each, standard deviation 32.
+            for counts in [by_id, by_source] {
+                assert!(counts.iter().all(|n| (800..1250).contains(n)), "{counts:?}");
+            }
+        }
     }
 }

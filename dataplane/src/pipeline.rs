@@ -683,6 +683,8 @@ impl Pipeline {
         let Some((key, extent)) = fragments::place(view, origin, packet.device) else {
             return self.track(driver, packet, view, origin, hash, context);
         };
+        // Before a first that comes too late: what waits must not depend on how often upkeep is done.
+        self.look_after_fragments::<A, D>(driver, context);
         let Some(slot) = A::fragments(self).datagram(&key, context.now) else {
             // The node's own are its kernel's to join, unless a connection claims them, which the first one tells.
             return match origin == Origin::Uplink && context.snapshot.forwarding.is_local(view.key.dst) {
@@ -695,7 +697,8 @@ impl Pipeline {
             self.end(driver, packet, End::Drop(reason));
             return self.settle::<A, D>(driver, slot, context);
         }
-        if view.is_later_fragment() {
+        // A packet may be given up before its first fragment comes.
+        if view.is_later_fragment() || A::fragments(self).fate(slot) != Fate::Unknown {
             return self.follow(driver, packet, view, slot, context);
         }
         let segment = observed(&packet, view);
@@ -1246,11 +1249,11 @@ fn connection_of<'t, A: Family>(
             Rejudged::Anew => return Err(DropReason::Invalid),
         }
     }
-    if let (Protocol::TCP, Kind::LaterFragment { offset, bytes, more: false, .. }) = (lead.key.protocol, view.kind) {
-        let segment = lead.whole_segment(offset + bytes);
-        if conn.track(direction, &segment, context.now) != Tracked::Accept {
-            return Err(DropReason::Invalid);
-        }
+    if let Kind::LaterFragment { offset, bytes, more: false, .. } = view.kind
+        && let Some(segment) = lead.whole_segment(offset + bytes)
+        && conn.track(direction, &segment, context.now) != Tracked::Accept
+    {
+        return Err(DropReason::Invalid);
     }
     Ok((conn, direction))
 }
