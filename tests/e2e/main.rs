@@ -7,6 +7,7 @@
 //! without a lost frame (debug builds prove that).
 
 mod errors;
+mod fragments;
 mod hostile;
 mod ipv6;
 mod lifecycle;
