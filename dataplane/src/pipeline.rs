@@ -191,7 +191,7 @@ enum End {
     Consumed,
 }
 
-/// What became of the last packet that did not simply go on: what a first fragment's followers must know.
+/// How the last packet ended that was not sent on: what a first fragment's followers must know. Whoever wants to know sets it to `Sent` before.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Outcome {
     Sent,
@@ -337,8 +337,8 @@ impl Pipeline {
         }
     }
 
-    /// Work that needs no packet: held packets whose neighbour is known now, or that waited too long, fragments alike, and a share of the sweep
-    /// over the tables (`share` connections of each).
+    /// Work that needs no packet: held packets whose neighbour is known now, packets and fragments that waited too long, and a share of the
+    /// sweep over the tables (`share` connections of each).
     pub fn maintain(&mut self, driver: &mut impl Driver, context: &Context<'_>, share: u32) {
         self.look_after_held(driver, context);
         self.look_after_fragments::<Ipv4Addr, _>(driver, context);
@@ -742,7 +742,7 @@ impl Pipeline {
         match A::fragments(self).fate(slot) {
             Fate::Unknown => {
                 let Err(packet) = A::fragments(self).hold(slot, packet, *view, context.now) else { return };
-                // To the node itself: its kernel has more patience. Without this fragment no other connection's packet is whole.
+                // For the node itself: its kernel has more room. Any other packet will not be whole without this fragment.
                 if self.is_for_node::<A>(slot, forwarding) {
                     return self.punt(packet, forwarding);
                 }

@@ -334,7 +334,7 @@ impl Ends {
             frame.extend([8, 0, 0x45, 0]);
             frame.extend((20 + data.len() as u16).to_be_bytes());
             frame.extend((id as u16).to_be_bytes());
-            frame.extend((start as u16 / 8 | u16::from(more) << 13).to_be_bytes());
+            frame.extend(((start as u16 / 8) | (u16::from(more) << 13)).to_be_bytes());
             frame.extend([64, self.protocol, 0, 0]);
             frame.extend([octets(self.src), octets(self.dst)].concat());
             let checksum = !sum(&frame[14..34]);
