@@ -36,20 +36,10 @@ fn kubernetes_network_policy() {
 
 #[test]
 fn packets_through_replay() {
-    // Fragments are not followed yet: they are dropped with their own reason.
-    all_agree("packets.py", &[WEIR, "--only", "^(?!frag-)"]);
+    all_agree("packets.py", &[WEIR]);
 }
 
 #[test]
 fn golden_replay_cases() {
     all_agree("packets.py", &[WEIR, "--cases", concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden")]);
-}
-
-#[test]
-fn fragments_are_dropped_with_their_reason_until_they_are_followed() {
-    let output = run("packets.py", &[WEIR, "--only", "^frag-in-order-dnat$", "--keep", env!("CARGO_TARGET_TMPDIR")]);
-    assert!(!output.status.success(), "fragments are followed now: move their cases into packets_through_replay");
-    let counters =
-        std::fs::read_to_string(concat!(env!("CARGO_TARGET_TMPDIR"), "/frag-in-order-dnat/out/counters.json"));
-    assert!(counters.unwrap().contains("\"Fragment\": 5"), "all five fragments are counted");
 }

@@ -9,6 +9,7 @@ pub mod counters;
 pub mod decide;
 pub mod driver;
 pub mod forwarding;
+pub mod fragments;
 pub mod frame;
 pub mod held;
 pub mod memory;

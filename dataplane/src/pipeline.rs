@@ -26,6 +26,7 @@ use crate::{
     decide::{self, Decision, Origin, Verdict},
     driver::{Driver, PortId},
     forwarding::{AdjacencyId, DeviceId, Encapsulation, Forwarding, Route, RouteKind, Routed},
+    fragments::{self, Fate, Fragments, Lead, Slot},
     frame::{IfIndex, LinkType, Packet},
     held::{Held, HeldPacket, PATIENCE},
     snapshot::Snapshot,
@@ -70,6 +71,8 @@ pub trait Family: Routed {
     fn handle(handles: &mut Handles) -> &mut Handle;
     /// Packets of the family that the second pass has still to handle.
     fn pending(pipeline: &mut Pipeline) -> &mut Vec<Pending<Self>>;
+    /// The family's packets in fragments.
+    fn fragments(pipeline: &mut Pipeline) -> &mut Fragments<Self>;
     /// Handles link-scope traffic of a workload.
     fn workload_control<D: Driver>(
         pipeline: &mut Pipeline,
@@ -93,6 +96,10 @@ impl Family for Ipv4Addr {
     #[inline]
     fn pending(pipeline: &mut Pipeline) -> &mut Vec<Pending<Self>> {
         &mut pipeline.pending4
+    }
+    #[inline]
+    fn fragments(pipeline: &mut Pipeline) -> &mut Fragments<Self> {
+        &mut pipeline.fragments4
     }
     /// IPv4 has ARP for its neighbours; multicast and IGMP end here.
     fn workload_control<D: Driver>(
@@ -119,6 +126,10 @@ impl Family for Ipv6Addr {
     #[inline]
     fn pending(pipeline: &mut Pipeline) -> &mut Vec<Pending<Self>> {
         &mut pipeline.pending6
+    }
+    #[inline]
+    fn fragments(pipeline: &mut Pipeline) -> &mut Fragments<Self> {
+        &mut pipeline.fragments6
     }
     fn workload_control<D: Driver>(
         pipeline: &mut Pipeline,
@@ -183,6 +194,14 @@ enum End {
     Consumed,
 }
 
+/// How the last packet ended that was not sent on: what a first fragment's followers must know. Whoever wants to know sets it to `Sent` before.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Outcome {
+    Sent,
+    Punted,
+    Dropped(DropReason),
+}
+
 /// A worker's own state.
 #[derive(Debug)]
 pub struct Pipeline {
@@ -191,6 +210,9 @@ pub struct Pipeline {
     random: ChaCha8Rng,
     events: Sender<Event>,
     held: Held,
+    fragments4: Fragments<Ipv4Addr>,
+    fragments6: Fragments<Ipv6Addr>,
+    outcome: Outcome,
     generation: u32,
     errors_left: u32,
     errors_at: Tick,
@@ -204,7 +226,7 @@ impl Pipeline {
     pub fn new(
         tables: &Tables,
         counters: WorkerCounters<COUNTERS>,
-        random: ChaCha8Rng,
+        mut random: ChaCha8Rng,
         events: Sender<Event>,
         burst: usize,
         ports: usize,
@@ -212,6 +234,9 @@ impl Pipeline {
         Self {
             handles: Handles { v4: tables.v4.handle(), v6: tables.v6.handle() },
             counters,
+            fragments4: Fragments::new([random.next_u64(), random.next_u64()]),
+            fragments6: Fragments::new([random.next_u64(), random.next_u64()]),
+            outcome: Outcome::Sent,
             random,
             events,
             held: Held::new(),
@@ -225,9 +250,9 @@ impl Pipeline {
         }
     }
 
-    /// Packets that wait for a neighbour.
+    /// Packets that wait: for a neighbour, or for the first fragment of theirs.
     pub fn held(&self) -> usize {
-        self.held.len()
+        self.held.len() + self.fragments4.len() + self.fragments6.len()
     }
 
     /// This worker's counters.
@@ -243,7 +268,7 @@ impl Pipeline {
 
     /// What this worker counted.
     pub fn totals(&self) -> Totals {
-        Totals::new(&std::array::from_fn(|index| self.counters.get(index)), self.held.len() as u64)
+        Totals::new(&std::array::from_fn(|index| self.counters.get(index)), self.held() as u64)
     }
 
     /// Sends what the turn made.
@@ -277,10 +302,16 @@ impl Pipeline {
     }
 
     fn end(&mut self, driver: &mut impl Driver, packet: Packet, end: End) {
-        match end {
-            End::Drop(reason) => self.counters.add(drop_index(reason), 1),
-            End::Consumed => self.count(Counter::Consumed),
-        }
+        self.outcome = match end {
+            End::Drop(reason) => {
+                self.counters.add(drop_index(reason), 1);
+                Outcome::Dropped(reason)
+            }
+            End::Consumed => {
+                self.count(Counter::Consumed);
+                Outcome::Sent
+            }
+        };
         driver.release(packet);
     }
 
@@ -296,17 +327,25 @@ impl Pipeline {
         may
     }
 
-    /// Drops every packet that still waits for a neighbour.
+    /// Drops every packet that still waits.
     pub fn give_up_held(&mut self, driver: &mut impl Driver) {
+        while let Some(waiting) = self.fragments4.give_up() {
+            self.end(driver, waiting.packet, End::Drop(DropReason::FragmentOrphan));
+        }
+        while let Some(waiting) = self.fragments6.give_up() {
+            self.end(driver, waiting.packet, End::Drop(DropReason::FragmentOrphan));
+        }
         while let Some(held) = self.held.take_if(|_| true) {
             self.end(driver, held.packet, End::Drop(DropReason::NeighborUnresolved));
         }
     }
 
-    /// Work that needs no packet: held packets whose neighbour is known now, or that waited too long, and a share of the sweep
-    /// over the tables (`share` connections of each).
+    /// Work that needs no packet: held packets whose neighbour is known now, packets and fragments that waited too long, and a share of the
+    /// sweep over the tables (`share` connections of each).
     pub fn maintain(&mut self, driver: &mut impl Driver, context: &Context<'_>, share: u32) {
         self.look_after_held(driver, context);
+        self.look_after_fragments::<Ipv4Addr, _>(driver, context);
+        self.look_after_fragments::<Ipv6Addr, _>(driver, context);
         let Handles { v4, v6 } = &mut self.handles;
         context.tables.v4.sweep(v4, context.now, share, context.turn);
         context.tables.v6.sweep(v6, context.now, share, context.turn);
@@ -440,13 +479,25 @@ impl Pipeline {
         match view.kind {
             Kind::Flow => {}
             Kind::IcmpError => return self.icmp_error(driver, packet, view, origin, context),
-            // Fragments are not followed yet; those for the node itself are its kernel's.
-            _ if origin == Origin::Uplink && context.snapshot.forwarding.is_local(view.key.dst) => {
-                return self.punt(packet, &context.snapshot.forwarding);
+            Kind::Control => return self.end(driver, packet, End::Drop(DropReason::LinkScope)),
+            Kind::FirstFragment { .. } | Kind::LaterFragment { .. } => {
+                return self.part(driver, packet, view, origin, hash, context);
             }
-            _ => return self.end(driver, packet, End::Drop(DropReason::Fragment)),
         }
+        self.track(driver, packet, view, origin, hash, context);
+    }
 
+    /// The connection of a packet with a key: whole, or a first fragment.
+    #[inline]
+    fn track<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<A>,
+        origin: Origin,
+        hash: Hash,
+        context: &Context<'_>,
+    ) {
         let table = A::table(context.tables);
         // Twice at most: a SYN on a closing connection, or a flow whose service changed, opens anew.
         for _ in 0..2 {
@@ -624,6 +675,128 @@ impl Pipeline {
             Ok(allocated) => Ok(allocated.value),
             Err(AllocateError::Failed(reason)) => Err(reason),
             Err(AllocateError::Exhausted) => Err(DropReason::SnatExhausted),
+        }
+    }
+
+    /// A fragment: the first of its packet takes the way of a whole one, the others follow it or wait for it.
+    #[cold]
+    fn part<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<A>,
+        origin: Origin,
+        hash: Hash,
+        context: &Context<'_>,
+    ) {
+        let Some((key, extent)) = fragments::place(view, origin, packet.device) else {
+            return self.track(driver, packet, view, origin, hash, context);
+        };
+        // Before a first that comes too late: what waits must not depend on how often upkeep is done.
+        self.look_after_fragments::<A, D>(driver, context);
+        let Some(slot) = A::fragments(self).datagram(&key, context.now) else {
+            // The node's own are its kernel's to join, unless a connection claims them, which the first one tells.
+            return match origin == Origin::Uplink && context.snapshot.forwarding.is_local(view.key.dst) {
+                true if view.is_later_fragment() => self.punt(packet, &context.snapshot.forwarding),
+                true => self.track(driver, packet, view, origin, hash, context),
+                false => self.end(driver, packet, End::Drop(DropReason::FragmentLimit)),
+            };
+        };
+        if let Err(reason) = A::fragments(self).note(slot, extent) {
+            self.end(driver, packet, End::Drop(reason));
+            return self.settle::<A, D>(driver, slot, context);
+        }
+        // A packet may be given up before its first fragment comes.
+        if view.is_later_fragment() || A::fragments(self).fate(slot) != Fate::Unknown {
+            return self.follow(driver, packet, view, slot, context);
+        }
+        let segment = observed(&packet, view);
+        self.outcome = Outcome::Sent;
+        self.track(driver, packet, view, origin, hash, context);
+        let table = A::table(context.tables);
+        let fate = match (self.outcome, table.lookup(&view.key, hash, context.now, context.turn)) {
+            (Outcome::Dropped(reason), _) => Fate::Drop(reason),
+            (_, Some(hit)) => {
+                let to = table.conn(hit.conn).key(hit.direction.flip()).invert();
+                Fate::Follow(Lead::new(view.key, to, segment, extent.end))
+            }
+            (Outcome::Punted, None) => Fate::Punt,
+            (Outcome::Sent, None) => Fate::Pass,
+        };
+        A::fragments(self).decide(slot, fate);
+        self.settle::<A, D>(driver, slot, context);
+    }
+
+    /// Lets the fragments go that have waited for their packet's fate, which is known now; forgets the packet if it is complete.
+    fn settle<A: Family, D: Driver>(&mut self, driver: &mut D, slot: Slot, context: &Context<'_>) {
+        if A::fragments(self).fate(slot) == Fate::Unknown {
+            return;
+        }
+        while let Some(waiting) = A::fragments(self).take_next(slot) {
+            self.follow(driver, waiting.packet, &waiting.view, slot, context);
+        }
+        A::fragments(self).finish(slot);
+    }
+
+    /// Sends a later fragment after its first.
+    fn follow<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<A>,
+        slot: Slot,
+        context: &Context<'_>,
+    ) {
+        let forwarding = &*context.snapshot.forwarding;
+        match A::fragments(self).fate(slot) {
+            Fate::Unknown => {
+                let Err(packet) = A::fragments(self).hold(slot, packet, *view, context.now) else { return };
+                // For the node itself: its kernel has more room. Any other packet will not be whole without this fragment.
+                if self.is_for_node::<A>(slot, forwarding) {
+                    return self.punt(packet, forwarding);
+                }
+                A::fragments(self).decide(slot, Fate::Drop(DropReason::FragmentOrphan));
+                self.end(driver, packet, End::Drop(DropReason::FragmentOrphan));
+                return self.settle::<A, D>(driver, slot, context);
+            }
+            Fate::Follow(lead) => match connection_of(&lead, view, context) {
+                Ok((conn, direction)) => {
+                    let view = View { key: lead.key, ..*view };
+                    self.established(driver, packet, &view, &conn, direction, context);
+                }
+                Err(reason) => {
+                    A::fragments(self).decide(slot, Fate::Drop(reason));
+                    self.end(driver, packet, End::Drop(reason));
+                }
+            },
+            Fate::Pass => match adjacency_to(context.snapshot, view.key.dst) {
+                Some(hop) if matches!(forwarding.adjacency(hop).kind, RouteKind::Direct | RouteKind::Ipip) => {
+                    self.forward(driver, packet, view, &view.key, hop, context);
+                }
+                _ => self.end(driver, packet, End::Drop(DropReason::NoRoute)),
+            },
+            Fate::Punt => self.punt(packet, forwarding),
+            Fate::Drop(reason) => self.end(driver, packet, End::Drop(reason)),
+        }
+        A::fragments(self).finish(slot);
+    }
+
+    /// Whether the packet came by an uplink and is for this node's own address.
+    fn is_for_node<A: Family>(&mut self, slot: Slot, forwarding: &Forwarding) -> bool {
+        A::fragments(self).uplink_destination(slot).is_some_and(|destination| forwarding.is_local(destination))
+    }
+
+    /// Ends the wait of fragments whose first does not come: those for the node itself are its kernel's, which may have it.
+    fn look_after_fragments<A: Family, D: Driver>(&mut self, driver: &mut D, context: &Context<'_>) {
+        while let Some(slot) = A::fragments(self).overdue(context.now) {
+            let is_for_node = self.is_for_node::<A>(slot, &context.snapshot.forwarding);
+            let fate = if is_for_node { Fate::Punt } else { Fate::Drop(DropReason::FragmentOrphan) };
+            A::fragments(self).decide(slot, fate);
+            self.settle::<A, D>(driver, slot, context);
+            if is_for_node {
+                // Its first, if it comes after all, is judged as any other.
+                A::fragments(self).forget(slot);
+            }
         }
     }
 
@@ -825,6 +998,7 @@ impl Pipeline {
 
     /// Hands a packet to the node's kernel.
     fn punt(&mut self, mut packet: Packet, forwarding: &Forwarding) {
+        self.outcome = Outcome::Punted;
         if let Some(mac) = forwarding.adjacency(forwarding.host()).mac {
             let bytes = packet.bytes_mut();
             bytes[..6].copy_from_slice(&mac.0);
@@ -1072,6 +1246,35 @@ fn adjacency_to<A: Family>(snapshot: &Snapshot, destination: A) -> Option<Adjace
         Route::Via(adjacency) => Some(adjacency),
         Route::NoSuchPod | Route::None => None,
     }
+}
+
+/// The connection by which a first fragment went, for one of those that follow; why not, where it would not go there any more.
+fn connection_of<'t, A: Family>(
+    lead: &Lead<A>,
+    view: &View<A>,
+    context: &Context<'t>,
+) -> Result<(ConnRef<'t, A>, Direction), DropReason> {
+    let table = A::table(context.tables);
+    let hit = table.lookup(&lead.key, table.hash(&lead.key), context.now, context.turn).ok_or(DropReason::Invalid)?;
+    let (conn, direction) = (table.conn(hit.conn), hit.direction);
+    if conn.key(direction.flip()).invert() != lead.to {
+        return Err(DropReason::Invalid);
+    }
+    if conn.generation() != context.snapshot.generation {
+        match rejudge(&conn, direction, context) {
+            Rejudged::Keep => {}
+            // The connection itself is left to its next whole packet.
+            Rejudged::Cut(reason) | Rejudged::Reset(reason) => return Err(reason),
+            Rejudged::Anew => return Err(DropReason::Invalid),
+        }
+    }
+    if let Kind::LaterFragment { offset, bytes, more: false, .. } = view.kind
+        && let Some(segment) = lead.whole_segment(offset + bytes)
+        && conn.track(direction, &segment, context.now) != Tracked::Accept
+    {
+        return Err(DropReason::Invalid);
+    }
+    Ok((conn, direction))
 }
 
 /// A connection for a packet that had none.

@@ -277,8 +277,8 @@ impl Arp {
 /// Reads one Ethernet frame.
 ///
 /// # Errors
-/// The drop reason that fits: `Truncated`, `MalformedHeader`, `BadHeaderChecksum`, `MartianAddress`, `Fragment`, `Invalid`
-/// or `Unsupported` (source routes).
+/// The drop reason that fits: `Truncated`, `MalformedHeader`, `BadHeaderChecksum`, `MartianAddress`, `FragmentMalformed`,
+/// `FragmentTiny`, `Invalid` or `Unsupported` (source routes).
 #[inline]
 pub fn parse(frame: &[u8]) -> Result<Parsed, DropReason> {
     let header = frame.first_chunk::<ETHERNET_BYTES>().ok_or(DropReason::Truncated)?;
@@ -530,7 +530,7 @@ fn extension_headers(packet: &[u8], first: u8) -> Result<Chain, DropReason> {
             return Ok(Chain { protocol: Protocol(next), l4, fragment });
         }
         // RFC 7112: a first fragment holds the whole chain.
-        let short = if fragment.is_some() { DropReason::Fragment } else { DropReason::MalformedHeader };
+        let short = if fragment.is_some() { DropReason::FragmentTiny } else { DropReason::MalformedHeader };
         let header: &[u8; 8] = packet.get(l4..).and_then(<[u8]>::first_chunk).ok_or(short)?;
         let mut bytes = 8 + usize::from(header[1]) * 8;
         match next {
@@ -576,18 +576,18 @@ fn fragment_kind<A: Address>(
     let bytes = data.len() as u16;
     // RFC 8200, 4.5: all but the last carry a multiple of 8 bytes; no packet is larger than 65535 bytes.
     if bytes == 0 || (more && !bytes.is_multiple_of(8)) || usize::from(offset) + data.len() > usize::from(u16::MAX) {
-        return Err(DropReason::Fragment);
+        return Err(DropReason::FragmentMalformed);
     }
     if offset == 0 {
-        return match upper_layer::<A>(l4, protocol, DropReason::Fragment)? {
+        return match upper_layer::<A>(l4, protocol, DropReason::FragmentTiny)? {
             (ports, Kind::Flow) => Ok((ports, Kind::FirstFragment { id, bytes })),
             // RFC 6980 for ND; an ICMP error fits every link.
-            _ => Err(DropReason::Fragment),
+            _ => Err(DropReason::FragmentMalformed),
         };
     }
     // RFC 1858, 4.2: it could overwrite the flags that the first one was judged by.
     if protocol == Protocol::TCP && offset == 8 {
-        return Err(DropReason::Fragment);
+        return Err(DropReason::FragmentTiny);
     }
     Ok((Ports::default(), Kind::LaterFragment { id, offset, bytes, more }))
 }
@@ -602,8 +602,8 @@ fn usual_ports(l4: &[u8], protocol: Protocol) -> Option<Ports> {
     }
 }
 
-/// Ports and kind by the layer-4 header, which must be whole: else `short` is the reason (`Fragment` in a fragment, whose
-/// payload may also be shorter than the header says).
+/// Ports and kind by the layer-4 header, which must be whole: else `short` is the reason (`FragmentTiny` in a first fragment,
+/// whose payload may also be shorter than the header says).
 fn upper_layer<A: Address>(l4: &[u8], protocol: Protocol, short: DropReason) -> Result<(Ports, Kind), DropReason> {
     match protocol {
         Protocol::TCP => Ok((tcp_ports(l4, short)?, Kind::Flow)),
@@ -636,7 +636,7 @@ fn tcp_ports(l4: &[u8], short: DropReason) -> Result<Ports, DropReason> {
 fn udp_ports(l4: &[u8], short: DropReason) -> Result<Ports, DropReason> {
     let header = l4.first_chunk::<8>().ok_or(short)?;
     let bytes = usize::from(u16::from_be_bytes([header[4], header[5]]));
-    if bytes < 8 || (bytes > l4.len() && short != DropReason::Fragment) {
+    if bytes < 8 || (bytes > l4.len() && short != DropReason::FragmentTiny) {
         return Err(DropReason::MalformedHeader);
     }
     Ok(first_ports(header))
@@ -714,17 +714,23 @@ fn parse_arp(frame: &[u8], l3: usize) -> Result<Arp, DropReason> {
 /// The packet inside an IPIP packet, as a view into the same frame.
 ///
 /// # Errors
-/// `TunnelNested` where another tunnel packet or nothing valid is inside; `Fragment` where `outer` is a fragment; `Fragment`,
-/// `Invalid` or `Unsupported` where the inner header is sane but [`parse`] would drop the packet for one of these.
+/// `TunnelNested` where another tunnel packet or nothing valid is inside; `Unsupported` where `outer` is a fragment (weir and Linux set
+/// DF on what they put into a tunnel); `FragmentMalformed`, `FragmentTiny`, `Invalid` or `Unsupported` where the inner header is sane but
+/// [`parse`] would drop the packet for one of these.
 pub fn inner_of_ipip(frame: &[u8], outer: &View<Ipv4Addr>) -> Result<View<Ipv4Addr>, DropReason> {
     if outer.is_fragment() {
-        return Err(DropReason::Fragment);
+        return Err(DropReason::Unsupported);
     }
     let frame = frame.get(..usize::from(outer.end)).ok_or(DropReason::Truncated)?;
     match parse_ipv4(frame, usize::from(outer.l4)) {
         Ok(inner) if !matches!(inner.key.protocol, Protocol::IPIP | Protocol::IPV6) => Ok(inner),
         // Found behind a sane header: the inner packet's own fault, not the tunnel's.
-        Err(reason @ (DropReason::Fragment | DropReason::Invalid | DropReason::Unsupported)) => Err(reason),
+        Err(
+            reason @ (DropReason::FragmentMalformed
+            | DropReason::FragmentTiny
+            | DropReason::Invalid
+            | DropReason::Unsupported),
+        ) => Err(reason),
         _ => Err(DropReason::TunnelNested),
     }
 }

@@ -35,7 +35,7 @@ pub fn set_ethernet(frame: &mut [u8], dst: Mac, src: Mac, ethertype: u16) {
 /// have addresses only. A first fragment's layer-4 checksum, which covers the whole packet, comes out right for it.
 ///
 /// # Errors
-/// `Fragment`: the ports of a first fragment of SCTP would change, whose CRC depends on the whole packet's length. Nothing
+/// `FragmentChecksum`: the ports of a first fragment of SCTP would change, whose CRC depends on the whole packet's length. Nothing
 /// was written.
 ///
 /// # Panics
@@ -46,7 +46,7 @@ pub fn translate<A: Address>(frame: &mut [u8], view: &View<A>, to: &FlowKey<A>) 
     let from = &view.key;
     let l4_at = usize::from(view.l4);
     if from.protocol == Protocol::SCTP && from.ports != to.ports && matches!(view.kind, Kind::FirstFragment { .. }) {
-        return Err(DropReason::Fragment);
+        return Err(DropReason::FragmentChecksum);
     }
     let addresses = write_addresses(&mut frame[usize::from(view.l3)..l4_at], from, to);
     if !view.is_later_fragment() {

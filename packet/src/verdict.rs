@@ -116,8 +116,20 @@ drop_reasons! {
     NoSuchPod,
     /// The next hop's MAC address is not known, and too many packets wait for it, or waited for too long.
     NeighborUnresolved,
-    /// A fragment that cannot be followed: its first fragment is unknown, it overlaps another, or it is tiny.
-    Fragment,
+    /// A fragment that no sender makes: empty, not in units of eight bytes, past the largest packet, or of what is never fragmented.
+    FragmentMalformed,
+    /// A first fragment without its whole layer-4 header, or another that could overwrite that header.
+    FragmentTiny,
+    /// A fragment that overlaps another of its packet or contradicts where the packet ends; and all that follow.
+    FragmentOverlap,
+    /// A fragment that came a second time.
+    FragmentDuplicate,
+    /// A fragment whose first fragment did not come in time, or that found no room to wait for it; and the rest of its packet.
+    FragmentOrphan,
+    /// More packets pass in fragments at once, or one in more fragments, than weir follows.
+    FragmentLimit,
+    /// A first fragment of SCTP whose ports would change: its checksum covers all of the packet and cannot be updated.
+    FragmentChecksum,
     /// Something that only a later release of weir carries.
     Unsupported,
     /// A link-local or link-scoped packet that is not forwarded.

@@ -143,7 +143,7 @@ fn a_first_fragment_of_sctp_keeps_its_ports_or_is_refused() {
     let view = view_of::<Ipv4Addr>(&first);
     let mut frame = first.clone();
     let to = FlowKey { ports: Ports::new(9, 8), ..view.key };
-    assert_eq!(translate(&mut frame, &view, &to), Err(DropReason::Fragment));
+    assert_eq!(translate(&mut frame, &view, &to), Err(DropReason::FragmentChecksum));
     assert_eq!(frame, first, "nothing was written");
     let to = FlowKey { dst: [10, 0, 0, 3].into(), ..view.key };
     assert_eq!(translate(&mut frame, &view, &to), Ok(()));

@@ -8,6 +8,7 @@
 
 mod conntrack;
 mod errors;
+mod fragments;
 mod hostile;
 mod ipv6;
 mod lifecycle;
