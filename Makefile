@@ -3,7 +3,7 @@
 CARGO ?= cargo
 LOOM_FLAGS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=2
 
-.PHONY: help setup build release demo demo-memory test lint unit loom e2e cases bench perf miri fuzz install clean
+.PHONY: help setup build release demo demo-memory test lint unit loom e2e cases bench bench-tables perf miri fuzz install clean
 
 help: ## Lists the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ bench: setup ## Criterion benchmarks of the hot structures, and the pipeline on 
 	$(CARGO) bench --workspace
 	$(CARGO) run --release -- bench --flows 10000
 	$(CARGO) run --release -- bench --flows 1000000
+
+bench-tables: setup ## The connection table beside other concurrent maps and DPDK's rte_hash. Needs root for a package.
+	./perf/tables.sh
 
 perf: release ## Packets per second through veth, beside a bare AF_XDP forwarder in the same run. Needs root.
 	$(CARGO) run --release --example veth_pps

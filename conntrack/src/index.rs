@@ -174,7 +174,10 @@ impl Stock {
 
     /// An index that nobody uses, or nothing if all are in use or wait for turns to end.
     pub(crate) fn allocate(&mut self) -> Option<u32> {
-        self.settle();
+        // Asking whether turns are over costs a fence, so only once for a batch.
+        if self.free.len == 0 {
+            self.settle();
+        }
         self.next_in_stock().or_else(|| {
             self.indices.adopt();
             self.next_in_stock()

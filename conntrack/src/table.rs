@@ -543,7 +543,8 @@ impl<A: Address> Table<A> {
         }
     }
 
-    /// Takes a connection that was found in this turn out of the table; `false` if another worker was faster.
+    /// Takes a connection that was found in this turn out of the table; `false` if another worker was faster. Its place is free
+    /// some turns after the next [`Table::sweep`].
     ///
     /// # Panics
     /// Where `handle` is of another table.
@@ -553,10 +554,7 @@ impl<A: Address> Table<A> {
         let mut state = State(word.load(Ordering::Relaxed));
         while state.is_live() {
             match self.remove_from(handle, conn.0, state) {
-                Ok(()) => {
-                    handle.stock.settle();
-                    return true;
-                }
+                Ok(()) => return true,
                 Err(found) => state = found,
             }
         }
@@ -1032,6 +1030,7 @@ mod tests {
                 let hit = table.lookup(&key, table.hash(&key), Tick(0), &turn).expect("still there");
                 assert!(table.remove(&mut handle, hit.conn, &turn) && !table.remove(&mut handle, hit.conn, &turn));
             }
+            table.sweep(&mut handle, Tick(0), 0, &turn);
             assert!(table.is_empty() && table.buckets.iter().all(Bucket::is_clear));
         }
     }
