@@ -110,7 +110,7 @@ impl Worker for WeirWorker<'_> {
             hashes.iter().for_each(|hash| table.prefetch_conn(*hash));
         }
         let hits = keys.iter().zip(hashes).filter_map(|(key, hash)| table.lookup(key, hash, NOW, &turn));
-        hits.map(|hit| black_box(table.conn(hit.conn).generation())).count()
+        hits.inspect(|hit| _ = black_box(table.conn(hit.conn).generation())).count()
     }
 
     fn insert(&mut self, clients: &[u32]) {
@@ -174,7 +174,7 @@ impl<M: Map> Candidate for General<M> {
 impl<M: Map> Worker for &General<M> {
     fn look(&mut self, keys: &[Key; BURST]) -> usize {
         let hits = keys.iter().filter_map(|key| self.map.get(key));
-        hits.map(|conn| black_box(self.conns[conn as usize].0.load(Ordering::Relaxed))).count()
+        hits.inspect(|conn| _ = black_box(self.conns[*conn as usize].0.load(Ordering::Relaxed))).count()
     }
 
     fn insert(&mut self, clients: &[u32]) {

@@ -14,7 +14,7 @@ const OVERFLOW_SHIFT: u32 = 48;
 /// The most keys that may have overflowed from one bucket.
 const OVERFLOW_MAX: u64 = u16::MAX as u64;
 /// The bytes of both control words that are tags, as bits.
-const SLOT_BITS: u32 = (1 << TAGS) - 1 << 8 | (1 << TAGS) - 1;
+const SLOT_BITS: u32 = ((1 << TAGS) - 1) * 0x101;
 
 /// Which connection and which of its keys a slot stands for. Zero is an empty slot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
