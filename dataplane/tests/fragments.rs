@@ -2,275 +2,40 @@
 //!
 //! The model keeps lists, knows no connection table, and computes every checksum from scratch.
 
+#[allow(dead_code, reason = "each test uses a part of it")]
+#[path = "support/router.rs"]
+mod router;
+
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    sync::Arc,
 };
 
-use crossbeam::channel::Receiver;
 use proptest::prelude::*;
-use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
-use weir_conntrack::{Table, TableConfig, TcpState, Timeouts};
+use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, octets, rules, service, sum, tunnelled};
+use weir_conntrack::TcpState;
 use weir_dataplane::{
-    counters::{COUNTERS, Totals},
-    driver::Driver,
-    forwarding::Forwarding,
     fragments::{LIFETIME, PATIENCE},
-    frame::{IfIndex, LinkType},
-    memory::MemoryDriver,
-    model::{Cluster, Device, Links, Neighbor, Node, Pool, Role, TunnelMode, Workload},
-    pipeline::{Context, Event, Pipeline, Tables, process_burst},
-    snapshot::{Rules, Snapshot},
+    frame::IfIndex,
+    snapshot::Rules,
 };
-use weir_nat::{ServiceTable, SnatPorts};
-use weir_packet::{DropReason, Mac, Protocol, Tick};
-use weir_policy::Classifier;
-use weir_sync::{Counters, Domain, Participant, Published};
+use weir_nat::SnatPorts;
+use weir_packet::{DropReason, Protocol};
 
-const UPLINK: IfIndex = IfIndex(2);
-const CLIENT_POD: IfIndex = IfIndex(11);
-const SERVER_POD: IfIndex = IfIndex(12);
-const GATEWAY_MAC: Mac = Mac([0xee; 6]);
-const UPLINK_MAC: Mac = Mac([2, 0, 0, 0, 0, 10]);
-const OTHER_MAC: Mac = Mac([2, 0, 0, 0, 0, 11]);
-
-fn ip(text: &str) -> IpAddr {
-    text.parse().expect("an address")
+/// A router with room for 1024 connections.
+fn router() -> Router {
+    Router::new(all_rules(true), SnatPorts::new(10000..=20000, [30053]).unwrap(), 1024)
 }
 
-fn cluster() -> Cluster {
-    let node = |name: &str, addresses: [&str; 2], ranges: [&str; 2]| Node {
-        name: name.into(),
-        internal_ips: addresses.map(ip).into(),
-        pod_cidrs: ranges.map(|r| r.parse().unwrap()).into(),
-        ..Node::default()
-    };
-    let workload = |name: &str, node: &str, addresses: [&str; 2], device: &str, last: u8| Workload {
-        name: name.into(),
-        node: Some(node.into()),
-        addresses: addresses.map(ip).into(),
-        device: device.into(),
-        mac: Some(Mac([10, 0, 0, 0, 0, last])),
-    };
-    let pool = |cidr: &str, ipip| Pool { cidr: cidr.parse().unwrap(), ipip, nat_outgoing: true };
-    Cluster {
-        node_name: "a".into(),
-        nodes: vec![
-            node("a", ["192.168.10.1", "fd00:10::1"], ["10.1.1.0/24", "fd00:1:1::/64"]),
-            node("b", ["192.168.10.2", "fd00:10::2"], ["10.1.2.0/24", "fd00:1:2::/64"]),
-        ],
-        workloads: vec![
-            workload("default/client", "a", ["10.1.1.10", "fd00:1:1::10"], "cali1", 1),
-            workload("default/server", "a", ["10.1.1.20", "fd00:1:1::20"], "cali2", 2),
-            workload("default/remote", "b", ["10.1.2.20", "fd00:1:2::20"], "cali3", 3),
-        ],
-        pools: vec![pool("10.1.0.0/16", TunnelMode::Always), pool("fd00:1::/32", TunnelMode::Never)],
-        pod_cidrs: vec!["10.1.0.0/16".parse().unwrap(), "fd00:1::/32".parse().unwrap()],
-        service_cidrs: vec!["10.96.0.0/16".parse().unwrap(), "fd00:96::/112".parse().unwrap()],
-        snat_ports: (10000, 20000),
-        ..Cluster::default()
-    }
-}
-
-fn links() -> Links {
-    let device = |name: &str, index, role, mac, addresses: &[&str]| Device {
-        name: name.into(),
-        index,
-        role,
-        mac,
-        mtu: 1500,
-        addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
-    };
-    let neighbor = |address: &str| Neighbor { address: ip(address), mac: OTHER_MAC, device: UPLINK };
-    Links {
-        devices: vec![
-            device("eth0", UPLINK, Role::Uplink, UPLINK_MAC, &["192.168.10.1/24", "fd00:10::1/64"]),
-            device("cali1", CLIENT_POD, Role::Workload, GATEWAY_MAC, &[]),
-            device("cali2", SERVER_POD, Role::Workload, GATEWAY_MAC, &[]),
-        ],
-        routes: Vec::new(),
-        neighbors: ["192.168.10.2", "192.168.10.100", "fd00:10::2", "fd00:10::100"].map(neighbor).into(),
-    }
-}
-
-fn rules(is_open: bool) -> Rules {
-    let service = |name: &str, protocol, vips: [&str; 2], backends: [&str; 2], node_port| weir_nat::ServicePort {
-        name: name.into(),
-        protocol,
-        port: 53,
-        cluster_ips: vips.map(ip).into(),
-        node_port,
-        endpoints: backends
-            .iter()
-            .map(|address| weir_nat::Endpoint {
-                address: ip(address),
-                port: 5353,
-                node_name: None,
-                ready: true,
-                serving: true,
-                terminating: false,
-                zone_hints: Vec::new(),
-                node_hints: Vec::new(),
-            })
-            .collect(),
-        ..weir_nat::ServicePort::default()
-    };
+fn all_rules(is_open: bool) -> Rules {
     let local = ["10.1.1.20", "fd00:1:1::20"];
-    let services = ServiceTable::compile(&weir_nat::Model {
-        node_name: "a".into(),
-        pod_cidrs: cluster().pod_cidrs,
-        local_addresses: ["192.168.10.1", "fd00:10::1"].map(ip).into(),
-        service_cidrs: cluster().service_cidrs,
-        services: vec![
-            service("default/local", Protocol::UDP, ["10.96.0.10", "fd00:96::10"], local, Some(30053)),
-            service(
-                "default/remote",
-                Protocol::UDP,
-                ["10.96.0.11", "fd00:96::11"],
-                ["10.1.2.20", "fd00:1:2::20"],
-                None,
-            ),
-            service("default/sctp", Protocol::SCTP, ["10.96.0.12", "fd00:96::12"], local, None),
-        ],
-        ..weir_nat::Model::default()
-    })
-    .unwrap();
-    let cluster = cluster();
-    let endpoints = cluster.workloads.iter().take(2).map(|w| weir_policy::model::Endpoint {
-        name: w.name.clone(),
-        local: true,
-        nets: w.addresses.iter().map(|a| (*a).into()).collect(),
-        profiles: vec!["all".into()],
-        ..weir_policy::model::Endpoint::default()
-    });
-    let allow = vec![weir_policy::model::Rule::default()];
-    let profile = weir_policy::model::Profile {
-        name: "all".into(),
-        ingress: if is_open { allow.clone() } else { Vec::new() },
-        egress: allow,
-    };
-    let policy = Classifier::compile(&weir_policy::model::Model {
-        endpoints: endpoints.collect(),
-        profiles: vec![profile],
-        ..weir_policy::model::Model::default()
-    })
-    .unwrap();
-    Rules::new(services, policy, SnatPorts::new(10000..=20000, [30053]).unwrap(), &cluster)
-}
-
-/// A worker over memory.
-struct Router {
-    published: Published<Snapshot>,
-    tables: Tables,
-    participant: Participant,
-    pipeline: Pipeline,
-    driver: MemoryDriver,
-    forwarding: Arc<Forwarding>,
-    generation: u32,
-    now: Tick,
-    _events: Receiver<Event>,
-}
-
-impl Router {
-    fn new() -> Self {
-        let domain = Domain::new();
-        let forwarding = Arc::new(Forwarding::compile(&cluster(), &links()).unwrap());
-        let table = || TableConfig { max_entries: 1024, seed: [1, 2], timeouts: Timeouts::default() };
-        let tables = Tables { v4: Table::new(table(), domain.clone()), v6: Table::new(table(), domain.clone()) };
-        let (sender, events) = crossbeam::channel::bounded(64);
-        let counters = Counters::<COUNTERS>::new();
-        let pipeline = Pipeline::new(&tables, counters.join(), ChaCha8Rng::seed_from_u64(3), sender, 64, 2);
-        let snapshot = Snapshot { generation: 1, rules: Arc::new(rules(true)), forwarding: forwarding.clone() };
-        Self {
-            published: Published::new(&domain, snapshot),
-            participant: domain.join(),
-            tables,
-            pipeline,
-            driver: MemoryDriver::new(2, 1024),
-            forwarding,
-            generation: 1,
-            now: Tick(1000),
-            _events: events,
-        }
-    }
-
-    fn publish(&mut self, rules: Rules) {
-        self.generation += 1;
-        let forwarding = self.forwarding.clone();
-        self.published.publish(Snapshot { generation: self.generation, rules: Arc::new(rules), forwarding });
-    }
-
-    /// One turn with these frames; what was sent.
-    fn turn(&mut self, frames: &[(IfIndex, Vec<u8>)]) -> Vec<(IfIndex, Vec<u8>)> {
-        let mut burst = Vec::with_capacity(frames.len());
-        for (device, bytes) in frames {
-            let mut packet = self.driver.allocate().expect("frames for a burst");
-            packet.set_len(bytes.len());
-            packet.bytes_mut().copy_from_slice(bytes);
-            (packet.device, packet.link) = (*device, LinkType::Host);
-            burst.push(packet);
-        }
-        let turn = self.participant.enter();
-        let context = Context {
-            snapshot: self.published.load(&turn),
-            tables: &self.tables,
-            turn: &turn,
-            now: self.now,
-            tcp_loose: true,
-        };
-        process_burst(&mut self.pipeline, &mut self.driver, &mut burst, &context);
-        self.pipeline.maintain(&mut self.driver, &context, 32);
-        self.pipeline.flush(&mut self.driver);
-        let mut sent = Vec::new();
-        self.driver.drain_sent(|device, bytes| sent.push((device, bytes.to_vec())));
-        assert!(self.pipeline.totals().balance(), "{:?}", self.pipeline.totals());
-        assert_eq!(u64::from(self.driver.outstanding()), self.pipeline.totals().held, "a frame for each held packet");
-        sent
-    }
-
-    fn one(&mut self, device: IfIndex, frame: &[u8]) -> Vec<(IfIndex, Vec<u8>)> {
-        self.turn(&[(device, frame.to_vec())])
-    }
-
-    fn wait(&mut self, ticks: u32) -> Vec<(IfIndex, Vec<u8>)> {
-        self.now = Tick(self.now.0 + ticks);
-        self.turn(&[])
-    }
-
-    fn totals(&self) -> Totals {
-        self.pipeline.totals()
-    }
-
-    fn drops(&self) -> BTreeMap<DropReason, u64> {
-        self.totals().drops.into_iter().collect()
-    }
-
-    /// Ends the worker: nothing is held any more, no frame is missing.
-    fn finish(mut self) -> Totals {
-        self.pipeline.give_up_held(&mut self.driver);
-        assert_eq!(self.driver.outstanding(), 0);
-        let totals = self.totals();
-        assert!(totals.balance() && totals.held == 0, "{totals:?}");
-        totals
-    }
-}
-
-/// The ones' complement sum, two bytes at a time.
-fn sum(bytes: &[u8]) -> u16 {
-    let mut sum = 0_u32;
-    for pair in bytes.chunks(2) {
-        sum += u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0));
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    sum as u16
-}
-
-fn octets(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(a) => a.octets().to_vec(),
-        IpAddr::V6(a) => a.octets().to_vec(),
-    }
+    let remote = ["10.1.2.20", "fd00:1:2::20"];
+    let services = vec![
+        service("default/local", Protocol::UDP, ["10.96.0.10", "fd00:96::10"], local, Some(30053)),
+        service("default/remote", Protocol::UDP, ["10.96.0.11", "fd00:96::11"], remote, None),
+        service("default/sctp", Protocol::SCTP, ["10.96.0.12", "fd00:96::12"], local, None),
+    ];
+    rules(services, is_open)
 }
 
 /// Protocol and ends of a packet; an echo's identifier is its source port.
@@ -354,16 +119,6 @@ impl Ends {
         frame.extend(data);
         frame
     }
-}
-
-/// Puts a frame's IPv4 packet into a tunnel packet from node b.
-fn tunnelled(frame: &[u8]) -> Vec<u8> {
-    let mut outer = [&frame[..14], &[0x45, 0]].concat();
-    outer.extend((frame.len() as u16 - 14 + 20).to_be_bytes());
-    outer.extend([0, 0, 0x40, 0, 64, 4, 0, 0, 192, 168, 10, 2, 192, 168, 10, 1]);
-    let checksum = !sum(&outer[14..34]);
-    outer[24..26].copy_from_slice(&checksum.to_be_bytes());
-    [&outer, &frame[14..]].concat()
 }
 
 /// A fragment that left.
@@ -575,7 +330,7 @@ proptest! {
         burst in 1..20_usize,
         publish_after in prop::option::of(0..100_usize),
     ) {
-        let (mut router, ways) = (Router::new(), ways());
+        let (mut router, ways) = (router(), ways());
         let payloads: Vec<Vec<u8>> = packets
             .iter()
             .enumerate()
@@ -599,7 +354,7 @@ proptest! {
         let mut sent = Vec::new();
         for (turn, chunk) in frames.chunks(burst).enumerate() {
             if publish_after == Some(turn) {
-                router.publish(rules(true));
+                router.publish(all_rules(true));
             }
             sent.extend(router.turn(chunk));
         }
@@ -678,7 +433,7 @@ fn to_kernel(sent: &[(IfIndex, Vec<u8>)]) -> usize {
 #[test]
 fn the_nodes_own_fragments_are_its_kernels_in_any_order() {
     for (outside, node) in [("192.168.10.100", "192.168.10.1"), ("fd00:10::100", "fd00:10::1")] {
-        let mut router = Router::new();
+        let mut router = router();
         let ends = Ends::new(UDP, outside, node, (5000, 2049));
         let [first, middle, last] = three(ends, 1);
         // They wait for the first, which a connection could claim.
@@ -702,11 +457,11 @@ fn the_nodes_own_fragments_are_its_kernels_in_any_order() {
 
 #[test]
 fn the_kernels_own_fragments_reach_other_nodes_pods_without_a_connection() {
-    let mut router = Router::new();
+    let mut router = router();
     let ends = Ends::new(UDP, "192.168.10.1", "10.1.2.20", (5000, 6000));
     let [first, middle, last] = three(ends, 1);
     assert_eq!(router.one(IfIndex::HOST, &last), []);
-    router.publish(rules(true));
+    router.publish(all_rules(true));
     let sent = router.turn(&[(IfIndex::HOST, first), (IfIndex::HOST, middle)]);
     let starts: Vec<usize> = sent.iter().map(|(_, frame)| read(&frame[34..]).start).collect();
     assert_eq!(starts, [0, 400, 200]);
@@ -716,10 +471,10 @@ fn the_kernels_own_fragments_reach_other_nodes_pods_without_a_connection() {
 
 #[test]
 fn a_policy_that_cuts_the_connection_cuts_its_later_fragments() {
-    let mut router = Router::new();
+    let mut router = router();
     let [first, middle, last] = three(Ends::new(UDP, "10.1.1.10", "10.1.1.20", (5000, 6000)), 1);
     assert_eq!(router.turn(&[(CLIENT_POD, first), (CLIENT_POD, middle)]).len(), 2);
-    router.publish(rules(false));
+    router.publish(all_rules(false));
     assert_eq!(router.one(CLIENT_POD, &last), []);
     assert_eq!(router.drops(), BTreeMap::from([(DropReason::PolicyDeniedIngress, 1)]));
     // Those of a packet whose first is denied share its reason.
@@ -731,7 +486,7 @@ fn a_policy_that_cuts_the_connection_cuts_its_later_fragments() {
 
 #[test]
 fn a_first_fragment_that_does_not_fit_is_answered_and_its_followers_are_not() {
-    let mut router = Router::new();
+    let mut router = router();
     let ends = Ends::new(UDP, "10.1.1.10", "10.1.2.20", (5000, 6000));
     let l4 = ends.l4(&[1; 2952]);
     for (start, end, more, answers) in [(0, 1480, true, 1), (1480, 2960, false, 0)] {
@@ -754,7 +509,7 @@ fn a_first_fragment_that_does_not_fit_is_answered_and_its_followers_are_not() {
 #[test]
 fn sctp_with_other_ports_is_dropped_whole_and_with_the_same_ports_passes() {
     for (destination, port, leaves) in [("10.96.0.12", 53, 0), ("10.1.1.20", 5353, 3)] {
-        let mut router = Router::new();
+        let mut router = router();
         let ends = Ends::new(SCTP, "10.1.1.10", destination, (5000, port));
         let mut l4 = vec![9; 600];
         l4[..2].copy_from_slice(&5000_u16.to_be_bytes());
@@ -795,7 +550,7 @@ fn tcp_tracking_learns_a_segments_whole_length_from_its_last_fragment() {
     };
     // A RST counts right behind the data in flight, which no acknowledgment tells of yet; elsewhere it is challenged.
     for (reset_at, after) in [(3101, TcpState::Close), (3102, TcpState::Established)] {
-        let mut router = Router::new();
+        let mut router = router();
         for (device, frame) in [
             (CLIENT_POD, whole(there, 2, 100, 0)),
             (SERVER_POD, whole(back, 0x12, 900, 101)),
@@ -826,7 +581,7 @@ fn tcp_tracking_learns_a_segments_whole_length_from_its_last_fragment() {
 
 #[test]
 fn a_workload_does_not_ride_on_packets_from_elsewhere() {
-    let mut router = Router::new();
+    let mut router = router();
     // From the uplink, with the client's address and the same identification: two packets, and neither is joined.
     let [first, middle, last] = three(Ends::new(UDP, "10.1.1.10", "10.1.1.20", (5000, 6000)), 1);
     assert_eq!(router.one(CLIENT_POD, &first).len(), 1);
@@ -841,7 +596,7 @@ fn a_workload_does_not_ride_on_packets_from_elsewhere() {
 
 #[test]
 fn a_packet_is_followed_for_30_seconds() {
-    let mut router = Router::new();
+    let mut router = router();
     let ends = Ends::new(UDP, "10.1.1.10", "10.1.1.20", (5000, 6000));
     let [first, middle, last] = three(ends, 1);
     assert_eq!(router.one(CLIENT_POD, &first).len(), 1);
@@ -860,7 +615,7 @@ fn a_packet_is_followed_for_30_seconds() {
 
 #[test]
 fn a_flood_of_pieces_from_one_pod_leaves_room_for_others() {
-    let mut router = Router::new();
+    let mut router = router();
     let client = Ends::new(UDP, "10.1.1.10", "10.1.1.20", (5000, 6000));
     let server = Ends::new(UDP, "10.1.1.20", "10.1.1.10", (7000, 8000));
     let mut sent = 0;

@@ -1,0 +1,285 @@
+//! A worker over memory, in a small cluster, for tests that drive the whole pipeline.
+//!
+//! Node a is the router under test, with two pods; node b has a third pod, over a tunnel for IPv4 and a direct route for IPv6; others are
+//! outside of the cluster, on the uplink's link.
+
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+use crossbeam::channel::Receiver;
+use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
+use weir_conntrack::{Table, TableConfig, Timeouts};
+use weir_dataplane::{
+    counters::{COUNTERS, Totals},
+    driver::Driver,
+    forwarding::Forwarding,
+    frame::{IfIndex, LinkType},
+    memory::MemoryDriver,
+    model::{Cluster, Device, Links, Neighbor, Node, Pool, Role, TunnelMode, Workload},
+    pipeline::{Context, Event, Pipeline, Tables, process_burst},
+    snapshot::{Rules, Snapshot},
+};
+use weir_nat::{ServiceTable, SnatPorts};
+use weir_packet::{DropReason, Mac, Protocol, Tick};
+use weir_policy::Classifier;
+use weir_sync::{Counters, Domain, Participant, Published};
+
+pub const UPLINK: IfIndex = IfIndex(2);
+pub const CLIENT_POD: IfIndex = IfIndex(11);
+pub const SERVER_POD: IfIndex = IfIndex(12);
+pub const GATEWAY_MAC: Mac = Mac([0xee; 6]);
+pub const UPLINK_MAC: Mac = Mac([2, 0, 0, 0, 0, 10]);
+pub const OTHER_MAC: Mac = Mac([2, 0, 0, 0, 0, 11]);
+
+pub fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+pub fn cluster() -> Cluster {
+    let node = |name: &str, addresses: [&str; 2], ranges: [&str; 2]| Node {
+        name: name.into(),
+        internal_ips: addresses.map(ip).into(),
+        pod_cidrs: ranges.map(|r| r.parse().unwrap()).into(),
+        ..Node::default()
+    };
+    let workload = |name: &str, node: &str, addresses: [&str; 2], device: &str, last: u8| Workload {
+        name: name.into(),
+        node: Some(node.into()),
+        addresses: addresses.map(ip).into(),
+        device: device.into(),
+        mac: Some(Mac([10, 0, 0, 0, 0, last])),
+    };
+    let pool = |cidr: &str, ipip| Pool { cidr: cidr.parse().unwrap(), ipip, nat_outgoing: true };
+    Cluster {
+        node_name: "a".into(),
+        nodes: vec![
+            node("a", ["192.168.10.1", "fd00:10::1"], ["10.1.1.0/24", "fd00:1:1::/64"]),
+            node("b", ["192.168.10.2", "fd00:10::2"], ["10.1.2.0/24", "fd00:1:2::/64"]),
+        ],
+        workloads: vec![
+            workload("default/client", "a", ["10.1.1.10", "fd00:1:1::10"], "cali1", 1),
+            workload("default/server", "a", ["10.1.1.20", "fd00:1:1::20"], "cali2", 2),
+            workload("default/remote", "b", ["10.1.2.20", "fd00:1:2::20"], "cali3", 3),
+        ],
+        pools: vec![pool("10.1.0.0/16", TunnelMode::Always), pool("fd00:1::/32", TunnelMode::Never)],
+        pod_cidrs: vec!["10.1.0.0/16".parse().unwrap(), "fd00:1::/32".parse().unwrap()],
+        service_cidrs: vec!["10.96.0.0/16".parse().unwrap(), "fd00:96::/112".parse().unwrap()],
+        snat_ports: (10000, 20000),
+        ..Cluster::default()
+    }
+}
+
+pub fn links() -> Links {
+    let device = |name: &str, index, role, mac, addresses: &[&str]| Device {
+        name: name.into(),
+        index,
+        role,
+        mac,
+        mtu: 1500,
+        addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
+    };
+    let neighbor = |address: &str| Neighbor { address: ip(address), mac: OTHER_MAC, device: UPLINK };
+    Links {
+        devices: vec![
+            device("eth0", UPLINK, Role::Uplink, UPLINK_MAC, &["192.168.10.1/24", "fd00:10::1/64"]),
+            device("cali1", CLIENT_POD, Role::Workload, GATEWAY_MAC, &[]),
+            device("cali2", SERVER_POD, Role::Workload, GATEWAY_MAC, &[]),
+        ],
+        routes: Vec::new(),
+        loopback_sources: Vec::new(),
+        neighbors: ["192.168.10.2", "192.168.10.100", "fd00:10::2", "fd00:10::100"].map(neighbor).into(),
+    }
+}
+
+/// A service with one port: 53, and 5353 at its backends.
+pub fn service(
+    name: &str,
+    protocol: Protocol,
+    vips: [&str; 2],
+    backends: [&str; 2],
+    node_port: Option<u16>,
+) -> weir_nat::ServicePort {
+    weir_nat::ServicePort {
+        name: name.into(),
+        protocol,
+        port: 53,
+        cluster_ips: vips.map(ip).into(),
+        node_port,
+        endpoints: backends
+            .iter()
+            .map(|address| weir_nat::Endpoint {
+                address: ip(address),
+                port: 5353,
+                node_name: None,
+                ready: true,
+                serving: true,
+                terminating: false,
+                zone_hints: Vec::new(),
+                node_hints: Vec::new(),
+            })
+            .collect(),
+        ..weir_nat::ServicePort::default()
+    }
+}
+
+/// These services, and a policy that allows all, or nothing into pods.
+pub fn rules(services: Vec<weir_nat::ServicePort>, is_open: bool) -> Rules {
+    let services = ServiceTable::compile(&weir_nat::Model {
+        node_name: "a".into(),
+        pod_cidrs: cluster().pod_cidrs,
+        local_addresses: ["192.168.10.1", "fd00:10::1"].map(ip).into(),
+        service_cidrs: cluster().service_cidrs,
+        services,
+        ..weir_nat::Model::default()
+    })
+    .unwrap();
+    let cluster = cluster();
+    let endpoints = cluster.workloads.iter().take(2).map(|w| weir_policy::model::Endpoint {
+        name: w.name.clone(),
+        local: true,
+        nets: w.addresses.iter().map(|a| (*a).into()).collect(),
+        profiles: vec!["all".into()],
+        ..weir_policy::model::Endpoint::default()
+    });
+    let allow = vec![weir_policy::model::Rule::default()];
+    let profile = weir_policy::model::Profile {
+        name: "all".into(),
+        ingress: if is_open { allow.clone() } else { Vec::new() },
+        egress: allow,
+    };
+    let policy = Classifier::compile(&weir_policy::model::Model {
+        endpoints: endpoints.collect(),
+        profiles: vec![profile],
+        ..weir_policy::model::Model::default()
+    })
+    .unwrap();
+    Rules::new(services, policy, &cluster)
+}
+
+/// A worker over memory.
+pub struct Router {
+    published: Published<Snapshot>,
+    pub tables: Tables,
+    participant: Participant,
+    pipeline: Pipeline,
+    driver: MemoryDriver,
+    snat: Arc<SnatPorts>,
+    forwarding: Arc<Forwarding>,
+    generation: u32,
+    pub now: Tick,
+    _events: Receiver<Event>,
+}
+
+impl Router {
+    /// With room for so many connections of each family.
+    pub fn new(rules: Rules, snat: SnatPorts, max_entries: u32) -> Self {
+        let domain = Domain::new();
+        let forwarding = Arc::new(Forwarding::compile(&cluster(), &links()).unwrap());
+        let table = || TableConfig { max_entries, seed: [1, 2], timeouts: Timeouts::default() };
+        let tables = Tables { v4: Table::new(table(), domain.clone()), v6: Table::new(table(), domain.clone()) };
+        let (sender, events) = crossbeam::channel::bounded(64);
+        let counters = Counters::<COUNTERS>::new();
+        let pipeline = Pipeline::new(&tables, counters.join(), ChaCha8Rng::seed_from_u64(3), sender, 64, 2);
+        let snat = Arc::new(snat);
+        let snapshot =
+            Snapshot { generation: 1, rules: Arc::new(rules), snat: snat.clone(), forwarding: forwarding.clone() };
+        Self {
+            published: Published::new(&domain, snapshot),
+            participant: domain.join(),
+            tables,
+            pipeline,
+            driver: MemoryDriver::new(2, 1024),
+            snat,
+            forwarding,
+            generation: 1,
+            now: Tick(1000),
+            _events: events,
+        }
+    }
+
+    pub fn publish(&mut self, rules: Rules) {
+        self.generation += 1;
+        let (snat, forwarding) = (self.snat.clone(), self.forwarding.clone());
+        self.published.publish(Snapshot { generation: self.generation, rules: Arc::new(rules), snat, forwarding });
+    }
+
+    /// One turn with these frames; what was sent.
+    pub fn turn(&mut self, frames: &[(IfIndex, Vec<u8>)]) -> Vec<(IfIndex, Vec<u8>)> {
+        let mut burst = Vec::with_capacity(frames.len());
+        for (device, bytes) in frames {
+            let mut packet = self.driver.allocate().expect("frames for a burst");
+            packet.set_len(bytes.len());
+            packet.bytes_mut().copy_from_slice(bytes);
+            (packet.device, packet.link) = (*device, LinkType::Host);
+            burst.push(packet);
+        }
+        let turn = self.participant.enter();
+        let context = Context {
+            snapshot: self.published.load(&turn),
+            tables: &self.tables,
+            turn: &turn,
+            now: self.now,
+            tcp_loose: true,
+        };
+        process_burst(&mut self.pipeline, &mut self.driver, &mut burst, &context);
+        self.pipeline.maintain(&mut self.driver, &context, 32);
+        self.pipeline.flush(&mut self.driver);
+        let mut sent = Vec::new();
+        self.driver.drain_sent(|device, bytes| sent.push((device, bytes.to_vec())));
+        assert!(self.pipeline.totals().balance(), "{:?}", self.pipeline.totals());
+        assert_eq!(u64::from(self.driver.outstanding()), self.pipeline.totals().held, "a frame for each held packet");
+        sent
+    }
+
+    pub fn one(&mut self, device: IfIndex, frame: &[u8]) -> Vec<(IfIndex, Vec<u8>)> {
+        self.turn(&[(device, frame.to_vec())])
+    }
+
+    pub fn wait(&mut self, ticks: u32) -> Vec<(IfIndex, Vec<u8>)> {
+        self.now = Tick(self.now.0 + ticks);
+        self.turn(&[])
+    }
+
+    pub fn totals(&self) -> Totals {
+        self.pipeline.totals()
+    }
+
+    pub fn drops(&self) -> BTreeMap<DropReason, u64> {
+        self.totals().drops.into_iter().collect()
+    }
+
+    /// Ends the worker: nothing is held any more, no frame is missing.
+    pub fn finish(mut self) -> Totals {
+        self.pipeline.give_up_held(&mut self.driver);
+        assert_eq!(self.driver.outstanding(), 0);
+        let totals = self.totals();
+        assert!(totals.balance() && totals.held == 0, "{totals:?}");
+        totals
+    }
+}
+
+/// The ones' complement sum, two bytes at a time.
+pub fn sum(bytes: &[u8]) -> u16 {
+    let mut sum = 0_u32;
+    for pair in bytes.chunks(2) {
+        sum += u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0));
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+pub fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(a) => a.octets().to_vec(),
+        IpAddr::V6(a) => a.octets().to_vec(),
+    }
+}
+
+/// Puts a frame's IPv4 packet into a tunnel packet from node b.
+pub fn tunnelled(frame: &[u8]) -> Vec<u8> {
+    let mut outer = [&frame[..14], &[0x45, 0]].concat();
+    outer.extend((frame.len() as u16 - 14 + 20).to_be_bytes());
+    outer.extend([0, 0, 0x40, 0, 64, 4, 0, 0, 192, 168, 10, 2, 192, 168, 10, 1]);
+    let checksum = !sum(&outer[14..34]);
+    outer[24..26].copy_from_slice(&checksum.to_be_bytes());
+    [&outer, &frame[14..]].concat()
+}
