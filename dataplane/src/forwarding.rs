@@ -9,13 +9,13 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use hashbrown::{HashMap, HashSet};
 use ipnet::IpNet;
 use weir_packet::{Address, Mac};
 
 use crate::{
     driver::PortId,
     frame::IfIndex,
+    mix::{HashMap, HashSet},
     model::{self, Cluster, Links, Role, TunnelMode},
     prefix::PrefixMap,
 };
@@ -419,7 +419,7 @@ impl<'a> Compiler<'a> {
             });
         }
         let by_index = devices.iter().enumerate().map(|(i, d)| (d.index, DeviceId(i as u32))).collect();
-        let mut neighbors: HashMap<(IfIndex, IpAddr), Mac> = HashMap::new();
+        let mut neighbors: HashMap<(IfIndex, IpAddr), Mac> = HashMap::default();
         for device in &devices {
             let Some(workload) = device.workload.map(|w| &cluster.workloads[w.0 as usize]) else { continue };
             let Some(mac) = workload.mac else { continue };
@@ -434,7 +434,7 @@ impl<'a> Compiler<'a> {
             by_index,
             neighbors,
             adjacencies: Vec::new(),
-            known: HashMap::new(),
+            known: HashMap::default(),
             same_subnet: Vec::new(),
         }
     }
@@ -511,7 +511,7 @@ impl<'a> Compiler<'a> {
         let cluster = self.cluster;
         let own = self.this_node.map(|n| &cluster.nodes[n.0 as usize]);
 
-        let mut local: HashSet<A> = HashSet::new();
+        let mut local: HashSet<A> = HashSet::default();
         let node_ips = own.into_iter().flat_map(|n| n.internal_ips.iter().chain(&n.other_ips));
         match &cluster.local_addresses {
             Some(given) => local.extend(given.iter().filter_map(|ip| A::from_ip(*ip))),
@@ -551,7 +551,7 @@ impl<'a> Compiler<'a> {
         hops.sort_by_key(|h| h.2);
         let hop_map = PrefixMap::compile(hops.iter().map(|h| (h.0, h.1, (h.3, h.4))));
 
-        let mut node_addresses: HashMap<A, NodeId> = HashMap::new();
+        let mut node_addresses: HashMap<A, NodeId> = HashMap::default();
         for (index, node) in cluster.nodes.iter().enumerate() {
             let annotated = node.ipv4_address.map(|net| IpAddr::V4(net.addr()));
             let tunnel = node.tunnel_address.map(IpAddr::V4);
@@ -560,8 +560,8 @@ impl<'a> Compiler<'a> {
             }
         }
 
-        let mut nodes: HashMap<u32, AdjacencyId> = HashMap::new();
-        let mut tunnels: HashMap<u32, AdjacencyId> = HashMap::new();
+        let mut nodes: HashMap<u32, AdjacencyId> = HashMap::default();
+        let mut tunnels: HashMap<u32, AdjacencyId> = HashMap::default();
         let own_outer = own.and_then(direct_address::<Ipv4Addr>);
         for (index, node) in cluster.nodes.iter().enumerate() {
             if self.this_node == Some(NodeId(index as u32)) {
@@ -604,8 +604,8 @@ impl<'a> Compiler<'a> {
             routes.push((*to, *length, adjacency));
         }
 
-        let mut pods: HashMap<A, Owner> = HashMap::new();
-        let mut workloads: HashMap<u32, AdjacencyId> = HashMap::new();
+        let mut pods: HashMap<A, Owner> = HashMap::default();
+        let mut workloads: HashMap<u32, AdjacencyId> = HashMap::default();
         let device_by_name: HashMap<String, DeviceId> =
             self.devices.iter().enumerate().map(|(i, d)| (d.name.clone(), DeviceId(i as u32))).collect();
         for (index, workload) in cluster.workloads.iter().enumerate() {

@@ -13,6 +13,7 @@ pub mod fragments;
 pub mod frame;
 pub mod held;
 pub mod memory;
+mod mix;
 pub mod model;
 pub mod pipeline;
 pub mod prefix;

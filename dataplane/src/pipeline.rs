@@ -213,6 +213,7 @@ pub struct Pipeline {
     fragments4: Fragments<Ipv4Addr>,
     fragments6: Fragments<Ipv6Addr>,
     outcome: Outcome,
+    tunnel_id: u16,
     generation: u32,
     errors_left: u32,
     errors_at: Tick,
@@ -237,6 +238,7 @@ impl Pipeline {
             fragments4: Fragments::new([random.next_u64(), random.next_u64()]),
             fragments6: Fragments::new([random.next_u64(), random.next_u64()]),
             outcome: Outcome::Sent,
+            tunnel_id: random.next_u32() as u16,
             random,
             events,
             held: Held::new(),
@@ -473,6 +475,9 @@ impl Pipeline {
         hash: Hash,
         context: &Context<'_>,
     ) {
+        if view.kind == Kind::Flow {
+            return self.track(driver, packet, view, origin, hash, context);
+        }
         if let Err(reason) = decide::check_source(context.snapshot, origin, &view.key) {
             return self.end(driver, packet, End::Drop(reason));
         }
@@ -481,10 +486,9 @@ impl Pipeline {
             Kind::IcmpError => return self.icmp_error(driver, packet, view, origin, context),
             Kind::Control => return self.end(driver, packet, End::Drop(DropReason::LinkScope)),
             Kind::FirstFragment { .. } | Kind::LaterFragment { .. } => {
-                return self.part(driver, packet, view, origin, hash, context);
+                self.part(driver, packet, view, origin, hash, context);
             }
         }
-        self.track(driver, packet, view, origin, hash, context);
     }
 
     /// The connection of a packet with a key: whole, or a first fragment.
@@ -503,7 +507,13 @@ impl Pipeline {
         for _ in 0..2 {
             let Some(hit) = table.lookup(&view.key, hash, context.now, context.turn) else { break };
             let conn = table.conn(hit.conn);
-            if conn.generation() != context.snapshot.generation {
+            let stale = conn.generation() != context.snapshot.generation;
+            if (stale || !comes_as_expected(&conn, hit.direction, packet.device, context))
+                && let Err(reason) = decide::check_source(context.snapshot, origin, &view.key)
+            {
+                return self.end(driver, packet, End::Drop(reason));
+            }
+            if stale {
                 match rejudge(&conn, hit.direction, context) {
                     Rejudged::Keep => {}
                     Rejudged::Cut(reason) => {
@@ -926,7 +936,9 @@ impl Pipeline {
             if !packet.grow_front(IPIP_HEADER_BYTES) {
                 return self.end(driver, packet, End::Drop(DropReason::TooBig));
             }
-            let id = self.random.next_u32() as u16;
+            // Only to tell the fragments of packets apart, which DF forbids (RFC 6864, 4.1): any number will do.
+            self.tunnel_id = self.tunnel_id.wrapping_add(1);
+            let id = self.tunnel_id;
             let (header, inner) = packet.bytes_mut()[ETHERNET_BYTES..].split_at_mut(usize::from(IPIP_HEADER_BYTES));
             rewrite::write_ipip_header(header, inner, src, dst, id);
             ethertype = Ipv4Addr::ETHERTYPE;
@@ -1246,6 +1258,25 @@ fn adjacency_to<A: Family>(snapshot: &Snapshot, destination: A) -> Option<Adjace
         Route::Via(adjacency) => Some(adjacency),
         Route::NoSuchPod | Route::None => None,
     }
+}
+
+/// Whether a packet of a connection comes from where its source was found to be when the connection was judged, by these tables: then its
+/// source needs no further check. Replies come from the device that the original direction's packets leave by.
+#[inline]
+fn comes_as_expected<A: Family>(
+    conn: &ConnRef<'_, A>,
+    direction: Direction,
+    device: IfIndex,
+    context: &Context<'_>,
+) -> bool {
+    if direction == Direction::Original {
+        return conn.device() == device.0;
+    }
+    let forwarding = &*context.snapshot.forwarding;
+    next_hop(conn, Direction::Original, context).is_some_and(|hop| {
+        let leaves_by = forwarding.adjacency(hop).device;
+        leaves_by.is_some_and(|id| forwarding.device(id).index == device)
+    })
 }
 
 /// The connection by which a first fragment went, for one of those that follow; why not, where it would not go there any more.
