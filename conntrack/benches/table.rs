@@ -117,7 +117,8 @@ fn track(criterion: &mut Criterion) {
     const ACK: u8 = 0x10;
     let domain = Domain::new();
     let mut participant = domain.join();
-    let config = TableConfig { max_entries: 16, seed: [1, 2], timeouts: Timeouts::default(), tcp: TcpSettings::default() };
+    let config =
+        TableConfig { max_entries: 16, seed: [1, 2], timeouts: Timeouts::default(), tcp: TcpSettings::default() };
     let table = Table::<Ipv4Addr>::new(config, domain);
     let mut handle = table.handle();
     let segment = |tcp_flags, tcp_seq, tcp_ack, payload_bytes| Observed {

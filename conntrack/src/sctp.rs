@@ -65,16 +65,8 @@ use SctpState::{
 
 impl SctpState {
     /// Every state.
-    pub const ALL: [Self; 8] = [
-        Closed,
-        CookieWait,
-        CookieEchoed,
-        Established,
-        ShutdownSent,
-        ShutdownRecd,
-        ShutdownAckSent,
-        HeartbeatSent,
-    ];
+    pub const ALL: [Self; 8] =
+        [Closed, CookieWait, CookieEchoed, Established, ShutdownSent, ShutdownRecd, ShutdownAckSent, HeartbeatSent];
 
     /// netfilter's name, as `conntrack -L` prints it.
     pub const fn name(self) -> &'static str {
@@ -236,6 +228,8 @@ impl SctpPacket {
 pub(crate) struct Sctp {
     /// By direction: the tag of the packets that go that way; 0 while it is not known.
     tags: [u32; 2],
+    /// By direction: an INIT came from there, and no COOKIE ACK since.
+    offers: [bool; 2],
     /// The direction of a HEARTBEAT whose tag was another one: the answer to it may show that the tags have changed.
     doubtful: Option<Direction>,
     /// An ABORT or SHUTDOWN COMPLETE was seen.
@@ -247,7 +241,8 @@ impl Sctp {
 
     fn words(&self) -> [u32; Self::WORDS] {
         let doubtful = self.doubtful.map_or(0, |direction| 1 + direction as u32);
-        [self.tags[0], self.tags[1], doubtful | u32::from(self.is_over) << 8]
+        let offers = u32::from(self.offers[0]) | u32::from(self.offers[1]) << 1;
+        [self.tags[0], self.tags[1], doubtful | offers << 2 | u32::from(self.is_over) << 4]
     }
 
     pub(crate) fn load(line: &TcpLine) -> Self {
@@ -257,7 +252,8 @@ impl Sctp {
             2 => Some(Direction::Reply),
             _ => None,
         };
-        Self { tags: [original, reply], doubtful, is_over: flags >> 8 != 0 }
+        let bit = |number: u32| flags >> number & 1 != 0;
+        Self { tags: [original, reply], offers: [bit(2), bit(3)], doubtful, is_over: bit(4) }
     }
 
     /// Stores everything, of a connection that nobody else knows yet.
@@ -277,9 +273,7 @@ impl Sctp {
     /// The tags and the state after an association's first packet, if it can be one.
     pub(crate) fn open(packet: &SctpPacket) -> Option<(Self, SctpState)> {
         // What belongs to an association that is known, and what nobody answers (RFC 9260, 8.4).
-        let is_later = |event| {
-            matches!(event, Event::Abort { .. } | Event::ShutdownComplete { .. } | Event::CookieAck)
-        };
+        let is_later = |event| matches!(event, Event::Abort { .. } | Event::ShutdownComplete { .. } | Event::CookieAck);
         if packet.has_others || packet.has(is_later) {
             return None;
         }
@@ -288,8 +282,9 @@ impl Sctp {
             match event {
                 Event::Init => sctp.tags[Direction::Reply as usize] = packet.initiate_tag,
                 Event::Heartbeat => sctp.tags[Direction::Original as usize] = packet.tag,
-                // Out of the blue: what answers it, if at all, returns its tag.
-                _ => sctp.tags[Direction::Reply as usize] = packet.tag,
+                // Out of the blue: the SHUTDOWN COMPLETE or ABORT that answers it returns its tag (RFC 9260, 8.4).
+                Event::ShutdownAck => sctp.tags[Direction::Reply as usize] = packet.tag,
+                _ => {}
             }
         }
         match sctp.step(None, false, Direction::Original, packet) {
@@ -319,6 +314,13 @@ impl Sctp {
             let is_tag_right = match event {
                 Event::Init if packet.tag == 0 && self.is_over && current == Some(Closed) => return Step::NewFlow,
                 Event::Init => packet.tag == 0,
+                // Both sides have begun (RFC 9260, 5.2): an INIT ACK that was held up must not replace the tag that they
+                // have agreed on meanwhile.
+                Event::InitAck => {
+                    let is_new = self.tags[there] != packet.initiate_tag;
+                    let is_unasked = !self.offers[there] && self.tags[there] != 0;
+                    !(is_new && (is_unasked || self.offers == [true; 2]))
+                }
                 Event::Abort { returns_tag } | Event::ShutdownComplete { returns_tag } => {
                     packet.tag == self.tags[if returns_tag { there } else { here }]
                 }
@@ -337,9 +339,7 @@ impl Sctp {
                     is_renewed = false;
                     continue;
                 }
-                Event::HeartbeatAck
-                    if !packet.has_data && is_renewed && self.doubtful == Some(direction.flip()) =>
-                {
+                Event::HeartbeatAck if !packet.has_data && is_renewed && self.doubtful == Some(direction.flip()) => {
                     self.doubtful = None;
                     self.tags[here] = packet.tag;
                     self.tags[there] = 0;
@@ -351,10 +351,16 @@ impl Sctp {
             let Some(next) = next(direction, event, current).filter(|_| is_tag_right) else { return Step::Invalid };
             match event {
                 Event::Init | Event::InitAck => {
+                    // One that is repeated, or late, offers nothing.
+                    if event == Event::Init && (current.is_none() || self.tags[there] != packet.initiate_tag) {
+                        self.offers[there] &= !self.offers[here];
+                        self.offers[here] = true;
+                    }
                     self.tags[there] = packet.initiate_tag;
                     // Who only repeats INITs must not keep an entry for ever, with what it was translated to.
                     is_renewed &= (current, next) != (Some(Closed), Closed);
                 }
+                Event::CookieAck => self.offers = [false; 2],
                 Event::Abort { .. } | Event::ShutdownComplete { .. } => self.is_over |= next == Closed,
                 _ => {}
             }
@@ -390,8 +396,9 @@ const fn next(direction: Direction, event: Event, from: Option<SctpState>) -> Op
         // Between the SHUTDOWNs an INIT means that one side has begun anew (RFC 9260, 5.2.2).
         (Original, Event::Init, Some(ShutdownSent | ShutdownRecd)) => Closed,
         (Reply, Event::InitAck, Some(Closed)) => CookieWait,
-        (Original, Event::CookieEcho, Some(CookieWait)) => CookieEchoed,
-        (Reply, Event::CookieAck, Some(CookieEchoed)) => Established,
+        // From either side: both may have begun.
+        (_, Event::CookieEcho, Some(CookieWait)) => CookieEchoed,
+        (_, Event::CookieAck, Some(CookieEchoed)) => Established,
         // A stale cookie.
         (Reply, Event::Error, Some(CookieEchoed)) => Closed,
         (Original, Event::Shutdown, Some(Established)) => ShutdownSent,

@@ -64,6 +64,7 @@
 //! - An invalid segment changes nothing, nor does one that is late. netfilter, whose rules may let it through, notes its
 //!   numbers where they begin a side's; that it was the last one, if it is a FIN or a RST; and shortens the timeout when
 //!   such come from both sides.
+//! - What is beyond the window, but not by much, moves a side's end only forward; in netfilter also back.
 //! - A repeated SYN without any option stands for a side that can nothing; netfilter then keeps the options of the SYN
 //!   before.
 //!
@@ -648,11 +649,7 @@ impl Tcp {
         let is_repeated_syn = event == Event::Syn && from == SynSent && !standing.seen_reply;
         let timeout = self.timeout(to, event, standing.seen_reply, settings, timeouts);
         let proves = standing.seen_reply && matches!(from, SynRecv | Established) && to == Established;
-        Step::Accept {
-            state: to,
-            timeout: (!is_repeated_syn).then_some(timeout),
-            assured: standing.assured || proves,
-        }
+        Step::Accept { state: to, timeout: (!is_repeated_syn).then_some(timeout), assured: standing.assured || proves }
     }
 
     /// Whether the segment is the SYN-ACK of a SYN that was ignored: both ends agree on a new connection, and only
@@ -750,6 +747,7 @@ impl Tcp {
             worth = Rst::Challenged;
         }
         let answers_ignored = (seen_reply && last.event == Event::Syn || !assured && last.event == Event::Ack)
+            && last.direction != direction
             && segment.tcp_ack == last.end;
         let answers_challenge = state == SynSent
             && last.event == Event::Ack
@@ -795,9 +793,7 @@ impl Tcp {
                 // It probably answers a keepalive, which was one behind.
                 receiver.end = sack;
             }
-        } else if sender.max_win == 0
-            || is_syn && is_before(sender.end, end) && matches!(state, SynSent | SynRecv)
-        {
+        } else if sender.max_win == 0 || is_syn && is_before(sender.end, end) && matches!(state, SynSent | SynRecv) {
             // A SYN, or one repeated with other numbers.
             let first = sender.max_win == 0;
             sender.begin(segment);
@@ -830,7 +826,9 @@ impl Tcp {
             let excess = end.wrapping_sub(sender.max_end).wrapping_add(1);
             let is_overshoot = is_beyond && excess <= receiver.max_win && !acknowledges_unsent && !is_late;
             if is_overshoot {
-                sender.end = end;
+                if is_before(sender.end, end) {
+                    sender.end = end;
+                }
                 sender.progress |= UNACKNOWLEDGED;
             }
             let is_liberal = be_liberal || sender.options & LIBERAL != 0;

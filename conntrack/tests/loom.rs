@@ -6,7 +6,9 @@
 
 use std::net::Ipv4Addr;
 
-use weir_conntrack::{Attributes, ConnId, Handle, Hit, Insert, NewConn, Observed, Table, TableConfig, TcpSettings, Timeouts};
+use weir_conntrack::{
+    Attributes, ConnId, Handle, Hit, Insert, NewConn, Observed, Table, TableConfig, TcpSettings, Timeouts,
+};
 use weir_packet::{Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::{Arc, Domain, Turn, model_bounded, thread};
 

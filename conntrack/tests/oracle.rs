@@ -8,7 +8,8 @@ use std::{
 
 use proptest::prelude::*;
 use weir_conntrack::{
-    Attributes, ConnId, Entry, Hit, Insert, Lifecycle, NewConn, Observed, Table, TableConfig, TcpSettings, Timeouts, Tracked,
+    Attributes, ConnId, Entry, Hit, Insert, Lifecycle, NewConn, Observed, Table, TableConfig, TcpSettings, Timeouts,
+    Tracked,
 };
 use weir_packet::{Address, Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::Domain;
@@ -126,7 +127,12 @@ impl<A: Address> Twin<A> {
 fn run<A: Address>(operations: Vec<Operation>, start: u32) {
     let domain = Domain::new();
     let mut participant = domain.join();
-    let config = TableConfig { max_entries: CAPACITY, seed: [7, 11], timeouts: Timeouts::default(), tcp: TcpSettings::default() };
+    let config = TableConfig {
+        max_entries: CAPACITY,
+        seed: [7, 11],
+        timeouts: Timeouts::default(),
+        tcp: TcpSettings::default(),
+    };
     let table = Table::<A>::new(config, domain);
     let mut handle = table.handle();
     let mut twin = Twin::<A> { conns: HashMap::new(), numbers: 0, now: 0 };

@@ -20,7 +20,8 @@ const FLOWS: u32 = if cfg!(miri) { 50 } else { 30_000 };
 
 fn table(max_entries: u32) -> (Arc<Domain>, Table<Ipv4Addr>) {
     let domain = Domain::new();
-    let config = TableConfig { max_entries, seed: [0xfeed, 0xbeef], timeouts: Timeouts::default(), tcp: TcpSettings::default() };
+    let config =
+        TableConfig { max_entries, seed: [0xfeed, 0xbeef], timeouts: Timeouts::default(), tcp: TcpSettings::default() };
     (domain.clone(), Table::new(config, domain))
 }
 

@@ -15,9 +15,7 @@ use std::{
 
 use nix::{
     sched::{CloneFlags, unshare},
-    sys::socket::{
-        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
-    },
+    sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket},
 };
 use weir_packet::{Direction, Protocol, checksum::Sum};
 
@@ -81,7 +79,9 @@ fn open_tun(name: &str) -> File {
 
 impl Kernel {
     fn new(sysctls: &[(&str, u32)]) -> Self {
-        fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").or_else(ignore_missing).expect("no IPv6 chatter");
+        fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1")
+            .or_else(ignore_missing)
+            .expect("no IPv6 chatter");
         let devices = ["client", "server"].map(open_tun);
         run("ip link set lo up
              ip link set client mtu 65535 up
@@ -97,13 +97,9 @@ impl Kernel {
             fs::write(format!("/proc/sys/net/netfilter/{name}"), value.to_string())
                 .unwrap_or_else(|error| panic!("{name}: {error}"));
         }
-        let netlink = socket(
-            AddressFamily::Netlink,
-            SockType::Raw,
-            SockFlag::SOCK_CLOEXEC,
-            SockProtocol::NetlinkNetFilter,
-        )
-        .expect("netlink");
+        let netlink =
+            socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)
+                .expect("netlink");
         Self { devices, netlink, probes: 0, buffer: vec![0; 1 << 17] }
     }
 
@@ -147,7 +143,8 @@ impl Kernel {
         const CTA_TIMEOUT: u16 = 7;
         const NESTED: u16 = 1 << 15;
         let addresses = [attribute(1, &CLIENT.octets()), attribute(2, &SERVER.octets())].concat();
-        let ports = [attribute(1, &[protocol.0]), attribute(2, &client.to_be_bytes()), attribute(3, &server.to_be_bytes())];
+        let ports =
+            [attribute(1, &[protocol.0]), attribute(2, &client.to_be_bytes()), attribute(3, &server.to_be_bytes())];
         let tuple = [attribute(1 | NESTED, &addresses), attribute(2 | NESTED, &ports.concat())].concat();
         let question = [&[2u8, 0, 0, 0][..], &attribute(CTA_TUPLE_ORIG | NESTED, &tuple)].concat();
         let mut message = Vec::new();

@@ -19,6 +19,7 @@ pub const RA: u8 = 0x14;
 pub struct Sequence {
     pub name: &'static str,
     pub first: Observed,
+    #[allow(dead_code, reason = "the kernel says it in the other test")]
     pub state: TcpState,
     pub rows: Vec<Row>,
 }
@@ -28,8 +29,10 @@ pub struct Row {
     pub direction: Direction,
     pub segment: Observed,
     pub verdict: Tracked,
+    #[allow(dead_code, reason = "the kernel says it in the other test")]
     pub state: TcpState,
     /// The timeout that the connection has from then on; `None` where the segment does not keep it alive.
+    #[allow(dead_code, reason = "the kernel says it in the other test")]
     pub timeout: Option<&'static str>,
     /// Where netfilter decides otherwise on purpose: why weir does not.
     pub unlike_netfilter: Option<&'static str>,
@@ -140,7 +143,10 @@ fn after_handshake_with(
 
 /// Every sequence.
 pub fn all() -> Vec<Sequence> {
-    [opening(), closing(), syns(), rsts(), flags(), windows(), sacks(), picked_up(), timeouts()].into_iter().flatten().collect()
+    [opening(), closing(), syns(), rsts(), flags(), windows(), sacks(), picked_up(), timeouts()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 fn opening() -> Vec<Sequence> {
@@ -173,18 +179,12 @@ fn opening() -> Vec<Sequence> {
                 goes(Reply, (A, 5000, 1000, 0), Established),
             ],
         ),
-        after_syn(
-            "refused: gone at once",
-            [row(Reply, (RA, 0, 1000, 0), Accept, Close, Some("ended"))],
-        ),
+        after_syn("refused: gone at once", [row(Reply, (RA, 0, 1000, 0), Accept, Close, Some("ended"))]),
         after_syn(
             "a refusal of something else",
             [invalid(Reply, (RA, 0, 5000, 0), SynSent), goes(Reply, (SA, 4999, 1000, 0), SynRecv)],
         ),
-        after_syn(
-            "the client gives up: gone at once",
-            [row(Original, (R, 1000, 0, 0), Accept, Close, Some("ended"))],
-        ),
+        after_syn("the client gives up: gone at once", [row(Original, (R, 1000, 0, 0), Accept, Close, Some("ended"))]),
         after_syn(
             "SYN-ACK of another SYN",
             [
@@ -302,10 +302,7 @@ fn syns() -> Vec<Sequence> {
         ),
         after_handshake(
             "an old SYN-ACK is not an answer",
-            [
-                passes(Original, (S, 70_000, 0, 0), Established),
-                passes(Reply, (SA, 90_000, 60_000, 0), Established),
-            ],
+            [passes(Original, (S, 70_000, 0, 0), Established), passes(Reply, (SA, 90_000, 60_000, 0), Established)],
         ),
         after_handshake(
             "in LAST_ACK its challenge ACK is not taken for the last one",
