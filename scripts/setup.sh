@@ -13,6 +13,7 @@ pkg-config:pkg-config
 /usr/include/zlib.h:zlib1g-dev
 /usr/include/linux/bpf.h:linux-libc-dev
 ip:iproute2
+nft:nftables
 nsenter:util-linux
 ethtool:ethtool
 nginx:nginx-light

@@ -16,7 +16,7 @@ use std::{
 use etherparse::PacketBuilder;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use serde_json::json;
-use weir_conntrack::{Table, TableConfig, Timeouts};
+use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
 use weir_dataplane::{
     counters::COUNTERS,
     driver::Driver,
@@ -100,7 +100,12 @@ pub fn measure(flows: u32, duration: Duration) -> Result<Measurement, String> {
     let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &links).map_err(|e| e.to_string())?);
     let domain = Domain::new();
     let published = Published::new(&domain, Snapshot { generation: 1, rules, snat, forwarding });
-    let table = || TableConfig { max_entries: flows + flows / 8 + 1024, seed: [1, 2], timeouts: Timeouts::default() };
+    let table = || TableConfig {
+        max_entries: flows + flows / 8 + 1024,
+        seed: [1, 2],
+        timeouts: Timeouts::default(),
+        tcp: TcpSettings::default(),
+    };
     let tables = Tables {
         v4: Table::new(table(), domain.clone()),
         v6: Table::new(TableConfig { max_entries: 16, ..table() }, domain.clone()),

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
 use rand_chacha::{ChaCha8Rng, rand_core::Rng};
-use weir_conntrack::{Table, TableConfig, Timeouts};
+use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
 use weir_dataplane::{
     forwarding::TooManyNextHops,
     frame::IfIndex,
@@ -91,15 +91,8 @@ pub fn links_of(config: &RouterConfig) -> Links {
     }
 }
 
-/// Timeouts of SCTP states that the table does not tell apart yet.
-const NOT_FOLLOWED: [&str; 6] = [
-    "nf_conntrack_sctp_timeout_closed",
-    "nf_conntrack_sctp_timeout_cookie_echoed",
-    "nf_conntrack_sctp_timeout_shutdown_sent",
-    "nf_conntrack_sctp_timeout_shutdown_recd",
-    "nf_conntrack_sctp_timeout_shutdown_ack_sent",
-    "nf_conntrack_sctp_timeout_heartbeat_sent",
-];
+/// The one among the numbers of weir.yaml's `conntrack` that is no timeout.
+const MAX_RETRANSMISSIONS: &str = "nf_conntrack_tcp_max_retrans";
 
 /// The connection timeouts of weir.yaml over netfilter's defaults.
 ///
@@ -108,11 +101,22 @@ const NOT_FOLLOWED: [&str; 6] = [
 pub fn timeouts(settings: &Conntrack) -> Result<Timeouts, CompileError> {
     let mut timeouts = Timeouts::default();
     for (sysctl, seconds) in settings.given() {
-        if NOT_FOLLOWED.contains(&sysctl) || timeouts.set(sysctl, seconds).is_err() {
+        if sysctl != MAX_RETRANSMISSIONS && timeouts.set(sysctl, seconds).is_err() {
             return Err(CompileError::Setting(sysctl));
         }
     }
     Ok(timeouts)
+}
+
+/// The TCP settings of weir.yaml over netfilter's defaults.
+fn tcp_settings(settings: &Conntrack) -> TcpSettings {
+    let TcpSettings { max_retransmissions, .. } = TcpSettings::default();
+    let given = settings.tcp_max_retrans.map(|times| u8::try_from(times).unwrap_or(u8::MAX));
+    TcpSettings {
+        be_liberal: settings.tcp_be_liberal,
+        ignore_invalid_rst: settings.tcp_ignore_invalid_rst,
+        max_retransmissions: given.unwrap_or(max_retransmissions),
+    }
 }
 
 /// How a connection table is made; its hash is keyed from `random`.
@@ -124,6 +128,7 @@ pub fn table_config(settings: &Conntrack, random: &mut ChaCha8Rng) -> Result<Tab
         max_entries: u32::try_from(settings.max_entries).unwrap_or(u32::MAX),
         seed: [random.next_u64(), random.next_u64()],
         timeouts: timeouts(settings)?,
+        tcp: tcp_settings(settings),
     })
 }
 

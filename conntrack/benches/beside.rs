@@ -26,7 +26,7 @@ use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
 };
-use weir_conntrack::{Attributes, Handle, Insert, NewConn, Observed, Table, TableConfig, Timeouts};
+use weir_conntrack::{Attributes, Handle, Insert, NewConn, Observed, Table, TableConfig, TcpSettings, Timeouts};
 use weir_packet::{FlowKey, Ports, Protocol, Tick};
 use weir_sync::{Domain, Participant};
 
@@ -85,7 +85,12 @@ struct WeirWorker<'t> {
 impl Weir {
     fn new(capacity: u32, prefetch: bool) -> Self {
         let domain = Domain::new();
-        let config = TableConfig { max_entries: capacity + ROOM, seed: [3, 5], timeouts: Timeouts::default() };
+        let config = TableConfig {
+            max_entries: capacity + ROOM,
+            seed: [3, 5],
+            timeouts: Timeouts::default(),
+            tcp: TcpSettings::default(),
+        };
         Self { table: Table::new(config, domain.clone()), domain, prefetch }
     }
 }

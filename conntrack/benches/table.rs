@@ -1,4 +1,5 @@
-//! Lookups that hit and miss, and insertion with removal, at 10 thousand and one million flows.
+//! Lookups that hit and miss, and insertion with removal, at 10 thousand and one million flows; and what it costs to
+//! follow a TCP segment once its connection is in the cache.
 //!
 //! Keys are visited in a random order, so that at one million flows each lookup's lines come from memory. `burst` asks
 //! for the lines of 32 lookups ahead, as the dataplane does.
@@ -10,8 +11,8 @@ use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
 };
-use weir_conntrack::{Attributes, Insert, NewConn, Observed, Table, TableConfig, Timeouts};
-use weir_packet::{FlowKey, Ports, Protocol, Tick};
+use weir_conntrack::{Attributes, Insert, NewConn, Observed, Table, TableConfig, TcpSettings, Timeouts, Tracked};
+use weir_packet::{Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::Domain;
 
 const NOW: Tick = Tick(1);
@@ -45,6 +46,7 @@ fn table(criterion: &mut Criterion) {
             max_entries: flows + flows / 8,
             seed: [random.next_u64(), random.next_u64()],
             timeouts: Timeouts::default(),
+            tcp: TcpSettings::default(),
         };
         let table = Table::<Ipv4Addr>::new(config, domain);
         let mut handle = table.handle();
@@ -109,5 +111,45 @@ fn table(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, table);
+/// Data in one direction and its acknowledgment in the other, on an established connection.
+fn track(criterion: &mut Criterion) {
+    const SYN: u8 = 0x02;
+    const ACK: u8 = 0x10;
+    let domain = Domain::new();
+    let mut participant = domain.join();
+    let config =
+        TableConfig { max_entries: 16, seed: [1, 2], timeouts: Timeouts::default(), tcp: TcpSettings::default() };
+    let table = Table::<Ipv4Addr>::new(config, domain);
+    let mut handle = table.handle();
+    let segment = |tcp_flags, tcp_seq, tcp_ack, payload_bytes| Observed {
+        tcp_flags,
+        tcp_seq,
+        tcp_ack,
+        tcp_window: 64_240,
+        payload_bytes,
+        ..Observed::default()
+    };
+    let turn = participant.enter();
+    let new = NewConn { first: segment(SYN, 999, 0, 0), ..new_conn(1, Protocol::TCP) };
+    let Insert::Inserted(id) = table.insert(&mut handle, new, NOW, &turn) else { panic!("room for one") };
+    let conn = table.conn(id);
+    assert_eq!(conn.track(Direction::Reply, &segment(SYN | ACK, 4999, 1000, 0), NOW), Tracked::Accept);
+    assert_eq!(conn.track(Direction::Original, &segment(ACK, 1000, 5000, 0), NOW), Tracked::Accept);
+    let mut group = criterion.benchmark_group("track");
+    group.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2)).sample_size(20);
+    group.throughput(Throughput::Elements(2));
+    let mut seq = 1000u32;
+    group.bench_function("TCP data and its ACK", |bencher| {
+        bencher.iter(|| {
+            let data = black_box(segment(ACK, seq, 5000, 1448));
+            assert_eq!(conn.track(Direction::Original, &data, NOW), Tracked::Accept);
+            seq = seq.wrapping_add(1448);
+            let ack = black_box(segment(ACK, 5000, seq, 0));
+            assert_eq!(conn.track(Direction::Reply, &ack, NOW), Tracked::Accept);
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(benches, table, track);
 criterion_main!(benches);

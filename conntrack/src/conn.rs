@@ -21,7 +21,11 @@ use weir_packet::{Address, Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::{
-    ConnId, Lifecycle, Observed, Table, TcpState, Tracked, state::State, storage::Zeroable, tcp::Step,
+    ConnId, Lifecycle, Observed, SctpState, Table, TcpState, Tracked,
+    sctp::Sctp,
+    state::State,
+    storage::Zeroable,
+    tcp::{Standing, Step},
     timeouts::TimeoutClass,
 };
 
@@ -375,13 +379,19 @@ impl<'t, A: Address> ConnRef<'t, A> {
         self.state().tcp_state()
     }
 
+    /// Its SCTP state; none for other protocols.
+    pub fn sctp_state(self) -> Option<SctpState> {
+        self.state().sctp_state()
+    }
+
     /// Whether a packet of the reply direction was seen.
     #[inline]
     pub fn seen_reply(self) -> bool {
         self.state().seen_reply()
     }
 
-    /// Whether it has proved itself (netfilter's ASSURED): TCP after its handshake, UDP after two seconds both ways.
+    /// Whether it has proved itself (netfilter's ASSURED): TCP and SCTP after their handshake, UDP after two seconds both
+    /// ways.
     #[inline]
     pub fn assured(self) -> bool {
         self.state().assured()
@@ -409,8 +419,10 @@ impl<'t, A: Address> ConnRef<'t, A> {
     #[inline]
     pub fn track(self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
         let state = self.state();
-        if state.protocol() == Protocol::TCP {
-            return self.track_tcp(direction, observed, now);
+        match state.protocol() {
+            Protocol::TCP => return self.track_tcp(direction, observed, now),
+            Protocol::SCTP => return self.track_sctp(direction, observed, now),
+            _ => {}
         }
         let settled = state.seen_reply() && (state.assured() || state.protocol() != Protocol::UDP);
         if !settled {
@@ -422,44 +434,78 @@ impl<'t, A: Address> ConnRef<'t, A> {
 
     #[inline(never)]
     fn track_tcp(self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
-        let word = self.lines.state();
         let line = self.table.tcp_line(self.id.0);
-        let mut state = State(word.load(Ordering::Relaxed));
+        let (settings, timeouts) = self.table.tcp_rules();
+        let mut word = self.state();
         loop {
-            let Some(from) = state.tcp_state().filter(|_| state.is_live()) else { return Tracked::Accept };
+            let Some(state) = word.tcp_state().filter(|_| word.is_live()) else { return Tracked::Accept };
             let before = line.load();
             let mut tcp = before;
-            let step = tcp.step(from, (state.seen_reply(), state.assured()), direction, observed);
-            let Step::Accept { state: to, timeout, assured } = step else {
-                if step == Step::Ignore {
-                    line.store(&tcp, Some(&before));
+            let standing = Standing { state, seen_reply: word.seen_reply(), assured: word.assured() };
+            let step = tcp.step(standing, direction, observed, settings, timeouts);
+            let state = |word: State, state| word.in_tcp_state(state);
+            match self.take(word, direction, step, state, now) {
+                Ok(Tracked::Accept) => {
+                    line.store(&tcp, &before);
+                    return Tracked::Accept;
                 }
-                return match step {
-                    Step::NewFlow => Tracked::NewFlow,
-                    Step::Invalid => Tracked::Invalid,
-                    _ => Tracked::Accept,
-                };
-            };
-            let mut next = state.in_tcp_state(to).in_timeout_class(timeout);
-            if direction == Direction::Reply {
-                next = next.with_reply_seen();
+                Ok(tracked) => return tracked,
+                Err(found) => word = found,
             }
-            if assured {
-                next = next.with_assured();
-            }
-            if next != state {
-                match word.compare_exchange_weak(state.0, next.0, Ordering::AcqRel, Ordering::Relaxed) {
-                    Ok(_) => {}
-                    Err(found) => {
-                        state = State(found);
-                        continue;
-                    }
-                }
-            }
-            line.store(&tcp, Some(&before));
-            self.touch(now);
-            return Tracked::Accept;
         }
+    }
+
+    #[cold]
+    fn track_sctp(self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
+        let line = self.table.tcp_line(self.id.0);
+        let mut word = self.state();
+        loop {
+            let Some(state) = word.sctp_state().filter(|_| word.is_live()) else { return Tracked::Accept };
+            let before = Sctp::load(line);
+            let mut sctp = before;
+            let step = sctp.step(Some(state), word.assured(), direction, &observed.sctp);
+            let state = |word: State, state| word.in_sctp_state(state);
+            match self.take(word, direction, step, state, now) {
+                Ok(Tracked::Accept) => {
+                    sctp.store(&before, line);
+                    return Tracked::Accept;
+                }
+                Ok(tracked) => return tracked,
+                Err(found) => word = found,
+            }
+        }
+    }
+
+    /// Takes a step from `word`, unless the state word has changed since: then it is the error.
+    #[inline(always)]
+    fn take<S>(
+        self,
+        word: State,
+        direction: Direction,
+        step: Step<S>,
+        in_state: impl Fn(State, S) -> State,
+        now: Tick,
+    ) -> Result<Tracked, State> {
+        let heard = if direction == Direction::Reply { word.with_reply_seen() } else { word };
+        let (next, is_renewed) = match step {
+            Step::Accept { state, timeout, assured } => {
+                let next = in_state(heard, state);
+                let next = timeout.map_or(next, |timeout| next.in_timeout_class(timeout));
+                (if assured { next.with_assured() } else { next }, timeout.is_some())
+            }
+            Step::Ignore => (heard, false),
+            Step::NewFlow => return Ok(Tracked::NewFlow),
+            Step::Invalid => return Ok(Tracked::Invalid),
+        };
+        if next != word {
+            let exchanged =
+                self.lines.state().compare_exchange_weak(word.0, next.0, Ordering::AcqRel, Ordering::Relaxed);
+            exchanged.map_err(State)?;
+        }
+        if is_renewed {
+            self.touch(now);
+        }
+        Ok(Tracked::Accept)
     }
 }
 
@@ -474,9 +520,6 @@ fn after_datagram(state: State, direction: Direction, now: Tick) -> State {
     }
     if direction == Direction::Reply {
         next = next.with_reply_seen();
-        if state.protocol() == Protocol::SCTP {
-            next = next.in_timeout_class(TimeoutClass::SctpEstablished);
-        }
     }
     next
 }
@@ -506,6 +549,8 @@ pub struct Entry<A: Address> {
     pub lifecycle: Lifecycle,
     /// Its TCP state; none for other protocols.
     pub tcp_state: Option<TcpState>,
+    /// Its SCTP state; none for other protocols.
+    pub sctp_state: Option<SctpState>,
     /// Whether it has proved itself.
     pub assured: bool,
     /// When a packet last kept it alive.
@@ -531,6 +576,7 @@ impl<A: Address> Entry<A> {
                 attributes: lines.attributes(state),
                 lifecycle: state.lifecycle(),
                 tcp_state: state.tcp_state(),
+                sctp_state: state.sctp_state(),
                 assured: state.assured(),
                 last_seen,
                 remaining_ticks: table.timeout_ticks(state).saturating_sub(now.since(last_seen)),

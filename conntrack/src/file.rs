@@ -241,10 +241,10 @@ mod tests {
     use weir_packet::{Direction, FlowKey, Ports, Protocol};
 
     use super::*;
-    use crate::{Attributes, Insert, NewConn, Observed, Timeouts};
+    use crate::{Attributes, Insert, NewConn, Observed, TcpSettings, Timeouts};
 
     fn config(max_entries: u32, seed: u64) -> TableConfig {
-        TableConfig { max_entries, seed: [seed, 7], timeouts: Timeouts::default() }
+        TableConfig { max_entries, seed: [seed, 7], timeouts: Timeouts::default(), tcp: TcpSettings::default() }
     }
 
     fn new_conn<A: Address>(number: u32) -> NewConn<A> {

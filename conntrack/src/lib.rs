@@ -3,7 +3,8 @@
 //! - [`table`]: [`Table`], lookup, insertion, removal, ageing; its opening comment is the theory of the whole.
 //! - [`conn`]: [`ConnRef`], one connection: keys, attributes, tracking.
 //! - [`observed`]: [`Observed`], what tracking needs to know of a packet.
-//! - [`tcp`]: TCP's states and transitions, RFC 9293 as netfilter follows it from the middle.
+//! - [`tcp`]: TCP's states and windows, RFC 9293 as netfilter follows it from the middle.
+//! - [`sctp`]: SCTP's states, RFC 9260 as netfilter follows it.
 //! - [`timeouts`]: how long an idle connection lives, under netfilter's names.
 //! - [`file`](mod@file): a table that outlives its process.
 //! - [`hash`]: the keyed hash of flow keys.
@@ -18,6 +19,7 @@ pub mod file;
 pub mod hash;
 mod index;
 pub mod observed;
+pub mod sctp;
 mod state;
 mod storage;
 pub mod table;
@@ -27,7 +29,8 @@ pub mod timeouts;
 pub use conn::{Attributes, ConnRef, Entry, Identity};
 pub use hash::Hash;
 pub use observed::{Observed, Opening, Tracked};
+pub use sctp::{SctpPacket, SctpState};
 pub use state::Lifecycle;
 pub use table::{ConnId, Counts, Handle, Hit, Insert, NewConn, Table, TableConfig};
-pub use tcp::TcpState;
+pub use tcp::{TcpSettings, TcpState};
 pub use timeouts::{Timeouts, UnknownTimeout};

@@ -1,6 +1,8 @@
 //! What tracking needs to know of a packet, and what it says about it.
 
-use weir_packet::{Address, FlowKey, Protocol};
+use weir_packet::{Address, FlowKey, Protocol, options::TcpOptions};
+
+use crate::sctp::{Sctp, SctpPacket};
 
 /// FIN, RFC 9293 section 3.1.
 pub(crate) const FIN: u8 = 0x01;
@@ -15,7 +17,7 @@ pub(crate) const ACK: u8 = 0x10;
 /// URG.
 const URG: u8 = 0x20;
 
-/// The fields of a packet that a connection's state depends on. All zero for what is not TCP.
+/// The fields of a packet that a connection's state depends on. The default for what is neither TCP nor SCTP.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Observed {
     /// Byte 13 of the TCP header: CWR, ECE, URG, ACK, PSH, RST, SYN, FIN from the highest bit.
@@ -26,8 +28,12 @@ pub struct Observed {
     pub tcp_ack: u32,
     /// Window as in the header, not scaled.
     pub tcp_window: u16,
+    /// Scale, SACK permitted, SACK.
+    pub tcp_options: TcpOptions,
     /// Bytes of TCP payload.
     pub payload_bytes: u32,
+    /// An SCTP packet's chunks.
+    pub sctp: SctpPacket,
 }
 
 /// Whether a packet of no connection may open one.
@@ -63,6 +69,7 @@ impl Observed {
                 ACK => Opening::MidStream,
                 _ => Opening::Never,
             },
+            Protocol::SCTP if Sctp::open(&self.sctp).is_none() => Opening::Never,
             // Echo, timestamp, information and address mask requests (RFC 792, RFC 950); node information (RFC 4620).
             Protocol::ICMP if !matches!(icmp_type, 8 | 13 | 15 | 17) => Opening::Never,
             Protocol::ICMPV6 if !matches!(icmp_type, 128 | 139) => Opening::Never,

@@ -2,7 +2,7 @@
 
 use weir_packet::{Protocol, Tick};
 
-use crate::{tcp::TcpState, timeouts::TimeoutClass};
+use crate::{sctp::SctpState, tcp::TcpState, timeouts::TimeoutClass};
 
 /// Where a connection stands between two uses of its index. See [`crate::table`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -29,9 +29,9 @@ pub enum Lifecycle {
     Unreplied,
     /// Packets were seen in both directions.
     Established,
-    /// A TCP connection of which one side or both have sent a FIN.
+    /// A TCP connection of which one side or both have sent a FIN; an SCTP association that is being shut down.
     Closing,
-    /// A TCP connection that is over (TIME_WAIT, CLOSE), and whatever ended before its timeout.
+    /// A TCP connection (TIME_WAIT, CLOSE) or an SCTP association that is over, and whatever ended before its timeout.
     Closed,
 }
 
@@ -53,7 +53,7 @@ impl Lifecycle {
 /// |---|---|
 /// | 0..3 | [`Phase`] |
 /// | 3..8 | [`TimeoutClass`] |
-/// | 8..12 | [`TcpState`], 0 for other protocols |
+/// | 8..12 | [`TcpState`] or [`SctpState`], 0 for other protocols |
 /// | 12 | a reply was seen |
 /// | 13 | assured: netfilter's word for a connection that has proved itself |
 /// | 14..32 | tick of creation, modulo 2^18 (44 minutes): asked only while a UDP flow is young |
@@ -124,7 +124,23 @@ impl State {
 
     #[inline(always)]
     pub(crate) const fn tcp_state(self) -> Option<TcpState> {
-        TcpState::from_number((self.0 >> 8) as u8 & 0xf)
+        match self.protocol() {
+            Protocol::TCP => TcpState::from_number((self.0 >> 8) as u8 & 0xf),
+            _ => None,
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) const fn sctp_state(self) -> Option<SctpState> {
+        match self.protocol() {
+            Protocol::SCTP => SctpState::from_number((self.0 >> 8) as u8 & 0xf),
+            _ => None,
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) const fn in_sctp_state(self, state: SctpState) -> Self {
+        self.with(8, 4, state as u64)
     }
 
     #[inline(always)]
@@ -189,9 +205,14 @@ impl State {
         if self.timeout_class() == TimeoutClass::Ended as u8 {
             return Lifecycle::Closed;
         }
-        match self.tcp_state() {
-            Some(TcpState::FinWait | TcpState::CloseWait | TcpState::LastAck) => Lifecycle::Closing,
-            Some(TcpState::TimeWait | TcpState::Close) => Lifecycle::Closed,
+        match (self.tcp_state(), self.sctp_state()) {
+            (Some(TcpState::FinWait | TcpState::CloseWait | TcpState::LastAck), _) => Lifecycle::Closing,
+            (Some(TcpState::TimeWait | TcpState::Close), _) => Lifecycle::Closed,
+            (_, Some(SctpState::ShutdownSent | SctpState::ShutdownRecd | SctpState::ShutdownAckSent)) => {
+                Lifecycle::Closing
+            }
+            // An association whose INIT is not answered yet is as closed as one that was aborted.
+            (_, Some(SctpState::Closed)) if self.seen_reply() => Lifecycle::Closed,
             _ if self.seen_reply() => Lifecycle::Established,
             _ => Lifecycle::Unreplied,
         }

@@ -12,7 +12,7 @@
 //! - *Buckets* ([`crate::bucket`]), one line each: twelve slots of a connection's index and a direction, with a one-byte
 //!   tag of the key's hash each. There are so many that a full table fills half of the slots.
 //! - *Connections* ([`crate::conn`]), one line for IPv4, two for IPv6.
-//! - *TCP* ([`crate::tcp`]), one line per connection, touched by TCP only.
+//! - *TCP* ([`crate::tcp`]), one line per connection, touched by TCP and SCTP only.
 //! - *Links* ([`crate::index`]), one word per connection, for chains of free ones.
 //!
 //! For each IPv4 connection: 64 + 64 * 2 / 6 + 64 + 4 = 153 bytes, and one in 64 of them again, for connections that were
@@ -110,9 +110,10 @@ use crate::{
     conn,
     hash::Hasher,
     index::{Indices, Stock},
+    sctp::{Sctp, SctpState},
     state::{Phase, State},
     storage::{Arrays, Layout, Lines},
-    tcp::{Tcp, TcpLine},
+    tcp::{Tcp, TcpLine, TcpSettings},
     timeouts::{ByClass, TimeoutClass},
 };
 
@@ -141,6 +142,8 @@ pub struct TableConfig {
     pub seed: [u64; 2],
     /// How long idle connections live.
     pub timeouts: Timeouts,
+    /// How strictly TCP is followed.
+    pub tcp: TcpSettings,
 }
 
 /// A connection of a table. Good for the turn in which it was found: later, its index may be another's.
@@ -272,6 +275,7 @@ pub struct Table<A: Address> {
     seed: u64,
     hasher: Hasher,
     timeouts: ByClass,
+    tcp_settings: TcpSettings,
     indices: Arc<Indices>,
     domain: Arc<Domain>,
     counters: Counters<COUNTS>,
@@ -348,6 +352,7 @@ impl<A: Address> Table<A> {
             seed: config.seed[0],
             hasher: Hasher::new(config.seed),
             timeouts: config.timeouts.by_class(),
+            tcp_settings: config.tcp,
             indices: Indices::new(arrays.links, arrays.used, Arc::clone(&domain)),
             domain,
             counters: Counters::new(),
@@ -630,6 +635,12 @@ impl<A: Address> Table<A> {
         &self.tcp[index as usize]
     }
 
+    /// What a TCP segment is judged by.
+    #[inline(always)]
+    pub(crate) fn tcp_rules(&self) -> (&TcpSettings, &ByClass) {
+        (&self.tcp_settings, &self.timeouts)
+    }
+
     #[inline(always)]
     pub(crate) fn timeout_ticks(&self, state: State) -> u32 {
         self.timeouts.ticks(state.timeout_class())
@@ -737,15 +748,21 @@ impl<A: Address> Table<A> {
         lines.fill([&new.original, &new.reply], &new.attributes, now);
         let timeout = match new.original.protocol {
             Protocol::TCP => {
-                let (tcp, tcp_state, timeout) = Tcp::open(&new.first);
-                self.tcp_line(index).store(&tcp, None);
+                let (tcp, tcp_state, timeout) = Tcp::open(&new.first, &self.tcp_settings, &self.timeouts);
+                self.tcp_line(index).fill(&tcp);
                 state = state.in_tcp_state(tcp_state);
                 timeout
             }
             Protocol::UDP => TimeoutClass::Udp,
             Protocol::ICMP => TimeoutClass::Icmp,
             Protocol::ICMPV6 => TimeoutClass::Icmpv6,
-            Protocol::SCTP => TimeoutClass::SctpCookieWait,
+            Protocol::SCTP => {
+                // What may not open one is not to come here; if it does, it is as good as over.
+                let (sctp, sctp_state) = Sctp::open(&new.first.sctp).unwrap_or((Sctp::default(), SctpState::Closed));
+                sctp.fill(self.tcp_line(index));
+                state = state.in_sctp_state(sctp_state);
+                sctp_state.timeout_class()
+            }
             _ => TimeoutClass::Generic,
         };
         state.in_timeout_class(timeout)
@@ -937,7 +954,12 @@ mod tests {
     use super::*;
 
     fn config(max_entries: u32) -> TableConfig {
-        TableConfig { max_entries, seed: [0x1234_5678_9abc_def0, 0x0fed_cba9_8765_4321], timeouts: Timeouts::default() }
+        TableConfig {
+            max_entries,
+            seed: [0x1234_5678_9abc_def0, 0x0fed_cba9_8765_4321],
+            timeouts: Timeouts::default(),
+            tcp: TcpSettings::default(),
+        }
     }
 
     fn udp<A: Address>(client: u128, source: u16) -> NewConn<A> {

@@ -21,9 +21,78 @@
 //! must not be able to tear the entry down. In TIME_WAIT and CLOSE it opens a new connection (RFC 9293 section 3.6.1,
 //! RFC 6191), which is judged as one.
 //!
-//! [`Tcp`] is the part that is not in the state word: a plain copy is taken from the connection's [`TcpLine`],
-//! [`Tcp::step`] computes on it, and what changed is stored back. Two workers that do so at once may each lose the
-//! other's update: values get older, never wrong, and the next segment repairs them.
+//! # Windows
+//! A segment counts only where the one that gets it could take it. What that is, an observer between both ends can bound
+//! by what it has seen (van Rooij, "Real Stateful TCP Packet Filtering in IP Filter", SANE 2000). It keeps four numbers
+//! of each side:
+//!
+//! | number | what | moved by the side's own segments | by the other's |
+//! |---|---|---|---|
+//! | end | the highest sequence number it has sent, plus one | to seq + length | |
+//! | max_end | the highest it may send: what the other has offered | | to (s)ack + window |
+//! | max_win | the largest window that it has offered | to window, plus what it has SACKed | by what the other sent beyond its max_end |
+//! | max_ack | the highest acknowledgment number it has sent | to ack | |
+//!
+//! A segment of S to R, from seq to end, that acknowledges up to ack, is inside if all of these hold, in sequence space:
+//!
+//! 1. seq <= S.max_end: it begins in R's window, or at its edge;
+//! 2. ack <= R.end: it acknowledges what R has sent;
+//! 3. end >= S.end - R.max_win: it is not older than a window;
+//! 4. ack >= R.end - max(S.max_win, 66000): it does not acknowledge what it has acknowledged long ago.
+//!
+//! What fails the first two is invalid. What fails only the others is late, or a retransmission whose acknowledgment was
+//! lost: it is let through, for R to answer with the acknowledgment that S waits for, but moves nothing and keeps nothing
+//! alive. So is what only fails the first, by less than R's window: some send more than they were offered, and some
+//! receivers take it. It moves S.end, for its acknowledgment to pass.
+//!
+//! Where R understands SACK, S's highest block stands for ack. Windows are scaled if both SYNs said so (RFC 7323, 2.2).
+//! A segment that may begin at the edge of the window, and zero windows that are taken for one, let zero window probes
+//! (RFC 9293, 3.8.6.1) and keepalives (RFC 9293, 3.8.4: seq is end - 1) in.
+//!
+//! A connection that was picked up in the middle has no scales: its windows are recorded as if there were none, and what
+//! is outside of them is let through, until a new handshake is seen. With tcp_be_liberal that is so for all connections.
+//! Neither saves a RST whose number is below what was acknowledged.
+//!
+//! # A RST
+//! ends an established connection only if its number is exactly the one that the other side expects, or right behind data
+//! in flight. One that is inside the window but not exact is let through, and leaves the connection a short time to live:
+//! the end that gets it answers with a challenge ACK (RFC 5961, 3.2), which gives the long time back, and a real sender
+//! answers that one with a RST that counts. One that is behind is invalid, unless tcp_ignore_invalid_rst is set.
+//!
+//! # Where this differs from netfilter
+//! - A SYN in CLOSE opens a new connection, whoever has sent the RST; netfilter asks for more. The new one is judged anew.
+//! - An invalid segment changes nothing, nor does one that is late. netfilter, whose rules may let it through, notes its
+//!   numbers where they begin a side's; that it was the last one, if it is a FIN or a RST; and shortens the timeout when
+//!   such come from both sides.
+//! - What is beyond the window, but not by much, moves a side's end only forward; in netfilter also back.
+//! - A repeated SYN without any option stands for a side that can nothing; netfilter then keeps the options of the SYN
+//!   before.
+//!
+//! # Two workers at once
+//! [`Tcp`] is the part that is not in the state word. [`Tcp::step`] computes on a copy of the connection's [`TcpLine`];
+//! what has changed is stored back word by word, relaxed, after the state word was changed by compare-and-swap, and before
+//! the packet is sent on. An answer comes after that, so it finds all that it answers to. What meets halfway are packets
+//! that were under way at the same time: the two directions, or one direction on two workers for a moment, when a flow is
+//! steered elsewhere. Words of different moments are then mixed, and one store may hide another.
+//!
+//! - The numbers of the windows only move forward ([`TcpLine::store`]): one is stored only where it is ahead of what
+//!   stands there. `end` moves by compare-and-swap, so that none is ever lost: were it, the acknowledgment would be taken
+//!   for one of data that was never sent, and with both directions' lost each side's segments would be refused for what
+//!   they acknowledge, for ever. Of the others a smaller one may win. The window is then older than it could be, and
+//!   too narrow by what one packet had moved: a segment may be refused that was not to be. It is sent again, from the left
+//!   edge, which is inside, and its acknowledgment brings the lost number with it.
+//! - A mix of words of different moments is a window between the older and the newer one: each of the four tests asks two
+//!   or three words, all of which were true at some time.
+//! - Scales, SACK and liberality share one word, which only SYNs change, so that no other packet's store can bring back
+//!   the one before.
+//! - What begins anew (a SYN repeated with other numbers, a SYN-ACK that agrees with a SYN which was let pass) sets the
+//!   words of a side back. Then the packets of the connection before, if they are under way at just that time, may move
+//!   numbers in a sequence space that is no more. The next acknowledgment, or the next data, moves them on: forward from
+//!   a number that is behind; and one that is ahead is only too generous.
+//! - Whether data is unacknowledged, and how the segment before looked, decide about timeouts, exact RSTs and answers to
+//!   SYNs. Lost updates there cost what a lost packet would: the next one says it again.
+//!
+//! SCTP has no windows; its tags are kept in the same line ([`crate::sctp`]).
 
 use weir_packet::Direction;
 use weir_sync::atomic::{AtomicU32, Ordering};
@@ -31,8 +100,26 @@ use weir_sync::atomic::{AtomicU32, Ordering};
 use crate::{
     observed::{ACK, FIN, Observed, RST, SYN},
     storage::Zeroable,
-    timeouts::TimeoutClass,
+    timeouts::{ByClass, TimeoutClass},
 };
+
+/// netfilter's settings of TCP tracking, by the names of its sysctls.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TcpSettings {
+    /// `nf_conntrack_tcp_be_liberal`: what is outside the window is let through, RSTs behind it aside.
+    pub be_liberal: bool,
+    /// `nf_conntrack_tcp_ignore_invalid_rst`: a RST behind what was acknowledged is not invalid for that.
+    pub ignore_invalid_rst: bool,
+    /// `nf_conntrack_tcp_max_retrans`: so many retransmissions in a row shorten the timeout.
+    pub max_retransmissions: u8,
+}
+
+impl Default for TcpSettings {
+    /// The kernel's defaults.
+    fn default() -> Self {
+        Self { be_liberal: false, ignore_invalid_rst: false, max_retransmissions: 3 }
+    }
+}
 
 /// A TCP connection's state, under netfilter's names.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -199,21 +286,57 @@ const fn next(direction: Direction, event: Event, from: TcpState) -> Next {
     }
 }
 
-/// One side's sequence numbers.
+/// One side's window.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 struct Side {
     /// The highest sequence number that it has sent, plus one.
     end: u32,
+    /// The highest sequence number that it may send, plus one.
+    max_end: u32,
+    /// The largest window that it has offered; 0 until it was heard.
+    max_win: u32,
     /// The highest acknowledgment number that it has sent.
     max_ack: u32,
-    /// [`END_KNOWN`], [`ACK_KNOWN`], [`UNACKNOWLEDGED`].
-    flags: u32,
+    /// How far its windows are shifted.
+    scale: u8,
+    /// What its SYN said: [`SCALES`], [`UNDERSTANDS_SACK`]; [`LIBERAL`].
+    options: u8,
+    /// [`ACK_KNOWN`], [`UNACKNOWLEDGED`].
+    progress: u8,
 }
 
-const END_KNOWN: u32 = 1;
-const ACK_KNOWN: u32 = 2;
+/// It has sent a window scale.
+const SCALES: u8 = 1;
+/// It has said that it understands SACK.
+const UNDERSTANDS_SACK: u8 = 2;
+/// Its SYN was not seen: nothing can be said of its scale.
+const LIBERAL: u8 = 4;
+
+const ACK_KNOWN: u8 = 1;
 /// It has sent what the other side has not acknowledged.
-const UNACKNOWLEDGED: u32 = 4;
+const UNACKNOWLEDGED: u8 = 2;
+
+/// The largest window without scale, and some: acknowledgments may be that late at least.
+const MIN_ACK_WINDOW: u32 = 66_000;
+
+impl Side {
+    /// It begins, by a SYN or a SYN-ACK.
+    fn begin(&mut self, segment: &Observed) {
+        let (end, options) = (segment.tcp_end(), segment.tcp_options);
+        let kept = self.options & LIBERAL;
+        let scales = if options.window_scale.is_some() { SCALES } else { 0 };
+        let understands_sack = if options.sack_permitted { UNDERSTANDS_SACK } else { 0 };
+        *self = Self {
+            end,
+            max_end: end,
+            max_win: u32::from(segment.tcp_window).max(1),
+            scale: options.window_scale.unwrap_or(0),
+            options: kept | scales | understands_sack,
+            max_ack: self.max_ack,
+            progress: 0,
+        };
+    }
+}
 
 /// The segment before.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -226,29 +349,44 @@ struct Last {
     retransmissions: u8,
     event: Event,
     direction: Direction,
-    /// [`SIMULTANEOUS`], [`CHALLENGE_EXPECTED`].
-    flags: u8,
 }
 
-/// Both sides have sent a SYN.
-const SIMULTANEOUS: u8 = 1;
-/// A SYN was ignored in LAST_ACK: the next ACK may answer it and not the FIN.
-const CHALLENGE_EXPECTED: u8 = 2;
-/// netfilter's default of nf_conntrack_tcp_max_retrans.
-const MAX_RETRANSMISSIONS: u8 = 3;
+/// What is remembered of the handshake.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Noted {
+    /// Both sides have sent a SYN.
+    simultaneous: bool,
+    /// A SYN was ignored in LAST_ACK: the next ACK may answer it and not the FIN.
+    challenge_expected: bool,
+    /// What the SYN said that was ignored: [`SCALES`], [`UNDERSTANDS_SACK`].
+    options: u8,
+    /// And its window scale.
+    scale: u8,
+}
 
 /// The sequence numbers of a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Tcp {
     sides: [Side; 2],
     last: Last,
+    noted: Noted,
+    /// Sides whose numbers do not go on from those before.
+    anew: [bool; 2],
 }
 
-/// Where the numbers of a [`Tcp`] are kept. Words from 10 on are for the windows.
+/// Where the numbers of a [`Tcp`], or the tags of an SCTP association, are kept.
+///
+/// | words | what |
+/// |---|---|
+/// | 0..4, 4..8 | a side's end, max_end, max_win, max_ack |
+/// | 8..12 | the segment before |
+/// | 12 | scales and options of both sides |
+/// | 13 | progress of both sides |
+/// | 14 | what is remembered of the handshake |
 #[derive(Default)]
 #[repr(C, align(64))]
 pub(crate) struct TcpLine {
-    words: [AtomicU32; 16],
+    pub(crate) words: [AtomicU32; 16],
 }
 
 #[cfg(not(loom))]
@@ -257,23 +395,50 @@ const _: () = assert!(size_of::<TcpLine>() == 64);
 // SAFETY: atomic integers only.
 unsafe impl Zeroable for TcpLine {}
 
+/// Words that are used.
+const WORDS: usize = 15;
+/// Words of a side.
+const SIDE_WORDS: usize = 4;
+/// The places of a side's end, max_win and max_ack among its words; max_end is the other one.
+const END: usize = 0;
+const MAX_WIN: usize = 2;
+const MAX_ACK: usize = 3;
+
 impl TcpLine {
     pub(crate) fn load(&self) -> Tcp {
         let word = |index: usize| self.words[index].load(Ordering::Relaxed);
-        let side = |at: usize| Side { end: word(at), max_ack: word(at + 1), flags: word(at + 2) };
-        let packed = word(9);
+        let (packed, fixed, progress, noted) = (word(11), word(12), word(13), word(14));
+        let side = |number: usize| {
+            let at = number * SIDE_WORDS;
+            let fixed = fixed >> (8 * number);
+            Side {
+                end: word(at),
+                max_end: word(at + 1),
+                max_win: word(at + 2),
+                max_ack: word(at + 3),
+                scale: fixed as u8 & 0xf,
+                options: (fixed >> 4) as u8 & 0xf,
+                progress: (progress >> (8 * number)) as u8,
+            }
+        };
         Tcp {
-            sides: [side(0), side(3)],
+            sides: [side(0), side(1)],
             last: Last {
-                seq: word(6),
-                ack: word(7),
-                end: word(8),
+                seq: word(8),
+                ack: word(9),
+                end: word(10),
                 window: packed as u16,
                 retransmissions: (packed >> 16) as u8,
                 event: Event::from_number(packed >> 24 & 7),
                 direction: if packed >> 27 & 1 == 0 { Direction::Original } else { Direction::Reply },
-                flags: (packed >> 28) as u8,
             },
+            noted: Noted {
+                simultaneous: noted & 1 != 0,
+                challenge_expected: noted & 2 != 0,
+                options: (noted >> 8) as u8,
+                scale: (noted >> 16) as u8,
+            },
+            anew: [false; 2],
         }
     }
 
@@ -284,22 +449,60 @@ impl TcpLine {
         }
     }
 
-    /// Stores what differs from `before`, or everything.
-    pub(crate) fn store(&self, tcp: &Tcp, before: Option<&Tcp>) {
-        let before = before.map(Tcp::words);
-        for (index, word) in tcp.words().into_iter().enumerate() {
-            if before.is_none_or(|before| before[index] != word) {
-                self.words[index].store(word, Ordering::Relaxed);
+    /// Stores everything, of a connection that nobody else knows yet.
+    pub(crate) fn fill(&self, tcp: &Tcp) {
+        self.words.iter().zip(tcp.words()).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
+    }
+
+    /// Stores what differs from `before`; the numbers of the windows forward only, unless their side begins anew.
+    pub(crate) fn store(&self, tcp: &Tcp, before: &Tcp) {
+        let (old, new) = (before.words(), tcp.words());
+        for (side, &anew) in tcp.anew.iter().enumerate() {
+            for index in side * SIDE_WORDS..(side + 1) * SIDE_WORDS {
+                if new[index] == old[index] {
+                    continue;
+                }
+                let word = &self.words[index];
+                let current = word.load(Ordering::Relaxed);
+                let is_ahead = match index % SIDE_WORDS {
+                    END if !anew => {
+                        advance(word, current, new[index]);
+                        continue;
+                    }
+                    MAX_WIN => current < new[index],
+                    // The side's first goes on from none.
+                    MAX_ACK if before.sides[side].progress & ACK_KNOWN == 0 => true,
+                    _ => is_before(current, new[index]),
+                };
+                if is_ahead || anew {
+                    word.store(new[index], Ordering::Relaxed);
+                }
+            }
+        }
+        for index in 2 * SIDE_WORDS..WORDS {
+            if new[index] != old[index] {
+                self.words[index].store(new[index], Ordering::Relaxed);
             }
         }
     }
 }
 
-/// What a segment does to its connection.
+/// Moves a word of sequence space forward from `current`, which it was, to `to`, unless it is there already.
+fn advance(word: &AtomicU32, mut current: u32, to: u32) {
+    while is_before(current, to) {
+        match word.compare_exchange_weak(current, to, Ordering::Relaxed, Ordering::Relaxed) {
+            Ok(_) => return,
+            Err(found) => current = found,
+        }
+    }
+}
+
+/// What a packet does to its connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Step {
-    /// It belongs to the connection, which goes on in that state with that timeout.
-    Accept { state: TcpState, timeout: TimeoutClass, assured: bool },
+pub(crate) enum Step<S> {
+    /// It belongs to the connection, which goes on in that state. With a timeout it keeps it alive for as long; without,
+    /// the connection lives as long as it would have without the packet.
+    Accept { state: S, timeout: Option<TimeoutClass>, assured: bool },
     /// It is let through, but moves nothing and keeps nothing alive.
     Ignore,
     /// It opens a new connection.
@@ -308,43 +511,69 @@ pub(crate) enum Step {
     Invalid,
 }
 
+/// What the state word says of a connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Standing {
+    pub(crate) state: TcpState,
+    pub(crate) seen_reply: bool,
+    pub(crate) assured: bool,
+}
+
 /// What a RST is worth to the one who gets it (RFC 5961 section 3.2).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Rst {
-    /// It has the sequence number that is expected, or may have it: right behind data in flight, or no
-    /// acknowledgment is known to compare it with.
+    /// It ends the connection if it is inside the window.
     Counts,
+    /// It ends the connection: it answers what was let through, or the connection is ending anyway.
+    CountsAnywhere,
     /// It is ahead of what is expected: answered with a challenge ACK, which a real sender answers with one that counts.
     Challenged,
     /// It is behind what is acknowledged.
     Behind,
 }
 
+/// Where a segment is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Place {
+    /// Inside its sender's window, or taken for that.
+    Inside,
+    /// Just outside: its receiver may have an answer to it.
+    Edge,
+    /// Not where its receiver would look at it.
+    Outside,
+}
+
 /// Whether `a` comes before `b` in sequence space (RFC 9293 section 3.4).
-const fn before(a: u32, b: u32) -> bool {
+const fn is_before(a: u32, b: u32) -> bool {
     (a.wrapping_sub(b) as i32) < 0
 }
 
 impl Tcp {
-    fn words(&self) -> [u32; 10] {
-        let [Side { end: e0, max_ack: a0, flags: f0 }, Side { end: e1, max_ack: a1, flags: f1 }] = self.sides;
-        let Last { seq, ack, end, window, retransmissions, event, direction, flags } = self.last;
-        let packed = u32::from(window)
-            | u32::from(retransmissions) << 16
-            | (event as u32) << 24
-            | (direction as u32) << 27
-            | u32::from(flags) << 28;
-        [e0, a0, f0, e1, a1, f1, seq, ack, end, packed]
+    fn words(&self) -> [u32; WORDS] {
+        let [
+            Side { end: e0, max_end: me0, max_win: w0, max_ack: a0, scale: s0, options: o0, progress: p0 },
+            Side { end: e1, max_end: me1, max_win: w1, max_ack: a1, scale: s1, options: o1, progress: p1 },
+        ] = self.sides;
+        let Last { seq, ack, end, window, retransmissions, event, direction } = self.last;
+        let Noted { simultaneous, challenge_expected, options, scale } = self.noted;
+        let packed =
+            u32::from(window) | u32::from(retransmissions) << 16 | (event as u32) << 24 | (direction as u32) << 27;
+        let fixed = u32::from(s0 | o0 << 4) | u32::from(s1 | o1 << 4) << 8;
+        let progress = u32::from(p0) | u32::from(p1) << 8;
+        let noted = u32::from(simultaneous)
+            | u32::from(challenge_expected) << 1
+            | u32::from(options) << 8
+            | u32::from(scale) << 16;
+        [e0, me0, w0, a0, e1, me1, w1, a1, seq, ack, end, packed, fixed, progress, noted]
     }
 
     /// The numbers and the state after a connection's first segment: a SYN, or one picked up in the middle.
-    pub(crate) fn open(segment: &Observed) -> (Self, TcpState, TimeoutClass) {
+    pub(crate) fn open(
+        segment: &Observed,
+        settings: &TcpSettings,
+        timeouts: &ByClass,
+    ) -> (Self, TcpState, TimeoutClass) {
         let event = Event::of(segment.tcp_flags);
-        let (state, timeout) = match event {
-            Event::Syn => (SynSent, TimeoutClass::TcpSynSent),
-            // Until the other side has been heard, five days would be too long.
-            _ => (Established, TimeoutClass::TcpUnacknowledged),
-        };
         let last = Last {
             seq: 0,
             ack: 0,
@@ -353,63 +582,81 @@ impl Tcp {
             retransmissions: 0,
             event: Event::Nothing,
             direction: Direction::Original,
-            flags: 0,
         };
-        let mut tcp = Self { sides: [Side::default(); 2], last };
-        tcp.record(Direction::Original, event, segment);
+        let mut tcp = Self { sides: [Side::default(); 2], last, noted: Noted::default(), anew: [true; 2] };
+        tcp.sides[0].begin(segment);
+        let state = if event == Event::Syn {
+            SynSent
+        } else {
+            tcp.sides[0].max_end = tcp.sides[0].end.wrapping_add(tcp.sides[0].max_win);
+            tcp.sides[0].options = UNDERSTANDS_SACK | LIBERAL;
+            tcp.sides[1].options = UNDERSTANDS_SACK | LIBERAL;
+            Established
+        };
+        let place = tcp.place(state, Direction::Original, event, segment, false);
+        debug_assert_eq!(place, Place::Inside, "what opens a connection");
+        tcp.note(event, Direction::Original);
+        let timeout = tcp.timeout(state, event, false, settings, timeouts);
         (tcp, state, timeout)
     }
 
-    /// What `segment` does to a connection in `from`. Changes `self` unless it is invalid or opens a new connection.
+    /// What `segment` does to a connection. `self` is to be stored if it is accepted or ignored.
     pub(crate) fn step(
         &mut self,
-        from: TcpState,
-        (seen_reply, assured): (bool, bool),
+        standing: Standing,
         direction: Direction,
         segment: &Observed,
-    ) -> Step {
+        settings: &TcpSettings,
+        timeouts: &ByClass,
+    ) -> Step<TcpState> {
         if !segment.flags_possible() {
             return Step::Invalid;
         }
         let event = Event::of(segment.tcp_flags);
-        let (from, mut to) = match next(direction, event, from) {
+        let (from, mut to) = match next(direction, event, standing.state) {
             Next::Invalid => return Step::Invalid,
             Next::Reopen => return Step::NewFlow,
-            Next::To(state) => (from, state),
+            Next::To(state) => (standing.state, state),
             Next::Ignore if self.agrees_with_ignored_syn(direction, event, segment) => {
-                self.sides = [Side::default(); 2];
-                self.sides[direction.flip() as usize] = Side { end: self.last.end, max_ack: 0, flags: END_KNOWN };
-                self.last.flags = 0;
+                self.begin_again(direction);
                 (SynSent, SynRecv)
             }
             Next::Ignore => {
-                self.note_ignored(from, direction, event, segment);
+                self.note_ignored(standing.state, direction, event, segment);
                 return Step::Ignore;
             }
         };
+        let mut anywhere = false;
         match to {
-            SynSent2 => self.last.flags |= SIMULTANEOUS,
-            SynRecv if event == Event::Ack && direction == Direction::Reply && self.last.flags & SIMULTANEOUS != 0 => {
+            SynSent2 => self.noted.simultaneous = true,
+            SynRecv if event == Event::Ack && direction == Direction::Reply && self.noted.simultaneous => {
                 to = Established;
             }
             TimeWait if from == LastAck && self.is_challenge_ack(direction, event) => {
-                self.last.flags &= !CHALLENGE_EXPECTED;
+                self.noted.challenge_expected = false;
                 return Step::Ignore;
             }
-            Close if event == Event::Rst && !from.is_ending() => {
-                match self.judge_rst(from == Established && assured, direction, segment) {
-                    Rst::Counts => {}
-                    Rst::Challenged => return Step::Ignore,
-                    Rst::Behind => return Step::Invalid,
-                }
-            }
+            Close if event == Event::Rst => match self.judge_rst(standing, direction, segment, settings) {
+                Rst::Counts => {}
+                Rst::CountsAnywhere => anywhere = true,
+                Rst::Challenged => to = from,
+                Rst::Behind => return Step::Invalid,
+            },
             _ => {}
         }
-        self.record(direction, event, segment);
-        let replied = seen_reply || direction == Direction::Reply;
-        let timeout = self.timeout(to, event, seen_reply, replied);
-        let assured = assured || seen_reply && matches!(from, SynRecv | Established) && to == Established;
-        Step::Accept { state: to, timeout, assured }
+        if !anywhere {
+            match self.place(standing.state, direction, event, segment, settings.be_liberal) {
+                Place::Inside => {}
+                Place::Edge => return Step::Ignore,
+                Place::Outside => return Step::Invalid,
+            }
+        }
+        self.note(event, direction);
+        // Who only repeats SYNs must not keep an entry for ever, with what it was translated to.
+        let is_repeated_syn = event == Event::Syn && from == SynSent && !standing.seen_reply;
+        let timeout = self.timeout(to, event, standing.seen_reply, settings, timeouts);
+        let proves = standing.seen_reply && matches!(from, SynRecv | Established) && to == Established;
+        Step::Accept { state: to, timeout: (!is_repeated_syn).then_some(timeout), assured: standing.assured || proves }
     }
 
     /// Whether the segment is the SYN-ACK of a SYN that was ignored: both ends agree on a new connection, and only
@@ -421,94 +668,253 @@ impl Tcp {
             && segment.tcp_ack == self.last.end
     }
 
-    fn note_ignored(&mut self, from: TcpState, direction: Direction, event: Event, segment: &Observed) {
-        let flags = match (event, direction, from) {
-            (Event::Syn, Direction::Original, LastAck) => CHALLENGE_EXPECTED,
-            (Event::Syn, Direction::Original, _) => 0,
-            _ => self.last.flags,
+    /// The side that has sent the ignored SYN begins with it; the other, whose SYN-ACK comes from `direction`, is as if
+    /// it had never been heard.
+    fn begin_again(&mut self, direction: Direction) {
+        let liberal = self.sides[direction as usize].options & LIBERAL;
+        self.sides[direction as usize] = Side { options: liberal, ..Side::default() };
+        self.sides[direction.flip() as usize] = Side {
+            end: self.last.end,
+            max_end: self.last.end,
+            max_win: u32::from(self.last.window).max(1),
+            max_ack: 0,
+            scale: self.noted.scale,
+            options: self.noted.options,
+            progress: 0,
         };
+        self.noted.challenge_expected = false;
+        self.anew = [true; 2];
+    }
+
+    fn note(&mut self, event: Event, direction: Direction) {
+        self.last.event = event;
+        self.last.direction = direction;
+    }
+
+    fn note_ignored(&mut self, from: TcpState, direction: Direction, event: Event, segment: &Observed) {
         self.last = Last {
             seq: segment.tcp_seq,
-            ack: segment.tcp_ack,
             end: segment.tcp_end(),
             window: segment.tcp_window,
-            retransmissions: self.last.retransmissions,
             event,
             direction,
-            flags,
+            ..self.last
         };
+        match (event, direction, from) {
+            (Event::Syn, Direction::Original, _) => {
+                let mut side = Side::default();
+                side.begin(segment);
+                self.noted = Noted {
+                    simultaneous: false,
+                    challenge_expected: from == LastAck,
+                    options: side.options,
+                    scale: side.scale,
+                };
+            }
+            // A RST that answers it will have this number.
+            (Event::Ack, Direction::Reply, SynSent) => self.last.ack = segment.tcp_ack,
+            _ => {}
+        }
     }
 
     fn is_challenge_ack(&self, direction: Direction, event: Event) -> bool {
         event == Event::Ack
             && self.last.direction != direction
             && self.last.event == Event::Syn
-            && self.last.flags & CHALLENGE_EXPECTED != 0
+            && self.noted.challenge_expected
     }
 
-    fn judge_rst(&self, established: bool, direction: Direction, segment: &Observed) -> Rst {
-        let other = self.sides[direction.flip() as usize];
-        if other.flags & ACK_KNOWN == 0 {
-            return Rst::Counts;
+    fn judge_rst(
+        &self,
+        Standing { state, seen_reply, assured }: Standing,
+        direction: Direction,
+        segment: &Observed,
+        settings: &TcpSettings,
+    ) -> Rst {
+        // The ends may have gone on to another connection already.
+        if state.is_ending() {
+            return Rst::CountsAnywhere;
         }
-        if before(segment.tcp_seq, other.max_ack) {
-            return Rst::Behind;
-        }
-        let behind_data =
-            self.last.event == Event::Ack && self.last.direction == direction && segment.tcp_seq == self.last.end;
-        if !established || segment.tcp_seq == other.max_ack || behind_data { Rst::Counts } else { Rst::Challenged }
-    }
-
-    fn record(&mut self, direction: Direction, event: Event, segment: &Observed) {
-        let end = segment.tcp_end();
-        let has_ack = segment.tcp_flags & ACK != 0;
-        let side = &mut self.sides[direction as usize];
-        if side.flags & END_KNOWN == 0 {
-            side.end = end;
-            side.flags |= END_KNOWN;
-        } else if before(side.end, end) {
-            side.end = end;
-            side.flags |= UNACKNOWLEDGED;
-        }
-        if has_ack {
-            if side.flags & ACK_KNOWN == 0 || before(side.max_ack, segment.tcp_ack) {
-                side.max_ack = segment.tcp_ack;
-                side.flags |= ACK_KNOWN;
+        let (last, other) = (&self.last, &self.sides[direction.flip() as usize]);
+        let mut worth = Rst::Counts;
+        // After a SYN was let through, the acknowledgment may be one of the connection before.
+        if other.progress & ACK_KNOWN != 0 && last.event != Event::Syn {
+            let established = state == Established && assured;
+            // A RST without ACK is numbered by what it answers; 0 answers a SYN (RFC 9293 section 3.10.7.1).
+            if segment.tcp_seq == 0 && !established {
+                return Rst::Counts;
             }
-            let other = &mut self.sides[direction.flip() as usize];
-            if other.end == segment.tcp_ack {
-                other.flags &= !UNACKNOWLEDGED;
+            if is_before(segment.tcp_seq, other.max_ack) && !settings.ignore_invalid_rst {
+                return Rst::Behind;
             }
+            let behind_data = last.event == Event::Ack && last.direction == direction && segment.tcp_seq == last.end;
+            if !established || segment.tcp_seq == other.max_ack || behind_data {
+                return Rst::Counts;
+            }
+            worth = Rst::Challenged;
         }
-        let again = Last {
-            event,
-            direction,
-            seq: segment.tcp_seq,
-            ack: segment.tcp_ack,
-            end,
-            window: segment.tcp_window,
-            ..self.last
-        };
-        let retransmissions = match event {
-            Event::Ack if again == self.last => self.last.retransmissions.saturating_add(1),
-            Event::Ack => 0,
-            _ => self.last.retransmissions,
-        };
-        self.last = Last { retransmissions, ..again };
+        let answers_ignored = (seen_reply && last.event == Event::Syn || !assured && last.event == Event::Ack)
+            && last.direction != direction
+            && segment.tcp_ack == last.end;
+        let answers_challenge = state == SynSent
+            && last.event == Event::Ack
+            && last.direction == Direction::Reply
+            && segment.tcp_seq == last.ack;
+        match worth {
+            Rst::Counts if answers_ignored || answers_challenge => Rst::CountsAnywhere,
+            worth => worth,
+        }
     }
 
-    fn timeout(&self, state: TcpState, event: Event, seen_reply: bool, replied: bool) -> TimeoutClass {
-        // A limit applies to states that would live longer.
-        let long = matches!(state, Established);
-        let unacknowledged = self.sides.iter().any(|side| side.flags & UNACKNOWLEDGED != 0);
-        match event {
-            // The only answer to a first packet is a refusal: there never was a connection.
-            Event::Rst if !seen_reply && state == Close => TimeoutClass::Ended,
-            Event::Rst if state == Close => TimeoutClass::TcpClose,
-            _ if long && self.last.retransmissions >= MAX_RETRANSMISSIONS => TimeoutClass::TcpMaxRetrans,
-            _ if long && (unacknowledged || !replied) => TimeoutClass::TcpUnacknowledged,
-            _ if long && self.last.window == 0 => TimeoutClass::TcpMaxRetrans,
-            _ => state.timeout_class(),
+    /// Where the segment is, and moves the windows where it is inside. `state` is the connection's before.
+    fn place(
+        &mut self,
+        state: TcpState,
+        direction: Direction,
+        event: Event,
+        segment: &Observed,
+        be_liberal: bool,
+    ) -> Place {
+        let (sending, receiving) = (direction as usize, direction.flip() as usize);
+        let (mut sender, mut receiver) = (self.sides[sending], self.sides[receiving]);
+        let (is_syn, has_ack) = (segment.tcp_flags & SYN != 0, segment.tcp_flags & ACK != 0);
+        let (mut seq, mut end) = (segment.tcp_seq, segment.tcp_end());
+        let mut ack = segment.tcp_ack;
+        let mut sack = match segment.tcp_options.sack {
+            Some(sack) if receiver.options & UNDERSTANDS_SACK != 0 => sack,
+            _ => ack,
+        };
+        let window = u32::from(segment.tcp_window);
+
+        if sender.max_win == 0 && !is_syn {
+            // Its beginning was not seen: it is taken for where it is now.
+            sender.end = end;
+            sender.max_win = (window << sender.scale).max(1);
+            sender.max_end = end.wrapping_add(sender.max_win);
+            self.anew[sending] = true;
+            if receiver.max_win == 0 {
+                receiver.end = sack;
+                receiver.max_end = sack;
+                self.anew[receiving] = true;
+            } else if sack == receiver.end.wrapping_add(1) {
+                // It probably answers a keepalive, which was one behind.
+                receiver.end = sack;
+            }
+        } else if sender.max_win == 0 || is_syn && is_before(sender.end, end) && matches!(state, SynSent | SynRecv) {
+            // A SYN, or one repeated with other numbers.
+            let first = sender.max_win == 0;
+            sender.begin(segment);
+            self.anew[sending] = true;
+            let both_scale = sender.options & receiver.options & SCALES != 0;
+            if direction == Direction::Reply && !both_scale {
+                (sender.scale, receiver.scale) = (0, 0);
+            }
+            // Simultaneous open: there is nothing yet that it could be compared with.
+            if !has_ack && (first || direction == Direction::Reply) {
+                self.sides[sending] = sender;
+                self.sides[receiving] = receiver;
+                return Place::Inside;
+            }
         }
+
+        let zero_ack_in_rst = event == Event::Rst && ack == 0;
+        if !has_ack || zero_ack_in_rst {
+            (ack, sack) = (receiver.end, receiver.end);
+        }
+        if event == Event::Rst && seq == 0 && state == SynSent {
+            (seq, end) = (sender.end, sender.end);
+        }
+        let oldest_end = sender.end.wrapping_sub(receiver.max_win);
+        let oldest_ack = receiver.end.wrapping_sub(sender.max_win.max(MIN_ACK_WINDOW));
+        let is_beyond = is_before(sender.max_end, seq);
+        let acknowledges_unsent = is_before(receiver.end, sack);
+        let is_late = receiver.max_win != 0 && is_before(end, oldest_end) || is_before(sack, oldest_ack);
+        if is_beyond || acknowledges_unsent || is_late {
+            let excess = end.wrapping_sub(sender.max_end).wrapping_add(1);
+            let is_overshoot = is_beyond && excess <= receiver.max_win && !acknowledges_unsent && !is_late;
+            if is_overshoot {
+                if is_before(sender.end, end) {
+                    sender.end = end;
+                }
+                sender.progress |= UNACKNOWLEDGED;
+            }
+            let is_liberal = be_liberal || sender.options & LIBERAL != 0;
+            if is_overshoot || is_liberal {
+                self.sides[sending] = sender;
+                self.sides[receiving] = receiver;
+            }
+            return match () {
+                () if is_liberal => Place::Inside,
+                () if is_overshoot || !is_beyond && !acknowledges_unsent => Place::Edge,
+                () => Place::Outside,
+            };
+        }
+
+        let window = if is_syn { window } else { window << sender.scale };
+        sender.max_win = sender.max_win.max(window.wrapping_add(sack.wrapping_sub(ack)));
+        if is_before(sender.end, end) {
+            sender.end = end;
+            sender.progress |= UNACKNOWLEDGED;
+        }
+        if has_ack && (sender.progress & ACK_KNOWN == 0 || is_before(sender.max_ack, ack)) {
+            sender.max_ack = ack;
+            sender.progress |= ACK_KNOWN;
+        }
+        if receiver.max_win != 0 && is_before(sender.max_end, end) {
+            receiver.max_win = receiver.max_win.saturating_add(end.wrapping_sub(sender.max_end));
+        }
+        let offered = sack.wrapping_add(window);
+        if !is_before(offered, receiver.max_end) {
+            // A closed window may be probed with one byte.
+            receiver.max_end = if window == 0 { offered.wrapping_add(1) } else { offered };
+        }
+        if ack == receiver.end {
+            receiver.progress &= !UNACKNOWLEDGED;
+        }
+        self.sides[sending] = sender;
+        self.sides[receiving] = receiver;
+
+        if event == Event::Ack {
+            let window = segment.tcp_window;
+            let again = Last { direction, seq, ack, end, window, ..self.last };
+            let retransmissions = if again == self.last { self.last.retransmissions.saturating_add(1) } else { 0 };
+            self.last = Last { retransmissions, ..again };
+        }
+        Place::Inside
+    }
+
+    /// How long the connection lives from now on.
+    fn timeout(
+        &self,
+        state: TcpState,
+        event: Event,
+        seen_reply: bool,
+        settings: &TcpSettings,
+        timeouts: &ByClass,
+    ) -> TimeoutClass {
+        // The only answer to a first packet is a refusal: there never was a connection.
+        if event == Event::Rst && !seen_reply {
+            return TimeoutClass::Ended;
+        }
+        let shorter = |limit: TimeoutClass, class: TimeoutClass| timeouts.of(limit) < timeouts.of(class);
+        let usual = state.timeout_class();
+        let unacknowledged = self.sides.iter().any(|side| side.progress & UNACKNOWLEDGED != 0);
+        let is_stuck = self.last.retransmissions >= settings.max_retransmissions;
+        let timeout = if is_stuck && shorter(TimeoutClass::TcpMaxRetrans, usual) {
+            TimeoutClass::TcpMaxRetrans
+        } else if event == Event::Rst {
+            TimeoutClass::TcpClose
+        } else if unacknowledged && shorter(TimeoutClass::TcpUnacknowledged, usual) {
+            TimeoutClass::TcpUnacknowledged
+        } else if self.last.window == 0 && shorter(TimeoutClass::TcpMaxRetrans, usual) {
+            TimeoutClass::TcpMaxRetrans
+        } else {
+            usual
+        };
+        // Picked up in the middle: until the other side has been heard, five days would be too long.
+        if state == Established && !seen_reply && shorter(TimeoutClass::TcpUnacknowledged, timeout) {
+            return TimeoutClass::TcpUnacknowledged;
+        }
+        timeout
     }
 }

@@ -49,10 +49,6 @@ macro_rules! timeouts {
             pub(crate) fn by_class(&self) -> ByClass {
                 let mut ticks = [0; CLASSES];
                 $(ticks[TimeoutClass::$class as usize] = ticks_of(self.$field);)+
-                // These two limit an established connection's timeout, and never lengthen it.
-                for limit in [TimeoutClass::TcpMaxRetrans, TimeoutClass::TcpUnacknowledged] {
-                    ticks[limit as usize] = ticks[limit as usize].min(ticks_of(self.tcp_established));
-                }
                 ByClass(ticks)
             }
         }
@@ -85,9 +81,9 @@ timeouts! {
     tcp_time_wait, TcpTimeWait, "nf_conntrack_tcp_timeout_time_wait", 120;
     /// A RST was seen.
     tcp_close, TcpClose, "nf_conntrack_tcp_timeout_close", 10;
-    /// Upper limit of an established connection after repeated retransmissions, or with a closed window.
+    /// Upper limit after repeated retransmissions, or with a closed window.
     tcp_max_retrans, TcpMaxRetrans, "nf_conntrack_tcp_timeout_max_retrans", 300;
-    /// Upper limit of an established connection while sent data is not acknowledged.
+    /// Upper limit while sent data is not acknowledged.
     tcp_unacknowledged, TcpUnacknowledged, "nf_conntrack_tcp_timeout_unacknowledged", 300;
     /// UDP in one direction, or in both for less than two seconds.
     udp, Udp, "nf_conntrack_udp_timeout", 30;
@@ -99,9 +95,9 @@ timeouts! {
     icmpv6, Icmpv6, "nf_conntrack_icmpv6_timeout", 30;
     /// Other protocols.
     generic, Generic, "nf_conntrack_generic_timeout", 600;
-    /// SCTP that was aborted or is over.
+    /// SCTP of which only an INIT was seen, or that was aborted or is over.
     sctp_closed, SctpClosed, "nf_conntrack_sctp_timeout_closed", 10;
-    /// SCTP that the other side has not answered.
+    /// SCTP whose INIT was answered.
     sctp_cookie_wait, SctpCookieWait, "nf_conntrack_sctp_timeout_cookie_wait", 3;
     /// SCTP after its cookie was echoed.
     sctp_cookie_echoed, SctpCookieEchoed, "nf_conntrack_sctp_timeout_cookie_echoed", 3;
@@ -136,6 +132,11 @@ impl ByClass {
     pub(crate) fn ticks(&self, class: u8) -> u32 {
         self.0[usize::from(class) % CLASSES]
     }
+
+    /// Ticks of that class.
+    pub(crate) fn of(&self, class: TimeoutClass) -> u32 {
+        self.ticks(class as u8)
+    }
 }
 
 #[cfg(test)]
@@ -152,8 +153,7 @@ mod tests {
                 |t: &Timeouts| Timeouts::NAMES.iter().filter(|n| *n != name).map(|n| t.get(n)).collect::<Vec<_>>();
             assert_eq!(others(&timeouts), others(&Timeouts::default()));
             let ticks = timeouts.by_class().ticks(number as u8 + 1);
-            let limit = name.ends_with("max_retrans") || name.ends_with("unacknowledged");
-            assert_eq!(ticks, if limit { 43_200_000 } else { 700_000_000 + 100 * number as u32 });
+            assert_eq!(ticks, 700_000_000 + 100 * number as u32);
         }
         assert_eq!(Timeouts::default().set("nf_conntrack_max", 1), Err(UnknownTimeout("nf_conntrack_max".into())));
     }

@@ -6,7 +6,9 @@
 
 use std::net::Ipv4Addr;
 
-use weir_conntrack::{Attributes, ConnId, Handle, Hit, Insert, NewConn, Observed, Table, TableConfig, Timeouts};
+use weir_conntrack::{
+    Attributes, ConnId, Handle, Hit, Insert, NewConn, Observed, Table, TableConfig, TcpSettings, Timeouts,
+};
 use weir_packet::{Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::{Arc, Domain, Turn, model_bounded, thread};
 
@@ -16,7 +18,7 @@ type V4 = Table<Ipv4Addr>;
 
 fn table(max_entries: u32) -> (Arc<Domain>, Arc<V4>) {
     let domain = Domain::new();
-    let config = TableConfig { max_entries, seed: [1, 2], timeouts: Timeouts::default() };
+    let config = TableConfig { max_entries, seed: [1, 2], timeouts: Timeouts::default(), tcp: TcpSettings::default() };
     (domain.clone(), Arc::new(Table::new(config, domain)))
 }
 

@@ -8,8 +8,8 @@ use std::{
 
 use proptest::prelude::*;
 use weir_conntrack::{
-    Attributes, ConnId, Entry, Hit, Identity, Insert, Lifecycle, NewConn, Observed, Table, TableConfig, Timeouts,
-    Tracked,
+    Attributes, ConnId, Entry, Hit, Identity, Insert, Lifecycle, NewConn, Observed, Table, TableConfig, TcpSettings,
+    Timeouts, Tracked,
 };
 use weir_packet::{Address, Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::Domain;
@@ -18,7 +18,7 @@ use weir_sync::Domain;
 const CAPACITY: u32 = 6;
 /// Keys: few, so that connections clash in every way.
 const KEYS: u8 = 10;
-const PROTOCOLS: [Protocol; 3] = [Protocol::UDP, Protocol::SCTP, Protocol(47)];
+const PROTOCOLS: [Protocol; 3] = [Protocol::UDP, Protocol::ICMP, Protocol(47)];
 
 #[derive(Clone, Debug)]
 enum Operation {
@@ -74,8 +74,7 @@ impl<A: Address> TwinConn<A> {
         100 * match (self.original.protocol, self.seen_reply) {
             (Protocol::UDP, _) if self.stream => 120,
             (Protocol::UDP, _) => 30,
-            (Protocol::SCTP, false) => 3,
-            (Protocol::SCTP, true) => 210,
+            (Protocol::ICMP, _) => 30,
             _ => 600,
         }
     }
@@ -99,6 +98,7 @@ impl<A: Address> TwinConn<A> {
             attributes: self.attributes(),
             lifecycle: if self.seen_reply { Lifecycle::Established } else { Lifecycle::Unreplied },
             tcp_state: None,
+            sctp_state: None,
             assured: self.stream,
             last_seen: Tick(self.last_seen),
             remaining_ticks: self.timeout() - (now - self.last_seen),
@@ -131,7 +131,12 @@ impl<A: Address> Twin<A> {
 fn run<A: Address>(operations: Vec<Operation>, start: u32) {
     let domain = Domain::new();
     let mut participant = domain.join();
-    let config = TableConfig { max_entries: CAPACITY, seed: [7, 11], timeouts: Timeouts::default() };
+    let config = TableConfig {
+        max_entries: CAPACITY,
+        seed: [7, 11],
+        timeouts: Timeouts::default(),
+        tcp: TcpSettings::default(),
+    };
     let table = Table::<A>::new(config, domain);
     let mut handle = table.handle();
     let mut twin = Twin::<A> { conns: HashMap::new(), numbers: 0, now: 0 };

@@ -11,7 +11,7 @@ use std::{
     thread,
 };
 
-use weir_conntrack::{Attributes, Handle, Hit, Insert, NewConn, Observed, Table, TableConfig, Timeouts};
+use weir_conntrack::{Attributes, Handle, Hit, Insert, NewConn, Observed, Table, TableConfig, TcpSettings, Timeouts};
 use weir_packet::{Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::{Arc, Domain, Participant, Turn};
 
@@ -20,7 +20,8 @@ const FLOWS: u32 = if cfg!(miri) { 50 } else { 30_000 };
 
 fn table(max_entries: u32) -> (Arc<Domain>, Table<Ipv4Addr>) {
     let domain = Domain::new();
-    let config = TableConfig { max_entries, seed: [0xfeed, 0xbeef], timeouts: Timeouts::default() };
+    let config =
+        TableConfig { max_entries, seed: [0xfeed, 0xbeef], timeouts: Timeouts::default(), tcp: TcpSettings::default() };
     (domain.clone(), Table::new(config, domain))
 }
 

@@ -127,28 +127,29 @@ pub struct Lead<A: Address> {
     pub key: FlowKey<A>,
     /// The key that it left with.
     pub to: FlowKey<A>,
-    /// Its TCP header.
-    segment: Observed,
+    /// Its TCP flags, sequence number, acknowledgment number and window.
+    tcp: (u8, u32, u32, u16),
     /// Bytes before the TCP payload.
     header_bytes: u16,
 }
 
 impl<A: Address> Lead<A> {
     /// Of a first fragment with the key `key` that carries `bytes` of the packet, of which tracking has seen `segment`.
-    pub fn new(key: FlowKey<A>, to: FlowKey<A>, segment: Observed, bytes: u16) -> Self {
-        Self { key, to, segment, header_bytes: bytes.saturating_sub(segment.payload_bytes as u16) }
+    pub fn new(key: FlowKey<A>, to: FlowKey<A>, segment: &Observed, bytes: u16) -> Self {
+        let tcp = (segment.tcp_flags, segment.tcp_seq, segment.tcp_ack, segment.tcp_window);
+        Self { key, to, tcp, header_bytes: bytes.saturating_sub(segment.payload_bytes as u16) }
     }
 
     /// For tracking: the whole TCP segment, once it is known to end at `end`, so that its acknowledgment is not one of data that
     /// nobody sent. `None` where the first fragment told all. It stands as data alone: its FIN, which is counted in its length, has been seen.
     pub fn whole_segment(&self, end: u16) -> Option<Observed> {
-        let flags = self.segment.tcp_flags;
+        let (flags, tcp_seq, tcp_ack, tcp_window) = self.tcp;
         if self.key.protocol != Protocol::TCP || flags & (TcpFields::SYN | TcpFields::RST) != 0 {
             return None;
         }
         let fin = u32::from(flags & TcpFields::FIN != 0);
         let payload_bytes = u32::from(end.saturating_sub(self.header_bytes)) + fin;
-        Some(Observed { tcp_flags: TcpFields::ACK, payload_bytes, ..self.segment })
+        Some(Observed { tcp_flags: TcpFields::ACK, tcp_seq, tcp_ack, tcp_window, payload_bytes, ..Observed::default() })
     }
 }
 

@@ -11,11 +11,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crossbeam::channel::Sender;
 use rand_chacha::{ChaCha8Rng, rand_core::Rng};
-use weir_conntrack::{Attributes, ConnRef, Handle, Hash, Hit, Insert, NewConn, Observed, Opening, Table, Tracked};
+use weir_conntrack::{
+    Attributes, ConnRef, Handle, Hash, Hit, Insert, NewConn, Observed, Opening, SctpPacket, Table, Tracked,
+};
 use weir_nat::{AllocateError, Attempt};
 use weir_packet::{
     Address, Direction, DropReason, FlowKey, Mac, Ports, Protocol, Tick,
     build::{self, IcmpError},
+    options::TcpOptions,
     parse::{self, Arp, Kind, Parsed, View},
     rewrite,
 };
@@ -728,7 +731,7 @@ impl Pipeline {
             (Outcome::Dropped(reason), _) => Fate::Drop(reason),
             (_, Some(hit)) => {
                 let to = table.conn(hit.conn).key(hit.direction.flip()).invert();
-                Fate::Follow(Lead::new(view.key, to, segment, extent.end))
+                Fate::Follow(Lead::new(view.key, to, &segment, extent.end))
             }
             (Outcome::Punted, None) => Fate::Punt,
             (Outcome::Sent, None) => Fate::Pass,
@@ -1205,16 +1208,23 @@ fn decapsulate(
 /// What conntrack needs to know of a packet.
 #[inline]
 fn observed<A: Address>(packet: &Packet, view: &View<A>) -> Observed {
-    if view.key.protocol != Protocol::TCP {
-        return Observed::default();
-    }
-    let tcp = view.tcp(packet.bytes());
-    Observed {
-        tcp_flags: tcp.flags,
-        tcp_seq: tcp.seq,
-        tcp_ack: tcp.ack,
-        tcp_window: tcp.window,
-        payload_bytes: tcp.payload_bytes,
+    let frame = packet.bytes();
+    match view.key.protocol {
+        Protocol::TCP => {
+            let tcp = view.tcp(frame);
+            let options = TcpOptions::read(view.tcp_options(frame), &tcp);
+            Observed {
+                tcp_flags: tcp.flags,
+                tcp_seq: tcp.seq,
+                tcp_ack: tcp.ack,
+                tcp_window: tcp.window,
+                tcp_options: options,
+                payload_bytes: tcp.payload_bytes,
+                ..Observed::default()
+            }
+        }
+        Protocol::SCTP => Observed { sctp: SctpPacket::read(view.l4_slice(frame)), ..Observed::default() },
+        _ => Observed::default(),
     }
 }
 

@@ -200,6 +200,9 @@ macro_rules! conntrack_settings {
             /// Whether TCP packets outside the window are let through.
             #[serde(alias = "nf_conntrack_tcp_be_liberal", deserialize_with = "switch")]
             pub tcp_be_liberal: bool,
+            /// Whether a RST behind what was acknowledged is let through.
+            #[serde(alias = "nf_conntrack_tcp_ignore_invalid_rst", deserialize_with = "switch")]
+            pub tcp_ignore_invalid_rst: bool,
             $($(#[doc = $doc])+ #[serde(alias = $sysctl)] pub $field: Option<u32>,)+
         }
 
@@ -213,7 +216,13 @@ macro_rules! conntrack_settings {
 
         impl Default for Conntrack {
             fn default() -> Self {
-                Self { max_entries: 262_144, tcp_loose: true, tcp_be_liberal: false, $($field: None,)+ }
+                Self {
+                    max_entries: 262_144,
+                    tcp_loose: true,
+                    tcp_be_liberal: false,
+                    tcp_ignore_invalid_rst: false,
+                    $($field: None,)+
+                }
             }
         }
     };
@@ -376,13 +385,6 @@ impl RouterConfig {
         if self.conntrack.max_entries == 0 {
             let conntrack = root.get("conntrack").unwrap_or(root);
             problems.error(within(conntrack, "maxEntries"), "conntrack.maxEntries is 0: nothing could connect", None);
-        }
-        if self.conntrack.tcp_be_liberal {
-            let conntrack = root.get("conntrack").unwrap_or(root);
-            let key = ["tcp_be_liberal", "nf_conntrack_tcp_be_liberal"].iter().find_map(|key| conntrack.entry(key));
-            let span = key.map_or(conntrack.span, |(key, _)| key.span);
-            let help = "remove it: weir would not follow it".to_owned();
-            problems.error(span, "conntrack.tcp_be_liberal is not implemented yet", help);
         }
         for (index, (device, node)) in self.devices.iter().zip(items("devices")).enumerate() {
             let name = &device.name;

@@ -141,11 +141,6 @@ fn faults_of_weir_yaml() {
             ],
         ),
         (
-            "nodeName: a\nmanifests: []\nconntrack: {tcp_be_liberal: 1}\n",
-            &["weir.yaml:3:13: error: conntrack.tcp_be_liberal is not implemented yet [remove it: weir would not \
-                 follow it]"],
-        ),
-        (
             "nodeName: a\nmanifests: []\nmanifests: [x]\nkind: Router\napiVersion: v1\n---\na: 1\n",
             &[
                 "weir.yaml:3:1: error: the key \"manifests\" is given twice [remove one of them: which one would count \
@@ -481,7 +476,7 @@ fn default_and_given_settings() {
     let config = loaded(
         "apiVersion: weir.dev/v1alpha1\nkind: RouterConfig\nnodeName: a\nmanifests: []\npodCIDRs: \
          []\nserviceCIDRs: [010.96.0.1/12]\nlocalAddresses: [010.0.0.01]\nconntrack: {nf_conntrack_udp_timeout: 5, \
-         icmp_timeout: 6, tcp_loose: 0, nf_conntrack_tcp_be_liberal: false}\nworkers: {mode: busy, cores: [2, 3]}\n",
+         icmp_timeout: 6, tcp_loose: 0, nf_conntrack_tcp_be_liberal: 1, tcp_max_retrans: 5}\nworkers: {mode: busy, cores: [2, 3]}\n",
         "",
     )
     .config;
@@ -489,7 +484,8 @@ fn default_and_given_settings() {
     assert_eq!(config.service_cidrs[0].to_string(), "10.96.0.0/12");
     assert_eq!(config.local_addresses.unwrap()[0].to_string(), "10.0.0.1");
     assert_eq!((config.conntrack.udp_timeout, config.conntrack.icmp_timeout), (Some(5), Some(6)));
-    assert_eq!((config.conntrack.tcp_loose, config.conntrack.tcp_be_liberal), (false, false));
+    assert_eq!((config.conntrack.tcp_loose, config.conntrack.tcp_be_liberal), (false, true));
+    assert_eq!((config.conntrack.tcp_ignore_invalid_rst, config.conntrack.tcp_max_retrans), (false, Some(5)));
     assert_eq!(config.workers.cores, [2, 3]);
 }
 

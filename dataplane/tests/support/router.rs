@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use crossbeam::channel::Receiver;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
-use weir_conntrack::{Table, TableConfig, Timeouts};
+use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
 use weir_dataplane::{
     counters::{COUNTERS, Totals},
     driver::Driver,
@@ -174,7 +174,8 @@ impl Router {
     pub fn new(rules: Rules, snat: SnatPorts, max_entries: u32) -> Self {
         let domain = Domain::new();
         let forwarding = Arc::new(Forwarding::compile(&cluster(), &links()).unwrap());
-        let table = || TableConfig { max_entries, seed: [1, 2], timeouts: Timeouts::default() };
+        let table =
+            || TableConfig { max_entries, seed: [1, 2], timeouts: Timeouts::default(), tcp: TcpSettings::default() };
         let tables = Tables { v4: Table::new(table(), domain.clone()), v6: Table::new(table(), domain.clone()) };
         let (sender, events) = crossbeam::channel::bounded(64);
         let counters = Counters::<COUNTERS>::new();
