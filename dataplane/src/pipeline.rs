@@ -817,7 +817,7 @@ impl Pipeline {
         }
     }
 
-    /// An ICMP error: about a packet of a connection, or nobody's.
+    /// An ICMP error: about a packet of a connection, or nobody's. It keeps no connection alive and ends none (RFC 5508, REQ-3 to 5).
     fn icmp_error<A: Family, D: Driver>(
         &mut self,
         driver: &mut D,
@@ -828,17 +828,21 @@ impl Pipeline {
     ) {
         let forwarding = &*context.snapshot.forwarding;
         let table = A::table(context.tables);
-        let embedded = parse::parse_embedded::<A>(view.quote(packet.bytes()));
-        let hit = embedded.as_ref().and_then(|embedded| {
+        let embedded = parse::parse_embedded::<A>(view.quote(packet.bytes())).filter(|embedded| {
+            // Errors go to who sent what they quote; and what a pod was not sent, it has nothing to tell about.
+            embedded.key.src == view.key.dst
+                && match origin {
+                    Origin::Workload(workload) => forwarding.local_workload(embedded.key.dst) == Some(workload),
+                    Origin::Host | Origin::Uplink => true,
+                }
+        });
+        let hit = embedded.as_ref().filter(|_| !view.is_redirect()).and_then(|embedded| {
             // The quoted packet went the other way; who sent the error answers it.
             let key = embedded.key.invert();
             table.lookup(&key, table.hash(&key), context.now, context.turn)
         });
         let (Some(embedded), Some(hit)) = (embedded, hit) else {
-            if origin == Origin::Uplink && forwarding.is_local(view.key.dst) {
-                return self.punt(packet, forwarding);
-            }
-            return self.end(driver, packet, End::Drop(DropReason::UnrelatedIcmpError));
+            return self.unrelated_icmp_error(driver, packet, view, origin, context);
         };
         let conn = table.conn(hit.conn);
         // What it is about may be judged otherwise by now. The connection's end is left to its own packets.
@@ -854,14 +858,45 @@ impl Pipeline {
         let arrived = conn.key(hit.direction);
         let inner_to = conn.key(hit.direction.flip());
         let to = inner_to.invert();
-        // From the end itself, the error takes the address that the other end knows; a router keeps its own.
-        let outer_src = if view.key.src == arrived.src { to.src } else { view.key.src };
+        // From the end itself, the error takes the address that the other end knows; a router keeps its own. But whatever goes to a
+        // backend that knows its client by a masquerade address comes from there (RFC 5508, REQ-5): tunnels let nothing else pass.
+        let is_masqueraded = hit.direction == Direction::Original && to.src != arrived.src;
+        let outer_src = if view.key.src == arrived.src || is_masqueraded { to.src } else { view.key.src };
         let Some(adjacency) = next_hop(&conn, hit.direction, context) else {
             return self.end(driver, packet, End::Drop(DropReason::NoRoute));
         };
         rewrite::translate_icmp_error(packet.bytes_mut(), view, &embedded, outer_src, to.dst, &inner_to);
         let rewritten = View { key: FlowKey { src: outer_src, dst: to.dst, ..view.key }, ..*view };
         self.forward(driver, packet, &rewritten, &rewritten.key, adjacency, context);
+    }
+
+    /// An ICMP error about no connection, or a redirect.
+    fn unrelated_icmp_error<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<A>,
+        origin: Origin,
+        context: &Context<'_>,
+    ) {
+        let forwarding = &*context.snapshot.forwarding;
+        if origin == Origin::Uplink && forwarding.is_local(view.key.dst) {
+            return self.punt(packet, forwarding);
+        }
+        // Who is redirected is the sender on the router's own link, nobody behind weir (RFC 1812, 5.2.7.2).
+        if view.is_redirect() {
+            return self.end(driver, packet, End::Drop(DropReason::LinkScope));
+        }
+        // What the node's kernel answers another node's pod went past weir (see `first_packet`), and so may its errors.
+        match adjacency_to(context.snapshot, view.key.dst) {
+            Some(hop)
+                if origin == Origin::Host
+                    && matches!(forwarding.adjacency(hop).kind, RouteKind::Direct | RouteKind::Ipip) =>
+            {
+                self.forward(driver, packet, view, &view.key, hop, context);
+            }
+            _ => self.end(driver, packet, End::Drop(DropReason::UnrelatedIcmpError)),
+        }
     }
 
     /// Sends a packet on its way: translate, count its hop, encapsulate, address it.
