@@ -73,6 +73,8 @@ pub trait Family: Routed {
     fn pending(pipeline: &mut Pipeline) -> &mut Vec<Pending<Self>>;
     /// The family's packets in fragments.
     fn fragments(pipeline: &mut Pipeline) -> &mut Fragments<Self>;
+    /// Makes an ICMP error about a tunnel packet of this node one about what it carried; `None` where it is no such error.
+    fn about_tunnelled(packet: &mut Packet, view: &View<Self>, forwarding: &Forwarding) -> Option<View<Self>>;
     /// Handles link-scope traffic of a workload.
     fn workload_control<D: Driver>(
         pipeline: &mut Pipeline,
@@ -100,6 +102,18 @@ impl Family for Ipv4Addr {
     #[inline]
     fn fragments(pipeline: &mut Pipeline) -> &mut Fragments<Self> {
         &mut pipeline.fragments4
+    }
+    /// Routers between nodes tell the node about its tunnel packets, but only who sent what they carried can mend it.
+    #[cold]
+    fn about_tunnelled(packet: &mut Packet, view: &View<Self>, forwarding: &Forwarding) -> Option<View<Self>> {
+        let quoted = parse::parse_embedded::<Self>(view.quote(packet.bytes()))?;
+        let is_ours = quoted.key.protocol == Protocol::IPIP
+            && quoted.key.src == view.key.dst
+            && forwarding.is_local(quoted.key.src)
+            && forwarding.node_by_address(quoted.key.dst).is_some_and(|node| forwarding.this_node() != Some(node));
+        let inner = rewrite::error_about_inner(packet.bytes_mut(), view, is_ours.then_some(&quoted)?)?;
+        packet.set_len(usize::from(inner.end));
+        Some(inner)
     }
     /// IPv4 has ARP for its neighbours; multicast and IGMP end here.
     fn workload_control<D: Driver>(
@@ -130,6 +144,10 @@ impl Family for Ipv6Addr {
     #[inline]
     fn fragments(pipeline: &mut Pipeline) -> &mut Fragments<Self> {
         &mut pipeline.fragments6
+    }
+    /// IPv6 goes into no tunnel.
+    fn about_tunnelled(_packet: &mut Packet, _view: &View<Self>, _forwarding: &Forwarding) -> Option<View<Self>> {
+        None
     }
     fn workload_control<D: Driver>(
         pipeline: &mut Pipeline,
@@ -828,6 +846,8 @@ impl Pipeline {
     ) {
         let forwarding = &*context.snapshot.forwarding;
         let table = A::table(context.tables);
+        let tunnelled = if origin == Origin::Uplink { A::about_tunnelled(&mut packet, view, forwarding) } else { None };
+        let view = tunnelled.as_ref().unwrap_or(view);
         let embedded = parse::parse_embedded::<A>(view.quote(packet.bytes())).filter(|embedded| {
             // Errors go to who sent what they quote; and what a pod was not sent, it has nothing to tell about.
             embedded.key.src == view.key.dst

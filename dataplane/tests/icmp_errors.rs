@@ -23,6 +23,7 @@ use weir_packet::{Address, DropReason, Protocol};
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const SCTP: u8 = 132;
+const IPIP: u8 = 4;
 /// Room for connections: enough for every test here.
 const MAX_ENTRIES: u32 = 1024;
 
@@ -117,6 +118,7 @@ impl Packet {
             TCP => 16..18,
             UDP => 6..8,
             SCTP => 8..12,
+            IPIP => 0..0,
             _ => 2..4,
         }
     }
@@ -125,6 +127,9 @@ impl Packet {
         let mut l4 = self.l4.clone();
         let place = self.checksum_place();
         l4[place.clone()].fill(0);
+        if self.protocol == IPIP {
+            return l4;
+        }
         if self.protocol == SCTP {
             let checksum = crc32c(&l4);
             l4[place].copy_from_slice(&checksum.to_le_bytes());
@@ -672,5 +677,85 @@ fn a_policy_that_cuts_the_connection_cuts_errors_about_it() {
         assert_eq!(router.send(there.to, message.frame()), []);
         assert_eq!(router.entries(), before);
         assert_eq!(router.finish().drops, [(DropReason::PolicyDeniedIngress, 1)]);
+    }
+}
+
+#[test]
+fn an_error_about_a_tunnel_packet_is_told_to_who_sent_what_it_carried() {
+    // Fragmentation needed, with the MTU of the path and without; anything else makes the tunnel's end unreachable (RFC 2003, 4).
+    let rows: [([u8; 6], Option<[u8; 6]>); 7] = [
+        ([3, 4, 0, 0, 5, 120], Some([3, 4, 0, 0, 5, 100])),
+        ([3, 4, 0, 0, 0, 0], Some([3, 4, 0, 0, 0, 0])),
+        ([3, 4, 0, 0, 0, 87], None),
+        ([3, 0, 0, 0, 0, 0], Some([3, 1, 0, 0, 0, 0])),
+        ([11, 0, 0, 0, 0, 0], Some([3, 1, 0, 0, 0, 0])),
+        ([11, 1, 0, 0, 0, 0], None),
+        ([12, 0, 3, 0, 0, 0], None),
+    ];
+    let mut told = 0;
+    for name in ["to another node", "DNAT to another node", "DNAT and SNAT to another node", "from another node"] {
+        for (header, expected) in rows {
+            // Not enough of the inner packet; just enough; all of it, and the largest quote.
+            for quoted_bytes in [47, 48, 1000] {
+                let mut router = router();
+                let passed = converse(&mut router, &named(name), false, TCP, 400, 0);
+                let passed = passed.iter().find(|passed| passed.to == (UPLINK, true)).expect("one into the tunnel");
+                router.wait(100);
+                let before = router.entries();
+                let inner = passed.left.bytes();
+                let [node, other] = [NODE[0], OTHER_NODE[0]].map(ip);
+                let tunnel =
+                    Packet { src: node, dst: other, protocol: IPIP, ttl: 60, tos: 0, options: 0, l4: inner.clone() };
+                let quote = &tunnel.bytes()[..quoted_bytes.min(20 + inner.len())];
+                let message = error(ip(SOME_ROUTER[0]), node, header, quote);
+                let (as_it_came, outcome) = (message.bytes(), router.send((UPLINK, false), message.frame()));
+                let outcome = received(&outcome);
+                if let Some(header) = expected.filter(|_| quoted_bytes >= 48) {
+                    let as_sent = Packet { ttl: passed.left.ttl, ..passed.sent.clone() }.bytes();
+                    let mut message = error(ip(SOME_ROUTER[0]), passed.sent.src, header, &as_sent[..quote.len() - 20]);
+                    message.ttl = 63;
+                    assert_eq!(outcome, [(passed.from, &message.bytes()[..])], "{name}: {header:?}");
+                    told += 1;
+                } else {
+                    assert_eq!(outcome, [((IfIndex::HOST, false), &as_it_came[..])], "{name}: {header:?}");
+                }
+                assert_eq!(router.entries(), before);
+                assert_eq!(router.finish().dropped(), 0);
+            }
+        }
+    }
+    assert_eq!(told, 4 * 4 * 2);
+}
+
+#[test]
+fn nobody_else_is_told_about_tunnel_packets() {
+    let [node, other, outside] = [NODE[0], OTHER_NODE[0], OUTSIDE[0]].map(ip);
+    // Not this node's, not to a node, with a bad checksum: the kernel's. About no flow: dropped.
+    for (what, quoted_src, quoted_dst, is_bad, port_change, punted) in [
+        ("another sender", outside, other, false, 0, 1),
+        ("no node", node, outside, false, 0, 1),
+        ("itself", node, node, false, 0, 1),
+        ("a bad checksum", node, other, true, 0, 1),
+        ("no flow", node, other, false, 1, 0),
+    ] {
+        let mut router = router();
+        let [there, _] = converse(&mut router, &named("DNAT to another node"), false, TCP, 400, 0);
+        let mut inner = there.left.clone();
+        inner.l4[1] ^= port_change;
+        let tunnel =
+            Packet { src: quoted_src, dst: quoted_dst, protocol: IPIP, ttl: 60, tos: 0, options: 0, l4: inner.bytes() };
+        let mut frame = error(ip(SOME_ROUTER[0]), node, [3, 4, 0, 0, 5, 120], &tunnel.bytes()).frame();
+        frame[36] ^= u8::from(is_bad);
+        let outcome = router.send((UPLINK, false), frame.clone());
+        let to_kernel: Vec<&[u8]> = received(&outcome)
+            .into_iter()
+            .map(|(to, bytes)| {
+                assert_eq!(to, (IfIndex::HOST, false), "{what}");
+                bytes
+            })
+            .collect();
+        assert_eq!(to_kernel, vec![&frame[14..]; punted], "{what}");
+        let dropped = if punted == 0 { vec![(DropReason::UnrelatedIcmpError, 1)] } else { vec![] };
+        assert_eq!(router.finish().drops, dropped, "{what}");
     }
 }
