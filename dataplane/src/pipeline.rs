@@ -654,7 +654,7 @@ impl Pipeline {
         if let Some(address) = decision.snat {
             reply.dst = address;
         }
-        let Self { handles, random, .. } = self;
+        let Self { handles, random, counters, .. } = self;
         // A share is kept for the node's own connections, so that it can be reached however many others there are.
         let for_host = origin == Origin::Host
             || decision.adjacency().is_some_and(|hop| snapshot.forwarding.adjacency(hop).kind == RouteKind::Host);
@@ -669,7 +669,10 @@ impl Pipeline {
                     Attempt::Free(Opened { hit: Hit { conn, direction: Direction::Original }, ours: true })
                 }
                 Insert::Exists(hit) => Attempt::Free(Opened { hit, ours: false }),
-                Insert::ReplyTaken => Attempt::Taken,
+                Insert::ReplyTaken => {
+                    counters.add(Counter::SnatTaken as usize, 1);
+                    Attempt::Taken
+                }
                 Insert::Full => Attempt::Failed(DropReason::TableFull),
             }
         };
@@ -690,7 +693,10 @@ impl Pipeline {
                 attempt(with_reply_port(reply, port))
             });
         match allocated {
-            Ok(allocated) => Ok(allocated.value),
+            Ok(allocated) => {
+                counters.add(Counter::SnatAllocated as usize, u64::from(allocated.value.ours));
+                Ok(allocated.value)
+            }
             Err(AllocateError::Failed(reason)) => Err(reason),
             Err(AllocateError::Exhausted) => Err(DropReason::SnatExhausted),
         }

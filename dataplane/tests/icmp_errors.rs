@@ -4,26 +4,25 @@
 //! must find in it what it sent, but for the TTL; all checksums are computed from scratch.
 
 #[allow(dead_code, reason = "each test uses a part of it")]
+#[path = "support/packets.rs"]
+mod packets;
+#[allow(dead_code, reason = "each test uses a part of it")]
 #[path = "support/router.rs"]
 mod router;
 
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    ops::Range,
 };
 
+use packets::{IPIP, Packet, SCTP, TCP, UDP, received};
 use proptest::{prelude::*, sample::Index};
-use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, octets, rules, service, sum, tunnelled};
+use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service, tunnelled};
 use weir_conntrack::Entry;
 use weir_dataplane::{frame::IfIndex, snapshot::Rules};
 use weir_nat::SnatPorts;
 use weir_packet::{Address, DropReason, Protocol};
 
-const TCP: u8 = 6;
-const UDP: u8 = 17;
-const SCTP: u8 = 132;
-const IPIP: u8 = 4;
 /// Room for connections: enough for every test here.
 const MAX_ENTRIES: u32 = 1024;
 
@@ -64,136 +63,6 @@ fn all_rules(is_open: bool) -> Rules {
         ));
     }
     rules(services, is_open)
-}
-
-/// A packet of layer 3, with its headers' fields.
-#[derive(Clone, PartialEq, Eq, Debug)]
-struct Packet {
-    src: IpAddr,
-    dst: IpAddr,
-    protocol: u8,
-    ttl: u8,
-    tos: u8,
-    /// Words of IPv4 options, or units of 8 bytes of an IPv6 extension header.
-    options: usize,
-    l4: Vec<u8>,
-}
-
-impl Packet {
-    fn icmp(&self) -> u8 {
-        if self.src.is_ipv4() { 1 } else { 58 }
-    }
-
-    /// The packet's bytes; its layer-4 checksum is made right.
-    fn bytes(&self) -> Vec<u8> {
-        let l4 = self.with_checksum();
-        let addresses = [octets(self.src), octets(self.dst)].concat();
-        if self.src.is_ipv4() {
-            let header_bytes = 20 + 4 * self.options;
-            let mut header = vec![0x40 | (header_bytes / 4) as u8, self.tos];
-            header.extend(((header_bytes + l4.len()) as u16).to_be_bytes());
-            header.extend([0x12, 0x34, 0x40, 0, self.ttl, self.protocol, 0, 0]);
-            header.extend(addresses);
-            header.resize(header_bytes, 1);
-            let checksum = !sum(&header);
-            header[10..12].copy_from_slice(&checksum.to_be_bytes());
-            return [header, l4].concat();
-        }
-        let extension_bytes = 8 * self.options;
-        let mut header = vec![0x60 | self.tos >> 4, self.tos << 4, 0, 0];
-        header.extend(((extension_bytes + l4.len()) as u16).to_be_bytes());
-        header.extend([if extension_bytes > 0 { 60 } else { self.protocol }, self.ttl]);
-        header.extend(addresses);
-        if extension_bytes > 0 {
-            // Destination options: padding only.
-            header.extend([self.protocol, self.options as u8 - 1, 1, extension_bytes as u8 - 4]);
-            header.resize(40 + extension_bytes, 0);
-        }
-        [header, l4].concat()
-    }
-
-    /// Where the layer-4 header has its checksum.
-    fn checksum_place(&self) -> Range<usize> {
-        match self.protocol {
-            TCP => 16..18,
-            UDP => 6..8,
-            SCTP => 8..12,
-            IPIP => 0..0,
-            _ => 2..4,
-        }
-    }
-
-    fn with_checksum(&self) -> Vec<u8> {
-        let mut l4 = self.l4.clone();
-        let place = self.checksum_place();
-        l4[place.clone()].fill(0);
-        if self.protocol == IPIP {
-            return l4;
-        }
-        if self.protocol == SCTP {
-            let checksum = crc32c(&l4);
-            l4[place].copy_from_slice(&checksum.to_le_bytes());
-            return l4;
-        }
-        let mut pseudo = [octets(self.src), octets(self.dst)].concat();
-        pseudo.extend((l4.len() as u32).to_be_bytes());
-        pseudo.extend([0, 0, 0, self.protocol]);
-        if self.protocol == 1 {
-            pseudo.clear();
-        }
-        let checksum = match !sum(&[pseudo, l4.clone()].concat()) {
-            0 if self.protocol == UDP => 0xffff,
-            checksum => checksum,
-        };
-        l4[place].copy_from_slice(&checksum.to_be_bytes());
-        l4
-    }
-
-    /// Reads a packet, and asserts that its checksums are right.
-    fn read(bytes: &[u8]) -> Self {
-        let address = |at: usize, length: usize| -> IpAddr {
-            match length {
-                4 => Ipv4Addr::from(<[u8; 4]>::try_from(&bytes[at..at + 4]).unwrap()).into(),
-                _ => Ipv6Addr::from(<[u8; 16]>::try_from(&bytes[at..at + 16]).unwrap()).into(),
-            }
-        };
-        let packet = if bytes[0] >> 4 == 4 {
-            let header_bytes = usize::from(bytes[0] & 15) * 4;
-            Self {
-                src: address(12, 4),
-                dst: address(16, 4),
-                protocol: bytes[9],
-                ttl: bytes[8],
-                tos: bytes[1],
-                options: header_bytes / 4 - 5,
-                l4: bytes[header_bytes..].to_vec(),
-            }
-        } else {
-            let options = if bytes[6] == 60 { usize::from(bytes[41]) + 1 } else { 0 };
-            Self {
-                src: address(8, 16),
-                dst: address(24, 16),
-                protocol: if options > 0 { bytes[40] } else { bytes[6] },
-                ttl: bytes[7],
-                tos: bytes[0] << 4 | bytes[1] >> 4,
-                options,
-                l4: bytes[40 + 8 * options..].to_vec(),
-            }
-        };
-        assert_eq!(packet.bytes(), bytes, "a checksum is wrong");
-        packet
-    }
-
-    fn frame(&self) -> Vec<u8> {
-        let ethertype = if self.src.is_ipv4() { [8, 0] } else { [0x86, 0xdd] };
-        [&[0xee; 6][..], &[10, 0, 0, 0, 0, 1], &ethertype, &self.bytes()].concat()
-    }
-}
-
-/// CRC32c, bit by bit (RFC 9260, appendix A).
-fn crc32c(bytes: &[u8]) -> u32 {
-    let step = |crc: u32, _| if crc & 1 != 0 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
-    !bytes.iter().fold(u32::MAX, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), step))
 }
 
 /// The layer-4 packets of a conversation, without checksums: whose each is (the opener's: true), by the ports that the opener uses.
@@ -312,19 +181,6 @@ struct Passed {
     /// Where it came from, where it went, each with whether by the tunnel.
     from: (IfIndex, bool),
     to: (IfIndex, bool),
-}
-
-/// What left, without Ethernet and tunnel headers.
-fn received(sent: &[(IfIndex, Vec<u8>)]) -> Vec<((IfIndex, bool), &[u8])> {
-    sent.iter()
-        .map(|(device, frame)| {
-            let is_tunnelled = *device == UPLINK && frame[14] >> 4 == 4 && frame[23] == 4;
-            if is_tunnelled {
-                assert_eq!((sum(&frame[14..34]), &frame[26..34]), (0xffff, &[192, 168, 10, 1, 192, 168, 10, 2][..]));
-            }
-            ((*device, is_tunnelled), &frame[if is_tunnelled { 34 } else { 14 }..])
-        })
-        .collect()
 }
 
 impl Router {
