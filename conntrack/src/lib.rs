@@ -28,6 +28,6 @@ pub use conn::{Attributes, ConnRef, Entry, Identity};
 pub use hash::Hash;
 pub use observed::{Observed, Opening, Tracked};
 pub use state::Lifecycle;
-pub use table::{ConnId, Counts, Handle, Hit, Insert, NewConn, Table, TableConfig};
+pub use table::{ConnId, Counts, Handle, Hit, Insert, NewConn, PRIVILEGED, Table, TableConfig};
 pub use tcp::TcpState;
 pub use timeouts::{Timeouts, UnknownTimeout};

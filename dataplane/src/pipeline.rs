@@ -11,7 +11,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crossbeam::channel::Sender;
 use rand_chacha::{ChaCha8Rng, rand_core::Rng};
-use weir_conntrack::{Attributes, ConnRef, Handle, Hash, Hit, Insert, NewConn, Observed, Opening, Table, Tracked};
+use weir_conntrack::{
+    Attributes, ConnRef, Handle, Hash, Hit, Insert, NewConn, Observed, Opening, PRIVILEGED, Table, Tracked,
+};
 use weir_nat::{AllocateError, Attempt};
 use weir_packet::{
     Address, Direction, DropReason, FlowKey, Mac, Ports, Protocol, Tick,
@@ -648,16 +650,18 @@ impl Pipeline {
                 hop_word(snapshot.generation, decision.adjacency()),
                 hop_word(snapshot.generation, adjacency_to(snapshot, view.key.src)),
             ],
-            flags: 0,
+            flags: if origin == Origin::Host { PRIVILEGED } else { 0 },
         };
         let mut reply = decision.translated.invert();
         if let Some(address) = decision.snat {
             reply.dst = address;
         }
         let Self { handles, random, counters, .. } = self;
-        // A share is kept for the node's own connections, so that it can be reached however many others there are.
-        let for_host = origin == Origin::Host
-            || decision.adjacency().is_some_and(|hop| snapshot.forwarding.adjacency(hop).kind == RouteKind::Host);
+        // A share is kept for the node's own connections, and for its pods' to it, however many others there are. Not for those from
+        // outside, whose sources may be made up: such a flood would take the share.
+        let to_host =
+            decision.adjacency().is_some_and(|hop| snapshot.forwarding.adjacency(hop).kind == RouteKind::Host);
+        let for_host = origin == Origin::Host || to_host && origin != Origin::Uplink;
         let kept_free = if for_host { 0 } else { table.capacity() as u32 / HOST_SHARE };
         if !table.make_room(A::handle(handles), kept_free, context.now, context.turn) {
             return Err(DropReason::TableFull);
