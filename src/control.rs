@@ -118,6 +118,12 @@ fn status_text(text: &mut String, status: &Value) {
             table["refused"],
         );
     }
+    let snat = &status["snat"];
+    let _ = writeln!(
+        text,
+        "snat        {} ports usable; {} connections were given one, {} tries found theirs taken",
+        snat["usablePorts"], snat["allocated"], snat["taken"],
+    );
     for mode in status["modes"].as_array().into_iter().flatten() {
         let _ = writeln!(
             text,

@@ -765,6 +765,7 @@ impl Router {
             Ok(counters) => counters.iter().map(|(counter, n)| (format!("{counter:?}"), n.into())).collect(),
             Err(_) => serde_json::Map::new(),
         };
+        let totals = self.totals();
         json!({
             "nodeName": self.loaded.config.node_name,
             "generation": self.generation,
@@ -778,7 +779,10 @@ impl Router {
             "tables": {
                 "ipv4": table_json(&self.shared.tables.v4), "ipv6": table_json(&self.shared.tables.v6),
             },
-            "counters": counters_json(&self.totals()),
+            "snat": {
+                "usablePorts": self.snat.count(), "allocated": totals.snat_allocated, "taken": totals.snat_taken,
+            },
+            "counters": counters_json(&totals),
             "faultyObjects": self.loaded.faulty.iter().map(|faulty| json!({
                 "object": faulty.object,
                 "inForce": match faulty.substitute {

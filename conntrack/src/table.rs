@@ -81,7 +81,8 @@
 //! or closed; one that has not proved itself (not assured: unreplied, half-open, a short exchange); one that has been idle
 //! for [`ACTIVE_TICKS`]; among equals the longest idle. So a flood of first packets displaces itself, and of the flows that
 //! carry something none goes. A sample of 16 that misses what a whole scan would find does so again with the
-//! fourth power of the share of the rest, since four samples are taken.
+//! fourth power of the share of the rest, since four samples are taken. Connections of the host ([`PRIVILEGED`]) are spared in
+//! all but the last: with a flood around, none of them goes, nor does it before its first answer.
 //!
 //! # Expiry
 //! A connection has expired when its last packet is older than the timeout of its class ([`crate::timeouts`]). Lookups
@@ -132,6 +133,10 @@ const SAMPLES: u32 = 4;
 
 /// An established connection with a packet in the last minute is never removed to make room: 6000 ticks of 10 ms.
 pub const ACTIVE_TICKS: u32 = 6000;
+
+/// The one bit of [`Attributes::flags`] that the table knows: a connection of those for whom a share is kept. Until it is over, it is
+/// removed to make room for another only where that has it too, or where the samples show nothing else.
+pub const PRIVILEGED: u8 = 1 << 7;
 
 /// How a table is made.
 #[derive(Clone, Copy, Debug)]
@@ -450,7 +455,8 @@ impl<A: Address> Table<A> {
     }
 
     /// Makes room for one more connection at the limit: removes the one of a few that is worth least. `kept_free` connections
-    /// are left to others, as the share of the host. Whether there is room now; to be called before an insertion.
+    /// are left to others, as the share of the host; who asks with 0 is one of these. Whether there is room now; to be called before an
+    /// insertion.
     ///
     /// # Panics
     /// Where `handle` is of another table.
@@ -458,15 +464,16 @@ impl<A: Address> Table<A> {
     pub fn make_room(&self, handle: &mut Handle, kept_free: u32, now: Tick, turn: &Turn<'_>) -> bool {
         debug_assert!(turn.is_of(&self.domain));
         let limit = self.sizes.capacity - kept_free.min(self.sizes.capacity - 1);
-        self.live.get() < limit || self.evict(handle, now)
+        self.live.get() < limit || self.evict(handle, kept_free == 0, now)
     }
 
     #[cold]
-    fn evict(&self, handle: &mut Handle, now: Tick) -> bool {
+    fn evict(&self, handle: &mut Handle, is_privileged: bool, now: Tick) -> bool {
         let used = self.indices.used();
         // Where there are few, all are looked at.
         let sample = if used <= SAMPLES * SAMPLE { used } else { SAMPLE };
-        for _ in 0..SAMPLES {
+        for number in 1..=SAMPLES {
+            let spares_privileged = !is_privileged && number < SAMPLES;
             let start = scale(handle.draw(), used);
             let mut least: Option<(Count, u32, u32, State)> = None;
             for offset in 0..sample {
@@ -479,7 +486,9 @@ impl<A: Address> Table<A> {
                 let idle = now.since(lines.last_seen());
                 let worth = match state.lifecycle() {
                     _ if idle >= self.timeout_ticks(state) => Count::Expired,
-                    Lifecycle::Closing | Lifecycle::Closed => Count::EvictedClosing,
+                    Lifecycle::Closed => Count::EvictedClosing,
+                    _ if spares_privileged && state.flags() & PRIVILEGED != 0 => continue,
+                    Lifecycle::Closing => Count::EvictedClosing,
                     _ if !state.assured() => Count::EvictedUnproved,
                     _ if idle >= ACTIVE_TICKS => Count::EvictedIdle,
                     _ => continue,
@@ -1087,6 +1096,67 @@ mod tests {
         assert!(table.buckets.iter().all(Bucket::is_clear));
     }
 
+    /// Who knows the seed can choose keys that all live in the same few buckets: more than fit are refused, others are not, nothing takes
+    /// longer than [`PROBES`] buckets. Who does not know it has chosen them in vain.
+    #[test]
+    #[cfg_attr(miri, ignore = "a search through millions of keys")]
+    fn keys_that_collide_fill_their_buckets_and_by_another_seed_do_not_collide() {
+        let domain = Domain::new();
+        let mut participant = domain.join();
+        let table = Table::<Ipv4Addr>::new(config(256), domain.clone());
+        let other = Table::<Ipv4Addr>::new(TableConfig { seed: [5, 6], ..config(256) }, domain);
+        let place = |table: &Table<Ipv4Addr>, key: &FlowKey<Ipv4Addr>| {
+            let hash = table.hash(key);
+            let probe = table.probe(hash);
+            (probe.bucket, probe.step, Table::<Ipv4Addr>::tag(hash))
+        };
+        // One home, one way on from there; some have one tag as well.
+        let target = place(&table, &udp::<Ipv4Addr>(0, 0).original);
+        let colliding: Vec<NewConn<Ipv4Addr>> = (0..=u64::MAX)
+            .map(|i| udp::<Ipv4Addr>(u128::from(i >> 16), i as u16))
+            .filter(|new| {
+                let (bucket, step, _) = place(&table, &new.original);
+                (bucket, step) == (target.0, target.1)
+            })
+            .take(2000)
+            .collect();
+        let elsewhere: std::collections::BTreeSet<_> =
+            colliding.iter().map(|new| place(&other, &new.original)).collect();
+        assert!(elsewhere.len() > 1900, "{} places by another seed", elsewhere.len());
+
+        // A turn for each: what was removed, or did not find its place, is free again in later ones.
+        let mut handle = table.handle();
+        let mut insert = |table: &Table<Ipv4Addr>, handle: &mut Handle, new: NewConn<Ipv4Addr>| {
+            let turn = participant.enter();
+            table.sweep(handle, Tick(0), 0, &turn);
+            assert!(table.make_room(handle, 0, Tick(0), &turn));
+            table.insert(handle, new, Tick(0), &turn)
+        };
+        let mut inserted = Vec::new();
+        for (i, new) in colliding.iter().enumerate() {
+            match insert(&table, &mut handle, *new) {
+                Insert::Inserted(_) => inserted.push(i),
+                result => assert_eq!(result, Insert::Full),
+            }
+        }
+        // Reply keys of others may have been there first, in a slot or two.
+        assert!(inserted.len() <= PROBES * SLOTS && inserted.len() + 12 > PROBES * SLOTS, "{} fit", inserted.len());
+        assert_eq!(table.counts().full as usize, 2000 - inserted.len());
+        // Others find their place as ever, nearly all: some of them live in the same buckets.
+        let others = (0..150).filter(|i| matches!(insert(&table, &mut handle, udp(1 << 31, *i)), Insert::Inserted(_)));
+        assert!(others.count() > 145);
+        let mut handle = other.handle();
+        for new in &colliding {
+            assert!(matches!(insert(&other, &mut handle, *new), Insert::Inserted(_)));
+        }
+        assert_eq!(other.len(), 256);
+        let turn = participant.enter();
+        for (i, new) in colliding.iter().enumerate() {
+            let hit = table.lookup(&new.original, table.hash(&new.original), Tick(0), &turn);
+            assert_eq!(hit.is_some(), inserted.contains(&i));
+        }
+    }
+
     #[test]
     fn one_key_for_both_directions() {
         let domain = Domain::new();
@@ -1221,6 +1291,45 @@ mod tests {
         // A minute later one of them may go.
         assert!(table.make_room(&mut handle, 0, Tick(ACTIVE_TICKS), &turn));
         assert_eq!((table.counts().evicted_idle, table.len()), (1, 99));
+    }
+
+    #[test]
+    fn a_flood_displaces_nothing_of_the_privileged_before_it_proves_itself() {
+        let domain = Domain::new();
+        let mut participant = domain.join();
+        let table = Table::<Ipv4Addr>::new(config(1000), domain);
+        let mut handle = table.handle();
+        let privileged = |number| {
+            let udp = udp(1, number);
+            NewConn { attributes: Attributes { flags: PRIVILEGED, ..udp.attributes }, ..udp }
+        };
+        let turn = participant.enter();
+        // The oldest, and each next to the other.
+        for i in 0..50 {
+            assert!(matches!(table.insert(&mut handle, privileged(i), Tick(0), &turn), Insert::Inserted(_)));
+        }
+        drop(turn);
+        for i in 0..if cfg!(miri) { 1100 } else { 20_000 } {
+            let turn = participant.enter();
+            assert!(table.make_room(&mut handle, 10, Tick(1), &turn));
+            assert!(matches!(table.insert(&mut handle, udp(2, i), Tick(1), &turn), Insert::Inserted(_)));
+        }
+        let turn = participant.enter();
+        let lives = |number| {
+            let key = udp::<Ipv4Addr>(1, number).original;
+            table.lookup(&key, table.hash(&key), Tick(1), &turn).is_some()
+        };
+        assert!((0..50).all(lives));
+        drop(turn);
+        // Where there is nothing else, they make room too.
+        for i in 50..if cfg!(miri) { 60 } else { 5000 } {
+            let turn = participant.enter();
+            assert!(table.make_room(&mut handle, 0, Tick(2), &turn));
+            assert!(matches!(table.insert(&mut handle, privileged(i), Tick(2), &turn), Insert::Inserted(_)));
+        }
+        let turn = participant.enter();
+        assert!(table.make_room(&mut handle, 10, Tick(3), &turn));
+        assert!(table.len() < 1000);
     }
 
     #[test]

@@ -19,10 +19,14 @@ pub enum Counter {
     Consumed,
     /// Connections opened.
     Opened,
+    /// Connections that were given a source port of weir's.
+    SnatAllocated,
+    /// Source ports that were tried for a connection and found taken towards its destination.
+    SnatTaken,
 }
 
 /// Number of counters that are no drop reason.
-pub const PLAIN_COUNTERS: usize = 6;
+pub const PLAIN_COUNTERS: usize = 8;
 /// Number of counters of a worker.
 pub const COUNTERS: usize = PLAIN_COUNTERS + DropReason::COUNT;
 
@@ -49,6 +53,11 @@ pub struct Totals {
     pub held: u64,
     /// Connections opened.
     pub opened: u64,
+    /// Connections that were given a source port of weir's.
+    pub snat_allocated: u64,
+    /// Source ports that were tried and found taken. With a share `s` of the ports taken towards a destination, each further connection
+    /// there costs `s / (1 - s)` of them: exhaustion shows long before the first [`DropReason::SnatExhausted`].
+    pub snat_taken: u64,
     /// Packets dropped, by reason; reasons that never occurred are left out.
     pub drops: Vec<(DropReason, u64)>,
 }
@@ -65,6 +74,8 @@ impl Totals {
             consumed: of(Counter::Consumed),
             held,
             opened: of(Counter::Opened),
+            snat_allocated: of(Counter::SnatAllocated),
+            snat_taken: of(Counter::SnatTaken),
             drops: DropReason::ALL.iter().map(|r| (*r, counters[drop_index(*r)])).filter(|(_, n)| *n > 0).collect(),
         }
     }

@@ -12,7 +12,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use crossbeam::channel::Sender;
 use rand_chacha::{ChaCha8Rng, rand_core::Rng};
 use weir_conntrack::{
-    Attributes, ConnRef, Handle, Hash, Hit, Insert, NewConn, Observed, Opening, SctpPacket, Table, Tracked,
+    Attributes, ConnRef, Handle, Hash, Hit, Insert, NewConn, Observed, Opening, PRIVILEGED, SctpPacket, Table, Tracked,
 };
 use weir_nat::{AllocateError, Attempt};
 use weir_packet::{
@@ -76,6 +76,8 @@ pub trait Family: Routed {
     fn pending(pipeline: &mut Pipeline) -> &mut Vec<Pending<Self>>;
     /// The family's packets in fragments.
     fn fragments(pipeline: &mut Pipeline) -> &mut Fragments<Self>;
+    /// Makes an ICMP error about a tunnel packet of this node one about what it carried; `None` where it is no such error.
+    fn about_tunnelled(packet: &mut Packet, view: &View<Self>, forwarding: &Forwarding) -> Option<View<Self>>;
     /// Handles link-scope traffic of a workload.
     fn workload_control<D: Driver>(
         pipeline: &mut Pipeline,
@@ -103,6 +105,18 @@ impl Family for Ipv4Addr {
     #[inline]
     fn fragments(pipeline: &mut Pipeline) -> &mut Fragments<Self> {
         &mut pipeline.fragments4
+    }
+    /// Routers between nodes tell the node about its tunnel packets, but only who sent what they carried can mend it.
+    #[cold]
+    fn about_tunnelled(packet: &mut Packet, view: &View<Self>, forwarding: &Forwarding) -> Option<View<Self>> {
+        let quoted = parse::parse_embedded::<Self>(view.quote(packet.bytes()))?;
+        let is_ours = quoted.key.protocol == Protocol::IPIP
+            && quoted.key.src == view.key.dst
+            && forwarding.is_local(quoted.key.src)
+            && forwarding.node_by_address(quoted.key.dst).is_some_and(|node| forwarding.this_node() != Some(node));
+        let inner = rewrite::error_about_inner(packet.bytes_mut(), view, is_ours.then_some(&quoted)?)?;
+        packet.set_len(usize::from(inner.end));
+        Some(inner)
     }
     /// IPv4 has ARP for its neighbours; multicast and IGMP end here.
     fn workload_control<D: Driver>(
@@ -133,6 +147,10 @@ impl Family for Ipv6Addr {
     #[inline]
     fn fragments(pipeline: &mut Pipeline) -> &mut Fragments<Self> {
         &mut pipeline.fragments6
+    }
+    /// IPv6 goes into no tunnel.
+    fn about_tunnelled(_packet: &mut Packet, _view: &View<Self>, _forwarding: &Forwarding) -> Option<View<Self>> {
+        None
     }
     fn workload_control<D: Driver>(
         pipeline: &mut Pipeline,
@@ -643,16 +661,18 @@ impl Pipeline {
                 hop_word(snapshot.generation, decision.adjacency()),
                 hop_word(snapshot.generation, adjacency_to(snapshot, view.key.src)),
             ],
-            flags: 0,
+            flags: if origin == Origin::Host { PRIVILEGED } else { 0 },
         };
         let mut reply = decision.translated.invert();
         if let Some(address) = decision.snat {
             reply.dst = address;
         }
-        let Self { handles, random, .. } = self;
-        // A share is kept for the node's own connections, so that it can be reached however many others there are.
-        let for_host = origin == Origin::Host
-            || decision.adjacency().is_some_and(|hop| snapshot.forwarding.adjacency(hop).kind == RouteKind::Host);
+        let Self { handles, random, counters, .. } = self;
+        // A share is kept for the node's own connections, and for its pods' to it, however many others there are. Not for those from
+        // outside, whose sources may be made up: such a flood would take the share.
+        let to_host =
+            decision.adjacency().is_some_and(|hop| snapshot.forwarding.adjacency(hop).kind == RouteKind::Host);
+        let for_host = origin == Origin::Host || to_host && origin != Origin::Uplink;
         let kept_free = if for_host { 0 } else { table.capacity() as u32 / HOST_SHARE };
         if !table.make_room(A::handle(handles), kept_free, context.now, context.turn) {
             return Err(DropReason::TableFull);
@@ -664,7 +684,10 @@ impl Pipeline {
                     Attempt::Free(Opened { hit: Hit { conn, direction: Direction::Original }, ours: true })
                 }
                 Insert::Exists(hit) => Attempt::Free(Opened { hit, ours: false }),
-                Insert::ReplyTaken => Attempt::Taken,
+                Insert::ReplyTaken => {
+                    counters.add(Counter::SnatTaken as usize, 1);
+                    Attempt::Taken
+                }
                 Insert::Full => Attempt::Failed(DropReason::TableFull),
             }
         };
@@ -685,7 +708,10 @@ impl Pipeline {
                 attempt(with_reply_port(reply, port))
             });
         match allocated {
-            Ok(allocated) => Ok(allocated.value),
+            Ok(allocated) => {
+                counters.add(Counter::SnatAllocated as usize, u64::from(allocated.value.ours));
+                Ok(allocated.value)
+            }
             Err(AllocateError::Failed(reason)) => Err(reason),
             Err(AllocateError::Exhausted) => Err(DropReason::SnatExhausted),
         }
@@ -830,7 +856,7 @@ impl Pipeline {
         }
     }
 
-    /// An ICMP error: about a packet of a connection, or nobody's.
+    /// An ICMP error: about a packet of a connection, or nobody's. It keeps no connection alive and ends none (RFC 5508, REQ-3 to 5).
     fn icmp_error<A: Family, D: Driver>(
         &mut self,
         driver: &mut D,
@@ -841,17 +867,23 @@ impl Pipeline {
     ) {
         let forwarding = &*context.snapshot.forwarding;
         let table = A::table(context.tables);
-        let embedded = parse::parse_embedded::<A>(view.quote(packet.bytes()));
-        let hit = embedded.as_ref().and_then(|embedded| {
+        let tunnelled = if origin == Origin::Uplink { A::about_tunnelled(&mut packet, view, forwarding) } else { None };
+        let view = tunnelled.as_ref().unwrap_or(view);
+        let embedded = parse::parse_embedded::<A>(view.quote(packet.bytes())).filter(|embedded| {
+            // Errors go to who sent what they quote; and what a pod was not sent, it has nothing to tell about.
+            embedded.key.src == view.key.dst
+                && match origin {
+                    Origin::Workload(workload) => forwarding.local_workload(embedded.key.dst) == Some(workload),
+                    Origin::Host | Origin::Uplink => true,
+                }
+        });
+        let hit = embedded.as_ref().filter(|_| !view.is_redirect()).and_then(|embedded| {
             // The quoted packet went the other way; who sent the error answers it.
             let key = embedded.key.invert();
             table.lookup(&key, table.hash(&key), context.now, context.turn)
         });
         let (Some(embedded), Some(hit)) = (embedded, hit) else {
-            if origin == Origin::Uplink && forwarding.is_local(view.key.dst) {
-                return self.punt(packet, forwarding);
-            }
-            return self.end(driver, packet, End::Drop(DropReason::UnrelatedIcmpError));
+            return self.unrelated_icmp_error(driver, packet, view, origin, context);
         };
         let conn = table.conn(hit.conn);
         // What it is about may be judged otherwise by now. The connection's end is left to its own packets.
@@ -867,14 +899,45 @@ impl Pipeline {
         let arrived = conn.key(hit.direction);
         let inner_to = conn.key(hit.direction.flip());
         let to = inner_to.invert();
-        // From the end itself, the error takes the address that the other end knows; a router keeps its own.
-        let outer_src = if view.key.src == arrived.src { to.src } else { view.key.src };
+        // From the end itself, the error takes the address that the other end knows; a router keeps its own. But whatever goes to a
+        // backend that knows its client by a masquerade address comes from there (RFC 5508, REQ-5): tunnels let nothing else pass.
+        let is_masqueraded = hit.direction == Direction::Original && to.src != arrived.src;
+        let outer_src = if view.key.src == arrived.src || is_masqueraded { to.src } else { view.key.src };
         let Some(adjacency) = next_hop(&conn, hit.direction, context) else {
             return self.end(driver, packet, End::Drop(DropReason::NoRoute));
         };
         rewrite::translate_icmp_error(packet.bytes_mut(), view, &embedded, outer_src, to.dst, &inner_to);
         let rewritten = View { key: FlowKey { src: outer_src, dst: to.dst, ..view.key }, ..*view };
         self.forward(driver, packet, &rewritten, &rewritten.key, adjacency, context);
+    }
+
+    /// An ICMP error about no connection, or a redirect.
+    fn unrelated_icmp_error<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<A>,
+        origin: Origin,
+        context: &Context<'_>,
+    ) {
+        let forwarding = &*context.snapshot.forwarding;
+        if origin == Origin::Uplink && forwarding.is_local(view.key.dst) {
+            return self.punt(packet, forwarding);
+        }
+        // Who is redirected is the sender on the router's own link, nobody behind weir (RFC 1812, 5.2.7.2).
+        if view.is_redirect() {
+            return self.end(driver, packet, End::Drop(DropReason::LinkScope));
+        }
+        // What the node's kernel answers another node's pod went past weir (see `first_packet`), and so may its errors.
+        match adjacency_to(context.snapshot, view.key.dst) {
+            Some(hop)
+                if origin == Origin::Host
+                    && matches!(forwarding.adjacency(hop).kind, RouteKind::Direct | RouteKind::Ipip) =>
+            {
+                self.forward(driver, packet, view, &view.key, hop, context);
+            }
+            _ => self.end(driver, packet, End::Drop(DropReason::UnrelatedIcmpError)),
+        }
     }
 
     /// Sends a packet on its way: translate, count its hop, encapsulate, address it.

@@ -209,6 +209,13 @@ impl<A: Address> View<A> {
         }
     }
 
+    /// Whether the packet is an ICMP redirect (RFC 792); ICMPv6's is [`Kind::Control`].
+    #[inline]
+    pub fn is_redirect(&self) -> bool {
+        const REDIRECT: u16 = 5;
+        A::WORDS == 1 && self.kind == Kind::IcmpError && self.key.ports.destination() == REDIRECT
+    }
+
     /// Whether the packet is a fragment other than the first.
     #[inline]
     pub const fn is_later_fragment(&self) -> bool {

@@ -7,9 +7,11 @@
 use std::net::Ipv4Addr;
 
 use crate::{
-    Address, DropReason, FlowKey, Mac, Protocol,
+    Address, DropReason, FlowKey, Mac, Ports, Protocol,
     checksum::{Increment, Sum, sctp_increment},
-    parse::{ETHERNET_BYTES, Embedded, ICMP_HEADER_BYTES, Kind, UDP_LITE, View, is_echo},
+    parse::{
+        ETHERNET_BYTES, Embedded, ICMP_HEADER_BYTES, Kind, UDP_LITE, View, is_echo, l4_checksum_ok, parse_embedded,
+    },
 };
 
 /// Length of the header that [`write_ipip_header`] puts before a packet.
@@ -208,6 +210,62 @@ pub fn translate_icmp_error<A: Address>(
         change = change.plus(outer);
     }
     update(message, 2, change);
+}
+
+/// Makes an ICMP error about a tunnel packet one about the packet inside it, as who put it into the tunnel must (RFC 2003, 4): a path
+/// MTU is smaller by the tunnel's header, and what ends a tunnel packet's way leaves the inner destination unreachable.
+///
+/// `embedded` is what [`crate::parse::parse_embedded`] read from `view.quote(frame)`: an IPIP packet. The error keeps its source
+/// and goes to the inner packet's; the view of the result, which is shorter. `None`, and nothing written, for what is not to be told, for a
+/// quote that is too short to tell whom, and for a wrong ICMP checksum.
+///
+/// # Panics
+/// Where `frame` or the quote is shorter than what was parsed.
+pub fn error_about_inner(
+    frame: &mut [u8],
+    view: &View<Ipv4Addr>,
+    embedded: &Embedded<Ipv4Addr>,
+) -> Option<View<Ipv4Addr>> {
+    const UNREACHABLE: u8 = 3;
+    const HOST_UNREACHABLE: u8 = 1;
+    const FRAGMENTATION_NEEDED: u8 = 4;
+    const TIME_EXCEEDED: u8 = 11;
+    /// The smallest MTU that IPv4 allows (RFC 791, 3.2).
+    const SMALLEST_MTU: u16 = 68;
+    debug_assert_eq!((view.kind, embedded.key.protocol), (Kind::IcmpError, Protocol::IPIP));
+    let message = view.l4_slice(frame);
+    let header: &[u8; ICMP_HEADER_BYTES] = message.first_chunk()?;
+    let mtu = u16::from_be_bytes([header[6], header[7]]);
+    let (code, rest) = match (header[0], header[1]) {
+        // 0: from a router that is older than RFC 1191, for the sender to guess.
+        (UNREACHABLE, FRAGMENTATION_NEEDED) if mtu == 0 => (FRAGMENTATION_NEEDED, 0),
+        (UNREACHABLE, FRAGMENTATION_NEEDED) if mtu < SMALLEST_MTU + IPIP_HEADER_BYTES as u16 => return None,
+        (UNREACHABLE, FRAGMENTATION_NEEDED) => (FRAGMENTATION_NEEDED, mtu - IPIP_HEADER_BYTES as u16),
+        (UNREACHABLE, _) | (TIME_EXCEEDED, 0) => (HOST_UNREACHABLE, 0),
+        _ => return None,
+    };
+    let tunnel_header = usize::from(embedded.l4);
+    let inner = parse_embedded::<Ipv4Addr>(message.get(ICMP_HEADER_BYTES + tunnel_header..)?)?;
+    if !l4_checksum_ok(frame, view) {
+        return None;
+    }
+    let (l3, l4, end) = (usize::from(view.l3), usize::from(view.l4), usize::from(view.end) - tunnel_header);
+    frame.copy_within(l4 + ICMP_HEADER_BYTES + tunnel_header..usize::from(view.end), l4 + ICMP_HEADER_BYTES);
+    let message = &mut frame[l4..end];
+    message[..4].copy_from_slice(&[UNREACHABLE, code, 0, 0]);
+    message[4..8].copy_from_slice(&u32::from(rest).to_be_bytes());
+    let checksum = Sum::ZERO.bytes(message).finish();
+    message[2..4].copy_from_slice(&checksum);
+
+    let header = &mut frame[l3..l4];
+    let old_bytes = [header[2], header[3]];
+    let new_bytes = ((end - l3) as u16).to_be_bytes();
+    header[2..4].copy_from_slice(&new_bytes);
+    update(header, 10, Increment::ZERO.word16(old_bytes, new_bytes));
+    let ports = Ports::new(u16::from(code), u16::from(UNREACHABLE));
+    let key = FlowKey { dst: inner.key.src, ports, ..view.key };
+    let _ = write_addresses(header, &view.key, &key);
+    Some(View { key, end: end as u16, ..*view })
 }
 
 /// Writes the outer header of an IPIP packet (RFC 2003): protocol 4, TTL 64, the inner DSCP, ECN by RFC 6040's normal

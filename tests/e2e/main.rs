@@ -15,6 +15,7 @@ mod lifecycle;
 mod manifests;
 mod one_node;
 mod own_node;
+mod path_mtu;
 mod policy;
 mod scale;
 mod services;

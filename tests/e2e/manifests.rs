@@ -47,6 +47,13 @@ impl Manifests {
         }));
     }
 
+    /// Gives a node an address of its own in the tunnel, as Calico does: what it masquerades into the tunnel comes from there.
+    pub fn tunnel_address(&mut self, node: &str, address: &str) {
+        let is_it = |resource: &&mut Value| resource["kind"] == "Node" && resource["metadata"]["name"] == node;
+        let node = self.0.iter_mut().find(is_it).expect("a node with that name");
+        node["metadata"]["annotations"] = json!({"projectcalico.org/IPv4IPIPTunnelAddr": address});
+    }
+
     pub fn pool(&mut self, name: &str, cidr: &str, ipip: &str) {
         self.add(json!({
             "apiVersion": "projectcalico.org/v3", "kind": "IPPool", "metadata": {"name": name},

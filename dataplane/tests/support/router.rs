@@ -14,7 +14,7 @@ use weir_dataplane::{
     forwarding::Forwarding,
     frame::{IfIndex, LinkType},
     memory::MemoryDriver,
-    model::{Cluster, Device, Links, Neighbor, Node, Pool, Role, TunnelMode, Workload},
+    model::{Cluster, Device, Links, Neighbor, Node, Pool, Role, Route, TunnelMode, Workload},
     pipeline::{Context, Event, Pipeline, Tables, process_burst},
     snapshot::{Rules, Snapshot},
 };
@@ -84,7 +84,12 @@ pub fn links() -> Links {
             device("cali1", CLIENT_POD, Role::Workload, GATEWAY_MAC, &[]),
             device("cali2", SERVER_POD, Role::Workload, GATEWAY_MAC, &[]),
         ],
-        routes: Vec::new(),
+        routes: vec![Route {
+            to: "172.20.0.0/16".parse().unwrap(),
+            via: Some(ip("192.168.10.100")),
+            device: UPLINK,
+            metric: 0,
+        }],
         loopback_sources: Vec::new(),
         neighbors: ["192.168.10.2", "192.168.10.100", "fd00:10::2", "fd00:10::100"].map(neighbor).into(),
     }
