@@ -98,7 +98,12 @@ pub fn measure(flows: u32, duration: Duration) -> Result<Measurement, String> {
     let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &links).map_err(|e| e.to_string())?);
     let domain = Domain::new();
     let published = Published::new(&domain, Snapshot { generation: 1, rules, forwarding });
-    let table = || TableConfig { max_entries: flows.max(1024), seed: [1, 2], timeouts: Timeouts::default(), tcp: TcpSettings::default() };
+    let table = || TableConfig {
+        max_entries: flows.max(1024),
+        seed: [1, 2],
+        timeouts: Timeouts::default(),
+        tcp: TcpSettings::default(),
+    };
     let tables = Tables {
         v4: Table::new(table(), domain.clone()),
         v6: Table::new(TableConfig { max_entries: 16, ..table() }, domain.clone()),

@@ -46,8 +46,8 @@
 //! receivers take it. It moves S.end, for its acknowledgment to pass.
 //!
 //! Where R understands SACK, S's highest block stands for ack. Windows are scaled if both SYNs said so (RFC 7323, 2.2).
-//! A segment that may begin at the edge of the window, and zero windows that are taken for one, let zero window probes
-//! (RFC 9293, 3.8.6.1) and keepalives (RFC 9293, 3.8.4: seq is end - 1) in.
+//! A segment may begin at the edge of the window, and a zero window is taken for one of one byte: this lets zero window
+//! probes in (RFC 9293, 3.8.6.1). Keepalives (3.8.4), whose seq is end - 1, are inside anyway.
 //!
 //! A connection that was picked up in the middle has no scales: its windows are recorded as if there were none, and what
 //! is outside of them is let through, until a new handshake is seen. With tcp_be_liberal that is so for all connections.
@@ -65,8 +65,7 @@
 //!   numbers where they begin a side's; that it was the last one, if it is a FIN or a RST; and shortens the timeout when
 //!   such come from both sides.
 //! - What is beyond the window, but not by much, moves a side's end only forward; in netfilter also back.
-//! - A repeated SYN without any option stands for a side that can nothing; netfilter then keeps the options of the SYN
-//!   before.
+//! - A repeated SYN without any option stands for a side that has none; netfilter then keeps those of the SYN before.
 //!
 //! # Two workers at once
 //! [`Tcp`] is the part that is not in the state word. [`Tcp::step`] computes on a copy of the connection's [`TcpLine`];
@@ -83,6 +82,8 @@
 //!   edge, which is inside, and its acknowledgment brings the lost number with it.
 //! - A mix of words of different moments is a window between the older and the newer one: each of the four tests asks two
 //!   or three words, all of which were true at some time.
+//! - A side that was picked up in the middle begins where its first segment is, which may set its `end` back. Nothing is
+//!   refused in such a connection for being outside a window.
 //! - Scales, SACK and liberality share one word, which only SYNs change, so that no other packet's store can bring back
 //!   the one before.
 //! - What begins anew (a SYN repeated with other numbers, a SYN-ACK that agrees with a SYN which was let pass) sets the
@@ -785,11 +786,7 @@ impl Tcp {
             sender.max_win = (window << sender.scale).max(1);
             sender.max_end = end.wrapping_add(sender.max_win);
             self.anew[sending] = true;
-            if receiver.max_win == 0 {
-                receiver.end = sack;
-                receiver.max_end = sack;
-                self.anew[receiving] = true;
-            } else if sack == receiver.end.wrapping_add(1) {
+            if sack == receiver.end.wrapping_add(1) {
                 // It probably answers a keepalive, which was one behind.
                 receiver.end = sack;
             }

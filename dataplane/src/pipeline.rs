@@ -11,7 +11,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crossbeam::channel::Sender;
 use rand_chacha::{ChaCha8Rng, rand_core::Rng};
-use weir_conntrack::{Attributes, ConnRef, Handle, Hash, Hit, Insert, NewConn, Observed, Opening, SctpPacket, Table, Tracked};
+use weir_conntrack::{
+    Attributes, ConnRef, Handle, Hash, Hit, Insert, NewConn, Observed, Opening, SctpPacket, Table, Tracked,
+};
 use weir_nat::{AllocateError, Attempt};
 use weir_packet::{
     Address, Direction, DropReason, FlowKey, Mac, Ports, Protocol, Tick,
