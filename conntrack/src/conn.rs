@@ -425,14 +425,13 @@ impl<'t, A: Address> ConnRef<'t, A> {
         let mut word = self.state();
         loop {
             let Some(state) = word.tcp_state().filter(|_| word.is_live()) else { return Tracked::Accept };
-            let before = line.load();
-            let mut tcp = before;
+            let (mut tcp, words) = line.load();
             let standing = Standing { state, seen_reply: word.seen_reply(), assured: word.assured() };
             let step = tcp.step(standing, direction, observed, settings, timeouts);
             let state = |word: State, state| word.in_tcp_state(state);
             match self.take(word, direction, step, state, now) {
                 Ok(Tracked::Accept) => {
-                    line.store(&tcp, &before);
+                    line.store(&tcp, &words);
                     return Tracked::Accept;
                 }
                 Ok(tracked) => return tracked,

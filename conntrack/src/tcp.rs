@@ -404,43 +404,15 @@ const SIDE_WORDS: usize = 4;
 const END: usize = 0;
 const MAX_WIN: usize = 2;
 const MAX_ACK: usize = 3;
+/// The word of both sides' progress.
+const PROGRESS: usize = 13;
 
 impl TcpLine {
-    pub(crate) fn load(&self) -> Tcp {
-        let word = |index: usize| self.words[index].load(Ordering::Relaxed);
-        let (packed, fixed, progress, noted) = (word(11), word(12), word(13), word(14));
-        let side = |number: usize| {
-            let at = number * SIDE_WORDS;
-            let fixed = fixed >> (8 * number);
-            Side {
-                end: word(at),
-                max_end: word(at + 1),
-                max_win: word(at + 2),
-                max_ack: word(at + 3),
-                scale: fixed as u8 & 0xf,
-                options: (fixed >> 4) as u8 & 0xf,
-                progress: (progress >> (8 * number)) as u8,
-            }
-        };
-        Tcp {
-            sides: [side(0), side(1)],
-            last: Last {
-                seq: word(8),
-                ack: word(9),
-                end: word(10),
-                window: packed as u16,
-                retransmissions: (packed >> 16) as u8,
-                event: Event::from_number(packed >> 24 & 7),
-                direction: if packed >> 27 & 1 == 0 { Direction::Original } else { Direction::Reply },
-            },
-            noted: Noted {
-                simultaneous: noted & 1 != 0,
-                challenge_expected: noted & 2 != 0,
-                options: (noted >> 8) as u8,
-                scale: (noted >> 16) as u8,
-            },
-            anew: [false; 2],
-        }
+    /// The numbers, and the words that they were read from.
+    #[inline(always)]
+    pub(crate) fn load(&self) -> (Tcp, [u32; WORDS]) {
+        let words: [u32; WORDS] = std::array::from_fn(|index| self.words[index].load(Ordering::Relaxed));
+        (Tcp::of(&words), words)
     }
 
     /// Stores everything, of a connection that nobody else knows yet.
@@ -448,9 +420,12 @@ impl TcpLine {
         self.words.iter().zip(tcp.words()).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
     }
 
-    /// Stores what differs from `before`; the numbers of the windows forward only, unless their side begins anew.
-    pub(crate) fn store(&self, tcp: &Tcp, before: &Tcp) {
-        let (old, new) = (before.words(), tcp.words());
+    /// Stores what differs from the words that were loaded; the numbers of the windows forward only, unless their side
+    /// begins anew.
+    #[inline(always)]
+    pub(crate) fn store(&self, tcp: &Tcp, old: &[u32; WORDS]) {
+        let new = tcp.words();
+        let had_ack = [0, 1].map(|side| old[PROGRESS] >> (8 * side) & u32::from(ACK_KNOWN) != 0);
         for (side, &anew) in tcp.anew.iter().enumerate() {
             for index in side * SIDE_WORDS..(side + 1) * SIDE_WORDS {
                 if new[index] == old[index] {
@@ -465,7 +440,7 @@ impl TcpLine {
                     }
                     MAX_WIN => current < new[index],
                     // The side's first goes on from none.
-                    MAX_ACK if before.sides[side].progress & ACK_KNOWN == 0 => true,
+                    MAX_ACK if !had_ack[side] => true,
                     _ => is_before(current, new[index]),
                 };
                 if is_ahead || anew {
@@ -543,6 +518,45 @@ const fn is_before(a: u32, b: u32) -> bool {
 }
 
 impl Tcp {
+    #[inline(always)]
+    fn of(words: &[u32; WORDS]) -> Self {
+        let word = |index: usize| words[index];
+        let (packed, fixed, progress, noted) = (word(11), word(12), word(PROGRESS), word(14));
+        let side = |number: usize| {
+            let at = number * SIDE_WORDS;
+            let fixed = fixed >> (8 * number);
+            Side {
+                end: word(at),
+                max_end: word(at + 1),
+                max_win: word(at + 2),
+                max_ack: word(at + 3),
+                scale: fixed as u8 & 0xf,
+                options: (fixed >> 4) as u8 & 0xf,
+                progress: (progress >> (8 * number)) as u8,
+            }
+        };
+        Tcp {
+            sides: [side(0), side(1)],
+            last: Last {
+                seq: word(8),
+                ack: word(9),
+                end: word(10),
+                window: packed as u16,
+                retransmissions: (packed >> 16) as u8,
+                event: Event::from_number(packed >> 24 & 7),
+                direction: if packed >> 27 & 1 == 0 { Direction::Original } else { Direction::Reply },
+            },
+            noted: Noted {
+                simultaneous: noted & 1 != 0,
+                challenge_expected: noted & 2 != 0,
+                options: (noted >> 8) as u8,
+                scale: (noted >> 16) as u8,
+            },
+            anew: [false; 2],
+        }
+    }
+
+    #[inline(always)]
     fn words(&self) -> [u32; WORDS] {
         let [
             Side { end: e0, max_end: me0, max_win: w0, max_ack: a0, scale: s0, options: o0, progress: p0 },
@@ -595,6 +609,7 @@ impl Tcp {
     }
 
     /// What `segment` does to a connection. `self` is to be stored if it is accepted or ignored.
+    #[inline(always)]
     pub(crate) fn step(
         &mut self,
         standing: Standing,
@@ -761,6 +776,7 @@ impl Tcp {
     }
 
     /// Where the segment is, and moves the windows where it is inside. `state` is the connection's before.
+    #[inline(always)]
     fn place(
         &mut self,
         state: TcpState,
@@ -874,6 +890,7 @@ impl Tcp {
     }
 
     /// How long the connection lives from now on.
+    #[inline(always)]
     fn timeout(
         &self,
         state: TcpState,
