@@ -418,8 +418,17 @@ impl<'t, A: Address> ConnRef<'t, A> {
         Tracked::Accept
     }
 
+    /// Once for each direction: the compiler then knows whose numbers are whose, and keeps them in registers.
     #[inline(never)]
     fn track_tcp(self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
+        match direction {
+            Direction::Original => self.track_segment(Direction::Original, observed, now),
+            Direction::Reply => self.track_segment(Direction::Reply, observed, now),
+        }
+    }
+
+    #[inline(always)]
+    fn track_segment(self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
         let line = self.table.tcp_line(self.id.0);
         let (settings, timeouts) = self.table.tcp_rules();
         let mut word = self.state();
