@@ -432,21 +432,29 @@ impl<'t, A: Address> ConnRef<'t, A> {
         Tracked::Accept
     }
 
+    /// Once for each direction: the compiler then knows whose numbers are whose, and keeps them in registers.
     #[inline(never)]
     fn track_tcp(self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
+        match direction {
+            Direction::Original => self.track_segment(Direction::Original, observed, now),
+            Direction::Reply => self.track_segment(Direction::Reply, observed, now),
+        }
+    }
+
+    #[inline(always)]
+    fn track_segment(self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
         let line = self.table.tcp_line(self.id.0);
         let (settings, timeouts) = self.table.tcp_rules();
         let mut word = self.state();
         loop {
             let Some(state) = word.tcp_state().filter(|_| word.is_live()) else { return Tracked::Accept };
-            let before = line.load();
-            let mut tcp = before;
+            let (mut tcp, words) = line.load();
             let standing = Standing { state, seen_reply: word.seen_reply(), assured: word.assured() };
             let step = tcp.step(standing, direction, observed, settings, timeouts);
             let state = |word: State, state| word.in_tcp_state(state);
             match self.take(word, direction, step, state, now) {
                 Ok(Tracked::Accept) => {
-                    line.store(&tcp, &before);
+                    line.store(&tcp, &words);
                     return Tracked::Accept;
                 }
                 Ok(tracked) => return tracked,

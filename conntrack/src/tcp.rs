@@ -46,8 +46,8 @@
 //! receivers take it. It moves S.end, for its acknowledgment to pass.
 //!
 //! Where R understands SACK, S's highest block stands for ack. Windows are scaled if both SYNs said so (RFC 7323, 2.2).
-//! A segment that may begin at the edge of the window, and zero windows that are taken for one, let zero window probes
-//! (RFC 9293, 3.8.6.1) and keepalives (RFC 9293, 3.8.4: seq is end - 1) in.
+//! A segment may begin at the edge of the window, and a zero window is taken for one of one byte: this lets zero window
+//! probes in (RFC 9293, 3.8.6.1). Keepalives (3.8.4), whose seq is end - 1, are inside anyway.
 //!
 //! A connection that was picked up in the middle has no scales: its windows are recorded as if there were none, and what
 //! is outside of them is let through, until a new handshake is seen. With tcp_be_liberal that is so for all connections.
@@ -65,8 +65,7 @@
 //!   numbers where they begin a side's; that it was the last one, if it is a FIN or a RST; and shortens the timeout when
 //!   such come from both sides.
 //! - What is beyond the window, but not by much, moves a side's end only forward; in netfilter also back.
-//! - A repeated SYN without any option stands for a side that can nothing; netfilter then keeps the options of the SYN
-//!   before.
+//! - A repeated SYN without any option stands for a side that has none; netfilter then keeps those of the SYN before.
 //!
 //! # Two workers at once
 //! [`Tcp`] is the part that is not in the state word. [`Tcp::step`] computes on a copy of the connection's [`TcpLine`];
@@ -83,6 +82,8 @@
 //!   edge, which is inside, and its acknowledgment brings the lost number with it.
 //! - A mix of words of different moments is a window between the older and the newer one: each of the four tests asks two
 //!   or three words, all of which were true at some time.
+//! - A side that was picked up in the middle begins where its first segment is, which may set its `end` back. Nothing is
+//!   refused in such a connection for being outside a window.
 //! - Scales, SACK and liberality share one word, which only SYNs change, so that no other packet's store can bring back
 //!   the one before.
 //! - What begins anew (a SYN repeated with other numbers, a SYN-ACK that agrees with a SYN which was let pass) sets the
@@ -403,43 +404,15 @@ const SIDE_WORDS: usize = 4;
 const END: usize = 0;
 const MAX_WIN: usize = 2;
 const MAX_ACK: usize = 3;
+/// The word of both sides' progress.
+const PROGRESS: usize = 13;
 
 impl TcpLine {
-    pub(crate) fn load(&self) -> Tcp {
-        let word = |index: usize| self.words[index].load(Ordering::Relaxed);
-        let (packed, fixed, progress, noted) = (word(11), word(12), word(13), word(14));
-        let side = |number: usize| {
-            let at = number * SIDE_WORDS;
-            let fixed = fixed >> (8 * number);
-            Side {
-                end: word(at),
-                max_end: word(at + 1),
-                max_win: word(at + 2),
-                max_ack: word(at + 3),
-                scale: fixed as u8 & 0xf,
-                options: (fixed >> 4) as u8 & 0xf,
-                progress: (progress >> (8 * number)) as u8,
-            }
-        };
-        Tcp {
-            sides: [side(0), side(1)],
-            last: Last {
-                seq: word(8),
-                ack: word(9),
-                end: word(10),
-                window: packed as u16,
-                retransmissions: (packed >> 16) as u8,
-                event: Event::from_number(packed >> 24 & 7),
-                direction: if packed >> 27 & 1 == 0 { Direction::Original } else { Direction::Reply },
-            },
-            noted: Noted {
-                simultaneous: noted & 1 != 0,
-                challenge_expected: noted & 2 != 0,
-                options: (noted >> 8) as u8,
-                scale: (noted >> 16) as u8,
-            },
-            anew: [false; 2],
-        }
+    /// The numbers, and the words that they were read from.
+    #[inline(always)]
+    pub(crate) fn load(&self) -> (Tcp, [u32; WORDS]) {
+        let words: [u32; WORDS] = std::array::from_fn(|index| self.words[index].load(Ordering::Relaxed));
+        (Tcp::of(&words), words)
     }
 
     /// Takes over all words of another line.
@@ -454,9 +427,12 @@ impl TcpLine {
         self.words.iter().zip(tcp.words()).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
     }
 
-    /// Stores what differs from `before`; the numbers of the windows forward only, unless their side begins anew.
-    pub(crate) fn store(&self, tcp: &Tcp, before: &Tcp) {
-        let (old, new) = (before.words(), tcp.words());
+    /// Stores what differs from the words that were loaded; the numbers of the windows forward only, unless their side
+    /// begins anew.
+    #[inline(always)]
+    pub(crate) fn store(&self, tcp: &Tcp, old: &[u32; WORDS]) {
+        let new = tcp.words();
+        let had_ack = [0, 1].map(|side| old[PROGRESS] >> (8 * side) & u32::from(ACK_KNOWN) != 0);
         for (side, &anew) in tcp.anew.iter().enumerate() {
             for index in side * SIDE_WORDS..(side + 1) * SIDE_WORDS {
                 if new[index] == old[index] {
@@ -471,7 +447,7 @@ impl TcpLine {
                     }
                     MAX_WIN => current < new[index],
                     // The side's first goes on from none.
-                    MAX_ACK if before.sides[side].progress & ACK_KNOWN == 0 => true,
+                    MAX_ACK if !had_ack[side] => true,
                     _ => is_before(current, new[index]),
                 };
                 if is_ahead || anew {
@@ -549,6 +525,45 @@ const fn is_before(a: u32, b: u32) -> bool {
 }
 
 impl Tcp {
+    #[inline(always)]
+    fn of(words: &[u32; WORDS]) -> Self {
+        let word = |index: usize| words[index];
+        let (packed, fixed, progress, noted) = (word(11), word(12), word(PROGRESS), word(14));
+        let side = |number: usize| {
+            let at = number * SIDE_WORDS;
+            let fixed = fixed >> (8 * number);
+            Side {
+                end: word(at),
+                max_end: word(at + 1),
+                max_win: word(at + 2),
+                max_ack: word(at + 3),
+                scale: fixed as u8 & 0xf,
+                options: (fixed >> 4) as u8 & 0xf,
+                progress: (progress >> (8 * number)) as u8,
+            }
+        };
+        Tcp {
+            sides: [side(0), side(1)],
+            last: Last {
+                seq: word(8),
+                ack: word(9),
+                end: word(10),
+                window: packed as u16,
+                retransmissions: (packed >> 16) as u8,
+                event: Event::from_number(packed >> 24 & 7),
+                direction: if packed >> 27 & 1 == 0 { Direction::Original } else { Direction::Reply },
+            },
+            noted: Noted {
+                simultaneous: noted & 1 != 0,
+                challenge_expected: noted & 2 != 0,
+                options: (noted >> 8) as u8,
+                scale: (noted >> 16) as u8,
+            },
+            anew: [false; 2],
+        }
+    }
+
+    #[inline(always)]
     fn words(&self) -> [u32; WORDS] {
         let [
             Side { end: e0, max_end: me0, max_win: w0, max_ack: a0, scale: s0, options: o0, progress: p0 },
@@ -601,6 +616,7 @@ impl Tcp {
     }
 
     /// What `segment` does to a connection. `self` is to be stored if it is accepted or ignored.
+    #[inline(always)]
     pub(crate) fn step(
         &mut self,
         standing: Standing,
@@ -767,6 +783,7 @@ impl Tcp {
     }
 
     /// Where the segment is, and moves the windows where it is inside. `state` is the connection's before.
+    #[inline(always)]
     fn place(
         &mut self,
         state: TcpState,
@@ -792,11 +809,7 @@ impl Tcp {
             sender.max_win = (window << sender.scale).max(1);
             sender.max_end = end.wrapping_add(sender.max_win);
             self.anew[sending] = true;
-            if receiver.max_win == 0 {
-                receiver.end = sack;
-                receiver.max_end = sack;
-                self.anew[receiving] = true;
-            } else if sack == receiver.end.wrapping_add(1) {
+            if sack == receiver.end.wrapping_add(1) {
                 // It probably answers a keepalive, which was one behind.
                 receiver.end = sack;
             }
@@ -884,6 +897,7 @@ impl Tcp {
     }
 
     /// How long the connection lives from now on.
+    #[inline(always)]
     fn timeout(
         &self,
         state: TcpState,

@@ -7,7 +7,7 @@
 use std::net::Ipv4Addr;
 
 use weir_conntrack::{
-    Attributes, ConnId, Handle, Hit, Insert, NewConn, Observed, Table, TableConfig, TcpSettings, Timeouts,
+    Attributes, ConnId, Handle, Hit, Insert, NewConn, Observed, Table, TableConfig, TcpSettings, Timeouts, Tracked,
 };
 use weir_packet::{Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::{Arc, Domain, Turn, model_bounded, thread};
@@ -356,5 +356,38 @@ fn listing_and_reuse() {
         assert!(table.remove(&mut handle, old, &participant.enter()));
         assert!(matches!(insert(&mut handle, &participant.enter(), 3), Insert::Inserted(ConnId { .. })));
         lister.join().unwrap();
+    });
+}
+
+/// Data of one direction on two workers at once: whichever comes first, an acknowledgment of all of it is inside the window.
+#[test]
+fn windows_of_two_workers() {
+    explore(2, || {
+        let (domain, table) = table(1);
+        let segment = |tcp_flags, tcp_seq, tcp_ack, payload_bytes| Observed {
+            tcp_flags,
+            tcp_seq,
+            tcp_ack,
+            tcp_window: 64_240,
+            payload_bytes,
+            ..Observed::default()
+        };
+        let tcp = |key: FlowKey<Ipv4Addr>| FlowKey { protocol: Protocol::TCP, ..key };
+        let (mut participant, mut handle) = (domain.join(), table.handle());
+        let turn = participant.enter();
+        let new = NewConn { first: segment(0x02, 999, 0, 0), ..conn(tcp(key(1, 2)), tcp(key(2, 1))) };
+        let Insert::Inserted(id) = table.insert(&mut handle, new, NOW, &turn) else { panic!("room") };
+        let track = move |table: &V4, direction, observed: Observed| table.conn(id).track(direction, &observed, NOW);
+        assert_eq!(track(&table, Direction::Reply, segment(0x12, 4999, 1000, 0)), Tracked::Accept);
+        assert_eq!(track(&table, Direction::Original, segment(0x10, 1000, 5000, 0)), Tracked::Accept);
+        let data = |seq| {
+            move |table: &V4, _: &mut Handle, _: &Turn<'_>| {
+                track(table, Direction::Original, segment(0x10, seq, 5000, 100))
+            }
+        };
+        let results = two(&domain, &table, data(1000), data(1100));
+        assert_eq!(results, [Tracked::Accept; 2]);
+        assert_eq!(track(&table, Direction::Reply, segment(0x10, 5000, 1200, 0)), Tracked::Accept);
+        assert_eq!(track(&table, Direction::Original, segment(0x10, 1200, 5000, 100)), Tracked::Accept);
     });
 }

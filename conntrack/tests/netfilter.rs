@@ -146,7 +146,8 @@ fn tcp_bytes(key: &FlowKey<Ipv4Addr>, segment: &Observed) -> Vec<u8> {
     bytes.extend(key.ports.destination().to_be_bytes());
     bytes.extend(segment.tcp_seq.to_be_bytes());
     bytes.extend(segment.tcp_ack.to_be_bytes());
-    bytes.extend([((20 + options.len()) / 4 << 4) as u8, segment.tcp_flags]);
+    let header_words = (20 + options.len()) / 4;
+    bytes.extend([(header_words as u8) << 4, segment.tcp_flags]);
     bytes.extend(segment.tcp_window.to_be_bytes());
     bytes.extend([0; 4]);
     bytes.extend(&options);

@@ -4,7 +4,7 @@
 use std::net::Ipv4Addr;
 
 use weir_conntrack::{
-    Attributes, ConnRef, Insert, Lifecycle, NewConn, Observed, Opening, Table, TableConfig, TcpSettings, TcpState,
+    Attributes, ConnRef, Hit, Insert, Lifecycle, NewConn, Observed, Opening, Table, TableConfig, TcpSettings, TcpState,
     Timeouts, Tracked,
 };
 use weir_packet::{Direction, FlowKey, Ports, Protocol, Tick};
@@ -108,6 +108,34 @@ fn a_rst_behind_is_invalid_unless_that_is_ignored() {
     let ignoring = TcpSettings { ignore_invalid_rst: true, ..TcpSettings::default() };
     // It is not exact, so it does not end the connection.
     assert_eq!(after_handshake(ignoring, &behind), (vec![Accept, Accept], Some(Established)));
+}
+
+#[test]
+fn connections_that_clash() {
+    let domain = Domain::new();
+    let mut participant = domain.join();
+    let (timeouts, tcp) = (Timeouts::default(), TcpSettings::default());
+    let table = Table::<Ipv4Addr>::new(TableConfig { max_entries: 4, seed: [1, 2], timeouts, tcp }, domain);
+    let (mut handle, turn) = (table.handle(), participant.enter());
+    let key = |src: u8, dst: u8| FlowKey {
+        src: Ipv4Addr::new(10, 0, 0, src),
+        dst: Ipv4Addr::new(10, 0, 0, dst),
+        ports: Ports::new(4000, 4000),
+        protocol: Protocol::TCP,
+    };
+    let mut insert = |original: FlowKey<Ipv4Addr>, reply| {
+        let new = NewConn { original, reply, attributes: Attributes::default(), first: segment(S, 999, 0, 0) };
+        table.insert(&mut handle, new, Tick(0), &turn)
+    };
+    let Insert::Inserted(id) = insert(key(1, 2), key(2, 1)) else { panic!("room") };
+    assert_eq!(insert(key(1, 2), key(2, 1)), Insert::Exists(Hit { conn: id, direction: Original }), "two SYNs at once");
+    let from_the_other_side = insert(key(2, 1), key(1, 2));
+    assert_eq!(from_the_other_side, Insert::Exists(Hit { conn: id, direction: Reply }), "simultaneous open");
+    assert_eq!(table.conn(id).track(Reply, &segment(S, 4999, 0, 0), Tick(0)), Accept);
+    assert_eq!(table.conn(id).tcp_state(), Some(SynSent2));
+    // Of another client, translated to what is the first one's server.
+    assert_eq!(insert(key(3, 9), key(2, 1)), Insert::ReplyTaken);
+    assert!(matches!(insert(key(3, 9), key(2, 3)), Insert::Inserted(_)));
 }
 
 #[test]

@@ -286,6 +286,15 @@ fn syns() -> Vec<Sequence> {
             ],
         ),
         after_handshake(
+            "a SYN in a connection, its challenge ACK, the RST that answers that, and the SYN again",
+            [
+                passes(Original, (S, 70_000, 0, 0), Established),
+                goes(Reply, (A, 5000, 1000, 0), Established),
+                goes(Original, (R, 1000, 0, 0), Close),
+                reopens(Original, (S, 70_000, 0, 0), Close),
+            ],
+        ),
+        after_handshake(
             "a SYN in a connection, answered by a RST: the server knows nothing of it",
             [passes(Original, (S, 70_000, 0, 0), Established), goes(Reply, (RA, 0, 70_001, 0), Close)],
         ),
