@@ -503,12 +503,11 @@ impl Pipeline {
             return self.end(driver, packet, End::Drop(reason));
         }
         match view.kind {
-            Kind::Flow => {}
-            Kind::IcmpError => return self.icmp_error(driver, packet, view, origin, context),
-            Kind::Control => return self.end(driver, packet, End::Drop(DropReason::LinkScope)),
+            Kind::IcmpError => self.icmp_error(driver, packet, view, origin, context),
             Kind::FirstFragment { .. } | Kind::LaterFragment { .. } => {
                 self.part(driver, packet, view, origin, hash, context);
             }
+            Kind::Flow | Kind::Control => self.end(driver, packet, End::Drop(DropReason::LinkScope)),
         }
     }
 
