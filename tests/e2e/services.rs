@@ -105,7 +105,7 @@ fn udp_to_a_service_comes_back_from_the_service() {
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn a_service_without_backends_rejects_at_once() {
     let site = site();
-    for (address, reason) in [(format!("{EMPTY}:80"), "NoBackend"), (format!("{WEB}:81"), "UnpublishedPort")] {
+    for (address, reason) in [(format!("{EMPTY}:80"), "NoBackend"), (format!("{WEB}:82"), "UnpublishedPort")] {
         let begin = Instant::now();
         let output =
             site.lab.output_in("default/client", &["curl", "-s", "--max-time", "20", &format!("http://{address}/")]);
