@@ -256,7 +256,7 @@ impl Worker {
     }
 
     fn draw(&mut self, below: u32) -> u32 {
-        (u64::from(self.random.next_u32()) * u64::from(below) >> 32) as u32
+        ((u64::from(self.random.next_u32()) * u64::from(below)) >> 32) as u32
     }
 
     /// One turn; what left.
@@ -321,7 +321,7 @@ impl Worker {
         let number = self.draw(self.own.len() as u32) as usize;
         let mut connection = self.own.swap_remove(number);
         let way = connection.way;
-        let is_openers = connection.steps % 2 == 0;
+        let is_openers = connection.steps.is_multiple_of(2);
         let (from, to) = if is_openers { (way.from, way.to) } else { (way.to, way.from) };
         let opener = (ip(way.opener), connection.port);
         let (asked, answers) = ((ip(way.asked.0), way.asked.1), (ip(way.answers.0), way.answers.1));
