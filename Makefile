@@ -1,9 +1,10 @@
 # Two commands matter: `make demo` shows weir at work, `make test` tests it. `make help` lists the rest.
 
 CARGO ?= cargo
+SOAK_MINUTES ?= 30
 LOOM_FLAGS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=2
 
-.PHONY: help setup build release demo demo-memory test lint unit loom e2e cases bench bench-tables perf miri fuzz install clean
+.PHONY: help setup build release demo demo-memory test lint unit loom e2e cases bench bench-tables perf soak miri install clean
 
 help: ## Lists the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +53,9 @@ bench-tables: setup ## The connection table beside other concurrent maps and DPD
 
 perf: release ## Packets per second through veth, beside a bare AF_XDP forwarder in the same run. Needs root.
 	$(CARGO) run --release --example veth_pps
+
+soak: ## Two workers under a mix of everything for SOAK_MINUTES (30); at the end every entry, frame and port is accounted for.
+	$(CARGO) run --example soak -- $(SOAK_MINUTES)
 
 miri: ## The unsafe and lock-free parts under miri (needs a nightly toolchain with miri).
 	$(CARGO) +nightly miri test -p weir-sync -p weir-conntrack --lib

@@ -282,6 +282,13 @@ impl<'t, A: Address> ConnRef<'t, A> {
         self.lines.attribute(field, element).store(value, Ordering::Relaxed);
     }
 
+    /// Whether a TCP segment with that sequence number may be on its way in a direction: what an ICMP error must be about, which anybody
+    /// may send who guesses the ports (RFC 5927, 4.1). A window's worth behind the last is allowed, as errors come late. Yes, where nothing of
+    /// that direction was seen.
+    pub fn may_be_in_flight(self, direction: Direction, tcp_seq: u32) -> bool {
+        self.table.tcp_line(self.id.0).may_be_in_flight(direction, tcp_seq)
+    }
+
     /// The device that the first packet came from.
     #[inline]
     pub fn device(self) -> u32 {

@@ -415,6 +415,14 @@ impl TcpLine {
         (Tcp::of(&words), words)
     }
 
+    /// Whether the sender of a direction may have a segment with that sequence number on its way. Yes, where nothing of it was seen.
+    pub(crate) fn may_be_in_flight(&self, direction: Direction, seq: u32) -> bool {
+        let (tcp, _) = self.load();
+        let (sender, receiver) = (&tcp.sides[direction as usize], &tcp.sides[direction.flip() as usize]);
+        let oldest = sender.end.wrapping_sub(receiver.max_win.max(MIN_ACK_WINDOW));
+        sender.max_win == 0 || !is_before(seq, oldest) && !is_before(sender.end, seq)
+    }
+
     /// Takes over all words of another line.
     pub(crate) fn fill_from(&self, other: &Self) {
         for (word, other) in self.words.iter().zip(&other.words) {

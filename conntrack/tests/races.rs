@@ -226,16 +226,13 @@ fn a_long_mix_leaves_nothing_behind() {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let lister = scope.spawn(|| {
-            let mut entries = 0u64;
             while !stop.load(Ordering::Relaxed) {
                 table.for_each(NOW, |entry| {
                     let mark = entry.attributes.device;
                     assert_eq!(entry.attributes.stamps, [mark; 3], "of one moment: {entry:?}");
                     assert_eq!((entry.original.ports.word(), entry.reply.dst), (mark, entry.original.src));
-                    entries += 1;
                 });
             }
-            entries
         });
         let workers: Vec<_> = (0..3u32)
             .map(|worker| {
@@ -279,7 +276,7 @@ fn a_long_mix_leaves_nothing_behind() {
             .collect();
         workers.into_iter().for_each(|worker| worker.join().expect("a worker"));
         stop.store(true, Ordering::Relaxed);
-        assert!(lister.join().expect("the lister") > 0 || cfg!(miri));
+        lister.join().expect("what it saw was of one moment each");
     });
     check_all_found(&domain, &table);
     let (mut handle, mut participant) = (table.handle(), domain.join());

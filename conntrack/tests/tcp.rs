@@ -168,3 +168,19 @@ fn lifecycles_follow_the_states() {
         assert_eq!(conn.lifecycle(), Lifecycle::Closed);
     });
 }
+
+#[test]
+fn what_an_error_may_be_about() {
+    open(segment(S, 999, 0, 0), TcpSettings::default(), |conn| {
+        // Of the other side nothing is known.
+        assert!(conn.may_be_in_flight(Reply, 77));
+        assert!(conn.may_be_in_flight(Original, 999) && !conn.may_be_in_flight(Original, 1001));
+        assert_eq!(conn.track(Reply, &segment(SA, 4999, 1000, 0), Tick(100)), Accept);
+        assert_eq!(conn.track(Original, &segment(A, 1000, 5000, 0), Tick(100)), Accept);
+        assert_eq!(conn.track(Original, &segment(PA, 1000, 5000, 500), Tick(100)), Accept);
+        let in_flight = |direction, seqs: [u32; 4]| seqs.map(|seq| conn.may_be_in_flight(direction, seq));
+        assert_eq!(in_flight(Original, [1000, 1499, 1500, 1501]), [true, true, true, false]);
+        assert_eq!(in_flight(Original, [1500_u32.wrapping_sub(66_000), 0, 900, 1 << 31]), [true, true, true, false]);
+        assert_eq!(in_flight(Reply, [4999, 5000, 5001, 3_000_000_000]), [true, true, false, false]);
+    });
+}

@@ -895,6 +895,9 @@ impl Pipeline {
                 Rejudged::Anew => return self.end(driver, packet, End::Drop(DropReason::UnrelatedIcmpError)),
             }
         }
+        if embedded.tcp_seq.is_some_and(|seq| !conn.may_be_in_flight(hit.direction.flip(), seq)) {
+            return self.end(driver, packet, End::Drop(DropReason::UnrelatedIcmpError));
+        }
         let arrived = conn.key(hit.direction);
         let inner_to = conn.key(hit.direction.flip());
         let to = inner_to.invert();

@@ -753,6 +753,8 @@ pub struct Embedded<A: Address> {
     pub quoted_bytes: u16,
     /// Bytes of the quoted packet's layer-4 header and payload before it was cut; 0 where it was a fragment.
     pub l4_bytes: u16,
+    /// The sequence number of a quoted TCP segment.
+    pub tcp_seq: Option<u32>,
 }
 
 /// Reads what an ICMP error quotes ([`View::quote`]): an IP packet, usually cut.
@@ -796,7 +798,12 @@ pub fn parse_embedded<A: Address>(quote: &[u8]) -> Option<Embedded<A>> {
     let key =
         FlowKey { src: A::read(&header[addresses..]), dst: A::read(&header[addresses + A::BYTES..]), ports, protocol };
     let l4_bytes = if is_fragment { 0 } else { whole_bytes.saturating_sub(l4) };
+    let tcp_seq = match l4_header.first_chunk::<8>() {
+        Some([_, _, _, _, a, b, c, d]) if protocol == Protocol::TCP => Some(u32::from_be_bytes([*a, *b, *c, *d])),
+        _ => None,
+    };
     Some(Embedded {
+        tcp_seq,
         key,
         l4: u16::try_from(l4).ok()?,
         quoted_bytes: u16::try_from(quote.len()).ok()?,

@@ -78,7 +78,7 @@ drop_reasons! {
     TunnelNested,
     /// The packet belongs to no connection and may not open one.
     Invalid,
-    /// An ICMP error about a packet of no known connection.
+    /// An ICMP error about a packet of no known connection, or one that its connection cannot have sent.
     UnrelatedIcmpError,
     /// A packet to a service of which no backend is usable; it was answered by a reject.
     NoBackend,

@@ -153,17 +153,17 @@ fn beyond_a_router_with_a_smaller_mtu_through_every_nat() {
     }
     // A server whose answers may not be in fragments.
     let mut server = site.lab.spawn("default/server", "udp-server", &["python3", "-c", UDP_SERVER, "7"]).unwrap();
-    for family in 0..2 {
+    for node in NODE {
         for port in [NODE_PORT, LOCAL_NODE_PORT] {
             let socket = site.udp("far", "[::]:0");
             socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
-            socket.connect(mapped(NODE[family], port)).unwrap();
+            socket.connect(mapped(node, port)).unwrap();
             // The first answers are too large for the path; then their sender knows.
             let answered = (0..40).any(|_| {
                 socket.send(b"question").unwrap();
                 socket.recv(&mut [0; 2000]).is_ok_and(|length| length < 1300)
             });
-            assert!(answered, "no answer from {} {port}", NODE[family]);
+            assert!(answered, "no answer from {node} {port}");
         }
     }
     assert!(server.is_running(), "{}", server.log());
