@@ -214,6 +214,12 @@ impl SctpPacket {
         read
     }
 
+    /// Whether it holds nothing by which an association's state moves: DATA and the like alone.
+    #[inline]
+    pub fn moves_nothing(&self) -> bool {
+        self.events[0].is_none()
+    }
+
     fn events(&self) -> impl Iterator<Item = Event> {
         self.events.into_iter().flatten()
     }

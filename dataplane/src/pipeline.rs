@@ -19,7 +19,7 @@ use weir_packet::{
     Address, Direction, DropReason, FlowKey, Mac, Ports, Protocol, Tick,
     build::{self, IcmpError},
     options::TcpOptions,
-    parse::{self, Arp, Kind, Parsed, View},
+    parse::{self, Arp, Kind, Parsed, TcpFields, View},
     rewrite,
 };
 use weir_sync::{Turn, WorkerCounters};
@@ -554,7 +554,12 @@ impl Pipeline {
                     }
                 }
             }
-            match conn.track(hit.direction, &observed(&packet, view), context.now) {
+            let segment = observed(&packet, view);
+            if may_change_state(&conn, hit.direction, &segment) && !parse::l4_checksum_ok(packet.bytes(), view) {
+                // It stays bad, so its receiver drops it.
+                return self.established(driver, packet, view, &conn, hit.direction, context);
+            }
+            match conn.track(hit.direction, &segment, context.now) {
                 Tracked::Accept => return self.established(driver, packet, view, &conn, hit.direction, context),
                 Tracked::NewFlow => {
                     table.remove(A::handle(&mut self.handles), hit.conn, context.turn);
@@ -611,6 +616,9 @@ impl Pipeline {
                 }
                 _ => {}
             }
+        }
+        if !parse::l4_checksum_ok(packet.bytes(), view) {
+            return self.end(driver, packet, End::Drop(DropReason::Invalid));
         }
         match observed(&packet, view).opening(&view.key) {
             Opening::Opens => {}
@@ -1332,6 +1340,17 @@ fn adjacency_to<A: Family>(snapshot: &Snapshot, destination: A) -> Option<Adjace
     match snapshot.forwarding.route(destination) {
         Route::Via(adjacency) => Some(adjacency),
         Route::NoSuchPod | Route::None => None,
+    }
+}
+
+/// Whether a packet may bring its connection from one state to another: not the data and acknowledgments of an established one, nor
+/// what the opener of an unanswered flow repeats. Only for such packets is the layer-4 checksum looked at.
+#[inline]
+fn may_change_state<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, segment: &Observed) -> bool {
+    match conn.protocol() {
+        Protocol::TCP => segment.tcp_flags & (TcpFields::SYN | TcpFields::FIN | TcpFields::RST) != 0 || !conn.assured(),
+        Protocol::SCTP => !segment.sctp.moves_nothing() || !conn.assured(),
+        _ => direction == Direction::Reply && !conn.seen_reply(),
     }
 }
 

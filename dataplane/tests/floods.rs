@@ -123,6 +123,13 @@ impl Flood {
                 frame[24..26].fill(0);
                 let checksum = !sum(&frame[14..34]);
                 frame[24..26].copy_from_slice(&checksum.to_be_bytes());
+                frame[50..52].fill(0);
+                let mut covered = [0; 32];
+                covered[..28].copy_from_slice(&frame[26..54]);
+                // The rest of the pseudo-header: protocol and length.
+                covered[28..].copy_from_slice(&[0, TCP, 0, 20]);
+                let checksum = !sum(&covered);
+                frame[50..52].copy_from_slice(&checksum.to_be_bytes());
                 (UPLINK, frame)
             })
             .collect()
