@@ -139,7 +139,8 @@ pub fn remove(folder: &Path) -> io::Result<bool> {
         }
     }
     // A mount that an operator made below or above stays: then the folder is none of weir's.
-    match umount2(folder, MntFlags::UMOUNT_NOFOLLOW) {
+    // Detached even while a process that is about to end still has a file of it.
+    match umount2(folder, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH) {
         Ok(()) | Err(Errno::EINVAL) => {}
         Err(errno) => return Err(errno.into()),
     }

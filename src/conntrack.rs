@@ -22,7 +22,7 @@ use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use weir_conntrack::{Entry, Handle, Identity, Lifecycle, Table};
+use weir_conntrack::{Entry, Handle, Identity, Lifecycle, Table, TcpState};
 use weir_dataplane::{
     pipeline::Tables,
     worker::{Shared, now},
@@ -84,6 +84,12 @@ fn protocol(text: &str) -> Result<u8, String> {
     number.ok_or_else(|| "expected tcp, udp, sctp, icmp, icmpv6 or a protocol number".into())
 }
 
+fn tcp_state(text: &str) -> Result<String, String> {
+    let names = TcpState::ALL.map(TcpState::name);
+    let known = names.iter().find(|name| name.eq_ignore_ascii_case(text));
+    known.map(|name| (*name).to_owned()).ok_or_else(|| format!("expected one of {}", names.join(", ")))
+}
+
 fn network(text: &str) -> Result<IpNet, String> {
     let address = || text.parse::<IpAddr>().map(IpNet::from);
     text.parse().or_else(|_| address()).map_err(|_| "expected an address, or a prefix like 10.1.0.0/16".into())
@@ -121,8 +127,8 @@ pub struct Filter {
     /// How far its life is.
     #[arg(long, value_enum)]
     pub state: Option<State>,
-    /// TCP state under netfilter's name, like ESTABLISHED or TIME_WAIT.
-    #[arg(long, value_name = "STATE")]
+    /// TCP state under netfilter's name: SYN_SENT, SYN_RECV, ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK, TIME_WAIT, CLOSE or SYN_SENT2.
+    #[arg(long, value_name = "STATE", value_parser = tcp_state)]
     pub tcp_state: Option<String>,
     /// Only those whose destination is translated.
     #[arg(long)]

@@ -36,8 +36,8 @@ pub enum Request {
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
     /// weir.yaml, which names the node and so the socket, is bad.
-    #[error("the configuration has errors; run weir check")]
-    Config,
+    #[error("{0}")]
+    Config(String),
     /// Nobody listens.
     #[error("no router answers at {path}: {source}; is `weir run` with this configuration running, and are you root?")]
     NotRunning {
@@ -68,7 +68,9 @@ pub fn socket_path(node_name: &str) -> PathBuf {
 /// Where it does not run.
 pub fn connect(config: &Path) -> Result<UnixStream, AskError> {
     let mut problems = Problems::default();
-    let (config, _) = RouterConfig::read(config, &mut problems).ok_or(AskError::Config)?;
+    let Some((config, _)) = RouterConfig::read(config, &mut problems) else {
+        return Err(AskError::Config(format!("the configuration has errors\n{}", problems.render(false))));
+    };
     let path = socket_path(&config.node_name);
     UnixStream::connect(&path).map_err(|source| AskError::NotRunning { path, source })
 }

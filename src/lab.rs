@@ -475,7 +475,10 @@ impl Drop for Lab {
         self.processes.clear();
         for node in &self.nodes {
             let _ = fs::remove_dir_all(crate::run::pin_folder(node));
-            let _ = crate::connections::remove(&crate::connections::folder(node));
+            let tables = crate::connections::folder(node);
+            if let Err(error) = crate::connections::remove(&tables) {
+                eprintln!("could not remove {}: {error}", tables.display());
+            }
             let _ = fs::remove_file(crate::control::socket_path(node));
             let _ = fs::remove_file(Path::new(crate::control::RUN_FOLDER).join(format!("{node}.host.json")));
         }

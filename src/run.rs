@@ -46,7 +46,7 @@ use weir_sync::{Counters, Domain, Published};
 use crate::{
     compile::{self, CompileError},
     config::{
-        Problems, RouterConfig,
+        Problems, RouterConfig, Severity,
         router::{Require, WorkerMode},
     },
     connections::{self, TablesError},
@@ -305,6 +305,9 @@ impl Router {
         let rules = Arc::new(compile::rules(&loaded)?);
         let listening = listening_ports(loaded.config.snat.port_range);
         let snat = Arc::new(compile::snat_ports(&loaded, &rules, &listening)?);
+        for warning in loaded.notes.of(Severity::Warning) {
+            warn!("{}", loaded.notes.line(warning));
+        }
         let config = &loaded.config;
         info!(
             node = config.node_name,
@@ -737,7 +740,10 @@ impl Router {
     async fn answer(&mut self, stream: UnixStream) -> io::Result<()> {
         let mut stream = BufReader::new(stream);
         let mut line = String::new();
-        stream.read_line(&mut line).await?;
+        if stream.read_line(&mut line).await? == 0 {
+            // Somebody only looked whether a router runs.
+            return Ok(());
+        }
         let answer = match serde_json::from_str(&line) {
             Ok(Request::Status) => self.status(),
             Ok(Request::Conntrack(query)) => {

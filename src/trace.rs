@@ -44,6 +44,9 @@ struct Flow {
     icmp_type: Option<u8>,
     icmp_code: Option<u8>,
     device: Option<String>,
+    /// What the asker expects, of which nothing is made: flows are often kept with it.
+    #[serde(default, rename = "expect")]
+    _expect: serde::de::IgnoredAny,
 }
 
 /// The compiled tables that flows are traced through.

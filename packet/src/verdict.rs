@@ -76,7 +76,7 @@ drop_reasons! {
     TunnelForeignSource,
     /// An IPIP packet with another tunnel packet, or nothing valid, inside.
     TunnelNested,
-    /// The packet belongs to no connection and may not open one.
+    /// The packet may open no connection, or cannot be its connection's: outside the TCP window, impossible flags, a wrong checksum or SCTP tag.
     Invalid,
     /// An ICMP error about a packet of no known connection, or one that its connection cannot have sent.
     UnrelatedIcmpError,
