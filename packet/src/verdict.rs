@@ -58,7 +58,7 @@ drop_reasons! {
     MalformedHeader,
     /// The IPv4 header checksum is wrong.
     BadHeaderChecksum,
-    /// A source or destination address that may not appear on the wire: unspecified, loopback, multicast source.
+    /// A source or destination address that may not appear on the wire: unspecified, loopback, multicast source, the node's own from outside.
     MartianAddress,
     /// The frame is for another MAC address, or carries unicast IP in a broadcast or multicast frame.
     WrongMac,
