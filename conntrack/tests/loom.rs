@@ -55,6 +55,13 @@ fn two<R: Send + 'static>(
     [result, other.join().unwrap()]
 }
 
+/// Removes, and ends the turn as a worker does: what was removed is free once that turn, and those of others, are over.
+fn remove(table: &V4, handle: &mut Handle, conn: ConnId, turn: &Turn<'_>) -> bool {
+    let removed = table.remove(handle, conn, turn);
+    table.sweep(handle, NOW, 0, turn);
+    removed
+}
+
 fn lookup(table: &V4, key: FlowKey<Ipv4Addr>, turn: &Turn<'_>) -> Option<Hit> {
     table.lookup(&key, table.hash(&key), NOW, turn)
 }
@@ -229,7 +236,7 @@ fn removal_and_lookup_in_full_buckets() {
         let results = two(
             &domain,
             &table,
-            |table, handle, turn| table.remove(handle, goes, turn),
+            |table, handle, turn| remove(table, handle, goes, turn),
             move |table, _, turn| {
                 let all = [(key(1, 2), Direction::Original), (key(10, 1), Direction::Reply)];
                 all.into_iter().all(|(key, direction)| lookup(table, key, turn) == Some(Hit { conn: stays, direction }))
@@ -353,7 +360,7 @@ fn listing_and_reuse() {
                 });
             })
         };
-        assert!(table.remove(&mut handle, old, &participant.enter()));
+        assert!(remove(&table, &mut handle, old, &participant.enter()));
         assert!(matches!(insert(&mut handle, &participant.enter(), 3), Insert::Inserted(ConnId { .. })));
         lister.join().unwrap();
     });

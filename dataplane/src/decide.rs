@@ -183,12 +183,7 @@ pub fn check_source<A: Routed>(snapshot: &Snapshot, from: Origin, key: &FlowKey<
             if tunnel { Err(DropReason::WorkloadTunnel) } else { Ok(()) }
         }
         Origin::Host => Ok(()),
-        // The parser refuses the impossible ones before; a trace has no parser.
-        Origin::Uplink
-            if forwarding.is_local(key.src) || key.src.is_loopback() || key.src.is_multicast_or_broadcast() =>
-        {
-            Err(DropReason::MartianAddress)
-        }
+        Origin::Uplink if forwarding.is_local(key.src) => Err(DropReason::MartianAddress),
         Origin::Uplink => Ok(()),
     }
 }
