@@ -532,6 +532,9 @@ fn tcp(ends: Ends, flags: u8, seq: u32, ack: u32, payload: &[u8]) -> Vec<u8> {
     l4.extend(ack.to_be_bytes());
     l4.extend([0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
     l4.extend(payload);
+    let pseudo_header = [octets(ends.src), octets(ends.dst), vec![0, TCP], (l4.len() as u16).to_be_bytes().to_vec()];
+    let checksum = !sum(&[pseudo_header.concat(), l4.clone()].concat());
+    l4[16..18].copy_from_slice(&checksum.to_be_bytes());
     l4
 }
 
