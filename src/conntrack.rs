@@ -41,16 +41,16 @@ pub const WATCH_INTERVAL: Duration = Duration::from_millis(200);
 const TURN_CONNECTIONS: u32 = 256;
 
 /// What is asked for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "camelCase")]
 pub enum Action {
-    /// The connections themselves.
+    /// Print them.
     List,
-    /// Their number.
+    /// Print their number.
     Count,
-    /// That they are removed.
+    /// Remove them; the next packet of each opens a new one, or is refused.
     Delete,
-    /// What happens to connections from now on.
+    /// Print a line whenever one appears, changes its state, or goes, until interrupted.
     Watch,
 }
 

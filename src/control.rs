@@ -89,13 +89,8 @@ pub fn status(config: &Path) -> Result<Value, AskError> {
 }
 
 /// A status for a person.
-pub fn status_as_text(status: &Value) -> String {
+pub fn status_text(status: &Value) -> String {
     let mut text = String::new();
-    status_text(&mut text, status);
-    text
-}
-
-fn status_text(text: &mut String, status: &Value) {
     let word = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     let _ = writeln!(text, "node        {}", word(&status["nodeName"]));
     let _ = writeln!(text, "generation  {}", status["generation"]);
@@ -150,4 +145,5 @@ fn status_text(text: &mut String, status: &Value) {
     for note in status["notes"].as_array().into_iter().flatten() {
         let _ = writeln!(text, "note        {}", word(note));
     }
+    text
 }

@@ -152,7 +152,7 @@ struct Ask {
 struct Conntrack {
     /// What to do with the connections that the filters name.
     #[arg(value_enum, default_value = "list")]
-    action: ConntrackAction,
+    action: Action,
     #[command(flatten)]
     config: ConfigFile,
     #[command(flatten)]
@@ -163,18 +163,6 @@ struct Conntrack {
     /// How connections are printed; JSON is a list, or with watch an object per line.
     #[arg(long, value_enum, default_value = "text")]
     output: Output,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum ConntrackAction {
-    /// Print them.
-    List,
-    /// Print their number.
-    Count,
-    /// Remove them; the next packet of each opens a new one, or is refused.
-    Delete,
-    /// Print a line whenever one appears, changes its state, or goes, until interrupted.
-    Watch,
 }
 
 #[derive(Args)]
@@ -239,7 +227,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => weir::bench::run(args.flows, args.seconds, args.output == Output::Json),
         Command::Status(args) => match weir::control::status(&args.config.config) {
             Ok(status) => {
-                let text = weir::control::status_as_text(&status);
+                let text = weir::control::status_text(&status);
                 print!("{}", if args.output == Output::Json { format!("{status:#}\n") } else { text });
                 ExitCode::SUCCESS
             }
@@ -277,12 +265,7 @@ fn run_trace(args: &Trace) -> Result<bool, String> {
 }
 
 fn run_conntrack(args: &Conntrack, out: &mut impl io::Write) -> Result<(), String> {
-    let action = match args.action {
-        ConntrackAction::List => Action::List,
-        ConntrackAction::Count => Action::Count,
-        ConntrackAction::Delete => Action::Delete,
-        ConntrackAction::Watch => Action::Watch,
-    };
+    let action = args.action;
     if action == Action::Delete && args.filter.is_empty() != args.all {
         return Err("delete needs either filters, or --all to remove every connection".into());
     }

@@ -58,7 +58,7 @@ enum Field {
 /// Attributes up to the stamps.
 const HOT: usize = Field::Stamps as usize;
 
-/// What the dataplane keeps with a connection; the table gives it no meaning.
+/// What the dataplane keeps with a connection; the table gives it no meaning but to one flag.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Attributes {
     /// The device that the first packet came from.
@@ -69,7 +69,7 @@ pub struct Attributes {
     pub generation: u32,
     /// Next hops, by direction.
     pub next_hops: [u32; 2],
-    /// Bits of the dataplane's choice.
+    /// Bits of the dataplane's choice, but for [`crate::PRIVILEGED`].
     pub flags: u8,
 }
 

@@ -98,7 +98,6 @@ pub struct Restored {
 struct Saved<A: Address> {
     arrays: Arrays,
     used: u32,
-    _file: Option<File>,
     family: std::marker::PhantomData<A>,
 }
 
@@ -226,7 +225,7 @@ impl<A: Address> Saved<A> {
         }
         let arrays = Arrays::of(memory, &layout);
         let used = arrays.used[0].load(Ordering::Relaxed).min(conn_count);
-        Ok(Self { arrays, used, _file: None, family: std::marker::PhantomData })
+        Ok(Self { arrays, used, family: std::marker::PhantomData })
     }
 }
 

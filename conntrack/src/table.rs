@@ -1244,12 +1244,12 @@ mod tests {
         let table = Table::<Ipv4Addr>::new(config(2000), domain);
         let mut handle = table.handle();
         let (start, now) = (Tick(0), Tick(ACTIVE_TICKS + 1));
-        let (mut active, mut half_open) = (Vec::new(), Vec::new());
+        let mut active = Vec::new();
         let turn = participant.enter();
         for i in 0..500 {
             active.push(tcp_conn(&table, &mut handle, i, 3, now, &turn));
             tcp_conn(&table, &mut handle, 1000 + i, 3, start, &turn);
-            half_open.push(tcp_conn(&table, &mut handle, 2000 + i, 2, now, &turn));
+            tcp_conn(&table, &mut handle, 2000 + i, 2, now, &turn);
             tcp_conn(&table, &mut handle, 3000 + i, 4, now, &turn);
         }
         assert_eq!(

@@ -7,7 +7,6 @@
  * */
 #include "weir.h"
 
-#include <linux/icmp.h>
 #include <linux/icmpv6.h>
 #include <linux/in.h>
 #include <linux/ip.h>

@@ -352,14 +352,16 @@ impl Pipeline {
 
     /// Drops every packet that still waits.
     pub fn give_up_held(&mut self, driver: &mut impl Driver) {
-        while let Some(waiting) = self.fragments4.give_up() {
-            self.end(driver, waiting.packet, End::Drop(DropReason::FragmentOrphan));
-        }
-        while let Some(waiting) = self.fragments6.give_up() {
-            self.end(driver, waiting.packet, End::Drop(DropReason::FragmentOrphan));
-        }
+        self.give_up_fragments::<Ipv4Addr>(driver);
+        self.give_up_fragments::<Ipv6Addr>(driver);
         while let Some(held) = self.held.take_if(|_| true) {
             self.end(driver, held.packet, End::Drop(DropReason::NeighborUnresolved));
+        }
+    }
+
+    fn give_up_fragments<A: Family>(&mut self, driver: &mut impl Driver) {
+        while let Some(waiting) = A::fragments(self).give_up() {
+            self.end(driver, waiting.packet, End::Drop(DropReason::FragmentOrphan));
         }
     }
 
@@ -620,7 +622,8 @@ impl Pipeline {
         if !parse::l4_checksum_ok(packet.bytes(), view) {
             return self.end(driver, packet, End::Drop(DropReason::Invalid));
         }
-        match observed(&packet, view).opening(&view.key) {
+        let segment = observed(&packet, view);
+        match segment.opening(&view.key) {
             Opening::Opens => {}
             Opening::MidStream if context.tcp_loose && !claimed => {}
             Opening::MidStream | Opening::Never => return self.end(driver, packet, End::Drop(DropReason::Invalid)),
@@ -634,12 +637,12 @@ impl Pipeline {
         if decision.adjacency().is_none() {
             return self.reject(driver, packet, view, DropReason::NoRoute, context);
         }
-        match self.open(&decision, &packet, view, origin, context) {
+        match self.open(&decision, packet.device, view, &segment, origin, context) {
             Ok(Opened { hit, ours }) => {
                 let conn = A::table(context.tables).conn(hit.conn);
                 self.counters.add(Counter::Opened as usize, u64::from(ours));
                 // Somebody was faster, with a packet of the same flow: this one is a further packet of that connection.
-                if !ours && conn.track(hit.direction, &observed(&packet, view), context.now) == Tracked::Invalid {
+                if !ours && conn.track(hit.direction, &segment, context.now) == Tracked::Invalid {
                     return self.end(driver, packet, End::Drop(DropReason::Invalid));
                 }
                 self.established(driver, packet, view, &conn, hit.direction, context);
@@ -652,8 +655,9 @@ impl Pipeline {
     fn open<A: Family>(
         &mut self,
         decision: &Decision<'_, A>,
-        packet: &Packet,
+        device: IfIndex,
         view: &View<A>,
+        segment: &Observed,
         origin: Origin,
         context: &Context<'_>,
     ) -> Result<Opened, DropReason> {
@@ -661,7 +665,7 @@ impl Pipeline {
         let table = A::table(context.tables);
         let [source_stamp, destination_stamp] = decide::policy_stamps(snapshot, origin, &decision.translated);
         let attributes = Attributes {
-            device: packet.device.0,
+            device: device.0,
             stamps: [source_stamp, destination_stamp, decision.backend_stamp],
             generation: snapshot.generation,
             next_hops: [
@@ -685,7 +689,7 @@ impl Pipeline {
             return Err(DropReason::TableFull);
         }
         let mut attempt = |reply: FlowKey<A>| {
-            let new = NewConn { original: view.key, reply, attributes, first: observed(packet, view) };
+            let new = NewConn { original: view.key, reply, attributes, first: *segment };
             match table.insert(A::handle(handles), new, context.now, context.turn) {
                 Insert::Inserted(conn) => {
                     Attempt::Free(Opened { hit: Hit { conn, direction: Direction::Original }, ours: true })
@@ -893,15 +897,8 @@ impl Pipeline {
             return self.unrelated_icmp_error(driver, packet, view, origin, context);
         };
         let conn = table.conn(hit.conn);
-        // What it is about may be judged otherwise by now. The connection's end is left to its own packets.
-        if conn.generation() != context.snapshot.generation {
-            match rejudge(&conn, hit.direction, context) {
-                Rejudged::Keep => {}
-                Rejudged::Cut(reason) | Rejudged::Reset(reason) => {
-                    return self.end(driver, packet, End::Drop(reason));
-                }
-                Rejudged::Anew => return self.end(driver, packet, End::Drop(DropReason::UnrelatedIcmpError)),
-            }
+        if let Err(reason) = still_stands(&conn, hit.direction, DropReason::UnrelatedIcmpError, context) {
+            return self.end(driver, packet, End::Drop(reason));
         }
         if embedded.tcp_seq.is_some_and(|seq| !conn.may_be_in_flight(hit.direction.flip(), seq)) {
             return self.end(driver, packet, End::Drop(DropReason::UnrelatedIcmpError));
@@ -1373,6 +1370,24 @@ fn comes_as_expected<A: Family>(
     })
 }
 
+/// Whether a connection stands by these tables, for what rides on it: an ICMP error, a later fragment. Why not, where it does not; `anew`
+/// where its next packet would open another. It is left as it is to its own packets.
+fn still_stands<A: Family>(
+    conn: &ConnRef<'_, A>,
+    direction: Direction,
+    anew: DropReason,
+    context: &Context<'_>,
+) -> Result<(), DropReason> {
+    if conn.generation() == context.snapshot.generation {
+        return Ok(());
+    }
+    match rejudge(conn, direction, context) {
+        Rejudged::Keep => Ok(()),
+        Rejudged::Cut(reason) | Rejudged::Reset(reason) => Err(reason),
+        Rejudged::Anew => Err(anew),
+    }
+}
+
 /// The connection by which a first fragment went, for one of those that follow; why not, where it would not go there any more.
 fn connection_of<'t, A: Family>(
     lead: &Lead<A>,
@@ -1385,14 +1400,7 @@ fn connection_of<'t, A: Family>(
     if conn.key(direction.flip()).invert() != lead.to {
         return Err(DropReason::Invalid);
     }
-    if conn.generation() != context.snapshot.generation {
-        match rejudge(&conn, direction, context) {
-            Rejudged::Keep => {}
-            // The connection itself is left to its next whole packet.
-            Rejudged::Cut(reason) | Rejudged::Reset(reason) => return Err(reason),
-            Rejudged::Anew => return Err(DropReason::Invalid),
-        }
-    }
+    still_stands(&conn, direction, DropReason::Invalid, context)?;
     if let Kind::LaterFragment { offset, bytes, more: false, .. } = view.kind
         && let Some(segment) = lead.whole_segment(offset + bytes)
         && conn.track(direction, &segment, context.now) != Tracked::Accept
