@@ -18,7 +18,7 @@
 //! kernel would write every touched page back.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, OpenOptions},
     io,
     path::{Path, PathBuf},
 };
@@ -233,6 +233,7 @@ impl<A: Address> Saved<A> {
 mod tests {
     use std::{
         collections::BTreeSet,
+        fs::File,
         net::{Ipv4Addr, Ipv6Addr},
         os::unix::fs::FileExt,
     };
