@@ -4,7 +4,7 @@
 //! each label), each to a port out of 50. Packets come from pods and CIDRs of the rules at random; half of them go to
 //! a port that no rule of their source allows.
 
-use std::{hint::black_box, net::Ipv4Addr, time::Duration};
+use std::{hint::black_box, net::Ipv4Addr, sync::Arc, time::Duration};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use ipnet::IpNet;
@@ -21,14 +21,14 @@ impl Numbers {
     }
 }
 
-fn pod(number: u32, local: bool, app: &str) -> Endpoint {
-    Endpoint {
+fn pod(number: u32, local: bool, app: &str) -> Arc<Endpoint> {
+    Arc::new(Endpoint {
         name: format!("ns/pod{number}"),
         local,
         labels: [("app".to_owned(), app.to_owned())].into(),
         nets: vec![IpNet::new(Ipv4Addr::from(0x0a00_0000 + number).into(), 32).unwrap()],
         ..Endpoint::default()
-    }
+    })
 }
 
 fn equals(app: &str) -> Selector {
@@ -62,7 +62,7 @@ fn model(rules: u32) -> Model {
         })
         .collect();
     let policy = Policy { selector: equals("target"), ingress: Some(list), ..Policy::default() };
-    Model { endpoints, tiers: vec![Tier { policies: vec![policy], ..Tier::default() }], ..Model::default() }
+    Model { endpoints, tiers: vec![Tier { policies: vec![Arc::new(policy)], ..Tier::default() }], ..Model::default() }
 }
 
 fn packets(rules: u32) -> Vec<FlowKey<Ipv4Addr>> {
@@ -158,13 +158,13 @@ fn large_model() -> Model {
                 })
                 .collect();
             let name = format!("p{policy}");
-            Policy {
+            Arc::new(Policy {
                 selector: equals(&format!("app{}", policy % 100)),
                 ingress: Some(rules),
                 sort_name: name.clone(),
                 name,
                 ..Policy::default()
-            }
+            })
         })
         .collect();
     Model { endpoints, tiers: vec![Tier { policies, ..Tier::default() }], ..Model::default() }

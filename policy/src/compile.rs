@@ -140,7 +140,8 @@ fn ordered_tiers(model: &Model) -> Vec<&Tier> {
 
 /// The policies of a tier that enforce anything, in order of evaluation.
 fn ordered_policies(tier: &Tier) -> Vec<&Policy> {
-    let mut policies: Vec<&Policy> = tier.policies.iter().filter(|policy| !policy.staged).collect();
+    let mut policies: Vec<&Policy> =
+        tier.policies.iter().map(|policy| &**policy).filter(|policy| !policy.staged).collect();
     policies.sort_by(|a, b| {
         let by_order = order_key(a.order).total_cmp(&order_key(b.order));
         by_order.then_with(|| a.sort_name.cmp(&b.sort_name)).then_with(|| a.name.cmp(&b.name))

@@ -3,8 +3,11 @@
 //! The shape is that of Calico's evaluation (tiers, then policies, then rules, then profiles); Kubernetes
 //! NetworkPolicy and ClusterNetworkPolicy are translated into it by whoever reads the resources. Nothing here knows
 //! where an object came from, beyond the names that people are shown.
+//!
+//! Endpoints, policies and profiles are shared, so that whoever translates resources again can hand over those that did
+//! not change as they are.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use ipnet::IpNet;
 use weir_packet::Protocol;
@@ -15,11 +18,11 @@ use crate::Selector;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Model {
     /// Everything that has addresses and labels: what policies apply to and what rule selectors pick.
-    pub endpoints: Vec<Endpoint>,
+    pub endpoints: Vec<Arc<Endpoint>>,
     /// The tiers, in any order.
     pub tiers: Vec<Tier>,
     /// The profiles that endpoints name.
-    pub profiles: Vec<Profile>,
+    pub profiles: Vec<Arc<Profile>>,
 }
 
 /// What an [`Endpoint`] stands for.
@@ -76,7 +79,7 @@ pub struct Tier {
     /// What happens to a packet that policies of this tier apply to and none decides.
     pub default_action: TierAction,
     /// The policies, in any order.
-    pub policies: Vec<Policy>,
+    pub policies: Vec<Arc<Policy>>,
 }
 
 /// A tier's end.

@@ -1,5 +1,7 @@
 //! Endpoints by label: which of them a selector picks, and the addresses and named ports that they have.
 
+use std::sync::Arc;
+
 use hashbrown::HashMap;
 use weir_packet::Protocol;
 
@@ -11,7 +13,7 @@ use crate::{
 
 /// The endpoints of a model, indexed so that a selector looks only at those that one of its labels admits.
 pub(crate) struct Peers<'model> {
-    endpoints: &'model [Endpoint],
+    endpoints: &'model [Arc<Endpoint>],
     /// By label, then value: endpoints that have it, ascending.
     by_value: HashMap<&'model str, HashMap<&'model str, Vec<u32>>>,
     /// By label: endpoints that have it, ascending.
@@ -21,7 +23,7 @@ pub(crate) struct Peers<'model> {
 }
 
 impl<'model> Peers<'model> {
-    pub(crate) fn new(endpoints: &'model [Endpoint]) -> Self {
+    pub(crate) fn new(endpoints: &'model [Arc<Endpoint>]) -> Self {
         let mut peers = Self { endpoints, by_value: HashMap::new(), by_label: HashMap::new(), by_port: HashMap::new() };
         for (index, endpoint) in endpoints.iter().enumerate() {
             let index = index as u32;
@@ -90,11 +92,11 @@ impl<'model> Peers<'model> {
 mod tests {
     use super::*;
 
-    fn endpoint(labels: &[(&str, &str)]) -> Endpoint {
-        Endpoint {
+    fn endpoint(labels: &[(&str, &str)]) -> Arc<Endpoint> {
+        Arc::new(Endpoint {
             labels: labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
             ..Endpoint::default()
-        }
+        })
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod oracle;
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -194,8 +195,12 @@ fn policy(most_rules: usize) -> impl Strategy<Value = Policy> {
 
 fn tier(most_rules: usize) -> impl Strategy<Value = Tier> {
     let action = select(vec![TierAction::Deny, TierAction::Pass]);
-    (order(), action, proptest::collection::vec(policy(most_rules), 0..4))
-        .prop_map(|(order, default_action, policies)| Tier { name: String::new(), order, default_action, policies })
+    (order(), action, proptest::collection::vec(policy(most_rules), 0..4)).prop_map(
+        |(order, default_action, policies)| {
+            let policies = policies.into_iter().map(Arc::new).collect();
+            Tier { name: String::new(), order, default_action, policies }
+        },
+    )
 }
 
 fn model(most_rules: usize) -> impl Strategy<Value = Model> {
@@ -211,11 +216,13 @@ fn model(most_rules: usize) -> impl Strategy<Value = Model> {
             for (index, tier) in tiers.iter_mut().enumerate() {
                 tier.name = format!("tier{index}");
                 for (number, policy) in tier.policies.iter_mut().enumerate() {
+                    let policy = Arc::make_mut(policy);
                     policy.sort_name = format!("p{index}.{number}");
                     policy.name = format!("NetworkPolicy/ns/p{index}.{number}");
                 }
             }
-            Model { endpoints, tiers, profiles: vec![open.clone(), odd] }
+            let endpoints = endpoints.into_iter().map(Arc::new).collect();
+            Model { endpoints, tiers, profiles: vec![Arc::new(open.clone()), Arc::new(odd)] }
         },
     )
 }
@@ -255,7 +262,11 @@ fn classify(classifier: &Classifier, endpoint: &str, direction: PolicyDirection,
 }
 
 fn locals(model: &Model) -> impl Iterator<Item = &Endpoint> {
-    model.endpoints.iter().filter(|endpoint| endpoint.local && endpoint.kind == EndpointKind::Workload)
+    model
+        .endpoints
+        .iter()
+        .map(|endpoint| &**endpoint)
+        .filter(|endpoint| endpoint.local && endpoint.kind == EndpointKind::Workload)
 }
 
 fn agree(model: &Model, packets: &[Packet]) -> Result<(), TestCaseError> {
@@ -312,6 +323,7 @@ proptest! {
         model.profiles.reverse();
         let mut unrelated = tier;
         for (index, policy) in unrelated.policies.iter_mut().enumerate() {
+            let policy = Arc::make_mut(policy);
             policy.selector = Selector::parse("a == 'nobody'").unwrap();
             policy.name = format!("NetworkPolicy/ns/unrelated{index}");
         }
@@ -350,10 +362,11 @@ impl Edit {
     fn apply(&self, model: &mut Model) {
         fn endpoint(model: &mut Model, index: usize) -> &mut Endpoint {
             let count = model.endpoints.len();
-            &mut model.endpoints[index % count]
+            Arc::make_mut(&mut model.endpoints[index % count])
         }
         fn policy(model: &mut Model, index: usize) -> Option<&mut Policy> {
-            let mut policies: Vec<&mut Policy> = model.tiers.iter_mut().flat_map(|tier| &mut tier.policies).collect();
+            let policies = model.tiers.iter_mut().flat_map(|tier| &mut tier.policies);
+            let mut policies: Vec<&mut Policy> = policies.map(Arc::make_mut).collect();
             let count = policies.len();
             (count > 0).then(|| policies.swap_remove(index % count))
         }

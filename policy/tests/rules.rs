@@ -1,6 +1,9 @@
 //! The rules of Kubernetes and Calico policy, one test each or nearly so; names begin with the rule's number.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+};
 
 use weir_packet::{FlowKey, Ports, Protocol};
 use weir_policy::{Classifier, CompileError, PolicyDirection, RuleOrigin, Selector, model::*};
@@ -12,10 +15,10 @@ fn selector(text: &str) -> Selector {
     Selector::parse(text).unwrap()
 }
 
-fn pod(name: &str, address: &str, labels: &[(&str, &str)], ports: &[(&str, Protocol, u16)]) -> Endpoint {
+fn pod(name: &str, address: &str, labels: &[(&str, &str)], ports: &[(&str, Protocol, u16)]) -> Arc<Endpoint> {
     let namespace = name.split('/').next().unwrap();
     let own = [("projectcalico.org/namespace", namespace)];
-    Endpoint {
+    Arc::new(Endpoint {
         name: name.to_owned(),
         local: true,
         namespace: Some(namespace.to_owned()),
@@ -27,15 +30,26 @@ fn pod(name: &str, address: &str, labels: &[(&str, &str)], ports: &[(&str, Proto
             .collect(),
         profiles: vec![format!("kns.{namespace}")],
         ..Endpoint::default()
-    }
+    })
+}
+
+fn endpoint_of(model: &mut Model, index: usize) -> &mut Endpoint {
+    Arc::make_mut(&mut model.endpoints[index])
+}
+
+/// The first policy of the first tier.
+fn policy_of(model: &mut Model) -> &mut Policy {
+    Arc::make_mut(&mut model.tiers[0].policies[0])
 }
 
 /// Two pods of `red`, one of `blue`, with profiles that allow all, and no policy.
 fn cluster() -> Model {
-    let profile = |namespace| Profile {
-        name: format!("kns.{namespace}"),
-        ingress: vec![Rule::default()],
-        egress: vec![Rule::default()],
+    let profile = |namespace| {
+        Arc::new(Profile {
+            name: format!("kns.{namespace}"),
+            ingress: vec![Rule::default()],
+            egress: vec![Rule::default()],
+        })
     };
     Model {
         endpoints: vec![
@@ -73,7 +87,7 @@ fn numbered(mut rules: Vec<Rule>) -> Vec<Rule> {
 
 fn with(policies: Vec<Policy>) -> Model {
     let mut model = cluster();
-    model.tiers[0].policies = policies;
+    model.tiers[0].policies = policies.into_iter().map(Arc::new).collect();
     model
 }
 
@@ -196,7 +210,7 @@ fn rule_6_a_block_matches_pods_too_and_others_may_allow_what_it_excepts() {
     let mut both = model.clone();
     both.tiers[0]
         .policies
-        .push(ingress(policy("q", 1000.0, "app == 'a'"), vec![rule(vec![block("10.0.1.3/32", &[])])]));
+        .push(Arc::new(ingress(policy("q", 1000.0, "app == 'a'"), vec![rule(vec![block("10.0.1.3/32", &[])])])));
     assert_arrives(&both, &[(C, 80, true), ("10.0.1.4", 80, false)]);
 }
 
@@ -240,8 +254,8 @@ fn rules_15_and_16_order_tiers_and_policies_and_put_unset_last() {
     assert_arrives(&with(vec![allow("A", Some(-0.0)), deny("a", Some(0.0))]), &[(B, 80, true)]);
     let mut model = with(vec![deny("p", Some(1.0))]);
     let tier = |name: &str, order, policies| Tier { name: name.to_owned(), order, policies, ..Tier::default() };
-    model.tiers.push(tier("last", None, vec![deny("x", None)]));
-    model.tiers.push(tier("zzz", Some(1e6), vec![allow("y", None)]));
+    model.tiers.push(tier("last", None, vec![Arc::new(deny("x", None))]));
+    model.tiers.push(tier("zzz", Some(1e6), vec![Arc::new(allow("y", None))]));
     assert_arrives(&model, &[(B, 80, false)]);
     model.tiers[2].name = "aaa".to_owned();
     assert_arrives(&model, &[(B, 80, true)]);
@@ -257,7 +271,7 @@ fn rule_17_log_continues_and_pass_skips_the_rest_of_the_tier() {
         (false, "NetworkPolicy/red/p rule 3".to_owned())
     );
     let later = ingress(policy("later", 1.0, "app == 'a'"), vec![to_port(TCP, PortMatch::Range(80, 80))]);
-    model.tiers.push(Tier { name: "later".to_owned(), policies: vec![later], ..Tier::default() });
+    model.tiers.push(Tier { name: "later".to_owned(), policies: vec![Arc::new(later)], ..Tier::default() });
     assert_arrives(&model, &[(B, 80, true), (B, 81, false)]);
 }
 
@@ -270,7 +284,7 @@ fn rule_18_a_tier_denies_at_its_end_only_what_an_enforced_policy_of_that_directi
     assert_arrives(&model, &[(B, 80, true)]);
     model.tiers[0]
         .policies
-        .push(ingress(policy("no-rule-matches", 2.0, "app == 'a'"), vec![rule(Action::Allow, Some(UDP))]));
+        .push(Arc::new(ingress(policy("no-rule-matches", 2.0, "app == 'a'"), vec![rule(Action::Allow, Some(UDP))])));
     assert_arrives(&model, &[(B, 80, false)]);
     model.tiers[0].default_action = TierAction::Pass;
     assert_arrives(&model, &[(B, 80, true)]);
@@ -279,13 +293,13 @@ fn rule_18_a_tier_denies_at_its_end_only_what_an_enforced_policy_of_that_directi
 #[test]
 fn rule_19_profiles_in_order_pass_denies_and_nothing_denies() {
     let mut model = cluster();
-    model.endpoints[0].profiles = vec!["first".to_owned(), "kns.red".to_owned()];
+    endpoint_of(&mut model, 0).profiles = vec!["first".to_owned(), "kns.red".to_owned()];
     let rules = vec![rule(Action::Log, None), rule(Action::Pass, Some(UDP))];
-    model.profiles.push(Profile { name: "first".to_owned(), ingress: numbered(rules), egress: vec![] });
+    model.profiles.push(Arc::new(Profile { name: "first".to_owned(), ingress: numbered(rules), egress: vec![] }));
     assert_arrives(&model, &[(B, 80, true)]);
     let by_udp = judge(&model, "red/a", PolicyDirection::Ingress, (B, A), UDP, 80);
     assert_eq!(by_udp, (false, "profile first rule 2".to_owned()));
-    model.endpoints[0].profiles.clear();
+    endpoint_of(&mut model, 0).profiles.clear();
     assert_arrives(&model, &[(B, 80, false)]);
 }
 
@@ -334,7 +348,7 @@ fn rule_23_lists_without_a_cidr_of_the_packets_family_match_nothing() {
     assert_arrives(&model, &[(B, 80, true), (C, 80, false)]);
     assert!(!v6(&model));
     let set = |model: &mut Model, change: &dyn Fn(&mut Rule)| {
-        change(&mut model.tiers[0].policies[0].ingress.as_mut().unwrap()[0]);
+        change(&mut policy_of(model).ingress.as_mut().unwrap()[0]);
     };
     set(&mut model, &|rule| rule.source.not_nets = vec!["0.0.0.0/0".parse().unwrap()]);
     assert_arrives(&model, &[(B, 80, false), (OUTSIDE, 80, false)]);
@@ -387,10 +401,10 @@ fn rule_25_selectors_pick_known_things_of_every_kind_and_not_selector_lets_stran
     {
         let endpoint =
             Endpoint { name: name.to_owned(), kind, nets: vec![net.parse().unwrap()], ..Endpoint::default() };
-        model.endpoints.push(endpoint);
+        model.endpoints.push(Arc::new(endpoint));
     }
     assert_arrives(&model, &[(OUTSIDE, 80, true), ("172.18.0.2", 80, true), ("8.8.8.8", 80, false), (B, 80, false)]);
-    let source = &mut model.tiers[0].policies[0].ingress.as_mut().unwrap()[0].source;
+    let source = &mut policy_of(&mut model).ingress.as_mut().unwrap()[0].source;
     *source = EntityMatch { not_selector: Some(selector("app == 'b'")), ..EntityMatch::default() };
     assert_arrives(&model, &[("8.8.8.8", 80, true), (C, 80, true), (B, 80, false)]);
 }
@@ -437,7 +451,7 @@ fn stamps_follow_members_of_peers_and_nothing_else() {
     };
     let first = stamps(&model);
     model.endpoints.push(pod("blue/stranger", "10.0.1.9/32", &[("app", "z")], &[]));
-    model.tiers[0].policies[0].name = "renamed".to_owned();
+    policy_of(&mut model).name = "renamed".to_owned();
     assert_eq!(stamps(&model), first);
     model.endpoints.push(pod("red/b2", "10.0.0.22/32", &[("app", "b")], &[]));
     let second = stamps(&model);
@@ -487,7 +501,7 @@ fn stamps_cover_every_field_of_a_rule() {
     let named = to_port(TCP, PortMatch::Named("web".to_owned()));
     let mut model = with(vec![ingress(policy("p", 1000.0, "app == 'a'"), vec![named])]);
     let before = stamp(&model);
-    model.endpoints[0].ports[0].port = 8081;
+    endpoint_of(&mut model, 0).ports[0].port = 8081;
     assert_ne!(stamp(&model), before);
 }
 
@@ -513,8 +527,8 @@ fn deciding_rules_are_described() {
 #[test]
 fn only_local_workloads_get_programs() {
     let mut model = cluster();
-    model.endpoints[1].local = false;
-    model.endpoints[2].kind = EndpointKind::HostEndpoint;
+    endpoint_of(&mut model, 1).local = false;
+    endpoint_of(&mut model, 2).kind = EndpointKind::HostEndpoint;
     let classifier = Classifier::compile(&model).unwrap();
     assert!(classifier.endpoint("red/a").is_some());
     assert_eq!((classifier.endpoint("red/b"), classifier.endpoint("blue/c")), (None, None));
@@ -523,7 +537,7 @@ fn only_local_workloads_get_programs() {
 #[test]
 fn what_cannot_be_compiled_is_an_error_that_names_the_limit() {
     let mut model = cluster();
-    model.endpoints[1].name = "red/a".to_owned();
+    endpoint_of(&mut model, 1).name = "red/a".to_owned();
     let error = Classifier::compile(&model).unwrap_err();
     assert_eq!(error, CompileError::DuplicateEndpoint { name: "red/a".to_owned() });
 

@@ -3,7 +3,10 @@
 //! All NetworkPolicies form the tier "default" (Deny at its end), so a pod that one of them selects is isolated in its
 //! directions; a pod that none selects reaches its profile `kns.NAMESPACE`, which allows everything.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use ipnet::IpNet;
 use k8s_openapi::{
@@ -60,7 +63,7 @@ pub(super) fn translate(
     let endpoints = endpoints(config, manifests, cluster, problems);
     let profiles = profiles(&endpoints);
     let policies = manifests.network_policies.iter().filter_map(|object| network_policy(object, problems));
-    let policies = policies.chain(manifests.denying.iter().map(denying)).collect();
+    let policies = policies.chain(manifests.denying.iter().map(denying)).map(Arc::new).collect();
     let tier = Tier {
         name: "default".to_owned(),
         order: Some(DEFAULT_TIER_ORDER),
@@ -115,7 +118,7 @@ fn endpoints(
     manifests: &Manifests,
     cluster: &Cluster,
     problems: &mut Problems,
-) -> Vec<Endpoint> {
+) -> Vec<Arc<Endpoint>> {
     let inherited = Inherited::new(manifests);
     let pods: HashMap<String, &Object<Pod>> =
         manifests.pods.iter().map(|object| (object.full_name(), object)).collect();
@@ -142,7 +145,7 @@ fn endpoints(
             ports.extend(endpoint_ports(calico, problems));
         }
         let of_kubernetes = || vec![format!("kns.{namespace}"), format!("ksa.{namespace}.{account}")];
-        endpoints.push(Endpoint {
+        endpoints.push(Arc::new(Endpoint {
             name: workload.name.clone(),
             kind: EndpointKind::Workload,
             local: workload.node.as_deref() == Some(config.node_name.as_str()),
@@ -151,13 +154,13 @@ fn endpoints(
             nets: workload.addresses.iter().map(|address| IpNet::from(*address)).collect(),
             ports,
             profiles: calico.map_or_else(of_kubernetes, |object| object.value.spec.profiles.clone()),
-        });
+        }));
     }
     endpoints
 }
 
 /// Kubernetes's own profiles: `kns.NAMESPACE` allows everything, `ksa.NAMESPACE.ACCOUNT` has no rules.
-fn profiles(endpoints: &[Endpoint]) -> Vec<Profile> {
+fn profiles(endpoints: &[Arc<Endpoint>]) -> Vec<Arc<Profile>> {
     let names: BTreeSet<&String> = endpoints.iter().flat_map(|endpoint| &endpoint.profiles).collect();
     let allow = || vec![Rule { number: 1, ..Rule::default() }];
     names
@@ -167,6 +170,7 @@ fn profiles(endpoints: &[Endpoint]) -> Vec<Profile> {
             name if name.starts_with("ksa.") => Some(Profile { name: name.clone(), ..Profile::default() }),
             _ => None,
         })
+        .map(Arc::new)
         .collect()
 }
 

@@ -152,8 +152,8 @@ pub fn rules(services: Vec<weir_nat::ServicePort>, is_open: bool) -> Rules {
         egress: allow,
     };
     let policy = Classifier::compile(&weir_policy::model::Model {
-        endpoints: endpoints.collect(),
-        profiles: vec![profile],
+        endpoints: endpoints.map(Arc::new).collect(),
+        profiles: vec![Arc::new(profile)],
         ..weir_policy::model::Model::default()
     })
     .unwrap();

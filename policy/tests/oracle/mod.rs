@@ -44,6 +44,7 @@ pub fn judge(model: &Model, endpoint: &Endpoint, direction: PolicyDirection, pac
         let mut policies: Vec<(&Policy, &Vec<Rule>)> = tier
             .policies
             .iter()
+            .map(|policy| &**policy)
             .filter(|policy| !policy.staged && policy.selector.matches(&endpoint.labels))
             .filter_map(|policy| Some((policy, rules(&policy.ingress, &policy.egress, direction)?)))
             .collect();
