@@ -12,6 +12,7 @@ pub mod forwarding;
 pub mod fragments;
 pub mod frame;
 pub mod held;
+pub mod hits;
 pub mod memory;
 mod mix;
 pub mod model;

@@ -630,7 +630,12 @@ impl Pipeline {
         }
         match decision.verdict {
             Verdict::Forward | Verdict::Local => {}
-            Verdict::Drop(reason) => return self.end(driver, packet, End::Drop(reason)),
+            Verdict::Drop(reason) => {
+                if reason.is_policy() {
+                    self.count_rules(&decision, context);
+                }
+                return self.end(driver, packet, End::Drop(reason));
+            }
             Verdict::Reject(reason) => return self.reject(driver, packet, view, reason, context),
             Verdict::Pass => return self.reject(driver, packet, view, DropReason::NoRoute, context),
         }
@@ -640,7 +645,10 @@ impl Pipeline {
         match self.open(&decision, packet.device, view, &segment, origin, context) {
             Ok(Opened { hit, ours }) => {
                 let conn = A::table(context.tables).conn(hit.conn);
-                self.counters.add(Counter::Opened as usize, u64::from(ours));
+                if ours {
+                    self.count(Counter::Opened);
+                    self.count_rules(&decision, context);
+                }
                 // Somebody was faster, with a packet of the same flow: this one is a further packet of that connection.
                 if !ours && conn.track(hit.direction, &segment, context.now) == Tracked::Invalid {
                     return self.end(driver, packet, End::Drop(DropReason::Invalid));
@@ -648,6 +656,13 @@ impl Pipeline {
                 self.established(driver, packet, view, &conn, hit.direction, context);
             }
             Err(reason) => self.end(driver, packet, End::Drop(reason)),
+        }
+    }
+
+    /// Counts a new connection, or one that is denied, for each rule that decided about it.
+    fn count_rules<A: Address>(&self, decision: &Decision<'_, A>, context: &Context<'_>) {
+        for judgement in [decision.egress, decision.ingress].into_iter().flatten() {
+            context.snapshot.rules.hits.add(self.counters.number(), judgement.rule.0 as usize);
         }
     }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use weir_nat::{ServiceTable, SnatPorts};
 use weir_policy::{Classifier, EndpointId};
+use weir_sync::Tally;
 
 use crate::{
     forwarding::{Forwarding, WorkloadId, local_workloads},
@@ -20,17 +21,25 @@ pub struct Rules {
     pub services: ServiceTable,
     /// Policies.
     pub policy: Classifier,
+    /// New connections by the policy rule that decided about them ([`weir_policy::RuleId`]).
+    pub hits: Tally,
     endpoints: Vec<Option<EndpointId>>,
 }
 
 impl Rules {
-    /// Joins compiled services and policy with the workloads of `cluster`.
+    /// Joins compiled services and policy with the workloads of `cluster`. Nothing is counted: see [`Self::counting`].
     pub fn new(services: ServiceTable, policy: Classifier, cluster: &Cluster) -> Self {
         let mut endpoints = vec![None; cluster.workloads.len()];
         for (id, workload) in local_workloads(cluster) {
             endpoints[id.0 as usize] = policy.endpoint(&workload.name);
         }
-        Self { services, policy, endpoints }
+        Self { services, policy, hits: Tally::default(), endpoints }
+    }
+
+    /// The same, with counters for so many workers.
+    pub fn counting(mut self, workers: usize) -> Self {
+        self.hits = Tally::new(workers, self.policy.rule_count());
+        self
     }
 
     /// The policy endpoint of a workload of this node; `None`: none is compiled yet, and the workload is closed.

@@ -1,12 +1,14 @@
 //! The compiled policy of a node, and the questions that the dataplane asks of it.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, hash::Hash, sync::Arc};
 
 use hashbrown::HashMap;
 use weir_packet::{Address, FlowKey};
 
 use crate::{
     addresses::AddressClasses,
+    fingerprint::Fingerprint,
+    model::{Policy, Profile, Rule},
     program::{Facts, Outcome, Program},
 };
 
@@ -62,6 +64,8 @@ pub enum RuleOrigin<'classifier> {
         direction: PolicyDirection,
         /// [`crate::model::Policy::origin`].
         object: u32,
+        /// The rule itself.
+        definition: &'classifier Rule,
     },
     /// The end of a tier that denies: policies of it apply, and none of their rules decided.
     TierEnd {
@@ -78,9 +82,37 @@ pub enum RuleOrigin<'classifier> {
         rule: Option<u32>,
         /// Of which of its lists.
         direction: PolicyDirection,
+        /// The rule itself.
+        definition: &'classifier Rule,
     },
     /// No tier decided, and no rule of a profile matched: denied.
     NoProfile,
+}
+
+/// A rule, or another reason for a verdict, wherever and whenever it is compiled: what hits are kept by.
+///
+/// Equal for equal rules of one policy or profile and direction, wherever they stand in their list; a changed rule is
+/// another. Only the first of several equal ones ever decides. The same in all processes of one build.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RuleIdentity(pub u64);
+
+impl RuleOrigin<'_> {
+    /// What it is, apart from its number.
+    pub fn identity(&self) -> RuleIdentity {
+        let mut identity = Fingerprint::new(0);
+        let unnumbered = |rule: &Rule| Rule { number: 0, ..rule.clone() };
+        match self {
+            Self::Policy { name, direction, definition, .. } => {
+                ("policy", name, direction, unnumbered(definition)).hash(&mut identity);
+            }
+            Self::Profile { name, direction, definition, .. } => {
+                ("profile", name, direction, unnumbered(definition)).hash(&mut identity);
+            }
+            Self::TierEnd { tier, policies } => ("tier", tier, policies).hash(&mut identity),
+            Self::NoProfile => "no profile".hash(&mut identity),
+        }
+        RuleIdentity(identity.value())
+    }
 }
 
 /// How many policies the name of a tier's end lists.
@@ -105,22 +137,21 @@ impl fmt::Display for RuleOrigin<'_> {
     }
 }
 
-/// [`RuleOrigin`] by numbers.
+/// [`RuleOrigin`] by numbers; a rule by its place in its list.
 #[derive(Debug)]
 pub(crate) enum Origin {
     Policy { policy: u32, rule: u32, direction: PolicyDirection },
     TierEnd { tier: u32, policies: Arc<[u32]> },
-    Profile { profile: u32, rule: Option<u32>, direction: PolicyDirection },
+    Profile { profile: u32, rule: u32, direction: PolicyDirection },
     NoProfile,
 }
 
-/// Names by number.
+/// What has names, by number.
 #[derive(Debug)]
 pub(crate) struct Names {
-    /// And where each policy came from.
-    pub(crate) policies: Box<[(Box<str>, u32)]>,
+    pub(crate) policies: Box<[Arc<Policy>]>,
     pub(crate) tiers: Box<[Box<str>]>,
-    pub(crate) profiles: Box<[Box<str>]>,
+    pub(crate) profiles: Box<[Arc<Profile>]>,
 }
 
 /// A local workload's part.
@@ -204,18 +235,31 @@ impl Classifier {
     pub fn describe(&self, rule: RuleId) -> RuleOrigin<'_> {
         match &self.origins[rule.0 as usize] {
             Origin::Policy { policy, rule, direction } => {
-                let (name, object) = &self.names.policies[*policy as usize];
-                RuleOrigin::Policy { name, rule: *rule, direction: *direction, object: *object }
+                let policy = &self.names.policies[*policy as usize];
+                let definition = &policy.rules(*direction).expect("a list with this rule")[*rule as usize];
+                RuleOrigin::Policy {
+                    name: &policy.name,
+                    rule: definition.number,
+                    direction: *direction,
+                    object: policy.origin,
+                    definition,
+                }
             }
             Origin::TierEnd { tier, policies } => RuleOrigin::TierEnd {
                 tier: &self.names.tiers[*tier as usize],
-                policies: policies.iter().map(|policy| &*self.names.policies[*policy as usize].0).collect(),
+                policies: policies.iter().map(|policy| &*self.names.policies[*policy as usize].name).collect(),
             },
-            Origin::Profile { profile, rule, direction } => RuleOrigin::Profile {
-                name: &self.names.profiles[*profile as usize],
-                rule: *rule,
-                direction: *direction,
-            },
+            Origin::Profile { profile, rule, direction } => {
+                let profile = &self.names.profiles[*profile as usize];
+                let rules = profile.rules(*direction);
+                let definition = &rules[*rule as usize];
+                RuleOrigin::Profile {
+                    name: &profile.name,
+                    rule: (rules.len() > 1).then_some(definition.number),
+                    direction: *direction,
+                    definition,
+                }
+            }
             Origin::NoProfile => RuleOrigin::NoProfile,
         }
     }

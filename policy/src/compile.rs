@@ -16,7 +16,7 @@ use crate::{
     addresses::AddressClasses,
     classifier::{LocalEndpoint, Names, Origin},
     fingerprint::Fingerprint,
-    model::{Action, EndpointKind, Model, Policy, Profile, Rule, Tier, TierAction},
+    model::{Action, EndpointKind, Model, Policy, Rule, Tier, TierAction},
     partition::Partition,
     peers::Peers,
     program::{Outcome, Program, ProgramBuilder, ProgramTooLarge, Slot, Test, point_key},
@@ -126,35 +126,12 @@ impl Classifier {
     }
 }
 
-/// `None` comes last; the two zeros are equal.
-fn order_key(order: Option<f64>) -> f64 {
-    order.map_or(f64::INFINITY, |order| order + 0.0)
-}
-
-/// The tiers in order of evaluation.
-fn ordered_tiers(model: &Model) -> Vec<&Tier> {
-    let mut tiers: Vec<&Tier> = model.tiers.iter().collect();
-    tiers.sort_by(|a, b| order_key(a.order).total_cmp(&order_key(b.order)).then_with(|| a.name.cmp(&b.name)));
-    tiers
-}
-
-/// The policies of a tier that enforce anything, in order of evaluation.
-fn ordered_policies(tier: &Tier) -> Vec<&Policy> {
-    let mut policies: Vec<&Policy> =
-        tier.policies.iter().map(|policy| &**policy).filter(|policy| !policy.staged).collect();
-    policies.sort_by(|a, b| {
-        let by_order = order_key(a.order).total_cmp(&order_key(b.order));
-        by_order.then_with(|| a.sort_name.cmp(&b.sort_name)).then_with(|| a.name.cmp(&b.name))
-    });
-    policies
-}
-
 struct Compiler<'model> {
     model: &'model Model,
     /// In order of evaluation.
     tiers: Vec<&'model Tier>,
     /// The tier's number and the policy, in order of evaluation.
-    policies: Vec<(u32, &'model Policy)>,
+    policies: Vec<(u32, &'model Arc<Policy>)>,
     /// The first profile of each name.
     profiles: HashMap<&'model str, u32>,
     /// By rule. The first denies when no profile decides.
@@ -165,11 +142,12 @@ struct Compiler<'model> {
 
 impl<'model> Compiler<'model> {
     fn new(model: &'model Model) -> Self {
-        let tiers = ordered_tiers(model);
+        let tiers = model.ordered_tiers();
+        let enforced = |tier: &'model Tier| tier.ordered_policies().into_iter().filter(|policy| !policy.staged);
         let policies = tiers
             .iter()
             .enumerate()
-            .flat_map(|(number, tier)| ordered_policies(tier).into_iter().map(move |policy| (number as u32, policy)))
+            .flat_map(|(number, tier)| enforced(tier).map(move |policy| (number as u32, policy)))
             .collect();
         let mut profiles = HashMap::new();
         for (number, profile) in model.profiles.iter().enumerate() {
@@ -195,7 +173,7 @@ impl<'model> Compiler<'model> {
                 let policies = policies
                     .iter()
                     .copied()
-                    .filter(|policy| rules_of_policy(self.policies[*policy as usize].1, direction).is_some());
+                    .filter(|policy| self.policies[*policy as usize].1.rules(direction).is_some());
                 let wanted = Effective { direction, policies: policies.collect(), profiles: profiles.clone() };
                 if let Some(number) = numbers.get(&wanted) {
                     return *number;
@@ -215,21 +193,20 @@ impl<'model> Compiler<'model> {
             let direction = effective.direction;
             for policy in &effective.policies {
                 policy_rules.entry((direction, *policy)).or_insert_with(|| {
-                    let rules = rules_of_policy(self.policies[*policy as usize].1, direction).unwrap_or_default();
+                    let rules = self.policies[*policy as usize].1.rules(direction).unwrap_or_default();
                     resolve(rules, &mut resolver, &mut self.origins, |rule| Origin::Policy {
                         policy: *policy,
-                        rule: rule.number,
+                        rule,
                         direction,
                     })
                 });
             }
             for profile in &effective.profiles {
                 profile_rules.entry((direction, *profile)).or_insert_with(|| {
-                    let rules = rules_of_profile(&self.model.profiles[*profile as usize], direction);
-                    let several = rules.len() > 1;
+                    let rules = self.model.profiles[*profile as usize].rules(direction);
                     resolve(rules, &mut resolver, &mut self.origins, |rule| Origin::Profile {
                         profile: *profile,
-                        rule: several.then_some(rule.number),
+                        rule,
                         direction,
                     })
                 });
@@ -279,13 +256,9 @@ impl<'model> Compiler<'model> {
             endpoints,
             by_name,
             names: Names {
-                policies: self
-                    .policies
-                    .iter()
-                    .map(|(_, policy)| (policy.name.as_str().into(), policy.origin))
-                    .collect(),
+                policies: self.policies.iter().map(|(_, policy)| Arc::clone(policy)).collect(),
                 tiers: self.tiers.iter().map(|tier| tier.name.as_str().into()).collect(),
-                profiles: self.model.profiles.iter().map(|profile| profile.name.as_str().into()).collect(),
+                profiles: self.model.profiles.iter().map(Arc::clone).collect(),
             },
             origins: self.origins,
         })
@@ -372,30 +345,15 @@ impl<'model> Compiler<'model> {
     }
 }
 
-/// The rules by which a policy governs a direction, if it does.
-fn rules_of_policy(policy: &Policy, direction: PolicyDirection) -> Option<&[Rule]> {
-    match direction {
-        PolicyDirection::Ingress => policy.ingress.as_deref(),
-        PolicyDirection::Egress => policy.egress.as_deref(),
-    }
-}
-
-fn rules_of_profile(profile: &Profile, direction: PolicyDirection) -> &[Rule] {
-    match direction {
-        PolicyDirection::Ingress => &profile.ingress,
-        PolicyDirection::Egress => &profile.egress,
-    }
-}
-
 fn resolve<'model>(
     rules: &'model [Rule],
     resolver: &mut Resolver<'_, 'model>,
     origins: &mut Vec<Origin>,
-    origin: impl Fn(&Rule) -> Origin,
+    origin: impl Fn(u32) -> Origin,
 ) -> Vec<ResolvedRule> {
     let mut resolved = Vec::with_capacity(rules.len());
-    for rule in rules {
-        origins.push(origin(rule));
+    for (position, rule) in rules.iter().enumerate() {
+        origins.push(origin(position as u32));
         resolved.push(ResolvedRule {
             action: rule.action,
             rule: RuleId((origins.len() - 1) as u32),

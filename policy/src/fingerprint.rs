@@ -1,5 +1,7 @@
 //! A hash of compiled content that is the same in every process and every build.
 
+use std::hash::Hasher;
+
 /// Folds 64-bit words, in order, into one.
 ///
 /// Each step is a bijection of the state for a given word (the finalizer of SplitMix64: Steele, Lea, Flood,
@@ -23,6 +25,22 @@ impl Fingerprint {
 
     pub(crate) fn value(&self) -> u64 {
         self.0
+    }
+}
+
+/// So that whole values can be folded. How a value gives itself to a hasher may differ between compilers.
+impl Hasher for Fingerprint {
+    fn write(&mut self, bytes: &[u8]) {
+        self.add(bytes.len() as u64);
+        for chunk in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            self.add(u64::from_le_bytes(word));
+        }
+    }
+
+    fn finish(&self) -> u64 {
+        self.value()
     }
 }
 

@@ -67,7 +67,7 @@ mod rows;
 pub mod selector;
 mod trie;
 
-pub use classifier::{Classifier, EndpointId, Judgement, PolicyDirection, RuleId, RuleOrigin};
+pub use classifier::{Classifier, EndpointId, Judgement, PolicyDirection, RuleId, RuleIdentity, RuleOrigin};
 pub use compile::{CompileError, MAX_MEMBERSHIPS, MAX_ROW_WORDS, MAX_RULES_IN_PROGRAMS, MAX_RULES_PER_ENDPOINT};
 pub use model::Model;
 pub use selector::{Labels, Selector, SelectorError};

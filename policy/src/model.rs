@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use ipnet::IpNet;
 use weir_packet::Protocol;
 
-use crate::Selector;
+use crate::{PolicyDirection, Selector};
 
 /// All that one compilation sees.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -23,6 +23,20 @@ pub struct Model {
     pub tiers: Vec<Tier>,
     /// The profiles that endpoints name.
     pub profiles: Vec<Arc<Profile>>,
+}
+
+impl Model {
+    /// The tiers in order of evaluation.
+    pub fn ordered_tiers(&self) -> Vec<&Tier> {
+        let mut tiers: Vec<&Tier> = self.tiers.iter().collect();
+        tiers.sort_by(|a, b| order_key(a.order).total_cmp(&order_key(b.order)).then_with(|| a.name.cmp(&b.name)));
+        tiers
+    }
+}
+
+/// `None` comes last; the two zeros are equal.
+fn order_key(order: Option<f64>) -> f64 {
+    order.map_or(f64::INFINITY, |order| order + 0.0)
 }
 
 /// What an [`Endpoint`] stands for.
@@ -82,6 +96,18 @@ pub struct Tier {
     pub policies: Vec<Arc<Policy>>,
 }
 
+impl Tier {
+    /// The policies in order of evaluation, staged ones too, where they would stand.
+    pub fn ordered_policies(&self) -> Vec<&Arc<Policy>> {
+        let mut policies: Vec<&Arc<Policy>> = self.policies.iter().collect();
+        policies.sort_by(|a, b| {
+            let by_order = order_key(a.order).total_cmp(&order_key(b.order));
+            by_order.then_with(|| a.sort_name.cmp(&b.sort_name)).then_with(|| a.name.cmp(&b.name))
+        });
+        policies
+    }
+}
+
 /// A tier's end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum TierAction {
@@ -113,6 +139,16 @@ pub struct Policy {
     pub origin: u32,
 }
 
+impl Policy {
+    /// The rules by which it governs a direction, if it does.
+    pub fn rules(&self, direction: PolicyDirection) -> Option<&[Rule]> {
+        match direction {
+            PolicyDirection::Ingress => self.ingress.as_deref(),
+            PolicyDirection::Egress => self.egress.as_deref(),
+        }
+    }
+}
+
 /// Rules for endpoints that no tier decided about.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Profile {
@@ -122,6 +158,16 @@ pub struct Profile {
     pub ingress: Vec<Rule>,
     /// Rules for what the endpoint sends.
     pub egress: Vec<Rule>,
+}
+
+impl Profile {
+    /// The rules for a direction.
+    pub fn rules(&self, direction: PolicyDirection) -> &[Rule] {
+        match direction {
+            PolicyDirection::Ingress => &self.ingress,
+            PolicyDirection::Egress => &self.egress,
+        }
+    }
 }
 
 /// What a matching rule does.

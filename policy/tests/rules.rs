@@ -1,12 +1,13 @@
 //! The rules of Kubernetes and Calico policy, one test each or nearly so; names begin with the rule's number.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
 };
 
 use weir_packet::{FlowKey, Ports, Protocol};
-use weir_policy::{Classifier, CompileError, PolicyDirection, RuleOrigin, Selector, model::*};
+use weir_policy::{Classifier, CompileError, PolicyDirection, RuleId, RuleIdentity, RuleOrigin, Selector, model::*};
 
 const TCP: Protocol = Protocol::TCP;
 const UDP: Protocol = Protocol::UDP;
@@ -520,8 +521,37 @@ fn deciding_rules_are_described() {
     let describe =
         |protocol| classifier.describe(classifier.judge(endpoint, PolicyDirection::Ingress, &key(protocol)).rule);
     let direction = PolicyDirection::Ingress;
-    assert_eq!(describe(TCP), RuleOrigin::Policy { name: "NetworkPolicy/red/p", rule: 1, direction, object: 77 });
+    let definition = &Rule { number: 1, ..rule(Action::Allow, Some(TCP)) };
+    assert_eq!(
+        describe(TCP),
+        RuleOrigin::Policy { name: "NetworkPolicy/red/p", rule: 1, direction, object: 77, definition }
+    );
     assert_eq!(describe(UDP), RuleOrigin::TierEnd { tier: "default", policies: vec!["NetworkPolicy/red/p"] });
+}
+
+/// What hits are kept by: a rule is the same wherever it stands in its policy, and another when it or its policy changes.
+#[test]
+fn a_rules_identity_is_what_it_says_and_where() {
+    let [first, second] = [TCP, UDP].map(|protocol| rule(Action::Allow, Some(protocol)));
+    let numbered = |number, rule: &Rule| Rule { number, ..rule.clone() };
+    let identities = |name: &str, rules: Vec<Rule>| {
+        let classifier = Classifier::compile(&with(vec![ingress(policy(name, 1000.0, "app == 'a'"), rules)])).unwrap();
+        let all: BTreeMap<String, RuleIdentity> = (0..classifier.rule_count())
+            .map(|number| classifier.describe(RuleId(number as u32)))
+            .map(|origin| (origin.to_string(), origin.identity()))
+            .collect();
+        all
+    };
+    let before = identities("p", vec![numbered(1, &first), numbered(2, &second)]);
+    let after =
+        identities("p", vec![numbered(1, &second), numbered(2, &rule(Action::Deny, None)), numbered(3, &first)]);
+    let (one, two, three) = ("NetworkPolicy/red/p rule 1", "NetworkPolicy/red/p rule 2", "NetworkPolicy/red/p rule 3");
+    assert_eq!((before[one], before[two]), (after[three], after[one]));
+    let mut different = BTreeSet::new();
+    different.extend(before.values().chain(after.values()).copied());
+    different.extend(identities("q", vec![numbered(1, &first)]).values().copied());
+    // The end without a profile, two profiles' rules, three of p and its end; then q's, and its end.
+    assert_eq!(different.len(), before.len() + 1 + 2, "{before:?} {after:?}");
 }
 
 #[test]

@@ -36,8 +36,9 @@ impl<const N: usize> Counters<N> {
     /// The counters of one more worker, all zero.
     pub fn join(&self) -> WorkerCounters<N> {
         let array = Arc::new(CachePadded::new(std::array::from_fn(|_| AtomicU64::new(0))));
-        lock(&self.workers).push(Arc::clone(&array));
-        WorkerCounters { array, _one_thread: PhantomData }
+        let mut workers = lock(&self.workers);
+        workers.push(Arc::clone(&array));
+        WorkerCounters { array, number: WorkerNumber(workers.len() - 1), _one_thread: PhantomData }
     }
 
     /// The sum of one counter over all workers.
@@ -67,10 +68,15 @@ impl<const N: usize> Default for Counters<N> {
     }
 }
 
+/// A worker's number among those of one [`Counters`], from 0 in the order in which they joined.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct WorkerNumber(pub usize);
+
 /// One worker's counters. Sendable, not shareable.
 #[derive(Debug)]
 pub struct WorkerCounters<const N: usize> {
     array: Arc<Array<N>>,
+    number: WorkerNumber,
     _one_thread: PhantomData<Cell<()>>,
 }
 
@@ -83,6 +89,12 @@ impl<const N: usize> WorkerCounters<N> {
     pub fn add(&self, index: usize, n: u64) {
         let counter = &self.array[index];
         counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// This worker's number.
+    #[inline]
+    pub fn number(&self) -> WorkerNumber {
+        self.number
     }
 
     /// This worker's part of a counter.

@@ -3,6 +3,7 @@
 //! - [`domain`]: [`Domain`], quiescence: when may what others could still be reading be freed or reused?
 //! - [`published`]: [`Published`], an immutable snapshot that one thread replaces and all workers read.
 //! - [`counters`]: [`Counters`], numbers that each worker counts alone and anyone sums; [`Gauge`](counters::Gauge), one that all change.
+//! - [`tally`]: [`Tally`], the same by number, as many as a compiled table has.
 //!
 //! This crate is also the only one that names the standard library's atomics, or loom, which takes their place under
 //! `--cfg loom` to run a test through every interleaving and every outcome that the memory model allows. Other crates
@@ -11,11 +12,13 @@
 pub mod counters;
 pub mod domain;
 pub mod published;
+pub mod tally;
 
-pub use counters::{Counters, Gauge, WorkerCounters};
+pub use counters::{Counters, Gauge, WorkerCounters, WorkerNumber};
 pub use crossbeam::utils::CachePadded;
 pub use domain::{Domain, Epoch, Participant, Turn};
 pub use published::Published;
+pub use tally::Tally;
 
 /// Atomics and fences: the standard library's, or loom's.
 pub mod atomic {

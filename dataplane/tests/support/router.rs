@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
-use crossbeam::channel::Receiver;
+use crossbeam::channel::{Receiver, Sender};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
 use weir_dataplane::{
@@ -128,6 +128,11 @@ pub fn service(
 
 /// These services, and a policy that allows all, or nothing into pods.
 pub fn rules(services: Vec<weir_nat::ServicePort>, is_open: bool) -> Rules {
+    tiered(services, Vec::new(), is_open)
+}
+
+/// These services and tiers, and, for what they do not decide, a policy that allows all, or nothing into pods.
+pub fn tiered(services: Vec<weir_nat::ServicePort>, tiers: Vec<weir_policy::model::Tier>, is_open: bool) -> Rules {
     let services = ServiceTable::compile(&weir_nat::Model {
         node_name: "a".into(),
         pod_cidrs: cluster().pod_cidrs,
@@ -154,7 +159,7 @@ pub fn rules(services: Vec<weir_nat::ServicePort>, is_open: bool) -> Rules {
     let policy = Classifier::compile(&weir_policy::model::Model {
         endpoints: endpoints.map(Arc::new).collect(),
         profiles: vec![Arc::new(profile)],
-        ..weir_policy::model::Model::default()
+        tiers,
     })
     .unwrap();
     Rules::new(services, policy, &cluster)
@@ -165,13 +170,14 @@ pub struct Router {
     published: Published<Snapshot>,
     pub tables: Tables,
     participant: Participant,
+    counters: Counters<COUNTERS>,
     pipeline: Pipeline,
     driver: MemoryDriver,
     snat: Arc<SnatPorts>,
     forwarding: Arc<Forwarding>,
     generation: u32,
     pub now: Tick,
-    _events: Receiver<Event>,
+    events: (Sender<Event>, Receiver<Event>),
 }
 
 impl Router {
@@ -182,9 +188,10 @@ impl Router {
         let table =
             || TableConfig { max_entries, seed: [1, 2], timeouts: Timeouts::default(), tcp: TcpSettings::default() };
         let tables = Tables { v4: Table::new(table(), domain.clone()), v6: Table::new(table(), domain.clone()) };
-        let (sender, events) = crossbeam::channel::bounded(64);
+        let events = crossbeam::channel::bounded(64);
         let counters = Counters::<COUNTERS>::new();
-        let pipeline = Pipeline::new(&tables, counters.join(), ChaCha8Rng::seed_from_u64(3), sender, 64, 2);
+        let random = ChaCha8Rng::seed_from_u64(3);
+        let pipeline = Pipeline::new(&tables, counters.join(), random, events.0.clone(), 64, 2);
         let snat = Arc::new(snat);
         let snapshot =
             Snapshot { generation: 1, rules: Arc::new(rules), snat: snat.clone(), forwarding: forwarding.clone() };
@@ -192,13 +199,14 @@ impl Router {
             published: Published::new(&domain, snapshot),
             participant: domain.join(),
             tables,
+            counters,
             pipeline,
             driver: MemoryDriver::new(2, 1024),
             snat,
             forwarding,
             generation: 1,
             now: Tick(1000),
-            _events: events,
+            events,
         }
     }
 
@@ -206,6 +214,23 @@ impl Router {
         self.generation += 1;
         let (snat, forwarding) = (self.snat.clone(), self.forwarding.clone());
         self.published.publish(Snapshot { generation: self.generation, rules: Arc::new(rules), snat, forwarding });
+    }
+
+    /// The rules in force.
+    pub fn rules(&self) -> Arc<Rules> {
+        self.published.current().rules.clone()
+    }
+
+    /// Frees what is published no more.
+    pub fn collect(&self) {
+        assert_eq!(self.published.collect(), 0, "nobody is in a turn");
+    }
+
+    /// Another worker takes the turns from now on. The one so far holds nothing.
+    pub fn change_worker(&mut self) {
+        assert_eq!(self.pipeline.held(), 0);
+        let (counters, random) = (self.counters.join(), ChaCha8Rng::seed_from_u64(4));
+        self.pipeline = Pipeline::new(&self.tables, counters, random, self.events.0.clone(), 64, 2);
     }
 
     /// One turn with these frames; what was sent.

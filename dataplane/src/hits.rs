@@ -1,0 +1,76 @@
+//! How many new connections each policy rule decided about, over all snapshots.
+//!
+//! Workers count in the tally of the rules that they judge by ([`Rules::hits`]), at the first packet of a connection only. When
+//! rules are replaced, some worker may still be in a turn that judges by the old ones; so these are kept, and their counts are moved
+//! into the archive when nobody else holds them any more. There, counts are kept by what a rule is, not by its number, so that one
+//! that stays keeps its hits through any reload.
+//!
+//! The archive forgets rules that are gone once it holds twice as many as there are: its memory is bounded by the rules'.
+
+use std::{collections::HashMap, sync::Arc};
+
+use weir_policy::{RuleId, RuleIdentity};
+
+use crate::snapshot::Rules;
+
+/// Identities that the archive may hold in any case.
+const ARCHIVE_FLOOR: usize = 1024;
+
+/// The hits of all rules since the start.
+#[derive(Debug)]
+pub struct Hits {
+    current: Arc<Rules>,
+    /// Rules that were replaced, and that a worker may still judge by.
+    replaced: Vec<Arc<Rules>>,
+    archive: HashMap<RuleIdentity, u64>,
+}
+
+impl Hits {
+    /// Without a hit so far.
+    pub fn new(current: Arc<Rules>) -> Self {
+        Self { current, replaced: Vec::new(), archive: HashMap::new() }
+    }
+
+    /// Follows a publication: `current` are the rules from now on. The same rules again change nothing.
+    pub fn follow(&mut self, current: &Arc<Rules>) {
+        if !Arc::ptr_eq(&self.current, current) {
+            self.replaced.push(std::mem::replace(&mut self.current, Arc::clone(current)));
+        }
+        self.settle();
+    }
+
+    /// The hits by rule; rules without any are left out. Of a rule that is gone there may be hits or not.
+    pub fn by_rule(&self) -> HashMap<RuleIdentity, u64> {
+        let mut hits = self.archive.clone();
+        for rules in self.replaced.iter().chain([&self.current]) {
+            add(&mut hits, rules);
+        }
+        hits
+    }
+
+    /// Moves the counts of rules that nobody judges by any more into the archive.
+    fn settle(&mut self) {
+        let archive = &mut self.archive;
+        // A snapshot that a worker may be reading holds them, and no new one is made with them.
+        self.replaced.retain_mut(|rules| match Arc::get_mut(rules) {
+            Some(rules) => {
+                add(archive, rules);
+                false
+            }
+            None => true,
+        });
+        let rules = self.current.policy.rule_count();
+        if self.archive.len() > ARCHIVE_FLOOR.max(2 * rules) {
+            let identity = |number| self.current.policy.describe(RuleId(number as u32)).identity();
+            let kept: HashMap<RuleIdentity, u64> =
+                (0..rules).filter_map(|number| self.archive.remove_entry(&identity(number))).collect();
+            self.archive = kept;
+        }
+    }
+}
+
+fn add(hits: &mut HashMap<RuleIdentity, u64>, rules: &Rules) {
+    for (number, count) in rules.hits.sums() {
+        *hits.entry(rules.policy.describe(RuleId(number as u32)).identity()).or_default() += count;
+    }
+}
