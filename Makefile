@@ -2,9 +2,11 @@
 
 CARGO ?= cargo
 SOAK_MINUTES ?= 30
+FUZZ_SECONDS ?= 60
+FUZZ_SANITIZER ?= none
 LOOM_FLAGS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=2
 
-.PHONY: help setup build release demo demo-memory test lint unit loom e2e cases bench bench-tables perf soak miri install clean
+.PHONY: help setup build release demo demo-memory test lint unit loom e2e cases bench bench-tables perf soak fuzz miri install clean
 
 help: ## Lists the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +58,13 @@ perf: release ## Packets per second through veth, beside a bare AF_XDP forwarder
 
 soak: ## Two workers under a mix of everything for SOAK_MINUTES (30); at the end every entry, frame and port is accounted for.
 	$(CARGO) run --example soak -- $(SOAK_MINUTES)
+
+fuzz: setup ## Every fuzz target for FUZZ_SECONDS (60); finds lie in fuzz/artifacts, what was learnt in fuzz/corpus.
+	command -v cargo-fuzz >/dev/null || $(CARGO) install cargo-fuzz --locked
+	@# Without a sanitizer the stable toolchain does; with nightly: make fuzz CARGO='cargo +nightly' FUZZ_SANITIZER=address.
+	for target in $$($(CARGO) fuzz list); do \
+		$(CARGO) fuzz run --sanitizer $(FUZZ_SANITIZER) $$target -- -max_total_time=$(FUZZ_SECONDS) -len_control=10 || exit 1; \
+	done
 
 miri: ## The unsafe and lock-free parts under miri (needs a nightly toolchain with miri).
 	$(CARGO) +nightly miri test -p weir-sync -p weir-conntrack --lib

@@ -1,0 +1,238 @@
+//! Operations on the table and on a dull twin of hash maps: [`run`] does them on both, and compares everything after each.
+//!
+//! Shared by the property test beside it and by the fuzz target `table` (fuzz/fuzz_targets/table.rs).
+
+use std::collections::HashMap;
+
+use weir_conntrack::{
+    Attributes, ConnId, Entry, Hit, Identity, Insert, Lifecycle, NewConn, Observed, Table, TableConfig, TcpSettings,
+    Timeouts, Tracked,
+};
+use weir_packet::{Address, Direction, FlowKey, Ports, Protocol, Tick};
+use weir_sync::Domain;
+
+/// Connections of the table under test: few, to meet a full table.
+const CAPACITY: u32 = 6;
+/// Keys: few, so that connections clash in every way.
+pub const KEYS: u8 = 10;
+pub const PROTOCOLS: [Protocol; 3] = [Protocol::UDP, Protocol::ICMP, Protocol(47)];
+
+/// Keys and protocols are taken modulo [`KEYS`] and the number of [`PROTOCOLS`].
+#[derive(Clone, Debug)]
+#[cfg_attr(fuzzing, derive(arbitrary::Arbitrary))]
+pub enum Operation {
+    Insert { original: u8, reply: u8, protocol: u8, mark: u32 },
+    Track { key: u8, protocol: u8 },
+    Remove { key: u8, protocol: u8 },
+    Judge { key: u8, protocol: u8, mark: u32 },
+    Pass { ticks: u16 },
+    Sweep,
+}
+
+fn key<A: Address>(number: u8, protocol: u8) -> FlowKey<A> {
+    let number = number % KEYS;
+    FlowKey {
+        src: A::from_bits128(u128::from(number % 3) << 60 | 0x0a00_0001),
+        dst: A::from_bits128(0x0a00_0002),
+        ports: Ports::new(u16::from(number), 7),
+        protocol: PROTOCOLS[usize::from(protocol) % PROTOCOLS.len()],
+    }
+}
+
+#[derive(Clone, Copy)]
+struct TwinConn<A: Address> {
+    original: FlowKey<A>,
+    reply: FlowKey<A>,
+    /// The device, which stays.
+    device: u32,
+    /// From which the other attributes follow.
+    mark: u32,
+    created: u32,
+    last_seen: u32,
+    seen_reply: bool,
+    stream: bool,
+}
+
+/// The twin has no places.
+const NOBODY: Identity = Identity { index: 0, incarnation: 0 };
+
+impl<A: Address> TwinConn<A> {
+    fn timeout(&self) -> u32 {
+        100 * match (self.original.protocol, self.seen_reply) {
+            (Protocol::UDP, _) if self.stream => 120,
+            (Protocol::UDP, _) => 30,
+            (Protocol::ICMP, _) => 30,
+            _ => 600,
+        }
+    }
+
+    fn attributes(&self) -> Attributes {
+        let mark = self.mark;
+        Attributes {
+            device: self.device,
+            stamps: [mark ^ 1, mark ^ 2, mark ^ 3],
+            generation: mark ^ 4,
+            next_hops: [mark ^ 5, mark ^ 6],
+            flags: mark as u8,
+        }
+    }
+
+    fn entry(&self, now: u32) -> Entry<A> {
+        Entry {
+            identity: NOBODY,
+            original: self.original,
+            reply: self.reply,
+            attributes: self.attributes(),
+            lifecycle: if self.seen_reply { Lifecycle::Established } else { Lifecycle::Unreplied },
+            tcp_state: None,
+            sctp_state: None,
+            assured: self.stream,
+            last_seen: Tick(self.last_seen),
+            remaining_ticks: self.timeout() - (now - self.last_seen),
+        }
+    }
+}
+
+/// Connections by number; no sharing, no expiry but by looking at all of them.
+struct Twin<A: Address> {
+    conns: HashMap<u32, TwinConn<A>>,
+    numbers: u32,
+    now: u32,
+}
+
+impl<A: Address> Twin<A> {
+    fn find(&self, key: &FlowKey<A>) -> Option<(u32, Direction)> {
+        self.conns.iter().find_map(|(number, conn)| match () {
+            () if conn.original == *key => Some((*number, Direction::Original)),
+            () if conn.reply == *key => Some((*number, Direction::Reply)),
+            () => None,
+        })
+    }
+
+    fn expire(&mut self) {
+        let now = self.now;
+        self.conns.retain(|_, conn| now - conn.last_seen < conn.timeout());
+    }
+}
+
+/// Does the operations, from tick `start` on.
+///
+/// # Panics
+/// Where the table does anything else than its twin.
+pub fn run<A: Address>(operations: Vec<Operation>, start: u32) {
+    let domain = Domain::new();
+    let mut participant = domain.join();
+    let config = TableConfig {
+        max_entries: CAPACITY,
+        seed: [7, 11],
+        timeouts: Timeouts::default(),
+        tcp: TcpSettings::default(),
+    };
+    let table = Table::<A>::new(config, domain);
+    let mut handle = table.handle();
+    let mut twin = Twin::<A> { conns: HashMap::new(), numbers: 0, now: 0 };
+    let mut names: HashMap<u32, ConnId> = HashMap::new();
+    for operation in operations {
+        let now = Tick(start.wrapping_add(twin.now));
+        match operation {
+            Operation::Insert { original, reply, protocol, mark } => {
+                let (original, reply) = (key::<A>(original, protocol), key::<A>(reply, protocol));
+                let conn = TwinConn {
+                    original,
+                    reply,
+                    device: mark,
+                    mark,
+                    created: twin.now,
+                    last_seen: twin.now,
+                    seen_reply: false,
+                    stream: false,
+                };
+                let new = NewConn { original, reply, attributes: conn.attributes(), first: Observed::default() };
+                let mut insert = || table.insert(&mut handle, new, now, &participant.enter());
+                let mut result = insert();
+                if result == Insert::Full {
+                    // What was removed becomes free with the turns after it, what has expired when it is swept.
+                    for _ in 0..2 {
+                        table.sweep(&mut handle, now, 2 * CAPACITY, &participant.enter());
+                    }
+                    result = table.insert(&mut handle, new, now, &participant.enter());
+                }
+                match (twin.find(&original), twin.find(&reply)) {
+                    (Some((number, direction)), _) => {
+                        assert_eq!(result, Insert::Exists(Hit { conn: names[&number], direction }));
+                    }
+                    (None, Some(_)) => assert_eq!(result, Insert::ReplyTaken),
+                    (None, None) if twin.conns.len() == CAPACITY as usize => assert_eq!(result, Insert::Full),
+                    (None, None) => {
+                        let Insert::Inserted(id) = result else { panic!("{result:?} with room") };
+                        twin.numbers += 1;
+                        twin.conns.insert(twin.numbers, conn);
+                        names.insert(twin.numbers, id);
+                    }
+                }
+            }
+            Operation::Track { key: number, protocol } => {
+                if let Some((number, direction)) = twin.find(&key(number, protocol)) {
+                    let _turn = participant.enter();
+                    let tracked = table.conn(names[&number]).track(direction, &Observed::default(), now);
+                    assert_eq!(tracked, Tracked::Accept);
+                    let time = twin.now;
+                    let conn = twin.conns.get_mut(&number).expect("found");
+                    conn.stream |=
+                        conn.original.protocol == Protocol::UDP && conn.seen_reply && time - conn.created > 200;
+                    conn.seen_reply |= direction == Direction::Reply;
+                    conn.last_seen = time;
+                }
+            }
+            Operation::Remove { key: number, protocol } => {
+                if let Some((number, _)) = twin.find(&key(number, protocol)) {
+                    let turn = participant.enter();
+                    assert!(table.remove(&mut handle, names[&number], &turn));
+                    assert!(!table.remove(&mut handle, names[&number], &turn));
+                    twin.conns.remove(&number);
+                }
+            }
+            Operation::Judge { key: number, protocol, mark } => {
+                if let Some((number, _)) = twin.find(&key(number, protocol)) {
+                    let _turn = participant.enter();
+                    let (conn, twin) = (table.conn(names[&number]), twin.conns.get_mut(&number).expect("found"));
+                    conn.set_stamps([mark ^ 1, mark ^ 2, mark ^ 3]);
+                    conn.set_generation(mark ^ 4);
+                    conn.set_next_hops([mark ^ 5, mark ^ 6]);
+                    conn.change_flags(mark as u8, !(mark as u8));
+                    twin.mark = mark;
+                    assert_eq!(conn.attributes(), twin.attributes());
+                }
+            }
+            Operation::Pass { ticks } => {
+                twin.now += u32::from(ticks);
+                twin.expire();
+            }
+            Operation::Sweep => {
+                table.sweep(&mut handle, now, 2 * CAPACITY, &participant.enter());
+                assert_eq!(table.len(), twin.conns.len());
+            }
+        }
+        let now = Tick(start.wrapping_add(twin.now));
+        let turn = participant.enter();
+        for protocol in 0..PROTOCOLS.len() as u8 {
+            for number in 0..KEYS {
+                let key = key::<A>(number, protocol);
+                let expected = twin.find(&key).map(|(number, direction)| Hit { conn: names[&number], direction });
+                assert_eq!(table.lookup(&key, table.hash(&key), now, &turn), expected, "{key:?}");
+            }
+        }
+        let mut listed = Vec::new();
+        table.for_each(now, |entry| listed.push(Entry { identity: NOBODY, ..*entry }));
+        let mut expected: Vec<_> = twin
+            .conns
+            .values()
+            .map(|conn| conn.entry(twin.now))
+            .map(|entry| Entry { last_seen: Tick(start.wrapping_add(entry.last_seen.0)), ..entry })
+            .collect();
+        let order = |entry: &Entry<A>| (entry.original.protocol, entry.original.ports, entry.original.src);
+        listed.sort_by_key(order);
+        expected.sort_by_key(order);
+        assert_eq!(listed, expected);
+    }
+}
