@@ -183,9 +183,11 @@ impl Tracer {
         let ports = if protocol.is_icmp() {
             let echo = if A::BITS == 32 { 8 } else { 128 };
             let icmp_type = flow.icmp_type.unwrap_or(echo);
-            // An echo's key has its identifier, others their code (see Ports).
-            let is_echo = icmp_type == echo || icmp_type == if A::BITS == 32 { 0 } else { 129 };
-            let first = if is_echo { flow.sport.unwrap_or(0) } else { u16::from(flow.icmp_code.unwrap_or(0)) };
+            let first = if protocol.has_identifier(u16::from(icmp_type)) {
+                flow.sport.unwrap_or(0)
+            } else {
+                u16::from(flow.icmp_code.unwrap_or(0))
+            };
             Ports::new(first, u16::from(icmp_type))
         } else if protocol.has_ports() {
             Ports::new(flow.sport.unwrap_or(ANY_SOURCE_PORT), flow.dport.unwrap_or(0))

@@ -4,7 +4,13 @@
 //! Needs root; WEIR_SKIP_E2E=1 skips it.
 #![cfg(not(loom))]
 
-use std::{env, net::Ipv4Addr};
+use std::{
+    collections::BTreeMap,
+    env,
+    net::Ipv4Addr,
+    thread,
+    time::{Duration, Instant},
+};
 
 use rand_chacha::{
     ChaCha8Rng,
@@ -24,12 +30,16 @@ use Direction::{Original, Reply};
 use kernel::{Kernel, Shown, with_kernel};
 
 const SERVER_PORT: u16 = 80;
-const NOW: Tick = Tick(1000);
+/// When a test begins.
+const START: Tick = Tick(1000);
 
 /// All different by more than any test takes, and such that both limits are longer than some states' timeouts and shorter
 /// than others'.
 const UNIT: u32 = 10_000;
-const TIMEOUTS: [(&str, u32); 18] = [
+const TIMEOUTS: [(&str, u32); 21] = [
+    ("nf_conntrack_udp_timeout", UNIT),
+    ("nf_conntrack_udp_timeout_stream", 2 * UNIT),
+    ("nf_conntrack_icmp_timeout", 3 * UNIT),
     ("nf_conntrack_sctp_timeout_closed", UNIT),
     ("nf_conntrack_sctp_timeout_cookie_wait", 2 * UNIT),
     ("nf_conntrack_sctp_timeout_cookie_echoed", 3 * UNIT),
@@ -55,6 +65,7 @@ struct Weir {
     table: Table<Ipv4Addr>,
     handle: Handle,
     participant: Participant,
+    now: Tick,
 }
 
 /// What became of a packet.
@@ -73,17 +84,17 @@ impl Weir {
         let config = TableConfig { max_entries: 1 << 16, seed: [1, 2], timeouts, tcp };
         let table = Table::new(config, domain);
         let handle = table.handle();
-        Self { table, handle, participant }
+        Self { table, handle, participant, now: START }
     }
 
     /// What the dataplane does with a packet: look up, track, or open.
     fn pass(&mut self, key: &FlowKey<Ipv4Addr>, observed: &Observed) -> (Outcome, Option<Tracked>) {
-        let Self { table, handle, participant } = self;
-        let turn = participant.enter();
+        let Self { table, handle, participant, now } = self;
+        let (now, turn) = (*now, participant.enter());
         let hash = table.hash(key);
         let mut tracked = None;
-        if let Some(hit) = table.lookup(key, hash, NOW, &turn) {
-            let verdict = table.conn(hit.conn).track(hit.direction, observed, NOW);
+        if let Some(hit) = table.lookup(key, hash, now, &turn) {
+            let verdict = table.conn(hit.conn).track(hit.direction, observed, now);
             tracked = Some(verdict);
             if verdict == Tracked::NewFlow {
                 assert!(table.remove(handle, hit.conn, &turn));
@@ -93,12 +104,12 @@ impl Weir {
         if matches!(tracked, None | Some(Tracked::NewFlow)) && observed.opening(key) != Opening::Never {
             let new =
                 NewConn { original: *key, reply: key.invert(), attributes: Attributes::default(), first: *observed };
-            assert!(matches!(table.insert(handle, new, NOW, &turn), Insert::Inserted(_)));
+            assert!(matches!(table.insert(handle, new, now, &turn), Insert::Inserted(_)));
             forwarded = true;
         }
-        let shown = table.lookup(key, hash, NOW, &turn).map(|hit| {
+        let shown = table.lookup(key, hash, now, &turn).map(|hit| {
             let conn = table.conn(hit.conn);
-            let is_expired = |units: &u32| conn.is_expired(Tick(NOW.0 + 100 * UNIT * units));
+            let is_expired = |units: &u32| conn.is_expired(Tick(now.0 + 100 * UNIT * units));
             Shown {
                 state: conn
                     .tcp_state()
@@ -495,6 +506,113 @@ fn written_sequences() {
             }
         }
         assert!(wrong.is_empty(), "they differ, or agree where they should not:\n{}", wrong.join("\n"));
+    });
+}
+
+/// A flow of datagrams, or of ICMP's requests of a type and their replies.
+struct Flow {
+    protocol: Protocol,
+    /// The client's port, or the identifier.
+    port: u16,
+    /// The server's port, or the request's type; a reply's type is the second.
+    asked: u16,
+    answered: u16,
+    /// Before its first packet.
+    begun: Instant,
+    story: Vec<String>,
+}
+
+impl Flow {
+    fn new(protocol: Protocol, port: u16, [asked, answered]: [u16; 2]) -> Self {
+        Self { protocol, port, asked, answered, begun: Instant::now(), story: Vec::new() }
+    }
+
+    /// A packet through both, and what each made of it.
+    fn packet(&mut self, pair: &mut Pair<'_>, direction: Direction, payload_bytes: usize) -> [Outcome; 2] {
+        let is_icmp = self.protocol == Protocol::ICMP;
+        let mut key = key(direction, self.protocol, self.port);
+        if is_icmp {
+            key.ports = Ports::new(self.port, if direction == Original { self.asked } else { self.answered });
+        }
+        let [source, destination] = [key.ports.source().to_be_bytes(), key.ports.destination().to_be_bytes()];
+        let number = self.story.len() as u8;
+        let mut bytes = if is_icmp {
+            vec![destination[1], 0, 0, 0, source[0], source[1], 0, number]
+        } else {
+            let length = (8 + payload_bytes as u16).to_be_bytes();
+            [source, destination, length, [0, 0]].concat()
+        };
+        bytes.resize(8 + payload_bytes, number);
+        self.story.push(format!("{direction:?} +{payload_bytes} at {:?}", pair.weir.now));
+        let (ours, _) = pair.weir.pass(&key, &Observed::default());
+        let forwarded = pair.kernel.forwards(direction, key.protocol, &bytes);
+        let shown = pair.kernel.connection(key.protocol, [self.port, self.asked]);
+        let shown = shown.map(|shown| Shown { remaining: shown.remaining.next_multiple_of(UNIT), ..shown });
+        [ours, Outcome { forwarded, shown }]
+    }
+}
+
+/// Random flows: each for less than two seconds, which is when netfilter takes those that are answered for streams, and again when these
+/// are over. The kernel's clock is the real one: a flow of which this machine cannot say that it was fast enough proves nothing, and another
+/// one takes its place.
+#[test]
+fn random_datagrams_and_echoes() {
+    const STREAM_AFTER: Duration = Duration::from_secs(2);
+    // Echo, timestamp, information and address mask.
+    const REQUESTS: [[u16; 2]; 4] = [[8, 0], [13, 14], [15, 16], [17, 18]];
+    with_kernel(&TIMEOUTS, |kernel| {
+        let mut pair = Pair { weir: Weir::new(TcpSettings::default()), kernel };
+        let mut random = ChaCha8Rng::seed_from_u64(1);
+        let mut below = |limit: usize| random.next_u32() as usize % limit;
+        let mut outcomes = BTreeMap::new();
+        let mut compare = |flow: &Flow, [ours, kernels]: [Outcome; 2]| {
+            assert_eq!(ours, kernels, "weir, the kernel: {} {} {:#?}", flow.protocol, flow.asked, flow.story);
+            let shown = kernels.shown.map(|shown| (shown.seen_reply, shown.assured, shown.remaining / UNIT));
+            *outcomes.entry((flow.protocol, kernels.forwarded, shown)).or_insert(0) += 1;
+        };
+        let mut flows = Vec::new();
+        let mut port = 1024;
+        while flows.len() < 2000 {
+            port += 1;
+            let mut flow = match below(3) {
+                0 => Flow::new(Protocol::ICMP, port, REQUESTS[below(4)]),
+                _ => Flow::new(Protocol::UDP, port, [SERVER_PORT, 0]),
+            };
+            let is_certain = (0..=below(5)).all(|_| {
+                let direction = if below(3) == 0 { Reply } else { Original };
+                let seen = flow.packet(&mut pair, direction, below(40));
+                let is_certain = flow.begun.elapsed() < STREAM_AFTER;
+                if is_certain {
+                    compare(&flow, seen);
+                }
+                is_certain
+            });
+            if is_certain {
+                flows.push(flow);
+            }
+        }
+        // More than a tick of whatever length the kernel's are.
+        let more = Duration::from_millis(100);
+        thread::sleep(STREAM_AFTER + more);
+        pair.weir.now = Tick(START.0 + 300);
+        for flow in &mut flows {
+            for _ in 0..=below(4) {
+                let direction = if below(3) == 0 { Reply } else { Original };
+                let seen = flow.packet(&mut pair, direction, below(40));
+                compare(flow, seen);
+            }
+        }
+        println!("{outcomes:#?}");
+        // What netfilter's nf_conntrack_proto_udp.c and nf_conntrack_proto_icmp.c can bring about, and no more.
+        let expected = [
+            (Protocol::ICMP, false, None),
+            (Protocol::ICMP, true, Some((false, false, 3))),
+            (Protocol::ICMP, true, Some((true, false, 3))),
+            (Protocol::UDP, true, Some((false, false, 1))),
+            (Protocol::UDP, true, Some((true, false, 1))),
+            (Protocol::UDP, true, Some((true, true, 2))),
+        ];
+        assert!(outcomes.keys().copied().eq(expected) && outcomes.values().all(|count| *count > 30), "{outcomes:#?}");
     });
 }
 

@@ -719,7 +719,8 @@ impl Pipeline {
         };
 
         let wanted = reply_port(&reply);
-        let has_port = view.key.protocol.has_ports() || view.key.protocol.is_icmp();
+        let protocol = view.key.protocol;
+        let has_port = protocol.has_ports() || protocol.has_identifier(view.key.ports.destination());
         // Without SNAT, and for ICMP (all of which is steered to weir), the sender's own port is as good as any.
         if decision.snat.is_none() || !view.key.protocol.has_ports() {
             match attempt(reply) {

@@ -187,6 +187,31 @@ fn the_clients_port_is_kept_where_replies_to_it_come_to_weir() {
 }
 
 #[test]
+fn two_pods_with_one_icmp_identifier_each_get_their_replies() {
+    // Echo, timestamp, information, address mask; ICMPv6's echo.
+    for (family, request, reply) in [(0, 8, 0), (0, 13, 14), (0, 15, 16), (0, 17, 18), (1, 128, 129)] {
+        let mut router = router(10000..=20000, &[], 1024);
+        let icmp = |icmp_type, id: [u8; 2], src, dst| {
+            let l4 = vec![icmp_type, 0, 0, 0, id[0], id[1], 0, 1, 9, 9, 9, 9];
+            Packet { src, dst, protocol: if family == 0 { 1 } else { 58 }, ttl: 64, tos: 0, options: 0, l4 }
+        };
+        let (outside, node) = (ip(OUTSIDE[family]), ip(NODE[family]));
+        let pods = [(CLIENT_POD, ip(CLIENT[family])), (SERVER_POD, ip(SERVER[family]))];
+        let asked = pods.map(|(device, pod)| {
+            let (to, left) = through(&mut router, device, &icmp(request, [0, 7], pod, outside)).expect("it passes");
+            assert_eq!((to, left.src, left.dst, left.l4[0]), (UPLINK, node, outside, request));
+            [left.l4[4], left.l4[5]]
+        });
+        assert_ne!(asked[0], asked[1], "type {request}");
+        for ((device, pod), id) in pods.into_iter().zip(asked) {
+            let (to, got) = through(&mut router, UPLINK, &icmp(reply, id, outside, node)).expect("it passes");
+            assert_eq!((to, got.src, got.dst, got.l4[0], &got.l4[4..6]), (device, outside, pod, reply, &[0, 7][..]));
+        }
+        assert_eq!(router.finish().dropped(), 0);
+    }
+}
+
+#[test]
 fn node_ports_and_ports_that_the_node_listens_on_are_never_chosen() {
     let listened = [30061, 30063];
     let excluded: Vec<u16> = NODE_PORTS.into_iter().chain(listened).collect();

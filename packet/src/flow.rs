@@ -48,6 +48,17 @@ impl Protocol {
     pub const fn is_icmp(self) -> bool {
         matches!(self, Self::ICMP | Self::ICMPV6)
     }
+
+    /// Whether ICMP messages of that type carry the identifier that tells one's requests, and the replies to them, from another's: echo,
+    /// timestamp, information and address mask (RFC 792, RFC 950), ICMPv6's echo (RFC 4443). It stands for their source port.
+    #[inline]
+    pub const fn has_identifier(self, icmp_type: u16) -> bool {
+        match self {
+            Self::ICMP => matches!(icmp_type, 0 | 8 | 13..=18),
+            Self::ICMPV6 => matches!(icmp_type, 128 | 129),
+            _ => false,
+        }
+    }
 }
 
 impl fmt::Display for Protocol {
@@ -71,8 +82,8 @@ impl fmt::Debug for Protocol {
 
 /// Source and destination port, as the four bytes that stand in a TCP, UDP or SCTP header.
 ///
-/// ICMP echo has its identifier as source and its type (8 or 128 for a request, 0 or 129 for a reply) as
-/// destination; protocols without ports have zero.
+/// ICMP requests and replies with an identifier ([`Protocol::has_identifier`]) have it as source and their type as destination, other ICMP
+/// its code and type; protocols without ports have zero.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, PartialOrd, Ord)]
 pub struct Ports(u32);
 
@@ -158,7 +169,7 @@ pub struct FlowKey<A> {
 }
 
 impl<A: Address> FlowKey<A> {
-    /// The key of a packet that answers this one: ends swapped; an ICMP echo request becomes a reply and back.
+    /// The key of a packet that answers this one: ends swapped; an ICMP request becomes its reply and back.
     ///
     /// Its own inverse: `key.invert().invert() == key`.
     #[inline]
@@ -172,13 +183,22 @@ impl<A: Address> FlowKey<A> {
     }
 }
 
-/// Echo request and echo reply swapped, others as they are.
+/// Requests and their replies swapped, others as they are: echo, timestamp, information, address mask; ICMPv6's echo and node information
+/// (RFC 4620).
 const fn invert_icmp_type(icmp_type: u16) -> u16 {
     match icmp_type {
         8 => 0,
         0 => 8,
+        13 => 14,
+        14 => 13,
+        15 => 16,
+        16 => 15,
+        17 => 18,
+        18 => 17,
         128 => 129,
         129 => 128,
+        139 => 140,
+        140 => 139,
         other => other,
     }
 }
@@ -220,6 +240,16 @@ mod tests {
         let ping = key(Protocol::ICMP, 77, 8);
         assert_eq!(ping.invert().ports, Ports::new(77, 0));
         assert_eq!(ping.invert().invert(), ping);
+        for (protocol, request, reply) in [
+            (Protocol::ICMP, 13, 14),
+            (Protocol::ICMP, 15, 16),
+            (Protocol::ICMP, 17, 18),
+            (Protocol::ICMPV6, 128, 129),
+            (Protocol::ICMPV6, 139, 140),
+        ] {
+            let [request, reply] = [request, reply].map(|icmp_type| key(protocol, 77, icmp_type));
+            assert_eq!((request.invert().ports, reply.invert().ports), (reply.ports, request.ports));
+        }
     }
 
     #[test]

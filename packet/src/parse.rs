@@ -48,7 +48,7 @@ pub enum Parsed {
 /// Where the headers of an IP packet lie in its frame, and what they say.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct View<A: Address> {
-    /// Protocol, addresses and ports. ICMP echo: identifier and type; other ICMP: code as source and type as
+    /// Protocol, addresses and ports. ICMP with an identifier (echo and others): that and the type; other ICMP: code as source and type as
     /// destination; 0 for other protocols and for later fragments (whose protocol, in IPv6, is what the fragment header
     /// says: maybe an extension header's number).
     pub key: FlowKey<A>,
@@ -228,12 +228,6 @@ impl<A: Address> View<A> {
         matches!(self.kind, Kind::FirstFragment { .. } | Kind::LaterFragment { .. })
     }
 
-    /// Whether the packet is an ICMP echo request or reply: its key's ports are identifier and type.
-    #[inline]
-    pub fn is_echo(&self) -> bool {
-        is_echo::<A>(&self.key)
-    }
-
     /// The view of the same packet in a frame whose start moved by `bytes` towards it: after decapsulation, the IP
     /// header in front is gone. `None` where that would leave no room for an Ethernet header.
     #[inline]
@@ -247,13 +241,6 @@ impl<A: Address> View<A> {
 
 /// Length of the header of every ICMP and ICMPv6 message that weir looks into.
 pub(crate) const ICMP_HEADER_BYTES: usize = 8;
-
-/// Whether the key is that of an ICMP echo request or reply, so that an identifier stands as its source port.
-#[inline]
-pub(crate) fn is_echo<A: Address>(key: &FlowKey<A>) -> bool {
-    let icmp_type = key.ports.destination();
-    key.protocol == A::ICMP && if A::WORDS == 1 { matches!(icmp_type, 0 | 8) } else { matches!(icmp_type, 128 | 129) }
-}
 
 /// An ARP packet for IPv4 over Ethernet (RFC 826).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -699,8 +686,11 @@ fn icmp_kind<A: Address>(header: &[u8; ICMP_HEADER_BYTES]) -> (Ports, Kind) {
 #[inline]
 fn icmp_ports<A: Address>(header: &[u8; ICMP_HEADER_BYTES]) -> Ports {
     let ports = Ports::new(u16::from(header[1]), u16::from(header[0]));
-    let echo = if A::WORDS == 1 { matches!(header[0], 0 | 8) } else { matches!(header[0], 128 | 129) };
-    if echo { Ports::new(u16::from_be_bytes([header[4], header[5]]), ports.destination()) } else { ports }
+    if A::ICMP.has_identifier(ports.destination()) {
+        Ports::new(u16::from_be_bytes([header[4], header[5]]), ports.destination())
+    } else {
+        ports
+    }
 }
 
 fn parse_arp(frame: &[u8], l3: usize) -> Result<Arp, DropReason> {

@@ -9,9 +9,7 @@ use std::net::Ipv4Addr;
 use crate::{
     Address, DropReason, FlowKey, Mac, Ports, Protocol,
     checksum::{Increment, Sum, sctp_increment},
-    parse::{
-        ETHERNET_BYTES, Embedded, ICMP_HEADER_BYTES, Kind, UDP_LITE, View, is_echo, l4_checksum_ok, parse_embedded,
-    },
+    parse::{ETHERNET_BYTES, Embedded, ICMP_HEADER_BYTES, Kind, UDP_LITE, View, l4_checksum_ok, parse_embedded},
 };
 
 /// Length of the header that [`write_ipip_header`] puts before a packet.
@@ -104,7 +102,7 @@ fn rewrite_l4<A: Address>(
     if from.protocol.has_ports() {
         l4[..4].copy_from_slice(&to.ports.word().to_ne_bytes());
         written = written.word32(from.ports.word(), to.ports.word());
-    } else if is_echo(from) {
+    } else if from.protocol.has_identifier(from.ports.destination()) {
         let identifier = to.ports.source().to_be_bytes();
         l4[4..6].copy_from_slice(&identifier);
         written = written.word16(from.ports.source().to_be_bytes(), identifier);

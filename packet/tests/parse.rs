@@ -209,7 +209,9 @@ fn icmp_kinds_and_keys() {
         (12, 0, Kind::IcmpError, Ports::new(0, 12)),
         (9, 0, Kind::Control, Ports::new(0, 9)),
         (10, 0, Kind::Control, Ports::new(0, 10)),
-        (13, 0, Kind::Flow, Ports::new(0, 13)),
+        (13, 0, Kind::Flow, Ports::new(0x0506, 13)),
+        (18, 0, Kind::Flow, Ports::new(0x0506, 18)),
+        (19, 2, Kind::Flow, Ports::new(2, 19)),
         (128, 0, Kind::Flow, Ports::new(0, 128)),
     ];
     for (icmp_type, code, kind, ports) in v4_rows {
@@ -217,7 +219,6 @@ fn icmp_kinds_and_keys() {
         let view = v4(&frame);
         assert_eq!((view.kind, view.key.ports), (kind, ports), "ICMP type {icmp_type}");
         assert_eq!(view.icmp(&frame), Some((icmp_type, code)));
-        assert_eq!(view.is_echo(), matches!(icmp_type, 0 | 8));
     }
     for icmp_type in 0..=255_u8 {
         let view = v6(&ipv6_frame(58, &[icmp_type, 2, 0, 0, 5, 6, 7, 8]));
@@ -229,7 +230,6 @@ fn icmp_kinds_and_keys() {
         let echo = matches!(icmp_type, 128 | 129);
         let ports = Ports::new(if echo { 0x0506 } else { 2 }, u16::from(icmp_type));
         assert_eq!((view.kind, view.key.ports), (kind, ports), "ICMPv6 type {icmp_type}");
-        assert_eq!(view.is_echo(), echo);
     }
     assert_eq!(v4(&ipv4_frame(&[], 0, 2, &[0x16; 8])).kind, Kind::Control, "IGMP");
     assert_eq!(v6(&ipv6_frame(2, &[0x16; 8])).kind, Kind::Flow, "protocol 2 is nothing in IPv6");

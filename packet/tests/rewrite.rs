@@ -152,7 +152,7 @@ fn a_first_fragment_of_sctp_keeps_its_ports_or_is_refused() {
 
 #[test]
 fn other_icmp_has_no_ports_to_write() {
-    let frame = ipv4_frame(&[], 0, 1, &[13, 0, 0xf2, 0xff, 0, 0, 0, 0, 0, 0, 0, 0]);
+    let frame = ipv4_frame(&[], 0, 1, &[19, 0, 0xec, 0xff, 0, 0, 0, 0, 0, 0, 0, 0]);
     let view = view_of::<Ipv4Addr>(&frame);
     let mut translated = frame.clone();
     let to = FlowKey { src: [192, 168, 0, 1].into(), ports: Ports::new(77, 99), ..view.key };

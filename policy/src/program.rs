@@ -44,9 +44,9 @@ impl Facts {
         let (selector, source_port) = if key.protocol.has_ports() {
             (destination, u32::from(source))
         } else if key.protocol.is_icmp() {
-            // An echo's source port is its identifier; its code is 0.
-            let echo = matches!((key.protocol, destination), (Protocol::ICMP, 0 | 8) | (Protocol::ICMPV6, 128 | 129));
-            (icmp_selector(destination as u8, if echo { 0 } else { source as u8 }), NO_PORT)
+            // What has an identifier has it as its source port; its code is 0.
+            let code = if key.protocol.has_identifier(destination) { 0 } else { source as u8 };
+            (icmp_selector(destination as u8, code), NO_PORT)
         } else {
             (0, NO_PORT)
         };

@@ -26,7 +26,7 @@ const PROBE_PORT: u16 = 9;
 /// A connection as the kernel shows it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Shown {
-    /// The number of its TCP or SCTP state.
+    /// The number of its TCP or SCTP state; 0 for protocols without states.
     pub state: u8,
     pub seen_reply: bool,
     pub assured: bool,
@@ -128,14 +128,18 @@ impl Kernel {
                 continue;
             }
             match Protocol(datagram[9]) {
-                Protocol::UDP if datagram[28..30] == id.to_be_bytes() => return arrived,
+                Protocol::UDP
+                    if datagram[20..22] == PROBE_PORT.to_be_bytes() && datagram[28..30] == id.to_be_bytes() =>
+                {
+                    return arrived;
+                }
                 _ if datagram[20..] == *packet => arrived = true,
                 other => panic!("nobody has sent this: {other} {datagram:?}"),
             }
         }
     }
 
-    /// The connection between those ports, by either direction.
+    /// The connection between those ports, by either direction; of ICMP: the identifier and the request's type.
     pub fn connection(&mut self, protocol: Protocol, [client, server]: [u16; 2]) -> Option<Shown> {
         const CTA_TUPLE_ORIG: u16 = 1;
         const CTA_STATUS: u16 = 3;
@@ -143,8 +147,21 @@ impl Kernel {
         const CTA_TIMEOUT: u16 = 7;
         const NESTED: u16 = 1 << 15;
         let addresses = [attribute(1, &CLIENT.octets()), attribute(2, &SERVER.octets())].concat();
-        let ports =
-            [attribute(1, &[protocol.0]), attribute(2, &client.to_be_bytes()), attribute(3, &server.to_be_bytes())];
+        let ports = match protocol {
+            Protocol::ICMP => vec![
+                attribute(1, &[protocol.0]),
+                attribute(4, &client.to_be_bytes()),
+                attribute(5, &[server as u8]),
+                attribute(6, &[0]),
+            ],
+            _ => {
+                vec![
+                    attribute(1, &[protocol.0]),
+                    attribute(2, &client.to_be_bytes()),
+                    attribute(3, &server.to_be_bytes()),
+                ]
+            }
+        };
         let tuple = [attribute(1 | NESTED, &addresses), attribute(2 | NESTED, &ports.concat())].concat();
         let question = [&[2u8, 0, 0, 0][..], &attribute(CTA_TUPLE_ORIG | NESTED, &tuple)].concat();
         let mut message = Vec::new();
@@ -168,8 +185,10 @@ impl Kernel {
         let number = |kind| -> Option<u32> { number(kind) };
         let status = number(CTA_STATUS).expect("a status");
         // CTA_PROTOINFO_TCP or CTA_PROTOINFO_SCTP, the state is the first of both.
-        let details = find(attributes, CTA_PROTOINFO).expect("a protocol with states");
-        let state = find(find(details, 1).or_else(|| find(details, 3)).expect("TCP or SCTP"), 1).expect("a state")[0];
+        let details = find(attributes, CTA_PROTOINFO).and_then(|details| find(details, 1).or_else(|| find(details, 3)));
+        let has_states = matches!(protocol, Protocol::TCP | Protocol::SCTP);
+        assert_eq!(details.is_some(), has_states, "{protocol}: states are shown of TCP and SCTP");
+        let state = details.map_or(0, |details| find(details, 1).expect("a state")[0]);
         Some(Shown {
             state,
             seen_reply: status & 2 != 0,
