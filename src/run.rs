@@ -58,7 +58,7 @@ use crate::{
     },
     manifests::Substitute,
     report::counters_json,
-    translate::{self, Faulty, Loaded},
+    translate::{Faulty, Loaded, Loader},
     watch::{Watch, WatchError},
 };
 
@@ -198,10 +198,6 @@ fn for_this_user(error: RunError) -> RunError {
     }
 }
 
-fn load(path: &Path) -> Result<Loaded, RunError> {
-    translate::load(path).map_err(|problems| RunError::Config(Box::new(problems)))
-}
-
 /// Runs the router until SIGINT or SIGTERM.
 ///
 /// # Errors
@@ -266,6 +262,7 @@ fn take_off(config: &Path) -> Result<Vec<String>, RunError> {
 /// The router's control.
 struct Router {
     path: PathBuf,
+    loader: Loader,
     loaded: Loaded,
     rules: Arc<Rules>,
     /// Ports of `snat.portRange` that sockets of the node listen on.
@@ -298,7 +295,8 @@ impl Router {
     async fn start(path: &Path) -> Result<Self, RunError> {
         let config_path = fs::canonicalize(path).unwrap_or_else(|_| path.into());
         let watch = Watch::new([config_path.clone()])?;
-        let mut loaded = load(&config_path)?;
+        let mut loader = Loader::new(&config_path);
+        let mut loaded = loader.load().map_err(|problems| RunError::Config(Box::new(problems)))?;
         let roles = role_rules(&loaded);
         let kernel = KernelState::follow(FollowSettings::default()).await?;
         loaded.add_local_addresses(&own_addresses(&kernel, &roles));
@@ -429,6 +427,7 @@ impl Router {
 
         let mut router = Self {
             path: config_path,
+            loader,
             roles,
             kernel,
             tracker: DeviceTracker::new(Role::Workload),
@@ -685,7 +684,7 @@ impl Router {
     /// Takes over the configuration as it is now. A bad one changes nothing.
     async fn reload(&mut self) -> Result<(), RunError> {
         let begin = Instant::now();
-        let mut loaded = match translate::reload(&self.path, &self.loaded) {
+        let mut loaded = match self.loader.reload(&self.loaded) {
             Ok((loaded, problems)) => {
                 if let Some(problems) = problems {
                     warn!("objects are faulty, and others stand for them:\n{}", problems.render(false));

@@ -20,7 +20,7 @@ use std::{
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Component, Path, PathBuf},
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use notify::{
@@ -65,7 +65,7 @@ pub enum Trigger {
 
 /// What tells one state of a file from another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp {
+pub(crate) struct Stamp {
     device: u64,
     inode: u64,
     bytes: u64,
@@ -74,7 +74,7 @@ struct Stamp {
 }
 
 impl Stamp {
-    fn of(metadata: &fs::Metadata) -> Self {
+    pub(crate) fn of(metadata: &fs::Metadata) -> Self {
         Self {
             device: metadata.dev(),
             inode: metadata.ino(),
@@ -82,6 +82,14 @@ impl Stamp {
             modified: (metadata.mtime(), metadata.mtime_nsec()),
             changed: (metadata.ctime(), metadata.ctime_nsec()),
         }
+    }
+
+    /// Whether the file's last change was longer ago.
+    pub(crate) fn is_older_than(&self, age: Duration) -> bool {
+        let (seconds, nanoseconds) = self.changed;
+        let changed = u64::try_from(seconds).ok().map(|seconds| Duration::new(seconds, nanoseconds as u32));
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok();
+        matches!((changed, now), (Some(changed), Some(now)) if now.checked_sub(changed).is_some_and(|past| past > age))
     }
 }
 

@@ -3,7 +3,7 @@
 //! A file is cut at its document markers first (YAML 1.2.2, 9.1.2: "---" and "..." at the start of a line cannot be
 //! content), so that a syntax error in one document leaves the others readable.
 
-use std::{cell::Cell, fmt, ops::Range, thread};
+use std::{fmt, io, ops::Range, sync::OnceLock, thread};
 
 use serde::{
     Deserialize, Deserializer,
@@ -33,11 +33,18 @@ pub struct Node {
     /// What it is.
     pub value: Value,
     /// Set where typed reading found it faulty and went on without it.
-    dropped: Cell<bool>,
+    dropped: OnceLock<()>,
+}
+
+/// A copy has nothing dropped.
+impl Clone for Node {
+    fn clone(&self) -> Self {
+        Self { span: self.span, value: self.value.clone(), dropped: OnceLock::new() }
+    }
 }
 
 /// A value of YAML's core schema, with YAML 1.1's booleans as kubectl reads them.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Value {
     /// Nothing, `null` or `~`.
     Null,
@@ -56,7 +63,7 @@ pub enum Value {
 }
 
 /// A key of an object and its place.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Key {
     /// Its text.
     pub text: String,
@@ -67,7 +74,7 @@ pub struct Key {
 impl Node {
     /// Nothing, from nowhere.
     pub fn null() -> Self {
-        Self { span: Span::default(), value: Value::Null, dropped: Cell::new(false) }
+        Self { span: Span::default(), value: Value::Null, dropped: OnceLock::new() }
     }
 
     /// The place of the node with all that is in it.
@@ -124,12 +131,12 @@ impl Node {
 
     /// Whether typed reading found it faulty.
     pub fn is_dropped(&self) -> bool {
-        self.dropped.get()
+        self.dropped.get().is_some()
     }
 
     /// Marks it as faulty, so that typed reading goes on without it.
     pub fn drop_from_reading(&self) {
-        self.dropped.set(true);
+        let _ = self.dropped.set(());
     }
 
     /// Whether something directly inside it was dropped.
@@ -162,15 +169,10 @@ pub fn read_documents(file: u32, problems: &mut Problems) -> Vec<Node> {
     let source = problems.source(file).clone();
     let read = || {
         let ranges = document_ranges(source.text());
-        ranges.into_iter().filter_map(|range| read_document(&source, file, range, problems)).collect()
+        ranges.into_iter().filter_map(|range| read_document(file, range, problems)).collect()
     };
-    let outcome = thread::scope(|scope| {
-        let thread = thread::Builder::new().name("read-yaml".to_owned()).stack_size(READER_STACK_BYTES);
-        thread.spawn_scoped(scope, read).map(|reader| reader.join())
-    });
-    match outcome {
-        Ok(Ok(documents)) => documents,
-        Ok(Err(panic)) => std::panic::resume_unwind(panic),
+    match on_reader_thread(read) {
+        Ok(documents) => documents,
         Err(error) => {
             let message = format!("there is no thread to read this file with: {error}");
             problems.error(Span { file, ..Span::default() }, message, None);
@@ -179,8 +181,20 @@ pub fn read_documents(file: u32, problems: &mut Problems) -> Vec<Node> {
     }
 }
 
+/// Runs `read` with a stack that [`read_document`] cannot exhaust.
+///
+/// # Errors
+/// Where the system has no thread for it.
+pub fn on_reader_thread<T: Send>(read: impl FnOnce() -> T + Send) -> io::Result<T> {
+    let outcome = thread::scope(|scope| {
+        let thread = thread::Builder::new().name("read-yaml".to_owned()).stack_size(READER_STACK_BYTES);
+        thread.spawn_scoped(scope, read).map(|reader| reader.join())
+    });
+    outcome.map(|joined| joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+}
+
 /// Byte ranges of the documents of a stream, without those that hold only directives, comments and blanks.
-fn document_ranges(text: &str) -> Vec<Range<usize>> {
+pub fn document_ranges(text: &str) -> Vec<Range<usize>> {
     let mut ranges = Vec::new();
     let mut start = if text.starts_with('\u{feff}') { '\u{feff}'.len_utf8() } else { 0 };
     let mut offset = start;
@@ -192,7 +206,7 @@ fn document_ranges(text: &str) -> Vec<Range<usize>> {
         if marker {
             ranges.push(start..offset);
             // What follows "---" on its line belongs to the document: "--- {a: 1}".
-            start = offset + 3;
+            start = offset + if bare.len() == 3 { line.len() } else { 3 };
         }
         offset += line.len();
     }
@@ -204,7 +218,10 @@ fn document_ranges(text: &str) -> Vec<Range<usize>> {
     ranges
 }
 
-fn read_document(source: &Source, file: u32, range: Range<usize>, problems: &mut Problems) -> Option<Node> {
+/// Reads the one document in a range of a text that [`Problems::add_source`] made known. `None` where it is empty or cannot
+/// be read, which is reported. Call it within [`on_reader_thread`].
+pub fn read_document(file: u32, range: Range<usize>, problems: &mut Problems) -> Option<Node> {
+    let source = problems.source(file).clone();
     let text = &source.text()[range.clone()];
     let base = range.start as u32;
     let parse = |duplicate_keys| serde_saphyr::from_str_with_options::<Spanned<Raw>>(text, options(duplicate_keys));
@@ -217,7 +234,7 @@ fn read_document(source: &Source, file: u32, range: Range<usize>, problems: &mut
             parsed = parse(DuplicateKeyPolicy::FirstWins);
         }
     }
-    let node = Node::new(parsed.ok()?, source, file, base);
+    let node = Node::new(parsed.ok()?, &source, file, base);
     (!matches!(node.value, Value::Null)).then_some(node)
 }
 
@@ -420,6 +437,6 @@ impl Node {
                     .collect(),
             ),
         };
-        Self { span, value, dropped: Cell::new(false) }
+        Self { span, value, dropped: OnceLock::new() }
     }
 }

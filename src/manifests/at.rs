@@ -1,5 +1,6 @@
 //! Places inside a resource, for messages about values that were read into types already.
 
+use super::object::Base;
 use crate::config::{
     Problems, Span,
     tree::{Node, Value},
@@ -9,14 +10,21 @@ use crate::config::{
 #[derive(Clone, Copy, Debug)]
 pub struct At<'t> {
     node: &'t Node,
+    /// As the tree counts it.
     span: Span,
+    base: Base,
     exact: bool,
 }
 
 impl<'t> At<'t> {
-    /// The place of a whole tree.
+    /// The place of a whole tree, as the tree counts it.
     pub fn root(node: &'t Node) -> Self {
-        Self { node, span: node.span, exact: true }
+        Self::in_piece(node, Base { file: node.span.file, offset: 0 })
+    }
+
+    /// The place of a whole tree that was read from the piece of text at `base`.
+    pub fn in_piece(node: &'t Node, base: Base) -> Self {
+        Self { node, span: node.span, base, exact: true }
     }
 
     /// The value under a key. Objects and lists are shown by their key.
@@ -24,7 +32,7 @@ impl<'t> At<'t> {
         match self.node.entry(key).filter(|_| self.exact) {
             Some((key, node)) => {
                 let by_key = matches!(node.value, Value::Map(_) | Value::List(_) | Value::Null);
-                Self { node, span: if by_key { key.span } else { node.span }, exact: true }
+                Self { node, span: if by_key { key.span } else { node.span }, ..self }
             }
             None => Self { exact: false, ..self },
         }
@@ -33,7 +41,7 @@ impl<'t> At<'t> {
     /// The key itself, where it is there.
     pub fn name_of(self, key: &str) -> Self {
         match self.node.entry(key).filter(|_| self.exact) {
-            Some((key, node)) => Self { node, span: key.span, exact: true },
+            Some((key, node)) => Self { node, span: key.span, ..self },
             None => Self { exact: false, ..self },
         }
     }
@@ -41,14 +49,14 @@ impl<'t> At<'t> {
     /// An item of a list, counted as the typed list counts them.
     pub fn item(self, index: usize) -> Self {
         match self.node.items().nth(index).filter(|_| self.exact) {
-            Some(node) => Self { node, span: node.span, exact: true },
+            Some(node) => Self { node, span: node.span, ..self },
             None => Self { exact: false, ..self },
         }
     }
 
     /// The place in its file.
     pub fn span(self) -> Span {
-        self.span
+        self.base.place(self.span)
     }
 
     /// Whether the value is missing only because it was at fault, which is reported already.
@@ -72,7 +80,7 @@ impl<'a> Reporter<'a> {
     /// An error at a place.
     pub fn error(&mut self, at: At<'_>, message: impl std::fmt::Display, help: impl Into<Option<String>>) {
         if !at.follows_from_fault() {
-            self.problems.error(at.span, format!("{}: {message}", self.subject), help);
+            self.problems.error(at.span(), format!("{}: {message}", self.subject), help);
         }
     }
 
@@ -85,13 +93,13 @@ impl<'a> Reporter<'a> {
     /// A warning at a place.
     pub fn warning(&mut self, at: At<'_>, message: impl std::fmt::Display, help: impl Into<Option<String>>) {
         if !at.follows_from_fault() {
-            self.problems.warning(at.span, format!("{}: {message}", self.subject), help);
+            self.problems.warning(at.span(), format!("{}: {message}", self.subject), help);
         }
     }
 
     /// A note at a place.
     pub fn note(&mut self, at: At<'_>, message: impl std::fmt::Display) {
-        self.problems.note(at.span, format!("{}: {message}", self.subject));
+        self.problems.note(at.span(), format!("{}: {message}", self.subject));
     }
 
     /// "file:line:column" of a place.

@@ -5,20 +5,21 @@
 
 mod cluster;
 mod policy;
+#[cfg(test)]
+mod reload_tests;
 mod services;
 #[cfg(test)]
 mod tests;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashSet},
     net::IpAddr,
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
 use crate::{
-    config::{Problems, RouterConfig, Severity, Source},
-    manifests::{Manifests, ObjectId, Origin, Substitute},
+    config::{Problems, RouterConfig, Severity},
+    manifests::{Library, Manifests, ObjectId, Objects, Substitute, library::Texts},
 };
 
 pub use cluster::workload_device;
@@ -34,8 +35,8 @@ pub struct Loaded {
     pub services: weir_nat::Model,
     /// What policy is compiled from.
     pub policy: weir_policy::model::Model,
-    /// Where objects come from; the models' `origin` is an index.
-    pub objects: Vec<Origin>,
+    /// Where objects come from; the models' `origin` is a number of these.
+    pub objects: Objects,
     /// How many objects of each kind were read.
     pub counts: BTreeMap<&'static str, usize>,
     /// Warnings and notes.
@@ -44,8 +45,6 @@ pub struct Loaded {
     pub files: Vec<PathBuf>,
     /// Objects whose newest version is faulty, and what stands for them; only after [`reload`].
     pub faulty: Vec<Faulty>,
-    /// The text that each object was read from.
-    good: HashMap<ObjectId, Arc<Source>>,
 }
 
 /// An object whose newest version is faulty.
@@ -78,51 +77,136 @@ impl Loaded {
 /// # Errors
 /// All problems, warnings and notes included, where at least one is an error.
 pub fn load(path: &Path) -> Result<Loaded, Problems> {
-    attempt(path, None).map_err(|failed| failed.problems)
+    Loader::new(path).load()
 }
 
-/// As [`load`], but an object at fault does not stop the rest: its last good version stands for it, or, where there is none, nothing, so
-/// that a policy denies what it selects. [`Loaded::faulty`] names what is at fault; all problems come with it, to be shown.
-///
-/// # Errors
-/// All problems, where one is not an object's: of weir.yaml itself, or what weir would not enforce.
-pub fn reload(path: &Path, previous: &Loaded) -> Result<(Loaded, Option<Problems>), Problems> {
-    let all = match attempt(path, None) {
-        Ok(loaded) => return Ok((loaded, None)),
-        Err(failed) if failed.manifests.as_ref().is_some_and(|manifests| !manifests.not_implemented) => failed.problems,
-        Err(failed) => return Err(failed.problems),
-    };
-    let mut faulty: BTreeMap<ObjectId, (Substitute, String)> = BTreeMap::new();
-    // Each round substitutes for an object that the one before did not, or takes a substitute out, so there is a last one.
-    loop {
-        let substitutes = faulty.iter().map(|(id, (substitute, _))| (id.clone(), *substitute)).collect();
-        let (problems, manifests) = match attempt(path, Some((&substitutes, previous))) {
-            Ok(mut loaded) => {
-                let named = faulty.into_iter().map(|(id, (substitute, problem))| Faulty {
-                    object: id.to_string(),
-                    substitute,
-                    problem,
-                });
-                loaded.faulty.extend(named);
-                return Ok((loaded, Some(all)));
-            }
-            Err(failed) => match *failed {
-                Failed { problems, manifests: Some(manifests) } => (problems, manifests),
-                Failed { .. } => return Err(all),
-            },
+/// Loads a configuration, at first and again and again; what did not change is taken as it was.
+#[derive(Debug)]
+pub struct Loader {
+    path: PathBuf,
+    library: Library,
+}
+
+/// What was read: weir.yaml and the texts of the manifests, with the problems of reading.
+struct Read {
+    config: RouterConfig,
+    texts: Texts,
+    problems: Problems,
+}
+
+impl Loader {
+    /// For the weir.yaml at `path`.
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.to_owned(), library: Library::default() }
+    }
+
+    /// Reads and translates everything.
+    ///
+    /// # Errors
+    /// All problems, warnings and notes included, where at least one is an error.
+    pub fn load(&mut self) -> Result<Loaded, Problems> {
+        let read = self.read()?;
+        self.attempt(&read, None).map_err(|failed| failed.problems)
+    }
+
+    /// As [`Loader::load`], but an object at fault does not stop the rest: its last good version stands for it, or, where there is none,
+    /// nothing, so that a policy denies what it selects. [`Loaded::faulty`] names what is at fault; all problems come with it, to be shown.
+    ///
+    /// # Errors
+    /// All problems, where one is not an object's: of weir.yaml itself, or what weir would not enforce.
+    pub fn reload(&mut self, previous: &Loaded) -> Result<(Loaded, Option<Problems>), Problems> {
+        let read = self.read()?;
+        let all = match self.attempt(&read, None) {
+            Ok(loaded) => return Ok((loaded, None)),
+            Err(failed) if !failed.manifests.not_implemented => failed.problems,
+            Err(failed) => return Err(failed.problems),
         };
-        for error in problems.of(Severity::Error) {
-            let Some(id) = manifests.object_at(error.span) else { continue };
-            let substitute = match substitutes.get(id) {
-                None if previous.good.contains_key(id) => Substitute::LastGood,
-                _ => Substitute::Nothing,
+        let good: HashSet<&ObjectId> = previous.objects.good().map(|(id, _)| id).collect();
+        let mut faulty: BTreeMap<ObjectId, (Substitute, String)> = BTreeMap::new();
+        // Each round substitutes for an object that the one before did not, or takes a substitute out, so there is a last one.
+        loop {
+            let substitutes = faulty.iter().map(|(id, (substitute, _))| (id.clone(), *substitute)).collect();
+            let Failed { problems, manifests } = match self.attempt(&read, Some((&substitutes, previous))) {
+                Ok(mut loaded) => {
+                    let named = faulty.into_iter().map(|(id, (substitute, problem))| Faulty {
+                        object: id.to_string(),
+                        substitute,
+                        problem,
+                    });
+                    loaded.faulty.extend(named);
+                    return Ok((loaded, Some(all)));
+                }
+                Err(failed) => *failed,
             };
-            if substitutes.get(id) != Some(&substitute) {
-                faulty.insert(id.clone(), (substitute, problems.line(error)));
+            for error in problems.of(Severity::Error) {
+                let Some(id) = manifests.objects.at(error.span) else { continue };
+                let substitute = match substitutes.get(id) {
+                    None if good.contains(id) => Substitute::LastGood,
+                    _ => Substitute::Nothing,
+                };
+                if substitutes.get(id) != Some(&substitute) {
+                    faulty.insert(id.clone(), (substitute, problems.line(error)));
+                }
+            }
+            if faulty.iter().all(|(id, (substitute, _))| substitutes.get(id) == Some(substitute)) {
+                return Err(all);
             }
         }
-        if faulty.iter().all(|(id, (substitute, _))| substitutes.get(id) == Some(substitute)) {
-            return Err(all);
+    }
+
+    fn read(&mut self) -> Result<Read, Problems> {
+        let mut problems = Problems::default();
+        let Some((config, spans)) = RouterConfig::read(&self.path, &mut problems) else {
+            problems.sort();
+            return Err(problems);
+        };
+        let texts = self.library.read(&config.manifests, &spans, &self.path, &mut problems);
+        Ok(Read { config, texts, problems })
+    }
+
+    /// Translates what was read. At a reload with the given substitutes, and with last good versions of what a text that cannot be read
+    /// has lost.
+    fn attempt(
+        &self,
+        read: &Read,
+        reload: Option<(&BTreeMap<ObjectId, Substitute>, &Loaded)>,
+    ) -> Result<Loaded, Box<Failed>> {
+        let mut problems = read.problems.clone();
+        let none = BTreeMap::new();
+        let substitutes = reload.map_or(&none, |(substitutes, _)| substitutes);
+        let mut manifests = Manifests::of(&read.texts, substitutes, &mut problems);
+        let mut faulty = Vec::new();
+        if let Some((substitutes, previous)) = reload {
+            let last_good = substitutes.iter().filter(|(_, substitute)| **substitute == Substitute::LastGood);
+            let mut wanted: BTreeSet<ObjectId> = last_good.map(|(id, _)| id.clone()).collect();
+            // An error outside of every object: the text may have lost any that it held.
+            let unreadable =
+                problems.take_errors(|error| error.span.file != 0 && manifests.objects.at(error.span).is_none());
+            let mentioned = manifests.objects.mentioned();
+            for error in unreadable {
+                let name = problems.source(error.span.file).name();
+                let problem = problems.line(&error);
+                let of_text = previous.objects.good().filter(|(_, text)| *text == name).map(|(id, _)| id);
+                let lost: Vec<&ObjectId> =
+                    of_text.filter(|id| !mentioned.contains(id) && !wanted.contains(id)).collect();
+                if lost.is_empty() {
+                    faulty.push(Faulty { object: name.to_owned(), substitute: Substitute::Nothing, problem });
+                    continue;
+                }
+                for id in lost {
+                    faulty.push(Faulty {
+                        object: id.to_string(),
+                        substitute: Substitute::LastGood,
+                        problem: problem.clone(),
+                    });
+                    wanted.insert(id.clone());
+                }
+            }
+            manifests.add_last_good(&previous.objects, &wanted, &self.library, &mut problems);
+        }
+        match translate(read.config.clone(), &self.path, &mut manifests, problems) {
+            Ok(loaded) => Ok(Loaded { faulty, ..loaded }),
+            Err(problems) => Err(Box::new(Failed { problems, manifests })),
         }
     }
 }
@@ -130,61 +214,8 @@ pub fn reload(path: &Path, previous: &Loaded) -> Result<(Loaded, Option<Problems
 /// An attempt that found errors.
 struct Failed {
     problems: Problems,
-    /// What was read; `None` where weir.yaml is at fault.
-    manifests: Option<Manifests>,
-}
-
-/// Reads everything. At a reload with the given substitutes, and with last good versions of what a text that cannot be read has lost.
-fn attempt(path: &Path, reload: Option<(&BTreeMap<ObjectId, Substitute>, &Loaded)>) -> Result<Loaded, Box<Failed>> {
-    let mut problems = Problems::default();
-    let Some((config, spans)) = RouterConfig::read(path, &mut problems) else {
-        problems.sort();
-        return Err(Box::new(Failed { problems, manifests: None }));
-    };
-    let substitutes = reload.map(|(substitutes, _)| substitutes.clone()).unwrap_or_default();
-    let mut manifests = Manifests::read(&config.manifests, &spans, path, substitutes, &mut problems);
-    let mut faulty = Vec::new();
-    if let Some((substitutes, previous)) = reload {
-        let mut wanted: Vec<ObjectId> = Vec::new();
-        wanted.extend(substitutes.iter().filter(|(_, s)| **s == Substitute::LastGood).map(|(id, _)| id.clone()));
-        // An error outside of every object: the text may have lost any that it held.
-        let unreadable =
-            problems.take_errors(|error| error.span.file != 0 && manifests.object_at(error.span).is_none());
-        let mentioned = manifests.mentioned();
-        for error in unreadable {
-            let name = problems.source(error.span.file).name();
-            let problem = problems.line(&error);
-            let of_text = previous.good.iter().filter(|(_, source)| source.name() == name).map(|(id, _)| id);
-            let lost: Vec<&ObjectId> = of_text.filter(|id| !mentioned.contains(id) && !wanted.contains(id)).collect();
-            if lost.is_empty() {
-                faulty.push(Faulty { object: name.to_owned(), substitute: Substitute::Nothing, problem });
-                continue;
-            }
-            for id in lost {
-                faulty.push(Faulty {
-                    object: id.to_string(),
-                    substitute: Substitute::LastGood,
-                    problem: problem.clone(),
-                });
-                wanted.push(id.clone());
-            }
-        }
-        let mut by_text: Vec<(&Arc<Source>, BTreeSet<ObjectId>)> = Vec::new();
-        for id in wanted {
-            let Some(source) = previous.good.get(&id) else { continue };
-            match by_text.iter_mut().find(|(known, _)| Arc::ptr_eq(known, source)) {
-                Some((_, ids)) => drop(ids.insert(id)),
-                None => by_text.push((source, BTreeSet::from([id]))),
-            }
-        }
-        for (source, ids) in by_text {
-            manifests.read_last_good(source, ids, &mut problems);
-        }
-    }
-    match translate(config, path, &mut manifests, problems) {
-        Ok(loaded) => Ok(Loaded { faulty, ..loaded }),
-        Err(problems) => Err(Box::new(Failed { problems, manifests: Some(manifests) })),
-    }
+    /// What was read.
+    manifests: Manifests,
 }
 
 fn translate(
@@ -203,8 +234,7 @@ fn translate(
     debug_assert!(problems.of(Severity::Error).next().is_none());
     let mut files = vec![path.to_owned()];
     files.append(&mut manifests.files);
-    let counts = manifests.counts();
-    let good = manifests.sources(&problems);
-    let objects = std::mem::take(&mut manifests.origins);
-    Ok(Loaded { config, cluster, services, policy, objects, counts, notes: problems, files, faulty: Vec::new(), good })
+    let objects = std::mem::take(&mut manifests.objects);
+    let counts = objects.counts();
+    Ok(Loaded { config, cluster, services, policy, objects, counts, notes: problems, files, faulty: Vec::new() })
 }

@@ -27,8 +27,9 @@ fn load_texts(weir: &str, cluster: &str) -> Result<Loaded, Problems> {
         problems.sort();
         return Err(problems);
     };
-    let mut manifests = Manifests::default();
-    manifests.read_text("cluster.yaml", cluster.to_owned(), &mut problems);
+    let mut texts = Texts::default();
+    Library::default().add_text("cluster.yaml", cluster.to_owned(), &mut texts, &mut problems);
+    let mut manifests = Manifests::of(&texts, &BTreeMap::new(), &mut problems);
     translate(config, Path::new("weir.yaml"), &mut manifests, problems)
 }
 
@@ -452,9 +453,9 @@ fn lists_and_json_are_read_as_their_items() {
 	{"apiVersion": "v1", "kind": "NamespaceList", "items": [
 		{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "b\u00e9"}}]}]}"#;
     let loaded = loaded(WEIR, list);
-    let names: Vec<String> = loaded.objects.iter().map(ToString::to_string).collect();
+    let names: Vec<String> = loaded.objects.iter().map(|origin| origin.to_string()).collect();
     assert_eq!(names, ["Namespace/a", "Namespace/bé"]);
-    assert_eq!(loaded.objects[1].line, 4);
+    assert_eq!(loaded.objects.get(1).map(|origin| origin.line), Some(4));
 }
 
 #[test]
@@ -783,7 +784,7 @@ fn folders_are_read_with_their_subfolders_and_missing_paths_are_errors() {
     fs::write(path("m/README.md"), "no manifest").unwrap();
     fs::write(path("weir.yaml"), "nodeName: a\nmanifests: [m/, m/b.yml]\n").unwrap();
     let loaded = load(&path("weir.yaml")).unwrap();
-    let names: Vec<&str> = loaded.objects.iter().map(|origin| origin.name.as_str()).collect();
+    let names: Vec<String> = loaded.objects.iter().map(|origin| origin.name).collect();
     assert_eq!(names, ["a", "b", "c"]);
     let files: Vec<&Path> = loaded.files.iter().map(|file| file.strip_prefix(folder.path()).unwrap()).collect();
     assert_eq!(files, ["weir.yaml", "m", "m/a.json", "m/b.yml", "m/sub", "m/sub/c.yaml"].map(Path::new));
@@ -801,7 +802,8 @@ fn folders_are_read_with_their_subfolders_and_missing_paths_are_errors() {
 /// A reload of `cluster` after `previous`, with what stands for faulty objects: "object: substitute: problem".
 fn reloaded(folder: &Path, previous: &Loaded, cluster: &str) -> (Loaded, Vec<String>) {
     fs::write(folder.join("cluster.yaml"), cluster).unwrap();
-    let (loaded, _) = reload(&folder.join("weir.yaml"), previous).unwrap_or_else(|problems| panic!("{problems}"));
+    let (loaded, _) =
+        Loader::new(&folder.join("weir.yaml")).reload(previous).unwrap_or_else(|problems| panic!("{problems}"));
     let line = |faulty: &Faulty| {
         let problem = faulty.problem.strip_prefix(folder.to_str().unwrap()).unwrap_or(&faulty.problem);
         format!("{}: {:?}: {problem}", faulty.object, faulty.substitute)
@@ -875,8 +877,8 @@ fn a_faulty_object_keeps_its_last_good_version_and_the_rest_proceeds() {
     // weir.yaml itself, and what would not be enforced, are refused whole.
     let tier = "---\napiVersion: projectcalico.org/v3\nkind: Tier\nmetadata: {name: t}\n";
     fs::write(folder.join("cluster.yaml"), first.clone() + tier).unwrap();
-    assert!(reload(&folder.join("weir.yaml"), &loaded).is_err());
+    assert!(Loader::new(&folder.join("weir.yaml")).reload(&loaded).is_err());
     fs::write(folder.join("cluster.yaml"), first).unwrap();
     fs::write(folder.join("weir.yaml"), "nodeName: [").unwrap();
-    assert!(reload(&folder.join("weir.yaml"), &loaded).is_err());
+    assert!(Loader::new(&folder.join("weir.yaml")).reload(&loaded).is_err());
 }

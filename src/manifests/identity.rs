@@ -1,0 +1,121 @@
+//! What makes an object the same one in two versions of a manifest, and a number for each such identity.
+//!
+//! Compiled tables name objects by number. A number stays with its identity as long as any version of the object is in
+//! use, so that what was made of an unchanged object is unchanged itself; then it is free for another.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+/// What makes an object the same one in two versions of a manifest.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectId {
+    /// Its kind.
+    pub kind: &'static str,
+    /// Its namespace; empty for kinds without.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+impl fmt::Display for ObjectId {
+    /// "kind namespace/name" or "kind name".
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kind, namespace, name } = self;
+        if namespace.is_empty() { write!(f, "{kind} {name}") } else { write!(f, "{kind} {namespace}/{name}") }
+    }
+}
+
+/// An [`ObjectId`] with its number, which is free again when the last holder drops this.
+#[derive(Debug)]
+pub struct Identity {
+    id: ObjectId,
+    number: u32,
+    book: Arc<Mutex<Book>>,
+}
+
+impl Identity {
+    /// Kind, namespace and name.
+    pub fn id(&self) -> &ObjectId {
+        &self.id
+    }
+
+    /// Its number.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+}
+
+impl Drop for Identity {
+    fn drop(&mut self) {
+        let mut book = lock(&self.book);
+        // Another may have come for the same object between the last holder's end and this.
+        if book.known.get(&self.id).is_some_and(|known| known.strong_count() == 0) {
+            book.known.remove(&self.id);
+        }
+        book.free.push(self.number);
+    }
+}
+
+/// All identities in use.
+#[derive(Clone, Debug, Default)]
+pub struct Identities {
+    book: Arc<Mutex<Book>>,
+}
+
+#[derive(Debug, Default)]
+struct Book {
+    known: HashMap<ObjectId, Weak<Identity>>,
+    free: Vec<u32>,
+    next: u32,
+}
+
+impl Identities {
+    /// The identity of an object: the one that is in use, or a new one.
+    pub fn of(&self, id: ObjectId) -> Arc<Identity> {
+        let mut book = lock(&self.book);
+        if let Some(identity) = book.known.get(&id).and_then(Weak::upgrade) {
+            return identity;
+        }
+        let number = book.free.pop().unwrap_or_else(|| {
+            book.next += 1;
+            book.next - 1
+        });
+        let identity = Arc::new(Identity { id: id.clone(), number, book: Arc::clone(&self.book) });
+        book.known.insert(id, Arc::downgrade(&identity));
+        identity
+    }
+}
+
+/// Nobody panics while holding the lock.
+fn lock(book: &Mutex<Book>) -> MutexGuard<'_, Book> {
+    book.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(name: &str) -> ObjectId {
+        ObjectId { kind: "Pod", namespace: "x".into(), name: name.into() }
+    }
+
+    #[test]
+    fn a_number_stays_as_long_as_anybody_holds_it() {
+        let identities = Identities::default();
+        let (a, b) = (identities.of(id("a")), identities.of(id("b")));
+        assert_eq!((a.number(), b.number()), (0, 1));
+        let again = identities.of(id("a"));
+        assert!(Arc::ptr_eq(&a, &again));
+        drop(a);
+        assert_eq!(identities.of(id("c")).number(), 2, "a is still held, and c is given back at once");
+        drop(again);
+        assert_eq!(lock(&identities.book).known.len(), 1);
+        let mut numbers = [identities.of(id("d")), identities.of(id("e"))].map(|identity| identity.number());
+        numbers.sort_unstable();
+        assert_eq!(numbers, [0, 2]);
+        assert_eq!(identities.of(id("b")).number(), 1);
+    }
+}
