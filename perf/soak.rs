@@ -38,7 +38,7 @@ use weir_dataplane::{
     pipeline::{Context, Family, Pipeline, Tables, process_burst},
     snapshot::{Rules, Snapshot},
 };
-use weir_nat::SnatPorts;
+use weir_nat::{Affinity, SnatPorts};
 use weir_packet::{Protocol, Tick};
 use weir_sync::{Counters, Domain, Participant, Published};
 
@@ -128,6 +128,7 @@ struct Shared {
     domain: Arc<Domain>,
     published: Published<Snapshot>,
     tables: Tables,
+    affinity: Affinity,
     devices: Devices,
     stop: AtomicBool,
     begin: Instant,
@@ -274,6 +275,7 @@ impl Worker {
         let context = Context {
             snapshot: self.shared.published.load(&turn),
             tables: &self.shared.tables,
+            affinity: &self.shared.affinity,
             turn: &turn,
             now: Tick(1000 + elapsed + self.jump),
             tcp_loose: false,
@@ -513,6 +515,7 @@ fn main() -> Result<(), Failure> {
         published: Published::new(&domain, snapshot(1)),
         domain,
         tables,
+        affinity: Affinity::new(Affinity::DEFAULT_CLIENTS, [1, 2]),
         devices,
         stop: AtomicBool::new(false),
         begin: Instant::now(),

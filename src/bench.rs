@@ -27,6 +27,7 @@ use weir_dataplane::{
     pipeline::{Context, Pipeline, Tables, process_burst},
     snapshot::Snapshot,
 };
+use weir_nat::Affinity;
 use weir_packet::{Mac, Tick};
 use weir_sync::{Counters, Domain, Published};
 
@@ -110,6 +111,7 @@ pub fn measure(flows: u32, duration: Duration) -> Result<Measurement, String> {
         v4: Table::new(table(), domain.clone()),
         v6: Table::new(TableConfig { max_entries: 16, ..table() }, domain.clone()),
     };
+    let affinity = Affinity::new(1, [1, 2]);
     let (events, _kept) = crossbeam::channel::bounded(16);
     let counters = Counters::<COUNTERS>::new();
     let mut pipeline = Pipeline::new(&tables, counters.join(), ChaCha8Rng::seed_from_u64(7), events, BURST, 2);
@@ -122,8 +124,14 @@ pub fn measure(flows: u32, duration: Duration) -> Result<Measurement, String> {
     let mut round = |with_pipeline: bool| {
         fill(&mut driver, &mut burst, &packets, &mut next);
         let turn = participant.enter();
-        let context =
-            Context { snapshot: published.load(&turn), tables: &tables, turn: &turn, now: Tick(1), tcp_loose: true };
+        let context = Context {
+            snapshot: published.load(&turn),
+            tables: &tables,
+            affinity: &affinity,
+            turn: &turn,
+            now: Tick(1),
+            tcp_loose: true,
+        };
         if with_pipeline {
             process_burst(&mut pipeline, &mut driver, &mut burst, &context);
             pipeline.flush(&mut driver);

@@ -115,6 +115,16 @@ pub fn status_text(status: &Value) -> String {
             table["refused"],
         );
     }
+    let affinity = &status["affinity"];
+    let _ = writeln!(
+        text,
+        "affinity    {} IPv4, {} IPv6 clients, of {} each; {} and {} were evicted before their time",
+        affinity["ipv4"]["clients"],
+        affinity["ipv6"]["clients"],
+        affinity["ipv4"]["capacity"],
+        affinity["ipv4"]["evicted"],
+        affinity["ipv6"]["evicted"],
+    );
     let snat = &status["snat"];
     let _ = writeln!(
         text,

@@ -15,7 +15,7 @@ use weir_dataplane::{
     pipeline::{Context, Event, Pipeline, Tables, process_burst},
     snapshot::{Rules, Snapshot},
 };
-use weir_nat::SnatPorts;
+use weir_nat::{Affinity, SnatPorts};
 use weir_packet::{Mac, Tick};
 use weir_sync::{Counters, Domain, Participant, Published};
 
@@ -47,6 +47,7 @@ pub struct MemoryRouter {
     generation: u32,
     published: Published<Snapshot>,
     tables: Tables,
+    affinity: Affinity,
     participant: Participant,
     pipeline: Pipeline,
     driver: MemoryDriver,
@@ -84,6 +85,7 @@ impl MemoryRouter {
             snat,
             generation: 1,
             tables,
+            affinity: Affinity::new(Affinity::DEFAULT_CLIENTS, [seed, !seed]),
             pipeline,
             driver: MemoryDriver::new(ports, FRAMES),
             events,
@@ -106,7 +108,9 @@ impl MemoryRouter {
         self.rules = Arc::new(compile::rules(&loaded)?);
         self.snat = Arc::new(compile::snat_ports(&loaded, &self.rules, &BTreeSet::new())?);
         self.cluster = loaded.cluster;
-        self.publish()
+        self.publish()?;
+        self.affinity.forget_gone(&self.rules.services);
+        Ok(())
     }
 
     fn learn(&mut self, neighbor: Neighbor) -> bool {
@@ -163,6 +167,7 @@ impl MemoryRouter {
         let context = Context {
             snapshot: self.published.load(&turn),
             tables: &self.tables,
+            affinity: &self.affinity,
             turn: &turn,
             now: self.now,
             tcp_loose: self.tcp_loose,

@@ -7,7 +7,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     io::{self, IsTerminal as _},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsFd,
     path::{Path, PathBuf},
     sync::{Arc, atomic::AtomicBool, atomic::Ordering},
@@ -16,7 +16,10 @@ use std::{
 };
 
 use ipnet::IpNet;
-use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{Rng, SeedableRng},
+};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
@@ -39,7 +42,7 @@ use weir_dataplane::{
     snapshot::{Rules, Snapshot},
     worker::{Mode, Shared, Worker, now},
 };
-use weir_nat::SnatPorts;
+use weir_nat::{Affinity, Clients, SnatPorts};
 use weir_packet::{Mac, Protocol};
 use weir_sync::{Counters, Domain, Published};
 
@@ -366,6 +369,7 @@ impl Router {
                 Snapshot { generation, rules: rules.clone(), snat: snat.clone(), forwarding: Arc::new(forwarding) },
             ),
             tables: opened.tables,
+            affinity: Affinity::new(Affinity::DEFAULT_CLIENTS, [random.next_u64(), random.next_u64()]),
             tcp_loose: config.conntrack.tcp_loose,
             stop: AtomicBool::new(false),
         });
@@ -728,6 +732,7 @@ impl Router {
         }
         self.adopt(&changes.appeared);
         self.publish(true).await?;
+        self.shared.affinity.forget_gone(&self.rules.services);
         info!(generation = self.generation, took_ms = begin.elapsed().as_millis() as u64, "reloaded");
         Ok(())
     }
@@ -771,6 +776,7 @@ impl Router {
             Err(_) => serde_json::Map::new(),
         };
         let totals = self.totals();
+        let affinity = &self.shared.affinity;
         json!({
             "nodeName": self.loaded.config.node_name,
             "generation": self.generation,
@@ -783,6 +789,11 @@ impl Router {
             },
             "tables": {
                 "ipv4": table_json(&self.shared.tables.v4), "ipv6": table_json(&self.shared.tables.v6),
+            },
+            "affinity": {
+                "ipv4": affinity_json(affinity.clients::<Ipv4Addr>()),
+                "ipv6": affinity_json(affinity.clients::<Ipv6Addr>()),
+                "memoryBytes": affinity.memory_bytes(),
             },
             "snat": {
                 "usablePorts": self.snat.count(), "allocated": totals.snat_allocated, "taken": totals.snat_taken,
@@ -812,6 +823,11 @@ fn table_json<A: Family>(table: &Table<A>) -> Value {
             "closing": counts.evicted_closing, "unproved": counts.evicted_unproved, "idle": counts.evicted_idle,
         },
     })
+}
+
+/// What is remembered of the clients of one family.
+fn affinity_json<A: Family>(clients: &Clients<A>) -> Value {
+    json!({"clients": clients.count(now()), "capacity": clients.capacity(), "evicted": clients.evicted()})
 }
 
 fn core_ids() -> Vec<usize> {

@@ -21,7 +21,8 @@ use weir_dataplane::{
     model::{Cluster, Role},
     snapshot::Snapshot,
 };
-use weir_packet::{FlowKey, Ports, Protocol};
+use weir_nat::Affinity;
+use weir_packet::{FlowKey, Ports, Protocol, Tick};
 use weir_policy::Judgement;
 
 use crate::{
@@ -54,6 +55,7 @@ pub struct Tracer {
     snapshot: Snapshot,
     cluster: Cluster,
     config: RouterConfig,
+    affinity: Affinity,
     random: ChaCha8Rng,
 }
 
@@ -70,6 +72,7 @@ impl Tracer {
             snapshot: Snapshot { generation: 1, rules, snat, forwarding },
             cluster: loaded.cluster.clone(),
             config: loaded.config.clone(),
+            affinity: Affinity::new(Affinity::DEFAULT_CLIENTS, [0; 2]),
             // A trace is a pure function of its input, the picked backends included.
             random: ChaCha8Rng::seed_from_u64(0),
         })
@@ -197,7 +200,12 @@ impl Tracer {
         let key = FlowKey { src, dst, ports, protocol };
         let origin = self.origin(flow, src)?;
         let random = &mut self.random;
-        let decision = decide::decide(&self.snapshot, origin, &key, &mut || random.next_u64());
+        // No time passes between the flows of a trace.
+        let now = Tick(0);
+        let decision = decide::decide(&self.snapshot, origin, &key, &self.affinity, now, &mut || random.next_u64());
+        if let Some(choice) = &decision.choice {
+            self.affinity.clients().remember(choice, now);
+        }
         Ok(if text { self.explain(flow, &key, origin, &decision) } else { self.answer(flow, &decision).to_string() })
     }
 

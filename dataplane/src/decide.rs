@@ -1,10 +1,10 @@
 //! The verdict on the first packet of a connection.
 //!
-//! [`decide`] sees a flow key, where it came from, and the tables of a snapshot; no packet, no clock. The running dataplane,
+//! [`decide`] sees a flow key, where it came from, the tables of a snapshot, which backends clients had, and the time; no packet, no clock. The running dataplane,
 //! `weir replay` and `weir trace` call this same function, so a trace tells what the router does.
 
-use weir_nat::{Backend, Decision as ServiceDecision, ServiceId};
-use weir_packet::{Address, DropReason, FlowKey, Ports, Protocol};
+use weir_nat::{Affinity, Backend, Choice, Decision as ServiceDecision, ServiceId};
+use weir_packet::{Address, DropReason, FlowKey, Ports, Protocol, Tick};
 use weir_policy::{Judgement, PolicyDirection};
 
 use crate::{
@@ -66,6 +66,9 @@ pub struct Decision<'s, A: Address> {
     pub backend: Option<(A, u16)>,
     /// That backend's stamp; 0 without one.
     pub backend_stamp: u32,
+    /// What is to be remembered of the pick ([`Clients::remember`](weir_nat::Clients::remember)), once the packet turns out to open a
+    /// connection, whatever the verdict on it is.
+    pub choice: Option<Choice<A>>,
     /// Whether the service's rules masquerade the connection.
     pub masquerade: bool,
     /// The source address that the packet takes, for a service's sake or its pool's.
@@ -93,6 +96,8 @@ pub fn decide<'s, A: Routed>(
     snapshot: &'s Snapshot,
     from: Origin,
     key: &FlowKey<A>,
+    affinity: &Affinity,
+    now: Tick,
     random: &mut impl FnMut() -> u64,
 ) -> Decision<'s, A> {
     let forwarding = &snapshot.forwarding;
@@ -103,6 +108,7 @@ pub fn decide<'s, A: Routed>(
         candidates: &[],
         backend: None,
         backend_stamp: 0,
+        choice: None,
         masquerade: false,
         snat: None,
         egress: None,
@@ -115,9 +121,10 @@ pub fn decide<'s, A: Routed>(
         return decision;
     }
 
-    match snapshot.rules.services.services::<A>().decide(key, random) {
+    match snapshot.rules.services.services::<A>().decide(key, affinity.clients(), now, random) {
         ServiceDecision::NotAService => {}
-        ServiceDecision::Translate { backend, masquerade, candidates, service } => {
+        ServiceDecision::Translate { backend, masquerade, candidates, service, choice } => {
+            decision.choice = choice;
             decision.service = Some(service);
             decision.candidates = candidates;
             decision.backend = Some((backend.address, backend.port));

@@ -14,7 +14,7 @@ use rand_chacha::{ChaCha8Rng, rand_core::Rng};
 use weir_conntrack::{
     Attributes, ConnRef, Handle, Hash, Hit, Insert, NewConn, Observed, Opening, PRIVILEGED, SctpPacket, Table, Tracked,
 };
-use weir_nat::{AllocateError, Attempt};
+use weir_nat::{Affinity, AllocateError, Attempt};
 use weir_packet::{
     Address, Direction, DropReason, FlowKey, Mac, Ports, Protocol, Tick,
     build::{self, IcmpError},
@@ -171,6 +171,8 @@ pub struct Context<'t> {
     pub snapshot: &'t Snapshot,
     /// Connections.
     pub tables: &'t Tables,
+    /// Which backends clients had.
+    pub affinity: &'t Affinity,
     /// The turn that keeps both alive.
     pub turn: &'t Turn<'t>,
     /// The time.
@@ -602,7 +604,8 @@ impl Pipeline {
         let forwarding = &*snapshot.forwarding;
         self.learn(&packet, view, origin, context);
         let Self { random, .. } = self;
-        let decision = decide::decide(snapshot, origin, &view.key, &mut || random.next_u64());
+        let random = &mut || random.next_u64();
+        let mut decision = decide::decide(snapshot, origin, &view.key, context.affinity, context.now, random);
 
         // To the node itself and no service's: the kernel's business, whatever it is.
         if decision.verdict == Verdict::Local && origin == Origin::Uplink {
@@ -627,6 +630,12 @@ impl Pipeline {
             Opening::Opens => {}
             Opening::MidStream if context.tcp_loose && !claimed => {}
             Opening::MidStream | Opening::Never => return self.end(driver, packet, End::Drop(DropReason::Invalid)),
+        }
+        if let Some(choice) = &decision.choice
+            && !context.affinity.clients().remember(choice, context.now)
+        {
+            // Another worker has chosen for this client since: its choice holds for this connection too.
+            decision = decide::decide(snapshot, origin, &view.key, context.affinity, context.now, random);
         }
         match decision.verdict {
             Verdict::Forward | Verdict::Local => {}

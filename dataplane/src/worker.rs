@@ -12,6 +12,7 @@ use std::{
 };
 
 use nix::time::{ClockId, clock_gettime};
+use weir_nat::Affinity;
 use weir_packet::Tick;
 use weir_sync::{Participant, Published};
 
@@ -43,6 +44,8 @@ pub struct Shared {
     pub snapshot: Published<Snapshot>,
     /// Connections.
     pub tables: Tables,
+    /// Which backends clients had.
+    pub affinity: Affinity,
     /// Whether a TCP connection may be picked up mid-stream.
     pub tcp_loose: bool,
     /// Set to end all workers.
@@ -129,6 +132,7 @@ impl<D: Device> Worker<D> {
         let context = Context {
             snapshot: shared.snapshot.load(&turn),
             tables: &shared.tables,
+            affinity: &shared.affinity,
             turn: &turn,
             now: now(),
             tcp_loose: shared.tcp_loose,

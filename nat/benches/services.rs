@@ -8,8 +8,8 @@ use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
 };
-use weir_nat::{Attempt, Endpoint, Model, ServicePort, ServiceTable, SnatPorts};
-use weir_packet::{FlowKey, Ports, Protocol};
+use weir_nat::{Affinity, Attempt, Endpoint, Model, ServicePort, ServiceTable, SnatPorts};
+use weir_packet::{FlowKey, Ports, Protocol, Tick};
 
 const ENDPOINTS_PER_SERVICE: u32 = 10;
 
@@ -63,6 +63,7 @@ fn keys(mut destination: impl FnMut(u32) -> (Ipv4Addr, u16)) -> Vec<FlowKey<Ipv4
 fn decide(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("decide");
     group.throughput(Throughput::Elements(1));
+    let affinity = Affinity::new(1, [0; 2]);
     for services in [10, 1000, 10_000] {
         let table = ServiceTable::compile(&model(services)).expect("the model compiles");
         println!("{services} services: {} bytes", table.memory_bytes());
@@ -85,7 +86,7 @@ fn decide(criterion: &mut Criterion) {
             group.bench_function(BenchmarkId::new(name, services), |bencher| {
                 bencher.iter(|| {
                     let key = turn.next().expect("keys never end");
-                    black_box(table.decide(black_box(key), &mut random));
+                    black_box(table.decide(black_box(key), affinity.clients(), Tick(0), &mut random));
                 });
             });
         }

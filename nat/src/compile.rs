@@ -121,6 +121,7 @@ fn compile_family<A: Address>(
     let records = served
         .iter()
         .map(|&(id, service)| Record {
+            identity: hash_of_service(service),
             service: id,
             segments: scratch.lay_out(model, service, &mut backends),
             guard: add_guard(model, service, &mut guards),

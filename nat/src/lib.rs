@@ -2,15 +2,17 @@
 //!
 //! [`Model`] is what the configuration says, in plain types. [`ServiceTable::compile`] turns it into an immutable table
 //! that is part of a snapshot; [`Services::decide`] answers, for the first packet of a connection, what kube-proxy would
-//! do with it. [`SnatPorts`] chooses the source port of a masqueraded connection. None of them knows the
+//! do with it. [`Affinity`] remembers which backend a client had. [`SnatPorts`] chooses the source port of a masqueraded connection. None of them knows the
 //! connection table, policy, or where the model came from.
 
+mod affinity;
 mod compile;
 mod model;
 mod ranges;
 mod snat;
 mod table;
 
+pub use affinity::{Affinity, Choice, Clients, MAX_AFFINITY_SECONDS};
 pub use compile::CompileError;
 pub use model::{Endpoint, Model, ServicePort, TrafficPolicy};
 pub use snat::{AllocateError, Allocated, Attempt, MAX_TRIES, NoSnatPorts, SnatPorts};

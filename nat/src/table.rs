@@ -36,13 +36,15 @@ use std::{
     fmt,
     hash::{Hash, Hasher},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    ops::Range,
 };
 
 use hashbrown::HashMap;
-use weir_packet::{Address, DropReason, FlowKey, Protocol};
+use weir_packet::{Address, DropReason, FlowKey, Protocol, Tick};
 
 use crate::{
     TrafficPolicy,
+    affinity::{Affinity, Choice, Clients},
     ranges::{self, AddressRange},
 };
 
@@ -92,6 +94,8 @@ pub enum Decision<'a, A> {
         candidates: &'a [Backend<A>],
         /// The service port.
         service: ServiceId,
+        /// To be remembered once the packet turns out to open a connection, where the service port has ClientIP affinity.
+        choice: Option<Choice<A>>,
     },
     /// Dropped and answered: TCP by a RST, others by ICMP port unreachable.
     Reject {
@@ -202,6 +206,8 @@ pub(crate) enum Claim {
 /// A service port in one family.
 #[derive(Debug)]
 pub(crate) struct Record {
+    /// Tells this service port from others in every table and process: a hash of its name and protocol.
+    pub(crate) identity: u64,
     pub(crate) service: ServiceId,
     /// Bounds in `backends`; see the theory above.
     pub(crate) segments: [u32; 5],
@@ -232,9 +238,16 @@ impl<A: Address> Services<A> {
     /// What to do with the first packet of the connection `key`.
     ///
     /// `random` is called once where a backend is picked, and again with a probability below the number of backends in
-    /// 2^64. Whether the packet may open a connection, and affinity, are the caller's.
+    /// 2^64. Whether the packet may open a connection is the caller's business, and so is to
+    /// [remember](Clients::remember) the choice that was made.
     #[inline]
-    pub fn decide(&self, key: &FlowKey<A>, random: &mut impl FnMut() -> u64) -> Decision<'_, A> {
+    pub fn decide(
+        &self,
+        key: &FlowKey<A>,
+        clients: &Clients<A>,
+        now: Tick,
+        random: &mut impl FnMut() -> u64,
+    ) -> Decision<'_, A> {
         let Some(target) = self.target(key) else { return self.without_frontend(key.dst) };
         let record = &self.records[target.record()];
         let service = Some(record.service);
@@ -261,9 +274,18 @@ impl<A: Address> Services<A> {
         if candidates.is_empty() {
             return Decision::Drop { reason: DropReason::NoLocalBackend, service };
         }
-        let backend = candidates[pick(candidates.len(), random)];
+        let (backend, choice) = match record.affinity {
+            None => (candidates[pick(candidates.len(), random)], None),
+            Some(timeout) => {
+                let before = clients.find(record, key.src, now);
+                let again = before.and_then(|before| self.find(record, segments_of(policy), before));
+                let backend = again.copied().unwrap_or_else(|| candidates[pick(candidates.len(), random)]);
+                let choice = Choice::new(record, timeout, key.src, (backend.address, backend.port), before);
+                (backend, Some(choice))
+            }
+        };
         let masquerade = masquerade || backend.address == key.src;
-        Decision::Translate { backend, masquerade, candidates, service: record.service }
+        Decision::Translate { backend, masquerade, candidates, service: record.service, choice }
     }
 
     /// What service NAT takes `address` for as a source.
@@ -300,18 +322,18 @@ impl<A: Address> Services<A> {
     /// where no service is at that frontend any more.
     pub fn still_backend(&self, frontend: &FlowKey<A>, backend: A, port: u16) -> bool {
         let Some(target) = self.target(frontend) else { return false };
-        self.records[target.record()].segments.windows(2).any(|bounds| {
-            let segment = &self.backends[bounds[0] as usize..bounds[1] as usize];
-            segment
-                .binary_search_by_key(&(backend, port), |listed| (listed.address, listed.port))
-                .is_ok_and(|index| frontend.protocol != Protocol::UDP || segment[index].serving)
-        })
+        let listed = self.find(&self.records[target.record()], 0..4, (backend, port));
+        listed.is_some_and(|listed| frontend.protocol != Protocol::UDP || listed.serving)
     }
 
-    /// Timeout in seconds of the ClientIP affinity of the service port that `key` goes to.
-    #[inline]
-    pub fn affinity(&self, key: &FlowKey<A>) -> Option<u32> {
-        self.records[self.target(key)?.record()].affinity
+    /// Whether any list of a service port has this backend.
+    pub(crate) fn is_usable(&self, record: &Record, backend: A, port: u16) -> bool {
+        self.find(record, 0..3, (backend, port)).is_some()
+    }
+
+    /// The service ports with ClientIP affinity, by their identities.
+    pub(crate) fn records_with_affinity(&self) -> impl Iterator<Item = (u64, &Record)> {
+        self.records.iter().filter(|record| record.affinity.is_some()).map(|record| (record.identity, record))
     }
 
     /// The addresses that services claim as a whole, as [`Services::is_frontend`] says. In no order.
@@ -342,11 +364,17 @@ impl<A: Address> Services<A> {
 
     #[inline]
     fn list(&self, record: &Record, policy: TrafficPolicy) -> &[Backend<A>] {
-        let [start, local_start, cluster_end, local_end, _] = record.segments;
-        match policy {
-            TrafficPolicy::Cluster => &self.backends[start as usize..cluster_end as usize],
-            TrafficPolicy::Local => &self.backends[local_start as usize..local_end as usize],
-        }
+        let Range { start, end } = segments_of(policy);
+        &self.backends[record.segments[start] as usize..record.segments[end] as usize]
+    }
+
+    /// A backend in some of the segments of a service port.
+    fn find(&self, record: &Record, segments: Range<usize>, (address, port): (A, u16)) -> Option<&Backend<A>> {
+        record.segments[segments.start..=segments.end].windows(2).find_map(|bounds| {
+            let segment = &self.backends[bounds[0] as usize..bounds[1] as usize];
+            let index = segment.binary_search_by_key(&(address, port), |listed| (listed.address, listed.port));
+            index.ok().map(|index| &segment[index])
+        })
     }
 
     #[inline]
@@ -383,6 +411,15 @@ impl<A: Address> fmt::Debug for Services<A> {
     }
 }
 
+/// The segments that make a list.
+#[inline]
+fn segments_of(policy: TrafficPolicy) -> Range<usize> {
+    match policy {
+        TrafficPolicy::Cluster => 0..2,
+        TrafficPolicy::Local => 1..3,
+    }
+}
+
 /// A uniform index below `count`, which is not zero.
 #[inline]
 fn pick(count: usize, random: &mut impl FnMut() -> u64) -> usize {
@@ -415,10 +452,12 @@ pub struct ServiceTable {
     pub(crate) conflicts: Box<[Conflict]>,
 }
 
-/// A family that a [`ServiceTable`] has a half of: lets a stage that is generic over the address find its half.
+/// A family that a [`ServiceTable`] and an [`Affinity`] have a half of: lets a stage that is generic over the address find its half.
 pub trait Family: Address {
     /// This family's half of `table`.
     fn services(table: &ServiceTable) -> &Services<Self>;
+    /// This family's half of `affinity`.
+    fn clients(affinity: &Affinity) -> &Clients<Self>;
 }
 
 impl Family for Ipv4Addr {
@@ -426,12 +465,20 @@ impl Family for Ipv4Addr {
     fn services(table: &ServiceTable) -> &Services<Self> {
         &table.v4
     }
+    #[inline]
+    fn clients(affinity: &Affinity) -> &Clients<Self> {
+        &affinity.v4
+    }
 }
 
 impl Family for Ipv6Addr {
     #[inline]
     fn services(table: &ServiceTable) -> &Services<Self> {
         &table.v6
+    }
+    #[inline]
+    fn clients(affinity: &Affinity) -> &Clients<Self> {
+        &affinity.v6
     }
 }
 

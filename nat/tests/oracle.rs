@@ -10,8 +10,8 @@ use std::{
 use common::*;
 use ipnet::IpNet;
 use proptest::{collection::vec, prelude::*, sample::select};
-use weir_nat::{Decision, Endpoint, Family, Model, ServicePort, ServiceTable, TrafficPolicy};
-use weir_packet::{DropReason, FlowKey, Ports, Protocol};
+use weir_nat::{Affinity, Decision, Endpoint, Family, Model, ServicePort, ServiceTable, TrafficPolicy};
+use weir_packet::{DropReason, FlowKey, Ports, Protocol, Tick};
 
 /// What the rules say: the decision, with all backends that may be picked.
 #[derive(Debug, PartialEq, Eq)]
@@ -153,19 +153,35 @@ fn judge(model: &Model, protocol: Protocol, src: IpAddr, dst: IpAddr, port: u16)
 }
 
 /// The decision of the compiled table, in the twin's words; the masquerade of a hairpin pick is checked here.
-fn compiled<A: Family>(table: &ServiceTable, key: &FlowKey<A>, number: u64) -> Result<Verdict, TestCaseError> {
+fn compiled<A: Family>(
+    model: &Model,
+    table: &ServiceTable,
+    key: &FlowKey<A>,
+    number: u64,
+) -> Result<Verdict, TestCaseError> {
     let name = |service| table.service_name(service).to_owned();
-    Ok(match table.services::<A>().decide(key, &mut || number) {
+    Ok(match decide(table, key, &mut || number) {
         Decision::NotAService => Verdict::NotAService,
-        Decision::Translate { backend, masquerade, candidates, service } => {
+        Decision::Translate { backend, masquerade, candidates, service, choice } => {
             prop_assert!(candidates.contains(&backend));
+            // Rule 26: whatever the next connection's number is, it comes to the same backend.
+            prop_assert_eq!(choice.is_some(), model.services[service.0 as usize].affinity.is_some());
+            if let Some(choice) = choice {
+                let affinity = Affinity::new(1, [0; 2]);
+                prop_assert!(affinity.clients().remember(&choice, Tick(0)));
+                let again =
+                    table.services().decide(key, affinity.clients(), Tick(1), &mut || number.rotate_left(31) | 1 << 40);
+                let is_same = matches!(again, Decision::Translate { backend: again, masquerade: too, .. }
+                    if (again, too) == (backend, masquerade));
+                prop_assert!(is_same, "{:?} again: {:?}", backend, again);
+            }
             prop_assert!(table.services::<A>().still_backend(key, backend.address, backend.port));
             let list: BTreeSet<_> = candidates.iter().map(|one| (one.address.to_ip(), one.port)).collect();
             prop_assert_eq!(list.len(), candidates.len(), "no backend is listed twice");
             if backend.address == key.src {
                 prop_assert!(masquerade, "a hairpin");
                 // What another pick would get: the twin's answer cannot be told from this one, so ask for it.
-                let other = (0..64).map(|turn| table.services::<A>().decide(key, &mut || turn << 58 | 1 << 57));
+                let other = (0..64).map(|turn| decide(table, key, &mut || turn << 58 | 1 << 57));
                 let other = other.filter_map(|decision| match decision {
                     Decision::Translate { backend, masquerade, .. } if backend.address != key.src => Some(masquerade),
                     _ => None,
@@ -258,10 +274,10 @@ prop_compose! {
         node_port_addresses in vec(net(), 0..3),
         local_addresses in vec(address(NODES.to_vec()), 0..5),
         service_cidrs in vec(net(), 0..2),
-        services in vec(service(), 0..5),
+        services in vec((service(), prop::bool::weighted(0.3)), 0..5),
     ) -> Model {
-        let services = services.into_iter().enumerate().map(|(number, service)| {
-            ServicePort { name: format!("test/service-{number}"), ..service }
+        let services = services.into_iter().enumerate().map(|(number, (service, sticky))| {
+            ServicePort { name: format!("test/service-{number}"), affinity: sticky.then_some(10_800), ..service }
         });
         Model {
             node_name: "node-a".into(), zone: zone.map(str::to_owned), pod_cidrs, masquerade_all, node_port_addresses,
@@ -284,10 +300,10 @@ proptest! {
             {
                 let key4 = key::<Ipv4Addr>(protocol, src, dst, port);
                 let expected = judge(&model, protocol, key4.src.into(), key4.dst.into(), port);
-                prop_assert_eq!(compiled(&table, &key4, number)?, hairpin(expected, key4.src.into()), "{:?}", key4);
+                prop_assert_eq!(compiled(&model, &table, &key4, number)?, hairpin(expected, key4.src.into()), "{:?}", key4);
                 let key6 = FlowKey { protocol, ports: Ports::new(40000, port), src: ip::<Ipv6Addr>(src), dst: ip(dst) };
                 let expected = judge(&model, protocol, key6.src.into(), key6.dst.into(), port);
-                prop_assert_eq!(compiled(&table, &key6, number)?, hairpin(expected, key6.src.into()), "{:?}", key6);
+                prop_assert_eq!(compiled(&model, &table, &key6, number)?, hairpin(expected, key6.src.into()), "{:?}", key6);
             }
         }
     }

@@ -255,7 +255,7 @@ fn rule_16_hairpin_is_decided_after_the_pick<A: Carried>() {
             let key = key::<A>(Protocol::TCP, "10.1.0.1", destination.0, destination.1);
             let mut seen = [false; 2];
             for number in [0, u64::MAX] {
-                let decision = table.services::<A>().decide(&key, &mut || number);
+                let decision = decide::<A>(&table, &key, &mut || number);
                 let Decision::Translate { backend, masquerade, .. } = decision else { panic!("{decision:?}") };
                 let itself = backend.address == key.src;
                 let always = destination.0 == EXTERNAL_IP && policy == Cluster;
@@ -326,7 +326,7 @@ fn rule_20_fields_of_another_family_are_ignored() {
         let dst: Ipv6Addr = address.parse().expect("an address");
         let src = "2600::1".parse().expect("an address");
         let key = FlowKey { src, dst, ports: Ports::new(40000, port), protocol: Protocol::TCP };
-        assert_eq!(table.services::<Ipv6Addr>().decide(&key, &mut || 1 << 62), Decision::NotAService, "{address}");
+        assert_eq!(decide::<Ipv6Addr>(&table, &key, &mut || 1 << 62), Decision::NotAService, "{address}");
         assert!(!table.services::<Ipv6Addr>().claims(&key));
     }
 }
@@ -387,7 +387,7 @@ fn rule_22_families_are_judged_by_their_own_entries() {
         ports: Ports::new(40000, 3001),
         protocol: Protocol::TCP,
     };
-    assert!(matches!(table.services().decide(&key, &mut || 1 << 62), Decision::Translate { masquerade: true, .. }));
+    assert!(matches!(decide(&table, &key, &mut || 1 << 62), Decision::Translate { masquerade: true, .. }));
 }
 
 fn rule_24_other_ports_and_unallocated_addresses<A: Carried>() {
@@ -425,18 +425,6 @@ fn rule_25_without_cluster_ip_nothing_is_proxied<A: Carried>() {
         assert_eq!(tcp::<A>(&model, OUTSIDE, destination), Outcome::Pass);
     }
     assert_eq!(ServiceTable::compile(&model).expect("the model compiles").node_ports().count(), 0);
-}
-
-#[test]
-fn rule_26_the_affinity_timeout_is_compiled() {
-    let mut model = two_nodes();
-    model.services[0].affinity = Some(10800);
-    let table = ServiceTable::compile(&model).expect("the model compiles");
-    for (address, port) in EXTERNALS.into_iter().chain([(CLUSTER_IP, 80)]) {
-        let key = key::<Ipv4Addr>(Protocol::TCP, OUTSIDE, address, port);
-        assert_eq!(table.services().affinity(&key), Some(10800));
-    }
-    assert_eq!(table.services().affinity(&key::<Ipv4Addr>(Protocol::TCP, OUTSIDE, CLUSTER_IP, 81)), None);
 }
 
 fn rule_27_protocols_are_told_apart<A: Carried>() {
@@ -541,7 +529,7 @@ fn connections_keep_backends_that_are_listed<A: Carried>() {
 fn stamps_survive_recompilation<A: Carried>() {
     let stamps = |model: &Model| -> Vec<(String, u32)> {
         let table = ServiceTable::compile(&carried::<A>(model)).expect("the model compiles");
-        let decision = table.services::<A>().decide(&key(Protocol::TCP, POD, CLUSTER_IP, 80), &mut || 1 << 62);
+        let decision = decide::<A>(&table, &key(Protocol::TCP, POD, CLUSTER_IP, 80), &mut || 1 << 62);
         let Decision::Translate { candidates, .. } = decision else { panic!("{decision:?}") };
         candidates.iter().map(|one| (one.address.to_string(), one.stamp)).collect()
     };

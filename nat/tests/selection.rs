@@ -20,7 +20,7 @@ fn chi_square(count: u16, picks: u32) -> f64 {
     let mut hits: HashMap<Ipv4Addr, u32> = HashMap::new();
     for _ in 0..picks {
         let key = key::<Ipv4Addr>(Protocol::TCP, POD, CLUSTER_IP, 80);
-        match table.services().decide(&key, &mut || random.next_u64()) {
+        match decide(&table, &key, &mut || random.next_u64()) {
             Decision::Translate { backend, .. } => *hits.entry(backend.address).or_default() += 1,
             other => panic!("{other:?}"),
         }

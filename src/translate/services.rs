@@ -11,7 +11,7 @@ use k8s_openapi::api::{
     discovery::v1::{Endpoint as SliceEndpoint, EndpointSlice},
 };
 use weir_dataplane::model::Cluster;
-use weir_nat::{Endpoint, Model, ServicePort, TrafficPolicy};
+use weir_nat::{Endpoint, MAX_AFFINITY_SECONDS, Model, ServicePort, TrafficPolicy};
 use weir_packet::Protocol;
 
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
 
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
-/// Kubernetes's default timeout of ClientIP affinity, in seconds.
+/// Kubernetes's default for the timeout of ClientIP affinity, in seconds.
 const AFFINITY_SECONDS: u32 = 10_800;
 
 pub(super) fn translate(
@@ -381,10 +381,18 @@ fn affinity(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Option
     match spec.session_affinity.as_deref() {
         None | Some("" | "None") => None,
         Some("ClientIP") => {
-            report.not_implemented(at.key("sessionAffinity"), "spec.sessionAffinity ClientIP");
             let config = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
-            let seconds = config.and_then(|client_ip| client_ip.timeout_seconds);
-            Some(seconds.and_then(|seconds| u32::try_from(seconds).ok()).unwrap_or(AFFINITY_SECONDS))
+            let Some(given) = config.and_then(|client_ip| client_ip.timeout_seconds) else {
+                return Some(AFFINITY_SECONDS);
+            };
+            let seconds = u32::try_from(given).ok().filter(|seconds| (1..=MAX_AFFINITY_SECONDS).contains(seconds));
+            if seconds.is_none() {
+                let at = at.key("sessionAffinityConfig").key("clientIP").key("timeoutSeconds");
+                let field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds";
+                let help = format!("write 1 to {MAX_AFFINITY_SECONDS}, or leave it out for {AFFINITY_SECONDS}");
+                report.error(at, format_args!("{field}: {given} is out of range"), help);
+            }
+            Some(seconds.unwrap_or(AFFINITY_SECONDS))
         }
         Some(other) => {
             one_of(other, &["None", "ClientIP"], at.key("sessionAffinity"), "spec.sessionAffinity", report);

@@ -359,9 +359,17 @@ fn faults_of_services() {
             ],
         ),
         (
-            "clusterIP: 10.96.0.1\nsessionAffinity: ClientIP\nports: [{port: 80}]\n",
-            &["cluster.yaml:6:20: error: Service x/web: spec.sessionAffinity ClientIP is not implemented yet [not \
-               implemented yet: weir would not enforce it]"],
+            "clusterIP: 10.96.0.1\nsessionAffinity: ClientIp\nports: [{port: 80}]\n",
+            &[
+                "cluster.yaml:6:20: error: Service x/web: spec.sessionAffinity: \"ClientIp\" is not known [did you mean \
+               ClientIP?]",
+            ],
+        ),
+        (
+            "clusterIP: 10.96.0.1\nsessionAffinity: ClientIP\nsessionAffinityConfig: {clientIP: {timeoutSeconds: \
+             86401}}\nports: [{port: 80}]\n",
+            &["cluster.yaml:7:54: error: Service x/web: spec.sessionAffinityConfig.clientIP.timeoutSeconds: 86401 is \
+               out of range [write 1 to 86400, or leave it out for 10800]"],
         ),
         (
             "clusterIP: 10.96.0.1\nloadBalancerSourceRanges: [10.0.0.0/8, ' 10.1.0.0 ']\nports: [{prt: 80}]\n",

@@ -78,6 +78,6 @@ pub fn model_bounded(preemptions: usize, run: impl Fn() + Sync + Send + 'static)
 
 /// Exclusive access to what a mutex protects, also after another holder panicked: what is protected here is never
 /// left half changed.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }

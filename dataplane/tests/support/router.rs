@@ -18,7 +18,7 @@ use weir_dataplane::{
     pipeline::{Context, Event, Pipeline, Tables, process_burst},
     snapshot::{Rules, Snapshot},
 };
-use weir_nat::{ServiceTable, SnatPorts};
+use weir_nat::{Affinity, ServiceTable, SnatPorts};
 use weir_packet::{DropReason, Mac, Protocol, Tick};
 use weir_policy::Classifier;
 use weir_sync::{Counters, Domain, Participant, Published};
@@ -169,6 +169,7 @@ pub fn tiered(services: Vec<weir_nat::ServicePort>, tiers: Vec<weir_policy::mode
 pub struct Router {
     published: Published<Snapshot>,
     pub tables: Tables,
+    pub affinity: Affinity,
     participant: Participant,
     counters: Counters<COUNTERS>,
     pipeline: Pipeline,
@@ -200,6 +201,7 @@ impl Router {
             participant: domain.join(),
             tables,
             counters,
+            affinity: Affinity::new(64, [1, 2]),
             pipeline,
             driver: MemoryDriver::new(2, 1024),
             snat,
@@ -247,6 +249,7 @@ impl Router {
         let context = Context {
             snapshot: self.published.load(&turn),
             tables: &self.tables,
+            affinity: &self.affinity,
             turn: &turn,
             now: self.now,
             tcp_loose: true,

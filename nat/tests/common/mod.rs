@@ -6,8 +6,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv6Net};
-use weir_nat::{Backend, Decision, Endpoint, Family, Model, ServicePort, ServiceTable, TrafficPolicy};
-use weir_packet::{DropReason, FlowKey, Ports, Protocol};
+use weir_nat::{Affinity, Backend, Decision, Endpoint, Family, Model, ServicePort, ServiceTable, TrafficPolicy};
+use weir_packet::{DropReason, FlowKey, Ports, Protocol, Tick};
 
 /// A family that a model in IPv4 notation can be carried over to.
 pub trait Carried: Family {
@@ -175,8 +175,17 @@ fn plain<A: Carried>(backend: &Backend<A>) -> String {
     format!("{}:{}", Ipv4Addr::from_bits(backend.address.to_bits128() as u32), backend.port)
 }
 
+/// A decision of whose clients nothing is known.
+pub fn decide<'t, A: Family>(
+    table: &'t ServiceTable,
+    key: &FlowKey<A>,
+    random: &mut impl FnMut() -> u64,
+) -> Decision<'t, A> {
+    table.services::<A>().decide(key, Affinity::new(1, [0; 2]).clients(), Tick(0), random)
+}
+
 pub fn outcome<A: Carried>(table: &ServiceTable, key: &FlowKey<A>) -> Outcome {
-    match table.services::<A>().decide(key, &mut || 0x1234_5678_9abc_def0) {
+    match decide(table, key, &mut || 0x1234_5678_9abc_def0) {
         Decision::NotAService => Outcome::Pass,
         Decision::Translate { backend, masquerade, candidates, .. } => {
             assert!(candidates.contains(&backend), "the pick is one of the candidates");

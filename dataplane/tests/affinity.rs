@@ -1,0 +1,119 @@
+//! ClientIP affinity through the whole pipeline over the memory driver: which packets are remembered.
+
+#[allow(dead_code, reason = "each test uses a part of it")]
+#[path = "support/packets.rs"]
+mod packets;
+#[allow(dead_code, reason = "each test uses a part of it")]
+#[path = "support/router.rs"]
+mod router;
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use packets::{Packet, TCP, received};
+use router::{Router, UPLINK, ip, rules, service};
+use weir_dataplane::snapshot::Rules;
+use weir_nat::SnatPorts;
+use weir_packet::{DropReason, Protocol};
+
+const OUTSIDE: [&str; 2] = ["192.168.10.100", "fd00:10::100"];
+const VIP: [&str; 2] = ["10.96.0.10", "fd00:96::10"];
+const NODE: [&str; 2] = ["192.168.10.1", "fd00:10::1"];
+/// Two pods of this node in each family.
+const BACKENDS: [[&str; 2]; 2] = [["10.1.1.10", "fd00:1:1::10"], ["10.1.1.20", "fd00:1:1::20"]];
+const NODE_PORT: u16 = 30053;
+const SECOND: u32 = 100;
+const SYN: u8 = 0x02;
+const ACK: u8 = 0x10;
+
+/// One service on both pods, whose clients are remembered for ten seconds.
+fn services(is_open: bool) -> Rules {
+    let mut web = service("default/web", Protocol::TCP, VIP, BACKENDS[0], Some(NODE_PORT));
+    web.endpoints.extend(service("", Protocol::TCP, VIP, BACKENDS[1], None).endpoints);
+    web.affinity = Some(10);
+    rules(vec![web], is_open)
+}
+
+fn router(is_open: bool) -> Router {
+    Router::new(services(is_open), SnatPorts::new(10_000..=20_000, []).unwrap(), 1000)
+}
+
+fn segment(flags: u8, family: usize, sport: u16, (dst, dport): (&str, u16)) -> Vec<u8> {
+    let mut l4 = [sport.to_be_bytes(), dport.to_be_bytes()].concat();
+    l4.extend([0, 0, 0, 9, 0, 0, 0, 10, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+    Packet { src: ip(OUTSIDE[family]), dst: ip(dst), protocol: TCP, ttl: 64, tos: 0, options: 0, l4 }.frame()
+}
+
+/// The backend that a packet from outside was sent on to.
+fn reached(router: &mut Router, frame: &[u8]) -> Option<IpAddr> {
+    let sent = router.one(UPLINK, frame);
+    let sent = received(&sent);
+    assert!(sent.len() <= 1);
+    sent.first().map(|(_, bytes)| Packet::read(bytes).dst)
+}
+
+fn remembered(router: &Router) -> [usize; 2] {
+    let (affinity, now) = (&router.affinity, router.now);
+    [affinity.clients::<Ipv4Addr>().count(now), affinity.clients::<Ipv6Addr>().count(now)]
+}
+
+#[test]
+fn all_connections_of_a_client_come_to_one_backend_until_it_is_gone() {
+    for family in [0, 1] {
+        let mut router = router(true);
+        let frontends = [(VIP[family], 53), (NODE[family], NODE_PORT)];
+        let mut seen = BTreeSet::new();
+        for sport in 40_000..40_020 {
+            let frame = segment(SYN, family, sport, frontends[usize::from(sport % 2)]);
+            seen.insert(reached(&mut router, &frame).expect("a backend"));
+        }
+        assert_eq!(seen.len(), 1, "{seen:?}");
+        let first = *seen.first().expect("one");
+        // A reload that leaves it in place, then one that takes it away.
+        router.publish(services(true));
+        router.affinity.forget_gone(&services(true).services);
+        assert_eq!(reached(&mut router, &segment(SYN, family, 40_100, frontends[0])), Some(first));
+        let other = BACKENDS.into_iter().find(|one| ip(one[family]) != first).expect("the other one");
+        let without = || {
+            let mut web = service("default/web", Protocol::TCP, VIP, other, Some(NODE_PORT));
+            web.affinity = Some(10);
+            rules(vec![web], true)
+        };
+        router.publish(without());
+        router.affinity.forget_gone(&without().services);
+        assert_eq!(remembered(&router), [0, 0]);
+        assert_eq!(reached(&mut router, &segment(SYN, family, 40_101, frontends[1])), Some(ip(other[family])));
+        router.finish();
+    }
+}
+
+#[test]
+fn only_what_opens_a_connection_restarts_the_time() {
+    for family in [0, 1] {
+        let mut router = router(true);
+        let expected = |is_remembered: usize| if family == 0 { [is_remembered, 0] } else { [0, is_remembered] };
+        // Mid-stream, towards a service: nobody's.
+        assert_eq!(reached(&mut router, &segment(ACK, family, 41_000, (VIP[family], 53))), None);
+        assert_eq!((remembered(&router), router.drops()[&DropReason::Invalid]), (expected(0), 1));
+        reached(&mut router, &segment(SYN, family, 41_001, (VIP[family], 53))).expect("a backend");
+        assert_eq!(remembered(&router), expected(1));
+        router.wait(9 * SECOND);
+        // Neither that again, nor a connection's own packets.
+        reached(&mut router, &segment(ACK, family, 41_000, (VIP[family], 53)));
+        reached(&mut router, &segment(SYN, family, 41_001, (VIP[family], 53)));
+        router.wait(SECOND);
+        assert_eq!(remembered(&router), expected(0));
+        router.finish();
+    }
+}
+
+/// As with kube-proxy, where a connection is translated before policy sees it.
+#[test]
+fn a_connection_that_policy_denies_counts() {
+    let mut router = router(false);
+    assert_eq!(reached(&mut router, &segment(SYN, 0, 42_000, (VIP[0], 53))), None);
+    assert_eq!((remembered(&router), router.drops()[&DropReason::PolicyDeniedIngress]), ([1, 0], 1));
+    router.finish();
+}
