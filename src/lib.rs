@@ -4,7 +4,7 @@
 //! - [`manifests`]: Kubernetes and Calico resources.
 //! - [`translate`]: resources to the plain models that the dataplane compiles its tables from.
 //! - [`compile`]: models to tables.
-//! - [`check`], [`trace`], [`replay`], [`run`], [`demo`], [`bench`]: the commands of these names.
+//! - [`check`], [`trace`], [`policy`], [`replay`], [`run`], [`demo`], [`bench`]: the commands of these names.
 //! - [`control`]: asking a running router; [`report`]: what is printed alike.
 //! - [`kernel`]: the node's kernel, followed and set up.
 //! - [`watch`]: when to reload.
@@ -23,6 +23,7 @@ pub mod lab;
 pub mod manifests;
 pub mod memory_demo;
 pub mod memory_router;
+pub mod policy;
 pub mod replay;
 pub mod report;
 pub mod run;

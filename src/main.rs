@@ -1,7 +1,7 @@
 //! The `weir` command.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, BufReader, IsTerminal, Read},
     path::PathBuf,
     process::ExitCode,
@@ -13,6 +13,12 @@ use weir::{
     config::Problems,
     conntrack::{Action, Query},
     control::AskError,
+    policy::{
+        grid,
+        groups::Groups,
+        matrix::{Matrix, Pods, Port, Question},
+        svg,
+    },
     replay, trace, translate,
 };
 
@@ -45,6 +51,9 @@ enum Command {
     Status(Ask),
     /// List, count, delete or watch the connections of a running router.
     Conntrack(Conntrack),
+    /// Explain policy: who can reach whom, and what applies to a pod.
+    #[command(subcommand)]
+    Policy(Policy),
     /// Take everything off the node that a router attached: programs, maps, the trunk, routes.
     Detach(Detach),
 }
@@ -165,6 +174,48 @@ struct Conntrack {
     output: Output,
 }
 
+#[derive(Subcommand)]
+enum Policy {
+    /// Show who can reach whom, pods by pods, as text, JSON or a picture. Needs no router and no privileges.
+    Matrix(PolicyMatrix),
+}
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    weir policy matrix                                     all pods, on the ports that each destination publishes\n  \
+    weir policy matrix --ports tcp/443,icmp                the same ports for every destination\n  \
+    weir policy matrix --to db/postgres-0                  who reaches that pod\n  \
+    weir policy matrix --from web --svg web.svg            what namespace web reaches, as a picture too\n  \
+    weir policy matrix --output json | jq '.flows[] | select(.verdict != \"allowed\")'\n\
+    It tells what policies say of a connection to the pod's own address, judged at both ends, whichever nodes they are on:\n\
+    the source's egress and the destination's ingress policy, also where the first alone would deny it.")]
+struct PolicyMatrix {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// Ports to ask about: tcp/80, udp/53, sctp/5060, icmp (an echo request). Default: those that the containers of each destination
+    /// publish, or tcp/80 where they publish none.
+    #[arg(long, value_name = "PORT,...", value_delimiter = ',')]
+    ports: Vec<Port>,
+    /// Only pods of this namespace, as sources and as destinations; may be given several times.
+    #[arg(short, long, value_name = "NS", conflicts_with_all = ["from", "to"])]
+    namespace: Vec<Pods>,
+    /// Only these sources: a namespace, or namespace/pod; may be given several times.
+    #[arg(long, value_name = "NS[/POD]")]
+    from: Vec<Pods>,
+    /// Only these destinations: a namespace, or namespace/pod; may be given several times.
+    #[arg(long, value_name = "NS[/POD]")]
+    to: Vec<Pods>,
+    /// A line for each pod, however many there are. Else pods of a namespace that fare alike share one where there are more than 40 pods.
+    #[arg(long)]
+    every_pod: bool,
+    /// How the matrix is printed; JSON has every pair, port and deciding rule.
+    #[arg(long, value_enum, default_value = "text")]
+    output: Output,
+    /// Write a picture of it to this file, too.
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+}
+
 #[derive(Args)]
 struct Detach {
     #[command(flatten)]
@@ -237,6 +288,12 @@ fn main() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(message) => failed(&message),
         },
+        Command::Policy(Policy::Matrix(args)) => {
+            match run_matrix(&args, &mut io::BufWriter::new(io::stdout().lock())) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(message) => failed(&message),
+            }
+        }
         Command::Detach(args) => match weir::run::detach(&args.config.config) {
             Ok(lines) => {
                 lines.iter().for_each(|line| println!("{line}"));
@@ -262,6 +319,33 @@ fn run_trace(args: &Trace) -> Result<bool, String> {
     };
     let output = io::BufWriter::new(io::stdout().lock());
     tracer.run(BufReader::new(input), output, args.text).map_err(|e| e.to_string())
+}
+
+fn run_matrix(args: &PolicyMatrix, out: &mut impl io::Write) -> Result<(), String> {
+    let loaded = translate::load(&args.config.config).map_err(|problems| rendered(&problems))?;
+    let both = |pods: &[Pods]| pods.iter().chain(&args.namespace).cloned().collect();
+    let question = Question { ports: args.ports.clone(), from: both(&args.from), to: both(&args.to) };
+    let matrix = Matrix::new(&loaded, &question).map_err(|e| e.to_string())?;
+    let groups = Groups::readable(&matrix, args.every_pod);
+    if let Some(file) = &args.svg {
+        fs::write(file, svg::picture(&matrix, &groups)).map_err(|e| format!("{}: {e}", file.display()))?;
+    }
+    let colour = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    written(
+        match args.output {
+            Output::Json => matrix.write_json(out),
+            Output::Text => out.write_all(grid::text(&matrix, &groups, colour).as_bytes()),
+        }
+        .and_then(|()| out.flush()),
+    )
+}
+
+/// Who reads no more, as `head`, has what they wanted.
+fn written(result: io::Result<()>) -> Result<(), String> {
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.to_string()),
+        _ => Ok(()),
+    }
 }
 
 fn run_conntrack(args: &Conntrack, out: &mut impl io::Write) -> Result<(), String> {

@@ -5,6 +5,7 @@
 
 mod cluster;
 mod policy;
+mod ports;
 #[cfg(test)]
 mod reload_tests;
 mod services;
@@ -17,12 +18,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use weir_packet::Protocol;
+
 use crate::{
     config::{Problems, RouterConfig, Severity},
     manifests::{Library, Manifests, ObjectId, Objects, Substitute, library::Texts},
 };
 
 pub use cluster::workload_device;
+use ports::Publishers;
 
 /// A configuration that was read and translated without an error.
 #[derive(Debug)]
@@ -45,6 +49,7 @@ pub struct Loaded {
     pub files: Vec<PathBuf>,
     /// Objects whose newest version is faulty, and what stands for them; only after [`reload`].
     pub faulty: Vec<Faulty>,
+    publishers: Publishers,
 }
 
 /// An object whose newest version is faulty.
@@ -59,6 +64,11 @@ pub struct Faulty {
 }
 
 impl Loaded {
+    /// The ports that workloads publish, named or not, by workload.
+    pub fn published_ports(&self) -> BTreeMap<String, BTreeSet<(Protocol, u16)>> {
+        self.publishers.ports()
+    }
+
     /// Adds addresses that the kernel says are this node's, unless weir.yaml gives them with `localAddresses`.
     pub fn add_local_addresses(&mut self, addresses: &[IpAddr]) {
         if self.config.local_addresses.is_none() {
@@ -235,6 +245,16 @@ fn translate(
     let mut files = vec![path.to_owned()];
     files.append(&mut manifests.files);
     let objects = std::mem::take(&mut manifests.objects);
-    let counts = objects.counts();
-    Ok(Loaded { config, cluster, services, policy, objects, counts, notes: problems, files, faulty: Vec::new() })
+    Ok(Loaded {
+        config,
+        cluster,
+        services,
+        policy,
+        counts: objects.counts(),
+        objects,
+        notes: problems,
+        files,
+        faulty: Vec::new(),
+        publishers: Publishers::take(manifests),
+    })
 }

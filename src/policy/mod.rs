@@ -1,0 +1,11 @@
+//! `weir policy`: what the policies in force mean, for whoever has to know.
+//!
+//! - [`matrix`]: who can reach whom, pods by pods; shown as text ([`grid`]), as JSON, or as a picture ([`svg`]), where pods that fare
+//!   alike may be drawn together ([`groups`]).
+//! - [`places`]: what a rule is called and where it stands.
+
+pub mod grid;
+pub mod groups;
+pub mod matrix;
+pub mod places;
+pub mod svg;

@@ -1,0 +1,6 @@
+//! `weir policy`: who reaches whom, and what applies to an endpoint.
+
+#[path = "policy/matrix.rs"]
+mod matrix;
+#[path = "policy/random.rs"]
+mod random;
