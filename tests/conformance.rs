@@ -34,6 +34,22 @@ fn kubernetes_network_policy() {
     all_agree("conform.py", &["netpol", WEIR]);
 }
 
+/// Without host endpoints, which are not enforced yet.
+#[test]
+fn calico_policy() {
+    all_agree("conform.py", &["calicopol", WEIR, "--skip", "host-endpoints"]);
+}
+
+#[test]
+fn cluster_network_policy() {
+    all_agree("conform.py", &["cnp", WEIR]);
+}
+
+#[test]
+fn calicos_selector_language() {
+    all_agree("conform.py", &["selector", WEIR]);
+}
+
 #[test]
 fn packets_through_replay() {
     all_agree("packets.py", &[WEIR]);

@@ -16,7 +16,7 @@ use crate::{
     addresses::AddressClasses,
     classifier::{LocalEndpoint, Names, Origin},
     fingerprint::Fingerprint,
-    model::{Action, EndpointKind, Model, Policy, Rule, Tier, TierAction},
+    model::{Action, EndpointKind, Model, Policy, PolicyScope, Rule, Tier, TierAction},
     partition::Partition,
     peers::Peers,
     program::{Outcome, Program, ProgramBuilder, ProgramTooLarge, Slot, Test, point_key},
@@ -286,6 +286,9 @@ impl<'model> Compiler<'model> {
             locals.iter().enumerate().map(|(local, index)| (*index, local as u32)).collect();
         let mut selected: HashMap<&Selector, Vec<u32>> = HashMap::new();
         for (number, (_, policy)) in self.policies.iter().enumerate() {
+            if matches!(policy.scope, PolicyScope::PreDnat | PolicyScope::Untracked) {
+                continue;
+            }
             let locals = selected.entry(&policy.selector).or_insert_with(|| {
                 let picked = peers.picked(&policy.selector, None);
                 picked.iter().filter_map(|index| local_of.get(index).copied()).collect()

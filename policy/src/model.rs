@@ -29,7 +29,10 @@ impl Model {
     /// The tiers in order of evaluation.
     pub fn ordered_tiers(&self) -> Vec<&Tier> {
         let mut tiers: Vec<&Tier> = self.tiers.iter().collect();
-        tiers.sort_by(|a, b| order_key(a.order).total_cmp(&order_key(b.order)).then_with(|| a.name.cmp(&b.name)));
+        tiers.sort_by(|a, b| {
+            let by_order = order_key(a.order).total_cmp(&order_key(b.order));
+            a.undefined.cmp(&b.undefined).then(by_order).then_with(|| a.name.cmp(&b.name))
+        });
         tiers
     }
 }
@@ -90,6 +93,8 @@ pub struct Tier {
     pub name: String,
     /// Lower comes first; `None` comes last.
     pub order: Option<f64>,
+    /// Policies name it and nobody defines it: it comes after all tiers that somebody does.
+    pub undefined: bool,
     /// What happens to a packet that policies of this tier apply to and none decides.
     pub default_action: TierAction,
     /// The policies, in any order.
@@ -129,6 +134,8 @@ pub struct Policy {
     pub order: Option<f64>,
     /// The workloads that it applies to.
     pub selector: Selector,
+    /// Which packets of an endpoint it is for.
+    pub scope: PolicyScope,
     /// A staged policy enforces nothing.
     pub staged: bool,
     /// Rules for what arrives at the endpoint; `None`: the policy does not govern this direction.
@@ -147,6 +154,21 @@ impl Policy {
             PolicyDirection::Egress => self.egress.as_deref(),
         }
     }
+}
+
+/// Which packets of an endpoint a policy is for. Host endpoints have packets of all these kinds, workloads only of those
+/// that any policy without a special scope is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum PolicyScope {
+    /// Packets to or from a workload; at a host endpoint, those to or from the node itself.
+    #[default]
+    Normal,
+    /// As normal, and what a host endpoint forwards.
+    ApplyOnForward,
+    /// What arrives at a host endpoint, before services are translated. Never a workload's packets.
+    PreDnat,
+    /// A host endpoint's packets, one by one, before connections are looked up. Never a workload's packets.
+    Untracked,
 }
 
 /// Rules for endpoints that no tier decided about.

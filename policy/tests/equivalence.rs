@@ -198,7 +198,7 @@ fn tier(most_rules: usize) -> impl Strategy<Value = Tier> {
     (order(), action, proptest::collection::vec(policy(most_rules), 0..4)).prop_map(
         |(order, default_action, policies)| {
             let policies = policies.into_iter().map(Arc::new).collect();
-            Tier { name: String::new(), order, default_action, policies }
+            Tier { name: String::new(), order, undefined: false, default_action, policies }
         },
     )
 }

@@ -12,6 +12,8 @@ use std::{
 /// What makes an object the same one in two versions of a manifest.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectId {
+    /// Its API group, of those that one kind has the first; empty for the core's.
+    pub group: &'static str,
     /// Its kind.
     pub kind: &'static str,
     /// Its namespace; empty for kinds without.
@@ -23,7 +25,7 @@ pub struct ObjectId {
 impl fmt::Display for ObjectId {
     /// "kind namespace/name" or "kind name".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { kind, namespace, name } = self;
+        let Self { kind, namespace, name, .. } = self;
         if namespace.is_empty() { write!(f, "{kind} {name}") } else { write!(f, "{kind} {namespace}/{name}") }
     }
 }
@@ -37,7 +39,7 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Kind, namespace and name.
+    /// Group, kind, namespace and name.
     pub fn id(&self) -> &ObjectId {
         &self.id
     }
@@ -99,7 +101,7 @@ mod tests {
     use super::*;
 
     fn id(name: &str) -> ObjectId {
-        ObjectId { kind: "Pod", namespace: "x".into(), name: name.into() }
+        ObjectId { group: "", kind: "Pod", namespace: "x".into(), name: name.into() }
     }
 
     #[test]

@@ -1,15 +1,16 @@
 //! Kubernetes and Calico resources read from YAML files.
 //!
 //! Every document becomes an [`Object`] of its kind: the typed value with the tree that it was read from, so that later
-//! stages can point at the place of what they refuse. Kinds that the contract names and weir does not enforce yet are
-//! errors; kinds outside the contract are skipped with a note.
+//! stages can point at the place of what they refuse. Kinds outside the contract are skipped with a note.
 
 pub mod at;
 pub mod calico;
+pub mod cluster_network_policy;
 pub mod identity;
 pub mod library;
 pub mod object;
 mod piece;
+pub mod subject;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -22,18 +23,23 @@ use k8s_openapi::api::{
     discovery::v1::EndpointSlice,
     networking::v1::NetworkPolicy,
 };
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 
 use self::{
-    calico::{IpPool, WorkloadEndpoint},
+    calico::{
+        IpPool, WorkloadEndpoint,
+        host::{FelixConfiguration, HostEndpoint},
+        policy::{self, GlobalNetworkPolicy, NetworkSet, Profile, StagedKubernetesNetworkPolicy, Tier},
+    },
+    cluster_network_policy::ClusterNetworkPolicy,
     library::Texts,
     piece::Item,
 };
-use crate::config::{Diagnostic, Problems, Source, Span};
+use crate::config::{Diagnostic, Problems, Severity, Source, Span};
 
 pub use identity::{Identities, Identity, ObjectId};
 pub use library::Library;
 pub use object::{Base, Content, Object};
+pub use subject::Subject;
 
 /// A policy that cannot be read and has no earlier version: it denies what it selects.
 #[derive(Debug)]
@@ -42,8 +48,8 @@ pub struct Denying {
     pub origin: u32,
     /// Its identity.
     pub id: ObjectId,
-    /// Its `spec.podSelector`, where that can be read.
-    pub pod_selector: Option<LabelSelector>,
+    /// What it selects.
+    pub subject: Subject,
 }
 
 /// Where an object comes from: what messages, traces and metrics call it.
@@ -92,12 +98,32 @@ pub struct Manifests {
     pub pools: Vec<Object<IpPool>>,
     /// projectcalico.org/v3 WorkloadEndpoint.
     pub workload_endpoints: Vec<Object<WorkloadEndpoint>>,
+    /// projectcalico.org/v3 GlobalNetworkPolicy.
+    pub global_network_policies: Vec<Object<GlobalNetworkPolicy>>,
+    /// projectcalico.org/v3 NetworkPolicy.
+    pub calico_network_policies: Vec<Object<policy::NetworkPolicy>>,
+    /// projectcalico.org/v3 StagedGlobalNetworkPolicy.
+    pub staged_global_network_policies: Vec<Object<GlobalNetworkPolicy>>,
+    /// projectcalico.org/v3 StagedNetworkPolicy.
+    pub staged_network_policies: Vec<Object<policy::NetworkPolicy>>,
+    /// projectcalico.org/v3 StagedKubernetesNetworkPolicy.
+    pub staged_kubernetes_network_policies: Vec<Object<StagedKubernetesNetworkPolicy>>,
+    /// policy.networking.k8s.io/v1alpha2 ClusterNetworkPolicy.
+    pub cluster_network_policies: Vec<Object<ClusterNetworkPolicy>>,
+    /// projectcalico.org/v3 Tier.
+    pub tiers: Vec<Object<Tier>>,
+    /// projectcalico.org/v3 GlobalNetworkSet and NetworkSet.
+    pub network_sets: Vec<Object<NetworkSet>>,
+    /// projectcalico.org/v3 Profile.
+    pub profiles: Vec<Object<Profile>>,
+    /// projectcalico.org/v3 HostEndpoint.
+    pub host_endpoints: Vec<Object<HostEndpoint>>,
+    /// projectcalico.org/v3 FelixConfiguration.
+    pub felix_configurations: Vec<Object<FelixConfiguration>>,
     /// The files and folders that were read: what to watch.
     pub files: Vec<PathBuf>,
     /// Policies that could not be read and deny what they select.
     pub denying: Vec<Denying>,
-    /// Whether something of the contract was refused because it is not implemented: nothing stands for that.
-    pub not_implemented: bool,
     /// Where each object stands, by its number.
     pub objects: Objects,
 }
@@ -127,7 +153,7 @@ impl Placement {
     }
 
     fn origin(&self) -> Origin {
-        let ObjectId { kind, namespace, name } = self.id().clone();
+        let ObjectId { kind, namespace, name, .. } = self.id().clone();
         let (line, _) = self.source.line_column(self.base.offset + self.item.start);
         let namespace = Some(namespace).filter(|namespace| !namespace.is_empty());
         Origin { kind, namespace, name, file: self.source.name().to_owned(), line }
@@ -192,17 +218,26 @@ struct Kind {
     version: &'static str,
     name: &'static str,
     namespaced: bool,
-    implemented: bool,
+    /// What a field of its spec that weir does not know is: a rule with such a part may let more through than it says.
+    unknown: Severity,
 }
 
 impl Kind {
+    /// The group by which its objects are identified.
+    fn group(&self) -> &'static str {
+        self.groups[0]
+    }
+
     fn api_version(&self, group: &str) -> String {
         if group.is_empty() { self.version.to_owned() } else { format!("{group}/{}", self.version) }
     }
 }
 
+/// The group of Calico's kinds, by which two NetworkPolicies of one name are told apart.
+const CALICO_GROUP: &str = "projectcalico.org";
 const CORE: &[&str] = &[""];
-const CALICO: &[&str] = &["projectcalico.org", "crd.projectcalico.org"];
+const KUBERNETES_POLICY: &[&str] = &["networking.k8s.io"];
+const CALICO: &[&str] = &[CALICO_GROUP, "crd.projectcalico.org"];
 const CLUSTER_POLICY: &[&str] = &["policy.networking.k8s.io"];
 
 const fn kind(
@@ -210,34 +245,34 @@ const fn kind(
     version: &'static str,
     name: &'static str,
     namespaced: bool,
-    implemented: bool,
+    unknown: Severity,
 ) -> Kind {
-    Kind { groups, version, name, namespaced, implemented }
+    Kind { groups, version, name, namespaced, unknown }
 }
 
 /// The kinds of the contract (the design, "Contract: the configuration file").
 const KINDS: &[Kind] = &[
-    kind(CORE, "v1", "Node", false, true),
-    kind(CORE, "v1", "Namespace", false, true),
-    kind(CORE, "v1", "Pod", true, true),
-    kind(CORE, "v1", "Service", true, true),
-    kind(CORE, "v1", "ServiceAccount", true, true),
-    kind(&["discovery.k8s.io"], "v1", "EndpointSlice", true, true),
-    kind(&["networking.k8s.io"], "v1", "NetworkPolicy", true, true),
-    kind(CALICO, "v3", "IPPool", false, true),
-    kind(CALICO, "v3", "WorkloadEndpoint", true, true),
-    kind(CALICO, "v3", "GlobalNetworkPolicy", false, false),
-    kind(CALICO, "v3", "NetworkPolicy", true, false),
-    kind(CALICO, "v3", "Tier", false, false),
-    kind(CALICO, "v3", "GlobalNetworkSet", false, false),
-    kind(CALICO, "v3", "NetworkSet", true, false),
-    kind(CALICO, "v3", "HostEndpoint", false, false),
-    kind(CALICO, "v3", "Profile", false, false),
-    kind(CALICO, "v3", "StagedGlobalNetworkPolicy", false, false),
-    kind(CALICO, "v3", "StagedNetworkPolicy", true, false),
-    kind(CALICO, "v3", "StagedKubernetesNetworkPolicy", true, false),
-    kind(CALICO, "v3", "FelixConfiguration", false, false),
-    kind(CLUSTER_POLICY, "v1alpha2", "ClusterNetworkPolicy", false, false),
+    kind(CORE, "v1", "Node", false, Severity::Warning),
+    kind(CORE, "v1", "Namespace", false, Severity::Warning),
+    kind(CORE, "v1", "Pod", true, Severity::Warning),
+    kind(CORE, "v1", "Service", true, Severity::Warning),
+    kind(CORE, "v1", "ServiceAccount", true, Severity::Warning),
+    kind(&["discovery.k8s.io"], "v1", "EndpointSlice", true, Severity::Warning),
+    kind(KUBERNETES_POLICY, "v1", "NetworkPolicy", true, Severity::Error),
+    kind(CALICO, "v3", "IPPool", false, Severity::Warning),
+    kind(CALICO, "v3", "WorkloadEndpoint", true, Severity::Warning),
+    kind(CALICO, "v3", "GlobalNetworkPolicy", false, Severity::Error),
+    kind(CALICO, "v3", "NetworkPolicy", true, Severity::Error),
+    kind(CALICO, "v3", "Tier", false, Severity::Error),
+    kind(CALICO, "v3", "GlobalNetworkSet", false, Severity::Error),
+    kind(CALICO, "v3", "NetworkSet", true, Severity::Error),
+    kind(CALICO, "v3", "HostEndpoint", false, Severity::Error),
+    kind(CALICO, "v3", "Profile", false, Severity::Error),
+    kind(CALICO, "v3", "StagedGlobalNetworkPolicy", false, Severity::Error),
+    kind(CALICO, "v3", "StagedNetworkPolicy", true, Severity::Error),
+    kind(CALICO, "v3", "StagedKubernetesNetworkPolicy", true, Severity::Error),
+    kind(CALICO, "v3", "FelixConfiguration", false, Severity::Note),
+    kind(CLUSTER_POLICY, "v1alpha2", "ClusterNetworkPolicy", false, Severity::Error),
 ];
 
 /// The version under which kubectl dumps Calico's kinds.
@@ -248,7 +283,6 @@ impl Manifests {
     pub fn of(texts: &Texts, passed_over: &BTreeMap<ObjectId, Substitute>, problems: &mut Problems) -> Self {
         let mut manifests = Self { files: texts.files.clone(), ..Self::default() };
         for (base, source, piece) in texts.pieces() {
-            manifests.not_implemented |= piece.not_implemented;
             replay(&piece.findings, base, problems);
             for item in &piece.items {
                 let substitute = passed_over.get(item.identity.id()).copied();
@@ -309,9 +343,8 @@ impl Manifests {
         }
         let first = self.objects.by_number[number as usize].replace(position);
         if substitute == Some(Substitute::Nothing) {
-            if item.denies {
-                let pod_selector = item.pod_selector.clone();
-                self.denying.push(Denying { origin: number, id: identity.id().clone(), pod_selector });
+            if let Some(subject) = &item.subject {
+                self.denying.push(Denying { origin: number, id: identity.id().clone(), subject: subject.clone() });
             }
             return;
         }

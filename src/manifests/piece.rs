@@ -5,21 +5,24 @@
 
 use std::{ops::Range, sync::Arc};
 
-use k8s_openapi::{
-    api::{
-        core::v1::{Namespace, Node as KubernetesNode, Pod, Service, ServiceAccount},
-        discovery::v1::EndpointSlice,
-        networking::v1::NetworkPolicy,
-    },
-    apimachinery::pkg::apis::meta::v1::LabelSelector,
+use k8s_openapi::api::{
+    core::v1::{Namespace, Node as KubernetesNode, Pod, Service, ServiceAccount},
+    discovery::v1::EndpointSlice,
+    networking::v1::NetworkPolicy,
 };
 use serde::de::DeserializeOwned;
 
 use super::{
-    CALICO_CRD, Identities, Identity, KINDS, Kind, Manifests, ObjectId,
+    CALICO_CRD, CALICO_GROUP, Identities, Identity, KINDS, Kind, Manifests, ObjectId,
     at::At,
-    calico::{IpPool, WorkloadEndpoint},
+    calico::{
+        IpPool, WorkloadEndpoint,
+        host::{FelixConfiguration, HostEndpoint},
+        policy::{self, GlobalNetworkPolicy, NetworkSet, Profile, StagedKubernetesNetworkPolicy, Tier},
+    },
+    cluster_network_policy::ClusterNetworkPolicy,
     object::{Base, Content, Object},
+    subject::Subject,
 };
 use crate::config::{
     Diagnostic, Problems, Severity, Source, Span,
@@ -42,8 +45,6 @@ pub(super) enum Form {
 pub(super) struct Piece {
     /// What is wrong outside of every object.
     pub(super) findings: Vec<Diagnostic>,
-    /// Whether something of the contract was refused because it is not implemented.
-    pub(super) not_implemented: bool,
     /// The objects.
     pub(super) items: Vec<Arc<Item>>,
 }
@@ -60,35 +61,33 @@ pub(super) struct Item {
     pub(super) name: Span,
     /// What is wrong with it.
     pub(super) findings: Vec<Diagnostic>,
-    /// Whether it denies what it selects where it cannot be read: it is a policy.
-    pub(super) denies: bool,
-    /// Of a policy: its `spec.podSelector`, where that can be read.
-    pub(super) pod_selector: Option<LabelSelector>,
+    /// Of a policy: what it denies where it cannot be read.
+    pub(super) subject: Option<Subject>,
     /// `None` where it cannot be read.
     pub(super) body: Option<Body>,
 }
 
-/// Makes [`Body`] out of one line per kind: its name, its type, and its list in [`Manifests`].
+/// Makes [`Body`] out of one line per kind: its group and name, its type, and its list in [`Manifests`].
 macro_rules! bodies {
-    ($($name:ident $type:ty => $list:ident;)+) => {
-        /// An object of an implemented kind.
+    ($($variant:ident: $group:pat, $name:pat, $type:ty => $list:ident;)+) => {
+        /// An object of any kind.
         #[derive(Debug)]
         pub(super) enum Body {
-            $($name(Arc<Content<$type>>),)+
+            $($variant(Arc<Content<$type>>),)+
         }
 
         impl Body {
-            fn read(kind: &str, object: Untyped<'_>) -> Option<Self> {
-                match kind {
-                    $(stringify!($name) => Some(Self::$name(object.content()?)),)+
-                    other => unreachable!("{other} is marked as implemented and has no list"),
+            fn read(kind: &Kind, object: Untyped<'_>) -> Option<Self> {
+                match (kind.group(), kind.name) {
+                    $(($group, $name) => Some(Self::$variant(object.content()?)),)+
+                    (group, name) => unreachable!("{name} of {group:?} has no list"),
                 }
             }
 
             /// Adds it to the list of its kind.
             pub(super) fn place(&self, base: Base, origin: u32, manifests: &mut Manifests) {
                 match self {
-                    $(Self::$name(content) => manifests.$list.push(Object::new(Arc::clone(content), base, origin)),)+
+                    $(Self::$variant(content) => manifests.$list.push(Object::new(Arc::clone(content), base, origin)),)+
                 }
             }
         }
@@ -96,15 +95,27 @@ macro_rules! bodies {
 }
 
 bodies! {
-    Node KubernetesNode => nodes;
-    Namespace Namespace => namespaces;
-    Pod Pod => pods;
-    Service Service => services;
-    ServiceAccount ServiceAccount => service_accounts;
-    EndpointSlice EndpointSlice => endpoint_slices;
-    NetworkPolicy NetworkPolicy => network_policies;
-    IPPool IpPool => pools;
-    WorkloadEndpoint WorkloadEndpoint => workload_endpoints;
+    Node: _, "Node", KubernetesNode => nodes;
+    Namespace: _, "Namespace", Namespace => namespaces;
+    Pod: _, "Pod", Pod => pods;
+    Service: _, "Service", Service => services;
+    ServiceAccount: _, "ServiceAccount", ServiceAccount => service_accounts;
+    EndpointSlice: _, "EndpointSlice", EndpointSlice => endpoint_slices;
+    CalicoNetworkPolicy: CALICO_GROUP, "NetworkPolicy", policy::NetworkPolicy => calico_network_policies;
+    NetworkPolicy: _, "NetworkPolicy", NetworkPolicy => network_policies;
+    ClusterNetworkPolicy: _, "ClusterNetworkPolicy", ClusterNetworkPolicy => cluster_network_policies;
+    IpPool: _, "IPPool", IpPool => pools;
+    WorkloadEndpoint: _, "WorkloadEndpoint", WorkloadEndpoint => workload_endpoints;
+    GlobalNetworkPolicy: _, "GlobalNetworkPolicy", GlobalNetworkPolicy => global_network_policies;
+    StagedGlobalNetworkPolicy: _, "StagedGlobalNetworkPolicy", GlobalNetworkPolicy => staged_global_network_policies;
+    StagedNetworkPolicy: _, "StagedNetworkPolicy", policy::NetworkPolicy => staged_network_policies;
+    StagedKubernetesNetworkPolicy: _, "StagedKubernetesNetworkPolicy", StagedKubernetesNetworkPolicy
+        => staged_kubernetes_network_policies;
+    Tier: _, "Tier", Tier => tiers;
+    NetworkSet: _, "GlobalNetworkSet" | "NetworkSet", NetworkSet => network_sets;
+    Profile: _, "Profile", Profile => profiles;
+    HostEndpoint: _, "HostEndpoint", HostEndpoint => host_endpoints;
+    FelixConfiguration: _, "FelixConfiguration", FelixConfiguration => felix_configurations;
 }
 
 impl Piece {
@@ -202,16 +213,10 @@ impl Reading<'_> {
             let help = format!("write apiVersion: {}", kind.api_version(group));
             return problems.error(version_span, format!("{kind_name} of {api_version} is not read"), help);
         }
-        if !kind.implemented {
-            self.piece.not_implemented = true;
-            let message = format!("{kind_name} is not implemented yet: weir would not enforce it");
-            let help = "take it out, or keep using Calico or kube-proxy for what it says".to_owned();
-            return problems.error(kind_span, message, help);
-        }
-        self.add_implemented(kind, node);
+        self.add_object(kind, node);
     }
 
-    fn add_implemented(&mut self, kind: &'static Kind, node: Node) {
+    fn add_object(&mut self, kind: &'static Kind, node: Node) {
         let metadata = At::root(&node).key("metadata");
         let field = |key: &str| node.get("metadata").and_then(|metadata| metadata.get(key));
         let Some(name) = field("name").and_then(Node::as_str).filter(|name| !name.is_empty()) else {
@@ -228,20 +233,18 @@ impl Reading<'_> {
             (true, given) => given.unwrap_or("default").to_owned(),
             (false, _) => String::new(),
         };
-        let id = ObjectId { kind: kind.name, namespace, name: name.to_owned() };
-        let denies = kind.name == "NetworkPolicy";
-        let pod_selector = denies.then(|| pod_selector(&node)).flatten();
+        let id = ObjectId { group: kind.group(), kind: kind.name, namespace, name: name.to_owned() };
+        let subject = Subject::read(kind, &node);
         let (extent, start, name) = (node.extent(), node.span.start, metadata.key("name").span());
         let mut problems = Problems::default();
-        let body = Body::read(kind.name, Untyped { id: &id, node, problems: &mut problems });
+        let body = Body::read(kind, Untyped { id: &id, node, unknown: kind.unknown, problems: &mut problems });
         let item = Item {
             identity: self.identities.of(id),
             extent,
             start,
             name,
             findings: problems.diagnostics().to_vec(),
-            denies,
-            pod_selector,
+            subject,
             body,
         };
         self.piece.items.push(Arc::new(item));
@@ -253,29 +256,20 @@ fn is_list(kind: &str) -> bool {
     kind.ends_with("List")
 }
 
-/// The selector of a policy, if no part of it is at fault. Read from a copy, so that the policy's own reading reports its faults.
-fn pod_selector(policy: &Node) -> Option<LabelSelector> {
-    let selector = policy.get("spec")?.get("podSelector")?.clone();
-    let mut unread = Problems::default();
-    let selector = typed::read(&selector, "", |_| Severity::Error, &mut unread);
-    selector.filter(|_| !unread.has_errors())
-}
-
 /// An object about to be read as its type.
 struct Untyped<'a> {
     id: &'a ObjectId,
     node: Node,
+    /// What a field of its spec that its type does not have is.
+    unknown: Severity,
     problems: &'a mut Problems,
 }
 
 impl Untyped<'_> {
     fn content<T: DeserializeOwned>(self) -> Option<Arc<Content<T>>> {
-        let Self { id, node, problems } = self;
+        let Self { id, node, unknown, problems } = self;
         let subject = id.to_string();
-        let is_policy = id.kind == "NetworkPolicy";
-        // A rule with a part that weir does not know may let more through than it says.
-        let unknown =
-            |path: &str| if is_policy && path.starts_with("spec") { Severity::Error } else { Severity::Warning };
+        let unknown = |path: &str| if path.starts_with("spec") { unknown } else { Severity::Warning };
         let value = typed::read(&node, &format!("{subject}: "), unknown, problems)?;
         let ObjectId { namespace, name, .. } = id.clone();
         Some(Arc::new(Content { subject, namespace, name, value, node }))

@@ -123,13 +123,12 @@ impl Loader {
     /// nothing, so that a policy denies what it selects. [`Loaded::faulty`] names what is at fault; all problems come with it, to be shown.
     ///
     /// # Errors
-    /// All problems, where one is not an object's: of weir.yaml itself, or what weir would not enforce.
+    /// All problems, where one is not an object's but of weir.yaml itself.
     pub fn reload(&mut self, previous: &Loaded) -> Result<(Loaded, Option<Problems>), Problems> {
         let read = self.read()?;
         let all = match self.attempt(&read, None) {
             Ok(loaded) => return Ok((loaded, None)),
-            Err(failed) if !failed.manifests.not_implemented => failed.problems,
-            Err(failed) => return Err(failed.problems),
+            Err(failed) => failed.problems,
         };
         let good: HashSet<&ObjectId> = previous.objects.good().map(|(id, _)| id).collect();
         let mut faulty: BTreeMap<ObjectId, (Substitute, String)> = BTreeMap::new();

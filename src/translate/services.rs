@@ -26,7 +26,7 @@ use crate::{
     },
 };
 
-const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+pub(super) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// Kubernetes's default for the timeout of ClientIP affinity, in seconds.
 const AFFINITY_SECONDS: u32 = 10_800;

@@ -17,6 +17,8 @@ use weir_policy::{
 use super::*;
 use crate::config::Source;
 
+mod policy;
+
 const WEIR: &str = "nodeName: node-a\nmanifests: [cluster.yaml]\n";
 
 /// Loads texts without a disk, as [`load`] does files.
@@ -188,32 +190,7 @@ fn a_syntax_error_hides_its_own_document_only() {
 }
 
 #[test]
-fn kinds_that_are_not_enforced_are_errors_and_others_are_skipped() {
-    let mut text = String::new();
-    for kind in ["Tier", "GlobalNetworkPolicy", "NetworkPolicy", "Profile", "FelixConfiguration", "StagedNetworkPolicy"]
-    {
-        text += &format!("---\napiVersion: projectcalico.org/v3\nkind: {kind}\nmetadata: {{name: kns.default}}\n");
-    }
-    text += "---\napiVersion: crd.projectcalico.org/v1\nkind: HostEndpoint\nmetadata: {name: a}\n";
-    text += "---\napiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {name: a}\n";
-    let help = "[take it out, or keep using Calico or kube-proxy for what it says]";
-    let expected: Vec<String> = [
-        (3, "Tier"),
-        (7, "GlobalNetworkPolicy"),
-        (11, "NetworkPolicy"),
-        (15, "Profile"),
-        (19, "FelixConfiguration"),
-        (23, "StagedNetworkPolicy"),
-        (27, "HostEndpoint"),
-        (31, "ClusterNetworkPolicy"),
-    ]
-    .map(|(line, kind)| {
-        format!("cluster.yaml:{line}:7: error: {kind} is not implemented yet: weir would not enforce it {help}")
-    })
-    .to_vec();
-    let expected: Vec<&str> = expected.iter().map(String::as_str).collect();
-    assert_said(WEIR, &text, &expected);
-
+fn kinds_outside_the_contract_are_skipped() {
     assert_said(
         WEIR,
         "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: a}\n---\napiVersion: networking.k8s.io/v1\nkind: \
@@ -882,11 +859,7 @@ fn a_faulty_object_keeps_its_last_good_version_and_the_rest_proceeds() {
     let (loaded, faulty) = reloaded(folder, &loaded, &service("10.96.0.4"));
     assert_eq!((address(&loaded).as_str(), rules(&loaded), faulty.len()), ("10.96.0.4", vec![], 0));
 
-    // weir.yaml itself, and what would not be enforced, are refused whole.
-    let tier = "---\napiVersion: projectcalico.org/v3\nkind: Tier\nmetadata: {name: t}\n";
-    fs::write(folder.join("cluster.yaml"), first.clone() + tier).unwrap();
-    assert!(Loader::new(&folder.join("weir.yaml")).reload(&loaded).is_err());
-    fs::write(folder.join("cluster.yaml"), first).unwrap();
+    // weir.yaml itself is refused whole.
     fs::write(folder.join("weir.yaml"), "nodeName: [").unwrap();
     assert!(Loader::new(&folder.join("weir.yaml")).reload(&loaded).is_err());
 }

@@ -39,6 +39,7 @@ pub fn judge(model: &Model, endpoint: &Endpoint, direction: PolicyDirection, pac
     // 15: by order, unset last, ties by name.
     let mut tiers: Vec<&Tier> = model.tiers.iter().collect();
     tiers.sort_by(|a, b| compare((a.order, &a.name), (b.order, &b.name)));
+    tiers.sort_by_key(|tier| tier.undefined);
     'tiers: for tier in tiers {
         // 16, 20, 21: policies that apply in this direction and enforce something, in order.
         let mut policies: Vec<(&Policy, &Vec<Rule>)> = tier
@@ -46,6 +47,7 @@ pub fn judge(model: &Model, endpoint: &Endpoint, direction: PolicyDirection, pac
             .iter()
             .map(|policy| &**policy)
             .filter(|policy| !policy.staged && policy.selector.matches(&endpoint.labels))
+            .filter(|policy| matches!(policy.scope, PolicyScope::Normal | PolicyScope::ApplyOnForward))
             .filter_map(|policy| Some((policy, rules(&policy.ingress, &policy.egress, direction)?)))
             .collect();
         policies.sort_by(|(a, _), (b, _)| compare((a.order, &a.sort_name), (b.order, &b.sort_name)));

@@ -1,6 +1,11 @@
-//! Calico's resources, as far as they are read so far (projectcalico.org/v3, and the same as crd.projectcalico.org/v1).
+//! Calico's resources (projectcalico.org/v3, and the same as crd.projectcalico.org/v1).
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+pub mod host;
+pub mod policy;
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString};
 use serde::{Deserialize, de::IgnoredAny};
 
 /// What all of Calico's resources have.
@@ -18,6 +23,26 @@ pub struct Resource<S> {
     pub spec: S,
     /// What is; of no interest.
     pub status: Option<Unread>,
+}
+
+/// Where Calico keeps the labels of what it stores as crd.projectcalico.org/v1: in an annotation, as JSON.
+const STORED_METADATA: &str = "projectcalico.org/metadata";
+
+impl<S> Resource<S> {
+    /// The resource's own labels.
+    pub fn labels(&self) -> BTreeMap<String, String> {
+        #[derive(Deserialize)]
+        struct Stored {
+            #[serde(default)]
+            labels: BTreeMap<String, String>,
+        }
+        let mut labels = self.metadata.labels.clone().unwrap_or_default();
+        let stored = self.metadata.annotations.as_ref().and_then(|annotations| annotations.get(STORED_METADATA));
+        if let Some(stored) = stored.and_then(|text| serde_json::from_str::<Stored>(text).ok()) {
+            labels.extend(stored.labels);
+        }
+        labels
+    }
 }
 
 /// A field that is known and means nothing to weir.
@@ -114,7 +139,7 @@ pub struct WorkloadEndpointSpec {
     pub mac: Option<String>,
     /// Its named ports.
     #[serde(default)]
-    pub ports: Vec<WorkloadEndpointPort>,
+    pub ports: Vec<EndpointPort>,
     /// Sources beyond its own addresses that it may send from.
     #[serde(default)]
     pub allow_spoofed_source_prefixes: Vec<Unread>,
@@ -122,14 +147,14 @@ pub struct WorkloadEndpointSpec {
     pub qos_controls: Option<Unread>,
 }
 
-/// A port of a WorkloadEndpoint.
+/// A port of a WorkloadEndpoint or HostEndpoint.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct WorkloadEndpointPort {
+pub struct EndpointPort {
     /// Its name.
     pub name: Option<String>,
     /// Its protocol, by name or number.
-    pub protocol: Option<k8s_openapi::apimachinery::pkg::util::intstr::IntOrString>,
+    pub protocol: Option<IntOrString>,
     /// Its number.
     pub port: u16,
     /// Of no interest.

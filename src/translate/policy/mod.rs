@@ -1,0 +1,115 @@
+//! All that says who may reach whom, in the terms of Calico's evaluation: tiers of policies, then profiles.
+
+mod calico;
+mod cluster_network_policy;
+mod denying;
+mod endpoints;
+mod kubernetes;
+mod labels;
+mod profiles;
+mod rules;
+mod selectors;
+mod services;
+mod tiers;
+
+use weir_dataplane::model::Cluster;
+use weir_policy::model::{Model, Policy};
+
+use self::{labels::Inherited, rules::RuleReader, services::ServiceEndpoints, tiers::Tiers};
+use crate::{
+    config::{Problems, RouterConfig},
+    manifests::{Content, Manifests, ObjectId},
+};
+
+pub(super) fn translate(
+    config: &RouterConfig,
+    manifests: &Manifests,
+    cluster: &Cluster,
+    problems: &mut Problems,
+) -> Model {
+    for object in &manifests.felix_configurations {
+        object.reporter(problems).not_implemented(object.at().key("spec"), "FelixConfiguration");
+    }
+    let inherited = Inherited::new(manifests);
+    let mut endpoints = endpoints::workloads(config, manifests, &inherited, cluster, problems);
+    endpoints.extend(endpoints::host_endpoints(config, manifests, &inherited, problems));
+    endpoints.extend(endpoints::network_sets(manifests, &inherited, problems));
+    let services = ServiceEndpoints::new(manifests);
+    let reader = RuleReader { namespace: None, services: &services };
+    let profiles = profiles::profiles(manifests, &endpoints, reader, problems);
+    let tiers = tiers(manifests, &services, problems).into_tiers();
+    Model { endpoints, tiers, profiles }
+}
+
+fn tiers(manifests: &Manifests, services: &ServiceEndpoints<'_>, problems: &mut Problems) -> Tiers {
+    let mut tiers = Tiers::new(manifests);
+    for object in &manifests.network_policies {
+        if let Some(policy) = kubernetes::network_policy(object, problems) {
+            tiers.add(tiers::DEFAULT_TIER, policy);
+        }
+    }
+    for object in &manifests.staged_kubernetes_network_policies {
+        let policy = kubernetes::staged_network_policy(object, problems);
+        tiers.add(tiers::DEFAULT_TIER, policy);
+    }
+    for (kind, objects, staged) in [
+        ("GlobalNetworkPolicy", &manifests.global_network_policies, false),
+        ("StagedGlobalNetworkPolicy", &manifests.staged_global_network_policies, true),
+    ] {
+        for object in objects {
+            let tier = calico::tier_of(&object.value.spec.tier);
+            tiers.check(tier, object.at().key("spec").key("tier"), &mut object.reporter(problems));
+            let name = PolicyName::of(kind, object);
+            let policy = calico::global_network_policy(object, name, services, problems);
+            tiers.add(tier, Policy { staged, ..policy });
+        }
+    }
+    for (kind, objects, staged) in [
+        ("NetworkPolicy", &manifests.calico_network_policies, false),
+        ("StagedNetworkPolicy", &manifests.staged_network_policies, true),
+    ] {
+        for object in objects {
+            let tier = calico::tier_of(&object.value.spec.tier);
+            tiers.check(tier, object.at().key("spec").key("tier"), &mut object.reporter(problems));
+            let name = PolicyName::of(kind, object);
+            let policy = calico::network_policy(object, name, services, problems);
+            tiers.add(tier, Policy { staged, ..policy });
+        }
+    }
+    for object in &manifests.cluster_network_policies {
+        let (tier, policy) = cluster_network_policy::cluster_network_policy(object, problems);
+        tiers.add(tier, policy);
+    }
+    for faulty in &manifests.denying {
+        let (tier, policy) = denying::denying(faulty);
+        tiers.add(tier, policy);
+    }
+    tiers
+}
+
+/// What a policy is called.
+#[derive(Clone, Copy)]
+struct PolicyName<'o> {
+    kind: &'static str,
+    namespace: &'o str,
+    name: &'o str,
+}
+
+impl<'o> PolicyName<'o> {
+    fn of<T>(kind: &'static str, object: &'o Content<T>) -> Self {
+        Self { kind, namespace: &object.namespace, name: &object.name }
+    }
+
+    fn of_id(id: &'o ObjectId) -> Self {
+        Self { kind: id.kind, namespace: &id.namespace, name: &id.name }
+    }
+
+    /// A policy without rules of this name.
+    fn policy(self, origin: u32) -> Policy {
+        let Self { kind, namespace, name } = self;
+        let shown = if namespace.is_empty() { format!("{kind}/{name}") } else { format!("{kind}/{namespace}/{name}") };
+        // The name breaks ties of order, in byte order; two of one name are told apart by namespace and kind.
+        let sort_name = format!("{name}\0{namespace}\0{kind}");
+        Policy { name: shown, sort_name, origin, ..Policy::default() }
+    }
+}
