@@ -50,14 +50,16 @@ pub fn rules(loaded: &Loaded) -> Result<Rules, CompileError> {
     Ok(Rules::new(services, policy, &loaded.cluster))
 }
 
-/// The ports that translated connections may have: `snat.portRange` without node ports and those that the node listens on.
+/// The ports that translated connections may have: `snat.portRange` without node ports, health-check node ports, and those that the node
+/// listens on.
 ///
 /// # Errors
 /// Where none is left.
 pub fn snat_ports(loaded: &Loaded, rules: &Rules, listening: &BTreeSet<u16>) -> Result<SnatPorts, CompileError> {
     let (first, last) = loaded.config.snat.port_range;
     let node_ports = rules.services.node_ports().map(|(_, port)| port);
-    Ok(SnatPorts::new(first..=last, node_ports.chain(listening.iter().copied()))?)
+    let health_checks = loaded.services.services.iter().filter_map(|service| service.health_check_node_port);
+    Ok(SnatPorts::new(first..=last, node_ports.chain(health_checks).chain(listening.iter().copied()))?)
 }
 
 /// The devices, routes and neighbours that weir.yaml gives: all that replay has, and what trace knows of them.

@@ -152,6 +152,14 @@ pub fn status_text(status: &Value) -> String {
         let [object, in_force, problem] = ["object", "inForce", "problem"].map(|key| word(&faulty[key]));
         let _ = writeln!(text, "faulty      {object}: {problem}; in force: {in_force}");
     }
+    for check in status["healthChecks"].as_array().into_iter().flatten() {
+        let [address, service] = ["address", "service"].map(|key| word(&check[key]));
+        let endpoints = match check["problem"].as_str() {
+            Some(problem) => format!("not answered: {problem}"),
+            None => format!("local endpoints: {}", check["localEndpoints"]),
+        };
+        let _ = writeln!(text, "health      {address} of {service}: {endpoints}");
+    }
     for note in status["notes"].as_array().into_iter().flatten() {
         let _ = writeln!(text, "note        {}", word(note));
     }

@@ -6,6 +6,7 @@
 //! - [`compile`]: models to tables.
 //! - [`check`], [`trace`], [`policy`], [`replay`], [`run`], [`demo`], [`bench`]: the commands of these names.
 //! - [`control`]: asking a running router; [`report`]: what is printed alike.
+//! - [`health`]: what load balancers ask of the node.
 //! - [`kernel`]: the node's kernel, followed and set up.
 //! - [`watch`]: when to reload.
 //! - [`lab`]: clusters in network namespaces, for the demo and the end-to-end tests.
@@ -18,6 +19,7 @@ pub mod connections;
 pub mod conntrack;
 pub mod control;
 pub mod demo;
+pub mod health;
 pub mod kernel;
 pub mod lab;
 pub mod manifests;

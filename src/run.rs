@@ -55,6 +55,7 @@ use crate::{
     connections::{self, TablesError},
     conntrack,
     control::{self, RUN_FOLDER, Request},
+    health::{self, HealthChecks},
     kernel::{
         DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState,
         LOOPBACK_SOURCES, Link, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted, listening_ports,
@@ -276,6 +277,7 @@ struct Router {
     tracker: DeviceTracker,
     attachment: Attachment,
     plumbing: HostPlumbing,
+    health: HealthChecks,
     watch: Watch,
     learned: BTreeMap<(IfIndex, IpAddr), Mac>,
     /// Adopted workload devices, with what their adoption depends on. Renewing a link costs an RCU grace period, some 10 ms.
@@ -437,6 +439,7 @@ impl Router {
             tracker: DeviceTracker::new(Role::Workload),
             attachment,
             plumbing,
+            health: HealthChecks::start().map_err(system("cannot start the health checks"))?,
             watch,
             learned: BTreeMap::new(),
             adopted: BTreeMap::new(),
@@ -459,6 +462,7 @@ impl Router {
         };
         router.watch_files()?;
         router.devices_changed(true).await?;
+        router.health.follow(health::wanted(&router.loaded.services));
         for mode in router.attachment.modes() {
             info!(device = mode.device, program = mode.program, mode = mode.mode, reason = mode.reason, "program");
         }
@@ -539,6 +543,7 @@ impl Router {
             self.loaded.add_local_addresses(&addresses);
             self.rules = Arc::new(compile::rules(&self.loaded)?);
             self.snat = Arc::new(compile::snat_ports(&self.loaded, &self.rules, &self.listening)?);
+            self.health.follow(health::wanted(&self.loaded.services));
         }
         let changes = self.tracker.update(self.kernel.all(), &self.roles);
         for gone in &changes.gone {
@@ -733,6 +738,7 @@ impl Router {
         self.adopt(&changes.appeared);
         self.publish(true).await?;
         self.shared.affinity.forget_gone(&self.rules.services);
+        self.health.follow(health::wanted(&self.loaded.services));
         info!(generation = self.generation, took_ms = begin.elapsed().as_millis() as u64, "reloaded");
         Ok(())
     }
@@ -807,6 +813,7 @@ impl Router {
                 },
                 "problem": faulty.problem,
             })).collect::<Vec<_>>(),
+            "healthChecks": self.health.status(),
             "programs": kernel,
             "notes": self.notes,
         })

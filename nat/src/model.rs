@@ -51,6 +51,8 @@ pub struct ServicePort {
     pub external_policy: TrafficPolicy,
     /// ClientIP affinity: its timeout in seconds.
     pub affinity: Option<u32>,
+    /// `spec.healthCheckNodePort`, where load balancers ask the node's kernel: not served here, and SNAT must not use it.
+    pub health_check_node_port: Option<u16>,
     /// The backends, of all slices; an address and port may be listed more than once.
     pub endpoints: Vec<Endpoint>,
     /// The loader's number of the object that this comes from, for messages; opaque here.

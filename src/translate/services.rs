@@ -234,10 +234,7 @@ fn service(
     let external_policy = policy(spec.external_traffic_policy.as_deref(), at, "externalTrafficPolicy", &mut report);
     let internal_policy = policy(spec.internal_traffic_policy.as_deref(), at, "internalTrafficPolicy", &mut report);
     let affinity = affinity(spec, at, &mut report);
-    if spec.health_check_node_port.is_some_and(|port| port != 0) {
-        let help = "load balancers that probe this port get no answer".to_owned();
-        report.warning(at.key("healthCheckNodePort"), "spec.healthCheckNodePort is not answered yet", help);
-    }
+    let health_check_node_port = health_check_node_port(spec, kind, external_policy, at, &mut report);
     let cluster_ips = cluster_ips(spec, at, &mut report);
     let external_ips = external_ips(spec, at, &mut report);
     let load_balancer_ips = load_balancer_ips(object, &mut report);
@@ -255,19 +252,23 @@ fn service(
         // Kubernetes allocates one when it accepts the service.
         return report.note(object.at().key("metadata").key("name"), "it has no cluster IP and is not served");
     }
+    let mut claim_node_port = |number: u16, protocol: Protocol, at: At<'_>, report: &mut Reporter<'_>| {
+        let claim = (object.subject.clone(), at.span());
+        if let Some((other, place)) = claims.node_ports.insert((number, protocol), claim) {
+            let help = format!("it is at {}", report.place(place));
+            report.error(at, format_args!("node port {number} ({protocol}) is {other}'s too"), help);
+        }
+    };
+    if let Some(number) = health_check_node_port {
+        claim_node_port(number, Protocol::TCP, at.key("healthCheckNodePort"), &mut report);
+    }
     let families = |is_ipv6: bool| cluster_ips.iter().any(|(address, _)| address.is_ipv6() == is_ipv6);
     let cluster_ips: Vec<IpAddr> = cluster_ips.iter().map(|(address, _)| *address).collect();
     for (port, port_at) in ports {
         let name =
             if port.name.is_empty() { object.full_name() } else { format!("{}:{}", object.full_name(), port.name) };
         if let Some(number) = port.node_port {
-            let span = port_at.key("nodePort").span();
-            let claim = (object.subject.clone(), span);
-            if let Some((other, place)) = claims.node_ports.insert((number, port.protocol), claim) {
-                let help = format!("it is at {}", report.place(place));
-                let message = format!("node port {number} ({}) is {other}'s too", port.protocol);
-                report.error(port_at.key("nodePort"), message, help);
-            }
+            claim_node_port(number, port.protocol, port_at.key("nodePort"), &mut report);
         }
         model.services.push(ServicePort {
             name,
@@ -281,10 +282,30 @@ fn service(
             internal_policy,
             external_policy,
             affinity,
+            health_check_node_port,
             endpoints: backends.of(object, &port.name, port.protocol),
             origin: object.origin,
         });
     }
+}
+
+/// The port where load balancers ask for local backends: only services that keep external traffic local have one.
+fn health_check_node_port(
+    spec: &ServiceSpec,
+    kind: &str,
+    external_policy: TrafficPolicy,
+    at: At<'_>,
+    report: &mut Reporter<'_>,
+) -> Option<u16> {
+    let given = spec.health_check_node_port.filter(|port| *port != 0)?;
+    let at = at.key("healthCheckNodePort");
+    let number = port_number(given, at, "spec.healthCheckNodePort", report)?;
+    if kind == "LoadBalancer" && external_policy == TrafficPolicy::Local {
+        return Some(number);
+    }
+    let help = "it counts with type: LoadBalancer and externalTrafficPolicy: Local only".to_owned();
+    report.warning(at, format_args!("spec.healthCheckNodePort {number} is not answered"), help);
+    None
 }
 
 struct Port {

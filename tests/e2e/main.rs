@@ -12,6 +12,7 @@ mod fragments;
 mod hostile;
 mod ipv6;
 mod lifecycle;
+mod load_balancer;
 mod manifests;
 mod one_node;
 mod own_node;

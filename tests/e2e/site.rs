@@ -123,7 +123,7 @@ impl Site {
     }
 
     /// Makes nodes' names those of this lab, wherever a line ends with one as its value.
-    fn with_node_names(&self, text: &str, nodes: &[&str]) -> String {
+    pub fn with_node_names(&self, text: &str, nodes: &[&str]) -> String {
         let own = |line: &str| {
             for node in nodes {
                 for (old, quote) in [(format!(": {node}"), ""), (format!(": \"{node}\""), "\"")] {
