@@ -131,6 +131,21 @@ pub fn status_text(status: &Value) -> String {
         "snat        {} ports usable; {} connections were given one, {} tries found theirs taken",
         snat["usablePorts"], snat["allocated"], snat["taken"],
     );
+    for address in snat["addresses"].as_array().into_iter().flatten() {
+        let _ = write!(text, "snat        {}: {} connections", word(&address["address"]), address["connections"]);
+        if let Some(busiest) = address["busiest"].as_object() {
+            let _ = write!(
+                text,
+                "; {} of {} ports in use towards {} {} port {}",
+                busiest["portsInUse"],
+                snat["usablePorts"],
+                word(&busiest["proto"]),
+                word(&busiest["dst"]),
+                busiest["dport"],
+            );
+        }
+        text.push('\n');
+    }
     for mode in status["modes"].as_array().into_iter().flatten() {
         let _ = writeln!(
             text,

@@ -29,6 +29,7 @@ pub mod policy;
 pub mod replay;
 pub mod report;
 pub mod run;
+mod snat_use;
 pub mod trace;
 pub mod translate;
 pub mod watch;

@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    io::{self, IsTerminal as _},
+    io::{self, IsTerminal as _, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsFd,
     path::{Path, PathBuf},
@@ -62,6 +62,7 @@ use crate::{
     },
     manifests::Substitute,
     report::counters_json,
+    snat_use,
     translate::{Faulty, Loaded, Loader},
     watch::{Watch, WatchError},
 };
@@ -755,7 +756,18 @@ impl Router {
             return Ok(());
         }
         let answer = match serde_json::from_str(&line) {
-            Ok(Request::Status) => self.status(),
+            Ok(Request::Status) => {
+                let mut status = self.status();
+                let mut stream = stream.into_inner().into_std()?;
+                stream.set_nonblocking(false)?;
+                let shared = self.shared.clone();
+                // Reads the tables, which may take long, and a reader may be slow.
+                thread::Builder::new().name("weir-status".into()).spawn(move || {
+                    status["snat"]["addresses"] = snat_use::of_both(&shared.tables, now());
+                    drop(writeln!(stream, "{status}"));
+                })?;
+                return Ok(());
+            }
             Ok(Request::Conntrack(query)) => {
                 let stream = stream.into_inner().into_std()?;
                 stream.set_nonblocking(false)?;
