@@ -128,8 +128,8 @@ pub fn status_text(status: &Value) -> String {
     let snat = &status["snat"];
     let _ = writeln!(
         text,
-        "snat        {} ports usable; {} connections were given one, {} tries found theirs taken",
-        snat["usablePorts"], snat["allocated"], snat["taken"],
+        "snat        {} ports usable; {} connections were given one, {} tries found theirs taken, {} lost theirs unproved",
+        snat["usablePorts"], snat["allocated"], snat["taken"], snat["displaced"],
     );
     for address in snat["addresses"].as_array().into_iter().flatten() {
         let _ = write!(text, "snat        {}: {} connections", word(&address["address"]), address["connections"]);

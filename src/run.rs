@@ -815,6 +815,7 @@ impl Router {
             },
             "snat": {
                 "usablePorts": self.snat.count(), "allocated": totals.snat_allocated, "taken": totals.snat_taken,
+                "displaced": totals.snat_displaced,
             },
             "counters": counters_json(&totals),
             "faultyObjects": self.loaded.faulty.iter().map(|faulty| json!({

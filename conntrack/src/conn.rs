@@ -23,7 +23,7 @@ use weir_sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::{
     ConnId, Lifecycle, Observed, SctpState, Table, TcpState, Tracked,
     sctp::Sctp,
-    state::State,
+    state::{Expendable, State},
     storage::Zeroable,
     tcp::{Standing, Step},
     timeouts::TimeoutClass,
@@ -402,6 +402,12 @@ impl<'t, A: Address> ConnRef<'t, A> {
     #[inline]
     pub fn assured(self) -> bool {
         self.state().assured()
+    }
+
+    /// Whether it may be displaced by a new connection that finds no other reply key than this one's, and how gladly: the greatest goes
+    /// first. `for_privileged`: the new connection is one of those for whom a share is kept.
+    pub fn expendable(self, for_privileged: bool, now: Tick) -> Option<Expendable> {
+        self.state().expendable(now.since(self.last_seen()), for_privileged)
     }
 
     /// Changes the state word, unless the connection was removed. Lost races are run again.

@@ -30,7 +30,7 @@ pub use conn::{Attributes, ConnRef, Entry, Identity};
 pub use hash::Hash;
 pub use observed::{Observed, Opening, Tracked};
 pub use sctp::{SctpPacket, SctpState};
-pub use state::Lifecycle;
+pub use state::{Expendable, Lifecycle};
 pub use table::{ConnId, Counts, Handle, Hit, Insert, NewConn, PRIVILEGED, Table, TableConfig};
 pub use tcp::{TcpSettings, TcpState};
 pub use timeouts::{Timeouts, UnknownTimeout};

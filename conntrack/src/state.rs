@@ -2,7 +2,7 @@
 
 use weir_packet::{Protocol, Tick};
 
-use crate::{sctp::SctpState, tcp::TcpState, timeouts::TimeoutClass};
+use crate::{PRIVILEGED, sctp::SctpState, tcp::TcpState, timeouts::TimeoutClass};
 
 /// Where a connection stands between two uses of its index. See [`crate::table`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -46,6 +46,20 @@ impl Lifecycle {
         }
     }
 }
+
+/// How gladly a connection makes way for a new one that needs its reply key.
+///
+/// One that is over makes way. So does one of TCP or SCTP that has not proved itself, at any age: should its answer come yet, the new
+/// connection's sequence numbers (or tags) do not fit it. One of another protocol does, if nobody has answered and nobody will, which is
+/// said after [`ANSWER_TICKS`] of silence: an answer that comes yet is the new connection's.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Expendable {
+    is_over: bool,
+    idle_ticks: u32,
+}
+
+/// Who asks by datagrams has asked again, or given up, by then: resolvers after five seconds (resolv.conf(5), `timeout`).
+pub const ANSWER_TICKS: u32 = (5_000_000_000 / Tick::NS) as u32;
 
 /// One 64-bit word, changed by compare-and-swap only.
 ///
@@ -120,6 +134,17 @@ impl State {
     #[inline(always)]
     pub(crate) const fn in_timeout_class(self, class: TimeoutClass) -> Self {
         self.with(3, 5, class as u64)
+    }
+
+    /// Whether a connection that is idle for so long may be displaced, and how gladly.
+    pub(crate) fn expendable(self, idle_ticks: u32, for_privileged: bool) -> Option<Expendable> {
+        let is_over = self.lifecycle() == Lifecycle::Closed;
+        let is_unproved = match self.protocol() {
+            Protocol::TCP | Protocol::SCTP => !self.assured(),
+            _ => !self.seen_reply() && idle_ticks >= ANSWER_TICKS,
+        };
+        let is_spared = self.flags() & PRIVILEGED != 0 && !for_privileged && !is_over;
+        ((is_over || is_unproved) && !is_spared).then_some(Expendable { is_over, idle_ticks })
     }
 
     #[inline(always)]

@@ -199,8 +199,8 @@ pub enum Insert {
     /// The original key is a connection's already, perhaps that of a worker who was faster: use that one, and track
     /// the packet in it. Nothing was inserted.
     Exists(Hit),
-    /// The reply key is another connection's: try another one. Nothing was inserted.
-    ReplyTaken,
+    /// The reply key is a key of this connection: try another one. Nothing was inserted.
+    ReplyTaken(Hit),
     /// There is no room. Nothing was inserted.
     Full,
 }
@@ -527,7 +527,7 @@ impl<A: Address> Table<A> {
                 handle.count(Count::Existing);
                 return Insert::Exists(hit);
             }
-            if self.holder(handle, &new.reply, hashes[1], now).is_some() {
+            if let Some(holder) = self.holder(handle, &new.reply, hashes[1], now) {
                 // Whoever took it since the look above may have taken the original key with it: the same flow, inserted
                 // by another worker, or from the other end.
                 if let Some(hit) = self.holder(handle, &new.original, hashes[0], now) {
@@ -535,7 +535,7 @@ impl<A: Address> Table<A> {
                     return Insert::Exists(hit);
                 }
                 handle.count(Count::ReplyTaken);
-                return Insert::ReplyTaken;
+                return Insert::ReplyTaken(holder);
             }
             let Some(index) = self.allocate(handle) else {
                 handle.count(Count::Full);
@@ -578,6 +578,27 @@ impl<A: Address> Table<A> {
             }
         }
         false
+    }
+
+    /// Takes a connection out of the table that was found in this turn, to leave its reply key to another, if it is still one that may be
+    /// displaced ([`ConnRef::expendable`]); `false` where it is not, or where another worker was faster. Who changes it at the same time wins.
+    ///
+    /// # Panics
+    /// Where `handle` is of another table.
+    pub fn remove_expendable(
+        &self,
+        handle: &mut Handle,
+        conn: ConnId,
+        for_privileged: bool,
+        now: Tick,
+        turn: &Turn<'_>,
+    ) -> bool {
+        debug_assert!(turn.is_of(&self.domain));
+        let lines = self.lines(conn.0);
+        let state = State(lines.state().load(Ordering::Acquire));
+        state.is_live()
+            && state.expendable(now.since(lines.last_seen()), for_privileged).is_some()
+            && self.remove_from(handle, conn.0, state).is_ok()
     }
 
     /// Removes the expired among the next `budget` connections, and makes room of what was removed in earlier turns;

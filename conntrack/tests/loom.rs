@@ -148,7 +148,10 @@ fn insertion_race_for_one_reply_key() {
         };
         let results = two(&domain, &table, insert(2), insert(3));
         assert!(
-            matches!(results, [Insert::Inserted(_), Insert::ReplyTaken] | [Insert::ReplyTaken, Insert::Inserted(_)]),
+            matches!(
+                results,
+                [Insert::Inserted(_), Insert::ReplyTaken(_)] | [Insert::ReplyTaken(_), Insert::Inserted(_)]
+            ),
             "{results:?}"
         );
         assert_eq!(table.len(), 1);

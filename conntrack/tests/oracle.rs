@@ -16,8 +16,10 @@ fn operation() -> impl Strategy<Value = Operation> {
             .prop_map(|(original, reply, protocol, mark)| Operation::Insert { original, reply, protocol, mark }),
         3 => (key.clone(), protocol.clone()).prop_map(|(key, protocol)| Operation::Track { key, protocol }),
         1 => (key.clone(), protocol.clone()).prop_map(|(key, protocol)| Operation::Remove { key, protocol }),
+        1 => (key.clone(), protocol.clone(), any::<bool>())
+            .prop_map(|(key, protocol, for_privileged)| Operation::Displace { key, protocol, for_privileged }),
         1 => (key, protocol, any::<u32>()).prop_map(|(key, protocol, mark)| Operation::Judge { key, protocol, mark }),
-        3 => prop_oneof![1..300u16, 2900..3100u16, 11_900..12_100u16].prop_map(|ticks| Operation::Pass { ticks }),
+        3 => prop_oneof![1..600u16, 2900..3100u16, 11_900..12_100u16].prop_map(|ticks| Operation::Pass { ticks }),
         1 => Just(Operation::Sweep),
     ]
 }

@@ -110,7 +110,10 @@ fn a_reply_key_is_given_to_one_of_two() {
     });
     for (flow, results) in results.into_iter().enumerate() {
         assert!(
-            matches!(results, [Insert::Inserted(_), Insert::ReplyTaken] | [Insert::ReplyTaken, Insert::Inserted(_)]),
+            matches!(
+                results,
+                [Insert::Inserted(_), Insert::ReplyTaken(_)] | [Insert::ReplyTaken(_), Insert::Inserted(_)]
+            ),
             "flow {flow}: {results:?}"
         );
     }
@@ -296,4 +299,49 @@ fn a_long_mix_leaves_nothing_behind() {
         matches!(table.insert(&mut handle, new, NOW, &participant.enter()), Insert::Inserted(_))
     });
     assert_eq!(inserted.count(), 24);
+}
+
+/// A SYN's answer comes on one worker while another one needs its port: who is answered first stays, who is displaced first was not answered.
+#[test]
+fn an_answered_connection_is_not_displaced() {
+    const ROUNDS: u32 = if cfg!(miri) { 20 } else { 20_000 };
+    let (domain, table) = table(ROUNDS + 10);
+    let start = Barrier::new(2);
+    let (mut kept, mut displaced) = (0, 0);
+    let found = |flow: u32, turn: &Turn<'_>| {
+        let original = key(1, 2, flow);
+        table.lookup(&original, table.hash(&original), NOW, turn).expect("nobody else has removed it").conn
+    };
+    let mut participant = domain.join();
+    let mut handle = table.handle();
+    let silent_since = Tick(NOW.0.wrapping_sub(1000));
+    for flow in 0..ROUNDS {
+        let new = conn(key(1, 2, flow), key(2, 1, flow), flow);
+        assert!(matches!(table.insert(&mut handle, new, silent_since, &participant.enter()), Insert::Inserted(_)));
+    }
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut participant = domain.join();
+            for flow in 0..ROUNDS {
+                // As one whose turn began before the other's.
+                let turn = participant.enter();
+                let id = found(flow, &turn);
+                start.wait();
+                let _ = table.conn(id).track(Direction::Reply, &Observed::default(), NOW);
+                start.wait();
+            }
+        });
+        for flow in 0..ROUNDS {
+            let turn = participant.enter();
+            let id = found(flow, &turn);
+            start.wait();
+            let is_displaced = table.remove_expendable(&mut handle, id, false, NOW, &turn);
+            start.wait();
+            let conn = table.conn(id);
+            assert_eq!((conn.is_live(), conn.seen_reply()), (!is_displaced, !is_displaced), "flow {flow}");
+            *(if is_displaced { &mut displaced } else { &mut kept }) += 1;
+        }
+    });
+    println!("{kept} were answered first, {displaced} displaced first");
+    assert_eq!(table.len(), kept);
 }

@@ -134,7 +134,7 @@ fn connections_that_clash() {
     assert_eq!(table.conn(id).track(Reply, &segment(S, 4999, 0, 0), Tick(0)), Accept);
     assert_eq!(table.conn(id).tcp_state(), Some(SynSent2));
     // Of another client, translated to what is the first one's server.
-    assert_eq!(insert(key(3, 9), key(2, 1)), Insert::ReplyTaken);
+    assert_eq!(insert(key(3, 9), key(2, 1)), Insert::ReplyTaken(Hit { conn: id, direction: Reply }));
     assert!(matches!(insert(key(3, 9), key(2, 3)), Insert::Inserted(_)));
 }
 

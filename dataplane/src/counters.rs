@@ -23,10 +23,12 @@ pub enum Counter {
     SnatAllocated,
     /// Source ports that were tried for a connection and found taken towards its destination.
     SnatTaken,
+    /// Connections that had not proved themselves, or were over, and lost their source port to a new one.
+    SnatDisplaced,
 }
 
 /// Number of counters that are no drop reason.
-pub const PLAIN_COUNTERS: usize = 8;
+pub const PLAIN_COUNTERS: usize = 9;
 /// Number of counters of a worker.
 pub const COUNTERS: usize = PLAIN_COUNTERS + DropReason::COUNT;
 
@@ -58,6 +60,8 @@ pub struct Totals {
     /// Source ports that were tried and found taken. With a share `s` of the ports taken towards a destination, each further connection
     /// there costs `s / (1 - s)` of them: exhaustion shows long before the first [`DropReason::SnatExhausted`].
     pub snat_taken: u64,
+    /// Connections that had not proved themselves, or were over, and lost their source port to a new one.
+    pub snat_displaced: u64,
     /// Packets dropped, by reason; reasons that never occurred are left out.
     pub drops: Vec<(DropReason, u64)>,
 }
@@ -76,6 +80,7 @@ impl Totals {
             opened: of(Counter::Opened),
             snat_allocated: of(Counter::SnatAllocated),
             snat_taken: of(Counter::SnatTaken),
+            snat_displaced: of(Counter::SnatDisplaced),
             drops: DropReason::ALL.iter().map(|r| (*r, counters[drop_index(*r)])).filter(|(_, n)| *n > 0).collect(),
         }
     }

@@ -12,7 +12,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use crossbeam::channel::Sender;
 use rand_chacha::{ChaCha8Rng, rand_core::Rng};
 use weir_conntrack::{
-    Attributes, ConnRef, Handle, Hash, Hit, Insert, NewConn, Observed, Opening, PRIVILEGED, SctpPacket, Table, Tracked,
+    Attributes, ConnId, ConnRef, Expendable, Handle, Hash, Hit, Insert, NewConn, Observed, Opening, PRIVILEGED,
+    SctpPacket, Table, Tracked,
 };
 use weir_nat::{Affinity, AllocateError, Attempt};
 use weir_packet::{
@@ -46,6 +47,9 @@ const MAX_FRAGMENTS: usize = 8;
 /// ICMP errors and resets that a worker may send at once, and per tick of 10 ms (RFC 1812, 4.3.2.8: errors are rate-limited).
 const ERROR_BURST: u32 = 1000;
 const ERRORS_PER_TICK: u32 = 10;
+
+/// How often ports are tried for a connection: once more where another worker came in between when one was to be displaced.
+const SNAT_ROUNDS: u32 = 2;
 
 /// One in so many connections of a table is kept for the node itself.
 const HOST_SHARE: u32 = 64;
@@ -676,6 +680,12 @@ impl Pipeline {
     }
 
     /// Puts both directions of a new connection into the table. Who loses a race gets the winner's connection.
+    ///
+    /// Where all tries for a source port find theirs taken, the most expendable of those who hold them is displaced: a flood of SYNs towards
+    /// one backend would otherwise keep every port from others for as long as half-open connections live. First it is removed, by a
+    /// compare-and-swap that fails if its answer has come meanwhile, then its key is taken as any other, by an insertion that fails if another
+    /// worker has been faster; in either case all is tried once more, with other ports. A packet of the displaced that another worker
+    /// handles in that same moment still passes, as a late one would.
     fn open<A: Family>(
         &mut self,
         decision: &Decision<'_, A>,
@@ -712,15 +722,23 @@ impl Pipeline {
         if !table.make_room(A::handle(handles), kept_free, context.now, context.turn) {
             return Err(DropReason::TableFull);
         }
-        let mut attempt = |reply: FlowKey<A>| {
+        let mut rival: Option<Rival<A>> = None;
+        let attempt = |handle: &mut Handle, rival: &mut Option<Rival<A>>, reply: FlowKey<A>| {
             let new = NewConn { original: view.key, reply, attributes, first: *segment };
-            match table.insert(A::handle(handles), new, context.now, context.turn) {
+            match table.insert(handle, new, context.now, context.turn) {
                 Insert::Inserted(conn) => {
                     Attempt::Free(Opened { hit: Hit { conn, direction: Direction::Original }, ours: true })
                 }
                 Insert::Exists(hit) => Attempt::Free(Opened { hit, ours: false }),
-                Insert::ReplyTaken => {
+                Insert::ReplyTaken(holder) => {
                     counters.add(Counter::SnatTaken as usize, 1);
+                    // Only who got the port by translation or by chance may lose it, not who is spoken to there.
+                    if holder.direction == Direction::Reply
+                        && let Some(worth) = table.conn(holder.conn).expendable(for_host, context.now)
+                        && rival.as_ref().is_none_or(|other| worth > other.worth)
+                    {
+                        *rival = Some(Rival { worth, conn: holder.conn, reply });
+                    }
                     Attempt::Taken
                 }
                 Insert::Full => Attempt::Failed(DropReason::TableFull),
@@ -732,25 +750,40 @@ impl Pipeline {
         let has_port = protocol.has_ports() || protocol.has_identifier(view.key.ports.destination());
         // Without SNAT, and for ICMP (all of which is steered to weir), the sender's own port is as good as any.
         if decision.snat.is_none() || !view.key.protocol.has_ports() {
-            match attempt(reply) {
+            match attempt(A::handle(handles), &mut rival, reply) {
                 Attempt::Free(opened) => return Ok(opened),
                 Attempt::Failed(reason) => return Err(reason),
                 Attempt::Taken if !has_port => return Err(DropReason::SnatExhausted),
                 Attempt::Taken => {}
             }
         }
-        let allocated =
-            snapshot.snat.allocate(decision.snat.is_some().then_some(wanted), &mut || random.next_u64(), |port| {
-                attempt(with_reply_port(reply, port))
+        let wanted = decision.snat.is_some().then_some(wanted);
+        for _ in 0..SNAT_ROUNDS {
+            let tried = snapshot.snat.allocate(wanted, &mut || random.next_u64(), |port| {
+                attempt(A::handle(handles), &mut rival, with_reply_port(reply, port))
             });
-        match allocated {
-            Ok(allocated) => {
-                counters.add(Counter::SnatAllocated as usize, u64::from(allocated.value.ours));
-                Ok(allocated.value)
+            let opened = match tried {
+                Ok(allocated) => Some(allocated.value),
+                Err(AllocateError::Failed(reason)) => return Err(reason),
+                Err(AllocateError::Exhausted) => {
+                    let Some(Rival { conn, reply, .. }) = rival.take() else { break };
+                    if !table.remove_expendable(A::handle(handles), conn, for_host, context.now, context.turn) {
+                        continue;
+                    }
+                    counters.add(Counter::SnatDisplaced as usize, 1);
+                    match attempt(A::handle(handles), &mut None, reply) {
+                        Attempt::Free(opened) => Some(opened),
+                        Attempt::Failed(reason) => return Err(reason),
+                        Attempt::Taken => None,
+                    }
+                }
+            };
+            if let Some(opened) = opened {
+                counters.add(Counter::SnatAllocated as usize, u64::from(opened.ours));
+                return Ok(opened);
             }
-            Err(AllocateError::Failed(reason)) => Err(reason),
-            Err(AllocateError::Exhausted) => Err(DropReason::SnatExhausted),
         }
+        Err(DropReason::SnatExhausted)
     }
 
     /// A fragment: the first of its packet takes the way of a whole one, the others follow it or wait for it.
@@ -1433,6 +1466,13 @@ fn connection_of<'t, A: Family>(
         return Err(DropReason::Invalid);
     }
     Ok((conn, direction))
+}
+
+/// A connection that may be displaced for its reply key, and how gladly.
+struct Rival<A: Address> {
+    worth: Expendable,
+    conn: ConnId,
+    reply: FlowKey<A>,
 }
 
 /// A connection for a packet that had none.

@@ -75,6 +75,16 @@ fn answered(router: &mut Router, asked: &Packet, (device, left): &(IfIndex, Pack
     assert_eq!((to, got.src, got.dst, ports(&got)), (back_to, asked.dst, asked.src, (dport, sport)));
 }
 
+/// Answers what left, and what TCP's handshake still needs: the flow has proved itself.
+fn established(router: &mut Router, asked: &Packet, left: &(IfIndex, Packet), device: IfIndex) {
+    answered(router, asked, left, device);
+    if asked.protocol == TCP {
+        let next = packet(TCP, 0x10, (asked.src, ports(asked).0), (asked.dst, ports(asked).1));
+        let (to, got) = through(router, device, &next).expect("it passes");
+        assert_eq!((to, got.src, ports(&got)), (left.0, left.1.src, ports(&left.1)));
+    }
+}
+
 #[test]
 fn with_four_ports_the_fifth_flow_to_one_destination_is_dropped_and_no_other() {
     for family in 0..2 {
@@ -92,6 +102,7 @@ fn with_four_ports_the_fifth_flow_to_one_destination_is_dropped_and_no_other() {
                 let (device, left) = through(&mut router, CLIENT_POD, &asked).expect("a port is free");
                 assert_eq!((device, left.src, left.dst, ports(&left).1), (UPLINK, ip(NODE[family]), to.0, to.1));
                 assert!((20001..=20004).contains(&ports(&left).0));
+                established(&mut router, &asked, &(device, left.clone()), CLIENT_POD);
                 assert_eq!(used.insert(ports(&left).0, (asked, (device, left))), None, "two flows share a port");
             }
             for sport in 5004..5010 {
@@ -111,6 +122,89 @@ fn with_four_ports_the_fifth_flow_to_one_destination_is_dropped_and_no_other() {
             }
             router.finish();
         }
+    }
+}
+
+#[test]
+fn a_syn_flood_takes_no_port_from_who_proves_himself() {
+    const PORTS: usize = 64;
+    for family in 0..2 {
+        let mut router = router(20001..=20064, &[], 4096);
+        let node_port = (ip(NODE[family]), NODE_PORTS[0]);
+        // Spoofed ones, all towards one backend by a node port.
+        let spoofed = |number: u16| match ip(OUTSIDE[family]) {
+            IpAddr::V4(a) => IpAddr::V4(Ipv4Addr::from(u32::from(a) - 1 - u32::from(number % 60))),
+            IpAddr::V6(_) => ip(&format!("fd00:10::{:x}", 0x200 + number % 60)),
+        };
+        let mut number = 0;
+        let mut flood = |router: &mut Router, count| {
+            for _ in 0..count {
+                number += 1;
+                let syn = opening(TCP, (spoofed(number), 1024 + number), node_port);
+                assert!(through(router, UPLINK, &syn).is_some(), "one displaces another");
+                router.now.0 += 1;
+            }
+        };
+        let mut honest = Vec::new();
+        for sport in 0..PORTS as u16 {
+            flood(&mut router, 50);
+            let asked = opening(TCP, (ip(OUTSIDE[family]), 5000 + sport), node_port);
+            let left = through(&mut router, UPLINK, &asked).expect("there is a port for it");
+            // More come before it is answered, and when it is half open.
+            flood(&mut router, if sport < PORTS as u16 / 2 { 10 } else { 0 });
+            established(&mut router, &asked, &left, UPLINK);
+            honest.push((asked, left));
+        }
+        let used: BTreeSet<_> = honest.iter().map(|(_, (_, left))| ports(left).0).collect();
+        assert_eq!(used.len(), PORTS);
+        assert_eq!(router.totals().dropped(), 0);
+        assert!(router.totals().snat_displaced > 1000, "{:?}", router.totals());
+        // All ports are of those who have proved themselves: nobody takes any.
+        let before = router.totals().snat_displaced;
+        for sport in 0..10 {
+            let asked = opening(TCP, (ip(OUTSIDE[family]), 6000 + sport), node_port);
+            assert_eq!(through(&mut router, UPLINK, &asked), None);
+        }
+        assert_eq!(router.drops(), BTreeMap::from([(DropReason::SnatExhausted, 10)]));
+        for (asked, (device, left)) in &honest {
+            let next = packet(TCP, 0x18, (asked.src, ports(asked).0), (asked.dst, ports(asked).1));
+            let (to, got) = through(&mut router, UPLINK, &next).expect("it goes on");
+            assert_eq!((to, got.src, got.dst, ports(&got)), (*device, left.src, left.dst, ports(left)));
+        }
+        assert_eq!(router.finish().snat_displaced, before);
+    }
+}
+
+#[test]
+fn a_datagram_keeps_its_port_until_nobody_will_answer() {
+    for family in 0..2 {
+        let mut router = router(20001..=20004, &[], 1024);
+        let to = (ip(OUTSIDE[family]), 443);
+        let ask = |router: &mut Router, sport| {
+            let asked = opening(UDP, (ip(CLIENT[family]), sport), to);
+            through(router, CLIENT_POD, &asked).map(|left| (asked, left))
+        };
+        let first: Vec<_> = (5000..5004)
+            .map(|sport| {
+                router.now.0 += 10;
+                ask(&mut router, sport).expect("a port is free")
+            })
+            .collect();
+        // The oldest is answered and has its port from now on.
+        answered(&mut router, &first[0].0, &first[0].1, CLIENT_POD);
+        // Five seconds less a tick after the second was sent, and after.
+        router.now.0 += 499 - 20;
+        assert!(ask(&mut router, 5100).is_none());
+        router.now.0 += 1;
+        let (asked, left) = ask(&mut router, 5101).expect("a port is given up");
+        assert_eq!(ports(&left.1).0, ports(&first[1].1.1).0, "the one that is silent for the longest time");
+        assert!(ask(&mut router, 5102).is_none());
+        answered(&mut router, &asked, &left, CLIENT_POD);
+        for (asked, left) in [&first[0], &first[2], &first[3]] {
+            answered(&mut router, asked, left, CLIENT_POD);
+        }
+        assert_eq!(router.drops(), BTreeMap::from([(DropReason::SnatExhausted, 2)]));
+        assert_eq!(router.finish().snat_displaced, 1);
     }
 }
 

@@ -102,7 +102,7 @@ drop_reasons! {
     PolicyNotReady,
     /// A connection whose backend is gone.
     BackendGone,
-    /// No source port is left for the translated connection.
+    /// No source port is left for the translated connection, nor one whose connection is over or has not proved itself.
     SnatExhausted,
     /// The connection table is full.
     TableFull,

@@ -152,6 +152,14 @@ fn a_node_port_answers_on_both_nodes_and_is_masqueraded() {
             *backends.entry(pod).or_insert(0) += 1;
         }
         assert_eq!(backends.len(), 3, "{node}: {backends:?}");
+        let status = site.status(node);
+        let shown =
+            status["snat"]["addresses"].as_array().and_then(|all| all.iter().find(|a| a["address"] == *address));
+        let shown = shown.unwrap_or_else(|| panic!("{address} masquerades: {status}"));
+        let (connections, ports) = (shown["connections"].as_u64(), shown["busiest"]["portsInUse"].as_u64());
+        // 30 connections in TIME_WAIT or so, to three backends.
+        assert!(connections >= Some(30) && ports >= Some(10), "{shown}");
+        assert_eq!(shown["busiest"]["proto"], "tcp");
     }
     // From a pod: the node's address is as good as the cluster IP.
     site.answered("default/client", &format!("http://192.168.10.2:{NODE_PORT}/"));

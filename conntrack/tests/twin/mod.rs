@@ -5,8 +5,8 @@
 use std::collections::HashMap;
 
 use weir_conntrack::{
-    Attributes, ConnId, Entry, Hit, Identity, Insert, Lifecycle, NewConn, Observed, Table, TableConfig, TcpSettings,
-    Timeouts, Tracked,
+    Attributes, ConnId, Entry, Hit, Identity, Insert, Lifecycle, NewConn, Observed, PRIVILEGED, Table, TableConfig,
+    TcpSettings, Timeouts, Tracked,
 };
 use weir_packet::{Address, Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::Domain;
@@ -24,6 +24,7 @@ pub enum Operation {
     Insert { original: u8, reply: u8, protocol: u8, mark: u32 },
     Track { key: u8, protocol: u8 },
     Remove { key: u8, protocol: u8 },
+    Displace { key: u8, protocol: u8, for_privileged: bool },
     Judge { key: u8, protocol: u8, mark: u32 },
     Pass { ticks: u16 },
     Sweep,
@@ -161,7 +162,9 @@ pub fn run<A: Address>(operations: Vec<Operation>, start: u32) {
                     (Some((number, direction)), _) => {
                         assert_eq!(result, Insert::Exists(Hit { conn: names[&number], direction }));
                     }
-                    (None, Some(_)) => assert_eq!(result, Insert::ReplyTaken),
+                    (None, Some((number, direction))) => {
+                        assert_eq!(result, Insert::ReplyTaken(Hit { conn: names[&number], direction }));
+                    }
                     (None, None) if twin.conns.len() == CAPACITY as usize => assert_eq!(result, Insert::Full),
                     (None, None) => {
                         let Insert::Inserted(id) = result else { panic!("{result:?} with room") };
@@ -190,6 +193,20 @@ pub fn run<A: Address>(operations: Vec<Operation>, start: u32) {
                     assert!(table.remove(&mut handle, names[&number], &turn));
                     assert!(!table.remove(&mut handle, names[&number], &turn));
                     twin.conns.remove(&number);
+                }
+            }
+            Operation::Displace { key: number, protocol, for_privileged } => {
+                if let Some((number, _)) = twin.find(&key(number, protocol)) {
+                    let turn = participant.enter();
+                    let conn = twin.conns[&number];
+                    // Nobody has answered for five seconds.
+                    let is_silent = !conn.seen_reply && twin.now - conn.last_seen >= 500;
+                    let is_spared = conn.attributes().flags & PRIVILEGED != 0 && !for_privileged;
+                    let removed = table.remove_expendable(&mut handle, names[&number], for_privileged, now, &turn);
+                    assert_eq!(removed, is_silent && !is_spared);
+                    if removed {
+                        twin.conns.remove(&number);
+                    }
                 }
             }
             Operation::Judge { key: number, protocol, mark } => {
