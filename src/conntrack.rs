@@ -10,7 +10,7 @@
 use std::{
     collections::HashMap,
     fmt::Write as _,
-    io::{self, BufRead, BufReader, BufWriter, Write},
+    io::{self, BufWriter, Write},
     net::IpAddr,
     os::unix::net::UnixStream,
     path::Path,
@@ -326,26 +326,10 @@ impl<A: Address> Watched<A> {
 ///
 /// # Errors
 /// Where no router answers, or its answer cannot be read or shown.
-pub fn ask(config: &Path, query: &Query, mut show: impl FnMut(&Value) -> io::Result<()>) -> Result<(), AskError> {
-    let stream = control::connect(config)?;
-    // A watched table may say nothing for long; a listed one is read as fast as it comes.
-    writeln!(&stream, "{}", serde_json::to_string(&Request::Conntrack(query.clone()))?).map_err(AskError::Broken)?;
-    for line in BufReader::new(stream).lines() {
-        let line = line.map_err(AskError::Broken)?;
-        if line.is_empty() {
-            continue;
-        }
-        let value: Value = serde_json::from_str(&line)?;
-        if let Some(error) = value["error"].as_str() {
-            return Err(AskError::Refused(error.to_owned()));
-        }
-        if value["end"] == true {
-            return Ok(());
-        }
-        show(&value).map_err(AskError::Broken)?;
-    }
+pub fn ask(config: &Path, query: &Query, show: impl FnMut(&Value) -> io::Result<()>) -> Result<(), AskError> {
+    let ended = control::ask_lines(config, &Request::Conntrack(query.clone()), show)?;
     match query.action {
-        Action::List => Err(AskError::Broken(io::ErrorKind::UnexpectedEof.into())),
+        Action::List if !ended => Err(AskError::Broken(io::ErrorKind::UnexpectedEof.into())),
         _ => Ok(()),
     }
 }

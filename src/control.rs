@@ -1,5 +1,5 @@
 //! Talking to a running router over its Unix socket: one JSON line asked, one JSON document answered, or, by `weir conntrack`, a line
-//! for each connection.
+//! for each connection, and by `weir services` one for each service port.
 
 use std::{
     fmt::Write as _,
@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::{
     config::{Problems, RouterConfig},
-    conntrack::Query,
+    conntrack, services,
 };
 
 /// Where running routers keep their sockets and records; a tmpfs.
@@ -29,7 +29,9 @@ pub enum Request {
     /// Modes, workers, counters, table use.
     Status,
     /// Live connections.
-    Conntrack(Query),
+    Conntrack(conntrack::Query),
+    /// Services and their backends.
+    Services(services::Query),
 }
 
 /// Why there is no answer.
@@ -86,6 +88,36 @@ pub fn status(config: &Path) -> Result<Value, AskError> {
     let mut answer = String::new();
     BufReader::new(stream).read_line(&mut answer).map_err(AskError::Broken)?;
     Ok(serde_json::from_str(&answer)?)
+}
+
+/// Asks the router that runs with `config` for many lines, and gives each to `show` until that returns an error. Whether the answer came to
+/// its end; the router may also end it by going away.
+///
+/// # Errors
+/// Where no router answers, or its answer cannot be read or shown.
+pub fn ask_lines(
+    config: &Path,
+    request: &Request,
+    mut show: impl FnMut(&Value) -> io::Result<()>,
+) -> Result<bool, AskError> {
+    let stream = connect(config)?;
+    // What is watched may say nothing for long; what is listed is read as fast as it comes.
+    writeln!(&stream, "{}", serde_json::to_string(request)?).map_err(AskError::Broken)?;
+    for line in BufReader::new(stream).lines() {
+        let line = line.map_err(AskError::Broken)?;
+        if line.is_empty() {
+            continue;
+        }
+        let value: Value = serde_json::from_str(&line)?;
+        if let Some(error) = value["error"].as_str() {
+            return Err(AskError::Refused(error.to_owned()));
+        }
+        if value["end"] == true {
+            return Ok(true);
+        }
+        show(&value).map_err(AskError::Broken)?;
+    }
+    Ok(false)
 }
 
 /// A status for a person.

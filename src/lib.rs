@@ -5,6 +5,7 @@
 //! - [`translate`]: resources to the plain models that the dataplane compiles its tables from.
 //! - [`compile`]: models to tables.
 //! - [`check`], [`trace`], [`policy`], [`replay`], [`run`], [`demo`], [`bench`]: the commands of these names.
+//! - [`services`]: the services of a running router.
 //! - [`control`]: asking a running router; [`report`]: what is printed alike.
 //! - [`health`]: what load balancers ask of the node.
 //! - [`kernel`]: the node's kernel, followed and set up.
@@ -29,6 +30,7 @@ pub mod policy;
 pub mod replay;
 pub mod report;
 pub mod run;
+pub mod services;
 mod snat_use;
 pub mod trace;
 pub mod translate;

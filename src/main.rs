@@ -54,6 +54,8 @@ enum Command {
     /// Explain policy: who can reach whom, and what applies to a pod.
     #[command(subcommand)]
     Policy(Policy),
+    /// List the services and backends of a running router: which are used, why not, and how many connections each got.
+    Services(Services),
     /// Take everything off the node that a router attached: programs, maps, the trunk, routes.
     Detach(Detach),
 }
@@ -217,6 +219,18 @@ struct PolicyMatrix {
 }
 
 #[derive(Args)]
+struct Services {
+    /// Only those of a namespace, or one service, or one port of it.
+    #[arg(value_name = "NAMESPACE[/NAME[:PORT]]")]
+    of: Option<String>,
+    #[command(flatten)]
+    config: ConfigFile,
+    /// How services are printed; JSON is a list.
+    #[arg(long, value_enum, default_value = "text")]
+    output: Output,
+}
+
+#[derive(Args)]
 struct Detach {
     #[command(flatten)]
     config: ConfigFile,
@@ -294,6 +308,10 @@ fn main() -> ExitCode {
                 Err(message) => failed(&message),
             }
         }
+        Command::Services(args) => match run_services(args, &mut io::BufWriter::new(io::stdout().lock())) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(message) => failed(&message),
+        },
         Command::Detach(args) => match weir::run::detach(&args.config.config) {
             Ok(lines) => {
                 lines.iter().for_each(|line| println!("{line}"));
@@ -343,6 +361,30 @@ fn run_matrix(args: &PolicyMatrix, out: &mut impl io::Write) -> Result<(), Strin
 /// Who reads no more, as `head`, has what they wanted.
 fn written(result: io::Result<()>) -> Result<(), String> {
     match result {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.to_string()),
+        _ => Ok(()),
+    }
+}
+
+fn run_services(args: Services, out: &mut impl io::Write) -> Result<(), String> {
+    let query = weir::services::Query { of: args.of };
+    let mut services = Vec::new();
+    weir::services::ask(&args.config.config, &query, |service| {
+        services.push(service.clone());
+        Ok(())
+    })
+    .map_err(|error| error.to_string())?;
+    if let (Some(of), true) = (&query.of, services.is_empty()) {
+        return Err(format!(
+            "no service that is served is {of}; expected NAMESPACE, NAMESPACE/NAME or NAMESPACE/NAME:PORT"
+        ));
+    }
+    let written = match args.output {
+        Output::Json => writeln!(out, "{:#}", serde_json::Value::from(services)),
+        Output::Text => services.iter().try_for_each(|service| write!(out, "{}", weir::services::text(service))),
+    };
+    match written.and_then(|()| out.flush()) {
+        // Who reads no more, as `head`, has what they wanted.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.to_string()),
         _ => Ok(()),
     }

@@ -37,12 +37,13 @@ use weir_dataplane::{
     driver::PortId,
     forwarding::{Forwarding, local_workloads},
     frame::{IfIndex, MAX_MTU},
+    hits::Hits,
     model::{Device, Links, Neighbor, Role, Route},
     pipeline::{Event, Family, Pipeline},
     snapshot::{Rules, Snapshot},
     worker::{Mode, Shared, Worker, now},
 };
-use weir_nat::{Affinity, Clients, SnatPorts};
+use weir_nat::{Affinity, Clients, Model, SnatPorts};
 use weir_packet::{Mac, Protocol};
 use weir_sync::{Counters, Domain, Published};
 
@@ -62,7 +63,7 @@ use crate::{
     },
     manifests::Substitute,
     report::counters_json,
-    snat_use,
+    services, snat_use,
     translate::{Faulty, Loaded, Loader},
     watch::{Watch, WatchError},
 };
@@ -279,6 +280,7 @@ struct Router {
     attachment: Attachment,
     plumbing: HostPlumbing,
     health: HealthChecks,
+    hits: Hits,
     watch: Watch,
     learned: BTreeMap<(IfIndex, IpAddr), Mac>,
     /// Adopted workload devices, with what their adoption depends on. Renewing a link costs an RCU grace period, some 10 ms.
@@ -306,7 +308,7 @@ impl Router {
         let roles = role_rules(&loaded);
         let kernel = KernelState::follow(FollowSettings::default()).await?;
         loaded.add_local_addresses(&own_addresses(&kernel, &roles));
-        let rules = Arc::new(compile::rules(&loaded)?);
+        let rules = Arc::new(compile::rules(&loaded)?.counting(loaded.config.workers.cores.len()));
         let listening = listening_ports(loaded.config.snat.port_range);
         let snat = Arc::new(compile::snat_ports(&loaded, &rules, &listening)?);
         for warning in loaded.notes.of(Severity::Warning) {
@@ -457,6 +459,7 @@ impl Router {
             socket,
             listener,
             loaded,
+            hits: Hits::new(rules.clone()),
             rules,
             listening,
             snat,
@@ -542,7 +545,7 @@ impl Router {
         if !given && addresses.iter().any(|address| !self.loaded.services.local_addresses.contains(address)) {
             // Node ports are open on every address of the node.
             self.loaded.add_local_addresses(&addresses);
-            self.rules = Arc::new(compile::rules(&self.loaded)?);
+            self.rules = Arc::new(compile::rules(&self.loaded)?.counting(self.workers.len()));
             self.snat = Arc::new(compile::snat_ports(&self.loaded, &self.rules, &self.listening)?);
             self.health.follow(health::wanted(&self.loaded.services));
         }
@@ -614,6 +617,7 @@ impl Router {
             snat: self.snat.clone(),
             forwarding: Arc::new(forwarding),
         });
+        self.hits.follow(&self.rules);
         if devices_differ {
             let wanted = self.wanted();
             let report = self.plumbing.apply(&wanted).await?;
@@ -717,7 +721,7 @@ impl Router {
         let compiled = compile::rules(&loaded)
             .and_then(|rules| compile::snat_ports(&loaded, &rules, &listening).map(|snat| (rules, snat)));
         let (rules, snat) = match compiled {
-            Ok((rules, snat)) => (Arc::new(rules), Arc::new(snat)),
+            Ok((rules, snat)) => (Arc::new(rules.counting(self.workers.len())), Arc::new(snat)),
             Err(error) => {
                 error!(%error, "reload refused, the last good configuration stays");
                 return Ok(());
@@ -776,6 +780,19 @@ impl Router {
                 thread::Builder::new()
                     .name("weir-conntrack".into())
                     .spawn(move || drop(conntrack::answer(stream, &shared, &domain, &query)))?;
+                return Ok(());
+            }
+            Ok(Request::Services(query)) => {
+                let stream = stream.into_inner().into_std()?;
+                stream.set_nonblocking(false)?;
+                let all = &self.loaded.services;
+                let services = all.services.iter().filter(|service| query.matches(&service.name)).cloned().collect();
+                let model =
+                    Model { node_name: all.node_name.clone(), zone: all.zone.clone(), services, ..Model::default() };
+                let hits = self.hits.by_backend();
+                thread::Builder::new()
+                    .name("weir-services".into())
+                    .spawn(move || drop(services::answer(stream, &model, &hits)))?;
                 return Ok(());
             }
             Err(error) => json!({"error": error.to_string()}),

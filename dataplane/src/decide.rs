@@ -3,7 +3,7 @@
 //! [`decide`] sees a flow key, where it came from, the tables of a snapshot, which backends clients had, and the time; no packet, no clock. The running dataplane,
 //! `weir replay` and `weir trace` call this same function, so a trace tells what the router does.
 
-use weir_nat::{Affinity, Backend, Choice, Decision as ServiceDecision, ServiceId};
+use weir_nat::{Affinity, Backend, BackendSlot, Choice, Decision as ServiceDecision, ServiceId};
 use weir_packet::{Address, DropReason, FlowKey, Ports, Protocol, Tick};
 use weir_policy::{Judgement, PolicyDirection};
 
@@ -64,6 +64,8 @@ pub struct Decision<'s, A: Address> {
     pub candidates: &'s [Backend<A>],
     /// The backend that was picked.
     pub backend: Option<(A, u16)>,
+    /// That backend's number in the service table.
+    pub slot: Option<BackendSlot>,
     /// That backend's stamp; 0 without one.
     pub backend_stamp: u32,
     /// What is to be remembered of the pick ([`Clients::remember`](weir_nat::Clients::remember)), once the packet turns out to open a
@@ -107,6 +109,7 @@ pub fn decide<'s, A: Routed>(
         service: None,
         candidates: &[],
         backend: None,
+        slot: None,
         backend_stamp: 0,
         choice: None,
         masquerade: false,
@@ -123,8 +126,9 @@ pub fn decide<'s, A: Routed>(
 
     match snapshot.rules.services.services::<A>().decide(key, affinity.clients(), now, random) {
         ServiceDecision::NotAService => {}
-        ServiceDecision::Translate { backend, masquerade, candidates, service, choice } => {
+        ServiceDecision::Translate { backend, masquerade, candidates, service, slot, choice } => {
             decision.choice = choice;
+            decision.slot = Some(slot);
             decision.service = Some(service);
             decision.candidates = candidates;
             decision.backend = Some((backend.address, backend.port));

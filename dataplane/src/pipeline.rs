@@ -661,6 +661,9 @@ impl Pipeline {
                 if ours {
                     self.count(Counter::Opened);
                     self.count_rules(&decision, context);
+                    if let Some(slot) = decision.slot {
+                        context.snapshot.rules.count_backend::<A>(self.counters.number(), slot);
+                    }
                 }
                 // Somebody was faster, with a packet of the same flow: this one is a further packet of that connection.
                 if !ours && conn.track(hit.direction, &segment, context.now) == Tracked::Invalid {

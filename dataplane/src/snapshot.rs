@@ -3,11 +3,15 @@
 //! Services and policy are compiled from the manifests ([`Rules`]), forwarding also from the kernel's devices, routes and
 //! neighbours. A change of neighbours publishes a new snapshot that shares the same `Rules`: nothing is compiled twice.
 
-use std::sync::Arc;
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+};
 
-use weir_nat::{ServiceTable, SnatPorts};
+use weir_nat::{BackendIdentity, BackendSlot, ServiceTable, SnatPorts};
+use weir_packet::Address;
 use weir_policy::{Classifier, EndpointId};
-use weir_sync::Tally;
+use weir_sync::{Tally, WorkerNumber};
 
 use crate::{
     forwarding::{Forwarding, WorkloadId, local_workloads},
@@ -23,6 +27,8 @@ pub struct Rules {
     pub policy: Classifier,
     /// New connections by the policy rule that decided about them ([`weir_policy::RuleId`]).
     pub hits: Tally,
+    /// New connections by the backend that they came to, IPv4 and IPv6.
+    backend_hits: [Tally; 2],
     endpoints: Vec<Option<EndpointId>>,
 }
 
@@ -33,13 +39,29 @@ impl Rules {
         for (id, workload) in local_workloads(cluster) {
             endpoints[id.0 as usize] = policy.endpoint(&workload.name);
         }
-        Self { services, policy, hits: Tally::default(), endpoints }
+        Self { services, policy, hits: Tally::default(), backend_hits: Default::default(), endpoints }
     }
 
     /// The same, with counters for so many workers.
     pub fn counting(mut self, workers: usize) -> Self {
         self.hits = Tally::new(workers, self.policy.rule_count());
+        let slots = [self.services.services::<Ipv4Addr>().slots(), self.services.services::<Ipv6Addr>().slots()];
+        self.backend_hits = slots.map(|slots| Tally::new(workers, slots));
         self
+    }
+
+    /// Counts a new connection for the backend that it comes to.
+    #[inline]
+    pub fn count_backend<A: Address>(&self, worker: WorkerNumber, slot: BackendSlot) {
+        self.backend_hits[usize::from(A::BITS == 128)].add(worker, slot.0 as usize);
+    }
+
+    /// New connections of each backend that had any.
+    pub fn backend_hits(&self) -> impl Iterator<Item = (BackendIdentity, u64)> + '_ {
+        let [v4, v6] = &self.backend_hits;
+        let v4 = self.services.services::<Ipv4Addr>().backends().map(move |(slot, one)| (one, v4.sum(slot.0 as usize)));
+        let v6 = self.services.services::<Ipv6Addr>().backends().map(move |(slot, one)| (one, v6.sum(slot.0 as usize)));
+        v4.chain(v6).filter(|(_, hits)| *hits > 0)
     }
 
     /// The policy endpoint of a workload of this node; `None`: none is compiled yet, and the workload is closed.

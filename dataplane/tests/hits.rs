@@ -149,3 +149,47 @@ fn rules_that_are_gone_are_forgotten_in_the_end() {
     assert_eq!(named(&hits, &router.rules()), expect(&[("p rule 1", 1), ("profile all", 2000)]));
     assert!(hits.by_rule().len() < 1030, "{}", hits.by_rule().len());
 }
+
+#[test]
+fn backends_count_the_connections_that_they_get() {
+    let vips = ["10.96.0.10", "fd00:96::10"];
+    let backends = [["10.1.1.10", "fd00:1:1::10"], ["10.1.1.20", "fd00:1:1::20"]];
+    let with = |backends: &[[&'static str; 2]]| {
+        let mut dns = router::service("default/dns", Protocol::UDP, vips, backends[0], None);
+        for more in &backends[1..] {
+            dns.endpoints.extend(router::service("", Protocol::UDP, vips, *more, None).endpoints);
+        }
+        tiered(vec![dns], Vec::new(), true).counting(2)
+    };
+    let counts = |hits: &Hits| -> BTreeMap<String, u64> {
+        hits.by_backend().into_iter().map(|(backend, count)| (backend.address.to_string(), count)).collect()
+    };
+    let mut router = router(with(&backends));
+    let mut hits = Hits::new(router.rules());
+    let mut expected: BTreeMap<String, u64> = BTreeMap::new();
+    let mut ask = |router: &mut Router, port: u16, family: usize| {
+        let from = [["192.168.10.100", "fd00:10::100"][family], vips[family]];
+        let sent = router.one(UPLINK, &udp(from, [port, 53]));
+        let sent = packets::received(&sent);
+        *expected.entry(Packet::read(sent[0].1).dst.to_string()).or_default() += 1;
+        // A further packet of the same flow is no connection.
+        router.one(UPLINK, &udp(from, [port, 53]));
+        expected.clone()
+    };
+    for port in 1000..1020 {
+        let expected = ask(&mut router, port, usize::from(port % 3 == 0));
+        assert_eq!(counts(&hits), expected);
+    }
+    router.change_worker();
+    // The first backend goes: the other keeps its count, wherever it stands in the table now. Then it comes back.
+    for (port, backends) in [(2000, &backends[1..]), (2001, &backends[..])] {
+        router.publish(with(backends));
+        router.collect();
+        hits.follow(&router.rules());
+        for family in [0, 1] {
+            let expected = ask(&mut router, port, family);
+            assert_eq!(counts(&hits), expected);
+        }
+    }
+    assert_eq!(counts(&hits).len(), 4, "both backends in both families had some");
+}

@@ -256,19 +256,19 @@ impl<'a, A: Address> Frontends<'a, A> {
 
 /// A backend on its way into the table.
 #[derive(Clone, Copy)]
-struct Candidate<'a, A> {
+pub(crate) struct Candidate<'a, A> {
     address: A,
     port: u16,
-    condition: Condition,
-    local: bool,
+    pub(crate) condition: Condition,
+    pub(crate) local: bool,
     /// Which of the service's endpoints it is.
     listing: u32,
-    endpoint: &'a Endpoint,
+    pub(crate) endpoint: &'a Endpoint,
 }
 
 /// What a backend may be used for; better ones are greater.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Condition {
+pub(crate) enum Condition {
     Unusable,
     /// Not to be used, but it still serves what it has.
     Serving,
@@ -293,6 +293,45 @@ impl Condition {
     }
 }
 
+/// What the backends of a service port must be like to be in its lists.
+pub(crate) struct Lists<'a> {
+    pub(crate) cluster: Condition,
+    pub(crate) local: Condition,
+    pub(crate) hints: Hints<'a>,
+}
+
+impl Lists<'_> {
+    fn in_cluster<A>(&self, one: &Candidate<'_, A>) -> bool {
+        one.condition == self.cluster && self.hints.admit(one.endpoint)
+    }
+
+    fn in_local<A>(&self, one: &Candidate<'_, A>) -> bool {
+        one.local && one.condition == self.local
+    }
+}
+
+/// Reads the backends of a service port that are of family `A` into `candidates`, each once, sorted by address and port.
+pub(crate) fn read_candidates<'a, A: Address>(
+    model: &'a Model,
+    service: &'a ServicePort,
+    candidates: &mut Vec<Candidate<'a, A>>,
+) -> Lists<'a> {
+    candidates.clear();
+    candidates.extend((0_u32..).zip(&service.endpoints).filter_map(|(listing, endpoint)| {
+        let (address, port, condition) = (A::from_ip(endpoint.address)?, endpoint.port, Condition::of(endpoint));
+        let local = endpoint.node_name.as_ref() == Some(&model.node_name);
+        Some(Candidate { address, port, condition, local, listing, endpoint })
+    }));
+    // Of one listed twice, as while it moves between slices, the most usable listing is kept, then the first.
+    candidates.sort_unstable_by_key(|one| (one.address, one.port, Reverse((one.condition, one.local)), one.listing));
+    candidates.dedup_by_key(|one| (one.address, one.port));
+
+    let cluster = Condition::required(candidates.iter().map(|one| one.condition));
+    let local = Condition::required(candidates.iter().filter(|one| one.local).map(|one| one.condition));
+    let hints = if cluster == Condition::Ready { Hints::of(model, candidates) } else { Hints::Ignored };
+    Lists { cluster, local, hints }
+}
+
 /// Kept from service to service, so that each does not allocate its own.
 struct Scratch<'a, A> {
     candidates: Vec<Candidate<'a, A>>,
@@ -309,28 +348,13 @@ impl<'a, A: Address> Scratch<'a, A> {
     /// Appends the service's backends in their four segments and returns the segments' bounds.
     fn lay_out(&mut self, model: &'a Model, service: &'a ServicePort, backends: &mut Vec<Backend<A>>) -> [u32; 5] {
         let candidates = &mut self.candidates;
-        candidates.clear();
-        candidates.extend((0_u32..).zip(&service.endpoints).filter_map(|(listing, endpoint)| {
-            let (address, port, condition) = (A::from_ip(endpoint.address)?, endpoint.port, Condition::of(endpoint));
-            let local = endpoint.node_name.as_ref() == Some(&model.node_name);
-            Some(Candidate { address, port, condition, local, listing, endpoint })
-        }));
-        // Of one listed twice, as while it moves between slices, the most usable listing is kept, then the first.
-        candidates
-            .sort_unstable_by_key(|one| (one.address, one.port, Reverse((one.condition, one.local)), one.listing));
-        candidates.dedup_by_key(|one| (one.address, one.port));
-
-        let cluster = Condition::required(candidates.iter().map(|one| one.condition));
-        let local = Condition::required(candidates.iter().filter(|one| one.local).map(|one| one.condition));
-        let hints = if cluster == Condition::Ready { Hints::of(model, candidates) } else { Hints::Ignored };
+        let lists = read_candidates(model, service, candidates);
         self.segments.clear();
-        self.segments.extend(candidates.iter().map(|one| {
-            match (one.condition == cluster && hints.admit(one.endpoint), one.local && one.condition == local) {
-                (true, false) => 0,
-                (true, true) => 1,
-                (false, true) => 2,
-                (false, false) => 3,
-            }
+        self.segments.extend(candidates.iter().map(|one| match (lists.in_cluster(one), lists.in_local(one)) {
+            (true, false) => 0,
+            (true, true) => 1,
+            (false, true) => 2,
+            (false, false) => 3,
         }));
 
         let service_hash = hash_of_service(service);
@@ -350,7 +374,7 @@ impl<'a, A: Address> Scratch<'a, A> {
 }
 
 /// The topology hints that filter a cluster list of ready backends.
-enum Hints<'a> {
+pub(crate) enum Hints<'a> {
     Ignored,
     Node(&'a str),
     Zone(&'a str),
@@ -375,7 +399,7 @@ impl<'a> Hints<'a> {
         }
     }
 
-    fn admit(&self, endpoint: &Endpoint) -> bool {
+    pub(crate) fn admit(&self, endpoint: &Endpoint) -> bool {
         match self {
             Self::Ignored => true,
             Self::Node(name) => endpoint.node_hints.iter().any(|hint| hint == name),
@@ -385,7 +409,7 @@ impl<'a> Hints<'a> {
 }
 
 /// FNV-1a over name and protocol: fixed, so that stamps mean the same in every process.
-fn hash_of_service(service: &ServicePort) -> u64 {
+pub(crate) fn hash_of_service(service: &ServicePort) -> u64 {
     let bytes = service.name.bytes().chain([0, service.protocol.0]);
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }

@@ -11,9 +11,13 @@ mod model;
 mod ranges;
 mod snat;
 mod table;
+mod usage;
 
 pub use affinity::{Affinity, Choice, Clients, MAX_AFFINITY_SECONDS};
 pub use compile::CompileError;
 pub use model::{Endpoint, Model, ServicePort, TrafficPolicy};
 pub use snat::{AllocateError, Allocated, Attempt, MAX_TRIES, NoSnatPorts, SnatPorts};
-pub use table::{Backend, Conflict, Decision, Family, ServiceId, ServiceTable, Services, Source};
+pub use table::{
+    Backend, BackendIdentity, BackendSlot, Conflict, Decision, Family, ServiceId, ServiceTable, Services, Source,
+};
+pub use usage::{Usage, WhyNot, usage};

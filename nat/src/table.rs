@@ -43,14 +43,37 @@ use hashbrown::HashMap;
 use weir_packet::{Address, DropReason, FlowKey, Protocol, Tick};
 
 use crate::{
-    TrafficPolicy,
+    ServicePort, TrafficPolicy,
     affinity::{Affinity, Choice, Clients},
+    compile::hash_of_service,
     ranges::{self, AddressRange},
 };
 
 /// A service port: its index in [`Model::services`](crate::Model::services).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServiceId(pub u32);
+
+/// A backend of a service port: its index in its family's half of one table, below [`Services::slots`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BackendSlot(pub u32);
+
+/// A backend of a service port, the same in every table and process: what hits are kept by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BackendIdentity {
+    /// A hash of the service port's name and protocol.
+    pub service: u64,
+    /// The backend's address.
+    pub address: IpAddr,
+    /// The backend's port.
+    pub port: u16,
+}
+
+impl BackendIdentity {
+    /// Of a backend of `service`.
+    pub fn new(service: &ServicePort, address: IpAddr, port: u16) -> Self {
+        Self { service: hash_of_service(service), address, port }
+    }
+}
 
 /// What service NAT takes the sender of a packet for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +117,8 @@ pub enum Decision<'a, A> {
         candidates: &'a [Backend<A>],
         /// The service port.
         service: ServiceId,
+        /// The backend's number in its family's half of the table.
+        slot: BackendSlot,
         /// To be remembered once the packet turns out to open a connection, where the service port has ClientIP affinity.
         choice: Option<Choice<A>>,
     },
@@ -274,18 +299,27 @@ impl<A: Address> Services<A> {
         if candidates.is_empty() {
             return Decision::Drop { reason: DropReason::NoLocalBackend, service };
         }
-        let (backend, choice) = match record.affinity {
-            None => (candidates[pick(candidates.len(), random)], None),
-            Some(timeout) => {
+        let first = record.segments[segments_of(policy).start] as usize;
+        let mut pick = || first + pick(candidates.len(), random);
+        let (slot, before) = match record.affinity {
+            None => (pick(), None),
+            Some(_) => {
                 let before = clients.find(record, key.src, now);
                 let again = before.and_then(|before| self.find(record, segments_of(policy), before));
-                let backend = again.copied().unwrap_or_else(|| candidates[pick(candidates.len(), random)]);
-                let choice = Choice::new(record, timeout, key.src, (backend.address, backend.port), before);
-                (backend, Some(choice))
+                (again.unwrap_or_else(pick), before)
             }
         };
-        let masquerade = masquerade || backend.address == key.src;
-        Decision::Translate { backend, masquerade, candidates, service: record.service, choice }
+        let backend = self.backends[slot];
+        Decision::Translate {
+            backend,
+            masquerade: masquerade || backend.address == key.src,
+            candidates,
+            service: record.service,
+            slot: BackendSlot(slot as u32),
+            choice: record
+                .affinity
+                .map(|timeout| Choice::new(record, timeout, key.src, (backend.address, backend.port), before)),
+        }
     }
 
     /// What service NAT takes `address` for as a source.
@@ -323,7 +357,7 @@ impl<A: Address> Services<A> {
     pub fn still_backend(&self, frontend: &FlowKey<A>, backend: A, port: u16) -> bool {
         let Some(target) = self.target(frontend) else { return false };
         let listed = self.find(&self.records[target.record()], 0..4, (backend, port));
-        listed.is_some_and(|listed| frontend.protocol != Protocol::UDP || listed.serving)
+        listed.is_some_and(|slot| frontend.protocol != Protocol::UDP || self.backends[slot].serving)
     }
 
     /// Whether any list of a service port has this backend.
@@ -334,6 +368,22 @@ impl<A: Address> Services<A> {
     /// The service ports with ClientIP affinity, by their identities.
     pub(crate) fn records_with_affinity(&self) -> impl Iterator<Item = (u64, &Record)> {
         self.records.iter().filter(|record| record.affinity.is_some()).map(|record| (record.identity, record))
+    }
+
+    /// How many backends there are, each counted for every service port that has it.
+    pub fn slots(&self) -> usize {
+        self.backends.len()
+    }
+
+    /// Every backend of every service port.
+    pub fn backends(&self) -> impl Iterator<Item = (BackendSlot, BackendIdentity)> + '_ {
+        self.records.iter().flat_map(move |record| {
+            let [start, .., end] = record.segments;
+            (start..end).map(move |slot| {
+                let Backend { address, port, .. } = self.backends[slot as usize];
+                (BackendSlot(slot), BackendIdentity { service: record.identity, address: address.to_ip(), port })
+            })
+        })
     }
 
     /// The addresses that services claim as a whole, as [`Services::is_frontend`] says. In no order.
@@ -368,12 +418,13 @@ impl<A: Address> Services<A> {
         &self.backends[record.segments[start] as usize..record.segments[end] as usize]
     }
 
-    /// A backend in some of the segments of a service port.
-    fn find(&self, record: &Record, segments: Range<usize>, (address, port): (A, u16)) -> Option<&Backend<A>> {
+    /// The index of a backend in some of the segments of a service port.
+    fn find(&self, record: &Record, segments: Range<usize>, (address, port): (A, u16)) -> Option<usize> {
         record.segments[segments.start..=segments.end].windows(2).find_map(|bounds| {
-            let segment = &self.backends[bounds[0] as usize..bounds[1] as usize];
+            let start = bounds[0] as usize;
+            let segment = &self.backends[start..bounds[1] as usize];
             let index = segment.binary_search_by_key(&(address, port), |listed| (listed.address, listed.port));
-            index.ok().map(|index| &segment[index])
+            index.ok().map(|index| start + index)
         })
     }
 

@@ -10,7 +10,7 @@ use std::{
 use common::*;
 use ipnet::IpNet;
 use proptest::{collection::vec, prelude::*, sample::select};
-use weir_nat::{Affinity, Decision, Endpoint, Family, Model, ServicePort, ServiceTable, TrafficPolicy};
+use weir_nat::{Affinity, Decision, Endpoint, Family, Model, ServicePort, ServiceTable, TrafficPolicy, usage};
 use weir_packet::{DropReason, FlowKey, Ports, Protocol, Tick};
 
 /// What the rules say: the decision, with all backends that may be picked.
@@ -162,7 +162,7 @@ fn compiled<A: Family>(
     let name = |service| table.service_name(service).to_owned();
     Ok(match decide(table, key, &mut || number) {
         Decision::NotAService => Verdict::NotAService,
-        Decision::Translate { backend, masquerade, candidates, service, choice } => {
+        Decision::Translate { backend, masquerade, candidates, service, slot: _, choice } => {
             prop_assert!(candidates.contains(&backend));
             // Rule 26: whatever the next connection's number is, it comes to the same backend.
             prop_assert_eq!(choice.is_some(), model.services[service.0 as usize].affinity.is_some());
@@ -305,6 +305,27 @@ proptest! {
                 let expected = judge(&model, protocol, key6.src.into(), key6.dst.into(), port);
                 prop_assert_eq!(compiled(&model, &table, &key6, number)?, hairpin(expected, key6.src.into()), "{:?}", key6);
             }
+        }
+    }
+
+    /// What is told of backends' use is what the lists have.
+    #[test]
+    fn usage_is_told_as_lists_are_made(model in model()) {
+        for service in &model.services {
+            let mut told = [(); 4].map(|()| BTreeSet::new());
+            for one in usage(&model, service) {
+                let backend = (one.endpoint.address, one.endpoint.port);
+                let family = usize::from(backend.0.is_ipv6()) * 2;
+                told[family].extend(one.cluster.is_none().then_some(backend));
+                told[family + 1].extend(one.local.is_none().then_some(backend));
+            }
+            let families = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+            let expected = families.into_iter().flat_map(|family| {
+                let is_served = service.cluster_ips.iter().any(|&address| same_family(address, family));
+                let lists = if is_served { lists(&model, service, family) } else { [Vec::new(), Vec::new()] };
+                lists.map(|list| list.iter().map(|one| (one.address, one.port)).collect::<BTreeSet<_>>())
+            });
+            prop_assert_eq!(told.to_vec(), expected.collect::<Vec<_>>());
         }
     }
 

@@ -82,6 +82,18 @@ fn connections_spread_evenly_over_backends_and_keep_their_source() {
     // Five standard deviations of a binomial distribution with p = 1/3.
     let (mean, spread) = (f64::from(REQUESTS) / 3.0, 5.0 * (f64::from(REQUESTS) * 2.0 / 9.0).sqrt());
     assert!(count.len() == 3 && count.values().all(|n| (f64::from(*n) - mean).abs() <= spread), "{count:?}");
+    // `weir services` counted the same.
+    let services = site.ask("node-a", "services").unwrap();
+    let web =
+        services.as_array().unwrap().iter().find(|one| one["service"] == "default/web:http").expect("it is listed");
+    assert_eq!((&web["hits"], &web["usable"]), (&REQUESTS.into(), &serde_json::json!({"cluster": 3, "local": 1})));
+    for (pod, address) in
+        [("default/web-1", "10.1.1.21"), ("default/web-2", "10.1.2.21"), ("default/web-3", "10.1.2.22")]
+    {
+        let backends = web["backends"].as_array().unwrap();
+        let backend = backends.iter().find(|one| one["address"] == format!("{address}:8080")).expect("it is listed");
+        assert_eq!(backend["hits"], count[pod], "{pod}: {backend}");
+    }
     site.finish();
 }
 

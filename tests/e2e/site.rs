@@ -196,7 +196,8 @@ impl Site {
         self.ask(node, "status").unwrap()
     }
 
-    fn ask(&self, node: &str, command: &str) -> Result<Value, LabError> {
+    /// What a node's router answers to a command that prints JSON.
+    pub fn ask(&self, node: &str, command: &str) -> Result<Value, LabError> {
         let config = self.configs[node].display().to_string();
         let text = self.lab.weir(node, &[command, "-c", &config, "--output", "json"])?;
         Ok(serde_json::from_str(&text).unwrap())
