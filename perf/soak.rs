@@ -40,6 +40,7 @@ use weir_dataplane::{
 };
 use weir_nat::{Affinity, SnatPorts};
 use weir_packet::{Protocol, Tick};
+use weir_policy::Compiler;
 use weir_sync::{Counters, Domain, Participant, Published};
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -595,13 +596,14 @@ type Prepared = (Vec<Compiled>, Arc<SnatPorts>, Tables, Arc<Domain>, Links);
 fn prepare(folder: &Path) -> Result<Prepared, Failure> {
     let config = folder.join("weir.yaml");
     fs::write(&config, CONFIG)?;
+    let mut policy = Compiler::default();
     let mut variants = Vec::new();
     let mut loaded = None;
     for variant in [false, true] {
         fs::write(folder.join("cluster.yaml"), manifests(variant))?;
         let now = translate::load(&config).map_err(|problems| problems.render(false))?;
         let links = compile::links_of(&now.config);
-        let rules = Arc::new(compile::rules(&now)?);
+        let rules = Arc::new(compile::rules(&now, &mut policy)?);
         variants.push(Compiled { rules, forwarding: Arc::new(Forwarding::compile(&now.cluster, &links)?) });
         loaded = Some((now, links));
     }

@@ -29,6 +29,7 @@ use weir_dataplane::{
 };
 use weir_nat::Affinity;
 use weir_packet::{Mac, Tick};
+use weir_policy::Compiler;
 use weir_sync::{Counters, Domain, Published};
 
 use crate::{compile, translate};
@@ -96,7 +97,7 @@ pub fn measure(flows: u32, duration: Duration) -> Result<Measurement, String> {
     let loaded = translate::load(&config).map_err(|problems| problems.render(false))?;
 
     let links = links(&loaded.cluster);
-    let rules = Arc::new(compile::rules(&loaded).map_err(|e| e.to_string())?);
+    let rules = Arc::new(compile::rules(&loaded, &mut Compiler::default()).map_err(|e| e.to_string())?);
     let snat = Arc::new(compile::snat_ports(&loaded, &rules, &BTreeSet::new()).map_err(|e| e.to_string())?);
     let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &links).map_err(|e| e.to_string())?);
     let domain = Domain::new();

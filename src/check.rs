@@ -6,6 +6,8 @@ use std::{
     process::ExitCode,
 };
 
+use weir_policy::Compiler;
+
 use crate::{
     compile::{self, CompileError},
     config::{Problems, Severity, Span},
@@ -37,7 +39,7 @@ pub fn run(config: &Path, output: Output) -> ExitCode {
 /// Loads, and compiles what was loaded as a running router does.
 fn load_and_compile(config: &Path) -> Result<Loaded, Problems> {
     let mut loaded = load(config)?;
-    let rules = compile::rules(&loaded).err();
+    let rules = compile::rules(&loaded, &mut Compiler::default()).err();
     let timeouts = compile::timeouts(&loaded.config.conntrack).err();
     for error in [rules, timeouts].into_iter().flatten() {
         let span = place_of(&error, &loaded.notes);

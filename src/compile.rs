@@ -12,7 +12,7 @@ use weir_dataplane::{
     snapshot::Rules,
 };
 use weir_nat::{CompileError as ServicesError, NoSnatPorts, ServiceTable, SnatPorts};
-use weir_policy::{Classifier, CompileError as PolicyError};
+use weir_policy::{CompileError as PolicyError, Compiler as PolicyCompiler};
 use weir_sync::Domain;
 
 use crate::{
@@ -40,13 +40,13 @@ pub enum CompileError {
     Forwarding(#[from] TooManyNextHops),
 }
 
-/// Compiles services and policy.
+/// Compiles services and policy; `policy` is what compiled the configuration before, if any did.
 ///
 /// # Errors
 /// Where a size is beyond what can be compiled.
-pub fn rules(loaded: &Loaded) -> Result<Rules, CompileError> {
+pub fn rules(loaded: &Loaded, policy: &mut PolicyCompiler) -> Result<Rules, CompileError> {
     let services = ServiceTable::compile(&loaded.services)?;
-    let policy = Classifier::compile(&loaded.policy)?;
+    let policy = policy.compile(&loaded.policy)?;
     Ok(Rules::new(services, policy, &loaded.cluster))
 }
 

@@ -17,6 +17,7 @@ use weir_dataplane::{
 };
 use weir_nat::{Affinity, SnatPorts};
 use weir_packet::{Mac, Tick};
+use weir_policy::Compiler;
 use weir_sync::{Counters, Domain, Participant, Published};
 
 use crate::{
@@ -42,6 +43,7 @@ pub enum MemoryRouterError {
 pub struct MemoryRouter {
     links: Links,
     cluster: Cluster,
+    policy: Compiler,
     rules: Arc<Rules>,
     snat: Arc<SnatPorts>,
     generation: u32,
@@ -63,7 +65,8 @@ impl MemoryRouter {
     /// # Errors
     /// Where something is too large to compile.
     pub fn new(loaded: Loaded, links: Links, seed: u64) -> Result<Self, MemoryRouterError> {
-        let rules = Arc::new(compile::rules(&loaded)?);
+        let mut policy = Compiler::default();
+        let rules = Arc::new(compile::rules(&loaded, &mut policy)?);
         let snat = Arc::new(compile::snat_ports(&loaded, &rules, &BTreeSet::new())?);
         let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?);
         let domain = Domain::new();
@@ -81,6 +84,7 @@ impl MemoryRouter {
             participant: domain.join(),
             links,
             cluster: loaded.cluster,
+            policy,
             rules,
             snat,
             generation: 1,
@@ -105,7 +109,7 @@ impl MemoryRouter {
         for neighbor in learned {
             self.learn(neighbor);
         }
-        self.rules = Arc::new(compile::rules(&loaded)?);
+        self.rules = Arc::new(compile::rules(&loaded, &mut self.policy)?);
         self.snat = Arc::new(compile::snat_ports(&loaded, &self.rules, &BTreeSet::new())?);
         self.cluster = loaded.cluster;
         self.publish()?;

@@ -45,6 +45,7 @@ use weir_dataplane::{
 };
 use weir_nat::{Affinity, Clients, Model, SnatPorts};
 use weir_packet::{Mac, Protocol};
+use weir_policy::Compiler;
 use weir_sync::{Counters, Domain, Published};
 
 use crate::{
@@ -270,6 +271,8 @@ struct Router {
     path: PathBuf,
     loader: Loader,
     loaded: Loaded,
+    /// Makes the next rules out of the ones before.
+    policy: Compiler,
     rules: Arc<Rules>,
     /// Ports of `snat.portRange` that sockets of the node listen on.
     listening: BTreeSet<u16>,
@@ -308,7 +311,9 @@ impl Router {
         let roles = role_rules(&loaded);
         let kernel = KernelState::follow(FollowSettings::default()).await?;
         loaded.add_local_addresses(&own_addresses(&kernel, &roles));
-        let rules = Arc::new(compile::rules(&loaded)?.counting(loaded.config.workers.cores.len()));
+        let mut policy = Compiler::default();
+        let rules = compile::rules(&loaded, &mut policy)?.counting(loaded.config.workers.cores.len());
+        let rules = Arc::new(rules);
         let listening = listening_ports(loaded.config.snat.port_range);
         let snat = Arc::new(compile::snat_ports(&loaded, &rules, &listening)?);
         for warning in loaded.notes.of(Severity::Warning) {
@@ -460,6 +465,7 @@ impl Router {
             listener,
             loaded,
             hits: Hits::new(rules.clone()),
+            policy,
             rules,
             listening,
             snat,
@@ -545,7 +551,7 @@ impl Router {
         if !given && addresses.iter().any(|address| !self.loaded.services.local_addresses.contains(address)) {
             // Node ports are open on every address of the node.
             self.loaded.add_local_addresses(&addresses);
-            self.rules = Arc::new(compile::rules(&self.loaded)?.counting(self.workers.len()));
+            self.rules = Arc::new(compile::rules(&self.loaded, &mut self.policy)?.counting(self.workers.len()));
             self.snat = Arc::new(compile::snat_ports(&self.loaded, &self.rules, &self.listening)?);
             self.health.follow(health::wanted(&self.loaded.services));
         }
@@ -718,7 +724,7 @@ impl Router {
         };
         loaded.add_local_addresses(&own_addresses(&self.kernel, &self.roles));
         let listening = listening_ports(loaded.config.snat.port_range);
-        let compiled = compile::rules(&loaded)
+        let compiled = compile::rules(&loaded, &mut self.policy)
             .and_then(|rules| compile::snat_ports(&loaded, &rules, &listening).map(|snat| (rules, snat)));
         let (rules, snat) = match compiled {
             Ok((rules, snat)) => (Arc::new(rules.counting(self.workers.len())), Arc::new(snat)),

@@ -23,7 +23,7 @@ use weir_dataplane::{
 };
 use weir_nat::Affinity;
 use weir_packet::{FlowKey, Ports, Protocol, Tick};
-use weir_policy::Judgement;
+use weir_policy::{Compiler, Judgement};
 
 use crate::{
     compile::{self, CompileError, address_port},
@@ -65,7 +65,7 @@ impl Tracer {
     /// # Errors
     /// Where a size is beyond what can be compiled.
     pub fn new(loaded: &Loaded) -> Result<Self, CompileError> {
-        let rules = Arc::new(compile::rules(loaded)?);
+        let rules = Arc::new(compile::rules(loaded, &mut Compiler::default())?);
         let snat = Arc::new(compile::snat_ports(loaded, &rules, &BTreeSet::new())?);
         let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &compile::links_of(&loaded.config))?);
         Ok(Self {

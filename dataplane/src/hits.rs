@@ -75,11 +75,11 @@ impl Hits {
             }
             None => true,
         });
-        let rules = self.current.policy.rule_count();
-        if self.archive.len() > ARCHIVE_FLOOR.max(2 * rules) {
-            let identity = |number| self.current.policy.describe(RuleId(number as u32)).identity();
+        let policy = &self.current.policy;
+        if self.archive.len() > ARCHIVE_FLOOR.max(2 * policy.rule_count()) {
+            let identity = |rule| policy.describe(rule).identity();
             let kept: HashMap<RuleIdentity, u64> =
-                (0..rules).filter_map(|number| self.archive.remove_entry(&identity(number))).collect();
+                policy.rules().filter_map(|rule| self.archive.remove_entry(&identity(rule))).collect();
             self.archive = kept;
         }
         let services = &self.current.services;

@@ -15,7 +15,7 @@ use weir_dataplane::{hits::Hits, snapshot::Rules};
 use weir_nat::SnatPorts;
 use weir_packet::Protocol;
 use weir_policy::{
-    RuleId, Selector,
+    Selector,
     model::{EntityMatch, Policy, PortMatch, Rule, Tier},
 };
 
@@ -64,7 +64,7 @@ fn udp([src, dst]: [&str; 2], [from, to]: [u16; 2]) -> Vec<u8> {
 /// By the names that rules have in `rules`.
 fn named(hits: &Hits, rules: &Rules) -> BTreeMap<String, u64> {
     let hits = hits.by_rule();
-    let origins = (0..rules.policy.rule_count()).map(|number| rules.policy.describe(RuleId(number as u32)));
+    let origins = rules.policy.rules().map(|rule| rules.policy.describe(rule));
     origins.filter_map(|origin| Some((origin.to_string(), *hits.get(&origin.identity())?))).collect()
 }
 

@@ -1,8 +1,13 @@
-//! Which class an address belongs to.
+//! Which class an address belongs to, and a point of it.
+
+use std::sync::Arc;
 
 use hashbrown::HashMap;
 
-use crate::trie::{Key, RangeMap};
+use crate::{
+    points::point_key,
+    trie::{Key, RangeMap},
+};
 
 /// The peer classes of one address family.
 ///
@@ -11,13 +16,23 @@ use crate::trie::{Key, RangeMap};
 #[derive(Debug)]
 pub(crate) struct AddressClasses<K> {
     exact: HashMap<K, u32>,
-    ranges: RangeMap<K>,
+    ranges: Arc<RangeMap<K>>,
+    /// What `ranges` was made from.
+    coarse: Vec<(u128, u32)>,
+    /// [`crate::points::PointClasses::of_pair`].
+    points: Arc<HashMap<u64, u32>>,
 }
 
 impl<K: Key> AddressClasses<K> {
-    /// From the starts of intervals, ascending from 0, and their classes, over `bits`-bit addresses.
-    pub(crate) fn new(intervals: &[(u128, u32)], bits: u32) -> Self {
-        let mut exact = HashMap::new();
+    /// From the starts of intervals, ascending from 0, and their classes, over `bits`-bit addresses; shares with
+    /// `previous` what is the same.
+    pub(crate) fn new(
+        intervals: &[(u128, u32)],
+        points: Arc<HashMap<u64, u32>>,
+        bits: u32,
+        previous: Option<&Self>,
+    ) -> Self {
+        let mut exact = HashMap::with_capacity(previous.map_or(0, |previous| previous.exact.len()));
         let mut coarse: Vec<(u128, u32)> = Vec::new();
         for (index, (start, class)) in intervals.iter().enumerate() {
             let single = intervals.get(index + 1).is_some_and(|(next, _)| *next == start + 1);
@@ -28,7 +43,11 @@ impl<K: Key> AddressClasses<K> {
             }
         }
         exact.shrink_to_fit();
-        Self { exact, ranges: RangeMap::new(&coarse, bits) }
+        let ranges = match previous.filter(|previous| previous.coarse == coarse) {
+            Some(previous) => Arc::clone(&previous.ranges),
+            None => Arc::new(RangeMap::new(&coarse, bits)),
+        };
+        Self { exact, ranges, coarse, points }
     }
 
     /// The class of an address.
@@ -40,9 +59,15 @@ impl<K: Key> AddressClasses<K> {
         }
     }
 
+    /// The class of an address of this class with a point.
+    #[inline]
+    pub(crate) fn point_class(&self, class: u32, point: u32) -> u32 {
+        self.points.get(&point_key(class, point)).copied().unwrap_or(0)
+    }
+
     /// Memory in use.
     pub(crate) fn memory_bytes(&self) -> usize {
-        self.exact.allocation_size() + self.ranges.memory_bytes()
+        self.exact.allocation_size() + self.ranges.memory_bytes() + self.points.allocation_size()
     }
 }
 
@@ -53,7 +78,8 @@ mod tests {
     #[test]
     fn single_addresses_at_the_ends_and_between_ranges() {
         let max = u128::from(u32::MAX);
-        let classes = AddressClasses::<u32>::new(&[(0, 1), (1, 2), (50, 3), (51, 4), (max, 5)], 32);
+        let classes =
+            AddressClasses::<u32>::new(&[(0, 1), (1, 2), (50, 3), (51, 4), (max, 5)], Arc::default(), 32, None);
         for (address, class) in [(0, 1), (1, 2), (49, 2), (50, 3), (51, 4), (u32::MAX - 1, 4), (u32::MAX, 5)] {
             assert_eq!(classes.class(address), class, "{address}");
         }

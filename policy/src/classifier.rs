@@ -138,7 +138,7 @@ impl fmt::Display for RuleOrigin<'_> {
 }
 
 /// [`RuleOrigin`] by numbers; a rule by its place in its list.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Origin {
     Policy { policy: u32, rule: u32, direction: PolicyDirection },
     TierEnd { tier: u32, policies: Arc<[u32]> },
@@ -149,9 +149,15 @@ pub(crate) enum Origin {
 /// What has names, by number.
 #[derive(Debug)]
 pub(crate) struct Names {
-    pub(crate) policies: Box<[Arc<Policy>]>,
-    pub(crate) tiers: Box<[Box<str>]>,
-    pub(crate) profiles: Box<[Arc<Profile>]>,
+    pub(crate) policies: Box<[Option<Arc<Policy>>]>,
+    pub(crate) tiers: Box<[Option<Box<str>>]>,
+    pub(crate) profiles: Box<[Option<Arc<Profile>>]>,
+}
+
+impl Names {
+    fn policy(&self, number: u32) -> &Policy {
+        self.policies[number as usize].as_ref().expect("a rule's policy")
+    }
 }
 
 /// A local workload's part.
@@ -159,22 +165,29 @@ pub(crate) struct Names {
 pub(crate) struct LocalEndpoint {
     pub(crate) name: String,
     /// Programs by direction and family.
-    pub(crate) programs: [[u32; 2]; 2],
+    pub(crate) programs: [[Arc<Program>; 2]; 2],
     pub(crate) stamp: u32,
 }
 
 /// The compiled policy of a node's workloads.
 ///
-/// Made by [`Classifier::compile`], immutable since, and so shared freely between threads.
+/// Made by a [`crate::Compiler`], immutable since, and so shared freely between threads.
 #[derive(Debug)]
 pub struct Classifier {
-    pub(crate) v4: AddressClasses<u32>,
-    pub(crate) v6: AddressClasses<u128>,
-    pub(crate) programs: Vec<Program>,
+    pub(crate) v4: Arc<AddressClasses<u32>>,
+    pub(crate) v6: Arc<AddressClasses<u128>>,
     pub(crate) endpoints: Vec<LocalEndpoint>,
     pub(crate) by_name: HashMap<String, EndpointId>,
-    pub(crate) origins: Vec<Origin>,
+    pub(crate) origins: Box<[Option<Origin>]>,
     pub(crate) names: Names,
+    pub(crate) size: Size,
+}
+
+/// How large a classifier is.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Size {
+    pub(crate) programs: usize,
+    pub(crate) program_bytes: usize,
 }
 
 impl Classifier {
@@ -202,18 +215,14 @@ impl Classifier {
     #[inline]
     pub fn judge<A: Address>(&self, endpoint: EndpointId, direction: PolicyDirection, key: &FlowKey<A>) -> Judgement {
         let family = usize::from(A::WORDS != 1);
-        let program = self.endpoints[endpoint.0 as usize].programs[direction as usize][family];
-        let slot = self.programs[program as usize].judge(
-            Facts::new(key),
-            || self.address_class(key.src),
-            || self.address_class(key.dst),
-        );
+        let program = &self.endpoints[endpoint.0 as usize].programs[direction as usize][family];
+        let (facts, source, destination) = (Facts::new(key), key.src.to_bits128(), key.dst.to_bits128());
+        let slot = if A::WORDS == 1 {
+            program.judge(facts, &self.v4, source as u32, destination as u32)
+        } else {
+            program.judge(facts, &self.v6, source, destination)
+        };
         Judgement { allow: slot.outcome == Outcome::Allow, rule: slot.rule }
-    }
-
-    #[inline]
-    fn address_class<A: Address>(&self, address: A) -> u32 {
-        if A::WORDS == 1 { self.v4.class(address.to_bits128() as u32) } else { self.v6.class(address.to_bits128()) }
     }
 
     /// A number, never 0, that stands for all that this endpoint's verdicts depend on.
@@ -231,11 +240,11 @@ impl Classifier {
     /// What a rule's number stands for.
     ///
     /// # Panics
-    /// Where `rule` is of another classifier that had more rules.
+    /// Where `rule` is not one of [`Classifier::rules`].
     pub fn describe(&self, rule: RuleId) -> RuleOrigin<'_> {
-        match &self.origins[rule.0 as usize] {
+        match self.origins[rule.0 as usize].as_ref().expect("a rule of this classifier") {
             Origin::Policy { policy, rule, direction } => {
-                let policy = &self.names.policies[*policy as usize];
+                let policy = self.names.policy(*policy);
                 let definition = &policy.rules(*direction).expect("a list with this rule")[*rule as usize];
                 RuleOrigin::Policy {
                     name: &policy.name,
@@ -246,11 +255,11 @@ impl Classifier {
                 }
             }
             Origin::TierEnd { tier, policies } => RuleOrigin::TierEnd {
-                tier: &self.names.tiers[*tier as usize],
-                policies: policies.iter().map(|policy| &*self.names.policies[*policy as usize].name).collect(),
+                tier: self.names.tiers[*tier as usize].as_ref().expect("a tier with policies"),
+                policies: policies.iter().map(|policy| self.names.policy(*policy).name.as_str()).collect(),
             },
             Origin::Profile { profile, rule, direction } => {
-                let profile = &self.names.profiles[*profile as usize];
+                let profile = self.names.profiles[*profile as usize].as_ref().expect("a rule's profile");
                 let rules = profile.rules(*direction);
                 let definition = &rules[*rule as usize];
                 RuleOrigin::Profile {
@@ -268,26 +277,28 @@ impl Classifier {
     /// that isolated the endpoint), "profile kns.ns".
     ///
     /// # Panics
-    /// Where `rule` is of another classifier that had more rules.
+    /// Where `rule` is not one of [`Classifier::rules`].
     pub fn rule_name(&self, rule: RuleId) -> String {
         self.describe(rule).to_string()
     }
 
-    /// How many rules have a number: the numbers are those below it.
+    /// Numbers of rules are below this. After changes, not all of them are in use.
     pub fn rule_count(&self) -> usize {
         self.origins.len()
     }
 
+    /// The rules, ascending by number.
+    pub fn rules(&self) -> impl Iterator<Item = RuleId> {
+        self.origins.iter().zip(0..).filter(|(origin, _)| origin.is_some()).map(|(_, number)| RuleId(number))
+    }
+
     /// How many programs there are: workloads with the same policies share theirs. Two families each.
     pub fn program_count(&self) -> usize {
-        self.programs.len()
+        self.size.programs
     }
 
     /// Memory that verdicts are looked up in; names are not counted.
     pub fn memory_bytes(&self) -> usize {
-        self.v4.memory_bytes()
-            + self.v6.memory_bytes()
-            + self.programs.iter().map(Program::memory_bytes).sum::<usize>()
-            + size_of_val(&*self.endpoints)
+        self.v4.memory_bytes() + self.v6.memory_bytes() + self.size.program_bytes + size_of_val(&*self.endpoints)
     }
 }

@@ -23,22 +23,28 @@
 //! ```text
 //! Model --peers--> sets of addresses --partition--> peer classes, per family  (addresses)
 //!   |                                                   |
-//!   +--resolve--> conditions per rule --plan--> slots --+--> rows per class, application, port  (program)
+//!   +--resolve--> parts of rules --plan--> slots -------+--> rows per class, application, port  (program)
 //! ```
 //!
-//! - Selectors are evaluated at compile time: a rule's peer is a set of addresses ([`mod@model`], `peers`, `resolve`).
+//! - Selectors are evaluated at compile time: a rule's peer is a set of addresses ([`mod@model`], `peers`, `parts`,
+//!   `resolve`).
 //! - Addresses that no rule of the node tells apart are one peer class: one lookup per address (`partition`,
-//!   `addresses`).
+//!   `addresses`). Where rules name ports, an address class with a protocol and a port is of a point class (`points`).
 //! - Workloads with the same policies and profiles in a direction share a program, one per family. Its rules are one
-//!   list of slots: tiers in order with their ends, then profiles; Pass is a jump to a later slot (`compile`,
-//!   `program`).
+//!   list of slots: tiers in order with their ends, then profiles; Pass is a jump to a later slot (`plan`, `program`).
 //! - A program has rows for the fields that its rules look at; a program whose first rule matches everything, such as
 //!   that of a workload without policy, answers without any lookup.
 //!
+//! # Following changes
+//!
+//! A [`Compiler`] keeps all that a classifier was made from, each thing under a number that stays while the thing does
+//! (`slab`), and makes anew what a change reaches (`compile`). What makes that little are classes whose numbers stay
+//! (`classes`): a program that uses no set that gained or lost a class is shared between classifiers as it is.
+//!
 //! # Cost
 //!
-//! A verdict takes one hash or trie lookup per address that rules look at, one trie lookup (at most four steps) for
-//! protocol and port, and the intersection (`rows`): constant in the number of policies, rules and members, but
+//! A verdict takes one hash or trie lookup per address that rules look at, one hash lookup more where they name its port,
+//! one trie lookup (at most four steps) for protocol and port, and the intersection (`rows`): constant in the number of policies, rules and members, but
 //! for words of the rows in which rules of a 64-rule block match by different fields. With Pass, the intersection is
 //! searched again from the next tier on, so at most once per tier.
 //!
@@ -54,20 +60,28 @@
 //! - A profile that an endpoint names and nobody defines has no rules.
 
 mod addresses;
+mod classes;
 mod classifier;
 mod compile;
 mod fingerprint;
+mod limits;
 pub mod model;
 mod partition;
+mod parts;
 mod peers;
+mod plan;
+mod points;
+mod policies;
 mod program;
 mod ranges;
 mod resolve;
 mod rows;
 pub mod selector;
+mod slab;
 mod trie;
 
 pub use classifier::{Classifier, EndpointId, Judgement, PolicyDirection, RuleId, RuleIdentity, RuleOrigin};
-pub use compile::{CompileError, MAX_MEMBERSHIPS, MAX_ROW_WORDS, MAX_RULES_IN_PROGRAMS, MAX_RULES_PER_ENDPOINT};
+pub use compile::Compiler;
+pub use limits::{CompileError, MAX_MEMBERSHIPS, MAX_ROW_WORDS, MAX_RULES_IN_PROGRAMS, MAX_RULES_PER_ENDPOINT};
 pub use model::Model;
 pub use selector::{Labels, Selector, SelectorError};

@@ -7,7 +7,7 @@
 //! Endpoints, policies and profiles are shared, so that whoever translates resources again can hand over those that did
 //! not change as they are.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
 
 use ipnet::IpNet;
 use weir_packet::Protocol;
@@ -105,10 +105,7 @@ impl Tier {
     /// The policies in order of evaluation, staged ones too, where they would stand.
     pub fn ordered_policies(&self) -> Vec<&Arc<Policy>> {
         let mut policies: Vec<&Arc<Policy>> = self.policies.iter().collect();
-        policies.sort_by(|a, b| {
-            let by_order = order_key(a.order).total_cmp(&order_key(b.order));
-            by_order.then_with(|| a.sort_name.cmp(&b.sort_name)).then_with(|| a.name.cmp(&b.name))
-        });
+        policies.sort_by(|a, b| a.evaluation_order(b));
         policies
     }
 }
@@ -147,6 +144,25 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// Which of two policies of a tier comes first.
+    pub(crate) fn evaluation_order(&self, other: &Self) -> Ordering {
+        let by_order = order_key(self.order).total_cmp(&order_key(other.order));
+        by_order.then_with(|| self.sort_name.cmp(&other.sort_name)).then_with(|| self.name.cmp(&other.name))
+    }
+
+    /// Whether they differ at most in the object that they came from.
+    pub(crate) fn is_equal_but_for_origin(&self, other: &Self) -> bool {
+        let Self { name, sort_name, order, selector, scope, staged, ingress, egress, origin: _ } = self;
+        *name == other.name
+            && *sort_name == other.sort_name
+            && *order == other.order
+            && *selector == other.selector
+            && *scope == other.scope
+            && *staged == other.staged
+            && *ingress == other.ingress
+            && *egress == other.egress
+    }
+
     /// The rules by which it governs a direction, if it does.
     pub fn rules(&self, direction: PolicyDirection) -> Option<&[Rule]> {
         match direction {

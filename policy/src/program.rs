@@ -15,10 +15,12 @@ use weir_packet::{Address, FlowKey, Protocol};
 
 use crate::{
     RuleId,
+    addresses::AddressClasses,
+    classes::Classes,
     partition::{Partition, TooManyMemberships},
     ranges::Ranges,
     rows::{DenseRow, MAX_FIELDS, Rows, RowsBuilder},
-    trie::RangeMap,
+    trie::{Key, RangeMap},
 };
 
 /// Bits of an application number: protocol, then a 16-bit selector.
@@ -53,13 +55,13 @@ impl Facts {
         Self { application: application(key.protocol, selector), source_port }
     }
 
-    /// Protocol and destination port, for [`PointRows`].
+    /// The packet's point at its destination: protocol and port.
     #[inline]
     fn destination_point(self) -> u32 {
         self.application
     }
 
-    /// Protocol and source port, for [`PointRows`]; nobody's for a packet without ports.
+    /// The packet's point at its source; nobody's for a packet without ports.
     #[inline]
     fn source_point(self) -> u32 {
         if self.source_port == NO_PORT { 0 } else { self.application & 0xff_0000 | self.source_port }
@@ -90,46 +92,34 @@ pub(crate) enum Outcome {
 }
 
 /// A rule in its place.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Slot {
     pub(crate) outcome: Outcome,
     pub(crate) rule: RuleId,
 }
 
-/// Rows by address class: a bit for each class whose row is not the common one, and the rows of those, found by
-/// population count.
+/// Rows by class, as runs of classes with the same row: a bit marks the class where a run starts, and the population
+/// count up to a class numbers its run. Numbers of classes follow addresses, as long as little was changed, so runs are few
+/// even where a rule's peers are many.
 #[derive(Debug)]
 struct ClassRows {
-    /// For 64 classes each: which have a row of their own, and how many in the words before have.
+    /// For 64 classes each: where runs start, and how many start in the words before.
     words: Box<[(u64, u32)]>,
+    /// By run.
     rows: Box<[u32]>,
+    /// For classes beyond: those that are in none of the sets.
     common: u32,
 }
 
 impl ClassRows {
-    fn new(field: FieldRows) -> Self {
-        let length = field.rows.last().map_or(0, |(class, _)| *class as usize / 64 + 1);
-        let mut words = vec![(0u64, 0u32); length];
-        for (class, _) in &field.rows {
-            words[*class as usize / 64].0 |= 1 << (class % 64);
-        }
-        let mut before = 0;
-        for (bits, count) in &mut words {
-            *count = before;
-            before += bits.count_ones();
-        }
-        let rows = field.rows.iter().map(|(_, row)| *row).collect();
-        Self { words: words.into(), rows, common: field.common }
-    }
-
     #[inline]
     fn get(&self, class: u32) -> u32 {
         match self.words.get(class as usize / 64) {
-            Some((bits, before)) if bits >> (class % 64) & 1 != 0 => {
-                let below = bits & ((1u64 << (class % 64)) - 1);
-                self.rows[(before + below.count_ones()) as usize]
+            Some((starts, before)) => {
+                let up_to = starts & (u64::MAX >> (63 - class % 64));
+                self.rows[(before + up_to.count_ones()) as usize - 1]
             }
-            _ => self.common,
+            None => self.common,
         }
     }
 
@@ -138,28 +128,45 @@ impl ClassRows {
     }
 }
 
-/// Rows by address class, protocol and port.
-#[derive(Debug)]
-struct PointRows {
-    rows: HashMap<u64, u32>,
+/// Makes [`ClassRows`].
+struct ClassRowsBuilder {
+    words: Vec<(u64, u32)>,
+    rows: Vec<u32>,
     common: u32,
+    /// The first class without a row.
+    next: u32,
 }
 
-impl PointRows {
-    fn new(field: FieldRows) -> Self {
-        Self { rows: field.rows.into_iter().collect(), common: field.common }
+impl ClassRowsBuilder {
+    fn new(common: u32) -> Self {
+        Self { words: Vec::new(), rows: Vec::new(), common, next: 0 }
     }
 
-    #[inline]
-    fn get(&self, class: u32, point: u32) -> u32 {
-        self.rows.get(&point_key(class, point)).copied().unwrap_or(self.common)
+    /// Gives rows to classes, ascending; those left out have the common row.
+    fn push(&mut self, class: u32, row: u32) {
+        if self.next < class {
+            self.run(self.next, self.common);
+        }
+        self.run(class, row);
+        self.next = class + 1;
     }
-}
 
-/// A class with a protocol and port, as one number.
-#[inline]
-pub(crate) const fn point_key(class: u32, point: u32) -> u64 {
-    (class as u64) << 32 | point as u64
+    fn run(&mut self, class: u32, row: u32) {
+        if self.rows.last() == Some(&row) {
+            return;
+        }
+        while self.words.len() <= class as usize / 64 {
+            self.words.push((0, self.rows.len() as u32));
+        }
+        self.words[class as usize / 64].0 |= 1 << (class % 64);
+        self.rows.push(row);
+    }
+
+    fn finish(mut self) -> ClassRows {
+        self.run(self.next, self.common);
+        // The last run has the common row, as have all classes beyond the last word.
+        ClassRows { words: self.words.into(), rows: self.rows.into(), common: self.common }
+    }
 }
 
 /// See the module's description.
@@ -169,8 +176,9 @@ pub(crate) struct Program {
     source: Option<ClassRows>,
     destination: Option<ClassRows>,
     source_port: Option<RangeMap<u32>>,
-    source_point: Option<PointRows>,
-    destination_point: Option<PointRows>,
+    /// By point class.
+    source_point: Option<ClassRows>,
+    destination_point: Option<ClassRows>,
     rows: Rows,
     slots: Box<[Slot]>,
 }
@@ -178,10 +186,9 @@ pub(crate) struct Program {
 impl Program {
     /// The slot that decides: never one that continues.
     ///
-    /// `source` and `destination` give the classes of the packet's addresses; they are called only where a slot needs
-    /// them.
+    /// Addresses are looked up only where a slot needs them.
     #[inline]
-    pub(crate) fn judge(&self, facts: Facts, source: impl FnOnce() -> u32, destination: impl FnOnce() -> u32) -> Slot {
+    pub(crate) fn judge<K: Key>(&self, facts: Facts, classes: &AddressClasses<K>, source: K, destination: K) -> Slot {
         if let [only] = &*self.slots {
             return *only;
         }
@@ -192,21 +199,21 @@ impl Program {
             fields += 1;
         };
         if self.source.is_some() || self.source_point.is_some() {
-            let class = source();
+            let class = classes.class(source);
             if let Some(field) = &self.source {
                 push(field.get(class));
             }
             if let Some(field) = &self.source_point {
-                push(field.get(class, facts.source_point()));
+                push(field.get(classes.point_class(class, facts.source_point())));
             }
         }
         if self.destination.is_some() || self.destination_point.is_some() {
-            let class = destination();
+            let class = classes.class(destination);
             if let Some(field) = &self.destination {
                 push(field.get(class));
             }
             if let Some(field) = &self.destination_point {
-                push(field.get(class, facts.destination_point()));
+                push(field.get(classes.point_class(class, facts.destination_point())));
             }
         }
         if let Some(field) = &self.application {
@@ -230,24 +237,16 @@ impl Program {
     pub(crate) fn memory_bytes(&self) -> usize {
         let trie = |field: &Option<RangeMap<u32>>| field.as_ref().map_or(0, RangeMap::memory_bytes);
         let classes = |field: &Option<ClassRows>| field.as_ref().map_or(0, ClassRows::memory_bytes);
-        let points = |field: &Option<PointRows>| field.as_ref().map_or(0, |field| field.rows.allocation_size());
         size_of::<Self>()
             + trie(&self.application)
             + trie(&self.source_port)
             + classes(&self.source)
             + classes(&self.destination)
-            + points(&self.source_point)
-            + points(&self.destination_point)
+            + classes(&self.source_point)
+            + classes(&self.destination_point)
             + self.rows.memory_bytes()
             + size_of_val(&*self.slots)
     }
-}
-
-/// The rows of one field by its values.
-pub(crate) struct FieldRows {
-    /// By value, ascending: only those that differ from `common`.
-    rows: Vec<(u64, u32)>,
-    common: u32,
 }
 
 /// What one slot asks of a field that is tested by membership in a set of values.
@@ -272,6 +271,8 @@ pub(crate) struct ProgramBuilder {
     /// Row words and row edits that may still be made.
     budget: usize,
     program: Program,
+    /// Scratch space.
+    words: Vec<u64>,
 }
 
 impl ProgramBuilder {
@@ -288,46 +289,30 @@ impl ProgramBuilder {
             rows: Rows::Words(Box::default()),
             slots: Box::default(),
         };
-        Self { slots, rows, budget, program }
+        Self { slots, rows, budget, program, words: Vec::new() }
     }
 
-    /// Sets the rows by source class: `tests` by slot, and the classes of each set.
-    pub(crate) fn source_classes<'set>(
-        &mut self,
-        tests: &[Test],
-        classes_of: impl Fn(u32) -> &'set [u32],
-    ) -> Result<(), ProgramTooLarge> {
-        self.program.source = self.by_class(tests, classes_of)?;
+    /// Sets the rows by source class: `tests` by slot.
+    pub(crate) fn source_classes(&mut self, tests: &[Test], classes: &Classes) -> Result<(), ProgramTooLarge> {
+        self.program.source = self.by_class(tests, classes)?;
         Ok(())
     }
 
     /// Sets the rows by destination class, like [`ProgramBuilder::source_classes`].
-    pub(crate) fn destination_classes<'set>(
-        &mut self,
-        tests: &[Test],
-        classes_of: impl Fn(u32) -> &'set [u32],
-    ) -> Result<(), ProgramTooLarge> {
-        self.program.destination = self.by_class(tests, classes_of)?;
+    pub(crate) fn destination_classes(&mut self, tests: &[Test], classes: &Classes) -> Result<(), ProgramTooLarge> {
+        self.program.destination = self.by_class(tests, classes)?;
         Ok(())
     }
 
-    /// Sets the rows by class, protocol and port of the source: `tests` by slot, and the [`point_key`]s of each set.
-    pub(crate) fn source_points(
-        &mut self,
-        tests: &[Test],
-        keys_of: impl Fn(u32, &mut Vec<u64>),
-    ) -> Result<(), ProgramTooLarge> {
-        self.program.source_point = self.by_membership(tests, keys_of)?.map(PointRows::new);
+    /// Sets the rows by point class of the source, like [`ProgramBuilder::source_classes`].
+    pub(crate) fn source_points(&mut self, tests: &[Test], classes: &Classes) -> Result<(), ProgramTooLarge> {
+        self.program.source_point = self.by_class(tests, classes)?;
         Ok(())
     }
 
-    /// Sets the rows by class, protocol and port of the destination, like [`ProgramBuilder::source_points`].
-    pub(crate) fn destination_points(
-        &mut self,
-        tests: &[Test],
-        keys_of: impl Fn(u32, &mut Vec<u64>),
-    ) -> Result<(), ProgramTooLarge> {
-        self.program.destination_point = self.by_membership(tests, keys_of)?.map(PointRows::new);
+    /// Sets the rows by point class of the destination, like [`ProgramBuilder::source_classes`].
+    pub(crate) fn destination_points(&mut self, tests: &[Test], classes: &Classes) -> Result<(), ProgramTooLarge> {
+        self.program.destination_point = self.by_class(tests, classes)?;
         Ok(())
     }
 
@@ -357,15 +342,6 @@ impl ProgramBuilder {
         (Program { rows: self.rows.finish(), slots: self.slots.into(), ..self.program }, words)
     }
 
-    fn by_class<'set>(
-        &mut self,
-        tests: &[Test],
-        classes_of: impl Fn(u32) -> &'set [u32],
-    ) -> Result<Option<ClassRows>, ProgramTooLarge> {
-        let values_of = |set, values: &mut Vec<u64>| values.extend(classes_of(set).iter().copied().map(u64::from));
-        Ok(self.by_membership(tests, values_of)?.map(ClassRows::new))
-    }
-
     fn spend(&mut self, amount: usize) -> Result<(), ProgramTooLarge> {
         self.budget = self.budget.checked_sub(amount).ok_or(ProgramTooLarge)?;
         Ok(())
@@ -379,16 +355,56 @@ impl ProgramBuilder {
 
     /// Rows of a field whose values are told apart by membership in sets.
     ///
-    /// The common row holds for values in no set; each other value's row differs from it exactly in the slots that
-    /// name one of the value's sets.
-    fn by_membership(
-        &mut self,
-        tests: &[Test],
-        values_of: impl Fn(u32, &mut Vec<u64>),
-    ) -> Result<Option<FieldRows>, ProgramTooLarge> {
+    /// The common row holds for classes in no set; each other class's row differs from it exactly in the slots that
+    /// name one of the class's sets.
+    fn by_class(&mut self, tests: &[Test], classes: &Classes) -> Result<Option<ClassRows>, ProgramTooLarge> {
         if tests.iter().all(|test| *test == Test::Any) {
             return Ok(None);
         }
+        if tests.len() <= 64 { self.by_class_in_words(tests, classes) } else { self.by_class_in_rows(tests, classes) }
+            .map(Some)
+    }
+
+    /// For rows of one word: a word for each class, flipped set by set.
+    fn by_class_in_words(&mut self, tests: &[Test], classes: &Classes) -> Result<ClassRows, ProgramTooLarge> {
+        let mut common = 0u64;
+        let mut slots_of: Vec<(u32, u64)> = Vec::with_capacity(tests.len());
+        for (slot, test) in tests.iter().enumerate() {
+            if !matches!(test, Test::In(_)) {
+                common |= 1 << slot;
+            }
+            if let Test::In(set) | Test::NotIn(set) = test {
+                slots_of.push((*set, 1 << slot));
+            }
+        }
+        slots_of.sort_unstable();
+        let mut words = std::mem::take(&mut self.words);
+        words.clear();
+        words.resize(classes.len(), common);
+        for slots in slots_of.chunk_by(|a, b| a.0 == b.0) {
+            let flipped = slots.iter().fold(0, |all, (_, slot)| all | slot);
+            let classes = classes.of_set(slots[0].0);
+            self.spend(classes.len())?;
+            classes.iter().for_each(|class| words[*class as usize] ^= flipped);
+        }
+        self.spend(words.len())?;
+        let common_row = self.rows.add_word(common);
+        let mut builder = ClassRowsBuilder::new(common_row);
+        let (mut last, mut row) = (common, common_row);
+        for (class, word) in words.iter().enumerate() {
+            if *word != last {
+                (last, row) = (*word, self.rows.add_word(*word));
+            }
+            if *word != common {
+                builder.push(class as u32, row);
+            }
+        }
+        self.words = words;
+        Ok(builder.finish())
+    }
+
+    /// For rows of any length.
+    fn by_class_in_rows(&mut self, tests: &[Test], classes: &Classes) -> Result<ClassRows, ProgramTooLarge> {
         let mut common = DenseRow::zeros(tests.len());
         let mut slots_of: HashMap<u32, SlotsOfSet> = HashMap::new();
         for (slot, test) in tests.iter().enumerate() {
@@ -399,31 +415,26 @@ impl ProgramBuilder {
                 slots_of.entry(*set).or_default().list.push(slot as u32);
             }
         }
-        let mut memberships: Vec<(u64, u32)> = Vec::new();
-        let mut values = Vec::new();
+        let mut memberships: Vec<(u32, u32)> = Vec::new();
         for (set, slots) in &mut slots_of {
             slots.finish(tests.len());
-            values.clear();
-            values_of(*set, &mut values);
-            self.spend(values.len())?;
-            memberships.extend(values.iter().map(|value| (*value, *set)));
+            let classes = classes.of_set(*set);
+            self.spend(classes.len())?;
+            memberships.extend(classes.iter().map(|class| (*class, *set)));
         }
         memberships.sort_unstable();
 
         let common_row = self.add_row(&common)?;
+        let mut builder = ClassRowsBuilder::new(common_row);
         let mut row = common.clone();
-        let mut rows = Vec::new();
-        for of_value in memberships.chunk_by(|a, b| a.0 == b.0) {
+        for of_class in memberships.chunk_by(|a, b| a.0 == b.0) {
             row.copy_from(&common);
-            for (_, set) in of_value {
+            for (_, set) in of_class {
                 self.spend(slots_of[set].flip_in(&mut row))?;
             }
-            let number = self.add_row(&row)?;
-            if number != common_row {
-                rows.push((of_value[0].0, number));
-            }
+            builder.push(of_class[0].0, self.add_row(&row)?);
         }
-        Ok(Some(FieldRows { rows, common: common_row }))
+        Ok(builder.finish())
     }
 
     /// Rows of a field whose values are told apart by ranges.
@@ -457,10 +468,10 @@ impl ProgramBuilder {
         let partition =
             Partition::new(&ranges, (1 << bits) - 1, self.budget).map_err(|TooManyMemberships| ProgramTooLarge)?;
         let mut row = common.clone();
-        let mut rows = Vec::with_capacity(partition.signatures.len());
-        for signature in &partition.signatures {
+        let mut rows = Vec::with_capacity(partition.classes.len());
+        for class in 0..partition.classes.len() as u32 {
             row.copy_from(&common);
-            for set in signature {
+            for set in partition.classes.signature(class) {
                 self.spend(slots_of[*set as usize].flip_in(&mut row))?;
             }
             rows.push(self.add_row(&row)?);
@@ -537,9 +548,26 @@ mod tests {
 
     #[test]
     fn class_rows_count_across_words() {
-        let rows = ClassRows::new(FieldRows { rows: vec![(1, 10), (63, 11), (64, 12), (200, 13)], common: 9 });
-        for (class, row) in [(0, 9), (1, 10), (63, 11), (64, 12), (65, 9), (200, 13), (201, 9), (u32::MAX, 9)] {
+        let mut builder = ClassRowsBuilder::new(9);
+        for (class, row) in [(1, 10), (63, 11), (64, 12), (65, 12), (200, 13)] {
+            builder.push(class, row);
+        }
+        let rows = builder.finish();
+        for (class, row) in [
+            (0, 9),
+            (1, 10),
+            (2, 9),
+            (62, 9),
+            (63, 11),
+            (64, 12),
+            (65, 12),
+            (66, 9),
+            (200, 13),
+            (201, 9),
+            (u32::MAX, 9),
+        ] {
             assert_eq!(rows.get(class), row, "class {class}");
         }
+        assert_eq!(ClassRowsBuilder::new(4).finish().get(0), 4);
     }
 }

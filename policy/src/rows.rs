@@ -22,18 +22,13 @@ pub(crate) const MAX_BITS: usize = 64 * 64 * 64;
 /// The most rows that one search may name.
 pub(crate) const MAX_FIELDS: usize = 6;
 
-/// The rows of one program, by number.
+/// The rows of one program one after another. A row's number is the place where it starts.
 #[derive(Debug)]
 pub(crate) enum Rows {
     /// At most 64 rules: a word per row.
     Words(Box<[u64]>),
-    /// More: encoded rows and where each starts.
-    Sparse {
-        /// The rows one after another.
-        data: Box<[u64]>,
-        /// By row: where it starts in `data`.
-        starts: Box<[u32]>,
-    },
+    /// More: encoded rows.
+    Sparse(Box<[u64]>),
 }
 
 impl Rows {
@@ -45,21 +40,14 @@ impl Rows {
                 let common = rows.iter().fold(u64::MAX << from, |common, row| common & words[*row as usize]);
                 (common != 0).then(|| common.trailing_zeros())
             }
-            Self::Sparse { data, starts } => {
-                let mut row_starts = [0; MAX_FIELDS];
-                for (start, row) in row_starts.iter_mut().zip(rows) {
-                    *start = starts[*row as usize] as usize;
-                }
-                first_common_sparse(data, &row_starts[..rows.len()], from)
-            }
+            Self::Sparse(data) => first_common_sparse(data, rows, from),
         }
     }
 
     /// Memory in use.
     pub(crate) fn memory_bytes(&self) -> usize {
         match self {
-            Self::Words(words) => size_of_val(&**words),
-            Self::Sparse { data, starts } => size_of_val(&**data) + size_of_val(&**starts),
+            Self::Words(words) | Self::Sparse(words) => size_of_val(&**words),
         }
     }
 }
@@ -70,10 +58,10 @@ fn start_mask(index: u32, start: u32, from: u32) -> u64 {
     if index == start { u64::MAX << (from % 64) } else { u64::MAX }
 }
 
-fn first_common_sparse(data: &[u64], rows: &[usize], from: u32) -> Option<u32> {
+fn first_common_sparse(data: &[u64], rows: &[u32], from: u32) -> Option<u32> {
     let mut top = u64::MAX << (from >> 12);
     for row in rows {
-        top &= data[*row];
+        top &= data[*row as usize];
     }
     while top != 0 {
         let high = top.trailing_zeros();
@@ -81,7 +69,8 @@ fn first_common_sparse(data: &[u64], rows: &[usize], from: u32) -> Option<u32> {
         let mut middle = start_mask(high, from >> 12, from >> 6);
         let mut views = [(0u64, 0usize); MAX_FIELDS];
         for (view, row) in views.iter_mut().zip(rows) {
-            let pair = row + 1 + 2 * rank(data[*row], high);
+            let row = *row as usize;
+            let pair = row + 1 + 2 * rank(data[row], high);
             *view = (data[pair], row + data[pair + 1] as usize);
             middle &= view.0;
         }
@@ -166,7 +155,6 @@ fn ones(words: &[u64]) -> impl Iterator<Item = usize> {
 pub(crate) struct RowsBuilder {
     numbers: HashMap<Vec<u64>, u32>,
     data: Vec<u64>,
-    starts: Vec<u32>,
     single_word: bool,
     scratch: Vec<u64>,
 }
@@ -175,13 +163,7 @@ impl RowsBuilder {
     /// For rows of `bits` bits, at most [`MAX_BITS`].
     pub(crate) fn new(bits: usize) -> Self {
         assert!(bits <= MAX_BITS, "{bits} rules in a row of {MAX_BITS}");
-        Self {
-            numbers: HashMap::new(),
-            data: Vec::new(),
-            starts: Vec::new(),
-            single_word: bits <= 64,
-            scratch: Vec::new(),
-        }
+        Self { numbers: HashMap::new(), data: Vec::new(), single_word: bits <= 64, scratch: Vec::new() }
     }
 
     /// The number of the row.
@@ -192,10 +174,22 @@ impl RowsBuilder {
         } else {
             encode(row, &mut self.scratch);
         }
+        self.number()
+    }
+
+    /// The number of a row of at most 64 bits.
+    pub(crate) fn add_word(&mut self, word: u64) -> u32 {
+        assert!(self.single_word, "a word in the place of a row");
+        self.scratch.clear();
+        self.scratch.push(word);
+        self.number()
+    }
+
+    fn number(&mut self) -> u32 {
         *self.numbers.entry_ref(self.scratch.as_slice()).or_insert_with(|| {
-            self.starts.push(self.data.len() as u32);
+            let start = self.data.len() as u32;
             self.data.extend_from_slice(&self.scratch);
-            (self.starts.len() - 1) as u32
+            start
         })
     }
 
@@ -210,11 +204,7 @@ impl RowsBuilder {
     }
 
     pub(crate) fn finish(self) -> Rows {
-        if self.single_word {
-            Rows::Words(self.data.into())
-        } else {
-            Rows::Sparse { data: self.data.into(), starts: self.starts.into() }
-        }
+        if self.single_word { Rows::Words(self.data.into()) } else { Rows::Sparse(self.data.into()) }
     }
 }
 

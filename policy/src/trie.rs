@@ -80,7 +80,7 @@ impl<K: Key> RangeMap<K> {
         assert!(intervals.first().is_some_and(|(start, _)| *start == 0), "the first range starts at 0");
         assert!((1..=K::BITS).contains(&bits), "{bits} bits in a key of {}", K::BITS);
         let mut builder = Builder { intervals, nodes: vec![Node::default()], leaves: Vec::new() };
-        builder.fill(0, 0, bits);
+        builder.fill(0, 0, bits, 0);
         Self {
             nodes: builder.nodes.into(),
             leaves: builder.leaves.into(),
@@ -120,9 +120,9 @@ struct Builder<'ranges> {
 }
 
 impl Builder<'_> {
-    /// Fills `node`, which covers the `bits`-bit block of numbers from `base`.
-    fn fill(&mut self, node: usize, base: u128, bits: u32) {
-        let mut children: Vec<u128> = Vec::new();
+    /// Fills `node`, which covers the `bits`-bit block of numbers from `base`; `index` is that of the interval of `base`.
+    fn fill(&mut self, node: usize, base: u128, bits: u32, mut index: usize) {
+        let mut children: Vec<(u128, usize)> = Vec::new();
         let mut built = Node { first_leaf: self.leaves.len() as u32, ..Node::default() };
         for slot in 0..64u32 {
             let (low, size_bits) = if bits >= 6 {
@@ -132,12 +132,17 @@ impl Builder<'_> {
                 (base + u128::from(slot >> (6 - bits)), 0)
             };
             let high = low + ((1u128 << size_bits) - 1);
-            let after = self.intervals.partition_point(|(start, _)| *start <= low);
-            if self.intervals.get(after).is_some_and(|(start, _)| *start <= high) {
+            let starts_by =
+                |index: usize, number: u128| self.intervals.get(index).is_some_and(|(start, _)| *start <= number);
+            if starts_by(index + 1, low) {
+                index += 1;
+            }
+            if starts_by(index + 1, high) {
                 built.children |= 1 << slot;
-                children.push(low);
+                children.push((low, index));
+                index += self.intervals[index + 1..].partition_point(|(start, _)| *start <= high);
             } else {
-                let value = self.intervals[after - 1].1;
+                let value = self.intervals[index].1;
                 if built.runs == 0 || self.leaves.last() != Some(&value) {
                     built.runs |= 1 << slot;
                     self.leaves.push(value);
@@ -147,8 +152,8 @@ impl Builder<'_> {
         built.first_child = self.nodes.len() as u32;
         self.nodes.resize(self.nodes.len() + children.len(), Node::default());
         self.nodes[node] = built;
-        for (index, low) in children.into_iter().enumerate() {
-            self.fill(built.first_child as usize + index, low, bits - 6);
+        for (place, (low, index)) in children.into_iter().enumerate() {
+            self.fill(built.first_child as usize + place, low, bits - 6, index);
         }
     }
 }

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use oracle::Packet;
 use proptest::{prelude::*, sample::select};
 use weir_packet::{FlowKey, Ports, Protocol};
-use weir_policy::{Classifier, Judgement, PolicyDirection, Selector, model::*};
+use weir_policy::{Classifier, Compiler, Judgement, PolicyDirection, Selector, model::*};
 
 // A small world, in which sets overlap and packets meet rules.
 
@@ -270,11 +270,15 @@ fn locals(model: &Model) -> impl Iterator<Item = &Endpoint> {
 }
 
 fn agree(model: &Model, packets: &[Packet]) -> Result<(), TestCaseError> {
-    let classifier = Classifier::compile(model).expect("within the limits");
+    agrees(&Classifier::compile(model).expect("within the limits"), model, packets)
+}
+
+/// That a classifier says what the linear evaluator says of the model.
+fn agrees(classifier: &Classifier, model: &Model, packets: &[Packet]) -> Result<(), TestCaseError> {
     for endpoint in locals(model) {
         for direction in PolicyDirection::ALL {
             for packet in packets {
-                let judgement = classify(&classifier, &endpoint.name, direction, packet);
+                let judgement = classify(classifier, &endpoint.name, direction, packet);
                 let seen = (judgement.allow, classifier.rule_name(judgement.rule));
                 let expected = oracle::judge(model, endpoint, direction, packet);
                 prop_assert_eq!(seen, expected, "{} {:?} {:?}", &endpoint.name, direction, packet);
@@ -337,6 +341,37 @@ proptest! {
 }
 
 proptest! {
+    /// A compiler that follows edits says what a fresh one says, and what the rules say, after each of them.
+    #[test]
+    fn following_edits_is_compiling_anew(
+        (mut model, packets) in (model(5), packets()),
+        edits in proptest::collection::vec((edit(), any::<bool>()), 1..12),
+    ) {
+        let mut compiler = Compiler::default();
+        compiler.compile(&model).expect("within the limits");
+        for (edit, remade) in edits {
+            edit.apply(&mut model);
+            if remade {
+                // As whoever shares nothing would hand it over.
+                model.endpoints.iter_mut().for_each(|endpoint| *endpoint = Arc::new((**endpoint).clone()));
+                let policies = model.tiers.iter_mut().flat_map(|tier| &mut tier.policies);
+                policies.for_each(|policy| *policy = Arc::new((**policy).clone()));
+                model.profiles.iter_mut().for_each(|profile| *profile = Arc::new((**profile).clone()));
+            }
+            let followed = compiler.compile(&model).expect("within the limits");
+            let fresh = Classifier::compile(&model).expect("within the limits");
+            agrees(&followed, &model, &packets)?;
+            prop_assert_eq!(followed.program_count(), fresh.program_count());
+            prop_assert_eq!(followed.rules().count(), fresh.rules().count());
+            prop_assert!(followed.endpoints().eq(fresh.endpoints()));
+            for (id, name) in fresh.endpoints() {
+                prop_assert_eq!(followed.stamp(id), fresh.stamp(id), "{}", name);
+            }
+        }
+    }
+}
+
+proptest! {
     // Programs of hundreds of rules, whose rows have more than one word.
     #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
 
@@ -352,33 +387,76 @@ enum Edit {
     Relabel(usize, BTreeMap<String, String>),
     Readdress(usize, Vec<IpNet>),
     RenamePorts(usize, String),
-    Remove(usize),
+    MoveNode(usize),
+    GiveProfiles(usize, Vec<String>),
+    AddEndpoint(usize, Endpoint),
+    RemoveEndpoint(usize),
+    Reverse,
     ReplaceRules(usize, Vec<Rule>),
+    ReplaceRule(usize, Box<Rule>),
     Stage(usize),
+    Reorder(usize, Option<f64>),
+    Renumber(usize, u32),
+    AddPolicy(usize, Policy),
+    RemovePolicy(usize),
     TierAction(usize, TierAction),
+    TierOrder(usize, Option<f64>),
+    AddTier(Tier),
+    RemoveTier(usize),
+    ReplaceProfile(Vec<Rule>),
 }
 
 impl Edit {
     fn apply(&self, model: &mut Model) {
-        fn endpoint(model: &mut Model, index: usize) -> &mut Endpoint {
-            let count = model.endpoints.len();
-            Arc::make_mut(&mut model.endpoints[index % count])
+        fn endpoint(model: &mut Model, index: usize) -> Option<&mut Endpoint> {
+            let index = index.checked_rem(model.endpoints.len())?;
+            Some(Arc::make_mut(&mut model.endpoints[index]))
         }
         fn policy(model: &mut Model, index: usize) -> Option<&mut Policy> {
             let policies = model.tiers.iter_mut().flat_map(|tier| &mut tier.policies);
-            let mut policies: Vec<&mut Policy> = policies.map(Arc::make_mut).collect();
-            let count = policies.len();
-            (count > 0).then(|| policies.swap_remove(index % count))
+            let mut policies: Vec<&mut Arc<Policy>> = policies.collect();
+            let index = index.checked_rem(policies.len())?;
+            Some(Arc::make_mut(policies.swap_remove(index)))
         }
+        fn tier(model: &mut Model, index: usize) -> Option<&mut Tier> {
+            let index = index.checked_rem(model.tiers.len())?;
+            Some(&mut model.tiers[index])
+        }
+        // Names that nothing else has.
+        let unique = |name: &str, taken: &mut dyn Iterator<Item = &str>| {
+            let taken: Vec<String> = taken.map(str::to_owned).collect();
+            (0..).map(|number| format!("{name}{number}")).find(|name| !taken.contains(name)).expect("endless")
+        };
         match self {
-            Self::Relabel(index, labels) => endpoint(model, *index).labels = labels.clone(),
-            Self::Readdress(index, nets) => endpoint(model, *index).nets = nets.clone(),
-            Self::RenamePorts(index, name) => {
-                endpoint(model, *index).ports.iter_mut().for_each(|port| port.name.clone_from(name));
+            Self::Relabel(index, labels) => {
+                endpoint(model, *index).into_iter().for_each(|one| one.labels.clone_from(labels));
             }
-            Self::Remove(index) => {
-                let count = model.endpoints.len();
-                model.endpoints.remove(index % count);
+            Self::Readdress(index, nets) => {
+                endpoint(model, *index).into_iter().for_each(|one| one.nets.clone_from(nets));
+            }
+            Self::RenamePorts(index, name) => {
+                let ports = endpoint(model, *index).into_iter().flat_map(|one| &mut one.ports);
+                ports.for_each(|port| port.name.clone_from(name));
+            }
+            Self::MoveNode(index) => endpoint(model, *index).into_iter().for_each(|one| one.local = !one.local),
+            Self::GiveProfiles(index, profiles) => {
+                endpoint(model, *index).into_iter().for_each(|one| one.profiles.clone_from(profiles));
+            }
+            Self::AddEndpoint(index, endpoint) => {
+                let name = unique("ns/e", &mut model.endpoints.iter().map(|endpoint| endpoint.name.as_str()));
+                let index = index % (model.endpoints.len() + 1);
+                model.endpoints.insert(index, Arc::new(Endpoint { name, ..endpoint.clone() }));
+            }
+            Self::RemoveEndpoint(index) => {
+                if let Some(index) = index.checked_rem(model.endpoints.len()) {
+                    model.endpoints.remove(index);
+                }
+            }
+            Self::Reverse => {
+                model.endpoints.reverse();
+                model.tiers.reverse();
+                model.tiers.iter_mut().for_each(|tier| tier.policies.reverse());
+                model.profiles.reverse();
             }
             Self::ReplaceRules(index, rules) => {
                 if let Some(policy) = policy(model, *index) {
@@ -386,15 +464,52 @@ impl Edit {
                     policy.egress = Some(rules.clone());
                 }
             }
-            Self::Stage(index) => {
-                if let Some(policy) = policy(model, *index) {
-                    policy.staged = !policy.staged;
+            Self::ReplaceRule(index, rule) => {
+                let rules = policy(model, *index).and_then(|policy| policy.ingress.as_mut());
+                let first = rules.and_then(|rules| rules.first_mut());
+                first.into_iter().for_each(|first| *first = Rule { number: 1, ..(**rule).clone() });
+            }
+            Self::Stage(index) => policy(model, *index).into_iter().for_each(|policy| policy.staged = !policy.staged),
+            Self::Reorder(index, order) => policy(model, *index).into_iter().for_each(|policy| policy.order = *order),
+            Self::Renumber(index, origin) => {
+                policy(model, *index).into_iter().for_each(|policy| policy.origin = *origin);
+            }
+            Self::AddPolicy(index, policy) => {
+                let policies = model.tiers.iter().flat_map(|tier| &tier.policies);
+                let name = unique("p", &mut policies.map(|policy| policy.sort_name.as_str()));
+                let full = format!("NetworkPolicy/ns/{name}");
+                let policy = Policy { sort_name: name, name: full, ..policy.clone() };
+                tier(model, *index).into_iter().for_each(|tier| tier.policies.push(Arc::new(policy.clone())));
+            }
+            Self::RemovePolicy(index) => {
+                if let Some(tier) = tier(model, *index)
+                    && let Some(index) = index.checked_rem(tier.policies.len())
+                {
+                    tier.policies.remove(index);
                 }
             }
             Self::TierAction(index, action) => {
-                let count = model.tiers.len();
-                if let Some(tier) = index.checked_rem(count).map(|index| &mut model.tiers[index]) {
-                    tier.default_action = *action;
+                tier(model, *index).into_iter().for_each(|tier| tier.default_action = *action);
+            }
+            Self::TierOrder(index, order) => tier(model, *index).into_iter().for_each(|tier| tier.order = *order),
+            Self::AddTier(tier) => {
+                let name = unique("tier", &mut model.tiers.iter().map(|tier| tier.name.as_str()));
+                let mut tier = Tier { name: name.clone(), ..tier.clone() };
+                for (number, policy) in tier.policies.iter_mut().enumerate() {
+                    let policy = Arc::make_mut(policy);
+                    policy.sort_name = format!("{name}.{number}");
+                    policy.name = format!("NetworkPolicy/ns/{name}.{number}");
+                }
+                model.tiers.push(tier);
+            }
+            Self::RemoveTier(index) => {
+                if let Some(index) = index.checked_rem(model.tiers.len()) {
+                    model.tiers.remove(index);
+                }
+            }
+            Self::ReplaceProfile(rules) => {
+                if let Some(profile) = model.profiles.last_mut() {
+                    Arc::make_mut(profile).ingress.clone_from(rules);
                 }
             }
         }
@@ -403,14 +518,32 @@ impl Edit {
 
 fn edit() -> impl Strategy<Value = Edit> {
     let index = || 0usize..12;
-    prop_oneof![
+    let profiles = || proptest::collection::vec(select(vec!["open", "odd", "unknown"]).prop_map(str::to_owned), 0..3);
+    let nets = || proptest::collection::vec(net(), 0..4);
+    let action = || select(vec![TierAction::Deny, TierAction::Pass]);
+    let of_endpoints = prop_oneof![
         (index(), labels()).prop_map(|(index, labels)| Edit::Relabel(index, labels)),
-        (index(), proptest::collection::vec(net(), 0..4)).prop_map(|(index, nets)| Edit::Readdress(index, nets)),
+        (index(), nets()).prop_map(|(index, nets)| Edit::Readdress(index, nets)),
         (index(), port_name()).prop_map(|(index, name)| Edit::RenamePorts(index, name)),
-        index().prop_map(Edit::Remove),
+        index().prop_map(Edit::MoveNode),
+        (index(), profiles()).prop_map(|(index, profiles)| Edit::GiveProfiles(index, profiles)),
+        (index(), endpoint()).prop_map(|(index, endpoint)| Edit::AddEndpoint(index, endpoint)),
+        index().prop_map(Edit::RemoveEndpoint),
+        Just(Edit::Reverse),
+    ];
+    let of_policies = prop_oneof![
         (index(), rules(4)).prop_map(|(index, rules)| Edit::ReplaceRules(index, rules)),
+        (index(), rule()).prop_map(|(index, rule)| Edit::ReplaceRule(index, Box::new(rule))),
         index().prop_map(Edit::Stage),
-        (index(), select(vec![TierAction::Deny, TierAction::Pass]))
-            .prop_map(|(index, action)| Edit::TierAction(index, action)),
-    ]
+        (index(), order()).prop_map(|(index, order)| Edit::Reorder(index, order)),
+        (index(), any::<u32>()).prop_map(|(index, origin)| Edit::Renumber(index, origin)),
+        (index(), policy(4)).prop_map(|(index, policy)| Edit::AddPolicy(index, policy)),
+        index().prop_map(Edit::RemovePolicy),
+        (index(), action()).prop_map(|(index, action)| Edit::TierAction(index, action)),
+        (index(), order()).prop_map(|(index, order)| Edit::TierOrder(index, order)),
+        tier(4).prop_map(Edit::AddTier),
+        index().prop_map(Edit::RemoveTier),
+        rules(3).prop_map(Edit::ReplaceProfile),
+    ];
+    prop_oneof![of_endpoints, of_policies]
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use weir_packet::{FlowKey, Ports, Protocol};
-use weir_policy::{Classifier, CompileError, PolicyDirection, RuleId, RuleIdentity, RuleOrigin, Selector, model::*};
+use weir_policy::{Classifier, CompileError, PolicyDirection, RuleIdentity, RuleOrigin, Selector, model::*};
 
 const TCP: Protocol = Protocol::TCP;
 const UDP: Protocol = Protocol::UDP;
@@ -536,8 +536,9 @@ fn a_rules_identity_is_what_it_says_and_where() {
     let numbered = |number, rule: &Rule| Rule { number, ..rule.clone() };
     let identities = |name: &str, rules: Vec<Rule>| {
         let classifier = Classifier::compile(&with(vec![ingress(policy(name, 1000.0, "app == 'a'"), rules)])).unwrap();
-        let all: BTreeMap<String, RuleIdentity> = (0..classifier.rule_count())
-            .map(|number| classifier.describe(RuleId(number as u32)))
+        let all: BTreeMap<String, RuleIdentity> = classifier
+            .rules()
+            .map(|rule| classifier.describe(rule))
             .map(|origin| (origin.to_string(), origin.identity()))
             .collect();
         all

@@ -1,0 +1,174 @@
+//! The order in which a program's rules are tried, and what each asks of a packet.
+
+use hashbrown::HashSet;
+
+use crate::{
+    RuleId,
+    fingerprint::Fingerprint,
+    model::Action,
+    parts::FamilySets,
+    program::{Outcome, Slot, Test},
+    ranges::Family,
+    resolve::{ResolvedRule, Resolver},
+};
+
+/// What one alternative of a rule asks of a packet of one family: sets by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Conditions {
+    /// Number of a set of applications.
+    pub(crate) application: Option<u32>,
+    /// Number of a set of source ports.
+    pub(crate) source_port: Option<u32>,
+    /// On address sets of the family.
+    pub(crate) source: Test,
+    /// On address sets of the family.
+    pub(crate) destination: Test,
+    /// On point sets of the family.
+    pub(crate) source_point: Test,
+    /// On point sets of the family.
+    pub(crate) destination_point: Test,
+}
+
+impl Conditions {
+    /// No conditions.
+    pub(crate) const NONE: Self = Self {
+        application: None,
+        source_port: None,
+        source: Test::Any,
+        destination: Test::Any,
+        source_point: Test::Any,
+        destination_point: Test::Any,
+    };
+
+    /// A number that equal conditions on equal sets share, in every process.
+    fn fingerprint(&self, resolver: &Resolver, sets: &FamilySets) -> u64 {
+        let address = |test| match test {
+            Test::Any => [0, 0],
+            Test::In(set) => [1, sets.address_fingerprint(set)],
+            Test::NotIn(set) => [2, sets.address_fingerprint(set)],
+        };
+        let point = |test| match test {
+            Test::Any => [0, 0],
+            Test::In(set) => [1, sets.point_fingerprint(set)],
+            Test::NotIn(set) => [2, sets.point_fingerprint(set)],
+        };
+        let mut fingerprint = Fingerprint::new(0);
+        for words in [
+            self.application.map_or([0, 0], |set| [1, resolver.applications.fingerprint(set)]),
+            self.source_port.map_or([0, 0], |set| [1, resolver.source_ports.fingerprint(set)]),
+            address(self.source),
+            address(self.destination),
+            point(self.source_point),
+            point(self.destination_point),
+        ] {
+            words.into_iter().for_each(|word| fingerprint.add(word));
+        }
+        fingerprint.value()
+    }
+}
+
+/// A slot before its rows are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PlannedSlot {
+    pub(crate) slot: Slot,
+    pub(crate) conditions: Conditions,
+}
+
+/// The slots laid out so far. A stage is a tier, or the profiles: what a Pass skips the rest of.
+pub(crate) struct Plan<'all> {
+    resolver: &'all Resolver,
+    family: Family,
+    slots: Vec<PlannedSlot>,
+    /// Conditions that the stage has had: the same again can never be the first to match.
+    seen: HashSet<Conditions>,
+    /// Slots of the stage that continue at its end.
+    passes: Vec<usize>,
+    /// Whether a slot of the stage matches everything, so that nothing after it is reached.
+    closed: bool,
+}
+
+impl<'all> Plan<'all> {
+    pub(crate) fn new(resolver: &'all Resolver, family: Family) -> Self {
+        Self { resolver, family, slots: Vec::new(), seen: HashSet::new(), passes: Vec::new(), closed: false }
+    }
+
+    pub(crate) fn begin_stage(&mut self) {
+        self.seen.clear();
+        self.closed = false;
+    }
+
+    /// Whether nothing after what the stage has is reached.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// Adds what a rule does. In a profile Pass denies.
+    pub(crate) fn add(&mut self, rule: &ResolvedRule, profile: bool) {
+        if rule.ip_version.is_some_and(|version| version != self.family.version()) {
+            return;
+        }
+        let parts = &self.resolver.parts;
+        for alternative in &rule.alternatives {
+            let (Some(source), Some(destination), Some(source_point), Some(destination_point)) = (
+                parts.address_test(alternative.source, self.family),
+                parts.address_test(alternative.destination, self.family),
+                parts.point_test(alternative.source_point, self.family),
+                parts.point_test(alternative.destination_point, self.family),
+            ) else {
+                continue;
+            };
+            let (application, source_port) = (alternative.application, alternative.source_port);
+            let conditions =
+                Conditions { application, source_port, source, destination, source_point, destination_point };
+            let outcome = match rule.action {
+                Action::Log => return,
+                Action::Allow => Outcome::Allow,
+                Action::Deny => Outcome::Deny,
+                Action::Pass if profile => Outcome::Deny,
+                // The end of the stage is not known yet.
+                Action::Pass => Outcome::Continue(u32::MAX),
+            };
+            self.push(outcome, rule.rule, conditions);
+        }
+    }
+
+    pub(crate) fn push(&mut self, outcome: Outcome, rule: RuleId, conditions: Conditions) {
+        if self.closed || !self.seen.insert(conditions) {
+            return;
+        }
+        self.closed = conditions == Conditions::NONE;
+        if matches!(outcome, Outcome::Continue(_)) {
+            self.passes.push(self.slots.len());
+        }
+        self.slots.push(PlannedSlot { slot: Slot { outcome, rule }, conditions });
+    }
+
+    /// Says whether no packet gets beyond this stage.
+    pub(crate) fn end_stage(&mut self) -> bool {
+        let end = self.slots.len() as u32;
+        let passed = !self.passes.is_empty();
+        for pass in self.passes.drain(..) {
+            self.slots[pass].slot.outcome = Outcome::Continue(end);
+        }
+        self.closed && !passed
+    }
+
+    pub(crate) fn finish(self) -> Vec<PlannedSlot> {
+        self.slots
+    }
+}
+
+/// A number that programs with equal slots share, in every process; the rules' names have no part in it.
+pub(crate) fn fingerprint(slots: &[PlannedSlot], resolver: &Resolver, family: Family) -> u64 {
+    let sets = &resolver.parts.families[family as usize];
+    let mut fingerprint = Fingerprint::new(slots.len() as u64);
+    for planned in slots {
+        fingerprint.add(match planned.slot.outcome {
+            Outcome::Allow => 0,
+            Outcome::Deny => 1,
+            Outcome::Continue(next) => 2 + u64::from(next),
+        });
+        fingerprint.add(planned.conditions.fingerprint(resolver, sets));
+    }
+    fingerprint.value()
+}
