@@ -132,20 +132,19 @@ impl Selector {
 }
 
 impl fmt::Display for Selector {
-    /// Writes the selector so that parsing it gives an equal one in meaning.
+    /// Writes the selector so that parsing it gives an equal one, if it came from parsing one; else one that is equal in
+    /// meaning, unless a string has both kinds of quotes.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // A string has no escapes; one with both kinds of quotes cannot have come from a parsed selector.
+        // A string has no escapes.
         let quote = |text: &str| if text.contains('\'') { format!("\"{text}\"") } else { format!("'{text}'") };
         let set = |values: &BTreeSet<String>| values.iter().map(|value| quote(value)).collect::<Vec<_>>().join(", ");
-        let join = |f: &mut fmt::Formatter<'_>, parts: &[Self], operator: &str| {
-            f.write_str("(")?;
+        // Parentheses only where they are needed, as their depth is limited.
+        let join = |f: &mut fmt::Formatter<'_>, parts: &[Self], operator: &str, needs: fn(&Self) -> bool| {
             for (index, part) in parts.iter().enumerate() {
-                if index > 0 {
-                    f.write_str(operator)?;
-                }
-                write!(f, "{part}")?;
+                let operator = if index > 0 { operator } else { "" };
+                if needs(part) { write!(f, "{operator}({part})")? } else { write!(f, "{operator}{part}")? }
             }
-            f.write_str(")")
+            Ok(())
         };
         match self {
             Self::All => f.write_str("all()"),
@@ -160,8 +159,9 @@ impl fmt::Display for Selector {
             Self::EndsWith(label, text) => write!(f, "{label} ends with {}", quote(text)),
             Self::And(parts) if parts.is_empty() => f.write_str("all()"),
             Self::Or(parts) if parts.is_empty() => f.write_str("!all()"),
-            Self::And(parts) => join(f, parts, " && "),
-            Self::Or(parts) => join(f, parts, " || "),
+            Self::And(parts) => join(f, parts, " && ", |part| matches!(part, Self::And(_) | Self::Or(_))),
+            Self::Or(parts) => join(f, parts, " || ", |part| matches!(part, Self::Or(_))),
+            Self::Not(part) if matches!(**part, Self::And(_) | Self::Or(_) | Self::Not(_)) => write!(f, "!({part})"),
             Self::Not(part) => write!(f, "!{part}"),
         }
     }
@@ -423,7 +423,14 @@ mod tests {
 
     #[test]
     fn display_parses_back() {
-        for text in ["a == 'x' && !(b in {'y', \"it's\"} || has(c))", "!a contains 'q'", "a not in {}", "global()"] {
+        for text in [
+            "a == 'x' && !(b in {'y', \"it's\"} || has(c))",
+            "has(a) && (has(b) && has(c)) || (has(d) || has(e))",
+            "(has(a) || has(b)) && !(!has(c))",
+            "!a contains 'q'",
+            "a not in {}",
+            "global()",
+        ] {
             let selector = Selector::parse(text).unwrap();
             assert_eq!(Selector::parse(&selector.to_string()).unwrap(), selector, "{selector}");
         }
