@@ -11,7 +11,7 @@ use weir_policy::Compiler;
 use crate::{
     compile::{self, CompileError},
     config::{Problems, Severity, Span},
-    translate::{Loaded, load},
+    translate::{Loaded, load_with_review},
 };
 
 /// The form of what is printed.
@@ -38,7 +38,8 @@ pub fn run(config: &Path, output: Output) -> ExitCode {
 
 /// Loads, and compiles what was loaded as a running router does.
 fn load_and_compile(config: &Path) -> Result<Loaded, Problems> {
-    let mut loaded = load(config)?;
+    let mut loaded = load_with_review(config)?;
+    missing_cores(&mut loaded);
     let rules = compile::rules(&loaded, &mut Compiler::default()).err();
     let timeouts = compile::timeouts(&loaded.config.conntrack).err();
     for error in [rules, timeouts].into_iter().flatten() {
@@ -50,6 +51,21 @@ fn load_and_compile(config: &Path) -> Result<Loaded, Problems> {
         return Err(loaded.notes);
     }
     Ok(loaded)
+}
+
+/// Warns of workers that could not run on this machine, which need not be the one that is configured.
+fn missing_cores(loaded: &mut Loaded) {
+    let here: Vec<usize> = core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect();
+    let missing = loaded.config.workers.cores.iter().filter(|core| !here.contains(core));
+    let missing: Vec<String> = missing.map(usize::to_string).collect();
+    // The default is not written anywhere.
+    let Some(start) = loaded.notes.source(0).text().find("cores") else { return };
+    if !here.is_empty() && !missing.is_empty() {
+        let span = Span { file: 0, start: start as u32, end: (start + "cores".len()) as u32 };
+        let message = format!("workers.cores: this machine has no core {} for this process", missing.join(", "));
+        loaded.notes.warning(span, message, format!("it may run on {here:?}; `weir run` refuses to start with others"));
+        loaded.notes.sort();
+    }
 }
 
 /// Where weir.yaml, the first source, gives the setting at fault; its beginning where the fault is no setting's.

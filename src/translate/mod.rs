@@ -8,6 +8,7 @@ mod policy;
 mod ports;
 #[cfg(test)]
 mod reload_tests;
+mod review;
 mod services;
 #[cfg(test)]
 mod tests;
@@ -90,11 +91,21 @@ pub fn load(path: &Path) -> Result<Loaded, Problems> {
     Loader::new(path).load()
 }
 
+/// As [`load`], and warns of what is valid but probably not meant so, which takes a look at everything.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_with_review(path: &Path) -> Result<Loaded, Problems> {
+    Loader { reviews: true, ..Loader::new(path) }.load()
+}
+
 /// Loads a configuration, at first and again and again; what did not change is taken as it was.
 #[derive(Debug)]
 pub struct Loader {
     path: PathBuf,
     library: Library,
+    /// Whether what is valid is looked through for what is probably not meant so.
+    reviews: bool,
 }
 
 /// What was read: weir.yaml and the texts of the manifests, with the problems of reading.
@@ -107,7 +118,7 @@ struct Read {
 impl Loader {
     /// For the weir.yaml at `path`.
     pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), library: Library::default() }
+        Self { path: path.to_owned(), library: Library::default(), reviews: false }
     }
 
     /// Reads and translates everything.
@@ -213,7 +224,7 @@ impl Loader {
             }
             manifests.add_last_good(&previous.objects, &wanted, &self.library, &mut problems);
         }
-        match translate(read.config.clone(), &self.path, &mut manifests, problems) {
+        match translate(read.config.clone(), &self.path, &mut manifests, self.reviews, problems) {
             Ok(loaded) => Ok(Loaded { faulty, ..loaded }),
             Err(problems) => Err(Box::new(Failed { problems, manifests })),
         }
@@ -231,11 +242,15 @@ fn translate(
     config: RouterConfig,
     path: &Path,
     manifests: &mut Manifests,
+    reviews: bool,
     mut problems: Problems,
 ) -> Result<Loaded, Problems> {
     let cluster = cluster::translate(&config, manifests, &mut problems);
     let services = services::translate(&config, manifests, &cluster, &mut problems);
     let policy = policy::translate(&config, manifests, &cluster, &mut problems);
+    if reviews {
+        review::review(&config, manifests, &cluster, &mut problems);
+    }
     problems.sort();
     if problems.has_errors() {
         return Err(problems);

@@ -18,11 +18,17 @@ use super::*;
 use crate::config::Source;
 
 mod policy;
+mod review;
 
 const WEIR: &str = "nodeName: node-a\nmanifests: [cluster.yaml]\n";
 
 /// Loads texts without a disk, as [`load`] does files.
 fn load_texts(weir: &str, cluster: &str) -> Result<Loaded, Problems> {
+    read_texts(weir, cluster, false)
+}
+
+/// The same, perhaps as [`load_with_review`].
+fn read_texts(weir: &str, cluster: &str, reviews: bool) -> Result<Loaded, Problems> {
     let mut problems = Problems::default();
     let file = problems.add_source(Source::new("weir.yaml", weir.to_owned()));
     let Some((config, _)) = RouterConfig::from_source(file, Path::new(""), &mut problems) else {
@@ -32,13 +38,16 @@ fn load_texts(weir: &str, cluster: &str) -> Result<Loaded, Problems> {
     let mut texts = Texts::default();
     Library::default().add_text("cluster.yaml", cluster.to_owned(), &mut texts, &mut problems);
     let mut manifests = Manifests::of(&texts, &BTreeMap::new(), &mut problems);
-    translate(config, Path::new("weir.yaml"), &mut manifests, problems)
+    translate(config, Path::new("weir.yaml"), &mut manifests, reviews, problems)
 }
 
 /// "place: severity: message [help]" of everything that is said.
 fn said(weir: &str, cluster: &str) -> Vec<String> {
-    let outcome = load_texts(weir, cluster);
-    let problems = match &outcome {
+    lines_of(&load_texts(weir, cluster))
+}
+
+fn lines_of(outcome: &Result<Loaded, Problems>) -> Vec<String> {
+    let problems = match outcome {
         Ok(loaded) => &loaded.notes,
         Err(problems) => problems,
     };
