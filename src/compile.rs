@@ -8,7 +8,7 @@ use weir_dataplane::{
     forwarding::TooManyNextHops,
     frame::IfIndex,
     model::{Device, Links, Neighbor, Role, Route},
-    pipeline::Tables,
+    pipeline::{Tables, capacity_with_share},
     snapshot::Rules,
 };
 use weir_nat::{CompileError as ServicesError, NoSnatPorts, ServiceTable, SnatPorts};
@@ -127,7 +127,7 @@ fn tcp_settings(settings: &Conntrack) -> TcpSettings {
 /// As [`timeouts`].
 pub fn table_config(settings: &Conntrack, random: &mut ChaCha8Rng) -> Result<TableConfig, CompileError> {
     Ok(TableConfig {
-        max_entries: u32::try_from(settings.max_entries).unwrap_or(u32::MAX),
+        max_entries: capacity_with_share(u32::try_from(settings.max_entries).unwrap_or(u32::MAX)),
         seed: [random.next_u64(), random.next_u64()],
         timeouts: timeouts(settings)?,
         tcp: tcp_settings(settings),

@@ -5,6 +5,7 @@ use std::{
     io::{self, BufReader, IsTerminal, Read},
     path::PathBuf,
     process::ExitCode,
+    time::Duration,
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -115,7 +116,7 @@ struct Replay {
     seed: u64,
     /// Change to another configuration, at a time after the first packet; may be given several times.
     #[arg(long, value_name = "SECONDS=FILE", value_parser = seconds_and_file)]
-    config_at: Vec<(f64, PathBuf)>,
+    config_at: Vec<(Duration, PathBuf)>,
 }
 
 #[derive(Args)]
@@ -243,14 +244,11 @@ fn device_and_file(text: &str) -> Result<(String, PathBuf), String> {
     }
 }
 
-fn seconds_and_file(text: &str) -> Result<(f64, PathBuf), String> {
-    let parsed = text.split_once('=').and_then(|(seconds, file)| Some((seconds.parse::<f64>().ok()?, file)));
-    match parsed {
-        Some((seconds, file)) if seconds.is_finite() && seconds >= 0.0 && !file.is_empty() => {
-            Ok((seconds, file.into()))
-        }
-        _ => Err("expected SECONDS=FILE, like 2.5=other.yaml".into()),
-    }
+fn seconds_and_file(text: &str) -> Result<(Duration, PathBuf), String> {
+    let parsed = text.split_once('=').and_then(|(seconds, file)| {
+        Some((Duration::try_from_secs_f64(seconds.parse().ok()?).ok()?, file)).filter(|_| !file.is_empty())
+    });
+    parsed.map(|(at, file)| (at, file.into())).ok_or_else(|| "expected SECONDS=FILE, like 2.5=other.yaml".into())
 }
 
 fn main() -> ExitCode {
@@ -278,7 +276,10 @@ fn main() -> ExitCode {
                 reloads: args.config_at,
             };
             match replay::run(&settings) {
-                Ok(_) => ExitCode::SUCCESS,
+                Ok(totals) => {
+                    eprintln!("{}; see {}", weir::report::counters_text(&totals), settings.out.display());
+                    ExitCode::SUCCESS
+                }
                 Err(replay::ReplayError::Config(problems)) => failed(&rendered(&problems)),
                 Err(error) => failed(&error),
             }

@@ -7,13 +7,18 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::{self, BufReader, BufWriter, Write},
+    net::IpAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use pcap_file::pcap::{PcapPacket, PcapReader, PcapWriter};
+use ipnet::IpNet;
+use pcap_file::{
+    PcapError,
+    pcap::{PcapPacket, PcapReader, PcapWriter},
+};
 use serde_json::Value;
-use weir_dataplane::counters::Totals;
+use weir_dataplane::{counters::Totals, forwarding::is_link_local};
 
 use crate::{
     compile,
@@ -34,8 +39,8 @@ pub struct Settings {
     pub out: PathBuf,
     /// Seeds the random source.
     pub seed: u64,
-    /// Configurations to change to, at seconds after the first packet.
-    pub reloads: Vec<(f64, PathBuf)>,
+    /// Configurations to change to, at times after the first packet.
+    pub reloads: Vec<(Duration, PathBuf)>,
 }
 
 /// Why a replay failed.
@@ -58,6 +63,9 @@ pub enum ReplayError {
         /// What is wrong with it.
         message: String,
     },
+    /// An input is where an output would be.
+    #[error("{0} is an input, and what the device sends would be written over it; give another folder to --out")]
+    Overwrites(PathBuf),
     /// An output cannot be written.
     #[error("{path}: {source}")]
     Write {
@@ -82,8 +90,8 @@ struct Input {
 pub fn run(settings: &Settings) -> Result<Totals, ReplayError> {
     let loaded = load(&settings.config)?;
     let mut reloads = Vec::new();
-    for (seconds, path) in &settings.reloads {
-        reloads.push((Duration::from_secs_f64(*seconds), load(path)?));
+    for (at, path) in &settings.reloads {
+        reloads.push((*at, load(path)?));
     }
     reloads.sort_by_key(|r| r.0);
     let mut reloads = reloads.into_iter().peekable();
@@ -99,7 +107,8 @@ pub fn run(settings: &Settings) -> Result<Totals, ReplayError> {
         devices.push(device);
     }
     let inputs = read_inputs(&settings.inputs, &devices)?;
-    let mut outputs = Outputs::new(&settings.out)?;
+    let names: Vec<&str> = router.devices().iter().map(|d| d.name.as_str()).collect();
+    let mut outputs = Outputs::new(settings, &names)?;
 
     let start = inputs.first().map(|i| i.at).unwrap_or_default();
     for input in inputs {
@@ -121,8 +130,13 @@ pub fn run(settings: &Settings) -> Result<Totals, ReplayError> {
     Ok(totals)
 }
 
+/// The configuration, with the devices' addresses among the node's own, as in a running router.
 fn load(path: &Path) -> Result<Loaded, ReplayError> {
-    translate::load(path).map_err(|problems| ReplayError::Config(Box::new(problems)))
+    let mut loaded = translate::load(path).map_err(|problems| ReplayError::Config(Box::new(problems)))?;
+    let devices = loaded.config.devices.iter().flat_map(|device| &device.addresses);
+    let own: Vec<IpAddr> = devices.map(IpNet::addr).filter(|address| !is_link_local(*address)).collect();
+    loaded.add_local_addresses(&own);
+    Ok(loaded)
 }
 
 fn read_inputs(inputs: &[(String, PathBuf)], devices: &[usize]) -> Result<Vec<Input>, ReplayError> {
@@ -130,12 +144,25 @@ fn read_inputs(inputs: &[(String, PathBuf)], devices: &[usize]) -> Result<Vec<In
     for ((_, path), device) in inputs.iter().zip(devices) {
         let bad = |message: String| ReplayError::Capture { path: path.clone(), message };
         let file = File::open(path).map_err(|e| bad(e.to_string()))?;
-        let mut reader = PcapReader::new(BufReader::new(file)).map_err(|e| bad(e.to_string()))?;
+        let mut reader = PcapReader::new(BufReader::new(file)).map_err(|error| match error {
+            PcapError::IoError(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                bad("it is too short for a capture".into())
+            }
+            PcapError::IncompleteBuffer => bad("it is too short for a capture".into()),
+            error => bad(format!("{error} (a pcapng file? editcap -F pcap converts it)")),
+        })?;
         if reader.header().datalink != pcap_file::DataLink::ETHERNET {
             return Err(bad(format!("its link type is {:?}", reader.header().datalink)));
         }
+        let mut number = 0_u64;
         while let Some(packet) = reader.next_packet() {
-            let packet = packet.map_err(|e| bad(e.to_string()))?;
+            number += 1;
+            let packet = packet.map_err(|error| match error {
+                PcapError::IoError(_) | PcapError::IncompleteBuffer => {
+                    bad(format!("packet {number} is cut short: the file is not complete"))
+                }
+                error => bad(format!("packet {number}: {error}")),
+            })?;
             packets.push(Input { at: packet.timestamp, device: *device, bytes: packet.data.into_owned() });
         }
     }
@@ -151,8 +178,23 @@ struct Outputs {
 }
 
 impl Outputs {
-    fn new(folder: &Path) -> Result<Self, ReplayError> {
+    /// Makes the folder. What an earlier replay left of `devices` there is removed: a file says that its device sent something.
+    fn new(settings: &Settings, devices: &[&str]) -> Result<Self, ReplayError> {
+        let folder = &settings.out;
         fs::create_dir_all(folder).map_err(|source| ReplayError::Write { path: folder.into(), source })?;
+        let inputs: Vec<PathBuf> = settings.inputs.iter().filter_map(|(_, path)| fs::canonicalize(path).ok()).collect();
+        for device in devices {
+            let path = folder.join(format!("{device}.pcap"));
+            if fs::canonicalize(&path).is_ok_and(|path| inputs.contains(&path)) {
+                return Err(ReplayError::Overwrites(path));
+            }
+            match fs::remove_file(&path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(ReplayError::Write { path, source });
+                }
+                _ => {}
+            }
+        }
         Ok(Self { folder: folder.into(), captures: BTreeMap::new() })
     }
 

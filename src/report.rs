@@ -31,3 +31,16 @@ pub fn counters_json(totals: &Totals) -> Value {
         "consumed": totals.consumed, "held": totals.held, "drops": drops,
     })
 }
+
+/// Counters in a line, for a person.
+pub fn counters_text(totals: &Totals) -> String {
+    let mut drops = totals.drops.clone();
+    drops.sort_by_key(|(_, n)| std::cmp::Reverse(*n));
+    let reasons: Vec<String> = drops.iter().map(|(reason, n)| format!("{} {n}", reason.name())).collect();
+    let dropped: u64 = drops.iter().map(|(_, n)| n).sum();
+    let named = if reasons.is_empty() { String::new() } else { format!(" ({})", reasons.join(", ")) };
+    format!(
+        "{} packets in, {} made here: {} sent, {} to the node, {} used up, {dropped} dropped{named}",
+        totals.rx, totals.generated, totals.tx, totals.punted, totals.consumed
+    )
+}

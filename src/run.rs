@@ -35,7 +35,7 @@ use weir_dataplane::{
     attach::{self, AttachError, Attachment, Owned, SocketDevice, TrunkSettings},
     counters::{COUNTERS, Totals},
     driver::PortId,
-    forwarding::{Forwarding, local_workloads},
+    forwarding::{Forwarding, is_link_local, local_workloads},
     frame::{IfIndex, MAX_MTU},
     hits::Hits,
     model::{Device, Links, Neighbor, Role, Route},
@@ -987,11 +987,7 @@ fn bridge(events: crossbeam::channel::Receiver<Event>) -> Result<mpsc::Receiver<
 
 /// This node's own addresses, link-local ones (the trunk's among them) excepted.
 fn own_addresses(kernel: &KernelState, roles: &RoleRules) -> Vec<IpAddr> {
-    let is_link_local = |address: &IpAddr| match address {
-        IpAddr::V4(address) => address.is_link_local(),
-        IpAddr::V6(address) => address.is_unicast_link_local(),
-    };
-    kernel.node_addresses(roles).into_iter().filter(|address| !is_link_local(address)).collect()
+    kernel.node_addresses(roles).into_iter().filter(|address| !is_link_local(*address)).collect()
 }
 
 /// The devices, routes and neighbours that forwarding is compiled from: the kernel's, weir.yaml's, what workloads told, and the

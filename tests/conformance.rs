@@ -59,3 +59,8 @@ fn packets_through_replay() {
 fn golden_replay_cases() {
     all_agree("packets.py", &[WEIR, "--cases", concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden")]);
 }
+
+#[test]
+fn packet_cases_written_from_the_rules() {
+    all_agree("../data/packet-cases/run.py", &[WEIR]);
+}

@@ -668,7 +668,8 @@ fn direct_address<A: Address>(node: &model::Node) -> Option<A> {
     annotated.or_else(|| node.internal_ips.iter().find_map(|ip| A::from_ip(*ip)))
 }
 
-fn is_link_local(ip: IpAddr) -> bool {
+/// Whether an address is good on one link only.
+pub fn is_link_local(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(a) => a.is_link_local(),
         IpAddr::V6(a) => a.is_unicast_link_local(),

@@ -29,7 +29,7 @@ use crate::{
     counters::{COUNTERS, Counter, Totals, drop_index},
     decide::{self, Decision, Origin, Verdict},
     driver::{Driver, PortId},
-    forwarding::{AdjacencyId, DeviceId, Encapsulation, Forwarding, Route, RouteKind, Routed},
+    forwarding::{Adjacency, AdjacencyId, DeviceId, Encapsulation, Forwarding, Route, RouteKind, Routed},
     fragments::{self, Fate, Fragments, Lead, Slot},
     frame::{IfIndex, LinkType, Packet},
     held::{Held, HeldPacket, PATIENCE},
@@ -51,8 +51,13 @@ const ERRORS_PER_TICK: u32 = 10;
 /// How often ports are tried for a connection: once more where another worker came in between when one was to be displaced.
 const SNAT_ROUNDS: u32 = 2;
 
-/// One in so many connections of a table is kept for the node itself.
+/// For every so many connections that a table may have there is place for one more, which is kept for the node itself.
 const HOST_SHARE: u32 = 64;
+
+/// The capacity of a table in which there is place for `max_entries` connections, and for the node's own when it is full of them.
+pub const fn capacity_with_share(max_entries: u32) -> u32 {
+    max_entries.saturating_add(max_entries / HOST_SHARE)
+}
 
 /// The connection tables of both families.
 #[derive(Debug)]
@@ -487,6 +492,13 @@ impl Pipeline {
                 Origin::Host => self.end(driver, packet, End::Drop(DropReason::LinkScope)),
             };
         }
+        if view.key.dst.is_bound_to_link() || view.key.src.is_bound_to_link() {
+            let for_node = view.key.dst.is_bound_to_link() || context.snapshot.forwarding.is_local(view.key.dst);
+            return match origin {
+                Origin::Uplink if for_node => self.punt_frame(packet),
+                _ => self.end(driver, packet, End::Drop(DropReason::LinkScope)),
+            };
+        }
         // Ethernet padding is none of the packet's.
         packet.set_len(usize::from(view.end));
         let hash = A::table(context.tables).hash(&view.key);
@@ -652,8 +664,12 @@ impl Pipeline {
             Verdict::Reject(reason) => return self.reject(driver, packet, view, reason, context),
             Verdict::Pass => return self.reject(driver, packet, view, DropReason::NoRoute, context),
         }
-        if decision.adjacency().is_none() {
+        let Some(adjacency) = decision.adjacency() else {
             return self.reject(driver, packet, view, DropReason::NoRoute, context);
+        };
+        // What does not get any further opens no connection.
+        if let Some((error, reason)) = obstacle(view, forwarding.adjacency(adjacency)) {
+            return self.answer_error(driver, packet, view, error, reason, context);
         }
         match self.open(&decision, packet.device, view, &segment, origin, context) {
             Ok(Opened { hit, ours }) => {
@@ -721,7 +737,7 @@ impl Pipeline {
         let to_host =
             decision.adjacency().is_some_and(|hop| snapshot.forwarding.adjacency(hop).kind == RouteKind::Host);
         let for_host = origin == Origin::Host || to_host && origin != Origin::Uplink;
-        let kept_free = if for_host { 0 } else { table.capacity() as u32 / HOST_SHARE };
+        let kept_free = if for_host { 0 } else { table.capacity() as u32 / (HOST_SHARE + 1) };
         if !table.make_room(A::handle(handles), kept_free, context.now, context.turn) {
             return Err(DropReason::TableFull);
         }
@@ -1029,14 +1045,8 @@ impl Pipeline {
             return self.punt(packet, forwarding);
         }
         // Before anything is rewritten: an ICMP error quotes the packet as its sender knows it.
-        if view.ttl <= 1 {
-            return self.answer_error(driver, packet, view, IcmpError::TtlExceeded, DropReason::TtlExpired, context);
-        }
-        let ip_bytes = u32::from(view.end - view.l3);
-        let too_big = ip_bytes > hop.mtu;
-        if too_big && (view.dont_fragment || A::BITS == 128) {
-            let mtu = hop.mtu;
-            return self.answer_error(driver, packet, view, IcmpError::TooBig { mtu }, DropReason::TooBig, context);
+        if let Some((error, reason)) = obstacle(view, hop) {
+            return self.answer_error(driver, packet, view, error, reason, context);
         }
         if *to != view.key
             && let Err(reason) = rewrite::translate(packet.bytes_mut(), view, to)
@@ -1044,7 +1054,7 @@ impl Pipeline {
             return self.end(driver, packet, End::Drop(reason));
         }
         rewrite::decrement_ttl(packet.bytes_mut(), view);
-        if too_big {
+        if is_too_big(view, hop) {
             return self.fragment(driver, packet, to.dst, adjacency, context);
         }
         self.send(driver, packet, to.dst, adjacency, context);
@@ -1372,6 +1382,25 @@ fn with_reply_port<A: Address>(mut reply: FlowKey<A>, port: u16) -> FlowKey<A> {
         Ports::new(reply.ports.source(), port)
     };
     reply
+}
+
+/// What keeps a packet from going on to `hop`, which its sender is to know.
+#[inline]
+fn obstacle<A: Address>(view: &View<A>, hop: &Adjacency) -> Option<(IcmpError, DropReason)> {
+    if hop.kind == RouteKind::Host {
+        None
+    } else if view.ttl <= 1 {
+        Some((IcmpError::TtlExceeded, DropReason::TtlExpired))
+    } else if is_too_big(view, hop) && (view.dont_fragment || A::BITS == 128) {
+        Some((IcmpError::TooBig { mtu: hop.mtu }, DropReason::TooBig))
+    } else {
+        None
+    }
+}
+
+#[inline]
+fn is_too_big<A: Address>(view: &View<A>, hop: &Adjacency) -> bool {
+    u32::from(view.end - view.l3) > hop.mtu
 }
 
 /// A next hop as a connection keeps it: the adjacency, and the low half of the generation that numbers adjacencies so.

@@ -11,7 +11,7 @@ use std::net::IpAddr;
 
 use packets::{Packet, TCP, received};
 use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service, sum};
-use weir_dataplane::frame::IfIndex;
+use weir_dataplane::{frame::IfIndex, pipeline::capacity_with_share};
 use weir_nat::SnatPorts;
 use weir_packet::{DropReason, Protocol, Tick};
 
@@ -34,7 +34,7 @@ fn router(max_entries: u32) -> Router {
             service(&format!("default/local:{protocol}"), protocol, vips, backends, Some(NODE_PORT))
         })
         .to_vec();
-    Router::new(rules(services, true), SnatPorts::new(1024..=29999, []).unwrap(), max_entries)
+    Router::new(rules(services, true), SnatPorts::new(1024..=29999, []).unwrap(), capacity_with_share(max_entries))
 }
 
 /// One side of a TCP connection as weir's other side sees it.
@@ -187,7 +187,7 @@ fn a_million_spoofed_syns_cost_no_established_connection_and_none_of_the_nodes()
     let counts = router.tables.v4.counts();
     let len = router.tables.v4.len() as u64;
     assert_eq!(router.drops().get(&DropReason::TableFull), None, "there was always something worth less");
-    assert!(len >= u64::from(MAX_ENTRIES - MAX_ENTRIES / 64 - 1) && len <= u64::from(MAX_ENTRIES), "{len}");
+    assert!(len >= u64::from(MAX_ENTRIES - 1) && len <= u64::from(capacity_with_share(MAX_ENTRIES)), "{len}");
     // Every connection is accounted for.
     let evicted = counts.evicted_closing + counts.evicted_unproved + counts.evicted_idle;
     assert_eq!(counts.inserted, router.totals().opened);
@@ -203,9 +203,8 @@ fn a_table_full_of_active_connections_refuses_others_but_not_the_node() {
     const MAX_ENTRIES: u32 = 256;
     const SHARE: u32 = MAX_ENTRIES / 64;
     let mut router = router(MAX_ENTRIES);
-    let mut all: Vec<Connection> = (0..MAX_ENTRIES - SHARE)
-        .map(|i| Connection::new(end(UPLINK, OUTSIDE, 40_000 + i as u16), (NODE, NODE_PORT)))
-        .collect();
+    let mut all: Vec<Connection> =
+        (0..MAX_ENTRIES).map(|i| Connection::new(end(UPLINK, OUTSIDE, 40_000 + i as u16), (NODE, NODE_PORT))).collect();
     all.iter_mut().for_each(|connection| connection.shake_hands(&mut router));
     let mut flood = Flood::new();
     for _ in 0..10 {
@@ -221,7 +220,7 @@ fn a_table_full_of_active_connections_refuses_others_but_not_the_node() {
         own.shake_hands(&mut router);
         all.push(own);
     }
-    assert_eq!(router.tables.v4.len(), MAX_ENTRIES as usize);
+    assert_eq!(router.tables.v4.len(), (MAX_ENTRIES + SHARE) as usize);
     router.turn(&flood.burst());
     for connection in &mut all {
         connection.send(&mut router, 1, ACK, 500);

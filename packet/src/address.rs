@@ -51,6 +51,9 @@ pub trait Address: Copy + Eq + Ord + Hash + Debug + Display + Send + Sync + 'sta
     fn is_multicast_or_broadcast(self) -> bool;
     /// 127.0.0.0/8 or `::1`.
     fn is_loopback(self) -> bool;
+    /// A unicast address that no router may forward from or to (RFC 4291, 2.5.6). None of IPv4's: routers do forward 169.254.0.0/16, where
+    /// clouds have their metadata service.
+    fn is_bound_to_link(self) -> bool;
 }
 
 impl Address for Ipv4Addr {
@@ -108,6 +111,10 @@ impl Address for Ipv4Addr {
     #[inline]
     fn is_loopback(self) -> bool {
         Self::is_loopback(&self)
+    }
+    #[inline]
+    fn is_bound_to_link(self) -> bool {
+        false
     }
 }
 
@@ -171,5 +178,9 @@ impl Address for Ipv6Addr {
     #[inline]
     fn is_loopback(self) -> bool {
         Self::is_loopback(&self)
+    }
+    #[inline]
+    fn is_bound_to_link(self) -> bool {
+        self.is_unicast_link_local()
     }
 }

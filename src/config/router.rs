@@ -287,6 +287,8 @@ const KIND: &str = "RouterConfig";
 const MAX_BURST: usize = 64;
 /// Longest name of a device: IFNAMSIZ less the final zero.
 const MAX_DEVICE_NAME_BYTES: usize = 15;
+/// Connections that a table may have at most; the node's own share comes on top.
+const MAX_CONNECTIONS: usize = weir_conntrack::MAX_ENTRIES as usize / 2;
 /// The smallest MTU that IPv4 allows (RFC 791).
 const MIN_MTU: u32 = 68;
 
@@ -300,7 +302,11 @@ impl RouterConfig {
             Err(error) => {
                 let file = problems.add_source(Source::new(name, String::new()));
                 let help = "give the path of weir.yaml with -c".to_owned();
-                problems.error(Span { file, ..Span::default() }, format!("cannot read weir.yaml: {error}"), help);
+                problems.error(
+                    Span { file, ..Span::default() },
+                    format!("cannot read the configuration: {error}"),
+                    help,
+                );
                 return None;
             }
         };
@@ -385,6 +391,12 @@ impl RouterConfig {
         if self.conntrack.max_entries == 0 {
             let conntrack = root.get("conntrack").unwrap_or(root);
             problems.error(within(conntrack, "maxEntries"), "conntrack.maxEntries is 0: nothing could connect", None);
+        }
+        if self.conntrack.max_entries > MAX_CONNECTIONS {
+            let conntrack = root.get("conntrack").unwrap_or(root);
+            let message =
+                format!("conntrack.maxEntries is {}: at most {MAX_CONNECTIONS} fit", self.conntrack.max_entries);
+            problems.error(within(conntrack, "maxEntries"), message, None);
         }
         for (index, (device, node)) in self.devices.iter().zip(items("devices")).enumerate() {
             let name = &device.name;

@@ -70,7 +70,7 @@ impl Loaded {
         self.publishers.ports()
     }
 
-    /// Adds addresses that the kernel says are this node's, unless weir.yaml gives them with `localAddresses`.
+    /// Adds addresses that devices say are this node's, unless weir.yaml gives them with `localAddresses`.
     pub fn add_local_addresses(&mut self, addresses: &[IpAddr]) {
         if self.config.local_addresses.is_none() {
             let known = &mut self.services.local_addresses;

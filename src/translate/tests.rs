@@ -790,7 +790,7 @@ fn folders_are_read_with_their_subfolders_and_missing_paths_are_errors() {
     let missing = format!("cannot read {}", path("none.yaml").display());
     assert_eq!(facts, [(2, 17, missing.as_str()), (2, 4, "this file is not UTF-8")]);
     let problems = load(&path("nowhere.yaml")).unwrap_err();
-    assert!(problems.diagnostics()[0].message.starts_with("cannot read weir.yaml"));
+    assert!(problems.diagnostics()[0].message.starts_with("cannot read the configuration"));
 }
 
 /// A reload of `cluster` after `previous`, with what stands for faulty objects: "object: substitute: problem".
