@@ -2,6 +2,7 @@
 //! for each connection, and by `weir services` one for each service port.
 
 use std::{
+    collections::HashMap,
     fmt::Write as _,
     io::{self, BufRead, BufReader, Write},
     os::unix::net::UnixStream,
@@ -11,6 +12,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use weir_policy::RuleIdentity;
 
 use crate::{
     config::{Problems, RouterConfig},
@@ -32,6 +34,8 @@ pub enum Request {
     Conntrack(conntrack::Query),
     /// Services and their backends.
     Services(services::Query),
+    /// Hits per policy rule.
+    PolicyHits,
 }
 
 /// Why there is no answer.
@@ -82,12 +86,37 @@ pub fn connect(config: &Path) -> Result<UnixStream, AskError> {
 /// # Errors
 /// Where it does not run or does not answer.
 pub fn status(config: &Path) -> Result<Value, AskError> {
+    ask(config, &Request::Status)
+}
+
+/// New connections by the policy rule that decided about them, of the router that runs with `config`.
+///
+/// # Errors
+/// Where it does not run or does not answer.
+pub fn policy_hits(config: &Path) -> Result<HashMap<RuleIdentity, u64>, AskError> {
+    let answer: PolicyHits = serde_json::from_value(ask(config, &Request::PolicyHits)?)?;
+    Ok(answer.hits.into_iter().map(|(rule, hits)| (RuleIdentity(rule), hits)).collect())
+}
+
+/// The answer to [`Request::PolicyHits`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PolicyHits {
+    /// [`RuleIdentity`] and count.
+    pub hits: Vec<(u64, u64)>,
+}
+
+/// The one line that answers a request.
+fn ask(config: &Path, request: &Request) -> Result<Value, AskError> {
     let mut stream = connect(config)?;
     stream.set_read_timeout(Some(PATIENCE)).map_err(AskError::Broken)?;
-    writeln!(stream, "{}", serde_json::to_string(&Request::Status)?).map_err(AskError::Broken)?;
+    writeln!(stream, "{}", serde_json::to_string(request)?).map_err(AskError::Broken)?;
     let mut answer = String::new();
     BufReader::new(stream).read_line(&mut answer).map_err(AskError::Broken)?;
-    Ok(serde_json::from_str(&answer)?)
+    let answer: Value = serde_json::from_str(&answer)?;
+    match answer["error"].as_str() {
+        Some(error) => Err(AskError::Refused(error.to_owned())),
+        None => Ok(answer),
+    }
 }
 
 /// Asks the router that runs with `config` for many lines, and gives each to `show` until that returns an error. Whether the answer came to

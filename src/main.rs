@@ -13,10 +13,11 @@ use weir::{
     check,
     config::Problems,
     conntrack::{Action, Query},
-    control::AskError,
+    control::{self, AskError},
     policy::{
         grid,
         groups::Groups,
+        listing::{self, Lister},
         matrix::{Matrix, Pods, Port, Question},
         svg,
     },
@@ -181,6 +182,27 @@ struct Conntrack {
 enum Policy {
     /// Show who can reach whom, pods by pods, as text, JSON or a picture. Needs no router and no privileges.
     Matrix(PolicyMatrix),
+    /// List what applies to an endpoint, in the order of evaluation, with hits per rule where a router runs; without one, all endpoints of this node.
+    List(PolicyList),
+}
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    weir policy list                       the endpoints of this node, and how many policies apply to each\n  \
+    weir policy list web/frontend-0        tiers, policies and rules of that pod, first to last\n\
+    The first rule that matches a packet decides; log goes on, pass skips the rest of its tier. What no rule of a tier decides goes\n\
+    by the tier's end. A connection needs the egress of its source and the ingress of its destination (`weir policy matrix`).\n\
+    Hits are new connections, and packets that were denied one, that the rule decided on this node since the router started, for\n\
+    whichever endpoint; a rule that a reload leaves as it is keeps them. They need a running router, and root.")]
+struct PolicyList {
+    /// A pod: namespace/name.
+    #[arg(value_name = "ENDPOINT")]
+    endpoint: Option<String>,
+    #[command(flatten)]
+    config: ConfigFile,
+    /// How the list is printed.
+    #[arg(long, value_enum, default_value = "text")]
+    output: Output,
 }
 
 #[derive(Args)]
@@ -309,6 +331,10 @@ fn main() -> ExitCode {
                 Err(message) => failed(&message),
             }
         }
+        Command::Policy(Policy::List(args)) => match run_list(&args, &mut io::BufWriter::new(io::stdout().lock())) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(message) => failed(&message),
+        },
         Command::Services(args) => match run_services(args, &mut io::BufWriter::new(io::stdout().lock())) {
             Ok(()) => ExitCode::SUCCESS,
             Err(message) => failed(&message),
@@ -359,6 +385,31 @@ fn run_matrix(args: &PolicyMatrix, out: &mut impl io::Write) -> Result<(), Strin
     )
 }
 
+fn run_list(args: &PolicyList, out: &mut impl io::Write) -> Result<(), String> {
+    let loaded = translate::load(&args.config.config).map_err(|problems| rendered(&problems))?;
+    let json = args.output == Output::Json;
+    let Some(endpoint) = &args.endpoint else {
+        let overview = Lister::new(&loaded, None).overview();
+        let text = if json { as_json(&overview)? } else { listing::overview_text(&overview) };
+        return written(out.write_all(text.as_bytes()).and_then(|()| out.flush()));
+    };
+    let hits = match control::policy_hits(&args.config.config) {
+        Ok(hits) => Some(hits),
+        Err(AskError::NotRunning { path, source }) => {
+            eprintln!("weir: hits are not shown: no router answers at {} ({source})", path.display());
+            None
+        }
+        Err(error) => return Err(error.to_string()),
+    };
+    let listed = Lister::new(&loaded, hits.as_ref()).endpoint(endpoint).map_err(|e| e.to_string())?;
+    let text = if json { as_json(&listed)? } else { listing::text(&listed) };
+    written(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
+}
+
+fn as_json(value: &impl serde::Serialize) -> Result<String, String> {
+    serde_json::to_string_pretty(value).map(|text| text + "\n").map_err(|e| e.to_string())
+}
+
 /// Who reads no more, as `head`, has what they wanted.
 fn written(result: io::Result<()>) -> Result<(), String> {
     match result {
@@ -380,15 +431,11 @@ fn run_services(args: Services, out: &mut impl io::Write) -> Result<(), String> 
             "no service that is served is {of}; expected NAMESPACE, NAMESPACE/NAME or NAMESPACE/NAME:PORT"
         ));
     }
-    let written = match args.output {
+    let printed = match args.output {
         Output::Json => writeln!(out, "{:#}", serde_json::Value::from(services)),
         Output::Text => services.iter().try_for_each(|service| write!(out, "{}", weir::services::text(service))),
     };
-    match written.and_then(|()| out.flush()) {
-        // Who reads no more, as `head`, has what they wanted.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.to_string()),
-        _ => Ok(()),
-    }
+    written(printed.and_then(|()| out.flush()))
 }
 
 fn run_conntrack(args: &Conntrack, out: &mut impl io::Write) -> Result<(), String> {

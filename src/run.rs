@@ -56,7 +56,7 @@ use crate::{
     },
     connections::{self, TablesError},
     conntrack,
-    control::{self, RUN_FOLDER, Request},
+    control::{self, PolicyHits, RUN_FOLDER, Request},
     health::{self, HealthChecks},
     kernel::{
         DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState,
@@ -775,6 +775,17 @@ impl Router {
                 thread::Builder::new().name("weir-status".into()).spawn(move || {
                     status["snat"]["addresses"] = snat_use::of_both(&shared.tables, now());
                     drop(writeln!(stream, "{status}"));
+                })?;
+                return Ok(());
+            }
+            Ok(Request::PolicyHits) => {
+                let mut stream = stream.into_inner().into_std()?;
+                stream.set_nonblocking(false)?;
+                let hits = self.hits.clone();
+                // Many rules are a long answer.
+                thread::Builder::new().name("weir-policy".into()).spawn(move || {
+                    let hits = hits.by_rule().into_iter().map(|(rule, hits)| (rule.0, hits)).collect();
+                    drop(writeln!(stream, "{}", json!(PolicyHits { hits })));
                 })?;
                 return Ok(());
             }

@@ -22,7 +22,7 @@ use crate::snapshot::Rules;
 const ARCHIVE_FLOOR: usize = 1024;
 
 /// The hits of all rules and backends since the start.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Hits {
     current: Arc<Rules>,
     /// Rules that were replaced, and that a worker may still judge by.

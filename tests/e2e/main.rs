@@ -9,6 +9,7 @@
 mod conntrack;
 mod errors;
 mod fragments;
+mod hits;
 mod hostile;
 mod ipv6;
 mod lifecycle;
