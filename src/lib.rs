@@ -6,6 +6,7 @@
 //! - [`compile`]: models to tables.
 //! - [`check`], [`trace`], [`policy`], [`replay`], [`run`], [`demo`], [`bench`]: the commands of these names.
 //! - [`services`]: the services of a running router.
+//! - [`flow`], [`explain`]: what traces are asked, and how they tell of services.
 //! - [`control`]: asking a running router; [`report`]: what is printed alike.
 //! - [`health`]: what load balancers ask of the node.
 //! - [`kernel`]: the node's kernel, followed and set up.
@@ -20,6 +21,8 @@ pub mod connections;
 pub mod conntrack;
 pub mod control;
 pub mod demo;
+pub mod explain;
+pub mod flow;
 pub mod health;
 pub mod kernel;
 pub mod lab;

@@ -13,7 +13,6 @@ use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
 };
-use serde::Deserialize;
 use serde_json::{Value, json};
 use weir_dataplane::{
     decide::{self, Decision, Origin, Verdict},
@@ -23,35 +22,19 @@ use weir_dataplane::{
 };
 use weir_nat::Affinity;
 use weir_packet::{FlowKey, Ports, Protocol, Tick};
-use weir_policy::{Compiler, Judgement};
+use weir_policy::{Compiler, Judgement, RuleOrigin};
 
 use crate::{
     compile::{self, CompileError, address_port},
     config::RouterConfig,
+    explain::Facts,
+    flow::Flow,
     translate::Loaded,
 };
 
-/// One line of the input.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Flow {
-    #[serde(default)]
-    id: Value,
-    src: String,
-    dst: String,
-    proto: Value,
-    sport: Option<u16>,
-    dport: Option<u16>,
-    icmp_type: Option<u8>,
-    icmp_code: Option<u8>,
-    device: Option<String>,
-    /// What the asker expects, of which nothing is made: flows are often kept with it.
-    #[serde(default, rename = "expect")]
-    _expect: serde::de::IgnoredAny,
-}
-
 /// The compiled tables that flows are traced through.
-pub struct Tracer {
+pub struct Tracer<'l> {
+    loaded: &'l Loaded,
     snapshot: Snapshot,
     cluster: Cluster,
     config: RouterConfig,
@@ -59,16 +42,17 @@ pub struct Tracer {
     random: ChaCha8Rng,
 }
 
-impl Tracer {
+impl<'l> Tracer<'l> {
     /// Compiles what `loaded` describes.
     ///
     /// # Errors
     /// Where a size is beyond what can be compiled.
-    pub fn new(loaded: &Loaded) -> Result<Self, CompileError> {
+    pub fn new(loaded: &'l Loaded) -> Result<Self, CompileError> {
         let rules = Arc::new(compile::rules(loaded, &mut Compiler::default())?);
         let snat = Arc::new(compile::snat_ports(loaded, &rules, &BTreeSet::new())?);
         let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &compile::links_of(&loaded.config))?);
         Ok(Self {
+            loaded,
             snapshot: Snapshot { generation: 1, rules, snat, forwarding },
             cluster: loaded.cluster.clone(),
             config: loaded.config.clone(),
@@ -84,7 +68,7 @@ impl Tracer {
     /// Where reading or writing fails.
     pub fn run(&mut self, input: impl BufRead, mut output: impl Write, text: bool) -> std::io::Result<bool> {
         let mut all_valid = true;
-        for line in input.lines() {
+        for (number, line) in (1..).zip(input.lines()) {
             let line = line?;
             if line.trim().is_empty() {
                 continue;
@@ -93,7 +77,7 @@ impl Tracer {
                 Ok(answer) => writeln!(output, "{answer}")?,
                 Err((id, error)) => {
                     all_valid = false;
-                    writeln!(output, "{}", json!({"id": id, "error": error}))?;
+                    writeln!(output, "{}", json!({"id": id, "error": format!("line {number}: {error}")}))?;
                 }
             }
         }
@@ -102,21 +86,12 @@ impl Tracer {
     }
 
     fn trace_line(&mut self, line: &str, text: bool) -> Result<String, (Value, String)> {
-        let value: Value = serde_json::from_str(line).map_err(|e| (Value::Null, format!("not JSON: {e}")))?;
-        let id = value.get("id").cloned().unwrap_or(Value::Null);
-        let flow: Flow = serde_json::from_value(value).map_err(|e| (id.clone(), e.to_string()))?;
-        self.trace(&flow, text).map_err(|error| (id, error))
+        let flow = Flow::read(line)?;
+        self.trace(&flow, text).map_err(|error| (flow.id, error))
     }
 
     fn trace(&mut self, flow: &Flow, text: bool) -> Result<String, String> {
-        let protocol = match &flow.proto {
-            Value::String(name) => Protocol::from_name(name),
-            Value::Number(number) => number.as_u64().and_then(|n| u8::try_from(n).ok()).map(Protocol),
-            _ => None,
-        };
-        let protocol = protocol.ok_or_else(|| {
-            format!("proto {} is neither tcp, udp, sctp, icmp, icmpv6 nor a number 0-255", flow.proto)
-        })?;
+        let protocol = flow.protocol;
         let sources = self.addresses(&flow.src)?;
         let destinations = self.addresses(&flow.dst)?;
         for src in &sources {
@@ -213,6 +188,25 @@ impl Tracer {
         self.snapshot.rules.policy.rule_name(judgement.rule)
     }
 
+    /// The same, with the file and line of its policy, or of those that deny together.
+    fn rule_with_place(&self, judgement: &Judgement) -> String {
+        let places: Vec<String> = match self.snapshot.rules.policy.describe(judgement.rule) {
+            RuleOrigin::Policy { object, .. } => vec![self.place(object)],
+            RuleOrigin::TierEnd { policies, .. } => {
+                let all = self.loaded.objects.iter().filter(|origin| policies.contains(&origin.to_string().as_str()));
+                all.map(|origin| format!("{}:{}", origin.file, origin.line)).collect()
+            }
+            RuleOrigin::Profile { .. } | RuleOrigin::NoProfile => Vec::new(),
+        };
+        let rule = self.rule(judgement);
+        if places.is_empty() { rule } else { format!("{rule} ({})", places.join(", ")) }
+    }
+
+    /// "file:line" of an object.
+    fn place(&self, object: u32) -> String {
+        self.loaded.objects.get(object).map_or_else(String::new, |origin| format!("{}:{}", origin.file, origin.line))
+    }
+
     fn answer<A: Routed>(&self, flow: &Flow, decision: &Decision<'_, A>) -> Value {
         let services = &self.snapshot.rules.services;
         let (verdict, reason) = match decision.verdict {
@@ -299,29 +293,34 @@ impl Tracer {
                 Origin::Uplink => "an uplink".into(),
             },
         );
-        match (decision.service, decision.backend) {
-            (Some(service), Some((address, port))) => {
-                step(
-                    "service",
-                    format!(
-                        "{}: {} usable backend{}, picked {}",
-                        services.service_name(service),
-                        decision.candidates.len(),
-                        if decision.candidates.len() == 1 { "" } else { "s" },
-                        address_port(address.to_ip(), port),
-                    ),
-                );
+        match decision.service {
+            Some(service) => {
+                let facts = Facts {
+                    model: &self.loaded.services,
+                    service: &self.loaded.services.services[service.0 as usize],
+                    place: self.place(services.origin(service)),
+                    source: key.src.to_ip(),
+                    destination: (key.dst.to_ip(), key.ports.destination()),
+                    candidates: decision.candidates.len(),
+                    picked: decision.backend.map(|(address, port)| (address.to_ip(), port)),
+                    remembered: decision.choice.is_some_and(|choice| choice.is_kept()),
+                    masquerade: decision.masquerade,
+                    refused: match decision.verdict {
+                        Verdict::Drop(reason) | Verdict::Reject(reason) => Some(reason),
+                        Verdict::Forward | Verdict::Local | Verdict::Pass => None,
+                    },
+                };
+                for (number, line) in facts.lines().into_iter().enumerate() {
+                    step(if number == 0 { "service" } else { "" }, line);
+                }
             }
-            (Some(service), None) => {
-                step("service", format!("{}: no backend was picked", services.service_name(service)))
-            }
-            (None, _) => step("service", "none claims this destination".into()),
+            None => step("service", "none claims this destination".into()),
         }
         for (name, judgement) in [("egress", &decision.egress), ("ingress", &decision.ingress)] {
             step(
                 name,
                 match judgement {
-                    Some(j) => format!("{} by {}", if j.allow { "allowed" } else { "denied" }, self.rule(j)),
+                    Some(j) => format!("{} by {}", if j.allow { "allowed" } else { "denied" }, self.rule_with_place(j)),
                     None => "not judged".into(),
                 },
             );
@@ -349,7 +348,9 @@ impl Tracer {
             match decision.verdict {
                 Verdict::Forward => "forwarded".into(),
                 Verdict::Local => "handed to this node's kernel".into(),
-                Verdict::Pass => "no service claims it and the manifests give no route".into(),
+                Verdict::Pass => "passed on: no service claims it, and neither the manifests nor weir.yaml give a route to it (a running \
+                                  router has the kernel's routes, too)"
+                    .into(),
                 Verdict::Drop(reason) => format!("dropped, {reason}: {}", reason.description()),
                 Verdict::Reject(reason) => format!("rejected, {reason}: {}", reason.description()),
             },

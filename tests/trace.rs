@@ -89,3 +89,123 @@ fn lines_share_session_affinity_in_their_order() {
     assert!(http.len() > 1, "clients are not all sent to one: {http:?}");
     assert_eq!(answers, trace(&lines).1, "a trace is a function of its input");
 }
+
+/// What `--text` prints of one flow.
+fn told(flow: &str, cluster: &str) -> Vec<String> {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("weir.yaml");
+    fs::write(&config, "nodeName: node-a\nmanifests: [cluster.yaml]\npodCIDRs: [10.1.0.0/16, 'fd00:1::/64']\n")
+        .unwrap();
+    fs::write(folder.path().join("cluster.yaml"), cluster).unwrap();
+    let loaded = translate::load(&config).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
+    let mut output = Vec::new();
+    Tracer::new(&loaded).unwrap().run(flow.as_bytes(), &mut output, true).unwrap();
+    let folder = format!("{}/", folder.path().display());
+    String::from_utf8(output).unwrap().replace(&folder, "").lines().map(|line| line.trim().to_owned()).collect()
+}
+
+#[track_caller]
+fn tells(flow: &str, cluster: &str, expected: &[&str]) {
+    let lines = told(flow, cluster);
+    let mut rest = lines.iter();
+    for wanted in expected {
+        assert!(rest.any(|line| line == wanted), "{wanted:?} is not there, or not in its place:\n{}", lines.join("\n"));
+    }
+}
+
+#[test]
+fn text_tells_why_and_where_it_stands() {
+    let flow = |src: &str, dst: &str, dport: u16| {
+        format!("{{\"src\": \"{src}\", \"dst\": \"{dst}\", \"proto\": \"tcp\", \"dport\": {dport}}}\n")
+    };
+    // The Service begins in the 8th line, behind an empty one.
+    tells(
+        &flow("172.16.0.1", "203.0.113.9", 80),
+        CLUSTER,
+        &[
+            "service   shop/web:http (cluster.yaml:8), by its load balancer IP",
+            "4 usable backends of the whole cluster",
+            "masqueraded: externalTrafficPolicy is Cluster",
+        ],
+    );
+    let twice = flow("172.16.0.1", "10.96.0.10", 80).repeat(2);
+    let lines = told(&twice, CLUSTER);
+    let picks: Vec<_> = lines.iter().filter_map(|line| line.strip_prefix("picked ")?.split_once(", ")).collect();
+    assert_eq!([picks[0].1, picks[1].1], ["at random", "which this client had before (ClientIP affinity)"]);
+    assert_eq!(picks[0].0, picks[1].0);
+    assert!(lines.contains(&"masqueraded: the source is outside podCIDRs".to_owned()), "{lines:#?}");
+    tells(
+        &flow("10.1.5.5", "10.96.0.10", 81),
+        CLUSTER,
+        &[
+            "service   shop/web:http (cluster.yaml:8) has the address, but no service has the port",
+            "verdict   rejected, UnpublishedPort: A packet to a port of a cluster IP that its service does not publish; it was answered by a reject.",
+        ],
+    );
+    // Policy Local, and one backend each that is here, elsewhere, nowhere, and not ready.
+    let local = CLUSTER
+        .replace("  sessionAffinity: ClientIP\n", "  externalTrafficPolicy: Local\n")
+        .replace("{addresses: [10.1.1.21]}", "{addresses: [10.1.1.21], nodeName: node-a}")
+        .replace("{addresses: [10.1.1.22]}", "{addresses: [10.1.1.22], nodeName: node-b}")
+        .replace("{addresses: [10.1.1.24]}", "{addresses: [10.1.1.24], nodeName: node-a, conditions: {ready: false}}");
+    tells(
+        &flow("172.16.0.1", "198.51.100.7", 80),
+        &local,
+        &[
+            "service   shop/web:http (cluster.yaml:8), by its external IP",
+            "1 usable backend on this node: externalTrafficPolicy is Local",
+            "not used: 10.1.1.22:8080: on node-b, not on this node",
+            "not used: 10.1.1.23:8080: without nodeName, so never local",
+            "not used: 10.1.1.24:8080: not serving",
+            "picked 10.1.1.21:8080, at random",
+            "not masqueraded: the backend sees the source itself",
+        ],
+    );
+    tells(
+        &flow("10.1.5.5", "198.51.100.7", 80),
+        &local,
+        &[
+            "3 usable backends of the whole cluster: externalTrafficPolicy Local does not bind pods",
+            "not used: 10.1.1.24:8080: not serving",
+            "not masqueraded: the backend sees the source itself",
+        ],
+    );
+    tells(
+        &flow("192.168.10.1", "192.168.10.1", 30080),
+        &local,
+        &[
+            "service   shop/web:http (cluster.yaml:8), by its node port",
+            "3 usable backends of the whole cluster: externalTrafficPolicy Local does not bind the node itself",
+            "masqueraded: the source is this node",
+        ],
+    );
+    tells(
+        &flow("172.16.0.1", "172.16.0.9", 80),
+        CLUSTER,
+        &[
+            "service   none claims this destination",
+            "verdict   passed on: no service claims it, and neither the manifests nor weir.yaml give a route to it (a running \
+         router has the kernel's routes, too)",
+        ],
+    );
+    // Policy: the file and line of the object that decided.
+    let policy = "---\napiVersion: v1\nkind: Pod\nmetadata: {namespace: shop, name: web}\nspec: {nodeName: node-a}\n\
+                  status: {podIP: 10.1.1.21}\n---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n\
+                  metadata: {namespace: shop, name: open}\nspec: {podSelector: {}, ingress: [{ports: [{port: 8080}]}]}\n";
+    let line = CLUSTER.lines().count() + 8;
+    let allowed = format!("ingress   allowed by NetworkPolicy/shop/open rule 1 (cluster.yaml:{line})");
+    tells(&flow("172.16.0.1", "10.1.1.21", 8080), &format!("{CLUSTER}{policy}"), &[&allowed]);
+}
+
+#[test]
+fn lines_that_are_no_flows_are_named_by_their_number() {
+    let (all_valid, answers) = trace(
+        "{\"id\": 1, \"src\": \"10.1.1.21\", \"dst\": \"10.96.0.10\", \"proto\": \"tcp\", \"dport\": 80}\n\n\
+         {\"id\": 2, \"src\": \"10.1.1.21\", \"dst\": \"10.96.0.10\", \"proto\": \"tcp\"}\nnonsense\n",
+    );
+    assert!(!all_valid);
+    assert_eq!(answers[0]["backends"].as_array().map(Vec::len), Some(4));
+    let error = |answer: &Value| (answer["id"].clone(), answer["error"].as_str().unwrap().to_owned());
+    assert_eq!(error(&answers[1]), (2.into(), "line 3: dport is missing: tcp packets go to a port".into()));
+    assert_eq!(error(&answers[2]), (Value::Null, "line 4: this is not JSON from column 2 on".into()));
+}

@@ -54,7 +54,12 @@ pub struct Choice<A> {
     before: Option<(A, u16)>,
 }
 
-impl<A> Choice<A> {
+impl<A: PartialEq + Copy> Choice<A> {
+    /// Whether it is what the client had before.
+    pub fn is_kept(&self) -> bool {
+        self.before == Some((self.backend, self.port))
+    }
+
     pub(crate) fn new(
         record: &Record,
         timeout_seconds: u32,
