@@ -7,8 +7,10 @@ use super::{
     matrix::{Cell, Matrix, Verdict},
 };
 
-/// Ports of pairs that are open for some ports only, and groups' members, are listed up to so many lines.
+/// Pairs that are open for some ports only, and groups, are listed up to so many lines.
 const LISTED: usize = 40;
+/// Members of a group that are named.
+const NAMED: usize = 12;
 const RESET: &str = "\x1b[0m";
 
 /// The letter of a cell, and its colour on a terminal.
@@ -152,9 +154,13 @@ fn members(text: &mut String, matrix: &Matrix, groups: &Groups) {
     }
     text.push_str("\nTogether:\n");
     for group in together.iter().take(LISTED) {
-        let names: Vec<&str> = group.iter().map(|pod| matrix.pods[*pod].short_name()).collect();
+        let names: Vec<&str> = group.iter().take(NAMED).map(|pod| matrix.pods[*pod].short_name()).collect();
         let number = groups.groups.partition_point(|other| other[0] < group[0]) + 1;
-        let _ = writeln!(text, "  {number} {}/ {}", matrix.pods[group[0]].namespace(), names.join(" "));
+        let _ = write!(text, "  {number} {}/ {}", matrix.pods[group[0]].namespace(), names.join(" "));
+        match group.len() - names.len() {
+            0 => text.push('\n'),
+            more => drop(writeln!(text, " and {more} more")),
+        }
     }
     more(text, together.len());
 }

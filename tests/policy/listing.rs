@@ -9,7 +9,7 @@ use weir::{
     translate::{self, Loaded},
 };
 use weir_packet::{FlowKey, Ports, Protocol};
-use weir_policy::{Classifier, PolicyDirection, RuleId, RuleOrigin};
+use weir_policy::{Classifier, PolicyDirection, RuleOrigin};
 
 use crate::random;
 
@@ -113,7 +113,7 @@ fn demo() -> Loaded {
 fn hits_stand_beside_their_rules() {
     let loaded = demo();
     let classifier = Classifier::compile(&loaded.policy).unwrap();
-    let identities = (0..classifier.rule_count()).map(|rule| classifier.describe(RuleId(rule as u32)).identity());
+    let identities = classifier.rules().map(|rule| classifier.describe(rule).identity());
     let hits: Hits = identities.map(|identity| (identity, 1)).collect();
     let listing = Lister::new(&loaded, Some(&hits)).endpoint("web/web-test-pod").unwrap();
     let text = listing::text(&listing);

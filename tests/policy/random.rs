@@ -105,15 +105,53 @@ fn policy(number: usize) -> impl Strategy<Value = String> {
     )
 }
 
+fn calico_entity() -> impl Strategy<Value = String> {
+    let selector = select(vec!["", "selector: app == 'x'", "notSelector: app == 'y'", "selector: all()"]);
+    let nets = select(vec!["", "nets: [10.0.0.0/29]", "notNets: [10.0.0.4/30]", "namespaceSelector: team == 'b'"]);
+    (selector, nets).prop_map(|(selector, nets)| {
+        let parts = [selector, nets].into_iter().filter(|part| !part.is_empty());
+        parts.collect::<Vec<_>>().join(", ")
+    })
+}
+
+fn calico_rule() -> impl Strategy<Value = String> {
+    let action = select(vec!["Allow", "Deny", "Pass", "Log"]);
+    let what = select(vec!["", "protocol: TCP, ", "protocol: UDP, ", "notProtocol: TCP, ", "ipVersion: 4, "]);
+    (action, what, calico_entity(), calico_entity()).prop_map(|(action, what, source, destination)| {
+        format!("{{action: {action}, {what}source: {{{source}}}, destination: {{{destination}}}}}")
+    })
+}
+
+/// Calico's policy `number`, in the default tier or one before it, staged or not: its manifest.
+fn calico_policy(number: usize) -> impl Strategy<Value = String> {
+    let kind = select(vec!["GlobalNetworkPolicy", "StagedGlobalNetworkPolicy"]);
+    let types = select(vec!["[Ingress]", "[Egress]", "[Ingress, Egress]"]);
+    let selector = select(vec!["all()", "app == 'x'", "has(team) || app == 'y'"]);
+    let tier = select(vec!["default", "first"]);
+    (kind, tier, selector, types, 0..4_u8, vec(calico_rule(), 0..3)).prop_map(
+        move |(kind, tier, selector, types, order, rules)| {
+            let lists = ["Ingress", "Egress"].iter().filter(|direction| types.contains(*direction));
+            let lists: String =
+                lists.map(|direction| format!(", {}: [{}]", direction.to_lowercase(), rules.join(", "))).collect();
+            format!(
+                "apiVersion: projectcalico.org/v3\nkind: {kind}\nmetadata: {{name: {tier}.g{number}}}\n\
+                 spec: {{tier: {tier}, order: {order}, selector: \"{selector}\", types: {types}{lists}}}\n---\n"
+            )
+        },
+    )
+}
+
 pub fn cluster() -> impl Strategy<Value = Cluster> {
     let fixed = "apiVersion: v1\nkind: Node\nmetadata: {name: n1}\n---\n\
                  apiVersion: v1\nkind: Node\nmetadata: {name: n2}\n---\n\
                  apiVersion: v1\nkind: Namespace\nmetadata: {name: a}\n---\n\
-                 apiVersion: v1\nkind: Namespace\nmetadata: {name: b, labels: {team: b}}\n---\n";
+                 apiVersion: v1\nkind: Namespace\nmetadata: {name: b, labels: {team: b}}\n---\n\
+                 apiVersion: projectcalico.org/v3\nkind: Tier\nmetadata: {name: first}\nspec: {order: 1}\n---\n";
     let pods = (0..Cluster::PODS).map(pod).collect::<Vec<_>>();
-    let policies = (0..5).map(|number| option::of(policy(number))).collect::<Vec<_>>();
-    (pods, policies).prop_map(move |(pods, policies)| {
-        let policies: String = policies.into_iter().flatten().collect();
+    let policies = (0..4).map(|number| option::of(policy(number))).collect::<Vec<_>>();
+    let calico = (0..4).map(|number| option::of(calico_policy(number))).collect::<Vec<_>>();
+    (pods, policies, calico).prop_map(move |(pods, policies, calico)| {
+        let policies: String = policies.into_iter().chain(calico).flatten().collect();
         Cluster { manifests: format!("{fixed}{}{policies}", pods.concat()) }
     })
 }
