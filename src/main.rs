@@ -298,8 +298,12 @@ fn main() -> ExitCode {
                 reloads: args.config_at,
             };
             match replay::run(&settings) {
-                Ok(totals) => {
-                    eprintln!("{}; see {}", weir::report::counters_text(&totals), settings.out.display());
+                Ok(outcome) => {
+                    for faults in &outcome.faults {
+                        let shown = faults.render(io::stderr().is_terminal());
+                        eprintln!("weir: objects are faulty, and their last good versions stay:\n{shown}");
+                    }
+                    eprintln!("{}; see {}", weir::report::counters_text(&outcome.totals), settings.out.display());
                     ExitCode::SUCCESS
                 }
                 Err(replay::ReplayError::Config(problems)) => failed(&rendered(&problems)),

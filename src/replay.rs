@@ -8,7 +8,7 @@ use std::{
     fs::{self, File},
     io::{self, BufReader, BufWriter, Write},
     net::IpAddr,
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -25,7 +25,7 @@ use crate::{
     config::Problems,
     memory_router::{MemoryRouter, MemoryRouterError},
     report::counters_json,
-    translate::{self, Loaded},
+    translate::{self, Loaded, Loader},
 };
 
 /// What to replay.
@@ -83,18 +83,35 @@ struct Input {
     bytes: Vec<u8>,
 }
 
-/// Runs a replay; the counters at its end.
+/// What a replay came to.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The counters at its end.
+    pub totals: Totals,
+    /// What is wrong with objects of configurations that were changed to; others stand for them, as in a running router.
+    pub faults: Vec<Problems>,
+}
+
+/// Runs a replay.
 ///
 /// # Errors
-/// Where the configuration or an input is bad, or an output cannot be written.
-pub fn run(settings: &Settings) -> Result<Totals, ReplayError> {
-    let loaded = load(&settings.config)?;
-    let mut reloads = Vec::new();
-    for (at, path) in &settings.reloads {
-        reloads.push((*at, load(path)?));
+/// Where a configuration or an input is bad, or an output cannot be written.
+pub fn run(settings: &Settings) -> Result<Outcome, ReplayError> {
+    let refused = |problems| ReplayError::Config(Box::new(problems));
+    let mut faults = Vec::new();
+    let mut versions = vec![(Duration::ZERO, translate::load(&settings.config).map_err(refused)?)];
+    let mut reloads: Vec<_> = settings.reloads.iter().collect();
+    reloads.sort_by_key(|(at, _)| *at);
+    for (at, path) in reloads {
+        let (_, previous) = versions.last().expect("the first one");
+        let (next, problems) = Loader::new(path).reload(previous).map_err(refused)?;
+        faults.extend(problems);
+        versions.push((*at, next));
     }
-    reloads.sort_by_key(|r| r.0);
-    let mut reloads = reloads.into_iter().peekable();
+    versions.iter_mut().for_each(|(_, loaded)| add_own_addresses(loaded));
+    let mut versions = versions.into_iter();
+    let (_, loaded) = versions.next().expect("the first one");
+    let mut reloads = versions.peekable();
 
     let links = compile::links_of(&loaded.config);
     let mut router = MemoryRouter::new(loaded, links, settings.seed)?;
@@ -127,16 +144,14 @@ pub fn run(settings: &Settings) -> Result<Totals, ReplayError> {
     }
     let totals = router.finish();
     outputs.finish(&totals, router.connections())?;
-    Ok(totals)
+    Ok(Outcome { totals, faults })
 }
 
-/// The configuration, with the devices' addresses among the node's own, as in a running router.
-fn load(path: &Path) -> Result<Loaded, ReplayError> {
-    let mut loaded = translate::load(path).map_err(|problems| ReplayError::Config(Box::new(problems)))?;
+/// Puts the devices' addresses among the node's own, as a running router does.
+fn add_own_addresses(loaded: &mut Loaded) {
     let devices = loaded.config.devices.iter().flat_map(|device| &device.addresses);
     let own: Vec<IpAddr> = devices.map(IpNet::addr).filter(|address| !is_link_local(*address)).collect();
     loaded.add_local_addresses(&own);
-    Ok(loaded)
 }
 
 fn read_inputs(inputs: &[(String, PathBuf)], devices: &[usize]) -> Result<Vec<Input>, ReplayError> {

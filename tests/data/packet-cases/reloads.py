@@ -139,3 +139,23 @@ def more_errors(f):
     c.step((UPLINK, p), [e], 'without a service')
     q = packet(f.a2, f.out, error(f, f.port_unreachable, {'saved': 'plain'}))
     c.step((POD2, q), [icmp_error(UPLINK, f, f.a2, f.out, f.port_unreachable, quote(f.out, f.a2, ports('udp', 7, 8)))])
+
+
+@both
+def faulty_objects(f):
+    good = policy('p', 'a1', ['Ingress'], [{'ports': [{'protocol': 'UDP', 'port': 53}]}])
+    bad = policy('p', 'a1', ['Ingress'], [{'ports': [{'protocol': 'UDPX', 'port': 54}]}])
+    new = policy('q', 'a2', ['Ingress'], [{'from': [{'ipBlock': {'cidr': 'nonsense'}}]}])
+    c = Case('reload-faulty-object-%s' % f.name, 'A faulty object keeps its last good version, a new one denies what it selects; the rest proceeds', 'DESIGN (fail closed)',
+             good).reload(10, bad, new, service(f, 'web', [f.b1]))
+    allowed, denied = packet(f.out, f.a1, udp(1, 53), payload='x'), packet(f.out, f.a1, udp(1, 54), payload='x')
+    other = packet(f.a1, f.a2, udp(1, 53), payload='x')
+    c.step((UPLINK, allowed), [out(POD1, allowed)])
+    c.step((UPLINK, denied), [])
+    c.step((POD1, other), [out(POD2, other)], 'no policy yet')
+    c.step((UPLINK, allowed), [out(POD1, allowed)], 'the last good version', at=11)
+    c.step((UPLINK, denied), [])
+    other = packet(f.a1, f.a2, udp(2, 53), payload='x')
+    c.step((POD1, other), [], 'the new faulty one', reason='PolicyDeniedIngress')
+    p = packet(f.a1, f.vip, tcp(40000, 80))
+    c.step((POD1, p), [out(UPLINK, p, dst=f.b1, dport=8080)], 'the service is there')
