@@ -139,25 +139,10 @@ fn node_port_with_policy_local_keeps_the_client_and_drops_where_no_backend_is() 
 }
 
 #[test]
-fn calico_policies_are_refused_until_they_are_enforced() {
-    let folder = scenario("advanced-policy-demo");
-    let directory = tempfile::tempdir().unwrap();
-    let config = directory.path().join("weir.yaml");
-    let manifests = format!(
-        "[{:?}, {:?}]",
-        folder.join("cluster.yaml").display().to_string(),
-        folder.join("step1-policies.yaml").display().to_string()
-    );
-    fs::write(&config, format!("nodeName: node-a\nmanifests: {manifests}\n")).unwrap();
-    let output = Command::new(env!("CARGO_BIN_EXE_weir")).args(["check", "-c"]).arg(&config).output().unwrap();
-    let complaint = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{complaint}");
-    assert!(complaint.contains("step1-policies.yaml:") && complaint.contains("GlobalNetworkPolicy"), "{complaint}");
-}
-
-#[test]
-fn advanced_policy_demo_without_policy_lets_all_through() {
-    let folder = scenario("advanced-policy-demo");
-    let flows = fs::read_to_string(folder.join("step0-flows.jsonl")).unwrap();
-    run("advanced-policy-demo", "step0-policies.yaml", &flows);
+fn advanced_policy_demo_opens_step_by_step() {
+    for step in 0..=3 {
+        let flows =
+            fs::read_to_string(scenario("advanced-policy-demo").join(format!("step{step}-flows.jsonl"))).unwrap();
+        run("advanced-policy-demo", &format!("step{step}-policies.yaml"), &flows);
+    }
 }
