@@ -9,7 +9,7 @@ use std::{
 use weir_policy::Compiler;
 
 use crate::{
-    compile::{self, CompileError},
+    compile,
     config::{Problems, Severity, Span},
     translate::{Loaded, load_with_review},
 };
@@ -40,11 +40,8 @@ pub fn run(config: &Path, output: Output) -> ExitCode {
 fn load_and_compile(config: &Path) -> Result<Loaded, Problems> {
     let mut loaded = load_with_review(config)?;
     missing_cores(&mut loaded);
-    let rules = compile::rules(&loaded, &mut Compiler::default()).err();
-    let timeouts = compile::timeouts(&loaded.config.conntrack).err();
-    for error in [rules, timeouts].into_iter().flatten() {
-        let span = place_of(&error, &loaded.notes);
-        loaded.notes.error(span, error.to_string(), None);
+    if let Err(error) = compile::rules(&loaded, &mut Compiler::default()) {
+        loaded.notes.error(Span::default(), error.to_string(), None);
     }
     if loaded.notes.has_errors() {
         loaded.notes.sort();
@@ -65,16 +62,6 @@ fn missing_cores(loaded: &mut Loaded) {
         let message = format!("workers.cores: this machine has no core {} for this process", missing.join(", "));
         loaded.notes.warning(span, message, format!("it may run on {here:?}; `weir run` refuses to start with others"));
         loaded.notes.sort();
-    }
-}
-
-/// Where weir.yaml, the first source, gives the setting at fault; its beginning where the fault is no setting's.
-fn place_of(error: &CompileError, problems: &Problems) -> Span {
-    let CompileError::Setting(sysctl) = error else { return Span::default() };
-    let name = sysctl.trim_start_matches("nf_conntrack_");
-    match problems.source(0).text().find(name) {
-        Some(start) => Span { file: 0, start: start as u32, end: (start + name.len()) as u32 },
-        None => Span::default(),
     }
 }
 
@@ -141,15 +128,6 @@ mod tests {
         let (report, path) = check("nodeName: a\nmanifests: []\n", Output::Text);
         assert!(report.success);
         assert_eq!((report.stdout, report.stderr), (format!("{path}: no problems\n"), String::new()));
-    }
-
-    #[test]
-    fn what_cannot_be_compiled_is_an_error_at_its_place() {
-        let weir = "nodeName: a\nmanifests: []\nconntrack:\n  frag6_timeout: 5\n";
-        let (report, path) = check(weir, Output::Text);
-        assert!(!report.success);
-        assert!(report.stderr.contains(&format!("[{path}:4:3]")), "{}", report.stderr);
-        assert!(report.stderr.contains("nf_conntrack_frag6_timeout is not implemented yet"), "{}", report.stderr);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use weir_dataplane::{
     snapshot::Rules,
 };
 use weir_nat::{CompileError as ServicesError, NoSnatPorts, ServiceTable, SnatPorts};
+use weir_packet::Tick;
 use weir_policy::{CompileError as PolicyError, Compiler as PolicyCompiler};
 use weir_sync::Domain;
 
@@ -32,9 +33,6 @@ pub enum CompileError {
     /// Source ports.
     #[error("{0}")]
     Snat(#[from] NoSnatPorts),
-    /// A setting that is not implemented yet.
-    #[error("conntrack: {0} is not implemented yet: weir would not follow it; remove it from weir.yaml")]
-    Setting(&'static str),
     /// Forwarding.
     #[error("forwarding: {0}")]
     Forwarding(#[from] TooManyNextHops),
@@ -97,17 +95,17 @@ pub fn links_of(config: &RouterConfig) -> Links {
 const MAX_RETRANSMISSIONS: &str = "nf_conntrack_tcp_max_retrans";
 
 /// The connection timeouts of weir.yaml over netfilter's defaults.
-///
-/// # Errors
-/// Where a setting is one that the table does not follow yet.
-pub fn timeouts(settings: &Conntrack) -> Result<Timeouts, CompileError> {
+fn timeouts(settings: &Conntrack) -> Timeouts {
     let mut timeouts = Timeouts::default();
-    for (sysctl, seconds) in settings.given() {
-        if sysctl != MAX_RETRANSMISSIONS && timeouts.set(sysctl, seconds).is_err() {
-            return Err(CompileError::Setting(sysctl));
-        }
+    for (sysctl, seconds) in settings.given().into_iter().filter(|(sysctl, _)| *sysctl != MAX_RETRANSMISSIONS) {
+        timeouts.set(sysctl, seconds).expect("weir.yaml has the table's timeouts");
     }
-    Ok(timeouts)
+    timeouts
+}
+
+/// For how many ticks workers follow the fragments of a packet: IPv4, IPv6.
+pub fn fragment_lifetimes(settings: &Conntrack) -> [u32; 2] {
+    [settings.ipfrag_time, settings.frag6_timeout].map(|seconds| seconds * Tick::PER_SECOND)
 }
 
 /// The TCP settings of weir.yaml over netfilter's defaults.
@@ -122,25 +120,19 @@ fn tcp_settings(settings: &Conntrack) -> TcpSettings {
 }
 
 /// How a connection table is made; its hash is keyed from `random`.
-///
-/// # Errors
-/// As [`timeouts`].
-pub fn table_config(settings: &Conntrack, random: &mut ChaCha8Rng) -> Result<TableConfig, CompileError> {
-    Ok(TableConfig {
+pub fn table_config(settings: &Conntrack, random: &mut ChaCha8Rng) -> TableConfig {
+    TableConfig {
         max_entries: capacity_with_share(u32::try_from(settings.max_entries).unwrap_or(u32::MAX)),
         seed: [random.next_u64(), random.next_u64()],
-        timeouts: timeouts(settings)?,
+        timeouts: timeouts(settings),
         tcp: tcp_settings(settings),
-    })
+    }
 }
 
 /// Makes the connection tables of both families, in memory.
-///
-/// # Errors
-/// As [`timeouts`].
-pub fn tables(settings: &Conntrack, domain: &Arc<Domain>, random: &mut ChaCha8Rng) -> Result<Tables, CompileError> {
-    let v4 = Table::new(table_config(settings, random)?, domain.clone());
-    Ok(Tables { v4, v6: Table::new(table_config(settings, random)?, domain.clone()) })
+pub fn tables(settings: &Conntrack, domain: &Arc<Domain>, random: &mut ChaCha8Rng) -> Tables {
+    let v4 = Table::new(table_config(settings, random), domain.clone());
+    Tables { v4, v6: Table::new(table_config(settings, random), domain.clone()) }
 }
 
 /// "address:port", with brackets around an IPv6 address.

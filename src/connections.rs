@@ -23,18 +23,11 @@ use weir_dataplane::pipeline::{Family, Tables};
 use weir_packet::Tick;
 use weir_sync::{Arc, Domain};
 
-use crate::{
-    compile::{self, CompileError},
-    config::router::Conntrack,
-    control::RUN_FOLDER,
-};
+use crate::{compile, config::router::Conntrack, control::RUN_FOLDER};
 
 /// Why there are no tables.
 #[derive(Debug, thiserror::Error)]
 pub enum TablesError {
-    /// A setting.
-    #[error(transparent)]
-    Setting(#[from] CompileError),
     /// Another process has the file.
     #[error(transparent)]
     InUse(FileError),
@@ -59,7 +52,7 @@ pub fn folder(node_name: &str) -> PathBuf {
 /// tables are in memory, and a note says why.
 ///
 /// # Errors
-/// A setting that is not implemented, or a process that still uses the files.
+/// A process that still uses the files.
 pub fn open(
     folder: &Path,
     settings: &Conntrack,
@@ -89,7 +82,7 @@ fn table<A: Family>(
     now: Tick,
     notes: &mut Vec<String>,
 ) -> Result<(Table<A>, Option<Restored>), TablesError> {
-    let config = compile::table_config(settings, random)?;
+    let config = compile::table_config(settings, random);
     if let Some(path) = path {
         match Table::in_file(config, domain.clone(), &path, now) {
             Ok((table, restored)) => {

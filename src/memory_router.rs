@@ -71,11 +71,12 @@ impl MemoryRouter {
         let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?);
         let domain = Domain::new();
         let mut random = ChaCha8Rng::seed_from_u64(seed);
-        let tables = compile::tables(&loaded.config.conntrack, &domain, &mut random)?;
+        let tables = compile::tables(&loaded.config.conntrack, &domain, &mut random);
         let ports = 1 + links.devices.iter().filter(|d| d.role == Role::Uplink).count();
         let (sender, events) = crossbeam::channel::bounded(1024);
         let counters = Counters::<COUNTERS>::new();
-        let pipeline = Pipeline::new(&tables, counters.join(), random, sender, 1, ports);
+        let pipeline = Pipeline::new(&tables, counters.join(), random, sender, 1, ports)
+            .with_fragment_lifetimes(compile::fragment_lifetimes(&loaded.config.conntrack));
         Ok(Self {
             published: Published::new(
                 &domain,

@@ -419,7 +419,8 @@ impl Router {
                 event_sender.clone(),
                 config.workers.burst,
                 1 + settings.uplinks.len(),
-            );
+            )
+            .with_fragment_lifetimes(compile::fragment_lifetimes(&config.conntrack));
             let mode = match config.workers.mode {
                 WorkerMode::Busy => Mode::Busy,
                 WorkerMode::Adaptive => Mode::Adaptive,

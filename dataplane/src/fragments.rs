@@ -60,7 +60,7 @@ const WAITING: usize = 128;
 const WAITING_SHARE: usize = 96;
 /// Fragments of one packet that may wait: all but the first of 65,535 bytes over Ethernet.
 const WAITING_PER_DATAGRAM: u8 = 44;
-/// How long a packet is followed: netfilter's 30 s (net.ipv4.ipfrag_time).
+/// How long a packet is followed at most: netfilter's 30 s (net.ipv4.ipfrag_time).
 pub const LIFETIME: u32 = (30_000_000_000 / Tick::NS) as u32;
 /// How long a fragment waits for its first: reordering is a matter of milliseconds.
 pub const PATIENCE: u32 = (1_000_000_000 / Tick::NS) as u32;
@@ -218,8 +218,8 @@ impl<A: Address> Datagram<A> {
     }
 
     /// Whether it is over, so that a fragment with its key is another packet's.
-    fn is_over(&self, now: Tick) -> bool {
-        !self.is_live || (self.waiting == 0 && now.since(self.since) > LIFETIME)
+    fn is_over(&self, now: Tick, lifetime: u32) -> bool {
+        !self.is_live || (self.waiting == 0 && now.since(self.since) > lifetime)
     }
 
     fn note(&mut self, extent: Extent) -> Result<(), DropReason> {
@@ -264,6 +264,8 @@ pub struct Fragments<A: Address> {
     datagrams: Box<[Datagram<A>]>,
     waiting: Vec<Waiting<A>>,
     secret: [u64; 2],
+    /// How long a packet is followed.
+    lifetime: u32,
 }
 
 impl<A: Address> Fragments<A> {
@@ -275,7 +277,13 @@ impl<A: Address> Fragments<A> {
             datagrams: (0..DATAGRAMS).map(|_| Datagram::unused()).collect(),
             waiting: Vec::with_capacity(WAITING),
             secret: [secret[0], secret[1] ^ SPREAD],
+            lifetime: LIFETIME,
         }
+    }
+
+    /// Follows packets for so many ticks, [`LIFETIME`] at most.
+    pub fn set_lifetime(&mut self, ticks: u32) {
+        self.lifetime = ticks.min(LIFETIME);
     }
 
     /// Fragments that wait.
@@ -291,20 +299,21 @@ impl<A: Address> Fragments<A> {
     /// The packet with that key, known already or from now on; `None` where there is no room for one more.
     pub fn datagram(&mut self, key: &DatagramKey<A>, now: Tick) -> Option<Slot> {
         let first = self.bucket(key) * WAYS;
+        let lifetime = self.lifetime;
         let bucket = &mut self.datagrams[first..first + WAYS];
         let slot = |way: usize| Slot((first + way) as u16);
-        if let Some(way) = bucket.iter().position(|d| d.key == *key && !d.is_over(now)) {
+        if let Some(way) = bucket.iter().position(|d| d.key == *key && !d.is_over(now, lifetime)) {
             return Some(slot(way));
         }
-        let same_place = bucket.iter().filter(|d| !d.is_over(now) && d.key.from == key.from).count();
+        let same_place = bucket.iter().filter(|d| !d.is_over(now, lifetime) && d.key.from == key.from).count();
         let is_usable = |d: &Datagram<A>| {
             let is_old = d.waiting == 0 && now.since(d.since) > PATIENCE;
-            match d.is_over(now) {
+            match d.is_over(now, lifetime) {
                 true => same_place < SHARE,
                 false => is_old && (same_place < SHARE || d.key.from == key.from),
             }
         };
-        let age = |d: &Datagram<A>| if d.is_over(now) { u32::MAX } else { now.since(d.since) };
+        let age = |d: &Datagram<A>| if d.is_over(now, lifetime) { u32::MAX } else { now.since(d.since) };
         let (way, datagram) =
             bucket.iter_mut().enumerate().filter(|(_, d)| is_usable(d)).max_by_key(|(_, d)| age(d))?;
         datagram.begin(*key, now);
@@ -505,6 +514,11 @@ mod tests {
         let first = table.of(others[0]).key;
         let again = table.datagram(&first, Tick(102 + LIFETIME)).unwrap();
         assert_eq!(table.of(again).since, Tick(102 + LIFETIME));
+        table.set_lifetime(500);
+        for (now, since) in [(602, 102), (603, 603)] {
+            let slot = table.datagram(&first, Tick(now + LIFETIME)).unwrap();
+            assert_eq!(table.of(slot).since, Tick(since + LIFETIME));
+        }
     }
 
     #[test]

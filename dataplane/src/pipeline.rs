@@ -284,6 +284,14 @@ impl Pipeline {
         }
     }
 
+    /// The same, which follows the fragments of a packet for so many ticks (IPv4, IPv6) instead of [`fragments::LIFETIME`], the most.
+    #[must_use]
+    pub fn with_fragment_lifetimes(mut self, [v4, v6]: [u32; 2]) -> Self {
+        self.fragments4.set_lifetime(v4);
+        self.fragments6.set_lifetime(v6);
+        self
+    }
+
     /// Packets that wait: for a neighbour, or for the first fragment of theirs.
     pub fn held(&self) -> usize {
         self.held.len() + self.fragments4.len() + self.fragments6.len()

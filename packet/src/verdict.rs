@@ -11,6 +11,8 @@ pub struct Tick(pub u32);
 impl Tick {
     /// Length of a tick in nanoseconds.
     pub const NS: u64 = 10_000_000;
+    /// Ticks of a second.
+    pub const PER_SECOND: u32 = (1_000_000_000 / Self::NS) as u32;
 
     /// The tick that holds `ns` nanoseconds after the clock's start.
     #[inline]

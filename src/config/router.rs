@@ -7,8 +7,8 @@ use std::{
 
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer};
-use weir_dataplane::{frame::MAX_MTU, model::Role};
-use weir_packet::Mac;
+use weir_dataplane::{fragments, frame::MAX_MTU, model::Role};
+use weir_packet::{Mac, Tick};
 
 use super::{
     address::{parse_cidr, parse_ip},
@@ -183,6 +183,9 @@ pub struct NeighborConfig {
     pub device: String,
 }
 
+/// The fragments of a packet are followed for so long at most: identifications come round.
+const MAX_FRAGMENT_SECONDS: u32 = fragments::LIFETIME / Tick::PER_SECOND;
+
 macro_rules! conntrack_settings {
     ($($(#[doc = $doc:literal])+ $field:ident $sysctl:literal,)+) => {
         /// `conntrack`: the size of the connection table and netfilter's settings by their sysctl names, with or
@@ -203,6 +206,12 @@ macro_rules! conntrack_settings {
             /// Whether a RST behind what was acknowledged is let through.
             #[serde(alias = "nf_conntrack_tcp_ignore_invalid_rst", deserialize_with = "switch")]
             pub tcp_ignore_invalid_rst: bool,
+            /// Seconds for which the fragments of an IPv4 packet are followed (net.ipv4.ipfrag_time, which is netfilter's too).
+            #[serde(deserialize_with = "fragment_seconds")]
+            pub ipfrag_time: u32,
+            /// Seconds for which the fragments of an IPv6 packet are followed.
+            #[serde(alias = "nf_conntrack_frag6_timeout", deserialize_with = "fragment_seconds")]
+            pub frag6_timeout: u32,
             $($(#[doc = $doc])+ #[serde(alias = $sysctl)] pub $field: Option<u32>,)+
         }
 
@@ -221,6 +230,8 @@ macro_rules! conntrack_settings {
                     tcp_loose: true,
                     tcp_be_liberal: false,
                     tcp_ignore_invalid_rst: false,
+                    ipfrag_time: MAX_FRAGMENT_SECONDS,
+                    frag6_timeout: MAX_FRAGMENT_SECONDS,
                     $($field: None,)+
                 }
             }
@@ -235,8 +246,6 @@ conntrack_settings! {
     icmp_timeout "nf_conntrack_icmp_timeout",
     /// ICMPv6.
     icmpv6_timeout "nf_conntrack_icmpv6_timeout",
-    /// Later fragments are remembered this long.
-    frag6_timeout "nf_conntrack_frag6_timeout",
     /// UDP, seen in one direction.
     udp_timeout "nf_conntrack_udp_timeout",
     /// UDP, seen in both directions.
@@ -538,6 +547,27 @@ fn port_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(u16, u16), 
             "write FIRST-LAST, like 10000-29999, with FIRST from 1 and at most LAST",
         )
     })
+}
+
+/// A time for which fragments are followed.
+fn fragment_seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    struct Seconds;
+
+    impl serde::de::Visitor<'_> for Seconds {
+        type Value = u32;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "1 to {MAX_FRAGMENT_SECONDS} seconds")
+        }
+
+        fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<u32, E> {
+            u32::try_from(value)
+                .ok()
+                .filter(|seconds| (1..=MAX_FRAGMENT_SECONDS).contains(seconds))
+                .ok_or_else(|| E::invalid_value(serde::de::Unexpected::Signed(value), &self))
+        }
+    }
+    deserializer.deserialize_any(Seconds)
 }
 
 /// A sysctl that is off or on: false or true, 0 or 1.

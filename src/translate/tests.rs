@@ -153,6 +153,14 @@ fn faults_of_weir_yaml() {
             ],
         ),
         (
+            "nodeName: a\nmanifests: []\nconntrack: {ipfrag_time: 0, nf_conntrack_frag6_timeout: 31}\n",
+            &[
+                "weir.yaml:3:26: error: conntrack.ipfrag_time: invalid value: integer `0`, expected 1 to 30 seconds",
+                "weir.yaml:3:57: error: conntrack.nf_conntrack_frag6_timeout: invalid value: integer `31`, expected 1 to 30 \
+                 seconds",
+            ],
+        ),
+        (
             "nodeName: a\nmanifests: []\nmanifests: [x]\nkind: Router\napiVersion: v1\n---\na: 1\n",
             &[
                 "weir.yaml:3:1: error: the key \"manifests\" is given twice [remove one of them: which one would count \
@@ -482,6 +490,21 @@ fn default_and_given_settings() {
     assert_eq!((config.conntrack.tcp_loose, config.conntrack.tcp_be_liberal), (false, true));
     assert_eq!((config.conntrack.tcp_ignore_invalid_rst, config.conntrack.tcp_max_retrans), (false, Some(5)));
     assert_eq!(config.workers.cores, [2, 3]);
+    let weir = format!("{WEIR}conntrack: {{ipfrag_time: 1, nf_conntrack_frag6_timeout: 30}}\n");
+    assert_eq!(crate::compile::fragment_lifetimes(&loaded(&weir, "").config.conntrack), [100, 3000]);
+}
+
+#[test]
+fn every_timeout_of_the_table_can_be_given() {
+    for name in weir_conntrack::Timeouts::NAMES {
+        for name in [name, name.trim_start_matches("nf_conntrack_")] {
+            let conntrack = loaded(&format!("{WEIR}conntrack: {{{name}: 7}}\n"), "").config.conntrack;
+            let mut random = ChaCha8Rng::seed_from_u64(1);
+            let timeouts = crate::compile::table_config(&conntrack, &mut random).timeouts;
+            let full_name = format!("nf_conntrack_{}", name.trim_start_matches("nf_conntrack_"));
+            assert_eq!(timeouts.get(&full_name), Ok(7), "{name}");
+        }
+    }
 }
 
 #[test]
