@@ -36,6 +36,19 @@ pub struct Observed {
     pub sctp: SctpPacket,
 }
 
+impl Observed {
+    /// Of what is neither TCP nor SCTP: nothing.
+    pub const NOTHING: Self = Self {
+        tcp_flags: 0,
+        tcp_seq: 0,
+        tcp_ack: 0,
+        tcp_window: 0,
+        tcp_options: TcpOptions { window_scale: None, sack_permitted: false, sack: None },
+        payload_bytes: 0,
+        sctp: SctpPacket::NOTHING,
+    };
+}
+
 /// Whether a packet of no connection may open one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Opening {

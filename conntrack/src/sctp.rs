@@ -176,6 +176,16 @@ pub struct SctpPacket {
 }
 
 impl SctpPacket {
+    /// No packet.
+    pub(crate) const NOTHING: Self = Self {
+        tag: 0,
+        initiate_tag: 0,
+        events: [None; MAX_EVENTS],
+        has_others: false,
+        has_data: false,
+        is_valid: false,
+    };
+
     /// Reads an SCTP packet from its common header on. A last chunk may be cut off, as in a first fragment.
     pub fn read(packet: &[u8]) -> Self {
         let mut read = Self::default();

@@ -64,7 +64,7 @@ fn bench(criterion: &mut Criterion) {
                 })
             });
             for packet in packets {
-                arena.give_back(packet.into_segments().0.frame);
+                arena.give_back(packet.into_segment().frame);
             }
         }
         group.finish();

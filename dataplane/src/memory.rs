@@ -108,10 +108,7 @@ impl Driver for MemoryDriver {
     }
 
     fn release(&mut self, packet: Packet) {
-        let (head, tail) = packet.into_segments();
-        for segment in std::iter::once(head).chain(tail.into_iter().flatten()) {
-            self.free.push(self.arena.give_back(segment.frame));
-        }
+        self.free.push(self.arena.give_back(packet.into_segment().frame));
     }
 }
 

@@ -582,12 +582,20 @@ impl Pipeline {
                     }
                 }
             }
-            let segment = observed(&packet, view);
-            if may_change_state(&conn, hit.direction, &segment) && !parse::l4_checksum_ok(packet.bytes(), view) {
+            // What has no states costs no copy of nothing.
+            let read;
+            let segment = match view.key.protocol {
+                Protocol::TCP | Protocol::SCTP => {
+                    read = observed(&packet, view);
+                    &read
+                }
+                _ => &Observed::NOTHING,
+            };
+            if may_change_state(&conn, hit.direction, segment) && !parse::l4_checksum_ok(packet.bytes(), view) {
                 // It stays bad, so its receiver drops it.
                 return self.established(driver, packet, view, &conn, hit.direction, context);
             }
-            match conn.track(hit.direction, &segment, context.now) {
+            match conn.track(hit.direction, segment, context.now) {
                 Tracked::Accept => return self.established(driver, packet, view, &conn, hit.direction, context),
                 Tracked::NewFlow => {
                     table.remove(A::handle(&mut self.handles), hit.conn, context.turn);

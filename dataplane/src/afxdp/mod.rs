@@ -144,10 +144,9 @@ impl Port {
                     let source = trunk::target(packet.device);
                     packet.bytes_mut()[6..12].copy_from_slice(&source.0);
                 }
-                let (head, tail) = packet.into_segments();
-                debug_assert!(tail.is_none(), "the sockets are not bound for packets of several frames");
-                let chunk = frames.chunk(head.frame);
-                self.rings.tx.push(chunk, head.start, head.len);
+                let Segment { frame, start, len } = packet.into_segment();
+                let chunk = frames.chunk(frame);
+                self.rings.tx.push(chunk, start, len);
             }
             self.rings.tx.publish();
             self.send(&mut frames.free);
@@ -462,11 +461,7 @@ impl Driver for AfXdp {
 
     #[inline]
     fn release(&mut self, packet: Packet) {
-        let (head, tail) = packet.into_segments();
-        self.frames.give_back(head.frame);
-        for segment in tail.into_iter().flatten() {
-            self.frames.give_back(segment.frame);
-        }
+        self.frames.give_back(packet.into_segment().frame);
     }
 }
 
