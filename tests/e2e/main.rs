@@ -12,6 +12,7 @@ mod fragments;
 mod hits;
 mod hostile;
 mod ipv6;
+mod kernel;
 mod lifecycle;
 mod load_balancer;
 mod manifests;
