@@ -57,6 +57,8 @@ pub struct Compiler {
     v4: Option<Arc<AddressClasses<u32>>>,
     v6: Option<Arc<AddressClasses<u128>>>,
     update: u64,
+    /// Lent to programs that are made.
+    scratch: Vec<u64>,
 }
 
 /// The policies and profiles that govern a workload in one direction: what makes its program.
@@ -325,7 +327,7 @@ impl Compiler {
 
     /// The program of these slots, and the words that its rows take.
     fn program(
-        &self,
+        &mut self,
         slots: &[PlannedSlot],
         family: Family,
         endpoint: &str,
@@ -347,9 +349,10 @@ impl Compiler {
         Ok((Arc::new(program), words))
     }
 
-    fn tables(&self, slots: &[PlannedSlot], family: Family) -> Result<(Program, usize), ProgramTooLarge> {
+    fn tables(&mut self, slots: &[PlannedSlot], family: Family) -> Result<(Program, usize), ProgramTooLarge> {
         let FamilySets { partition, point_classes, .. } = &self.resolver.parts.families[family as usize];
-        let mut builder = ProgramBuilder::new(slots.iter().map(|planned| planned.slot).collect(), MAX_MEMBERSHIPS);
+        let slots_only = slots.iter().map(|planned| planned.slot).collect();
+        let mut builder = ProgramBuilder::new(slots_only, MAX_MEMBERSHIPS, &mut self.scratch);
         let tests = |field: fn(&Conditions) -> Test| -> Vec<Test> {
             slots.iter().map(|planned| field(&planned.conditions)).collect()
         };

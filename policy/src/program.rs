@@ -265,19 +265,19 @@ pub(crate) enum Test {
 pub(crate) struct ProgramTooLarge;
 
 /// Makes the parts of a [`Program`] and keeps count of their size.
-pub(crate) struct ProgramBuilder {
+pub(crate) struct ProgramBuilder<'scratch> {
     slots: Vec<Slot>,
     rows: RowsBuilder,
     /// Row words and row edits that may still be made.
     budget: usize,
     program: Program,
-    /// Scratch space.
-    words: Vec<u64>,
+    /// A word for each class, lent from program to program.
+    words: &'scratch mut Vec<u64>,
 }
 
-impl ProgramBuilder {
+impl<'scratch> ProgramBuilder<'scratch> {
     /// For these slots, at most [`crate::rows::MAX_BITS`]; `budget` bounds rows (in words) and time.
-    pub(crate) fn new(slots: Vec<Slot>, budget: usize) -> Self {
+    pub(crate) fn new(slots: Vec<Slot>, budget: usize, words: &'scratch mut Vec<u64>) -> Self {
         let rows = RowsBuilder::new(slots.len());
         let program = Program {
             application: None,
@@ -289,7 +289,7 @@ impl ProgramBuilder {
             rows: Rows::Words(Box::default()),
             slots: Box::default(),
         };
-        Self { slots, rows, budget, program, words: Vec::new() }
+        Self { slots, rows, budget, program, words }
     }
 
     /// Sets the rows by source class: `tests` by slot.
@@ -378,7 +378,7 @@ impl ProgramBuilder {
             }
         }
         slots_of.sort_unstable();
-        let mut words = std::mem::take(&mut self.words);
+        let mut words = std::mem::take(self.words);
         words.clear();
         words.resize(classes.len(), common);
         for slots in slots_of.chunk_by(|a, b| a.0 == b.0) {
@@ -399,7 +399,7 @@ impl ProgramBuilder {
                 builder.push(class as u32, row);
             }
         }
-        self.words = words;
+        *self.words = words;
         Ok(builder.finish())
     }
 
@@ -447,6 +447,61 @@ impl ProgramBuilder {
         if sets.iter().all(Option::is_none) {
             return Ok(None);
         }
+        let starts = if sets.len() <= 64 {
+            self.by_range_in_words(sets, ranges_of, bits)?
+        } else {
+            self.by_range_in_rows(sets, ranges_of, bits)?
+        };
+        Ok(Some(RangeMap::new(&starts, bits)))
+    }
+
+    /// For rows of one word: where each row starts to hold.
+    fn by_range_in_words<'set>(
+        &mut self,
+        sets: &[Option<u32>],
+        ranges_of: impl Fn(u32) -> &'set Ranges,
+        bits: u32,
+    ) -> Result<Vec<(u128, u32)>, ProgramTooLarge> {
+        let mut word = 0u64;
+        let mut slots_of: Vec<(u32, u64)> = Vec::with_capacity(sets.len());
+        for (slot, set) in sets.iter().enumerate() {
+            match set {
+                None => word |= 1 << slot,
+                Some(set) => slots_of.push((*set, 1 << slot)),
+            }
+        }
+        slots_of.sort_unstable();
+        // A set's slots have a bit from where it begins to where it ends.
+        let mut flips: Vec<(u128, u64)> = vec![(0, 0)];
+        for slots in slots_of.chunk_by(|a, b| a.0 == b.0) {
+            let of_set = slots.iter().fold(0, |all, (_, slot)| all | slot);
+            for (low, high) in ranges_of(slots[0].0).iter() {
+                flips.push((low, of_set));
+                if high < (1 << bits) - 1 {
+                    flips.push((high + 1, of_set));
+                }
+            }
+        }
+        self.spend(flips.len())?;
+        flips.sort_unstable();
+        let mut starts: Vec<(u128, u32)> = Vec::with_capacity(flips.len());
+        for flips in flips.chunk_by(|a, b| a.0 == b.0) {
+            word = flips.iter().fold(word, |word, (_, flip)| word ^ flip);
+            let row = self.rows.add_word(word);
+            if starts.last().is_none_or(|(_, last)| *last != row) {
+                starts.push((flips[0].0, row));
+            }
+        }
+        Ok(starts)
+    }
+
+    /// For rows of any length.
+    fn by_range_in_rows<'set>(
+        &mut self,
+        sets: &[Option<u32>],
+        ranges_of: impl Fn(u32) -> &'set Ranges,
+        bits: u32,
+    ) -> Result<Vec<(u128, u32)>, ProgramTooLarge> {
         let mut common = DenseRow::zeros(sets.len());
         let mut local: HashMap<u32, usize> = HashMap::new();
         let mut ranges: Vec<&Ranges> = Vec::new();
@@ -483,7 +538,7 @@ impl ProgramBuilder {
                 starts.push((*start, row));
             }
         }
-        Ok(Some(RangeMap::new(&starts, bits)))
+        Ok(starts)
     }
 }
 

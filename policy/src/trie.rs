@@ -122,7 +122,7 @@ struct Builder<'ranges> {
 impl Builder<'_> {
     /// Fills `node`, which covers the `bits`-bit block of numbers from `base`; `index` is that of the interval of `base`.
     fn fill(&mut self, node: usize, base: u128, bits: u32, mut index: usize) {
-        let mut children: Vec<(u128, usize)> = Vec::new();
+        let (mut children, mut count) = ([(0, 0); 64], 0);
         let mut built = Node { first_leaf: self.leaves.len() as u32, ..Node::default() };
         for slot in 0..64u32 {
             let (low, size_bits) = if bits >= 6 {
@@ -139,7 +139,8 @@ impl Builder<'_> {
             }
             if starts_by(index + 1, high) {
                 built.children |= 1 << slot;
-                children.push((low, index));
+                children[count] = (low, index);
+                count += 1;
                 index += self.intervals[index + 1..].partition_point(|(start, _)| *start <= high);
             } else {
                 let value = self.intervals[index].1;
@@ -150,9 +151,9 @@ impl Builder<'_> {
             }
         }
         built.first_child = self.nodes.len() as u32;
-        self.nodes.resize(self.nodes.len() + children.len(), Node::default());
+        self.nodes.resize(self.nodes.len() + count, Node::default());
         self.nodes[node] = built;
-        for (place, (low, index)) in children.into_iter().enumerate() {
+        for (place, (low, index)) in children[..count].iter().copied().enumerate() {
             self.fill(built.first_child as usize + place, low, bits - 6, index);
         }
     }
