@@ -326,7 +326,7 @@ mod tests {
         Model {
             node_name: "here".into(),
             local_addresses: ["192.168.0.1", "10.9.0.1", "fd00::1", "127.0.0.1"].map(|ip| ip.parse().unwrap()).into(),
-            services,
+            services: services.into_iter().map(Arc::new).collect(),
             ..Model::default()
         }
     }

@@ -4,6 +4,7 @@
 //! - [`manifests`]: Kubernetes and Calico resources.
 //! - [`translate`]: resources to the plain models that the dataplane compiles its tables from.
 //! - [`compile`]: models to tables.
+//! - [`prepare`]: a changed configuration made ready beside the running router.
 //! - [`check`], [`trace`], [`policy`], [`replay`], [`run`], [`demo`], [`bench`]: the commands of these names.
 //! - [`services`]: the services of a running router.
 //! - [`flow`], [`explain`]: what traces are asked, and how they tell of services.
@@ -30,6 +31,7 @@ pub mod manifests;
 pub mod memory_demo;
 pub mod memory_router;
 pub mod policy;
+pub mod prepare;
 pub mod replay;
 pub mod report;
 pub mod run;

@@ -63,10 +63,11 @@ use crate::{
         LOOPBACK_SOURCES, Link, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted, listening_ports,
     },
     manifests::Substitute,
+    prepare::{Prepared, Preparer, Refused, Times},
     report::counters_json,
     services, snat_use,
     translate::{Faulty, Loaded, Loader},
-    watch::{Watch, WatchError},
+    watch::{Trigger, Watch, WatchError},
 };
 
 /// Calico's default failsafe ports, inbound (POLICY 29): never taken from the node's kernel.
@@ -269,10 +270,9 @@ fn take_off(config: &Path) -> Result<Vec<String>, RunError> {
 /// The router's control.
 struct Router {
     path: PathBuf,
-    loader: Loader,
+    preparer: Preparer,
+    reloads: Reloads,
     loaded: Loaded,
-    /// Makes the next rules out of the ones before.
-    policy: Compiler,
     rules: Arc<Rules>,
     /// Ports of `snat.portRange` that sockets of the node listen on.
     listening: BTreeSet<u16>,
@@ -281,9 +281,13 @@ struct Router {
     kernel: KernelState,
     tracker: DeviceTracker,
     attachment: Attachment,
+    /// What the attachment was told last.
+    owned: Owned,
     plumbing: HostPlumbing,
     health: HealthChecks,
     hits: Hits,
+    /// What the plumbing was told last.
+    plumbed: Option<Wanted>,
     watch: Watch,
     learned: BTreeMap<(IfIndex, IpAddr), Mac>,
     /// Adopted workload devices, with what their adoption depends on. Renewing a link costs an RCU grace period, some 10 ms.
@@ -311,11 +315,13 @@ impl Router {
         let roles = role_rules(&loaded);
         let kernel = KernelState::follow(FollowSettings::default()).await?;
         loaded.add_local_addresses(&own_addresses(&kernel, &roles));
+        let begin = Instant::now();
         let mut policy = Compiler::default();
         let rules = compile::rules(&loaded, &mut policy)?.counting(loaded.config.workers.cores.len());
         let rules = Arc::new(rules);
         let listening = listening_ports(loaded.config.snat.port_range);
         let snat = Arc::new(compile::snat_ports(&loaded, &rules, &listening)?);
+        let times = Times { load: loaded.times, compile: begin.elapsed(), publish: Duration::ZERO };
         for warning in loaded.notes.of(Severity::Warning) {
             warn!("{}", loaded.notes.line(warning));
         }
@@ -352,7 +358,8 @@ impl Router {
         let trunk_mac = attach::KERNEL_END_MAC;
         let mut links = assemble_links(&kernel, &roles, &loaded, trunk_mac, &BTreeMap::new());
         let forwarding = Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?;
-        attachment.set_owned(&owned(&loaded, &rules, &snat, &forwarding))?;
+        let owned = owned(&loaded, &rules, &snat, &forwarding);
+        attachment.set_owned(&owned)?;
         for left in attachment.pinned_uplinks()? {
             if !uplinks.iter().any(|uplink| uplink.index.0 == left) {
                 attachment.detach_uplink(left)?;
@@ -442,13 +449,16 @@ impl Router {
 
         let mut router = Self {
             path: config_path,
-            loader,
+            preparer: Preparer::new(loader, policy),
+            reloads: Reloads::default(),
             roles,
             kernel,
             tracker: DeviceTracker::new(Role::Workload),
             attachment,
+            owned,
             plumbing,
             health: HealthChecks::start().map_err(system("cannot start the health checks"))?,
+            plumbed: None,
             watch,
             learned: BTreeMap::new(),
             adopted: BTreeMap::new(),
@@ -466,14 +476,17 @@ impl Router {
             listener,
             loaded,
             hits: Hits::new(rules.clone()),
-            policy,
             rules,
             listening,
             snat,
         };
         router.watch_files()?;
+        let begin = Instant::now();
         router.devices_changed(true).await?;
         router.health.follow(health::wanted(&router.loaded.services));
+        let times = Times { publish: begin.elapsed(), ..times };
+        info!(took_ms = %times.to_json(), "configuration in force");
+        router.reloads.start = times;
         for mode in router.attachment.modes() {
             info!(device = mode.device, program = mode.program, mode = mode.mode, reason = mode.reason, "program");
         }
@@ -509,9 +522,13 @@ impl Router {
                 }
                 _ = look_at_ports.tick() => self.ports_changed().await?,
                 trigger = self.watch.changed() => {
-                    trigger?;
-                    self.reload().await?;
+                    // What a signal asks for is set right also where no file changed.
+                    if trigger? == Trigger::Signal {
+                        self.plumbed = None;
+                    }
+                    self.begin_reload();
                 }
+                prepared = self.preparer.done() => self.reload(prepared).await?,
                 connection = self.listener.accept() => {
                     if let Ok((stream, _)) = connection
                         && let Err(error) = self.answer(stream).await
@@ -547,15 +564,7 @@ impl Router {
 
     /// Brings attachments and forwarding up to what the kernel has now.
     async fn devices_changed(&mut self, first: bool) -> Result<(), RunError> {
-        let addresses = own_addresses(&self.kernel, &self.roles);
-        let given = self.loaded.config.local_addresses.is_some();
-        if !given && addresses.iter().any(|address| !self.loaded.services.local_addresses.contains(address)) {
-            // Node ports are open on every address of the node.
-            self.loaded.add_local_addresses(&addresses);
-            self.rules = Arc::new(compile::rules(&self.loaded, &mut self.policy)?.counting(self.workers.len()));
-            self.snat = Arc::new(compile::snat_ports(&self.loaded, &self.rules, &self.listening)?);
-            self.health.follow(health::wanted(&self.loaded.services));
-        }
+        self.follow_own_addresses()?;
         let changes = self.tracker.update(self.kernel.all(), &self.roles);
         for gone in &changes.gone {
             self.learned.retain(|(device, _), _| *device != gone.index);
@@ -565,6 +574,22 @@ impl Router {
         }
         self.adopt(changes.appeared.iter().chain(&changes.altered));
         self.publish(first).await
+    }
+
+    /// Opens node ports on addresses that the node did not have before; whether there are such. While a configuration is prepared, they wait
+    /// for it.
+    fn follow_own_addresses(&mut self) -> Result<bool, RunError> {
+        let addresses = own_addresses(&self.kernel, &self.roles);
+        let given = self.loaded.config.local_addresses.is_some();
+        if given || addresses.iter().all(|address| self.loaded.services.local_addresses.contains(address)) {
+            return Ok(false);
+        }
+        let Some(policy) = self.preparer.policy() else { return Ok(false) };
+        self.loaded.add_local_addresses(&addresses);
+        self.rules = Arc::new(compile::rules(&self.loaded, policy)?.counting(self.workers.len()));
+        self.snat = Arc::new(compile::snat_ports(&self.loaded, &self.rules, &self.listening)?);
+        self.health.follow(health::wanted(&self.loaded.services));
+        Ok(true)
     }
 
     /// Attaches workload devices, where what that depends on is not as it was.
@@ -611,10 +636,14 @@ impl Router {
         if links == self.links && !even_if_same {
             return Ok(());
         }
-        let devices_differ = links.devices != self.links.devices || even_if_same;
+        let devices_differ = links.devices != self.links.devices;
         let forwarding = Forwarding::compile(&self.loaded.cluster, &links).map_err(CompileError::from)?;
-        if devices_differ {
-            self.attachment.set_owned(&owned(&self.loaded, &self.rules, &self.snat, &forwarding))?;
+        if devices_differ || even_if_same {
+            let owned = owned(&self.loaded, &self.rules, &self.snat, &forwarding);
+            if owned != self.owned {
+                self.attachment.set_owned(&owned)?;
+                self.owned = owned;
+            }
         }
         self.links = links;
         self.generation = self.generation.wrapping_add(1).max(1);
@@ -625,10 +654,14 @@ impl Router {
             forwarding: Arc::new(forwarding),
         });
         self.hits.follow(&self.rules);
-        if devices_differ {
+        if devices_differ || even_if_same {
             let wanted = self.wanted();
-            let report = self.plumbing.apply(&wanted).await?;
-            self.tell(report);
+            // Listing the kernel's routes takes its time where there are many.
+            if devices_differ || self.plumbed.as_ref() != Some(&wanted) {
+                let report = self.plumbing.apply(&wanted).await?;
+                self.tell(report);
+                self.plumbed = Some(wanted);
+            }
         }
         Ok(())
     }
@@ -702,46 +735,55 @@ impl Router {
         self.publish(true).await
     }
 
-    /// Takes over the configuration as it is now. A bad one changes nothing.
-    async fn reload(&mut self) -> Result<(), RunError> {
+    fn begin_reload(&mut self) {
+        self.preparer.begin(&self.loaded.objects, own_addresses(&self.kernel, &self.roles));
+    }
+
+    /// Takes over a configuration that is ready. A bad one changes nothing.
+    async fn reload(&mut self, prepared: Result<Prepared, Refused>) -> Result<(), RunError> {
+        match prepared {
+            Ok(prepared) => self.take_over(prepared).await?,
+            Err(refused) => {
+                error!("reload refused, the last good configuration stays:\n{refused}");
+                self.reloads.refused += 1;
+                self.reloads.problems = refused.lines();
+                if self.follow_own_addresses()? {
+                    self.publish(true).await?;
+                }
+            }
+        }
+        if self.preparer.is_due() {
+            self.begin_reload();
+        }
+        Ok(())
+    }
+
+    async fn take_over(&mut self, prepared: Prepared) -> Result<(), RunError> {
         let begin = Instant::now();
-        let mut loaded = match self.loader.reload(&self.loaded) {
-            Ok((loaded, problems)) => {
-                if let Some(problems) = problems {
-                    warn!("objects are faulty, and others stand for them:\n{}", problems.render(false));
-                }
-                for Faulty { object, substitute, .. } in &loaded.faulty {
-                    match substitute {
-                        Substitute::LastGood => warn!(object, "its last good version stays"),
-                        Substitute::Nothing => warn!(object, "left out; a policy denies what it selects"),
-                    }
-                }
-                loaded
+        let Prepared { loaded, problems, rules, listening, snat, times } = prepared;
+        if let Some(problems) = problems {
+            warn!("objects are faulty, and others stand for them:\n{}", problems.render(false));
+        }
+        for Faulty { object, substitute, .. } in &loaded.faulty {
+            match substitute {
+                Substitute::LastGood => warn!(object, "its last good version stays"),
+                Substitute::Nothing => warn!(object, "left out; a policy denies what it selects"),
             }
-            Err(problems) => {
-                error!("reload refused, the last good configuration stays:\n{}", problems.render(false));
-                return Ok(());
-            }
-        };
-        loaded.add_local_addresses(&own_addresses(&self.kernel, &self.roles));
-        let listening = listening_ports(loaded.config.snat.port_range);
-        let compiled = compile::rules(&loaded, &mut self.policy)
-            .and_then(|rules| compile::snat_ports(&loaded, &rules, &listening).map(|snat| (rules, snat)));
-        let (rules, snat) = match compiled {
-            Ok((rules, snat)) => (Arc::new(rules.counting(self.workers.len())), Arc::new(snat)),
-            Err(error) => {
-                error!(%error, "reload refused, the last good configuration stays");
-                return Ok(());
-            }
-        };
+        }
         if loaded.config.workers != self.loaded.config.workers || role_rules(&loaded).uplinks != self.roles.uplinks {
             warn!("changed workers, uplinks or nodeName take effect at the next start only");
         }
+        let other_files = loaded.config.manifests != self.loaded.config.manifests;
         self.roles.workloads = role_rules(&loaded).workloads;
         self.loaded = loaded;
-        self.rules = rules;
-        (self.listening, self.snat) = (listening, snat);
-        self.watch_files()?;
+        self.rules = Arc::new(rules.counting(self.workers.len()));
+        (self.listening, self.snat) = (listening, Arc::new(snat));
+        self.follow_own_addresses()?;
+        if other_files {
+            self.watch_files()?;
+            // They may have changed after they were read and before they were watched.
+            self.preparer.once_more();
+        }
         let changes = self.tracker.update(self.kernel.all(), &self.roles);
         for gone in &changes.gone {
             // Still there, but no workload any more: it stays closed.
@@ -751,7 +793,9 @@ impl Router {
         self.publish(true).await?;
         self.shared.affinity.forget_gone(&self.rules.services);
         self.health.follow(health::wanted(&self.loaded.services));
-        info!(generation = self.generation, took_ms = begin.elapsed().as_millis() as u64, "reloaded");
+        let times = Times { publish: begin.elapsed(), ..times };
+        info!(generation = self.generation, took_ms = %times.to_json(), "reloaded");
+        self.reloads.taken_over(times);
         Ok(())
     }
 
@@ -853,6 +897,7 @@ impl Router {
                 "displaced": totals.snat_displaced,
             },
             "counters": counters_json(&totals),
+            "configuration": self.reloads.to_json(),
             "faultyObjects": self.loaded.faulty.iter().map(|faulty| json!({
                 "object": faulty.object,
                 "inForce": match faulty.substitute {
@@ -864,6 +909,35 @@ impl Router {
             "healthChecks": self.health.status(),
             "programs": kernel,
             "notes": self.notes,
+        })
+    }
+}
+
+/// What became of changed configurations.
+#[derive(Default)]
+struct Reloads {
+    /// The first load's.
+    start: Times,
+    /// The last reload's.
+    last: Option<Times>,
+    taken_over: u64,
+    refused: u64,
+    /// Why the newest one is refused; empty where it is in force.
+    problems: Vec<String>,
+}
+
+impl Reloads {
+    fn taken_over(&mut self, times: Times) {
+        self.last = Some(times);
+        self.taken_over += 1;
+        self.problems.clear();
+    }
+
+    fn to_json(&self) -> Value {
+        json!({
+            "newestInForce": self.problems.is_empty(), "problems": self.problems,
+            "reloads": self.taken_over, "refused": self.refused,
+            "startMs": self.start.to_json(), "lastReloadMs": self.last.map(Times::to_json),
         })
     }
 }
@@ -1060,6 +1134,8 @@ fn owned(loaded: &Loaded, rules: &Rules, snat: &SnatPorts, forwarding: &Forwardi
         .into_iter()
         .flat_map(|protocol| snat_ports.iter().map(move |range| (protocol, range.clone())));
     let node_ports = rules.services.node_ports().map(|(protocol, port)| (protocol, port..=port));
+    // In an order of its own, so that the same ones are equal.
+    prefixes.sort_unstable();
     Owned {
         prefixes,
         node_addresses: forwarding.local_addresses(),

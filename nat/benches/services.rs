@@ -1,7 +1,6 @@
-//! The cost of the service table: a decision at 10 to 10,000 services, and compilation at 10,000 services with 100,000
-//! endpoints. Destinations and ports are visited in an order that no prefetcher follows.
+//! The cost of the service table: a decision, and compilation, at 10 to 50,000 services with ten endpoints each. Destinations and ports are visited in an order that no prefetcher follows.
 
-use std::{hint::black_box, net::Ipv4Addr, time::Duration};
+use std::{hint::black_box, net::Ipv4Addr, sync::Arc, time::Duration};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use rand_chacha::{
@@ -12,6 +11,7 @@ use weir_nat::{Affinity, Attempt, Endpoint, Model, ServicePort, ServiceTable, Sn
 use weir_packet::{FlowKey, Ports, Protocol, Tick};
 
 const ENDPOINTS_PER_SERVICE: u32 = 10;
+const NODE_PORTS: u32 = 2768;
 
 fn cluster_ip(service: u32) -> Ipv4Addr {
     Ipv4Addr::from_bits(0x0a60_0000 + 1 + service)
@@ -33,7 +33,8 @@ fn model(services: u32) -> Model {
         protocol: Protocol::TCP,
         port: 80,
         cluster_ips: vec![cluster_ip(number).into()],
-        node_port: number.is_multiple_of(4).then_some(30000 + (number / 4) as u16),
+        // There are no more node ports than these.
+        node_port: (number.is_multiple_of(4) && number < 4 * NODE_PORTS).then_some(30000 + (number / 4) as u16),
         endpoints: (0..ENDPOINTS_PER_SERVICE).map(|i| endpoint(number * ENDPOINTS_PER_SERVICE + i)).collect(),
         origin: number,
         ..ServicePort::default()
@@ -43,7 +44,7 @@ fn model(services: u32) -> Model {
         pod_cidrs: vec!["10.0.0.0/11".parse().expect("a prefix")],
         local_addresses: (1..=4).map(|last| Ipv4Addr::new(192, 168, 0, last).into()).collect(),
         service_cidrs: vec!["10.96.0.0/12".parse().expect("a prefix")],
-        services: (0..services).map(service).collect(),
+        services: (0..services).map(service).map(Arc::new).collect(),
         ..Model::default()
     }
 }
@@ -64,10 +65,10 @@ fn decide(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("decide");
     group.throughput(Throughput::Elements(1));
     let affinity = Affinity::new(1, [0; 2]);
-    for services in [10, 1000, 10_000] {
+    for services in [10, 1000, 10_000, 50_000] {
         let table = ServiceTable::compile(&model(services)).expect("the model compiles");
         println!("{services} services: {} bytes", table.memory_bytes());
-        let node_ports = services.div_ceil(4);
+        let node_ports = services.div_ceil(4).min(NODE_PORTS);
         for (name, keys) in [
             ("cluster_ip", keys(|random| (cluster_ip(random % services), 80))),
             ("node_port", keys(|random| (Ipv4Addr::new(192, 168, 0, 1), 30000 + (random % node_ports) as u16))),
@@ -96,7 +97,7 @@ fn decide(criterion: &mut Criterion) {
 fn compile(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("compile");
     group.sample_size(20).measurement_time(Duration::from_secs(4));
-    for services in [1000, 10_000] {
+    for services in [10, 1000, 10_000, 50_000] {
         let model = model(services);
         group.throughput(Throughput::Elements(u64::from(services)));
         group.bench_function(BenchmarkId::from_parameter(services), |bencher| {

@@ -1,6 +1,6 @@
 //! From the model to the table.
 
-use std::{cmp::Reverse, net::IpAddr};
+use std::{cmp::Reverse, net::IpAddr, sync::Arc};
 
 use hashbrown::{HashMap, hash_map::Entry};
 use thiserror::Error;
@@ -76,7 +76,7 @@ fn check(model: &Model) -> Result<(), CompileError> {
         |what, count, limit| if count > limit { Err(CompileError::TooMany { what, count, limit }) } else { Ok(()) };
     limit("service ports", model.services.len(), Target::MAX_RECORDS)?;
     limit("endpoints", model.services.iter().map(|service| service.endpoints.len()).sum(), u32::MAX as usize)?;
-    let guards = |service: &ServicePort| service.source_ranges.len() + service.load_balancer_ips.len();
+    let guards = |service: &Arc<ServicePort>| service.source_ranges.len() + service.load_balancer_ips.len();
     limit("load balancer source ranges", model.services.iter().map(guards).sum(), u32::MAX as usize)?;
     for service in &model.services {
         let (name, origin) = (&service.name, service.origin);
@@ -111,7 +111,7 @@ fn compile_family<A: Address>(
     ranges::normalize(&mut locals);
     let served: Vec<(ServiceId, &ServicePort)> = (0..)
         .map(ServiceId)
-        .zip(&model.services)
+        .zip(model.services.iter().map(|service| &**service))
         .filter(|(_, service)| of_family::<A>(&service.cluster_ips).next().is_some())
         .collect();
 

@@ -1,6 +1,6 @@
 //! What the services are compiled from: plain types that a loader fills.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 use weir_packet::Protocol;
@@ -22,8 +22,9 @@ pub struct Model {
     pub local_addresses: Vec<IpAddr>,
     /// The ranges that cluster IPs are allocated from; packets to unallocated addresses in them are dropped.
     pub service_cidrs: Vec<IpNet>,
-    /// The service ports. Where two claim one frontend, the kind of address decides, then the order here.
-    pub services: Vec<ServicePort>,
+    /// The service ports, shared so that what did not change is handed over as it is. Where two claim one frontend, the kind of
+    /// address decides, then the order here.
+    pub services: Vec<Arc<ServicePort>>,
 }
 
 /// One port of a service, with its backends.

@@ -82,7 +82,7 @@ fn four() -> Vec<Endpoint> {
 
 fn sticky(endpoints: Vec<Endpoint>) -> Model {
     let mut model = world(endpoints);
-    model.services[0].affinity = Some(TIMEOUT_SECONDS);
+    port(&mut model, 0).affinity = Some(TIMEOUT_SECONDS);
     model
 }
 
@@ -134,11 +134,11 @@ fn other_sources_ports_and_services_do_not_share_it<A: Carried>() {
         node_port: None,
         external_ips: Vec::new(),
         load_balancer_ips: Vec::new(),
-        ..web.clone()
+        ..ServicePort::clone(&web)
     };
-    model.services.push(same_numbers("alpha/web:https", Protocol::TCP, 443, CLUSTER_IP));
-    model.services.push(same_numbers("alpha/web:http", Protocol::UDP, 80, CLUSTER_IP));
-    model.services.push(same_numbers("beta/web:http", Protocol::TCP, 80, "172.30.0.42"));
+    model.services.push(same_numbers("alpha/web:https", Protocol::TCP, 443, CLUSTER_IP).into());
+    model.services.push(same_numbers("alpha/web:http", Protocol::UDP, 80, CLUSTER_IP).into());
+    model.services.push(same_numbers("beta/web:http", Protocol::TCP, 80, "172.30.0.42").into());
     let mut world = World::<A>::new(&model);
     let mut picks = Vec::new();
     for (protocol, src, dst) in [
@@ -198,7 +198,7 @@ fn a_backend_that_is_gone_is_forgotten<A: Carried>() {
         all
     };
     type Change = fn(&mut Model);
-    let turned_off: Change = |model| model.services[0].affinity = None;
+    let turned_off: Change = |model| port(model, 0).affinity = None;
     let deleted: Change = |model| model.services.clear();
     for (name, change) in [
         ("out of every slice", None),
@@ -228,10 +228,16 @@ fn a_reload_that_keeps_the_backend_keeps_the_choice<A: Carried>() {
     let first = world.connect(Protocol::TCP, POD, (CLUSTER_IP, 80));
     // Other services, other backends around it, another order, another cluster IP, another timeout: all indices change.
     let mut model = sticky(four().into_iter().rev().chain([on("", "10.1.0.0")]).collect());
-    let other = ServicePort { name: "a/first".into(), cluster_ips: ips(&["172.30.0.1"]), ..model.services[0].clone() };
-    model.services[0].cluster_ips = ips(&["172.30.0.77"]);
-    model.services[0].affinity = Some(TIMEOUT_SECONDS * 2);
-    model.services.insert(0, ServicePort { node_port: None, external_ips: vec![], load_balancer_ips: vec![], ..other });
+    let other = ServicePort {
+        name: "a/first".into(),
+        cluster_ips: ips(&["172.30.0.1"]),
+        ..ServicePort::clone(&model.services[0])
+    };
+    port(&mut model, 0).cluster_ips = ips(&["172.30.0.77"]);
+    port(&mut model, 0).affinity = Some(TIMEOUT_SECONDS * 2);
+    model
+        .services
+        .insert(0, ServicePort { node_port: None, external_ips: vec![], load_balancer_ips: vec![], ..other }.into());
     world.reload(&model);
     for dst in [("172.30.0.77", 80), EXTERNALS[0]] {
         assert_eq!(world.connect(Protocol::TCP, POD, dst), first);
@@ -367,7 +373,7 @@ fn tell<A: Carried>(steps: &[Step], external: TrafficPolicy) -> Result<(), TestC
     let build = |ready: [bool; 4], affinity: bool| {
         let endpoints = four().into_iter().zip(ready).map(|(one, ready)| if ready { one } else { unready(one) });
         let mut model = policies(sticky(endpoints.collect()), TrafficPolicy::Cluster, external);
-        model.services[0].affinity = affinity.then_some(TIMEOUT_SECONDS);
+        port(&mut model, 0).affinity = affinity.then_some(TIMEOUT_SECONDS);
         model
     };
     let (mut ready, mut has_affinity) = ([true; 4], true);

@@ -5,6 +5,7 @@ mod common;
 use std::{
     collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
 };
 
 use common::*;
@@ -277,7 +278,7 @@ prop_compose! {
         services in vec((service(), prop::bool::weighted(0.3)), 0..5),
     ) -> Model {
         let services = services.into_iter().enumerate().map(|(number, (service, sticky))| {
-            ServicePort { name: format!("test/service-{number}"), affinity: sticky.then_some(10_800), ..service }
+            Arc::new(ServicePort { name: format!("test/service-{number}"), affinity: sticky.then_some(10_800), ..service })
         });
         Model {
             node_name: "node-a".into(), zone: zone.map(str::to_owned), pod_cidrs, masquerade_all, node_port_addresses,

@@ -113,13 +113,13 @@ fn rule_06_zone_hints_filter_only_if_all_have_them<A: Carried>() {
     assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&both, false), "none names this zone");
 
     model.zone = Some("zone-a".into());
-    model.services[0].endpoints.push(unhinted.clone());
+    port(&mut model, 0).endpoints.push(unhinted.clone());
     let three = ["10.1.0.1:8080", "10.1.0.2:8080", "10.1.0.3:8080"];
     assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&three, false), "one has no hint");
-    model.services[0].endpoints[2] = unready(unhinted);
+    port(&mut model, 0).endpoints[2] = unready(unhinted);
     assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&three[..1], false), "only ready ones are asked");
     // Where none is ready, the terminating ones are all used.
-    model.services[0].endpoints = vec![terminating(here), terminating(there)];
+    port(&mut model, 0).endpoints = vec![terminating(here), terminating(there)];
     assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&both, false));
 }
 
@@ -130,10 +130,10 @@ fn rule_07_node_hints_come_first<A: Carried>() {
     assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&["10.1.0.1:8080"], false));
     let both = ["10.1.0.1:8080", "10.1.0.2:8080"];
     assert_eq!(tcp::<A>(&model, OUTSIDE, (NODE, 3001)), forward(&both, false), "the local list has no hints");
-    model.services[0].endpoints[0].node_hints = vec!["node-c".into()];
+    port(&mut model, 0).endpoints[0].node_hints = vec!["node-c".into()];
     assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&["10.1.0.2:8080"], false), "then zones");
-    model.services[0].endpoints[1].node_hints.clear();
-    model.services[0].endpoints[0].node_hints = vec!["node-a".into()];
+    port(&mut model, 0).endpoints[1].node_hints.clear();
+    port(&mut model, 0).endpoints[0].node_hints = vec!["node-a".into()];
     assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&["10.1.0.2:8080"], false), "not all have one");
 }
 
@@ -281,7 +281,7 @@ fn rule_17_policies_do_not_change_cluster_ip_masquerade<A: Carried>() {
 
 fn rule_18_source_ranges_guard_load_balancer_ips_only<A: Carried>() {
     let mut model = two_nodes();
-    model.services[0].source_ranges = nets(&["203.0.113.128/25", "100.64.0.0/10"]);
+    port(&mut model, 0).source_ranges = nets(&["203.0.113.128/25", "100.64.0.0/10"]);
     let drop = Outcome::Drop(DropReason::SourceRange);
     for source in SOURCES {
         assert_eq!(tcp::<A>(&model, source, (LOAD_BALANCER_IP, 80)), drop);
@@ -296,17 +296,17 @@ fn rule_18_source_ranges_guard_load_balancer_ips_only<A: Carried>() {
 
 fn rule_18_source_ranges_are_judged_before_backends<A: Carried>() {
     let mut model = world(Vec::new());
-    model.services[0].source_ranges = nets(&["100.64.0.0/10"]);
+    port(&mut model, 0).source_ranges = nets(&["100.64.0.0/10"]);
     assert_eq!(tcp::<A>(&model, OUTSIDE, (LOAD_BALANCER_IP, 80)), Outcome::Drop(DropReason::SourceRange));
     assert_eq!(tcp::<A>(&model, "100.64.0.1", (LOAD_BALANCER_IP, 80)), Outcome::Reject(DropReason::NoBackend));
 }
 
 fn rule_19_the_load_balancer_ip_itself_passes_with_the_node<A: Carried>() {
     let mut model = two_nodes();
-    model.services[0].source_ranges = nets(&["192.168.0.0/24"]);
+    port(&mut model, 0).source_ranges = nets(&["192.168.0.0/24"]);
     assert_eq!(tcp::<A>(&model, LOAD_BALANCER_IP, (LOAD_BALANCER_IP, 80)), forward(&BOTH, true));
     assert_eq!(tcp::<A>(&model, NODE, (LOAD_BALANCER_IP, 80)), forward(&BOTH, true));
-    model.services[0].source_ranges = nets(&["192.168.5.0/24"]);
+    port(&mut model, 0).source_ranges = nets(&["192.168.5.0/24"]);
     let drop = Outcome::Drop(DropReason::SourceRange);
     assert_eq!(tcp::<A>(&model, LOAD_BALANCER_IP, (LOAD_BALANCER_IP, 80)), drop);
 }
@@ -314,7 +314,7 @@ fn rule_19_the_load_balancer_ip_itself_passes_with_the_node<A: Carried>() {
 #[test]
 fn rule_20_fields_of_another_family_are_ignored() {
     let mut model = world(vec![on("node-a", "10.1.0.1"), on("node-a", "fd00::1")]);
-    let service = &mut model.services[0];
+    let service = port(&mut model, 0);
     service.external_ips = ips(&[EXTERNAL_IP, "2001:db8::7"]);
     service.load_balancer_ips = ips(&[LOAD_BALANCER_IP, "2001:db8::8"]);
     service.source_ranges = nets(&["2001:db8::/32"]);
@@ -334,7 +334,7 @@ fn rule_20_fields_of_another_family_are_ignored() {
 #[test]
 fn rule_27_dual_stack_services_use_backends_of_the_frontends_family() {
     let mut model = world(vec![on("node-a", "10.1.0.1"), on("node-a", "fd00::a01:2")]);
-    model.services[0].cluster_ips = ips(&[CLUSTER_IP, "fd00::ac1e:29"]);
+    port(&mut model, 0).cluster_ips = ips(&[CLUSTER_IP, "fd00::ac1e:29"]);
     model.local_addresses.extend(ips(&["fd00::c0a8:2"]));
     let table = ServiceTable::compile(&model).expect("the model compiles");
     for (source, masquerade) in [(POD, false), (OUTSIDE, true)] {
@@ -377,8 +377,8 @@ fn rule_22_node_ports_are_open_on_chosen_local_addresses<A: Carried>() {
 fn rule_22_families_are_judged_by_their_own_entries() {
     let mut model = two_nodes();
     model.node_port_addresses = nets(&["192.168.0.2/32"]);
-    model.services[0].cluster_ips = ips(&[CLUSTER_IP, "fd00:172::1"]);
-    model.services[0].endpoints.push(on("", "fd00::1"));
+    port(&mut model, 0).cluster_ips = ips(&[CLUSTER_IP, "fd00:172::1"]);
+    port(&mut model, 0).endpoints.push(on("", "fd00::1"));
     model.local_addresses.extend(ips(&["2001:db8::2"]));
     let table = ServiceTable::compile(&model).expect("the model compiles");
     let key = FlowKey {
@@ -420,7 +420,7 @@ fn rule_24_packets_without_ports<A: Carried>() {
 
 fn rule_25_without_cluster_ip_nothing_is_proxied<A: Carried>() {
     let mut model = two_nodes();
-    model.services[0].cluster_ips.clear();
+    port(&mut model, 0).cluster_ips.clear();
     for destination in EXTERNALS {
         assert_eq!(tcp::<A>(&model, OUTSIDE, destination), Outcome::Pass);
     }
@@ -431,7 +431,8 @@ fn rule_27_protocols_are_told_apart<A: Carried>() {
     let mut model = world(vec![on("", "10.1.0.1")]);
     for (protocol, backend) in [(Protocol::UDP, "10.1.0.2"), (Protocol::SCTP, "10.1.0.3")] {
         let service = &model.services[0];
-        model.services.push(ServicePort { protocol, endpoints: vec![on("", backend)], ..service.clone() });
+        let more = ServicePort { protocol, endpoints: vec![on("", backend)], ..ServicePort::clone(service) };
+        model.services.push(more.into());
     }
     let table = ServiceTable::compile(&carried::<A>(&model)).expect("the model compiles");
     for (protocol, backend) in
@@ -456,10 +457,10 @@ fn frontends_that_two_services_claim<A: Carried>() {
         load_balancer_ips: Vec::new(),
         node_port: Some(80),
         endpoints: vec![on("", "10.66.0.1")],
-        ..model.services[0].clone()
+        ..ServicePort::clone(&model.services[0])
     };
     // The kind of address decides, not the order.
-    model.services.insert(0, other);
+    model.services.insert(0, other.into());
     assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&BOTH, false));
     assert_eq!(tcp::<A>(&model, POD, (LOAD_BALANCER_IP, 80)), forward(&BOTH, true));
     let table = ServiceTable::compile(&carried::<A>(&model)).expect("the model compiles");
@@ -471,7 +472,7 @@ fn frontends_that_two_services_claim<A: Carried>() {
     assert_eq!(table.service_name(web), "alpha/web:http");
     assert_eq!(table.origin(web), 9);
     // Within a kind the first has it.
-    model.services[1].external_ips = ips(&[NODE]);
+    port(&mut model, 1).external_ips = ips(&[NODE]);
     assert_eq!(tcp::<A>(&model, POD, (NODE, 80)), forward(&["10.66.0.1:8080"], true));
 }
 
@@ -507,7 +508,8 @@ fn connections_keep_backends_that_are_listed<A: Carried>() {
         unready(on("node-a", "10.1.0.4")),
     ];
     let mut model = Model { zone: Some("zone-a".into()), ..policies(world(endpoints), Cluster, Local) };
-    model.services.push(ServicePort { protocol: Protocol::UDP, ..model.services[0].clone() });
+    let udp = ServicePort { protocol: Protocol::UDP, ..ServicePort::clone(&model.services[0]) };
+    model.services.push(udp.into());
     let table = ServiceTable::compile(&carried::<A>(&model)).expect("the model compiles");
     for (protocol, kept) in [
         (Protocol::TCP, [true, true, true, true, false]),
@@ -535,12 +537,10 @@ fn stamps_survive_recompilation<A: Carried>() {
     };
     let before = two_nodes();
     let mut after = policies(before.clone(), Cluster, Local);
-    after.services[0].endpoints.insert(0, on("", "10.0.9.9"));
-    after.services[0].endpoints.push(on("", "10.1.0.1"));
-    after.services.insert(
-        0,
-        ServicePort { cluster_ips: ips(&["172.30.0.1"]), ..ServicePort { port: 1, ..before.services[0].clone() } },
-    );
+    port(&mut after, 0).endpoints.insert(0, on("", "10.0.9.9"));
+    port(&mut after, 0).endpoints.push(on("", "10.1.0.1"));
+    let other = ServicePort { cluster_ips: ips(&["172.30.0.1"]), port: 1, ..ServicePort::clone(&before.services[0]) };
+    after.services.insert(0, other.into());
     let (before, after) = (stamps(&before), stamps(&after));
     assert_eq!(before.len(), 2);
     assert_ne!(before[0].1, before[1].1);
@@ -549,7 +549,7 @@ fn stamps_survive_recompilation<A: Carried>() {
         assert_ne!(one.1, 0);
     }
     let mut renamed = two_nodes();
-    renamed.services[0].name = "alpha/web2:http".into();
+    port(&mut renamed, 0).name = "alpha/web2:http".into();
     assert!(stamps(&renamed).iter().zip(&before).all(|(new, old)| new.0 == old.0 && new.1 != old.1));
 }
 
@@ -557,7 +557,7 @@ fn stamps_survive_recompilation<A: Carried>() {
 fn impossible_service_ports_are_refused() {
     let refused = |change: fn(&mut ServicePort)| {
         let mut model = two_nodes();
-        change(&mut model.services[0]);
+        change(port(&mut model, 0));
         ServiceTable::compile(&model).expect_err("the model is refused")
     };
     let service = || "alpha/web:http".to_owned();
@@ -579,7 +579,7 @@ fn memory_is_counted() {
     let empty = ServiceTable::compile(&Model::default()).expect("the model compiles").memory_bytes();
     let mut model = two_nodes();
     let small = ServiceTable::compile(&model).expect("the model compiles").memory_bytes();
-    model.services[0].endpoints.extend((0..=255).map(|last| on("", &format!("10.2.0.{last}"))));
+    port(&mut model, 0).endpoints.extend((0..=255).map(|last| on("", &format!("10.2.0.{last}"))));
     let large = ServiceTable::compile(&model).expect("the model compiles").memory_bytes();
     assert!(empty < small);
     assert_eq!(large - small, 256 * 12, "a backend is 12 bytes");

@@ -88,8 +88,10 @@ impl Library {
         }
     }
 
-    pub(super) fn identities(&self) -> &Identities {
-        &self.identities
+    /// An empty one that numbers objects as this one does.
+    #[cfg(test)]
+    pub fn afresh(&self) -> Self {
+        Self { identities: self.identities.clone(), ..Self::default() }
     }
 
     /// Adds one text, under the name that diagnostics give it.

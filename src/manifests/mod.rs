@@ -8,6 +8,7 @@ pub mod calico;
 pub mod cluster_network_policy;
 pub mod identity;
 pub mod library;
+mod made;
 pub mod object;
 mod piece;
 pub mod subject;
@@ -38,6 +39,7 @@ use crate::config::{Diagnostic, Problems, Severity, Source, Span};
 
 pub use identity::{Identities, Identity, ObjectId};
 pub use library::Library;
+pub use made::{Memo, Same};
 pub use object::{Base, Content, Object};
 pub use subject::Subject;
 
@@ -139,7 +141,6 @@ pub struct Objects {
 /// An object of a text.
 #[derive(Debug)]
 struct Placement {
-    identity: Arc<Identity>,
     item: Arc<Item>,
     source: Arc<Source>,
     base: Base,
@@ -149,7 +150,7 @@ struct Placement {
 
 impl Placement {
     fn id(&self) -> &ObjectId {
-        self.identity.id()
+        self.item.identity.id()
     }
 
     fn origin(&self) -> Origin {
@@ -286,20 +287,14 @@ impl Manifests {
             replay(&piece.findings, base, problems);
             for item in &piece.items {
                 let substitute = passed_over.get(item.identity.id()).copied();
-                manifests.place(&item.identity, item, source, base, substitute, problems);
+                manifests.place(item, source, base, substitute, problems);
             }
         }
         manifests
     }
 
-    /// Adds objects as they were at an earlier load, numbered as those of `library`, which may be another than the earlier load's.
-    pub fn add_last_good(
-        &mut self,
-        earlier: &Objects,
-        ids: &BTreeSet<ObjectId>,
-        library: &Library,
-        problems: &mut Problems,
-    ) {
+    /// Adds objects as they were at an earlier load from the same [`Library`].
+    pub fn add_last_good(&mut self, earlier: &Objects, ids: &BTreeSet<ObjectId>, problems: &mut Problems) {
         let mut files: Vec<(&Arc<Source>, u32)> = Vec::new();
         for placement in &earlier.placements {
             if placement.substitute.is_some() || !ids.contains(placement.id()) {
@@ -312,24 +307,21 @@ impl Manifests {
                 file
             });
             let base = Base { file, ..placement.base };
-            let identity = library.identities().of(placement.id().clone());
-            self.place(&identity, &placement.item, &placement.source, base, None, problems);
+            self.place(&placement.item, &placement.source, base, None, problems);
         }
     }
 
     fn place(
         &mut self,
-        identity: &Arc<Identity>,
         item: &Arc<Item>,
         source: &Arc<Source>,
         base: Base,
         substitute: Option<Substitute>,
         problems: &mut Problems,
     ) {
-        let number = identity.number();
+        let number = item.identity.number();
         let position = self.objects.placements.len() as u32;
         self.objects.placements.push(Placement {
-            identity: Arc::clone(identity),
             item: Arc::clone(item),
             source: Arc::clone(source),
             base,
@@ -344,7 +336,7 @@ impl Manifests {
         let first = self.objects.by_number[number as usize].replace(position);
         if substitute == Some(Substitute::Nothing) {
             if let Some(subject) = &item.subject {
-                self.denying.push(Denying { origin: number, id: identity.id().clone(), subject: subject.clone() });
+                self.denying.push(Denying { origin: number, id: item.identity.id().clone(), subject: subject.clone() });
             }
             return;
         }
@@ -352,7 +344,7 @@ impl Manifests {
         if let Some(first) = first.filter(|first| first.substitute.is_none()) {
             let place = problems.place(first.base.place(first.item.name));
             let help = format!("the other is at {place}; keep one");
-            problems.error(base.place(item.name), format!("{} is defined twice", identity.id()), help);
+            problems.error(base.place(item.name), format!("{} is defined twice", item.identity.id()), help);
         }
         replay(&item.findings, base, problems);
         if let Some(body) = &item.body {

@@ -2,7 +2,11 @@
 
 use std::{ops::Deref, sync::Arc};
 
-use super::at::{At, Reporter};
+use super::{
+    at::{At, Reporter},
+    made::{Fact, Made},
+    replay,
+};
 use crate::config::{Problems, Span, tree::Node};
 
 /// Where a piece of text begins, from which the places in it are counted.
@@ -35,6 +39,7 @@ pub struct Content<T> {
     pub value: T,
     /// The tree.
     pub node: Node,
+    pub(super) made: Made,
 }
 
 impl<T> Content<T> {
@@ -66,6 +71,29 @@ impl<T> Object<T> {
     /// The place of the whole object.
     pub fn at(&self) -> At<'_> {
         At::in_piece(&self.content.node, self.base)
+    }
+
+    /// What `make` makes of this object alone: made once, and then what there was to report is reported again at each call. Places in
+    /// it are counted from [`Object::base`]. There is one value of each type.
+    pub fn made<F: Send + Sync + 'static>(
+        &self,
+        problems: &mut Problems,
+        make: impl FnOnce(&Self, &mut Problems) -> F,
+    ) -> &F {
+        let fact = self.content.made.get(|| {
+            let mut problems = Problems::default();
+            // The number is the same as long as any version of the object is in use.
+            let object = Self::new(Arc::clone(&self.content), Base::default(), self.origin);
+            let value = make(&object, &mut problems);
+            Fact { value, findings: problems.diagnostics().to_vec() }
+        });
+        replay(&fact.findings, self.base, problems);
+        &fact.value
+    }
+
+    /// Where the piece of text begins that it was read from.
+    pub fn base(&self) -> Base {
+        self.base
     }
 
     /// A reporter whose messages begin with this object's name.

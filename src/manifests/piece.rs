@@ -21,6 +21,7 @@ use super::{
         policy::{self, GlobalNetworkPolicy, NetworkSet, Profile, StagedKubernetesNetworkPolicy, Tier},
     },
     cluster_network_policy::ClusterNetworkPolicy,
+    made::Made,
     object::{Base, Content, Object},
     subject::Subject,
 };
@@ -272,7 +273,7 @@ impl Untyped<'_> {
         let unknown = |path: &str| if path.starts_with("spec") { unknown } else { Severity::Warning };
         let value = typed::read(&node, &format!("{subject}: "), unknown, problems)?;
         let ObjectId { namespace, name, .. } = id.clone();
-        Some(Arc::new(Content { subject, namespace, name, value, node }))
+        Some(Arc::new(Content { subject, namespace, name, value, node, made: Made::default() }))
     }
 }
 

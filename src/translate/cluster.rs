@@ -62,7 +62,7 @@ pub(super) fn translate(config: &RouterConfig, manifests: &Manifests, problems: 
         ..Cluster::default()
     };
     for object in &manifests.nodes {
-        cluster.nodes.push(node(object, problems));
+        cluster.nodes.push(object.made(problems, node).clone());
     }
     check_node_name(config, manifests, problems);
     pools(manifests, &mut cluster, problems);
@@ -201,46 +201,63 @@ fn workloads(manifests: &Manifests, cluster: &mut Cluster, problems: &mut Proble
     };
     let mut pods_seen = std::collections::HashSet::new();
     for object in &manifests.pods {
-        let name = object.full_name();
-        pods_seen.insert(name.clone());
-        let mut addresses = pod_addresses(object, problems);
-        if !is_workload(&object.value) {
+        let facts = object.made(problems, pod);
+        pods_seen.insert(facts.name.as_str());
+        if !facts.is_workload {
             continue;
         }
-        let endpoint = endpoints.get(&name).map(|endpoint| (endpoint, workload_endpoint(endpoint, problems)));
+        let endpoint = endpoints.get(&facts.name).map(|endpoint| endpoint.made(problems, workload_endpoint));
+        let given = endpoint.map(|read| &read.addresses).filter(|addresses| !addresses.is_empty());
+        let addresses = given.unwrap_or(&facts.addresses);
         let mut report = object.reporter(problems);
-        if let Some((_, read)) = endpoint.as_ref().filter(|(_, read)| !read.addresses.is_empty()) {
-            addresses.clone_from(&read.addresses);
-        }
         if addresses.is_empty() {
             report.note(object.at().key("metadata").key("name"), "it has no address yet and is left out");
             continue;
         }
-        let spec = object.value.spec.as_ref();
-        let device = endpoint.as_ref().and_then(|(_, read)| read.device.clone());
+        let device = endpoint.and_then(|read| read.device.as_ref()).unwrap_or(&facts.device);
         let workload = Workload {
-            node: spec.and_then(|spec| spec.node_name.clone()),
-            addresses,
-            device: device.unwrap_or_else(|| workload_device(&object.namespace, &object.name)),
-            mac: endpoint.as_ref().and_then(|(_, read)| read.mac),
-            name,
+            name: facts.name.clone(),
+            node: object.value.spec.as_ref().and_then(|spec| spec.node_name.clone()),
+            addresses: addresses.clone(),
+            device: device.clone(),
+            mac: endpoint.and_then(|read| read.mac),
         };
         add(workload, object.at().key("status"), &mut report);
     }
     for object in &manifests.workload_endpoints {
         let name = endpoint_name(object);
-        if pods_seen.contains(&name) {
+        if pods_seen.contains(name.as_str()) {
             continue;
         }
-        let read = workload_endpoint(object, problems);
+        let read = object.made(problems, workload_endpoint);
         let mut report = object.reporter(problems);
-        let Some(device) = read.device else {
+        let Some(device) = read.device.clone() else {
             let help = "write the name of the host's end of its veth pair".to_owned();
             report.error(object.at().key("spec"), "spec.interfaceName is missing", help);
             continue;
         };
         let node = object.value.spec.node.clone();
-        add(Workload { name, node, addresses: read.addresses, device, mac: read.mac }, object.at(), &mut report);
+        let addresses = read.addresses.clone();
+        add(Workload { name, node, addresses, device, mac: read.mac }, object.at(), &mut report);
+    }
+}
+
+/// What forwarding takes from a Pod.
+struct PodFacts {
+    /// "namespace/name".
+    name: String,
+    addresses: Vec<IpAddr>,
+    is_workload: bool,
+    /// By Calico's rule.
+    device: String,
+}
+
+fn pod(object: &Object<core::Pod>, problems: &mut Problems) -> PodFacts {
+    PodFacts {
+        name: object.full_name(),
+        addresses: pod_addresses(object, problems),
+        is_workload: is_workload(&object.value),
+        device: workload_device(&object.namespace, &object.name),
     }
 }
 

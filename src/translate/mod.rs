@@ -17,6 +17,8 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     net::IpAddr,
     path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use weir_packet::Protocol;
@@ -41,16 +43,27 @@ pub struct Loaded {
     /// What policy is compiled from.
     pub policy: weir_policy::model::Model,
     /// Where objects come from; the models' `origin` is a number of these.
-    pub objects: Objects,
+    pub objects: Arc<Objects>,
     /// How many objects of each kind were read.
     pub counts: BTreeMap<&'static str, usize>,
     /// Warnings and notes.
     pub notes: Problems,
     /// The files and folders that were read, weir.yaml first: what to watch.
     pub files: Vec<PathBuf>,
-    /// Objects whose newest version is faulty, and what stands for them; only after [`reload`].
+    /// Objects whose newest version is faulty, and what stands for them; only after [`Loader::reload`].
     pub faulty: Vec<Faulty>,
     publishers: Publishers,
+    /// How long it took.
+    pub times: LoadTimes,
+}
+
+/// How long a load took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LoadTimes {
+    /// Reading and parsing the files.
+    pub read: Duration,
+    /// Translating the objects.
+    pub translate: Duration,
 }
 
 /// An object whose newest version is faulty.
@@ -106,6 +119,13 @@ pub struct Loader {
     library: Library,
     /// Whether what is valid is looked through for what is probably not meant so.
     reviews: bool,
+    kept: Kept,
+}
+
+/// What was made of several objects at the load before.
+#[derive(Debug, Default)]
+struct Kept {
+    services: services::Assembled,
 }
 
 /// What was read: weir.yaml and the texts of the manifests, with the problems of reading.
@@ -113,12 +133,26 @@ struct Read {
     config: RouterConfig,
     texts: Texts,
     problems: Problems,
+    took: Duration,
+}
+
+impl Read {
+    /// With the times of a load that is done.
+    fn timed(&self, loaded: Loaded, begin: Instant) -> Loaded {
+        Loaded { times: LoadTimes { read: self.took, translate: begin.elapsed() }, ..loaded }
+    }
 }
 
 impl Loader {
     /// For the weir.yaml at `path`.
     pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), library: Library::default(), reviews: false }
+        Self { path: path.to_owned(), library: Library::default(), reviews: false, kept: Kept::default() }
+    }
+
+    /// One that has loaded nothing yet, with the numbers of this one's objects.
+    #[cfg(test)]
+    fn afresh(&self) -> Self {
+        Self { path: self.path.clone(), library: self.library.afresh(), reviews: false, kept: Kept::default() }
     }
 
     /// Reads and translates everything.
@@ -127,21 +161,25 @@ impl Loader {
     /// All problems, warnings and notes included, where at least one is an error.
     pub fn load(&mut self) -> Result<Loaded, Problems> {
         let read = self.read()?;
-        self.attempt(&read, None).map_err(|failed| failed.problems)
+        let begin = Instant::now();
+        let loaded = self.attempt(&read, None).map_err(|failed| failed.problems)?;
+        Ok(read.timed(loaded, begin))
     }
 
     /// As [`Loader::load`], but an object at fault does not stop the rest: its last good version stands for it, or, where there is none,
     /// nothing, so that a policy denies what it selects. [`Loaded::faulty`] names what is at fault; all problems come with it, to be shown.
+    /// `previous` is what is in force, loaded by this loader.
     ///
     /// # Errors
     /// All problems, where one is not an object's but of weir.yaml itself.
-    pub fn reload(&mut self, previous: &Loaded) -> Result<(Loaded, Option<Problems>), Problems> {
+    pub fn reload(&mut self, previous: &Objects) -> Result<(Loaded, Option<Problems>), Problems> {
         let read = self.read()?;
+        let begin = Instant::now();
         let all = match self.attempt(&read, None) {
-            Ok(loaded) => return Ok((loaded, None)),
+            Ok(loaded) => return Ok((read.timed(loaded, begin), None)),
             Err(failed) => failed.problems,
         };
-        let good: HashSet<&ObjectId> = previous.objects.good().map(|(id, _)| id).collect();
+        let good: HashSet<&ObjectId> = previous.good().map(|(id, _)| id).collect();
         let mut faulty: BTreeMap<ObjectId, (Substitute, String)> = BTreeMap::new();
         // Each round substitutes for an object that the one before did not, or takes a substitute out, so there is a last one.
         loop {
@@ -154,7 +192,7 @@ impl Loader {
                         problem,
                     });
                     loaded.faulty.extend(named);
-                    return Ok((loaded, Some(all)));
+                    return Ok((read.timed(loaded, begin), Some(all)));
                 }
                 Err(failed) => *failed,
             };
@@ -175,21 +213,22 @@ impl Loader {
     }
 
     fn read(&mut self) -> Result<Read, Problems> {
+        let begin = Instant::now();
         let mut problems = Problems::default();
         let Some((config, spans)) = RouterConfig::read(&self.path, &mut problems) else {
             problems.sort();
             return Err(problems);
         };
         let texts = self.library.read(&config.manifests, &spans, &self.path, &mut problems);
-        Ok(Read { config, texts, problems })
+        Ok(Read { config, texts, problems, took: begin.elapsed() })
     }
 
     /// Translates what was read. At a reload with the given substitutes, and with last good versions of what a text that cannot be read
     /// has lost.
     fn attempt(
-        &self,
+        &mut self,
         read: &Read,
-        reload: Option<(&BTreeMap<ObjectId, Substitute>, &Loaded)>,
+        reload: Option<(&BTreeMap<ObjectId, Substitute>, &Objects)>,
     ) -> Result<Loaded, Box<Failed>> {
         let mut problems = read.problems.clone();
         let none = BTreeMap::new();
@@ -206,7 +245,7 @@ impl Loader {
             for error in unreadable {
                 let name = problems.source(error.span.file).name();
                 let problem = problems.line(&error);
-                let of_text = previous.objects.good().filter(|(_, text)| *text == name).map(|(id, _)| id);
+                let of_text = previous.good().filter(|(_, text)| *text == name).map(|(id, _)| id);
                 let lost: Vec<&ObjectId> =
                     of_text.filter(|id| !mentioned.contains(id) && !wanted.contains(id)).collect();
                 if lost.is_empty() {
@@ -222,9 +261,9 @@ impl Loader {
                     wanted.insert(id.clone());
                 }
             }
-            manifests.add_last_good(&previous.objects, &wanted, &self.library, &mut problems);
+            manifests.add_last_good(previous, &wanted, &mut problems);
         }
-        match translate(read.config.clone(), &self.path, &mut manifests, self.reviews, problems) {
+        match translate(read.config.clone(), &self.path, &mut manifests, &mut self.kept, self.reviews, problems) {
             Ok(loaded) => Ok(Loaded { faulty, ..loaded }),
             Err(problems) => Err(Box::new(Failed { problems, manifests })),
         }
@@ -242,11 +281,12 @@ fn translate(
     config: RouterConfig,
     path: &Path,
     manifests: &mut Manifests,
+    kept: &mut Kept,
     reviews: bool,
     mut problems: Problems,
 ) -> Result<Loaded, Problems> {
     let cluster = cluster::translate(&config, manifests, &mut problems);
-    let services = services::translate(&config, manifests, &cluster, &mut problems);
+    let services = services::translate(&config, manifests, &cluster, &mut kept.services, &mut problems);
     let policy = policy::translate(&config, manifests, &cluster, &mut problems);
     if reviews {
         review::review(&config, manifests, &cluster, &mut problems);
@@ -258,7 +298,7 @@ fn translate(
     debug_assert!(problems.of(Severity::Error).next().is_none());
     let mut files = vec![path.to_owned()];
     files.append(&mut manifests.files);
-    let objects = std::mem::take(&mut manifests.objects);
+    let objects = Arc::new(std::mem::take(&mut manifests.objects));
     Ok(Loaded {
         config,
         cluster,
@@ -270,5 +310,6 @@ fn translate(
         files,
         faulty: Vec::new(),
         publishers: Publishers::take(manifests),
+        times: LoadTimes::default(),
     })
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
+    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -21,7 +22,7 @@ use crate::{
         problem::nearest,
     },
     manifests::{
-        Manifests, Object,
+        Content, Manifests, Memo, Object, Same,
         at::{At, Reporter},
     },
 };
@@ -31,10 +32,22 @@ const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// Kubernetes's default for the timeout of ClientIP affinity, in seconds.
 const AFFINITY_SECONDS: u32 = 10_800;
 
+/// The service ports of each service, by its number.
+pub(super) type Assembled = Memo<u32, Parts, Vec<Arc<ServicePort>>>;
+
+/// What service ports are made of.
+#[derive(Debug, PartialEq)]
+pub(super) struct Parts {
+    node_name: Arc<str>,
+    service: Same<Content<Service>>,
+    slices: Vec<Same<Content<EndpointSlice>>>,
+}
+
 pub(super) fn translate(
     config: &RouterConfig,
     manifests: &Manifests,
     cluster: &Cluster,
+    assembled: &mut Assembled,
     problems: &mut Problems,
 ) -> Model {
     let this_node = manifests.nodes.iter().find(|node| node.name == config.node_name);
@@ -51,90 +64,96 @@ pub(super) fn translate(
         node_port_addresses: config.node_port_addresses.clone(),
         local_addresses,
         service_cidrs: config.service_cidrs.clone(),
-        services: Vec::new(),
+        services: Vec::with_capacity(manifests.services.len()),
     };
-    let backends = Backends::read(config, manifests, problems);
+    let slices = slices(manifests, problems);
+    let node_name: Arc<str> = config.node_name.as_str().into();
     let mut claims = Claims::default();
+    assembled.turn();
     for object in &manifests.services {
-        service(object, &backends, &mut claims, &mut model, problems);
+        let Some(facts) = object.made(problems, service) else { continue };
+        claims.of(object, facts, problems);
+        let slices = slices.get(&(object.namespace.as_str(), object.name.as_str())).map_or(&[][..], Vec::as_slice);
+        let parts = Parts {
+            node_name: Arc::clone(&node_name),
+            service: Same(Arc::clone(object.content())),
+            slices: slices.iter().map(|(slice, _)| Same(Arc::clone(slice.content()))).collect(),
+        };
+        let ports = assembled.get(object.origin, parts, |_| {
+            let slices: Vec<&Slice> = slices.iter().map(|(_, slice)| *slice).collect();
+            service_ports(object, facts, &slices, &config.node_name)
+        });
+        model.services.extend(ports);
     }
     model
 }
 
-/// The endpoints of a service, by port name and protocol.
-type BackendsByPort = BTreeMap<(String, Protocol), Vec<Endpoint>>;
-
-/// Endpoints by namespace and service.
-struct Backends<'m> {
-    ports: HashMap<(&'m str, &'m str), BackendsByPort>,
+/// What services take from an EndpointSlice.
+struct Slice {
+    service: String,
+    /// Its endpoints by port name and protocol.
+    ports: BTreeMap<(String, Protocol), Vec<Endpoint>>,
 }
 
-impl<'m> Backends<'m> {
-    fn read(config: &RouterConfig, manifests: &'m Manifests, problems: &mut Problems) -> Self {
-        let mut slices: Vec<&Object<EndpointSlice>> = manifests.endpoint_slices.iter().collect();
-        slices.sort_by_key(|slice| (&slice.namespace, &slice.name));
-        let mut backends = Self { ports: HashMap::new() };
-        for slice in slices {
-            backends.add(slice, problems);
-        }
-        for endpoints in backends.ports.values_mut().flat_map(BTreeMap::values_mut) {
-            each_once(endpoints, &config.node_name);
-        }
-        backends
-    }
+type SlicesByService<'m> = HashMap<(&'m str, &'m str), Vec<(&'m Object<EndpointSlice>, &'m Slice)>>;
 
-    fn add(&mut self, object: &'m Object<EndpointSlice>, problems: &mut Problems) {
-        let mut report = object.reporter(problems);
-        let slice = &object.value;
-        let at = object.at();
-        let is_ipv6 = match slice.address_type.as_str() {
-            "IPv4" => false,
-            "IPv6" => true,
-            "FQDN" => return,
-            "" => {
-                let help = "write addressType: IPv4 or IPv6".to_owned();
-                return report.error(at, "addressType is missing", help);
-            }
-            other => {
-                let help = "it is one of IPv4, IPv6, FQDN".to_owned();
-                return report.error(at.key("addressType"), format_args!("addressType: {other:?} is not known"), help);
-            }
-        };
-        let mut endpoints = Vec::new();
-        for (index, endpoint) in slice.endpoints.iter().flatten().enumerate() {
-            let at = at.key("endpoints").item(index);
-            endpoints
-                .extend(slice_endpoint(endpoint, index, is_ipv6, at, &mut report).map(|address| (address, endpoint)));
+/// The slices by namespace and service, each service's in the order of their names.
+fn slices<'m>(manifests: &'m Manifests, problems: &mut Problems) -> SlicesByService<'m> {
+    let mut slices = SlicesByService::with_capacity(manifests.endpoint_slices.len());
+    for object in &manifests.endpoint_slices {
+        if let Some(facts) = object.made(problems, slice) {
+            slices.entry((&object.namespace, &facts.service)).or_default().push((object, facts));
         }
-        let mut ports = Vec::new();
-        for (index, port) in slice.ports.iter().flatten().enumerate() {
-            let at = at.key("ports").item(index);
-            let protocol =
-                protocol(port.protocol.as_deref(), at.key("protocol"), &format!("ports[{index}]"), &mut report);
-            // A port without a number gives no backend.
-            let Some(number) = port.port else { continue };
-            let number = port_number(number, at.key("port"), &format!("ports[{index}].port"), &mut report);
-            if let (Some(protocol), Some(number)) = (protocol, number) {
-                ports.push((port.name.clone().unwrap_or_default(), protocol, number));
-            }
+    }
+    for slices in slices.values_mut() {
+        slices.sort_by_key(|(object, _)| &object.name);
+    }
+    slices
+}
+
+fn slice(object: &Object<EndpointSlice>, problems: &mut Problems) -> Option<Slice> {
+    let mut report = object.reporter(problems);
+    let slice = &object.value;
+    let at = object.at();
+    let is_ipv6 = match slice.address_type.as_str() {
+        "IPv4" => false,
+        "IPv6" => true,
+        "FQDN" => return None,
+        "" => {
+            let help = "write addressType: IPv4 or IPv6".to_owned();
+            report.error(at, "addressType is missing", help);
+            return None;
         }
-        let service = slice.metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME_LABEL));
-        let Some(service) = service.filter(|name| !name.is_empty()) else {
-            let message = format!("it has no label {SERVICE_NAME_LABEL} and belongs to no service");
-            return report.note(at.key("metadata").key("name"), message);
-        };
-        let by_port = self.ports.entry((object.namespace.as_str(), service.as_str())).or_default();
-        for (name, protocol, number) in ports {
-            let list = by_port.entry((name, protocol)).or_default();
+        other => {
+            let help = "it is one of IPv4, IPv6, FQDN".to_owned();
+            report.error(at.key("addressType"), format_args!("addressType: {other:?} is not known"), help);
+            return None;
+        }
+    };
+    let mut endpoints = Vec::new();
+    for (index, endpoint) in slice.endpoints.iter().flatten().enumerate() {
+        let at = at.key("endpoints").item(index);
+        endpoints.extend(slice_endpoint(endpoint, index, is_ipv6, at, &mut report).map(|address| (address, endpoint)));
+    }
+    let mut ports: BTreeMap<(String, Protocol), Vec<Endpoint>> = BTreeMap::new();
+    for (index, port) in slice.ports.iter().flatten().enumerate() {
+        let at = at.key("ports").item(index);
+        let protocol = protocol(port.protocol.as_deref(), at.key("protocol"), &format!("ports[{index}]"), &mut report);
+        // A port without a number gives no backend.
+        let Some(number) = port.port else { continue };
+        let number = port_number(number, at.key("port"), &format!("ports[{index}].port"), &mut report);
+        if let (Some(protocol), Some(number)) = (protocol, number) {
+            let list = ports.entry((port.name.clone().unwrap_or_default(), protocol)).or_default();
             list.extend(endpoints.iter().map(|(address, endpoint)| model_endpoint(*address, number, endpoint)));
         }
     }
-
-    fn of(&self, object: &Object<Service>, port: &str, protocol: Protocol) -> Vec<Endpoint> {
-        let key = (object.namespace.as_str(), object.name.as_str());
-        let by_port = self.ports.get(&key);
-        by_port.and_then(|by_port| by_port.get(&(port.to_owned(), protocol))).cloned().unwrap_or_default()
-    }
+    let service = slice.metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME_LABEL));
+    let Some(service) = service.filter(|name| !name.is_empty()) else {
+        let message = format!("it has no label {SERVICE_NAME_LABEL} and belongs to no service");
+        report.note(at.key("metadata").key("name"), message);
+        return None;
+    };
+    Some(Slice { service: service.clone(), ports })
 }
 
 /// Keeps each address and port once: the first, or, where slices disagree, the one on this node, as kube-proxy does.
@@ -205,30 +224,65 @@ fn model_endpoint(address: IpAddr, port: u16, endpoint: &SliceEndpoint) -> Endpo
     }
 }
 
-/// What only one service may have.
+/// What only one service may have, with who has it.
 #[derive(Default)]
-struct Claims {
-    cluster_ips: HashMap<IpAddr, (String, Span)>,
-    node_ports: HashMap<(u16, Protocol), (String, Span)>,
+struct Claims<'m> {
+    cluster_ips: HashMap<IpAddr, (&'m str, Span)>,
+    node_ports: HashMap<(u16, Protocol), (&'m str, Span)>,
 }
 
-fn service(
-    object: &Object<Service>,
-    backends: &Backends<'_>,
-    claims: &mut Claims,
-    model: &mut Model,
-    problems: &mut Problems,
-) {
+impl<'m> Claims<'m> {
+    fn of(&mut self, object: &'m Object<Service>, facts: &ServiceFacts, problems: &mut Problems) {
+        let mut report = object.reporter(problems);
+        let at = object.at().key("spec");
+        for (address, span) in &facts.cluster_ips {
+            let claim = (object.subject.as_str(), object.base().place(*span));
+            if let Some((other, place)) = self.cluster_ips.insert(*address, claim) {
+                let help = format!("it is at {}", report.place(place));
+                report.error(at.key("clusterIP"), format_args!("its cluster IP {address} is {other}'s too"), help);
+            }
+        }
+        let health = facts.health_check_node_port.map(|number| (number, Protocol::TCP, at.key("healthCheckNodePort")));
+        let node_ports = facts.ports.iter().filter_map(|port| {
+            Some((port.node_port?, port.protocol, at.key("ports").item(port.index).key("nodePort")))
+        });
+        for (number, protocol, at) in health.into_iter().chain(node_ports) {
+            let claim = (object.subject.as_str(), at.span());
+            if let Some((other, place)) = self.node_ports.insert((number, protocol), claim) {
+                let help = format!("it is at {}", report.place(place));
+                report.error(at, format_args!("node port {number} ({protocol}) is {other}'s too"), help);
+            }
+        }
+    }
+}
+
+/// What a service that is served says by itself.
+struct ServiceFacts {
+    /// Not empty; with their places in the service's piece of text.
+    cluster_ips: Vec<(IpAddr, Span)>,
+    ports: Vec<Port>,
+    internal_policy: TrafficPolicy,
+    external_policy: TrafficPolicy,
+    affinity: Option<u32>,
+    health_check_node_port: Option<u16>,
+    external_ips: Vec<IpAddr>,
+    load_balancer_ips: Vec<IpAddr>,
+    source_ranges: Vec<IpNet>,
+}
+
+/// `None` where it is not served.
+fn service(object: &Object<Service>, problems: &mut Problems) -> Option<ServiceFacts> {
     let mut report = object.reporter(problems);
     let at = object.at().key("spec");
     let Some(spec) = &object.value.spec else {
         let help = "a service without ports serves nothing".to_owned();
-        return report.error(object.at(), "spec is missing", help);
+        report.error(object.at(), "spec is missing", help);
+        return None;
     };
     let kind = spec.type_.as_deref().unwrap_or("ClusterIP");
     one_of(kind, &["ClusterIP", "NodePort", "LoadBalancer", "ExternalName"], at.key("type"), "spec.type", &mut report);
     if kind == "ExternalName" {
-        return;
+        return None;
     }
     let ports = ports(spec, kind, at, &mut report);
     let external_policy = policy(spec.external_traffic_policy.as_deref(), at, "externalTrafficPolicy", &mut report);
@@ -236,57 +290,65 @@ fn service(
     let affinity = affinity(spec, at, &mut report);
     let health_check_node_port = health_check_node_port(spec, kind, external_policy, at, &mut report);
     let cluster_ips = cluster_ips(spec, at, &mut report);
-    let external_ips = external_ips(spec, at, &mut report);
-    let load_balancer_ips = load_balancer_ips(object, &mut report);
-    let source_ranges = source_ranges(spec, at, &mut report);
+    let mut external_ips = external_ips(spec, at, &mut report);
+    let mut load_balancer_ips = load_balancer_ips(object, &mut report);
+    let mut source_ranges = source_ranges(spec, at, &mut report);
     if spec.cluster_ip.as_deref() == Some("None") {
-        return;
-    }
-    for (address, span) in &cluster_ips {
-        if let Some((other, place)) = claims.cluster_ips.insert(*address, (object.subject.clone(), *span)) {
-            let help = format!("it is at {}", report.place(place));
-            report.error(at.key("clusterIP"), format_args!("its cluster IP {address} is {other}'s too"), help);
-        }
+        return None;
     }
     if cluster_ips.is_empty() {
         // Kubernetes allocates one when it accepts the service.
-        return report.note(object.at().key("metadata").key("name"), "it has no cluster IP and is not served");
-    }
-    let mut claim_node_port = |number: u16, protocol: Protocol, at: At<'_>, report: &mut Reporter<'_>| {
-        let claim = (object.subject.clone(), at.span());
-        if let Some((other, place)) = claims.node_ports.insert((number, protocol), claim) {
-            let help = format!("it is at {}", report.place(place));
-            report.error(at, format_args!("node port {number} ({protocol}) is {other}'s too"), help);
-        }
-    };
-    if let Some(number) = health_check_node_port {
-        claim_node_port(number, Protocol::TCP, at.key("healthCheckNodePort"), &mut report);
+        report.note(object.at().key("metadata").key("name"), "it has no cluster IP and is not served");
+        return None;
     }
     let families = |is_ipv6: bool| cluster_ips.iter().any(|(address, _)| address.is_ipv6() == is_ipv6);
-    let cluster_ips: Vec<IpAddr> = cluster_ips.iter().map(|(address, _)| *address).collect();
-    for (port, port_at) in ports {
-        let name =
-            if port.name.is_empty() { object.full_name() } else { format!("{}:{}", object.full_name(), port.name) };
-        if let Some(number) = port.node_port {
-            claim_node_port(number, port.protocol, port_at.key("nodePort"), &mut report);
-        }
-        model.services.push(ServicePort {
-            name,
-            protocol: port.protocol,
-            port: port.port,
-            cluster_ips: cluster_ips.clone(),
-            node_port: port.node_port,
-            external_ips: external_ips.iter().copied().filter(|ip| families(ip.is_ipv6())).collect(),
-            load_balancer_ips: load_balancer_ips.iter().copied().filter(|ip| families(ip.is_ipv6())).collect(),
-            source_ranges: source_ranges.iter().copied().filter(|net| families(net.addr().is_ipv6())).collect(),
-            internal_policy,
-            external_policy,
-            affinity,
-            health_check_node_port,
-            endpoints: backends.of(object, &port.name, port.protocol),
-            origin: object.origin,
-        });
-    }
+    external_ips.retain(|ip| families(ip.is_ipv6()));
+    load_balancer_ips.retain(|ip| families(ip.is_ipv6()));
+    source_ranges.retain(|net| families(net.addr().is_ipv6()));
+    Some(ServiceFacts {
+        cluster_ips,
+        ports,
+        internal_policy,
+        external_policy,
+        affinity,
+        health_check_node_port,
+        external_ips,
+        load_balancer_ips,
+        source_ranges,
+    })
+}
+
+/// A service's ports with the backends that its slices give.
+fn service_ports(
+    object: &Object<Service>,
+    facts: &ServiceFacts,
+    slices: &[&Slice],
+    node_name: &str,
+) -> Vec<Arc<ServicePort>> {
+    let endpoints = |port: &Port| {
+        let key = (port.name.clone(), port.protocol);
+        let mut endpoints: Vec<Endpoint> =
+            slices.iter().filter_map(|slice| slice.ports.get(&key)).flatten().cloned().collect();
+        each_once(&mut endpoints, node_name);
+        endpoints
+    };
+    let service_port = |port: &Port| ServicePort {
+        name: if port.name.is_empty() { object.full_name() } else { format!("{}:{}", object.full_name(), port.name) },
+        protocol: port.protocol,
+        port: port.port,
+        cluster_ips: facts.cluster_ips.iter().map(|(address, _)| *address).collect(),
+        node_port: port.node_port,
+        external_ips: facts.external_ips.clone(),
+        load_balancer_ips: facts.load_balancer_ips.clone(),
+        source_ranges: facts.source_ranges.clone(),
+        internal_policy: facts.internal_policy,
+        external_policy: facts.external_policy,
+        affinity: facts.affinity,
+        health_check_node_port: facts.health_check_node_port,
+        endpoints: endpoints(port),
+        origin: object.origin,
+    };
+    facts.ports.iter().map(|port| Arc::new(service_port(port))).collect()
 }
 
 /// The port where load balancers ask for local backends: only services that keep external traffic local have one.
@@ -309,13 +371,15 @@ fn health_check_node_port(
 }
 
 struct Port {
+    /// Which of the service's ports it is.
+    index: usize,
     name: String,
     protocol: Protocol,
     port: u16,
     node_port: Option<u16>,
 }
 
-fn ports<'t>(spec: &ServiceSpec, kind: &str, at: At<'t>, report: &mut Reporter<'_>) -> Vec<(Port, At<'t>)> {
+fn ports(spec: &ServiceSpec, kind: &str, at: At<'_>, report: &mut Reporter<'_>) -> Vec<Port> {
     let list: &[KubernetesPort] = spec.ports.as_deref().unwrap_or_default();
     let at = at.key("ports");
     if list.is_empty() && spec.cluster_ip.as_deref() != Some("None") {
@@ -348,7 +412,7 @@ fn ports<'t>(spec: &ServiceSpec, kind: &str, at: At<'t>, report: &mut Reporter<'
         if !numbers.insert((protocol, number)) {
             report.error(at.key("port"), format_args!("{field}: port {number} ({protocol}) is given twice"), None);
         }
-        ports.push((Port { name, protocol, port: number, node_port }, at));
+        ports.push(Port { index, name, protocol, port: number, node_port });
     }
     ports
 }

@@ -38,7 +38,7 @@ fn read_texts(weir: &str, cluster: &str, reviews: bool) -> Result<Loaded, Proble
     let mut texts = Texts::default();
     Library::default().add_text("cluster.yaml", cluster.to_owned(), &mut texts, &mut problems);
     let mut manifests = Manifests::of(&texts, &BTreeMap::new(), &mut problems);
-    translate(config, Path::new("weir.yaml"), &mut manifests, reviews, problems)
+    translate(config, Path::new("weir.yaml"), &mut manifests, &mut Kept::default(), reviews, problems)
 }
 
 /// "place: severity: message [help]" of everything that is said.
@@ -817,10 +817,10 @@ fn folders_are_read_with_their_subfolders_and_missing_paths_are_errors() {
 }
 
 /// A reload of `cluster` after `previous`, with what stands for faulty objects: "object: substitute: problem".
-fn reloaded(folder: &Path, previous: &Loaded, cluster: &str) -> (Loaded, Vec<String>) {
+fn reloaded(loader: &mut Loader, previous: &Loaded, cluster: &str) -> (Loaded, Vec<String>) {
+    let folder = loader.path.parent().unwrap().to_owned();
     fs::write(folder.join("cluster.yaml"), cluster).unwrap();
-    let (loaded, _) =
-        Loader::new(&folder.join("weir.yaml")).reload(previous).unwrap_or_else(|problems| panic!("{problems}"));
+    let (loaded, _) = loader.reload(&previous.objects).unwrap_or_else(|problems| panic!("{problems}"));
     let line = |faulty: &Faulty| {
         let problem = faulty.problem.strip_prefix(folder.to_str().unwrap()).unwrap_or(&faulty.problem);
         format!("{}: {:?}: {problem}", faulty.object, faulty.substitute)
@@ -844,7 +844,8 @@ fn a_faulty_object_keeps_its_last_good_version_and_the_rest_proceeds() {
     let typo = "{podSelector: {}, ingress: [{}], policyTipes: [Egress]}";
     let first = service("10.96.0.1") + &policy("p", open);
     fs::write(folder.join("cluster.yaml"), &first).unwrap();
-    let good = load(&folder.join("weir.yaml")).unwrap_or_else(|problems| panic!("{problems}"));
+    let mut loader = Loader::new(&folder.join("weir.yaml"));
+    let good = loader.load().unwrap_or_else(|problems| panic!("{problems}"));
     let address = |loaded: &Loaded| loaded.services.services[0].cluster_ips[0].to_string();
     let rules = |loaded: &Loaded| -> Vec<(String, usize)> {
         let policies = loaded.policy.tiers[0].policies.iter();
@@ -853,18 +854,18 @@ fn a_faulty_object_keeps_its_last_good_version_and_the_rest_proceeds() {
     let p = ("NetworkPolicy/x/p".to_owned(), 1);
 
     // An unknown field of a policy is an error; the service's new address is taken all the same.
-    let (loaded, faulty) = reloaded(folder, &good, &(service("10.96.0.2") + &policy("p", typo)));
+    let (loaded, faulty) = reloaded(&mut loader, &good, &(service("10.96.0.2") + &policy("p", typo)));
     assert_eq!((address(&loaded).as_str(), rules(&loaded)), ("10.96.0.2", vec![p.clone()]));
     let problem = "/cluster.yaml:10:40: NetworkPolicy x/p: unknown field spec.policyTipes";
     assert_eq!(faulty, [format!("NetworkPolicy x/p: LastGood: {problem}")]);
 
     // Once more: the last good version is still that of the first text. And the other way round.
-    let (loaded, faulty) = reloaded(folder, &loaded, &(service("10.96.0") + &policy("p", typo)));
+    let (loaded, faulty) = reloaded(&mut loader, &loaded, &(service("10.96.0") + &policy("p", typo)));
     assert_eq!((address(&loaded).as_str(), rules(&loaded), faulty.len()), ("10.96.0.2", vec![p.clone()], 2));
 
     // A new policy that cannot be read denies what it selects: by its selector, or, without one, its whole namespace.
     let new = policy("q", "{podSelector: {matchLabels: {a: b}}, egress: [7]}") + &policy("r", "[]");
-    let (loaded, faulty) = reloaded(folder, &loaded, &(first.clone() + &new));
+    let (loaded, faulty) = reloaded(&mut loader, &loaded, &(first.clone() + &new));
     assert_eq!(rules(&loaded), [p.clone(), ("NetworkPolicy/x/q".into(), 0), ("NetworkPolicy/x/r".into(), 0)]);
     let policies = &loaded.policy.tiers[0].policies;
     assert!(policies[1..].iter().all(|policy| policy.ingress.is_some() && policy.egress.is_some()));
@@ -881,17 +882,17 @@ fn a_faulty_object_keeps_its_last_good_version_and_the_rest_proceeds() {
     assert_eq!(faulty.len(), 2, "{faulty:?}");
 
     // A text that is no YAML has lost what was in it, and loses nothing.
-    let (loaded, faulty) = reloaded(folder, &loaded, &(service("10.96.0.3") + "---\napiVersion: [\n"));
+    let (loaded, faulty) = reloaded(&mut loader, &loaded, &(service("10.96.0.3") + "---\napiVersion: [\n"));
     assert_eq!((address(&loaded).as_str(), rules(&loaded)), ("10.96.0.3", vec![p.clone()]));
     assert!(faulty[0].starts_with("NetworkPolicy x/p: LastGood"), "{faulty:?}");
 
     // Two of one name; then all is well again, and what is gone is gone.
-    let (loaded, faulty) = reloaded(folder, &loaded, &(first.clone() + &policy("p", open)));
+    let (loaded, faulty) = reloaded(&mut loader, &loaded, &(first.clone() + &policy("p", open)));
     assert_eq!((rules(&loaded), faulty.len()), (vec![p], 1));
-    let (loaded, faulty) = reloaded(folder, &loaded, &service("10.96.0.4"));
+    let (loaded, faulty) = reloaded(&mut loader, &loaded, &service("10.96.0.4"));
     assert_eq!((address(&loaded).as_str(), rules(&loaded), faulty.len()), ("10.96.0.4", vec![], 0));
 
     // weir.yaml itself is refused whole.
     fs::write(folder.join("weir.yaml"), "nodeName: [").unwrap();
-    assert!(Loader::new(&folder.join("weir.yaml")).reload(&loaded).is_err());
+    assert!(loader.reload(&loaded.objects).is_err());
 }

@@ -138,7 +138,7 @@ pub fn tiered(services: Vec<weir_nat::ServicePort>, tiers: Vec<weir_policy::mode
         pod_cidrs: cluster().pod_cidrs,
         local_addresses: ["192.168.10.1", "fd00:10::1"].map(ip).into(),
         service_cidrs: cluster().service_cidrs,
-        services,
+        services: services.into_iter().map(Arc::new).collect(),
         ..weir_nat::Model::default()
     })
     .unwrap();

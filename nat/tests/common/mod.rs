@@ -3,7 +3,10 @@
 // Each test binary uses its own part of this file.
 #![allow(dead_code)]
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+};
 
 use ipnet::{IpNet, Ipv6Net};
 use weir_nat::{Affinity, Backend, Decision, Endpoint, Family, Model, ServicePort, ServiceTable, TrafficPolicy};
@@ -72,7 +75,7 @@ pub fn carried<A: Carried>(model: &Model) -> Model {
     carry_nets(&mut model.node_port_addresses);
     carry_nets(&mut model.service_cidrs);
     model.local_addresses.iter_mut().for_each(carry);
-    for service in &mut model.services {
+    for service in model.services.iter_mut().map(Arc::make_mut) {
         carry_nets(&mut service.source_ranges);
         for list in [&mut service.cluster_ips, &mut service.external_ips, &mut service.load_balancer_ips] {
             list.iter_mut().for_each(carry);
@@ -100,7 +103,7 @@ pub fn world(endpoints: Vec<Endpoint>) -> Model {
         pod_cidrs: nets(&["10.0.0.0/8"]),
         service_cidrs: nets(&["172.30.0.0/16"]),
         local_addresses: ips(&[NODE, SECOND_NODE_ADDRESS, "127.0.0.1"]),
-        services: vec![ServicePort {
+        services: vec![Arc::new(ServicePort {
             name: "alpha/web:http".into(),
             protocol: Protocol::TCP,
             port: 80,
@@ -111,9 +114,14 @@ pub fn world(endpoints: Vec<Endpoint>) -> Model {
             endpoints,
             origin: 9,
             ..ServicePort::default()
-        }],
+        })],
         ..Model::default()
     }
+}
+
+/// A service port of a model, to be changed.
+pub fn port(model: &mut Model, index: usize) -> &mut ServicePort {
+    Arc::make_mut(&mut model.services[index])
 }
 
 /// A ready endpoint on port 8080.
@@ -147,7 +155,7 @@ pub fn nodes(endpoint: Endpoint, nodes: &[&str]) -> Endpoint {
 }
 
 pub fn policies(mut model: Model, internal: TrafficPolicy, external: TrafficPolicy) -> Model {
-    for service in &mut model.services {
+    for service in model.services.iter_mut().map(Arc::make_mut) {
         (service.internal_policy, service.external_policy) = (internal, external);
     }
     model

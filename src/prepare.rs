@@ -1,0 +1,231 @@
+//! A changed configuration made ready on a thread of its own, so that control goes on serving the kernel's and the workers' events:
+//! read, translated, compiled; all but what the kernel must be told.
+
+use std::{
+    collections::BTreeSet,
+    fmt,
+    future::pending,
+    net::IpAddr,
+    panic::resume_unwind,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use tokio::task::{JoinHandle, spawn_blocking};
+use weir_dataplane::snapshot::Rules;
+use weir_nat::SnatPorts;
+use weir_policy::Compiler;
+
+use crate::{
+    compile::{self, CompileError},
+    config::{Problems, Severity},
+    kernel::listening_ports,
+    manifests::Objects,
+    translate::{LoadTimes, Loaded, Loader},
+};
+
+/// Errors of a refused reload that are kept to be shown; the log has all.
+const SHOWN_ERRORS: usize = 20;
+
+/// A configuration that is ready to be taken over.
+pub struct Prepared {
+    /// What was read and translated.
+    pub loaded: Loaded,
+    /// All problems, where an object is at fault and another stands for it.
+    pub problems: Option<Problems>,
+    /// Services and policy.
+    pub rules: Rules,
+    /// Ports of `snat.portRange` that sockets of the node listen on.
+    pub listening: BTreeSet<u16>,
+    /// The other ones.
+    pub snat: SnatPorts,
+    /// How long it took.
+    pub times: Times,
+}
+
+/// Why a changed configuration is not taken over.
+pub enum Refused {
+    /// It has errors that are not single objects'.
+    Config(Problems),
+    /// It is too large.
+    Compile(CompileError),
+}
+
+impl Refused {
+    /// The errors, a line each.
+    pub fn lines(&self) -> Vec<String> {
+        match self {
+            Self::Config(problems) => {
+                problems.of(Severity::Error).take(SHOWN_ERRORS).map(|error| problems.line(error)).collect()
+            }
+            Self::Compile(error) => vec![error.to_string()],
+        }
+    }
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Config(problems) => f.write_str(&problems.render(false)),
+            Self::Compile(error) => error.fmt(f),
+        }
+    }
+}
+
+/// How long the steps of taking a configuration over took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Times {
+    /// Reading and translating.
+    pub load: LoadTimes,
+    /// Compiling services and policy.
+    pub compile: Duration,
+    /// Devices, the kernel's maps and routes, and the snapshot itself.
+    pub publish: Duration,
+}
+
+impl Times {
+    /// Milliseconds, by step.
+    pub fn to_json(self) -> Value {
+        let Self { load, compile, publish } = self;
+        let ms = |duration: Duration| (duration.as_secs_f64() * 1e4).round() / 10.0;
+        json!({"read": ms(load.read), "translate": ms(load.translate), "compile": ms(compile), "publish": ms(publish)})
+    }
+}
+
+/// What makes the next configuration out of the one before.
+struct Tools {
+    loader: Loader,
+    policy: Compiler,
+}
+
+/// Prepares one configuration at a time. What changes in the meantime leads to one more.
+pub struct Preparer {
+    /// Not there while it is at work.
+    tools: Option<Tools>,
+    at_work: Option<JoinHandle<(Tools, Result<Prepared, Refused>)>>,
+    once_more: bool,
+}
+
+impl Preparer {
+    /// With the loader and the compiler of the configuration that is in force.
+    pub fn new(loader: Loader, policy: Compiler) -> Self {
+        Self { tools: Some(Tools { loader, policy }), at_work: None, once_more: false }
+    }
+
+    /// The compiler of policy, while nothing is prepared.
+    pub fn policy(&mut self) -> Option<&mut Compiler> {
+        self.tools.as_mut().map(|tools| &mut tools.policy)
+    }
+
+    /// Begins to prepare what the files say now; where that is under way, sees to it that it is done once more, as files that were read
+    /// already may have changed. `in_force` are the objects of the configuration in force, `own_addresses` the node's. Needs a tokio
+    /// runtime.
+    pub fn begin(&mut self, in_force: &Arc<Objects>, own_addresses: Vec<IpAddr>) {
+        let Some(mut tools) = self.tools.take() else {
+            self.once_more = true;
+            return;
+        };
+        self.once_more = false;
+        let in_force = Arc::clone(in_force);
+        self.at_work = Some(spawn_blocking(move || {
+            let prepared = prepare(&mut tools, &in_force, &own_addresses);
+            (tools, prepared)
+        }));
+    }
+
+    /// Waits until what was begun is done; for ever where nothing was. Cancel-safe.
+    pub async fn done(&mut self) -> Result<Prepared, Refused> {
+        let Some(at_work) = &mut self.at_work else { return pending().await };
+        let finished = at_work.await;
+        self.at_work = None;
+        let (tools, prepared) = match finished {
+            Ok(finished) => finished,
+            // Nothing cancels it.
+            Err(error) => resume_unwind(error.into_panic()),
+        };
+        self.tools = Some(tools);
+        prepared
+    }
+
+    /// Whether to begin again, now that it is done.
+    pub fn is_due(&self) -> bool {
+        self.once_more && self.at_work.is_none()
+    }
+
+    /// Asks for one more after the one that is done.
+    pub fn once_more(&mut self) {
+        self.once_more = true;
+    }
+}
+
+fn prepare(tools: &mut Tools, in_force: &Objects, own_addresses: &[IpAddr]) -> Result<Prepared, Refused> {
+    let (mut loaded, problems) = tools.loader.reload(in_force).map_err(Refused::Config)?;
+    loaded.add_local_addresses(own_addresses);
+    let begin = Instant::now();
+    let rules = compile::rules(&loaded, &mut tools.policy).map_err(Refused::Compile)?;
+    let listening = listening_ports(loaded.config.snat.port_range);
+    let snat = compile::snat_ports(&loaded, &rules, &listening).map_err(Refused::Compile)?;
+    let times = Times { load: loaded.times, compile: begin.elapsed(), publish: Duration::ZERO };
+    Ok(Prepared { loaded, problems, rules, listening, snat, times })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use super::*;
+
+    fn service(name: &str, last: u8) -> String {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: 10.96.0.{last}, ports: [{{port: 80}}]}}\n"
+        )
+    }
+
+    fn names(prepared: &Prepared) -> Vec<&str> {
+        prepared.loaded.services.services.iter().map(|service| service.name.as_str()).collect()
+    }
+
+    #[test]
+    fn changes_while_it_is_at_work_lead_to_one_more_and_none_is_lost() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let folder = tempfile::tempdir().unwrap();
+            let write = |name: &str, text: &str| fs::write(Path::join(folder.path(), name), text).unwrap();
+            write("weir.yaml", "nodeName: a\nmanifests: [m.yaml]\n");
+            write("m.yaml", &service("one", 1));
+            let mut loader = Loader::new(&folder.path().join("weir.yaml"));
+            let first = loader.load().unwrap();
+            let mut preparer = Preparer::new(loader, Compiler::default());
+            assert!(!preparer.is_due());
+
+            write("m.yaml", &(service("one", 1) + &service("two", 2)));
+            preparer.begin(&first.objects, Vec::new());
+            // It has read the file, or not yet.
+            write("m.yaml", &(service("one", 1) + &service("three", 3)));
+            for _ in 0..3 {
+                preparer.begin(&first.objects, Vec::new());
+                assert!(!preparer.is_due(), "it is still at work");
+            }
+            let prepared = preparer.done().await.ok().unwrap();
+            assert!(["default/two", "default/three"].contains(&names(&prepared)[1]), "{:?}", names(&prepared));
+            assert!(preparer.is_due());
+            preparer.begin(&prepared.loaded.objects, Vec::new());
+            let prepared = preparer.done().await.ok().unwrap();
+            assert_eq!(names(&prepared), ["default/one", "default/three"]);
+            assert!(!preparer.is_due());
+
+            // A refusal leaves it as able as before, with the last good objects.
+            write("weir.yaml", "nodeName: a\nmanifests: [m.yaml]\ntypo: 1\n");
+            preparer.begin(&prepared.loaded.objects, Vec::new());
+            let refused = preparer.done().await.err().unwrap();
+            assert!(refused.lines()[0].ends_with("weir.yaml:3:1: unknown field typo"), "{:?}", refused.lines());
+            write("weir.yaml", "nodeName: a\nmanifests: [m.yaml]\n");
+            write("m.yaml", "---\napiVersion: [\n");
+            preparer.begin(&prepared.loaded.objects, Vec::new());
+            let prepared = preparer.done().await.ok().unwrap();
+            assert_eq!(names(&prepared), ["default/one", "default/three"]);
+            assert_eq!(prepared.loaded.faulty.len(), 2);
+        });
+    }
+}
