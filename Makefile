@@ -2,11 +2,12 @@
 
 CARGO ?= cargo
 SOAK_MINUTES ?= 30
+STORM_SECONDS ?= 30
 FUZZ_SECONDS ?= 60
 FUZZ_SANITIZER ?= none
 LOOM_FLAGS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=2
 
-.PHONY: help setup build release demo demo-memory test lint unit loom e2e cases bench bench-tables perf soak fuzz miri install clean
+.PHONY: help setup build release demo demo-memory test lint unit loom e2e storm cases bench bench-tables bench-reload perf soak fuzz miri install clean
 
 help: ## Lists the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +43,9 @@ loom: ## The lock-free structures under loom, bounded.
 e2e: setup ## The end-to-end tests alone.
 	$(CARGO) test --test e2e -- --test-threads=1 --nocapture
 
+storm: setup ## A hundred changes of the manifests a second for STORM_SECONDS (30), under traffic that must lose nothing. Needs root.
+	WEIR_STORM_SECONDS=$(STORM_SECONDS) $(CARGO) test --test e2e storm -- --nocapture
+
 cases: setup ## The conformance cases alone.
 	$(CARGO) test --test conformance -- --nocapture
 
@@ -52,6 +56,9 @@ bench: setup ## Criterion benchmarks of the hot structures, and the pipeline on 
 
 bench-tables: setup ## The connection table beside other concurrent maps and DPDK's rte_hash. Needs root for a package.
 	./perf/tables.sh
+
+bench-reload: ## From a changed file to compiled tables, and memory, at 10 to 50,000 services.
+	$(CARGO) run --release --example reload
 
 perf: release ## Packets per second through veth, beside a bare AF_XDP forwarder in the same run. Needs root.
 	$(CARGO) run --release --example veth_pps

@@ -23,4 +23,5 @@ mod policy;
 mod scale;
 mod services;
 mod site;
+mod storm;
 mod two_nodes;

@@ -1,0 +1,189 @@
+//! What becomes of flows when their service changes, at their next packet and not by any event: the whole pipeline over the memory
+//! driver.
+
+#[allow(dead_code, reason = "each test uses a part of it")]
+#[path = "support/packets.rs"]
+mod packets;
+#[allow(dead_code, reason = "each test uses a part of it")]
+#[path = "support/router.rs"]
+mod router;
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use packets::{Packet, TCP, UDP, received};
+use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service};
+use weir_dataplane::frame::IfIndex;
+use weir_nat::{ServicePort, SnatPorts};
+use weir_packet::{DropReason, Protocol};
+
+const CLIENT: [&str; 2] = ["10.1.1.10", "fd00:1:1::10"];
+const SERVER: [&str; 2] = ["10.1.1.20", "fd00:1:1::20"];
+const REMOTE: [&str; 2] = ["10.1.2.20", "fd00:1:2::20"];
+const OUTSIDE: [&str; 2] = ["192.168.10.100", "fd00:10::100"];
+const VIP: [&str; 2] = ["10.96.0.10", "fd00:96::10"];
+const SYN: u8 = 0x02;
+const RST: u8 = 0x04;
+const ACK: u8 = 0x10;
+
+fn router(services: Vec<ServicePort>) -> Router {
+    Router::new(rules(services, true), SnatPorts::new(10000..=20000, []).unwrap(), 1024)
+}
+
+/// The service with these backends, each of both families.
+fn with_backends(protocol: Protocol, vip: [&str; 2], backends: &[[&str; 2]]) -> Vec<ServicePort> {
+    let mut service = service("default/dns", protocol, vip, SERVER, None);
+    let like = service.endpoints.remove(0);
+    service.endpoints =
+        backends.iter().flatten().map(|a| weir_nat::Endpoint { address: ip(a), ..like.clone() }).collect();
+    vec![service]
+}
+
+fn word(packet: &Packet, at: usize) -> u16 {
+    u16::from_be_bytes([packet.l4[at], packet.l4[at + 1]])
+}
+
+fn udp(from: IpAddr, to: IpAddr) -> Packet {
+    let l4 = [&5000_u16.to_be_bytes()[..], &53_u16.to_be_bytes(), &[0, 12, 0, 0, 1, 2, 3, 4]].concat();
+    Packet { src: from, dst: to, protocol: UDP, ttl: 64, tos: 0, options: 0, l4 }
+}
+
+fn tcp(flags: u8, from: (IpAddr, u16), to: (IpAddr, u16), sequence: u32, acknowledged: u32) -> Packet {
+    let mut l4 = [from.1.to_be_bytes(), to.1.to_be_bytes()].concat();
+    l4.extend(sequence.to_be_bytes());
+    l4.extend(acknowledged.to_be_bytes());
+    l4.extend([0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+    Packet { src: from.0, dst: to.0, protocol: TCP, ttl: 64, tos: 0, options: 0, l4 }
+}
+
+/// All that leaves for one packet: by which device, and what.
+fn through(router: &mut Router, device: IfIndex, packet: &Packet) -> Vec<(IfIndex, Packet)> {
+    let sent = router.one(device, &packet.frame());
+    received(&sent).into_iter().map(|((device, _), bytes)| (device, Packet::read(bytes))).collect()
+}
+
+/// Where the flow's next packet goes: device, address and port.
+#[track_caller]
+fn goes(router: &mut Router, packet: &Packet) -> (IfIndex, IpAddr, u16) {
+    let sent = through(router, CLIENT_POD, packet);
+    assert_eq!(sent.len(), 1, "{sent:?}");
+    (sent[0].0, sent[0].1.dst, word(&sent[0].1, 2))
+}
+
+#[test]
+fn a_udp_flow_follows_its_service_at_its_next_packet() {
+    for family in 0..2 {
+        let address = |of: [&str; 2]| ip(of[family]);
+        let dns = |backends: &[[&str; 2]]| rules(with_backends(Protocol::UDP, VIP, backends), true);
+        let mut router = router(with_backends(Protocol::UDP, VIP, &[SERVER]));
+        let question = udp(address(CLIENT), address(VIP));
+        let to_server = (SERVER_POD, address(SERVER), 5353);
+        let to_remote = (UPLINK, address(REMOTE), 5353);
+        assert_eq!(goes(&mut router, &question), to_server);
+
+        // Another backend more changes nothing; the flow's own gone, it goes to the one that is left, and answers come back.
+        router.publish(dns(&[SERVER, REMOTE]));
+        assert_eq!(goes(&mut router, &question), to_server);
+        router.publish(dns(&[REMOTE]));
+        assert_eq!(goes(&mut router, &question), to_remote);
+        assert_eq!(goes(&mut router, &question), to_remote);
+
+        // Not ready any more is as good as gone for UDP; terminating is not, while it serves.
+        for (ready, serving, terminating, expected) in
+            [(false, true, true, to_remote), (false, false, true, to_server), (true, true, false, to_server)]
+        {
+            let mut services = with_backends(Protocol::UDP, VIP, &[SERVER, REMOTE]);
+            for endpoint in services[0].endpoints.iter_mut().filter(|endpoint| endpoint.address == address(REMOTE)) {
+                (endpoint.ready, endpoint.serving, endpoint.terminating) = (ready, serving, terminating);
+            }
+            router.publish(rules(services, true));
+            assert_eq!(goes(&mut router, &question), expected, "{ready} {serving} {terminating}");
+        }
+        assert_eq!(router.drops(), BTreeMap::new());
+
+        // Emptied: told by ICMP, each time; deleted: an address of the service range that nobody has; back again.
+        router.publish(dns(&[]));
+        for n in 1..=2 {
+            let told = through(&mut router, CLIENT_POD, &question);
+            let expected = [(1, 3, 3), (58, 1, 4)][family];
+            assert_eq!(told.len(), 1, "{told:?}");
+            let (device, told) = &told[0];
+            assert_eq!((*device, told.src, told.dst), (CLIENT_POD, address(VIP), address(CLIENT)));
+            assert_eq!((told.protocol, told.l4[0], told.l4[1]), expected);
+            assert_eq!(router.drops()[&DropReason::NoBackend], n);
+        }
+        router.publish(rules(Vec::new(), true));
+        assert_eq!(through(&mut router, CLIENT_POD, &question), []);
+        assert_eq!(router.drops()[&DropReason::UnallocatedServiceIp], 1);
+        router.publish(dns(&[REMOTE]));
+        assert_eq!(goes(&mut router, &question), to_remote);
+        router.finish();
+    }
+}
+
+#[test]
+fn a_udp_flow_that_began_before_its_service_is_taken_over_by_it() {
+    for family in 0..2 {
+        let address = |of: [&str; 2]| ip(of[family]);
+        let mut router = router(Vec::new());
+        let question = udp(address(CLIENT), address(OUTSIDE));
+        assert_eq!(goes(&mut router, &question), (UPLINK, address(OUTSIDE), 53));
+        router.publish(rules(with_backends(Protocol::UDP, OUTSIDE, &[SERVER]), true));
+        assert_eq!(goes(&mut router, &question), (SERVER_POD, address(SERVER), 5353));
+        // And the other way round.
+        router.publish(rules(Vec::new(), true));
+        assert_eq!(goes(&mut router, &question), (UPLINK, address(OUTSIDE), 53));
+        assert_eq!(router.finish().dropped(), 0);
+    }
+}
+
+#[test]
+fn a_tcp_connection_keeps_its_backend_until_that_is_gone_and_is_reset_then() {
+    for family in 0..2 {
+        for from_client in [true, false] {
+            let address = |of: [&str; 2]| ip(of[family]);
+            let (client, vip, server) = ((address(CLIENT), 5000), (address(VIP), 53), (address(SERVER), 5353));
+            let mut router = router(with_backends(Protocol::TCP, VIP, &[SERVER]));
+            let opening = through(&mut router, CLIENT_POD, &tcp(SYN, client, vip, 100, 0));
+            assert_eq!((opening[0].0, opening[0].1.dst), (SERVER_POD, server.0));
+            assert_eq!(through(&mut router, SERVER_POD, &tcp(SYN | ACK, server, client, 900, 101)).len(), 1);
+            let data = tcp(ACK, client, vip, 101, 901);
+            assert_eq!(goes(&mut router, &data), (SERVER_POD, server.0, server.1));
+
+            // Others come and go, and the connection's own backend is not used for new ones any more: it stays.
+            let mut services = with_backends(Protocol::TCP, VIP, &[REMOTE, SERVER]);
+            for (ready, serving, terminating) in [(true, true, false), (false, true, true), (false, false, false)] {
+                for endpoint in services[0].endpoints.iter_mut().filter(|endpoint| endpoint.address == server.0) {
+                    (endpoint.ready, endpoint.serving, endpoint.terminating) = (ready, serving, terminating);
+                }
+                router.publish(rules(services.clone(), true));
+                assert_eq!(
+                    goes(&mut router, &data),
+                    (SERVER_POD, server.0, server.1),
+                    "{ready} {serving} {terminating}"
+                );
+                let answer = through(&mut router, SERVER_POD, &tcp(ACK, server, client, 901, 101));
+                assert_eq!((answer.len(), answer[0].0, answer[0].1.src), (1, CLIENT_POD, vip.0));
+            }
+            assert_eq!(router.drops(), BTreeMap::new());
+
+            // Gone: who sends next is told by a RST that it accepts, in the name of whom it speaks to.
+            router.publish(rules(with_backends(Protocol::TCP, VIP, &[REMOTE]), true));
+            let (device, next, (src, dst)) = if from_client {
+                (CLIENT_POD, data, (vip, client))
+            } else {
+                (SERVER_POD, tcp(ACK, server, client, 901, 101), (client, server))
+            };
+            let sent = through(&mut router, device, &next);
+            assert_eq!(sent.len(), 1, "{sent:?}");
+            let (to, reset) = &sent[0];
+            assert_eq!((*to, (reset.src, word(reset, 0)), (reset.dst, word(reset, 2))), (device, src, dst));
+            assert_eq!(reset.l4[13] & RST, RST);
+            assert_eq!(reset.l4[4..8], next.l4[8..12], "its sequence number is what the other acknowledged last");
+            assert_eq!(router.drops(), BTreeMap::from([(DropReason::BackendGone, 1)]));
+            // A new connection goes to the one that is left.
+            let again = goes(&mut router, &tcp(SYN, (client.0, 5001), vip, 100, 0));
+            assert_eq!(again, (UPLINK, address(REMOTE), 5353));
+            router.finish();
+        }
+    }
+}
