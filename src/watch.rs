@@ -13,7 +13,8 @@
 //! visible subfolders. If one does not exist, its nearest existing ancestor is watched until it does.
 //!
 //! *No gap.* Folders are watched before the survey that counts, and the survey is repeated until its folders are those
-//! watched.
+//! watched. A file that was changed within a tick of the survey is not told by its stamp from what it may become in the same tick: the next event
+//! then counts without one.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -35,6 +36,8 @@ use tokio::{
 
 /// How long further events are gathered after the first.
 const GATHER: Duration = Duration::from_millis(20);
+/// Two changes of a file within this time may leave the same stamp: the kernel's coarse clock ticks every 10 ms at most.
+const TICK: Duration = Duration::from_millis(10);
 /// Symbolic links followed for one path, as the kernel's own limit (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 /// How deep folders of manifests are looked into.
@@ -100,6 +103,13 @@ struct Survey {
     files: BTreeMap<PathBuf, Option<Stamp>>,
     /// Folders by path, with device and inode: another folder under the same path needs a new watch.
     folders: BTreeMap<PathBuf, (u64, u64)>,
+}
+
+impl Survey {
+    /// Whether a file was changed so shortly before that a change from now on could leave the same stamp.
+    fn may_miss_a_change(&self) -> bool {
+        self.files.values().flatten().any(|stamp| !stamp.is_older_than(TICK))
+    }
 }
 
 impl Survey {
@@ -191,6 +201,8 @@ pub struct Watch {
     events: mpsc::Receiver<()>,
     hangup: Signal,
     due: Option<Instant>,
+    /// Whether the next event tells of a change even if no stamp does.
+    suspicious: bool,
 }
 
 impl Watch {
@@ -216,7 +228,7 @@ impl Watch {
             }
         })?;
         let hangup = signal(SignalKind::hangup())?;
-        let mut watch = Self { paths: BTreeSet::new(), survey: Survey::default(), watcher, events, hangup, due: None };
+        let mut watch = Self { paths: BTreeSet::new(), survey: Survey::default(), watcher, events, hangup, due: None, suspicious: false };
         watch.paths = paths.into_iter().map(Into::into).collect();
         watch.survey = watch.look()?;
         Ok(watch)
@@ -258,7 +270,8 @@ impl Watch {
                 () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
                     let survey = self.look()?;
                     self.due = None;
-                    let files_changed = survey.files != self.survey.files;
+                    let files_changed = survey.files != self.survey.files || self.suspicious;
+                    self.suspicious = files_changed && survey.may_miss_a_change();
                     self.survey = survey;
                     if files_changed {
                         return Ok(Trigger::Files);

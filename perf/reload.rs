@@ -1,0 +1,141 @@
+//! From a changed file to compiled tables: how long a load takes, and a reload after a change of one file of a hundred documents, at growing
+//! numbers of services with ten endpoints each.
+//!
+//! The cluster is one of 50 Services and 50 EndpointSlices per file, as many files as that takes. A change gives every slice of one file another
+//! endpoint. What a reload costs beyond this (the kernel's maps and routes, waiting for further changes) is in the router's log.
+
+use std::{
+    fmt::Write as _,
+    fs, io,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use weir::{
+    compile,
+    translate::{Loaded, Loader},
+};
+use weir_dataplane::{forwarding::Forwarding, snapshot::Rules};
+
+const ENDPOINTS: u32 = 10;
+const SERVICES_PER_FILE: u32 = 50;
+const ROUNDS: u32 = 9;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let sizes: Vec<u32> = std::env::args().skip(1).map(|size| size.parse()).collect::<Result<_, _>>()?;
+    let sizes = if sizes.is_empty() { vec![10, 100, 1000, 10_000, 50_000] } else { sizes };
+    println!("times in ms; a change is of one file of 100 documents; medians of {ROUNDS}");
+    println!("| services | load: read | translate | compile | change: read | translate | compile | forwarding | MB of text | table | held |");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
+    for services in sizes {
+        measure(services)?;
+    }
+    Ok(())
+}
+
+/// One line of the table.
+fn measure(services: u32) -> Result<(), Box<dyn std::error::Error>> {
+    let folder = tempfile::tempdir()?;
+    let held_before = resident_bytes()?;
+    let text_bytes = write_cluster(folder.path(), services)?;
+    let mut loader = Loader::new(&folder.path().join("weir.yaml"));
+    let mut loaded = loader.load().map_err(|problems| problems.render(false))?;
+    let [load_read, load_translate] = [loaded.times.read, loaded.times.translate];
+    let (rules, load_compile) = compiled(&loaded)?;
+    let table_bytes = rules.services.memory_bytes();
+    let mut steps: [Vec<Duration>; 4] = Default::default();
+    for round in 1..=ROUNDS {
+        let changed = services / 2 / SERVICES_PER_FILE;
+        write_file(folder.path(), changed, services, round)?;
+        let (next, _) = loader.reload(&loaded.objects).map_err(|problems| problems.render(false))?;
+        let (rules, compile) = compiled(&next)?;
+        assert_eq!(rules.services.memory_bytes(), table_bytes, "as many endpoints as before");
+        let begin = Instant::now();
+        let forwarding = Forwarding::compile(&next.cluster, &compile::links_of(&next.config))?;
+        let took = [next.times.read, next.times.translate, compile, begin.elapsed()];
+        drop((rules, forwarding));
+        steps.iter_mut().zip(took).for_each(|(step, took)| step.push(took));
+        loaded = next;
+    }
+    let [read, translate, compile, forwarding] = steps.map(|mut step| {
+        step.sort_unstable();
+        ms(step[step.len() / 2])
+    });
+    let mb = |bytes: usize| format!("{:.1} MB", bytes as f64 / 1e6);
+    println!(
+        "| {services} | {} | {} | {} | {read} | {translate} | {compile} | {forwarding} | {} | {} | {} |",
+        ms(load_read),
+        ms(load_translate),
+        ms(load_compile),
+        mb(text_bytes),
+        mb(table_bytes),
+        mb(resident_bytes()?.saturating_sub(held_before)),
+    );
+    Ok(())
+}
+
+fn compiled(loaded: &Loaded) -> Result<(Rules, Duration), compile::CompileError> {
+    let begin = Instant::now();
+    let rules = compile::rules(loaded)?;
+    Ok((rules, begin.elapsed()))
+}
+
+fn ms(duration: Duration) -> String {
+    format!("{:.1}", duration.as_secs_f64() * 1e3)
+}
+
+/// Writes weir.yaml and all files; how many bytes of manifests.
+fn write_cluster(folder: &Path, services: u32) -> io::Result<usize> {
+    fs::write(folder.join("weir.yaml"), "nodeName: node-1\nmanifests: [manifests/]\n")?;
+    fs::create_dir(folder.join("manifests"))?;
+    (0..services.div_ceil(SERVICES_PER_FILE)).map(|file| write_file(folder, file, services, 0)).sum()
+}
+
+fn write_file(folder: &Path, file: u32, services: u32, round: u32) -> io::Result<usize> {
+    let first = file * SERVICES_PER_FILE;
+    let text: String = (first..services.min(first + SERVICES_PER_FILE)).map(|n| documents(n, round)).collect();
+    let path: PathBuf = folder.join(format!("manifests/{file:05}.yaml"));
+    fs::write(path, &text)?;
+    Ok(text.len())
+}
+
+/// A Service and its EndpointSlice, as kubectl prints them but for what nobody reads.
+fn documents(number: u32, round: u32) -> String {
+    let [high, low] = (number as u16).to_be_bytes();
+    let mut text = format!(
+        "---\napiVersion: v1\nkind: Service\nmetadata:\n  name: service-{number}\n  namespace: namespace-{}\n  labels:\n    app: \
+         app-{number}\nspec:\n  clusterIP: 10.96.{high}.{low}\n  clusterIPs:\n  - 10.96.{high}.{low}\n  internalTrafficPolicy: Cluster\n  \
+         ipFamilies:\n  - IPv4\n  ipFamilyPolicy: SingleStack\n  ports:\n  - name: http\n    port: 80\n    protocol: TCP\n    targetPort: \
+         8080\n  selector:\n    app: app-{number}\n  sessionAffinity: None\n  type: ClusterIP\nstatus:\n  loadBalancer: {{}}\n---\n\
+         addressType: IPv4\napiVersion: discovery.k8s.io/v1\nendpoints:\n",
+        number % 50
+    );
+    for endpoint in 0..ENDPOINTS {
+        // Every round moves the first endpoint.
+        let moved = if endpoint == 0 { round } else { 0 };
+        let [_, a, b, c] = (number * ENDPOINTS + endpoint + (moved << 20)).to_be_bytes();
+        writeln!(
+            text,
+            "- addresses:\n  - 10.{a}.{b}.{c}\n  conditions:\n    ready: true\n    serving: true\n    terminating: false\n  nodeName: \
+             node-{}\n  targetRef:\n    kind: Pod\n    name: pod-{number}-{endpoint}\n    namespace: namespace-{}\n  zone: zone-a",
+            endpoint * 7 % 100,
+            number % 50
+        )
+        .expect("a String takes it");
+    }
+    write!(
+        text,
+        "kind: EndpointSlice\nmetadata:\n  labels:\n    endpointslice.kubernetes.io/managed-by: endpointslice-controller.k8s.io\n    \
+         kubernetes.io/service-name: service-{number}\n  name: service-{number}-abcde\n  namespace: namespace-{}\nports:\n- name: http\n  \
+         port: 8080\n  protocol: TCP\n",
+        number % 50
+    )
+    .expect("a String takes it");
+    text
+}
+
+/// This process's memory in RAM.
+fn resident_bytes() -> io::Result<usize> {
+    let pages: Option<usize> = fs::read_to_string("/proc/self/statm")?.split(' ').nth(1).and_then(|p| p.parse().ok());
+    Ok(pages.unwrap_or_default() * 4096)
+}
