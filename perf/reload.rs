@@ -25,7 +25,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let sizes: Vec<u32> = std::env::args().skip(1).map(|size| size.parse()).collect::<Result<_, _>>()?;
     let sizes = if sizes.is_empty() { vec![10, 100, 1000, 10_000, 50_000] } else { sizes };
     println!("times in ms; a change is of one file of 100 documents; medians of {ROUNDS}");
-    println!("| services | load: read | translate | compile | change: read | translate | compile | forwarding | MB of text | table | held |");
+    println!(
+        "| services | load: read | translate | compile | change: read | translate | compile | forwarding | MB of text | table | held |"
+    );
     println!("|---|---|---|---|---|---|---|---|---|---|---|");
     for services in sizes {
         measure(services)?;

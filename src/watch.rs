@@ -228,7 +228,15 @@ impl Watch {
             }
         })?;
         let hangup = signal(SignalKind::hangup())?;
-        let mut watch = Self { paths: BTreeSet::new(), survey: Survey::default(), watcher, events, hangup, due: None, suspicious: false };
+        let mut watch = Self {
+            paths: BTreeSet::new(),
+            survey: Survey::default(),
+            watcher,
+            events,
+            hangup,
+            due: None,
+            suspicious: false,
+        };
         watch.paths = paths.into_iter().map(Into::into).collect();
         watch.survey = watch.look()?;
         Ok(watch)

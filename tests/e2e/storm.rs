@@ -154,6 +154,11 @@ fn a_storm_of_reloads_loses_nothing() {
     let changes = seconds() * CHANGES_PER_SECOND;
     let exchanges = [(); 4].map(|()| AtomicU32::new(0));
     let (over, site_in_storm) = (AtomicBool::new(false), &site);
+    let again = |count: &AtomicU32| {
+        count.fetch_add(1, Ordering::Relaxed);
+        thread::sleep(Duration::from_millis(1));
+        !over.load(Ordering::Relaxed)
+    };
     thread::scope(|scope| {
         struct Over<'a>(&'a AtomicBool);
         impl Drop for Over<'_> {
@@ -162,18 +167,13 @@ fn a_storm_of_reloads_loses_nothing() {
             }
         }
         let guard = Over(&over);
-        let again = |count: &AtomicU32| {
-            count.fetch_add(1, Ordering::Relaxed);
-            thread::sleep(Duration::from_millis(1));
-            !over.load(Ordering::Relaxed)
-        };
-        let (again, exchanges) = (&again, &exchanges);
         scope.spawn(|| {
             while again(&exchanges[0]) {
                 assert_eq!(ask(&flow_to_stays).as_deref(), Ok(STAYS.0), "a flow whose backend stays");
             }
         });
         for ((near, far), count) in connections.iter().zip(&exchanges[1..]) {
+            let again = &again;
             scope.spawn(move || {
                 while again(count) {
                     assert!(passes(near, far, DEADLINE), "a connection to a backend that is there");
