@@ -16,6 +16,7 @@ use weir::{
     translate::{Loaded, Loader},
 };
 use weir_dataplane::{forwarding::Forwarding, snapshot::Rules};
+use weir_policy::Compiler;
 
 const ENDPOINTS: u32 = 10;
 const SERVICES_PER_FILE: u32 = 50;
@@ -43,14 +44,15 @@ fn measure(services: u32) -> Result<(), Box<dyn std::error::Error>> {
     let mut loader = Loader::new(&folder.path().join("weir.yaml"));
     let mut loaded = loader.load().map_err(|problems| problems.render(false))?;
     let [load_read, load_translate] = [loaded.times.read, loaded.times.translate];
-    let (rules, load_compile) = compiled(&loaded)?;
+    let mut policy = Compiler::default();
+    let (rules, load_compile) = compiled(&loaded, &mut policy)?;
     let table_bytes = rules.services.memory_bytes();
     let mut steps: [Vec<Duration>; 4] = Default::default();
     for round in 1..=ROUNDS {
         let changed = services / 2 / SERVICES_PER_FILE;
         write_file(folder.path(), changed, services, round)?;
         let (next, _) = loader.reload(&loaded.objects).map_err(|problems| problems.render(false))?;
-        let (rules, compile) = compiled(&next)?;
+        let (rules, compile) = compiled(&next, &mut policy)?;
         assert_eq!(rules.services.memory_bytes(), table_bytes, "as many endpoints as before");
         let begin = Instant::now();
         let forwarding = Forwarding::compile(&next.cluster, &compile::links_of(&next.config))?;
@@ -76,9 +78,9 @@ fn measure(services: u32) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-fn compiled(loaded: &Loaded) -> Result<(Rules, Duration), compile::CompileError> {
+fn compiled(loaded: &Loaded, policy: &mut Compiler) -> Result<(Rules, Duration), compile::CompileError> {
     let begin = Instant::now();
-    let rules = compile::rules(loaded)?;
+    let rules = compile::rules(loaded, policy)?;
     Ok((rules, begin.elapsed()))
 }
 

@@ -126,6 +126,7 @@ pub struct Loader {
 #[derive(Debug, Default)]
 struct Kept {
     services: services::Assembled,
+    policy: policy::Kept,
 }
 
 /// What was read: weir.yaml and the texts of the manifests, with the problems of reading.
@@ -287,7 +288,7 @@ fn translate(
 ) -> Result<Loaded, Problems> {
     let cluster = cluster::translate(&config, manifests, &mut problems);
     let services = services::translate(&config, manifests, &cluster, &mut kept.services, &mut problems);
-    let policy = policy::translate(&config, manifests, &cluster, &mut problems);
+    let policy = policy::translate(&config, manifests, &cluster, &mut kept.policy, &mut problems);
     if reviews {
         review::review(&config, manifests, &cluster, &mut problems);
     }

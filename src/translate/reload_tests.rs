@@ -47,7 +47,7 @@ impl Editor {
     fn document(&mut self) -> String {
         let (name, other, number) = (self.below(6), self.below(6), self.below(200));
         let bad = self.below(12) == 0;
-        match self.below(6) {
+        match self.below(7) {
             0 => format!(
                 "apiVersion: v1\nkind: Service\nmetadata: {{name: s{name}, namespace: x}}\nspec:\n  clusterIP: 10.96.{name}.{}\n  \
                  ports:\n  - {{name: a, port: {}, nodePort: {}}}\n  type: NodePort\n",

@@ -9,13 +9,13 @@ use weir_packet::Protocol;
 use weir_policy::model::{Endpoint, EndpointKind, NamedPort};
 
 use super::{
-    labels::{Inherited, Labels, NAMESPACE_PROFILE, SERVICE_ACCOUNT_PROFILE},
+    labels::{Inherited, Labels, NAMESPACE_PROFILE, SERVICE_ACCOUNT_PROFILE, Sources},
     rules::network,
 };
 use crate::{
     config::{Problems, RouterConfig},
     manifests::{
-        Manifests, Object,
+        Content, Manifests, Memo, Object, Same,
         at::{At, Reporter},
         calico::{EndpointPort, WorkloadEndpoint},
     },
@@ -25,11 +25,27 @@ use crate::{
     },
 };
 
+/// The workloads' endpoints of the load before, by the number of their pod, or of their WorkloadEndpoint where they have no pod.
+#[derive(Debug, Default)]
+pub(in crate::translate) struct Kept {
+    sources: Sources,
+    endpoints: Memo<u32, Parts, Arc<Endpoint>>,
+}
+
+/// What a workload's endpoint is made of, besides what its labels are inherited from.
+#[derive(Debug, PartialEq)]
+struct Parts {
+    pod: Option<Same<Content<Pod>>>,
+    calico: Option<Same<Content<WorkloadEndpoint>>>,
+    is_local: bool,
+}
+
 pub(super) fn workloads(
     config: &RouterConfig,
     manifests: &Manifests,
     inherited: &Inherited<'_>,
     cluster: &Cluster,
+    kept: &mut Kept,
     problems: &mut Problems,
 ) -> Vec<Arc<Endpoint>> {
     let pods: HashMap<String, &Object<Pod>> =
@@ -37,40 +53,53 @@ pub(super) fn workloads(
     let of_pods = endpoints_of_pods(manifests);
     let others: HashMap<String, &Object<WorkloadEndpoint>> =
         manifests.workload_endpoints.iter().map(|object| (endpoint_name(object), object)).collect();
+    kept.endpoints.turn();
+    let sources = Inherited::sources(manifests);
+    if kept.sources != sources {
+        *kept = Kept { sources, ..Kept::default() };
+    }
     let mut endpoints = Vec::with_capacity(cluster.workloads.len());
     for workload in &cluster.workloads {
-        let pod = pods.get(&workload.name);
-        let calico = of_pods.get(&workload.name).or_else(|| others.get(&workload.name));
+        let pod = pods.get(&workload.name).copied();
+        let calico = of_pods.get(&workload.name).or_else(|| others.get(&workload.name)).copied();
         let Some(namespace) = pod.map(|pod| &pod.namespace).or(calico.map(|object| &object.namespace)) else {
             continue;
         };
-        let spec = pod.and_then(|pod| pod.value.spec.as_ref());
-        let given = spec.and_then(|spec| spec.service_account_name.as_ref().or(spec.service_account.as_ref()));
-        let given = given.or_else(|| calico.and_then(|object| object.value.spec.service_account_name.as_ref()));
-        let account = given.map(String::as_str).filter(|name| !name.is_empty()).unwrap_or("default");
-        let own = match (pod, calico) {
-            (Some(pod), _) => pod.value.metadata.labels.clone().unwrap_or_default(),
-            (None, calico) => calico.map_or_else(Labels::new, |object| object.value.labels()),
+        let pod_ports = pod.map(|pod| pod.made(problems, container_ports));
+        let calico_ports = calico.map(|calico| calico.made(problems, workload_endpoint_ports));
+        let Some(number) = pod.map(|pod| pod.origin).or(calico.map(|calico| calico.origin)) else { continue };
+        let parts = Parts {
+            pod: pod.map(|pod| Same(Arc::clone(pod.content()))),
+            calico: calico.map(|calico| Same(Arc::clone(calico.content()))),
+            is_local: workload.node.as_deref() == Some(config.node_name.as_str()),
         };
-        let mut ports = pod.map_or(Vec::new(), |pod| container_ports(pod, problems));
-        if let Some(calico) = calico {
-            let mut report = calico.reporter(problems);
-            ports.extend(endpoint_ports(&calico.value.spec.ports, calico.at(), &mut report));
-        }
-        let of_kubernetes = || {
-            vec![format!("{NAMESPACE_PROFILE}{namespace}"), format!("{SERVICE_ACCOUNT_PROFILE}{namespace}.{account}")]
-        };
-        let profiles = calico.map_or_else(of_kubernetes, |object| object.value.spec.profiles.clone());
-        let orchestrator = calico.and_then(|object| object.value.spec.orchestrator.as_deref()).unwrap_or("k8s");
-        endpoints.push(Arc::new(Endpoint {
-            name: workload.name.clone(),
-            kind: EndpointKind::Workload,
-            local: workload.node.as_deref() == Some(config.node_name.as_str()),
-            namespace: Some(namespace.clone()),
-            labels: inherited.of_workload(namespace, account, orchestrator, &profiles, &own),
-            nets: workload.addresses.iter().map(|address| IpNet::from(*address)).collect(),
-            ports,
-            profiles,
+        endpoints.push(kept.endpoints.get(number, parts, |parts| {
+            let spec = pod.and_then(|pod| pod.value.spec.as_ref());
+            let given = spec.and_then(|spec| spec.service_account_name.as_ref().or(spec.service_account.as_ref()));
+            let given = given.or_else(|| calico.and_then(|object| object.value.spec.service_account_name.as_ref()));
+            let account = given.map(String::as_str).filter(|name| !name.is_empty()).unwrap_or("default");
+            let own = match (pod, calico) {
+                (Some(pod), _) => pod.value.metadata.labels.clone().unwrap_or_default(),
+                (None, calico) => calico.map_or_else(Labels::new, |object| object.value.labels()),
+            };
+            let of_kubernetes = || {
+                vec![
+                    format!("{NAMESPACE_PROFILE}{namespace}"),
+                    format!("{SERVICE_ACCOUNT_PROFILE}{namespace}.{account}"),
+                ]
+            };
+            let profiles = calico.map_or_else(of_kubernetes, |object| object.value.spec.profiles.clone());
+            let orchestrator = calico.and_then(|object| object.value.spec.orchestrator.as_deref()).unwrap_or("k8s");
+            Arc::new(Endpoint {
+                name: workload.name.clone(),
+                kind: EndpointKind::Workload,
+                local: parts.is_local,
+                namespace: Some(namespace.clone()),
+                labels: inherited.of_workload(namespace, account, orchestrator, &profiles, &own),
+                nets: workload.addresses.iter().map(|address| IpNet::from(*address)).collect(),
+                ports: pod_ports.into_iter().chain(calico_ports).flatten().cloned().collect(),
+                profiles,
+            })
         }));
     }
     endpoints
@@ -152,6 +181,10 @@ fn container_ports(object: &Object<Pod>, problems: &mut Problems) -> Vec<NamedPo
         }
     }
     ports
+}
+
+fn workload_endpoint_ports(object: &Object<WorkloadEndpoint>, problems: &mut Problems) -> Vec<NamedPort> {
+    endpoint_ports(&object.value.spec.ports, object.at(), &mut object.reporter(problems))
 }
 
 /// The named ports of a WorkloadEndpoint or HostEndpoint.

@@ -1,10 +1,16 @@
 //! The labels that things carry: their own, and those of their namespace, service account and profiles.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::{
+    api::core::v1::{Namespace, ServiceAccount},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
 
-use crate::manifests::Manifests;
+use crate::manifests::{Content, Manifests, Object, Same, calico::policy::Profile};
 
 pub(super) const NAMESPACE_LABEL: &str = "projectcalico.org/namespace";
 pub(super) const ORCHESTRATOR_LABEL: &str = "projectcalico.org/orchestrator";
@@ -20,6 +26,14 @@ pub(super) const NAMESPACE_PROFILE: &str = "kns.";
 pub(super) const SERVICE_ACCOUNT_PROFILE: &str = "ksa.";
 
 pub(super) type Labels = BTreeMap<String, String>;
+
+/// The objects that labels are inherited from; equal where none changed, came or went.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Sources {
+    namespaces: Vec<Same<Content<Namespace>>>,
+    service_accounts: Vec<Same<Content<ServiceAccount>>>,
+    profiles: Vec<Same<Content<Profile>>>,
+}
 
 /// Labels that things inherit.
 pub(super) struct Inherited<'m> {
@@ -37,6 +51,18 @@ impl<'m> Inherited<'m> {
         let profiles = manifests.profiles.iter();
         let profiles = profiles.map(|object| (object.name.as_str(), &object.value.spec.labels_to_apply));
         Self { namespaces: namespaces.collect(), service_accounts: accounts.collect(), profiles: profiles.collect() }
+    }
+
+    /// All that labels are inherited from.
+    pub(super) fn sources(manifests: &Manifests) -> Sources {
+        fn same<T>(objects: &[Object<T>]) -> Vec<Same<Content<T>>> {
+            objects.iter().map(|object| Same(Arc::clone(object.content()))).collect()
+        }
+        Sources {
+            namespaces: same(&manifests.namespaces),
+            service_accounts: same(&manifests.service_accounts),
+            profiles: same(&manifests.profiles),
+        }
     }
 
     /// The labels of a workload: inherited ones first, so that its own win.

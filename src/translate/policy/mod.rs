@@ -12,26 +12,31 @@ mod selectors;
 mod services;
 mod tiers;
 
+use std::sync::Arc;
+
 use weir_dataplane::model::Cluster;
 use weir_policy::model::{Model, Policy};
+
+pub(super) use self::endpoints::Kept;
 
 use self::{labels::Inherited, rules::RuleReader, services::ServiceEndpoints, tiers::Tiers};
 use crate::{
     config::{Problems, RouterConfig},
-    manifests::{Content, Manifests, ObjectId},
+    manifests::{Content, Manifests, Object, ObjectId, calico::policy::Rule as CalicoRule},
 };
 
 pub(super) fn translate(
     config: &RouterConfig,
     manifests: &Manifests,
     cluster: &Cluster,
+    kept: &mut Kept,
     problems: &mut Problems,
 ) -> Model {
     for object in &manifests.felix_configurations {
         object.reporter(problems).not_implemented(object.at().key("spec"), "FelixConfiguration");
     }
     let inherited = Inherited::new(manifests);
-    let mut endpoints = endpoints::workloads(config, manifests, &inherited, cluster, problems);
+    let mut endpoints = endpoints::workloads(config, manifests, &inherited, cluster, kept, problems);
     endpoints.extend(endpoints::host_endpoints(config, manifests, &inherited, problems));
     endpoints.extend(endpoints::network_sets(manifests, &inherited, problems));
     let services = ServiceEndpoints::new(manifests);
@@ -44,12 +49,13 @@ pub(super) fn translate(
 fn tiers(manifests: &Manifests, services: &ServiceEndpoints<'_>, problems: &mut Problems) -> Tiers {
     let mut tiers = Tiers::new(manifests);
     for object in &manifests.network_policies {
-        if let Some(policy) = kubernetes::network_policy(object, problems) {
-            tiers.add(tiers::DEFAULT_TIER, policy);
+        let make = |object: &_, problems: &mut _| kubernetes::network_policy(object, problems).map(Arc::new);
+        if let Some(policy) = object.made(problems, make) {
+            tiers.add(tiers::DEFAULT_TIER, Arc::clone(policy));
         }
     }
     for object in &manifests.staged_kubernetes_network_policies {
-        let policy = kubernetes::staged_network_policy(object, problems);
+        let policy = made(object, true, problems, kubernetes::staged_network_policy);
         tiers.add(tiers::DEFAULT_TIER, policy);
     }
     for (kind, objects, staged) in [
@@ -59,9 +65,13 @@ fn tiers(manifests: &Manifests, services: &ServiceEndpoints<'_>, problems: &mut 
         for object in objects {
             let tier = calico::tier_of(&object.value.spec.tier);
             tiers.check(tier, object.at().key("spec").key("tier"), &mut object.reporter(problems));
-            let name = PolicyName::of(kind, object);
-            let policy = calico::global_network_policy(object, name, services, problems);
-            tiers.add(tier, Policy { staged, ..policy });
+            let spec = &object.value.spec;
+            let is_alone = !names_services(&spec.ingress) && !names_services(&spec.egress);
+            let policy = made(object, is_alone, problems, |object, problems| {
+                let name = PolicyName::of(kind, object);
+                Policy { staged, ..calico::global_network_policy(object, name, services, problems) }
+            });
+            tiers.add(tier, policy);
         }
     }
     for (kind, objects, staged) in [
@@ -71,20 +81,46 @@ fn tiers(manifests: &Manifests, services: &ServiceEndpoints<'_>, problems: &mut 
         for object in objects {
             let tier = calico::tier_of(&object.value.spec.tier);
             tiers.check(tier, object.at().key("spec").key("tier"), &mut object.reporter(problems));
-            let name = PolicyName::of(kind, object);
-            let policy = calico::network_policy(object, name, services, problems);
-            tiers.add(tier, Policy { staged, ..policy });
+            let spec = &object.value.spec;
+            let is_alone = !names_services(&spec.ingress) && !names_services(&spec.egress);
+            let policy = made(object, is_alone, problems, |object, problems| {
+                let name = PolicyName::of(kind, object);
+                Policy { staged, ..calico::network_policy(object, name, services, problems) }
+            });
+            tiers.add(tier, policy);
         }
     }
     for object in &manifests.cluster_network_policies {
-        let (tier, policy) = cluster_network_policy::cluster_network_policy(object, problems);
-        tiers.add(tier, policy);
+        let make = |object: &_, problems: &mut _| {
+            let (tier, policy) = cluster_network_policy::cluster_network_policy(object, problems);
+            (tier, Arc::new(policy))
+        };
+        let (tier, policy) = object.made(problems, make);
+        tiers.add(tier, Arc::clone(policy));
     }
     for faulty in &manifests.denying {
         let (tier, policy) = denying::denying(faulty);
-        tiers.add(tier, policy);
+        tiers.add(tier, Arc::new(policy));
     }
     tiers
+}
+
+/// A policy: made once where all that it says `is_alone` what its object says, else at each load.
+fn made<T>(
+    object: &Object<T>,
+    is_alone: bool,
+    problems: &mut Problems,
+    make: impl FnOnce(&Object<T>, &mut Problems) -> Policy,
+) -> Arc<Policy> {
+    if !is_alone {
+        return Arc::new(make(object, problems));
+    }
+    Arc::clone(object.made(problems, |object, problems| Arc::new(make(object, problems))))
+}
+
+/// Whether rules stand for the endpoints of services, which are other objects.
+fn names_services(rules: &[CalicoRule]) -> bool {
+    rules.iter().any(|rule| [&rule.source, &rule.destination].iter().any(|side| side.services.is_some()))
 }
 
 /// What a policy is called.

@@ -1,55 +1,64 @@
 //! The endpoints behind services, for rules that name a service: all that EndpointSlices list, ready or not.
 
-use std::collections::HashMap;
+use std::{cell::OnceCell, collections::HashMap};
 
 use ipnet::IpNet;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use weir_packet::Protocol;
 use weir_policy::model::ServiceEndpoint;
 
-use crate::{config::address::parse_ip, manifests::Manifests, translate::services::SERVICE_NAME_LABEL};
+use crate::{
+    config::address::parse_ip,
+    manifests::{Manifests, Object},
+    translate::services::SERVICE_NAME_LABEL,
+};
 
-/// Namespace and name.
-type ServiceName<'m> = (&'m str, &'m str);
-
-/// Endpoints by service.
+/// Endpoints by service. Nothing is looked at before a rule names a service.
 pub(super) struct ServiceEndpoints<'m> {
-    endpoints: HashMap<ServiceName<'m>, Vec<(IpNet, Protocol, u16)>>,
-    addresses: HashMap<ServiceName<'m>, Vec<IpNet>>,
+    slices: &'m [Object<EndpointSlice>],
+    /// Positions in `slices`, by "namespace/service".
+    by_service: OnceCell<HashMap<String, Vec<usize>>>,
 }
 
 impl<'m> ServiceEndpoints<'m> {
     /// Faults of slices are told where services are translated.
     pub(super) fn new(manifests: &'m Manifests) -> Self {
-        let mut services = Self { endpoints: HashMap::new(), addresses: HashMap::new() };
-        for object in &manifests.endpoint_slices {
-            let slice = &object.value;
-            let Some(name) = slice.metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME_LABEL)) else {
-                continue;
-            };
-            let service = (object.namespace.as_str(), name.as_str());
-            let texts = slice.endpoints.iter().flatten().flat_map(|endpoint| &endpoint.addresses);
-            let addresses: Vec<IpNet> = texts.filter_map(|text| parse_ip(text).ok()).map(IpNet::from).collect();
-            let endpoints = services.endpoints.entry(service).or_default();
-            for port in slice.ports.iter().flatten() {
-                let protocol = Protocol::from_name(port.protocol.as_deref().unwrap_or("TCP"));
-                let number = port.port.and_then(|number| u16::try_from(number).ok());
-                if let (Some(protocol), Some(number)) = (protocol, number) {
-                    endpoints.extend(addresses.iter().map(|address| (*address, protocol, number)));
+        Self { slices: &manifests.endpoint_slices, by_service: OnceCell::new() }
+    }
+
+    fn slices_of(&self, namespace: &str, name: &str) -> impl Iterator<Item = &EndpointSlice> {
+        let by_service = self.by_service.get_or_init(|| {
+            let mut by_service: HashMap<String, Vec<usize>> = HashMap::new();
+            for (position, object) in self.slices.iter().enumerate() {
+                let labels = object.value.metadata.labels.as_ref();
+                if let Some(name) = labels.and_then(|labels| labels.get(SERVICE_NAME_LABEL)) {
+                    by_service.entry(format!("{}/{name}", object.namespace)).or_default().push(position);
                 }
             }
-            services.addresses.entry(service).or_default().extend(addresses);
-        }
-        services
+            by_service
+        });
+        let positions = by_service.get(&format!("{namespace}/{name}")).into_iter().flatten();
+        positions.map(|position| &self.slices[*position].value)
     }
 
     /// A service's endpoints, with protocol and port or by their address alone.
     pub(super) fn of(&self, namespace: &str, name: &str, with_ports: bool) -> Vec<ServiceEndpoint> {
-        let service = (namespace, name);
-        if with_ports {
-            let endpoints = self.endpoints.get(&service).into_iter().flatten();
-            endpoints.map(|(address, protocol, port)| (*address, Some((*protocol, *port)))).collect()
-        } else {
-            self.addresses.get(&service).into_iter().flatten().map(|address| (*address, None)).collect()
+        let mut endpoints = Vec::new();
+        for slice in self.slices_of(namespace, name) {
+            let texts = slice.endpoints.iter().flatten().flat_map(|endpoint| &endpoint.addresses);
+            let addresses: Vec<IpNet> = texts.filter_map(|text| parse_ip(text).ok()).map(IpNet::from).collect();
+            if !with_ports {
+                endpoints.extend(addresses.iter().map(|address| (*address, None)));
+                continue;
+            }
+            for port in slice.ports.iter().flatten() {
+                let protocol = Protocol::from_name(port.protocol.as_deref().unwrap_or("TCP"));
+                let number = port.port.and_then(|number| u16::try_from(number).ok());
+                if let (Some(protocol), Some(number)) = (protocol, number) {
+                    endpoints.extend(addresses.iter().map(|address| (*address, Some((protocol, number)))));
+                }
+            }
         }
+        endpoints
     }
 }

@@ -50,9 +50,9 @@ impl Tiers {
     }
 
     /// Puts a policy into a tier. One that nobody defines comes after all others and denies at its end.
-    pub(super) fn add(&mut self, tier: &str, policy: Policy) {
+    pub(super) fn add(&mut self, tier: &str, policy: Arc<Policy>) {
         let undefined = || Tier { name: tier.to_owned(), undefined: true, ..Tier::default() };
-        self.tiers.entry(tier.to_owned()).or_insert_with(undefined).policies.push(Arc::new(policy));
+        self.tiers.entry(tier.to_owned()).or_insert_with(undefined).policies.push(policy);
     }
 
     /// Says where a policy names a tier that nobody defines.
