@@ -172,7 +172,7 @@ fn prepare(tools: &mut Tools, in_force: &Objects, own_addresses: &[IpAddr]) -> R
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, path::Path};
+    use std::fs;
 
     use super::*;
 
@@ -191,7 +191,12 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
             let folder = tempfile::tempdir().unwrap();
-            let write = |name: &str, text: &str| fs::write(Path::join(folder.path(), name), text).unwrap();
+            // As a whole at once: half a text would be another one.
+            let write = |name: &str, text: &str| {
+                let new = folder.path().join("new");
+                fs::write(&new, text).unwrap();
+                fs::rename(new, folder.path().join(name)).unwrap();
+            };
             write("weir.yaml", "nodeName: a\nmanifests: [m.yaml]\n");
             write("m.yaml", &service("one", 1));
             let mut loader = Loader::new(&folder.path().join("weir.yaml"));
