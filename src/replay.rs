@@ -25,7 +25,7 @@ use crate::{
     config::Problems,
     memory_router::{MemoryRouter, MemoryRouterError},
     report::counters_json,
-    translate::{self, Loaded, Loader},
+    translate::{Loaded, Loader},
 };
 
 /// What to replay.
@@ -99,12 +99,14 @@ pub struct Outcome {
 pub fn run(settings: &Settings) -> Result<Outcome, ReplayError> {
     let refused = |problems| ReplayError::Config(Box::new(problems));
     let mut faults = Vec::new();
-    let mut versions = vec![(Duration::ZERO, translate::load(&settings.config).map_err(refused)?)];
+    let mut loader = Loader::new(&settings.config);
+    let mut versions = vec![(Duration::ZERO, loader.load().map_err(refused)?)];
     let mut reloads: Vec<_> = settings.reloads.iter().collect();
     reloads.sort_by_key(|(at, _)| *at);
     for (at, path) in reloads {
         let (_, previous) = versions.last().expect("the first one");
-        let (next, problems) = Loader::new(path).reload(previous).map_err(refused)?;
+        loader.set_path(path);
+        let (next, problems) = loader.reload(&previous.objects).map_err(refused)?;
         faults.extend(problems);
         versions.push((*at, next));
     }

@@ -150,6 +150,11 @@ impl Loader {
         Self { path: path.to_owned(), library: Library::default(), reviews: false, kept: Kept::default() }
     }
 
+    /// From now on for another weir.yaml, of the same cluster.
+    pub fn set_path(&mut self, path: &Path) {
+        path.clone_into(&mut self.path);
+    }
+
     /// One that has loaded nothing yet, with the numbers of this one's objects.
     #[cfg(test)]
     fn afresh(&self) -> Self {
