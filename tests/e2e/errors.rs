@@ -92,12 +92,10 @@ fn a_bad_reload_keeps_the_last_good_configuration() {
     let url = "http://10.1.1.20/";
     site.unanswered("default/client", url);
     let good = std::fs::read_to_string(site.config("node-a")).unwrap();
-    // What cannot be read loses nothing; weir.yaml, and kinds that would not be enforced, are refused whole.
-    let tier = "{apiVersion: projectcalico.org/v3, kind: Tier, metadata: {name: t}}";
-    for (file, text, outcome, reason) in [
-        ("policies.yaml", "{ broken".to_owned(), "objects are faulty", "policies.yaml:1"),
-        ("policies.yaml", tier.to_owned(), "reload refused", "Tier"),
-        ("node-a.yaml", good.replace("workers:", "wrokers:"), "reload refused", "wrokers"),
+    // What cannot be read loses nothing; weir.yaml is refused whole.
+    for (file, text, outcome, reason, in_force) in [
+        ("policies.yaml", "{ broken".to_owned(), "objects are faulty", "policies.yaml:1", true),
+        ("node-a.yaml", good.replace("workers:", "wrokers:"), "reload refused", "wrokers", false),
     ] {
         let before = std::fs::read_to_string(site.lab.folder().join(file)).unwrap();
         let outcomes = site.router("node-a").log().matches(outcome).count();
@@ -107,6 +105,9 @@ fn a_bad_reload_keeps_the_last_good_configuration() {
             (log.matches(outcome).count() > outcomes && log.contains(reason)).then_some(())
         })
         .unwrap();
+        let configuration = site.status("node-a")["configuration"].clone();
+        assert_eq!(configuration["newestInForce"], in_force, "{configuration}");
+        assert!(in_force || configuration["problems"][0].as_str().unwrap().contains(reason), "{configuration}");
         site.unanswered("default/client", url);
         // Back to what it was, which is taken over again.
         let reloads = site.router("node-a").log().matches("reloaded").count();
@@ -115,6 +116,7 @@ fn a_bad_reload_keeps_the_last_good_configuration() {
             (site.router("node-a").log().matches("reloaded").count() > reloads).then_some(())
         })
         .unwrap();
+        assert_eq!(site.status("node-a")["configuration"]["newestInForce"], true);
     }
     site.set_policies("");
     site.answered("default/client", url);
