@@ -2,8 +2,7 @@
 //!
 //! # What, layout
 //! As [`crate::counters`], but the length is known only when a table is compiled, and the counters end with it. Each
-//! worker has an array of its own, so no line is shared between workers; zeroed memory that nobody counts in is never
-//! touched.
+//! worker has an array of its own, with room behind it, so that no line is shared between workers.
 //!
 //! # Invariants and memory ordering
 //! Worker `i`, the `i`th that joined its process's [`crate::Counters`], is the only one that writes array `i`, by a
@@ -19,33 +18,40 @@ use crate::WorkerNumber;
 #[derive(Debug, Default)]
 pub struct Tally {
     workers: Box<[Box<[AtomicU64]>]>,
+    length: usize,
 }
+
+/// Counters behind an array that nobody counts in: two lines, as lines are fetched in pairs.
+const ROOM: usize = 16;
 
 impl Tally {
     /// `length` counters for each of so many workers, all zero.
     pub fn new(workers: usize, length: usize) -> Self {
-        let array = || std::iter::repeat_with(AtomicU64::default).take(length).collect();
-        Self { workers: std::iter::repeat_with(array).take(workers).collect() }
+        let array = || std::iter::repeat_with(AtomicU64::default).take(length + ROOM).collect();
+        Self { workers: std::iter::repeat_with(array).take(workers).collect(), length }
     }
 
     /// Adds one to a worker's counter. A worker beyond those that the tally was made for, and a counter beyond its
     /// length, is not counted: so a tally of no workers is one that counts nothing.
     #[inline]
     pub fn add(&self, worker: WorkerNumber, index: usize) {
-        if let Some(counter) = self.workers.get(worker.0).and_then(|array| array.get(index)) {
+        if let Some(counter) = self.workers.get(worker.0).and_then(|array| array[..self.length].get(index)) {
             counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
         }
     }
 
     /// The sums over all workers that are not zero, by ascending index.
     pub fn sums(&self) -> impl Iterator<Item = (usize, u64)> {
-        let length = self.workers.first().map_or(0, |array| array.len());
-        (0..length).map(|index| (index, self.sum(index))).filter(|(_, sum)| *sum > 0)
+        (0..self.length).map(|index| (index, self.sum(index))).filter(|(_, sum)| *sum > 0)
     }
 
     /// The sum of one counter over all workers; 0 beyond the length.
     pub fn sum(&self, index: usize) -> u64 {
-        self.workers.iter().filter_map(|array| array.get(index)).map(|counter| counter.load(Ordering::Relaxed)).sum()
+        self.workers
+            .iter()
+            .filter_map(|array| array[..self.length].get(index))
+            .map(|counter| counter.load(Ordering::Relaxed))
+            .sum()
     }
 }
 
