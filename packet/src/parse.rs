@@ -803,7 +803,7 @@ pub fn parse_embedded<A: Address>(quote: &[u8]) -> Option<Embedded<A>> {
 
 /// Whether the layer-4 checksum is right, by the addresses that now stand in the frame.
 ///
-/// True where there is none to judge: other protocols, fragments (it covers the whole packet), UDP without one in IPv4.
+/// True where there is none to judge: other protocols, fragments (it covers the whole packet), UDP without one.
 ///
 /// # Panics
 /// Where `frame` is shorter than the one that was parsed.
@@ -822,8 +822,9 @@ pub fn l4_checksum_ok<A: Address>(frame: &[u8], view: &View<A>) -> bool {
         Protocol::UDP => {
             let Some(header) = l4.first_chunk::<8>() else { return false };
             let bytes = usize::from(u16::from_be_bytes([header[4], header[5]]));
+            // None. Over IPv6 that is for the ends to allow: who is in between must forward it (RFC 6936, 5, requirement 8).
             if header[6..8] == [0, 0] {
-                return A::WORDS == 1;
+                return true;
             }
             l4.get(..bytes).is_some_and(|datagram| with_pseudo_header(datagram, bytes))
         }

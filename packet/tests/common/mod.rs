@@ -215,7 +215,7 @@ pub fn l4_checksum_right(ip: &[u8], l4: usize, protocol: u8) -> bool {
     let mut bytes = slow_pseudo_header(ip, protocol, message.len());
     bytes.extend(message);
     match protocol {
-        17 if message[6..8] == [0, 0] => ip[0] >> 4 == 4,
+        17 if message[6..8] == [0, 0] => true,
         6 | 17 | 58 => slow_sum(&bytes) == 0xffff,
         1 => slow_sum(message) == 0xffff,
         132 => {
