@@ -20,7 +20,8 @@ use crate::{
     partition::{Partition, TooManyMemberships},
     ranges::Ranges,
     rows::{DenseRow, MAX_FIELDS, Rows, RowsBuilder},
-    trie::{Key, RangeMap},
+    steps::StepMap,
+    trie::Key,
 };
 
 /// Bits of an application number: protocol, then a 16-bit selector.
@@ -172,10 +173,10 @@ impl ClassRowsBuilder {
 /// See the module's description.
 #[derive(Debug)]
 pub(crate) struct Program {
-    application: Option<RangeMap<u32>>,
+    application: Option<StepMap>,
     source: Option<ClassRows>,
     destination: Option<ClassRows>,
-    source_port: Option<RangeMap<u32>>,
+    source_port: Option<StepMap>,
     /// By point class.
     source_point: Option<ClassRows>,
     destination_point: Option<ClassRows>,
@@ -235,11 +236,11 @@ impl Program {
 
     /// Memory in use.
     pub(crate) fn memory_bytes(&self) -> usize {
-        let trie = |field: &Option<RangeMap<u32>>| field.as_ref().map_or(0, RangeMap::memory_bytes);
+        let steps = |field: &Option<StepMap>| field.as_ref().map_or(0, StepMap::memory_bytes);
         let classes = |field: &Option<ClassRows>| field.as_ref().map_or(0, ClassRows::memory_bytes);
         size_of::<Self>()
-            + trie(&self.application)
-            + trie(&self.source_port)
+            + steps(&self.application)
+            + steps(&self.source_port)
             + classes(&self.source)
             + classes(&self.destination)
             + classes(&self.source_point)
@@ -443,7 +444,7 @@ impl<'scratch> ProgramBuilder<'scratch> {
         sets: &[Option<u32>],
         ranges_of: impl Fn(u32) -> &'set Ranges,
         bits: u32,
-    ) -> Result<Option<RangeMap<u32>>, ProgramTooLarge> {
+    ) -> Result<Option<StepMap>, ProgramTooLarge> {
         if sets.iter().all(Option::is_none) {
             return Ok(None);
         }
@@ -452,7 +453,7 @@ impl<'scratch> ProgramBuilder<'scratch> {
         } else {
             self.by_range_in_rows(sets, ranges_of, bits)?
         };
-        Ok(Some(RangeMap::new(&starts, bits)))
+        Ok(Some(StepMap::new(&starts)))
     }
 
     /// For rows of one word: where each row starts to hold.

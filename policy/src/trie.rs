@@ -5,7 +5,7 @@
 //! says which of the 64 slots have a child; another marks where a run of equal leaves starts; population counts below
 //! the slot index children and leaves, which lie one after another. A node is 24 bytes, and a lookup visits at most
 //! ceil(bits / 6) of them, however many ranges there are: 6 for an IPv4 address, 22 for an IPv6 address (as deep as the
-//! longest boundary on the way needs), 4 for a protocol with a port.
+//! longest boundary on the way needs).
 //!
 //! Leaves hold values for ranges, not prefixes, so no prefix expansion happens outside: the builder takes the sorted
 //! starts of the ranges. Immutable once built, so shared freely between threads.
