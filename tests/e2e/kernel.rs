@@ -3,7 +3,12 @@
 //! One node with local pods, another host that stands for a node with a pod, a client outside. What a socket can see is compared: which
 //! backends answer, whom they see, what is refused, what gets no answer.
 
-use std::{collections::BTreeSet, fmt::Write as _, net::IpAddr};
+use std::{
+    collections::BTreeSet,
+    fmt::Write as _,
+    net::{IpAddr, SocketAddr},
+    thread,
+};
 
 use serde_json::{Value, json};
 use weir::translate;
@@ -30,6 +35,55 @@ const BACKEND: &str = "default/web-1";
 const WEB_1: (&str, &str) = ("10.1.1.21", "node-a");
 const WEB_2: (&str, &str) = ("10.1.1.22", "node-a");
 const REMOTE: (&str, &str) = ("10.1.2.50", "node-b");
+
+/// The family of a run; addresses are written as IPv4 ones and carried over.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Family {
+    V4,
+    V6,
+}
+
+/// Prefixes of addresses, in both families.
+const CARRIED: [(&str, &str); 7] = [
+    ("10.1.1.", "fd00:1:1::"),
+    ("10.1.2.", "fd00:1:2::"),
+    ("10.96.0.", "fd00:96::"),
+    ("192.168.10.", "fd00:10::"),
+    ("198.51.100.", "2001:db8:198::"),
+    ("203.0.113.", "2001:db8:203::"),
+    ("192.0.2.", "2001:db8:192::"),
+];
+
+impl Family {
+    /// An address.
+    fn address(self, text: &str) -> String {
+        let carry = |(v4, v6): &(&str, &str)| Some(format!("{v6}{}", text.strip_prefix(v4)?));
+        match self {
+            Self::V4 => text.to_owned(),
+            Self::V6 => CARRIED.iter().find_map(carry).expect("a known prefix"),
+        }
+    }
+
+    /// The network of the last byte of an address that ends in 0.
+    fn net(self, text: &str) -> String {
+        match self {
+            Self::V4 => format!("{text}/24"),
+            Self::V6 => format!("{}/64", self.address(text).strip_suffix('0').expect("a network")),
+        }
+    }
+
+    /// The length of a prefix that is one address.
+    fn whole(self) -> u8 {
+        match self {
+            Self::V4 => 32,
+            Self::V6 => 128,
+        }
+    }
+
+    fn is_of(self, address: IpAddr) -> bool {
+        address.is_ipv6() == (self == Self::V6)
+    }
+}
 
 /// What a flow comes to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -115,12 +169,19 @@ const FLOWS: [(&str, &str, Kind); 49] = [
 ];
 
 /// A service on port 80 of 10.96.0.`number`, its backends' 8080, with more of its spec.
-fn service(manifests: &mut Manifests, number: u8, more: Value, ranges: Option<&str>, backends: &[(&str, &str)]) {
+fn service(
+    family: Family,
+    manifests: &mut Manifests,
+    number: u8,
+    more: Value,
+    ranges: Option<&str>,
+    backends: &[(&str, &str)],
+) {
     let name = format!("service-{number}");
-    let address = format!("10.96.0.{number}");
+    let address = family.address(&format!("10.96.0.{number}"));
     let mut spec = json!({
         "type": "LoadBalancer", "clusterIP": address, "clusterIPs": [address],
-        "externalIPs": [format!("198.51.100.{number}")],
+        "externalIPs": [family.address(&format!("198.51.100.{number}"))],
         "ports": [{"port": 80, "targetPort": 8080, "nodePort": 31500 + u16::from(number)}],
     });
     for (key, value) in more.as_object().into_iter().flatten() {
@@ -128,44 +189,46 @@ fn service(manifests: &mut Manifests, number: u8, more: Value, ranges: Option<&s
     }
     let mut status = json!({});
     if let Some(ranges) = ranges {
-        spec["loadBalancerSourceRanges"] = json!([ranges]);
-        status["loadBalancer"] = json!({"ingress": [{"ip": format!("203.0.113.{number}")}]});
+        spec["loadBalancerSourceRanges"] = json!([family.net(ranges)]);
+        status["loadBalancer"] = json!({"ingress": [{"ip": family.address(&format!("203.0.113.{number}"))}]});
     }
     let metadata = json!({"namespace": "default", "name": name});
     manifests.add(json!({"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec, "status": status}));
-    let endpoints: Vec<Value> =
-        backends.iter().map(|(address, node)| json!({"addresses": [address], "nodeName": node})).collect();
+    let endpoint = |(address, node): &(&str, &str)| json!({"addresses": [family.address(address)], "nodeName": node});
+    let endpoints: Vec<Value> = backends.iter().map(endpoint).collect();
     manifests.add(json!({
-        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": if family == Family::V4 { "IPv4" } else { "IPv6" },
         "metadata": {"namespace": "default", "name": name, "labels": {"kubernetes.io/service-name": name}},
         "endpoints": endpoints, "ports": [{"port": 8080}],
     }));
 }
 
-fn site() -> Site {
+fn site(family: Family) -> Site {
     let mut manifests = Manifests::cluster("Never");
-    manifests.pod("node-a", POD, "client", &["10.1.1.10"]);
-    manifests.pod("node-a", BACKEND, "web", &[WEB_1.0]);
-    manifests.pod("node-a", "default/web-2", "web", &[WEB_2.0]);
+    manifests.pod("node-a", POD, "client", &[&family.address("10.1.1.10")]);
+    manifests.pod("node-a", BACKEND, "web", &[&family.address(WEB_1.0)]);
+    manifests.pod("node-a", "default/web-2", "web", &[&family.address(WEB_2.0)]);
     let (external, internal) = (json!({"externalTrafficPolicy": "Local"}), json!({"internalTrafficPolicy": "Local"}));
     let both = json!({"externalTrafficPolicy": "Local", "internalTrafficPolicy": "Local"});
-    service(&mut manifests, 1, json!({}), Some("192.168.10.0/24"), &[WEB_1, WEB_2, REMOTE]);
-    service(&mut manifests, 2, external, Some("192.0.2.0/24"), &[WEB_1, REMOTE]);
-    service(&mut manifests, 3, internal, None, &[WEB_2, REMOTE]);
-    service(&mut manifests, 4, both, None, &[REMOTE]);
-    service(&mut manifests, 5, json!({}), None, &[]);
-    service(&mut manifests, 6, json!({}), None, &[WEB_1]);
-    service(&mut manifests, 7, json!({"sessionAffinity": "ClientIP"}), None, &[WEB_1, WEB_2, REMOTE]);
-    let node = NodePlan::new("node-a", &["192.168.10.1/24"], &[0]);
+    service(family, &mut manifests, 1, json!({}), Some("192.168.10.0"), &[WEB_1, WEB_2, REMOTE]);
+    service(family, &mut manifests, 2, external, Some("192.0.2.0"), &[WEB_1, REMOTE]);
+    service(family, &mut manifests, 3, internal, None, &[WEB_2, REMOTE]);
+    service(family, &mut manifests, 4, both, None, &[REMOTE]);
+    service(family, &mut manifests, 5, json!({}), None, &[]);
+    service(family, &mut manifests, 6, json!({}), None, &[WEB_1]);
+    service(family, &mut manifests, 7, json!({"sessionAffinity": "ClientIP"}), None, &[WEB_1, WEB_2, REMOTE]);
+    let node = NodePlan::new("node-a", &["192.168.10.1/24", "fd00:10::1/64"], &[0]);
     let mut site = Site::build(&[node], &manifests.text(), "");
     // The other node is a host that has its pod's address itself.
-    site.lab.add_host("remote", &["192.168.10.2/24".into(), format!("{}/32", REMOTE.0)], 1).unwrap();
-    site.lab.ip("remote", "route add 10.1.1.0/24 via 192.168.10.1").unwrap();
-    for net in ["10.96.0.0/16", "198.51.100.0/24", "203.0.113.0/24"] {
-        site.lab.ip(OUTSIDE, &format!("route add {net} via 192.168.10.1")).unwrap();
+    let pod = format!("{}/{}", family.address(REMOTE.0), family.whole());
+    site.lab.add_host("remote", &["192.168.10.2/24".into(), "fd00:10::2/64".into(), pod], 1).unwrap();
+    let (node, client) = (family.address("192.168.10.1"), family.address("192.168.10.100"));
+    site.lab.ip("remote", &format!("route add {} via {node}", family.net("10.1.1.0"))).unwrap();
+    for net in ["10.96.0.0", "198.51.100.0", "203.0.113.0"] {
+        site.lab.ip(OUTSIDE, &format!("route add {} via {node}", family.net(net))).unwrap();
     }
     // The node must have a way to hand these to its output rules; on a real one that is its default route.
-    site.lab.ip(NODE, "route add default via 192.168.10.100").unwrap();
+    site.lab.ip(NODE, &format!("route add default via {client}")).unwrap();
     for server in [BACKEND, "default/web-2", "remote"] {
         site.serve(server, &[8080]);
     }
@@ -173,9 +236,11 @@ fn site() -> Site {
 }
 
 /// What every flow comes to. A flow that is not to be answered is waited for a second only.
-fn outcomes(site: &Site) -> Vec<Outcome> {
+fn outcomes(site: &Site, family: Family) -> Vec<Outcome> {
     let flow = |(from, to, kind): &(&str, &str, Kind)| {
         let limit = if *kind == Dropped { NO_ANSWER_SECONDS } else { DEADLINE.as_secs_f32() }.to_string();
+        let (address, port) = to.split_once(':').expect("address and port");
+        let to = SocketAddr::new(family.address(address).parse().unwrap(), port.parse().unwrap());
         let url = format!("http://{to}/?[1-{}]", if matches!(kind, Answered | Sticky) { TRIES } else { 1 });
         let output = site.lab.output_in(from, &["curl", "-sS", "--fail", "--max-time", &limit, &url]).unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
@@ -195,7 +260,15 @@ fn outcomes(site: &Site) -> Vec<Outcome> {
             code => panic!("{from} to {to}: {code:?} {}", String::from_utf8_lossy(&output.stderr)),
         }
     };
-    FLOWS.iter().map(flow).collect()
+    // What waits in vain waits together.
+    thread::scope(|scope| {
+        let waiting: Vec<_> = FLOWS.iter().map(|one| (one.2 == Dropped).then(|| scope.spawn(|| flow(one)))).collect();
+        let each = FLOWS.iter().zip(waiting).map(|(one, waiting)| match waiting {
+            Some(waiting) => waiting.join().expect("it is asked to its end"),
+            None => flow(one),
+        });
+        each.collect()
+    })
 }
 
 /// The backends of a service that the rules may pick from; all of this test's are ready.
@@ -206,9 +279,9 @@ fn backends(model: &Model, service: &ServicePort, policy: TrafficPolicy) -> Vec<
 }
 
 /// Rules for nftables that do what kube-proxy's are documented to do with these services.
-fn ruleset(model: &Model) -> String {
+fn ruleset(model: &Model, family: Family) -> String {
     let pods: Vec<String> =
-        model.pod_cidrs.iter().filter(|net| net.addr().is_ipv4()).map(ToString::to_string).collect();
+        model.pod_cidrs.iter().filter(|net| family.is_of(net.addr())).map(ToString::to_string).collect();
     let pods = format!("{{ {} }}", pods.join(", "));
     let mark = format!("meta mark set meta mark or {MASQUERADE}");
     let (mut chains, mut services, mut node_ports, mut firewall, mut refuse) = Default::default();
@@ -227,7 +300,10 @@ fn ruleset(model: &Model) -> String {
                 Some(_) => format!("update @clients_{number}_{index} {{ ip saddr }}; "),
                 None => String::new(),
             };
-            let rules = format!("ip saddr {address} {mark}; {affinity}meta l4proto tcp dnat to {address}:{port};");
+            let rules = format!(
+                "ip saddr {address} {mark}; {affinity}meta l4proto tcp dnat to {};",
+                SocketAddr::new(*address, *port)
+            );
             out(&mut chains, format!("chain backend_{number}_{index} {{ {rules} }}"));
         }
         let pick = |policy: TrafficPolicy| {
@@ -300,7 +376,7 @@ fn ruleset(model: &Model) -> String {
         }
     }
     out(&mut refuse, format!("ip daddr {{ {} }} reject", cluster_ips.join(", ")));
-    for net in model.service_cidrs.iter().filter(|net| net.addr().is_ipv4()) {
+    for net in model.service_cidrs.iter().filter(|net| family.is_of(net.addr())) {
         out(&mut refuse, format!("ip daddr {net} drop"));
     }
     let hook = |name: &str, kind: &str, hook: &str, priority: i32, rules: &str| {
@@ -310,7 +386,7 @@ fn ruleset(model: &Model) -> String {
     let guard = "    ct state new jump firewall\n";
     let translate = "    jump services\n    jump node_ports\n";
     let masquerade = format!("    meta mark and {MASQUERADE} == {MASQUERADE} masquerade\n");
-    [
+    let rules = [
         "table ip kube {\n".to_owned(),
         chains,
         format!("  chain services {{\n{services}  }}\n  chain node_ports {{\n{node_ports}  }}\n"),
@@ -325,45 +401,68 @@ fn ruleset(model: &Model) -> String {
         hook("masquerade_out", "nat", "postrouting", 100, &masquerade),
         "}\n".to_owned(),
     ]
-    .concat()
+    .concat();
+    let carried = [
+        ("ip saddr", "ip6 saddr"),
+        ("ip daddr", "ip6 daddr"),
+        ("table ip ", "table ip6 "),
+        ("ipv4_addr", "ipv6_addr"),
+        ("127.0.0.0/8", "::1/128"),
+    ];
+    match family {
+        Family::V4 => rules,
+        Family::V6 => carried.iter().fold(rules, |rules, (v4, v6)| rules.replace(v4, v6)),
+    }
 }
 
 /// Makes the node's kernel forward by these rules, or takes them away again.
-fn kernel_rules(site: &Site, rules: Option<&str>) {
+fn kernel_rules(site: &Site, family: Family, rules: Option<&str>) {
     let (verb, one) = if rules.is_some() { ("add", "1") } else { ("del", "0") };
     let set = |key: &str, value: &str| {
-        site.lab.run_in(NODE, &["sysctl", "-q", "-w", &format!("net.ipv4.{key}={value}")]).unwrap();
+        site.lab.run_in(NODE, &["sysctl", "-q", "-w", &format!("net.{key}={value}")]).unwrap();
     };
-    set("ip_forward", one);
-    set("conf.all.rp_filter", "0");
+    set(if family == Family::V4 { "ipv4.ip_forward" } else { "ipv6.conf.all.forwarding" }, one);
+    set("ipv4.conf.all.rp_filter", "0");
     for workload in site.cluster.workloads.iter().filter(|one| one.node.as_deref() == Some(&site.cluster.node_name)) {
         let device = &workload.device;
-        set(&format!("conf.{device}.rp_filter"), "0");
-        set(&format!("conf.{device}.proxy_arp"), one);
+        set(&format!("ipv4.conf.{device}.rp_filter"), "0");
+        set(&format!("ipv4.conf.{device}.proxy_arp"), one);
         // An answer at once, not after a random while.
-        set(&format!("neigh.{device}.proxy_delay"), "0");
-        site.lab.ip(NODE, &format!("route {verb} {}/32 dev {device}", workload.addresses[0])).unwrap();
+        set(&format!("ipv4.neigh.{device}.proxy_delay"), "0");
+        site.lab.ip(NODE, &format!("route {verb} {}/{} dev {device}", workload.addresses[0], family.whole())).unwrap();
     }
-    site.lab.ip(NODE, &format!("route {verb} 10.1.2.0/24 via 192.168.10.2")).unwrap();
+    site.lab
+        .ip(NODE, &format!("route {verb} {} via {}", family.net("10.1.2.0"), family.address("192.168.10.2")))
+        .unwrap();
     match rules {
         Some(rules) => {
             let file = site.write("kube.nft", rules);
             site.lab.run_in(NODE, &["nft", "-f", &file.display().to_string()]).unwrap();
         }
-        None => drop(site.lab.run_in(NODE, &["nft", "delete", "table", "ip", "kube"]).unwrap()),
+        None => drop(site.lab.run_in(NODE, &["nft", "flush", "ruleset"]).unwrap()),
     }
 }
 
 #[test]
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
-fn flows_come_to_the_same_as_with_the_kernel_and_kube_proxys_rules() {
-    let mut site = site();
+fn flows_over_ipv4_come_to_the_same_as_with_the_kernel_and_kube_proxys_rules() {
+    compare(Family::V4);
+}
+
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn flows_over_ipv6_come_to_the_same_as_with_the_kernel_and_kube_proxys_rules() {
+    compare(Family::V6);
+}
+
+fn compare(family: Family) {
+    let mut site = site(family);
     let loaded = translate::load(site.config(NODE)).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
-    kernel_rules(&site, Some(&ruleset(&loaded.services)));
-    let kernel = outcomes(&site);
-    kernel_rules(&site, None);
+    kernel_rules(&site, family, Some(&ruleset(&loaded.services, family)));
+    let kernel = outcomes(&site, family);
+    kernel_rules(&site, family, None);
     site.start_all();
-    let weir = outcomes(&site);
+    let weir = outcomes(&site, family);
     let mut differences = String::new();
     for ((flow, kernel), weir) in FLOWS.iter().zip(&kernel).zip(&weir) {
         let is_expected = match flow.2 {
