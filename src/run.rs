@@ -70,18 +70,6 @@ use crate::{
     watch::{Trigger, Watch, WatchError},
 };
 
-/// Calico's default failsafe ports, inbound (POLICY 29): never taken from the node's kernel.
-const FAILSAFE_PORTS: [(Protocol, u16); 9] = [
-    (Protocol::TCP, 22),
-    (Protocol::TCP, 179),
-    (Protocol::TCP, 2379),
-    (Protocol::TCP, 2380),
-    (Protocol::TCP, 5473),
-    (Protocol::TCP, 6443),
-    (Protocol::TCP, 6666),
-    (Protocol::TCP, 6667),
-    (Protocol::UDP, 68),
-];
 /// How often is looked which ports the node listens on.
 const PORTS_INTERVAL: Duration = Duration::from_secs(30);
 /// Events that workers may have waiting for control.
@@ -1136,10 +1124,16 @@ fn owned(loaded: &Loaded, rules: &Rules, snat: &SnatPorts, forwarding: &Forwardi
     let node_ports = rules.services.node_ports().map(|(protocol, port)| (protocol, port..=port));
     // In an order of its own, so that the same ones are equal.
     prefixes.sort_unstable();
+    // Host endpoints rule what the node itself gets: weir takes all but failsafe ports, and punts what their policy allows.
+    let governed = forwarding.devices().any(|(_, device)| device.host_endpoint.is_some());
+    let all_ports = [Protocol::TCP, Protocol::UDP, Protocol::SCTP].map(|protocol| (protocol, 0..=u16::MAX));
+    let all_ports = all_ports.into_iter().filter(|_| governed);
+    // Those for some peers only are looked at by weir, which knows the peers.
+    let failsafes = cluster.host_settings.failsafe_inbound.iter().filter(|failsafe| failsafe.net.is_none());
     Owned {
         prefixes,
         node_addresses: forwarding.local_addresses(),
-        ports: node_ports.chain(snat).collect(),
-        failsafe_ports: FAILSAFE_PORTS.to_vec(),
+        ports: node_ports.chain(snat).chain(all_ports).collect(),
+        failsafe_ports: failsafes.map(|failsafe| (failsafe.protocol, failsafe.port)).collect(),
     }
 }

@@ -15,14 +15,14 @@ use rand_chacha::{
 };
 use serde_json::{Value, json};
 use weir_dataplane::{
-    decide::{self, Decision, Origin, Verdict},
+    decide::{self, Arrival, Decision, Origin, Verdict},
     forwarding::{Encapsulation, Forwarding, RouteKind, Routed},
     model::{Cluster, Role},
     snapshot::Snapshot,
 };
 use weir_nat::Affinity;
 use weir_packet::{FlowKey, Ports, Protocol, Tick};
-use weir_policy::{Compiler, Judgement, RuleOrigin};
+use weir_policy::{Compiler, Judgement, RuleOrigin, model::HostStage};
 
 use crate::{
     compile::{self, CompileError, address_port},
@@ -123,6 +123,25 @@ impl<'l> Tracer<'l> {
         }
     }
 
+    /// Where a packet comes from, and which host endpoint it meets there. The node's own packet comes from its kernel, also where the flow
+    /// names the uplink that it leaves by.
+    fn arrival<A: Routed>(&self, flow: &Flow, src: A) -> Result<Arrival, String> {
+        let forwarding = &self.snapshot.forwarding;
+        let mut origin = self.origin(flow, src)?;
+        let mut host_endpoint = None;
+        if let Some(name) = flow.device.as_deref().filter(|_| origin == Origin::Uplink) {
+            let known = forwarding.devices().find(|(_, device)| device.name == name);
+            host_endpoint = match known {
+                Some((_, device)) => device.host_endpoint,
+                None => forwarding.host_endpoints().of_name(name),
+            };
+            if host_endpoint.is_some() && forwarding.is_local(src) {
+                origin = Origin::Host;
+            }
+        }
+        Ok(Arrival { origin, host_endpoint })
+    }
+
     fn origin<A: Routed>(&self, flow: &Flow, src: A) -> Result<Origin, String> {
         let forwarding = &self.snapshot.forwarding;
         let Some(name) = &flow.device else {
@@ -173,15 +192,19 @@ impl<'l> Tracer<'l> {
             Ports::default()
         };
         let key = FlowKey { src, dst, ports, protocol };
-        let origin = self.origin(flow, src)?;
+        let arrival = self.arrival(flow, src)?;
         let random = &mut self.random;
         // No time passes between the flows of a trace.
         let now = Tick(0);
-        let decision = decide::decide(&self.snapshot, origin, &key, &self.affinity, now, &mut || random.next_u64());
+        let decision = decide::decide(&self.snapshot, arrival, &key, &self.affinity, now, &mut || random.next_u64());
         if let Some(choice) = &decision.choice {
             self.affinity.clients().remember(choice, now);
         }
-        Ok(if text { self.explain(flow, &key, origin, &decision) } else { self.answer(flow, &decision).to_string() })
+        Ok(if text {
+            self.explain(flow, &key, arrival.origin, &decision)
+        } else {
+            self.answer(flow, &decision).to_string()
+        })
     }
 
     fn rule(&self, judgement: &Judgement) -> String {
@@ -196,7 +219,7 @@ impl<'l> Tracer<'l> {
                 let all = self.loaded.objects.iter().filter(|origin| policies.contains(&origin.to_string().as_str()));
                 all.map(|origin| format!("{}:{}", origin.file, origin.line)).collect()
             }
-            RuleOrigin::Profile { .. } | RuleOrigin::NoProfile => Vec::new(),
+            RuleOrigin::Profile { .. } | RuleOrigin::NoProfile | RuleOrigin::Undecided => Vec::new(),
         };
         let rule = self.rule(judgement);
         if places.is_empty() { rule } else { format!("{rule} ({})", places.join(", ")) }
@@ -223,7 +246,9 @@ impl<'l> Tracer<'l> {
             Some(j) if j.allow => "allow",
             Some(_) => "deny",
         };
-        let by: Vec<String> = decision.egress.iter().chain(&decision.ingress).map(|j| self.rule(j)).collect();
+        let of_host: Vec<Judgement> = decision.host.iter().map(|(_, judgement)| judgement).collect();
+        let by = decision.egress.iter().chain(&decision.ingress).chain(&of_host);
+        let by: Vec<String> = by.map(|j| self.rule(j)).collect();
         json!({
             "id": flow.id,
             "verdict": verdict,
@@ -324,6 +349,16 @@ impl<'l> Tracer<'l> {
                     None => "not judged".into(),
                 },
             );
+        }
+        for (stage, judgement) in decision.host.iter() {
+            let kind = match stage {
+                HostStage::Untracked => "untracked",
+                HostStage::PreDnat => "before DNAT",
+                HostStage::Forwarded => "forwarded",
+                HostStage::Local => "to or from the node",
+            };
+            let verdict = if judgement.allow { "allowed" } else { "denied" };
+            step("host", format!("{kind}: {verdict} by {}", self.rule_with_place(&judgement)));
         }
         if let Some(address) = decision.snat {
             step("snat", format!("the source becomes {address}"));

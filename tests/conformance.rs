@@ -34,10 +34,9 @@ fn kubernetes_network_policy() {
     all_agree("conform.py", &["netpol", WEIR]);
 }
 
-/// Without host endpoints, which are not enforced yet.
 #[test]
 fn calico_policy() {
-    all_agree("conform.py", &["calicopol", WEIR, "--skip", "host-endpoints"]);
+    all_agree("conform.py", &["calicopol", WEIR]);
 }
 
 #[test]

@@ -8,7 +8,10 @@ use weir_packet::{Address, DropReason, FlowKey, Ports, Protocol, Tick};
 use weir_policy::{Judgement, PolicyDirection};
 
 use crate::{
-    forwarding::{AdjacencyId, Device, Route, RouteKind, Routed, WorkloadId},
+    forwarding::{AdjacencyId, Device, Forwarding, Route, RouteKind, Routed, WorkloadId},
+    frame::IfIndex,
+    host_endpoints::HostEndpointNumber,
+    host_policy::{self, Before, HostJudgements},
     model::Role,
     snapshot::Snapshot,
 };
@@ -33,6 +36,29 @@ impl Origin {
             Role::Host => Some(Self::Host),
             Role::Workload => device.workload.map(Self::Workload),
         }
+    }
+}
+
+/// Where a packet came from, with what a host endpoint there has to say.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Arrival {
+    /// Where it came from.
+    pub origin: Origin,
+    /// The host endpoint of the uplink that it came by, or that the node's own packet leaves by, where that is known otherwise than by its
+    /// route.
+    pub host_endpoint: Option<HostEndpointNumber>,
+}
+
+impl Arrival {
+    /// By a device of these tables.
+    #[inline]
+    pub fn by(origin: Origin, device: IfIndex, forwarding: &Forwarding) -> Self {
+        let host_endpoint = if forwarding.host_endpoints().is_empty() {
+            None
+        } else {
+            forwarding.device_by_index(device).and_then(|device| forwarding.device(device).host_endpoint)
+        };
+        Self { origin, host_endpoint }
     }
 }
 
@@ -79,6 +105,10 @@ pub struct Decision<'s, A: Address> {
     pub egress: Option<Judgement>,
     /// What the destination workload's policies say.
     pub ingress: Option<Judgement>,
+    /// What host endpoints' policies say.
+    pub host: HostJudgements,
+    /// Whether untracked policy lets the packet go, so that no connection is made of it.
+    pub untracked: bool,
     /// Where the packet goes.
     pub route: Route,
 }
@@ -96,13 +126,14 @@ impl<A: Address> Decision<'_, A> {
 /// Judges the first packet of a connection.
 pub fn decide<'s, A: Routed>(
     snapshot: &'s Snapshot,
-    from: Origin,
+    arrival: Arrival,
     key: &FlowKey<A>,
     affinity: &Affinity,
     now: Tick,
     random: &mut impl FnMut() -> u64,
 ) -> Decision<'s, A> {
     let forwarding = &snapshot.forwarding;
+    let from = arrival.origin;
     let mut decision = Decision {
         verdict: Verdict::Forward,
         translated: *key,
@@ -116,6 +147,8 @@ pub fn decide<'s, A: Routed>(
         snat: None,
         egress: None,
         ingress: None,
+        host: HostJudgements::default(),
+        untracked: false,
         route: Route::None,
     };
 
@@ -124,7 +157,22 @@ pub fn decide<'s, A: Routed>(
         return decision;
     }
 
-    match snapshot.rules.services.services::<A>().decide(key, affinity.clients(), now, random) {
+    let before = match host_policy::before_services(snapshot, arrival, key, &mut decision.host) {
+        Ok(before) => before,
+        Err(reason) => {
+            decision.verdict = Verdict::Drop(reason);
+            return decision;
+        }
+    };
+    decision.untracked = before == Before::Untracked;
+    let service = match before {
+        // Services need connections.
+        Before::Untracked => ServiceDecision::NotAService,
+        Before::Nothing | Before::Allowed => {
+            snapshot.rules.services.services::<A>().decide(key, affinity.clients(), now, random)
+        }
+    };
+    match service {
         ServiceDecision::NotAService => {}
         ServiceDecision::Translate { backend, masquerade, candidates, service, slot, choice } => {
             decision.choice = choice;
@@ -150,7 +198,17 @@ pub fn decide<'s, A: Routed>(
     }
 
     decision.route = forwarding.route(decision.translated.dst);
-    if let Err(reason) = judge(snapshot, from, &decision.translated, &mut decision.egress, &mut decision.ingress) {
+    let judged =
+        judge(snapshot, from, &decision.translated, &mut decision.egress, &mut decision.ingress).and_then(|own| {
+            match own {
+                OwnPolicy::Exempt => Ok(()),
+                OwnPolicy::Allows => {
+                    let (translated, route) = (&decision.translated, decision.route);
+                    host_policy::after_services(snapshot, arrival, translated, route, before, &mut decision.host)
+                }
+            }
+        });
+    if let Err(reason) = judged {
         decision.verdict = Verdict::Drop(reason);
         return decision;
     }
@@ -169,7 +227,7 @@ pub fn decide<'s, A: Routed>(
             // A reply to the node's own port would never reach weir: what the kernel sends to a service takes a port of weir's.
             let own_port = claimed && from == Origin::Host;
             let outgoing = leaves && forwarding.nat_outgoing(decision.translated.src, decision.translated.dst);
-            if decision.masquerade || own_port || outgoing {
+            if !decision.untracked && (decision.masquerade || own_port || outgoing) {
                 decision.snat = match (from, kind) {
                     (Origin::Host, RouteKind::Host) => forwarding.loopback_source(),
                     _ => forwarding.masquerade_address(adjacency),
@@ -199,20 +257,31 @@ pub fn check_source<A: Routed>(snapshot: &Snapshot, from: Origin, key: &FlowKey<
     }
 }
 
+/// What the pods' own policies say of a packet that they do not deny.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum OwnPolicy {
+    /// It may go.
+    Allows,
+    /// It may go, and no other policy is about it: a pod that talks to itself, or what links live by.
+    Exempt,
+}
+
 /// Judges `translated` (after DNAT, before SNAT) by the policies of both ends: the source's egress, then the destination's ingress.
-pub fn judge<A: Routed>(
+fn judge<A: Routed>(
     snapshot: &Snapshot,
     from: Origin,
     translated: &FlowKey<A>,
     egress: &mut Option<Judgement>,
     ingress: &mut Option<Judgement>,
-) -> Result<(), DropReason> {
+) -> Result<OwnPolicy, DropReason> {
     let rules = &snapshot.rules;
     let destination = snapshot.forwarding.local_workload(translated.dst);
+    if is_link_protocol(translated) {
+        return Ok(OwnPolicy::Exempt);
+    }
     if let Origin::Workload(source) = from {
         if destination == Some(source) {
-            // A pod that talks to itself, directly or by a service, is never denied.
-            return Ok(());
+            return Ok(OwnPolicy::Exempt);
         }
         let endpoint = rules.endpoint(source).ok_or(DropReason::PolicyNotReady)?;
         let judgement = rules.policy.judge(endpoint, PolicyDirection::Egress, translated);
@@ -232,17 +301,45 @@ pub fn judge<A: Routed>(
             return Err(DropReason::PolicyDeniedIngress);
         }
     }
-    Ok(())
+    Ok(OwnPolicy::Allows)
 }
 
-/// The stamps of both ends' policies, as a connection keeps them: source, destination; 0 for an end that is no workload of this node.
-pub fn policy_stamps<A: Routed>(snapshot: &Snapshot, from: Origin, translated: &FlowKey<A>) -> [u32; 2] {
+/// Multicast listeners and neighbour discovery (ICMPv6 130-133, 135, 136), without which IPv6 has no links: no policy of a pod or host
+/// endpoint is about them.
+fn is_link_protocol<A: Routed>(key: &FlowKey<A>) -> bool {
+    key.protocol == Protocol::ICMPV6 && matches!(key.ports.destination(), 130..=133 | 135 | 136)
+}
+
+/// Judges an established connection again, by its original key and its stored DNAT.
+///
+/// # Errors
+/// Where a policy denies it now.
+pub fn judge_again<A: Routed>(
+    snapshot: &Snapshot,
+    arrival: Arrival,
+    original: &FlowKey<A>,
+    translated: &FlowKey<A>,
+) -> Result<(), DropReason> {
+    let mut host = HostJudgements::default();
+    let before = host_policy::before_services(snapshot, arrival, original, &mut host)?;
+    match judge(snapshot, arrival.origin, translated, &mut None, &mut None)? {
+        OwnPolicy::Exempt => Ok(()),
+        OwnPolicy::Allows => {
+            let route = snapshot.forwarding.route(translated.dst);
+            host_policy::after_services(snapshot, arrival, translated, route, before, &mut host)
+        }
+    }
+}
+
+/// The stamps of both ends' policies, as a connection keeps them: source, destination; 0 for an end that no policy is about.
+pub fn policy_stamps<A: Routed>(snapshot: &Snapshot, arrival: Arrival, translated: &FlowKey<A>) -> [u32; 2] {
     let stamp = |workload: Option<WorkloadId>| {
         workload.and_then(|w| snapshot.rules.endpoint(w)).map_or(0, |endpoint| snapshot.rules.policy.stamp(endpoint))
     };
-    let source = match from {
+    let source = match arrival.origin {
         Origin::Workload(workload) => Some(workload),
         Origin::Host | Origin::Uplink => None,
     };
-    [stamp(source), stamp(snapshot.forwarding.local_workload(translated.dst))]
+    let [host_source, host_destination] = host_policy::stamps(snapshot, arrival, translated);
+    [stamp(source) ^ host_source, stamp(snapshot.forwarding.local_workload(translated.dst)) ^ host_destination]
 }

@@ -15,6 +15,7 @@ use weir_packet::{Address, Mac};
 use crate::{
     driver::PortId,
     frame::IfIndex,
+    host_endpoints::{HostEndpointNumber, HostEndpoints},
     mix::{HashMap, HashSet},
     model::{self, Cluster, Links, Role, TunnelMode},
     prefix::PrefixMap,
@@ -53,6 +54,8 @@ pub struct Device {
     pub mtu: u32,
     /// The workload behind it.
     pub workload: Option<WorkloadId>,
+    /// The host endpoint that governs it, of an uplink.
+    pub host_endpoint: Option<HostEndpointNumber>,
     /// Its IPv6 link-local address.
     pub link_local: Option<Ipv6Addr>,
     address4: Option<Ipv4Addr>,
@@ -161,6 +164,7 @@ pub struct Forwarding {
     v4: Family<Ipv4Addr>,
     v6: Family<Ipv6Addr>,
     cluster_workloads: Vec<String>,
+    host_endpoints: HostEndpoints,
 }
 
 /// Next hops that one node can have: pods of its own, other nodes (twice: directly and by tunnel), gateways and neighbours.
@@ -254,6 +258,12 @@ impl Forwarding {
     /// "namespace/name" of a workload.
     pub fn workload_name(&self, id: WorkloadId) -> &str {
         &self.cluster_workloads[id.0 as usize]
+    }
+
+    /// This node's host endpoints.
+    #[inline]
+    pub fn host_endpoints(&self) -> &HostEndpoints {
+        &self.host_endpoints
     }
 
     /// Whether `address` is one of this node's own.
@@ -365,6 +375,7 @@ struct Compiler<'a> {
     adjacencies: Vec<Adjacency>,
     known: HashMap<(Option<DeviceId>, IpAddr, Encapsulation), AdjacencyId>,
     same_subnet: Vec<bool>,
+    host_endpoints: HostEndpoints,
 }
 
 impl<'a> Compiler<'a> {
@@ -374,6 +385,7 @@ impl<'a> Compiler<'a> {
         let by_device: HashMap<&str, WorkloadId> =
             local_workloads(cluster).map(|(id, w)| (w.device.as_str(), id)).collect();
 
+        let host_endpoints = HostEndpoints::new(cluster);
         let mut next_uplink = 1;
         let mut devices: Vec<Device> = links
             .devices
@@ -394,6 +406,7 @@ impl<'a> Compiler<'a> {
                     mac: d.mac,
                     mtu: d.mtu,
                     workload: by_device.get(d.name.as_str()).copied().filter(|_| d.role == Role::Workload),
+                    host_endpoint: if d.role == Role::Uplink { host_endpoints.of_device(d) } else { None },
                     link_local: d.addresses.iter().find_map(|n| match n.addr() {
                         IpAddr::V6(a) if a.is_unicast_link_local() => Some(a),
                         _ => None,
@@ -413,6 +426,7 @@ impl<'a> Compiler<'a> {
                 mac: Mac::default(),
                 mtu: 65535,
                 workload: None,
+                host_endpoint: None,
                 link_local: None,
                 address4: None,
                 address6: None,
@@ -436,6 +450,7 @@ impl<'a> Compiler<'a> {
             adjacencies: Vec::new(),
             known: HashMap::default(),
             same_subnet: Vec::new(),
+            host_endpoints,
         }
     }
 
@@ -466,6 +481,7 @@ impl<'a> Compiler<'a> {
             v4,
             v6,
             cluster_workloads: self.cluster.workloads.iter().map(|w| w.name.clone()).collect(),
+            host_endpoints: self.host_endpoints,
         }
     }
 

@@ -13,6 +13,8 @@ pub mod fragments;
 pub mod frame;
 pub mod held;
 pub mod hits;
+pub mod host_endpoints;
+pub mod host_policy;
 pub mod memory;
 mod mix;
 pub mod model;

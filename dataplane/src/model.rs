@@ -4,7 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net};
-use weir_packet::Mac;
+use weir_packet::{Mac, Protocol};
 
 use crate::frame::IfIndex;
 
@@ -25,6 +25,10 @@ pub struct Cluster {
     pub service_cidrs: Vec<IpNet>,
     /// `localAddresses` of weir.yaml, if given.
     pub local_addresses: Option<Vec<IpAddr>>,
+    /// This node's host endpoints.
+    pub host_endpoints: Vec<HostEndpoint>,
+    /// What the node's agent is told about the node itself.
+    pub host_settings: HostSettings,
     /// First and last source port that weir gives to translated connections (`snat.portRange`).
     pub snat_ports: (u16, u16),
 }
@@ -59,6 +63,65 @@ pub struct Workload {
     pub device: String,
     /// Its own MAC address, where its WorkloadEndpoint tells.
     pub mac: Option<Mac>,
+}
+
+/// A host endpoint of this node (Calico's HostEndpoint).
+#[derive(Clone, Debug)]
+pub struct HostEndpoint {
+    /// Its name, by which its policy is found.
+    pub name: String,
+    /// Its device, or "*" for all; `None`: the device that has one of its addresses.
+    pub interface: Option<String>,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Settings of the node (Calico's FelixConfiguration).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct HostSettings {
+    /// Ports of the node that host endpoints' policy never closes.
+    pub failsafe_inbound: Vec<Failsafe>,
+    /// Ports of others that host endpoints' policy never closes to the node.
+    pub failsafe_outbound: Vec<Failsafe>,
+    /// What becomes of what a pod sends to the node itself, once its own policy allows it.
+    pub endpoint_to_host: EndpointToHost,
+}
+
+impl Default for HostSettings {
+    /// Calico's, as its manifests install it.
+    fn default() -> Self {
+        let ports = |tcp: &[u16], udp: &[u16]| {
+            let one = |protocol: Protocol, port: u16| Failsafe { protocol, port, net: None };
+            let tcp = tcp.iter().map(|port| one(Protocol::TCP, *port));
+            tcp.chain(udp.iter().map(|port| one(Protocol::UDP, *port))).collect()
+        };
+        Self {
+            failsafe_inbound: ports(&[22, 179, 2379, 2380, 5473, 6443, 6666, 6667], &[68]),
+            failsafe_outbound: ports(&[179, 2379, 2380, 5473, 6443, 6666, 6667], &[53, 67]),
+            endpoint_to_host: EndpointToHost::Accept,
+        }
+    }
+}
+
+/// A failsafe port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Failsafe {
+    /// TCP, UDP or SCTP.
+    pub protocol: Protocol,
+    /// The destination port.
+    pub port: u16,
+    /// Only for peers in this network.
+    pub net: Option<IpNet>,
+}
+
+/// DefaultEndpointToHostAction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum EndpointToHost {
+    /// It goes to the node's kernel, whose own rules may say more.
+    #[default]
+    Accept,
+    /// It is dropped.
+    Drop,
 }
 
 /// When packets to other nodes go into a tunnel (Calico's ipipMode).

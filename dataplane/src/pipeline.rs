@@ -23,16 +23,18 @@ use weir_packet::{
     parse::{self, Arp, Kind, Parsed, TcpFields, View},
     rewrite,
 };
+use weir_policy::model::HostStage;
 use weir_sync::{Turn, WorkerCounters};
 
 use crate::{
     counters::{COUNTERS, Counter, Totals, drop_index},
-    decide::{self, Decision, Origin, Verdict},
+    decide::{self, Arrival, Decision, Origin, Verdict},
     driver::{Driver, PortId},
     forwarding::{Adjacency, AdjacencyId, DeviceId, Encapsulation, Forwarding, Route, RouteKind, Routed},
     fragments::{self, Fate, Fragments, Lead, Slot},
     frame::{IfIndex, LinkType, Packet},
     held::{Held, HeldPacket, PATIENCE},
+    host_policy,
     snapshot::Snapshot,
 };
 
@@ -550,6 +552,13 @@ impl Pipeline {
         hash: Hash,
         context: &Context<'_>,
     ) {
+        let snapshot = context.snapshot;
+        if snapshot.rules.host.has_untracked() && origin == Origin::Uplink {
+            let arrival = Arrival::by(origin, packet.device, &snapshot.forwarding);
+            if host_policy::is_untracked(snapshot, arrival, &view.key) {
+                return self.first_packet(driver, packet, view, origin, context);
+            }
+        }
         let table = A::table(context.tables);
         // Twice at most: a SYN on a closing connection, or a flow whose service changed, opens anew.
         for _ in 0..2 {
@@ -637,16 +646,25 @@ impl Pipeline {
         self.learn(&packet, view, origin, context);
         let Self { random, .. } = self;
         let random = &mut || random.next_u64();
-        let mut decision = decide::decide(snapshot, origin, &view.key, context.affinity, context.now, random);
+        let arrival = Arrival::by(origin, packet.device, forwarding);
+        let mut decision = decide::decide(snapshot, arrival, &view.key, context.affinity, context.now, random);
 
+        if decision.untracked {
+            return self.untracked(driver, packet, view, &decision, context);
+        }
+        let answers = answers_node(&packet, view, &decision, context);
         // To the node itself and no service's: the kernel's business, whatever it is.
-        if decision.verdict == Verdict::Local && origin == Origin::Uplink {
+        if origin == Origin::Uplink && (decision.verdict == Verdict::Local || answers) {
             return self.punt(packet, forwarding);
         }
         let claimed = decision.service.is_some() || snapshot.rules.services.services::<A>().claims(&view.key);
         // What the node's own kernel sends to a remote pod is answered to the node's own address, past weir, as is what it answers a
         // remote pod: half a connection cannot be followed, and the kernel follows the whole of it.
-        if origin == Origin::Host && decision.verdict == Verdict::Forward && !claimed && decision.snat.is_none() {
+        if origin == Origin::Host
+            && (decision.verdict == Verdict::Forward || answers)
+            && !claimed
+            && decision.snat.is_none()
+        {
             match decision.adjacency() {
                 Some(hop) if forwarding.adjacency(hop).kind != RouteKind::Workload => {
                     return self.forward(driver, packet, view, &view.key, hop, context);
@@ -667,7 +685,7 @@ impl Pipeline {
             && !context.affinity.clients().remember(choice, context.now)
         {
             // Another worker has chosen for this client since: its choice holds for this connection too.
-            decision = decide::decide(snapshot, origin, &view.key, context.affinity, context.now, random);
+            decision = decide::decide(snapshot, arrival, &view.key, context.affinity, context.now, random);
         }
         match decision.verdict {
             Verdict::Forward | Verdict::Local => {}
@@ -707,9 +725,31 @@ impl Pipeline {
         }
     }
 
+    /// A packet that untracked policy lets go: nothing is remembered of it, and the next one is judged as it was.
+    #[cold]
+    fn untracked<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<A>,
+        decision: &Decision<'_, A>,
+        context: &Context<'_>,
+    ) {
+        match (decision.verdict, decision.adjacency()) {
+            (Verdict::Local, _) => self.punt(packet, &context.snapshot.forwarding),
+            (Verdict::Forward, Some(hop)) => self.forward(driver, packet, view, &view.key, hop, context),
+            (Verdict::Drop(reason), _) => self.end(driver, packet, End::Drop(reason)),
+            (Verdict::Reject(reason), _) => self.reject(driver, packet, view, reason, context),
+            (Verdict::Forward, None) | (Verdict::Pass, _) => {
+                self.reject(driver, packet, view, DropReason::NoRoute, context);
+            }
+        }
+    }
+
     /// Counts a new connection, or one that is denied, for each rule that decided about it.
     fn count_rules<A: Address>(&self, decision: &Decision<'_, A>, context: &Context<'_>) {
-        for judgement in [decision.egress, decision.ingress].into_iter().flatten() {
+        let of_host = decision.host.iter().map(|(_, judgement)| judgement);
+        for judgement in [decision.egress, decision.ingress].into_iter().flatten().chain(of_host) {
             context.snapshot.rules.hits.add(self.counters.number(), judgement.rule.0 as usize);
         }
     }
@@ -732,7 +772,8 @@ impl Pipeline {
     ) -> Result<Opened, DropReason> {
         let snapshot = context.snapshot;
         let table = A::table(context.tables);
-        let [source_stamp, destination_stamp] = decide::policy_stamps(snapshot, origin, &decision.translated);
+        let arrival = Arrival::by(origin, device, &snapshot.forwarding);
+        let [source_stamp, destination_stamp] = decide::policy_stamps(snapshot, arrival, &decision.translated);
         let attributes = Attributes {
             device: device.0,
             stamps: [source_stamp, destination_stamp, decision.backend_stamp],
@@ -1385,6 +1426,19 @@ fn observed<A: Address>(packet: &Packet, view: &View<A>) -> Observed {
     }
 }
 
+/// Whether a packet that a host endpoint's policy for the node itself denies may be an answer: to what the node's kernel asked, or of it
+/// to who asked. One half of such a connection passes without weir, so nothing remembers it; but what opens nothing can only be such an
+/// answer, or dies at its receiver.
+#[inline]
+fn answers_node<A: Family>(packet: &Packet, view: &View<A>, decision: &Decision<'_, A>, context: &Context<'_>) -> bool {
+    let denied = decision.verdict == Verdict::Drop(DropReason::PolicyDeniedHostEndpoint);
+    denied
+        && decision.host.denied_at() == Some(HostStage::Local)
+        && decision.service.is_none()
+        && (!matches!(observed(packet, view).opening(&view.key), Opening::Opens)
+            || host_policy::may_answer_failsafe(context.snapshot, &view.key))
+}
+
 /// The port at the translated source's end: where replies go to.
 fn reply_port<A: Address>(reply: &FlowKey<A>) -> u16 {
     if reply.protocol.is_icmp() { reply.ports.source() } else { reply.ports.destination() }
@@ -1578,10 +1632,11 @@ fn rejudge<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, context: &Con
     let Some(origin) = device.and_then(|id| Origin::of(forwarding.device(id))) else {
         return Rejudged::Cut(DropReason::UnknownDevice);
     };
-    let stamps = decide::policy_stamps(snapshot, origin, &translated);
+    let arrival = Arrival::by(origin, IfIndex(conn.device()), forwarding);
+    let stamps = decide::policy_stamps(snapshot, arrival, &translated);
     let [.., backend_stamp] = conn.stamps();
     if stamps != conn.stamps()[..2] {
-        if let Err(reason) = decide::judge(snapshot, origin, &translated, &mut None, &mut None) {
+        if let Err(reason) = decide::judge_again(snapshot, arrival, &original, &translated) {
             return Rejudged::Cut(reason);
         }
         conn.set_stamps([stamps[0], stamps[1], backend_stamp]);

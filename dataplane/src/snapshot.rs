@@ -15,6 +15,7 @@ use weir_sync::{Tally, WorkerNumber};
 
 use crate::{
     forwarding::{Forwarding, WorkloadId, local_workloads},
+    host_policy::HostRules,
     model::Cluster,
 };
 
@@ -29,6 +30,8 @@ pub struct Rules {
     pub hits: Tally,
     /// New connections by the backend that they came to, IPv4 and IPv6.
     backend_hits: [Tally; 2],
+    /// Host endpoints.
+    pub host: HostRules,
     endpoints: Vec<Option<EndpointId>>,
 }
 
@@ -39,7 +42,8 @@ impl Rules {
         for (id, workload) in local_workloads(cluster) {
             endpoints[id.0 as usize] = policy.endpoint(&workload.name);
         }
-        Self { services, policy, hits: Tally::default(), backend_hits: Default::default(), endpoints }
+        let host = HostRules::new(&policy, cluster);
+        Self { services, policy, hits: Tally::default(), backend_hits: Default::default(), host, endpoints }
     }
 
     /// The same, with counters for so many workers.

@@ -8,7 +8,7 @@ use weir_packet::{Address, FlowKey};
 use crate::{
     addresses::AddressClasses,
     fingerprint::Fingerprint,
-    model::{Policy, Profile, Rule},
+    model::{HostStage, Policy, Profile, Rule},
     program::{Facts, Outcome, Program},
 };
 
@@ -37,6 +37,13 @@ impl PolicyDirection {
 /// The number of a local workload in one [`Classifier`]; another classifier has other numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct EndpointId(pub u32);
+
+/// The number of a host endpoint of this node in one [`Classifier`]; another classifier has other numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct HostEndpointId(pub u32);
+
+/// The rule of what a host endpoint's stage leaves to what comes after.
+pub(crate) const UNDECIDED: RuleId = RuleId(1);
 
 /// The number of a rule, or of another reason for a verdict, in one [`Classifier`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -87,6 +94,8 @@ pub enum RuleOrigin<'classifier> {
     },
     /// No tier decided, and no rule of a profile matched: denied.
     NoProfile,
+    /// No rule of a host endpoint's stage matched: what comes after decides.
+    Undecided,
 }
 
 /// A rule, or another reason for a verdict, wherever and whenever it is compiled: what hits are kept by.
@@ -110,6 +119,7 @@ impl RuleOrigin<'_> {
             }
             Self::TierEnd { tier, policies } => ("tier", tier, policies).hash(&mut identity),
             Self::NoProfile => "no profile".hash(&mut identity),
+            Self::Undecided => "undecided".hash(&mut identity),
         }
         RuleIdentity(identity.value())
     }
@@ -133,6 +143,7 @@ impl fmt::Display for RuleOrigin<'_> {
             Self::Profile { name, rule: None, .. } => write!(f, "profile {name}"),
             Self::Profile { name, rule: Some(rule), .. } => write!(f, "profile {name} rule {rule}"),
             Self::NoProfile => f.write_str("default-deny without a matching profile"),
+            Self::Undecided => f.write_str("no policy of the host endpoint"),
         }
     }
 }
@@ -144,6 +155,7 @@ pub(crate) enum Origin {
     TierEnd { tier: u32, policies: Arc<[u32]> },
     Profile { profile: u32, rule: u32, direction: PolicyDirection },
     NoProfile,
+    Undecided,
 }
 
 /// What has names, by number.
@@ -160,7 +172,7 @@ impl Names {
     }
 }
 
-/// A local workload's part.
+/// A local workload's part, or that of a host endpoint's stage.
 #[derive(Debug)]
 pub(crate) struct LocalEndpoint {
     pub(crate) name: String,
@@ -176,8 +188,12 @@ pub(crate) struct LocalEndpoint {
 pub struct Classifier {
     pub(crate) v4: Arc<AddressClasses<u32>>,
     pub(crate) v6: Arc<AddressClasses<u128>>,
+    /// Workloads, then each host endpoint's stages in order.
     pub(crate) endpoints: Vec<LocalEndpoint>,
+    /// Workloads.
     pub(crate) by_name: HashMap<String, EndpointId>,
+    /// Host endpoints, by the number of their first stage.
+    pub(crate) host_endpoints: HashMap<String, HostEndpointId>,
     pub(crate) origins: Box<[Option<Origin>]>,
     pub(crate) names: Names,
     pub(crate) size: Size,
@@ -198,7 +214,51 @@ impl Classifier {
 
     /// The local workloads and their names, by number.
     pub fn endpoints(&self) -> impl ExactSizeIterator<Item = (EndpointId, &str)> {
-        self.endpoints.iter().enumerate().map(|(index, endpoint)| (EndpointId(index as u32), endpoint.name.as_str()))
+        let workloads = &self.endpoints[..self.by_name.len()];
+        workloads.iter().enumerate().map(|(index, endpoint)| (EndpointId(index as u32), endpoint.name.as_str()))
+    }
+
+    /// The host endpoint of this node with this name.
+    pub fn host_endpoint(&self, name: &str) -> Option<HostEndpointId> {
+        self.host_endpoints.get(name).copied()
+    }
+
+    /// What a host endpoint's policy for `direction` says of a packet at a stage; `None`: nothing, the next stage goes on.
+    /// `key` is as for [`Self::judge`], before DNAT where the stage is before services.
+    ///
+    /// # Panics
+    /// Where `endpoint` is of another classifier that had more endpoints.
+    #[inline]
+    pub fn judge_host<A: Address>(
+        &self,
+        endpoint: HostEndpointId,
+        stage: HostStage,
+        direction: PolicyDirection,
+        key: &FlowKey<A>,
+    ) -> Option<Judgement> {
+        let judgement = self.judge(EndpointId(endpoint.0 + stage as u32), direction, key);
+        (judgement.rule != UNDECIDED).then_some(judgement)
+    }
+
+    /// Whether a host endpoint's policy says anything at a stage: of most it says nothing, and then they need not be asked.
+    ///
+    /// # Panics
+    /// Where `endpoint` is of another classifier that had more endpoints.
+    pub fn has_stage(&self, endpoint: HostEndpointId, stage: HostStage) -> bool {
+        let programs = &self.endpoints[(endpoint.0 + stage as u32) as usize].programs;
+        programs.as_flattened().iter().any(|program| program.only().is_none_or(|slot| slot.rule != UNDECIDED))
+    }
+
+    /// As [`Self::stamp`], for all of a host endpoint's stages.
+    ///
+    /// # Panics
+    /// Where `endpoint` is of another classifier that had more endpoints.
+    pub fn host_stamp(&self, endpoint: HostEndpointId) -> u32 {
+        let mut stamp = Fingerprint::new(0);
+        for stage in HostStage::ALL {
+            stamp.add(u64::from(self.stamp(EndpointId(endpoint.0 + stage as u32))));
+        }
+        ((stamp.value() ^ (stamp.value() >> 32)) as u32).max(1)
     }
 
     /// What the endpoint's policy for `direction` says of the first packet of a connection.
@@ -270,6 +330,7 @@ impl Classifier {
                 }
             }
             Origin::NoProfile => RuleOrigin::NoProfile,
+            Origin::Undecided => RuleOrigin::Undecided,
         }
     }
 

@@ -16,10 +16,10 @@ use hashbrown::HashMap;
 use crate::{
     Classifier, CompileError, EndpointId, PolicyDirection, RuleId,
     addresses::AddressClasses,
-    classifier::{LocalEndpoint, Origin, Size},
+    classifier::{HostEndpointId, LocalEndpoint, Origin, Size, UNDECIDED},
     fingerprint::Fingerprint,
     limits::{MAX_MEMBERSHIPS, MAX_ROW_WORDS, MAX_RULES_IN_PROGRAMS, MAX_RULES_PER_ENDPOINT},
-    model::{Endpoint, EndpointKind, Model, PolicyScope, TierAction},
+    model::{Endpoint, EndpointKind, HostStage, Model, TierAction},
     parts::FamilySets,
     peers::Peers,
     plan::{Conditions, Plan, PlannedSlot, fingerprint},
@@ -48,7 +48,7 @@ impl Classifier {
 #[derive(Default)]
 pub struct Compiler {
     peers: Peers,
-    /// The local workloads, as what policies are selected by.
+    /// The local workloads and host endpoints, as what policies are selected by.
     workloads: Peers,
     policies: Policies,
     resolver: Resolver,
@@ -65,10 +65,20 @@ pub struct Compiler {
 #[derive(Debug, PartialEq, Eq, Hash)]
 struct Effective {
     direction: PolicyDirection,
+    /// Which packets they are for; a workload's are as a host endpoint's local ones.
+    stage: HostStage,
     /// Numbers of policies, in the order of evaluation.
     policies: Vec<u32>,
     /// Numbers of profiles, in order.
     profiles: Vec<u32>,
+}
+
+/// What gets programs: a workload, or a host endpoint's stage.
+struct Owner<'model> {
+    endpoint: &'model Arc<Endpoint>,
+    /// Among what policies are selected by.
+    number: u32,
+    stage: HostStage,
 }
 
 /// The programs of an [`Effective`], by family.
@@ -124,15 +134,27 @@ impl Compiler {
 
     fn follow(&mut self, model: &Model) -> Result<Classifier, CompileError> {
         self.update += 1;
-        let is_local = |endpoint: &&Arc<Endpoint>| endpoint.local && endpoint.kind == EndpointKind::Workload;
-        let locals: Vec<&Arc<Endpoint>> = model.endpoints.iter().filter(is_local).collect();
-        let by_name = numbers_by_name(&locals)?;
+        let of_kind =
+            |kind: EndpointKind| model.endpoints.iter().filter(move |endpoint| endpoint.local && endpoint.kind == kind);
+        let workloads: Vec<&Arc<Endpoint>> = of_kind(EndpointKind::Workload).collect();
+        let hosts: Vec<&Arc<Endpoint>> = of_kind(EndpointKind::HostEndpoint).collect();
+        let by_name = numbers_by_name(&workloads, |place| EndpointId(place as u32))?;
+        let first_stage = |place: usize| HostEndpointId((workloads.len() + HostStage::ALL.len() * place) as u32);
+        let host_endpoints = numbers_by_name(&hosts, first_stage)?;
         self.peers.update(model.endpoints.iter());
-        let numbers = self.workloads.update(locals.iter().copied());
+        let numbers = self.workloads.update(workloads.iter().chain(&hosts).copied());
+        let (of_workloads, of_hosts) = numbers.split_at(workloads.len());
+        let mut owners: Vec<Owner<'_>> = Vec::with_capacity(workloads.len() + HostStage::ALL.len() * hosts.len());
+        for (endpoint, number) in workloads.iter().copied().zip(of_workloads.iter().copied()) {
+            owners.push(Owner { endpoint, number, stage: HostStage::Local });
+        }
+        for (endpoint, number) in hosts.iter().copied().zip(of_hosts.iter().copied()) {
+            owners.extend(HostStage::ALL.map(|stage| Owner { endpoint, number, stage }));
+        }
         self.resolver.update(&mut self.peers);
         self.policies.update(model, &mut self.workloads, &mut self.resolver);
 
-        let effective = self.effective(&locals, &numbers);
+        let effective = self.effective(&owners);
         for effective in effective.iter().flatten() {
             let (peers, resolver) = (&mut self.peers, &mut self.resolver);
             for policy in &effective.policies {
@@ -151,8 +173,8 @@ impl Compiler {
         let mut size = Size::default();
         let mut limits = Limits { rules: MAX_RULES_IN_PROGRAMS, words: MAX_ROW_WORDS };
         let regrouped = self.resolver.parts.families.each_mut().map(Regrouped::take);
-        let mut endpoints = Vec::with_capacity(locals.len());
-        for (endpoint, effective) in locals.iter().zip(&effective) {
+        let mut endpoints = Vec::with_capacity(owners.len());
+        for (Owner { endpoint, .. }, effective) in owners.iter().zip(&effective) {
             for effective in effective {
                 self.refresh(effective, &regrouped, &mut limits, &mut size, &endpoint.name)?;
             }
@@ -177,36 +199,50 @@ impl Compiler {
             v6,
             endpoints,
             by_name,
+            host_endpoints,
             origins: self.policies.origins.map_all(Origin::clone),
             names: self.policies.names(),
             size,
         })
     }
 
-    /// By local workload and direction: the policies and profiles that apply. `numbers` are those of the workloads.
-    fn effective(&self, locals: &[&Arc<Endpoint>], numbers: &[u32]) -> Vec<[Arc<Effective>; 2]> {
-        let highest = numbers.iter().max().map_or(0, |highest| *highest as usize + 1);
-        let mut applied: Vec<[Vec<u32>; 2]> = vec![Default::default(); highest];
-        for (number, policy, workloads) in self.policies.in_order(&self.workloads) {
-            if matches!(policy.scope, PolicyScope::PreDnat | PolicyScope::Untracked) {
-                continue;
-            }
-            for direction in PolicyDirection::ALL.into_iter().filter(|direction| policy.rules(*direction).is_some()) {
-                workloads.iter().for_each(|workload| applied[*workload as usize][direction as usize].push(number));
+    /// By owner and direction: the policies and profiles that apply.
+    fn effective(&self, owners: &[Owner<'_>]) -> Vec<[Arc<Effective>; 2]> {
+        let highest = owners.iter().map(|owner| owner.number as usize + 1).max().unwrap_or(0);
+        let mut owners_of: Vec<Vec<u32>> = vec![Vec::new(); highest];
+        for (owner, Owner { number, .. }) in owners.iter().enumerate() {
+            owners_of[*number as usize].push(owner as u32);
+        }
+        let mut applied: Vec<[Vec<u32>; 2]> = vec![Default::default(); owners.len()];
+        for (number, policy, selected) in self.policies.in_order(&self.workloads) {
+            let owners_selected = selected.iter().flat_map(|selected| &owners_of[*selected as usize]);
+            for owner in owners_selected.filter(|owner| owners[**owner as usize].stage.takes(policy.scope)) {
+                for direction in PolicyDirection::ALL {
+                    if policy.rules(direction).is_some() {
+                        applied[*owner as usize][direction as usize].push(number);
+                    }
+                }
             }
         }
-        let of_local = |(endpoint, number): (&&Arc<Endpoint>, &u32)| {
-            let profiles: Vec<u32> = endpoint.profiles.iter().filter_map(|name| self.policies.profile(name)).collect();
+        let of_owner = |(owner, applied): (&Owner<'_>, [Vec<u32>; 2])| {
+            let stage = owner.stage;
+            let profiles: Vec<u32> = match stage {
+                HostStage::Local => {
+                    owner.endpoint.profiles.iter().filter_map(|name| self.policies.profile(name)).collect()
+                }
+                HostStage::Untracked | HostStage::PreDnat | HostStage::Forwarded => Vec::new(),
+            };
+            let mut applied = applied.into_iter();
             PolicyDirection::ALL.map(|direction| {
-                let policies = std::mem::take(&mut applied[*number as usize][direction as usize]);
-                let effective = Effective { direction, policies, profiles: profiles.clone() };
+                let policies = applied.next().unwrap_or_default();
+                let effective = Effective { direction, stage, policies, profiles: profiles.clone() };
                 match self.programs.get_key_value(&effective) {
                     Some((known, _)) => Arc::clone(known),
                     None => Arc::new(effective),
                 }
             })
         };
-        locals.iter().zip(numbers).map(of_local).collect()
+        owners.iter().zip(applied).map(of_owner).collect()
     }
 
     /// Makes the programs of `effective` what they must be now, and counts them, once in each update.
@@ -306,7 +342,8 @@ impl Compiler {
                 }
             }
             let tier = self.policies.tier(policies[0]);
-            if !plan.is_closed() && self.policies.default_action(tier) == TierAction::Deny {
+            let decides = matches!(effective.stage, HostStage::Forwarded | HostStage::Local);
+            if decides && !plan.is_closed() && self.policies.default_action(tier) == TierAction::Deny {
                 let (policies, rule) = self.ends.of_tier(tier, policies, &mut self.policies.origins);
                 plan.push(Outcome::Deny, rule, Conditions::NONE);
                 ends.push(policies);
@@ -321,7 +358,12 @@ impl Compiler {
                 plan.add(rule, true);
             }
         }
-        plan.push(Outcome::Deny, Policies::NO_PROFILE, Conditions::NONE);
+        match effective.stage {
+            HostStage::Local => plan.push(Outcome::Deny, Policies::NO_PROFILE, Conditions::NONE),
+            HostStage::Untracked | HostStage::PreDnat | HostStage::Forwarded => {
+                plan.push(Outcome::Allow, UNDECIDED, Conditions::NONE);
+            }
+        }
         plan.finish()
     }
 
@@ -370,10 +412,13 @@ impl Compiler {
 }
 
 /// The numbers of local workloads by name.
-fn numbers_by_name(locals: &[&Arc<Endpoint>]) -> Result<HashMap<String, EndpointId>, CompileError> {
+fn numbers_by_name<N>(
+    locals: &[&Arc<Endpoint>],
+    number: impl Fn(usize) -> N,
+) -> Result<HashMap<String, N>, CompileError> {
     let mut by_name = HashMap::with_capacity(locals.len());
-    for (endpoint, number) in locals.iter().zip(0..) {
-        if by_name.insert(endpoint.name.clone(), EndpointId(number)).is_some() {
+    for (place, endpoint) in locals.iter().enumerate() {
+        if by_name.insert(endpoint.name.clone(), number(place)).is_some() {
             return Err(CompileError::DuplicateEndpoint { name: endpoint.name.clone() });
         }
     }

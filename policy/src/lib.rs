@@ -81,7 +81,9 @@ mod slab;
 mod steps;
 mod trie;
 
-pub use classifier::{Classifier, EndpointId, Judgement, PolicyDirection, RuleId, RuleIdentity, RuleOrigin};
+pub use classifier::{
+    Classifier, EndpointId, HostEndpointId, Judgement, PolicyDirection, RuleId, RuleIdentity, RuleOrigin,
+};
 pub use compile::Compiler;
 pub use limits::{CompileError, MAX_MEMBERSHIPS, MAX_ROW_WORDS, MAX_RULES_IN_PROGRAMS, MAX_RULES_PER_ENDPOINT};
 pub use model::Model;

@@ -19,8 +19,8 @@ pub const MAX_ROW_WORDS: usize = 1 << 28;
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum CompileError {
-    /// Two local workloads have one name.
-    #[error("two workloads of this node are called {name}; give each its own name")]
+    /// Two local workloads, or two local host endpoints, have one name.
+    #[error("two endpoints of this node are called {name}; give each its own name")]
     DuplicateEndpoint {
         /// Their name.
         name: String,

@@ -48,7 +48,7 @@ pub enum EndpointKind {
     /// A pod, or another workload with a device of its own.
     #[default]
     Workload,
-    /// An interface of a node. A peer of rules only: its own policy is not compiled here.
+    /// An interface of a node, or all of them.
     HostEndpoint,
     /// A NetworkSet or GlobalNetworkSet: a peer of rules only, without ports.
     NetworkSet,
@@ -61,7 +61,7 @@ pub struct Endpoint {
     pub name: String,
     /// What it stands for.
     pub kind: EndpointKind,
-    /// A workload of this node: it gets a program of its own.
+    /// A workload or host endpoint of this node: it gets programs of its own.
     pub local: bool,
     /// Its namespace, if it is in one. For messages: rules limit themselves through labels.
     pub namespace: Option<String>,
@@ -185,6 +185,34 @@ pub enum PolicyScope {
     PreDnat,
     /// A host endpoint's packets, one by one, before connections are looked up. Never a workload's packets.
     Untracked,
+}
+
+/// The kinds of packets that a host endpoint has policy for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HostStage {
+    /// Each packet, before connections are looked up. What no rule matches goes on to the next stage.
+    Untracked = 0,
+    /// A connection's first packet, before services are translated. What no rule matches goes on.
+    PreDnat = 1,
+    /// A first packet that is forwarded. A tier denies at its end; what no tier decides goes on.
+    Forwarded = 2,
+    /// A first packet to or from the node itself: as a workload's, with tiers' ends and profiles.
+    Local = 3,
+}
+
+impl HostStage {
+    /// All, in the order of their numbers.
+    pub const ALL: [Self; 4] = [Self::Untracked, Self::PreDnat, Self::Forwarded, Self::Local];
+
+    /// Whether a policy of this scope is for these packets.
+    pub fn takes(self, scope: PolicyScope) -> bool {
+        match self {
+            Self::Untracked => scope == PolicyScope::Untracked,
+            Self::PreDnat => scope == PolicyScope::PreDnat,
+            Self::Forwarded => scope == PolicyScope::ApplyOnForward,
+            Self::Local => matches!(scope, PolicyScope::Normal | PolicyScope::ApplyOnForward),
+        }
+    }
 }
 
 /// Rules for endpoints that no tier decided about.

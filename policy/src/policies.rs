@@ -9,7 +9,7 @@ use hashbrown::HashMap;
 
 use crate::{
     PolicyDirection, RuleId,
-    classifier::{Names, Origin},
+    classifier::{Names, Origin, UNDECIDED},
     model::{Model, Policy, Profile, Rule, Tier, TierAction},
     peers::{Peers, identity},
     resolve::{ResolvedRule, Resolver},
@@ -65,6 +65,7 @@ impl Default for Policies {
     fn default() -> Self {
         let mut origins = Slab::default();
         assert_eq!(origins.insert(Origin::NoProfile), Self::NO_PROFILE.0);
+        assert_eq!(origins.insert(Origin::Undecided), UNDECIDED.0);
         Self {
             tiers: Slab::default(),
             policies: Slab::default(),

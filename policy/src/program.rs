@@ -234,6 +234,14 @@ impl Program {
         }
     }
 
+    /// The only slot, if all packets are judged alike.
+    pub(crate) fn only(&self) -> Option<Slot> {
+        match &*self.slots {
+            [only] => Some(*only),
+            _ => None,
+        }
+    }
+
     /// Memory in use.
     pub(crate) fn memory_bytes(&self) -> usize {
         let steps = |field: &Option<StepMap>| field.as_ref().map_or(0, StepMap::memory_bytes);

@@ -52,7 +52,7 @@ impl<'l> Places<'l> {
             RuleOrigin::TierEnd { policies, .. } => {
                 policies.iter().filter_map(|policy| self.of(*self.by_policy.get(policy)?)).collect()
             }
-            RuleOrigin::Profile { .. } | RuleOrigin::NoProfile => Vec::new(),
+            RuleOrigin::Profile { .. } | RuleOrigin::NoProfile | RuleOrigin::Undecided => Vec::new(),
         };
         Authority { name: rule.to_string(), at }
     }

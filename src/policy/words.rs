@@ -305,9 +305,9 @@ mod tests {
             ),
             (
                 "pcsa.role == 'db' || pcsa.role == 'api'".to_owned(),
-                "endpoints of service accounts with (role == 'db' || role == 'api')",
+                "endpoints of service accounts with role == 'db' || role == 'api'",
             ),
-            ("pcns.team == 'a' || app == 'x'".to_owned(), "endpoints with (pcns.team == 'a' || app == 'x')"),
+            ("pcns.team == 'a' || app == 'x'".to_owned(), "endpoints with pcns.team == 'a' || app == 'x'"),
             (
                 "!has(projectcalico.org/namespace) && role == 'gate'".to_owned(),
                 "endpoints with role == 'gate' outside of every namespace",

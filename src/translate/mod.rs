@@ -4,6 +4,7 @@
 //! fills the models. What is at fault is reported at its place and left out, so that one run shows everything.
 
 mod cluster;
+mod host;
 mod policy;
 mod ports;
 #[cfg(test)]
@@ -291,7 +292,8 @@ fn translate(
     reviews: bool,
     mut problems: Problems,
 ) -> Result<Loaded, Problems> {
-    let cluster = cluster::translate(&config, manifests, &mut problems);
+    let mut cluster = cluster::translate(&config, manifests, &mut problems);
+    host::translate(&config, manifests, &mut cluster, &mut problems);
     let services = services::translate(&config, manifests, &cluster, &mut kept.services, &mut problems);
     let policy = policy::translate(&config, manifests, &cluster, &mut kept.policy, &mut problems);
     if reviews {

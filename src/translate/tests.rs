@@ -17,6 +17,7 @@ use weir_policy::{
 use super::*;
 use crate::config::Source;
 
+mod host;
 mod policy;
 mod review;
 

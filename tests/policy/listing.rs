@@ -238,6 +238,7 @@ fn name(origin: &RuleOrigin<'_>) -> String {
         RuleOrigin::TierEnd { tier, .. } => format!("end of {tier}"),
         RuleOrigin::Profile { name, definition, .. } => format!("profile {name} rule {}", definition.number),
         RuleOrigin::NoProfile => "no profile".to_owned(),
+        RuleOrigin::Undecided => unreachable!("what host endpoints leave undecided is never a verdict"),
     }
 }
 

@@ -184,8 +184,13 @@ pub struct Router {
 impl Router {
     /// With room for so many connections of each family.
     pub fn new(rules: Rules, snat: SnatPorts, max_entries: u32) -> Self {
+        Self::of(&cluster(), rules, snat, max_entries)
+    }
+
+    /// In another cluster.
+    pub fn of(cluster: &Cluster, rules: Rules, snat: SnatPorts, max_entries: u32) -> Self {
         let domain = Domain::new();
-        let forwarding = Arc::new(Forwarding::compile(&cluster(), &links()).unwrap());
+        let forwarding = Arc::new(Forwarding::compile(cluster, &links()).unwrap());
         let table =
             || TableConfig { max_entries, seed: [1, 2], timeouts: Timeouts::default(), tcp: TcpSettings::default() };
         let tables = Tables { v4: Table::new(table(), domain.clone()), v6: Table::new(table(), domain.clone()) };

@@ -32,9 +32,6 @@ pub(super) fn translate(
     kept: &mut Kept,
     problems: &mut Problems,
 ) -> Model {
-    for object in &manifests.felix_configurations {
-        object.reporter(problems).not_implemented(object.at().key("spec"), "FelixConfiguration");
-    }
     let inherited = Inherited::new(manifests);
     let mut endpoints = endpoints::workloads(config, manifests, &inherited, cluster, kept, problems);
     endpoints.extend(endpoints::host_endpoints(config, manifests, &inherited, problems));

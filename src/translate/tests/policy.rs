@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{WEIR, assert_said, loaded};
+use super::{Loaded, WEIR, assert_said, loaded};
 use crate::trace::Tracer;
 
 /// Two namespaces with pods on this node and an unknown sender, as every test here has them.
@@ -19,7 +19,7 @@ status: {addresses: [{type: InternalIP, address: 192.0.2.1}]}
 {apiVersion: v1, kind: ServiceAccount, metadata: {name: builder, namespace: red, labels: {role: build}}}
 ";
 
-fn pod(name: &str, address: &str, rest: &str) -> String {
+pub(super) fn pod(name: &str, address: &str, rest: &str) -> String {
     let (namespace, name) = name.split_once('/').unwrap();
     format!(
         "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{app: {name}}}}}\n\
@@ -28,7 +28,7 @@ fn pod(name: &str, address: &str, rest: &str) -> String {
     )
 }
 
-fn cluster() -> String {
+pub(super) fn cluster() -> String {
     CLUSTER.to_owned()
         + &pod("red/a", "10.0.0.1", "serviceAccountName: builder,")
         + &pod("red/b", "10.0.0.2", "")
@@ -37,7 +37,7 @@ fn cluster() -> String {
 }
 
 /// An object of Calico's: `kind name` or `kind namespace/name`.
-fn calico(what: &str, spec: &str) -> String {
+pub(super) fn calico(what: &str, spec: &str) -> String {
     let (kind, name) = what.split_once(' ').unwrap();
     let metadata = match name.split_once('/') {
         Some((namespace, name)) => format!("{{name: {name}, namespace: {namespace}}}"),
@@ -65,15 +65,24 @@ fn trace(policies: &str, flows: &[&str]) -> Vec<Value> {
         }
         input += &format!("{line}\n");
     }
+    run(&loaded, &input)
+}
+
+/// What becomes of flows in a trace's own form.
+pub(super) fn trace_lines(policies: &str, flows: &[&str]) -> Vec<Value> {
+    run(&loaded(WEIR, &(cluster() + policies)), &flows.join("\n"))
+}
+
+fn run(loaded: &Loaded, input: &str) -> Vec<Value> {
     let mut output = Vec::new();
-    let all_valid = Tracer::new(&loaded).unwrap().run(input.as_bytes(), &mut output, false).unwrap();
+    let all_valid = Tracer::new(loaded).unwrap().run(input.as_bytes(), &mut output, false).unwrap();
     assert!(all_valid, "{}", String::from_utf8_lossy(&output));
     String::from_utf8(output).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 /// Checks which of the flows pass: those that begin with '+', and those that begin with '-' must be denied by policy.
 #[track_caller]
-fn assert_flows(policies: &str, flows: &[&str]) {
+pub(super) fn assert_flows(policies: &str, flows: &[&str]) {
     let bare: Vec<&str> = flows.iter().map(|flow| &flow[1..]).collect();
     for (flow, answer) in flows.iter().zip(trace(policies, &bare)) {
         let passes = ["forward", "local", "pass"].contains(&answer["verdict"].as_str().unwrap());

@@ -1,0 +1,358 @@
+//! What host endpoints say of a connection's first packet, and what the node says of what its pods send to it.
+//!
+//! A packet meets the host endpoint of the device that it arrives by: failsafe ports, untracked policy, policy before DNAT, and,
+//! once its service is known, policy for what is forwarded or for what is the node's own. What is forwarded meets that of the
+//! device that it leaves by as well. Pods' devices are governed by a host endpoint for "*" alone, and what they send to the node
+//! itself by DefaultEndpointToHostAction instead of its normal policy.
+//!
+//! An Allow of untracked policy or of policy before DNAT is the last word of that host endpoint, not of the pods' own policy.
+
+use ipnet::IpNet;
+use weir_packet::{DropReason, FlowKey, Protocol};
+use weir_policy::{Classifier, HostEndpointId, Judgement, PolicyDirection, model::HostStage};
+
+use crate::{
+    decide::{Arrival, Origin},
+    forwarding::{AdjacencyId, Forwarding, Route, RouteKind, Routed},
+    host_endpoints::HostEndpointNumber,
+    mix::hash_of,
+    model::{Cluster, EndpointToHost, Failsafe, HostSettings},
+    snapshot::Snapshot,
+};
+
+/// Host endpoints' compiled policy, and the node's settings.
+#[derive(Debug)]
+pub struct HostRules {
+    /// By number in the cluster.
+    endpoints: Vec<Option<HostEndpointId>>,
+    settings: HostSettings,
+    /// Whether any host endpoint has untracked policy, so that each packet must be asked about.
+    has_untracked: bool,
+    /// Stands for the settings: 0 for those that deny nothing to nobody.
+    stamp: u32,
+}
+
+impl HostRules {
+    pub(crate) fn new(policy: &Classifier, cluster: &Cluster) -> Self {
+        let endpoints: Vec<_> =
+            cluster.host_endpoints.iter().map(|endpoint| policy.host_endpoint(&endpoint.name)).collect();
+        let settings = cluster.host_settings.clone();
+        let says_nothing = endpoints.is_empty() && settings.endpoint_to_host == EndpointToHost::Accept;
+        let stamp = if says_nothing { 0 } else { hash_of(&settings) as u32 | 1 };
+        let has_untracked =
+            endpoints.iter().flatten().any(|endpoint| policy.has_stage(*endpoint, HostStage::Untracked));
+        Self { endpoints, settings, has_untracked, stamp }
+    }
+
+    /// Whether any host endpoint has untracked policy.
+    #[inline]
+    pub fn has_untracked(&self) -> bool {
+        self.has_untracked
+    }
+
+    fn policy(&self, number: HostEndpointNumber) -> Result<HostEndpointId, DropReason> {
+        self.endpoints.get(number.0 as usize).copied().flatten().ok_or(DropReason::PolicyNotReady)
+    }
+}
+
+/// What host endpoints said of a packet, in order.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct HostJudgements {
+    judgements: [Option<(HostStage, Judgement)>; Self::MOST],
+}
+
+impl HostJudgements {
+    /// Untracked policy of both directions, policy before DNAT, policy for what is forwarded at both ends.
+    const MOST: usize = 5;
+
+    fn add(&mut self, stage: HostStage, judgement: Judgement) {
+        if let Some(place) = self.judgements.iter_mut().find(|place| place.is_none()) {
+            *place = Some((stage, judgement));
+        }
+    }
+
+    /// All that was said.
+    pub fn iter(&self) -> impl Iterator<Item = (HostStage, Judgement)> + '_ {
+        self.judgements.iter().flatten().copied()
+    }
+
+    /// The stage that denied the packet.
+    pub fn denied_at(&self) -> Option<HostStage> {
+        self.iter().find(|(_, judgement)| !judgement.allow).map(|(stage, _)| stage)
+    }
+}
+
+/// What was said before services were looked at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Before {
+    /// Nothing: later stages go on.
+    Nothing,
+    /// The packet may go, as far as this host endpoint is concerned.
+    Allowed,
+    /// The packet may go, and no connection is made of it.
+    Untracked,
+}
+
+/// Failsafe ports, untracked policy and policy before DNAT.
+///
+/// # Errors
+/// Where a policy denies the packet.
+#[inline]
+pub fn before_services<A: Routed>(
+    snapshot: &Snapshot,
+    arrival: Arrival,
+    key: &FlowKey<A>,
+    host: &mut HostJudgements,
+) -> Result<Before, DropReason> {
+    if snapshot.forwarding.host_endpoints().is_empty() {
+        Ok(Before::Nothing)
+    } else {
+        before(snapshot, arrival, key, host)
+    }
+}
+
+#[cold]
+fn before<A: Routed>(
+    snapshot: &Snapshot,
+    arrival: Arrival,
+    key: &FlowKey<A>,
+    host: &mut HostJudgements,
+) -> Result<Before, DropReason> {
+    let asking = Asking { snapshot, host };
+    let settings = &snapshot.rules.host.settings;
+    let (number, failsafes, direction, peer) = match arrival.origin {
+        Origin::Host => {
+            let leaves_by = leaving(snapshot, arrival, key, snapshot.forwarding.route(key.dst));
+            (leaves_by, &settings.failsafe_outbound, PolicyDirection::Egress, key.dst)
+        }
+        Origin::Uplink | Origin::Workload(_) => (
+            arriving(&snapshot.forwarding, arrival, key),
+            &settings.failsafe_inbound,
+            PolicyDirection::Ingress,
+            key.src,
+        ),
+    };
+    let Some(number) = number else { return Ok(Before::Nothing) };
+    let is_for_host = snapshot.forwarding.is_local(key.dst);
+    if (arrival.origin == Origin::Host || is_for_host)
+        && failsafes.iter().any(|failsafe| failsafe.takes(key.protocol, key.ports.destination(), peer.to_ip()))
+    {
+        return Ok(Before::Allowed);
+    }
+    let endpoint = snapshot.rules.host.policy(number)?;
+    if !matches!(arrival.origin, Origin::Workload(_))
+        && asking.untracked(endpoint, direction, key, arrival.origin == Origin::Host || is_for_host)?
+    {
+        return Ok(Before::Untracked);
+    }
+    let asking = Asking { snapshot, host };
+    if direction == PolicyDirection::Ingress && asking.ask(endpoint, HostStage::PreDnat, direction, key)?.is_some() {
+        return Ok(Before::Allowed);
+    }
+    Ok(Before::Nothing)
+}
+
+/// Whether untracked policy says anything of a packet from an uplink, whatever connection it may belong to.
+#[cold]
+pub fn is_untracked<A: Routed>(snapshot: &Snapshot, arrival: Arrival, key: &FlowKey<A>) -> bool {
+    let rules = &snapshot.rules;
+    let (is_for_host, failsafes) = (snapshot.forwarding.is_local(key.dst), &rules.host.settings.failsafe_inbound);
+    let peer = key.src.to_ip();
+    if is_for_host && failsafes.iter().any(|one| one.takes(key.protocol, key.ports.destination(), peer)) {
+        return false;
+    }
+    let endpoint = arriving(&snapshot.forwarding, arrival, key).and_then(|number| rules.host.policy(number).ok());
+    endpoint.is_some_and(|endpoint| {
+        let judged = rules.policy.judge_host(endpoint, HostStage::Untracked, PolicyDirection::Ingress, key);
+        judged.is_some()
+    })
+}
+
+/// Whether a packet for the node itself may be an answer to what a failsafe port lets it ask: a port that no connection of weir's
+/// tells of, as the node's own packets leave past weir.
+#[cold]
+pub fn may_answer_failsafe<A: Routed>(snapshot: &Snapshot, key: &FlowKey<A>) -> bool {
+    let failsafes = &snapshot.rules.host.settings.failsafe_outbound;
+    failsafes.iter().any(|failsafe| failsafe.takes(key.protocol, key.ports.source(), key.src.to_ip()))
+}
+
+/// Policy for what is forwarded, or for what is the node's own, and DefaultEndpointToHostAction; `translated` is after DNAT.
+///
+/// # Errors
+/// Where one of these denies the packet.
+#[inline]
+pub fn after_services<A: Routed>(
+    snapshot: &Snapshot,
+    arrival: Arrival,
+    translated: &FlowKey<A>,
+    route: Route,
+    before: Before,
+    host: &mut HostJudgements,
+) -> Result<(), DropReason> {
+    if snapshot.rules.host.stamp == 0 { Ok(()) } else { after(snapshot, arrival, translated, route, before, host) }
+}
+
+#[cold]
+fn after<A: Routed>(
+    snapshot: &Snapshot,
+    arrival: Arrival,
+    key: &FlowKey<A>,
+    route: Route,
+    before: Before,
+    host: &mut HostJudgements,
+) -> Result<(), DropReason> {
+    let forwarding = &*snapshot.forwarding;
+    let rules = &snapshot.rules.host;
+    let mut ask = |number: Option<HostEndpointNumber>, stage: HostStage, direction: PolicyDirection| {
+        let Some(number) = number else { return Ok(()) };
+        let asking = Asking { snapshot, host: &mut *host };
+        asking.ask(rules.policy(number)?, stage, direction, key).map(|_| ())
+    };
+    let is_for_host = kind_of(forwarding, route) == Some(RouteKind::Host);
+    match arrival.origin {
+        Origin::Workload(_) if is_for_host => match rules.settings.endpoint_to_host {
+            EndpointToHost::Accept => Ok(()),
+            EndpointToHost::Drop => Err(DropReason::PolicyDeniedEndpointToHost),
+        },
+        Origin::Uplink if is_for_host && before == Before::Nothing => {
+            ask(arriving(forwarding, arrival, key), HostStage::Local, PolicyDirection::Ingress)
+        }
+        Origin::Uplink | Origin::Host if is_for_host => Ok(()),
+        Origin::Host if before == Before::Nothing => {
+            ask(leaving(snapshot, arrival, key, route), HostStage::Local, PolicyDirection::Egress)
+        }
+        Origin::Host => Ok(()),
+        Origin::Uplink | Origin::Workload(_) => {
+            if before == Before::Nothing {
+                ask(arriving(forwarding, arrival, key), HostStage::Forwarded, PolicyDirection::Ingress)?;
+            }
+            ask(leaving(snapshot, arrival, key, route), HostStage::Forwarded, PolicyDirection::Egress)
+        }
+    }
+}
+
+/// Numbers that stand for what the source's and the destination's side of the host say of a connection; 0 where they say nothing.
+#[inline]
+pub fn stamps<A: Routed>(snapshot: &Snapshot, arrival: Arrival, translated: &FlowKey<A>) -> [u32; 2] {
+    if snapshot.rules.host.stamp == 0 { [0, 0] } else { stamps_of_both(snapshot, arrival, translated) }
+}
+
+#[cold]
+fn stamps_of_both<A: Routed>(snapshot: &Snapshot, arrival: Arrival, translated: &FlowKey<A>) -> [u32; 2] {
+    let rules = &snapshot.rules;
+    let stamp = |number: Option<HostEndpointNumber>| {
+        let endpoint = number.and_then(|number| rules.host.policy(number).ok());
+        endpoint.map_or(0, |endpoint| rules.policy.host_stamp(endpoint))
+    };
+    let route = snapshot.forwarding.route(translated.dst);
+    let source = stamp(arriving(&snapshot.forwarding, arrival, translated));
+    [rules.host.stamp.rotate_left(7) ^ source, stamp(leaving(snapshot, arrival, translated, route))]
+}
+
+/// A host endpoint being asked.
+struct Asking<'s, 'h> {
+    snapshot: &'s Snapshot,
+    host: &'h mut HostJudgements,
+}
+
+impl Asking<'_, '_> {
+    fn ask<A: Routed>(
+        self,
+        endpoint: HostEndpointId,
+        stage: HostStage,
+        direction: PolicyDirection,
+        key: &FlowKey<A>,
+    ) -> Result<Option<Judgement>, DropReason> {
+        let judgement = self.snapshot.rules.policy.judge_host(endpoint, stage, direction, key);
+        if let Some(judgement) = judgement {
+            self.host.add(stage, judgement);
+            if !judgement.allow {
+                return Err(DropReason::PolicyDeniedHostEndpoint);
+            }
+        }
+        Ok(judgement)
+    }
+
+    /// Whether untracked policy lets the packet go. Nothing remembers it, so of what is the node's own the answer must be let go by
+    /// the same policy, else nothing comes of it.
+    fn untracked<A: Routed>(
+        self,
+        endpoint: HostEndpointId,
+        direction: PolicyDirection,
+        key: &FlowKey<A>,
+        is_nodes_own: bool,
+    ) -> Result<bool, DropReason> {
+        let Self { snapshot, host } = self;
+        let asked = Asking { snapshot, host: &mut *host }.ask(endpoint, HostStage::Untracked, direction, key)?;
+        if asked.is_none() {
+            return Ok(false);
+        }
+        if is_nodes_own {
+            let back = match direction {
+                PolicyDirection::Ingress => PolicyDirection::Egress,
+                PolicyDirection::Egress => PolicyDirection::Ingress,
+            };
+            let answer = Asking { snapshot, host }.ask(endpoint, HostStage::Untracked, back, &key.invert())?;
+            if answer.is_none() {
+                return Err(DropReason::PolicyDeniedHostEndpoint);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// The host endpoint of the device that a packet arrives by. What comes through a tunnel arrives by the tunnel's own device, which only
+/// a host endpoint for "*" governs, as it alone governs pods' devices.
+fn arriving<A: Routed>(forwarding: &Forwarding, arrival: Arrival, key: &FlowKey<A>) -> Option<HostEndpointNumber> {
+    match arrival.origin {
+        Origin::Host => None,
+        Origin::Workload(_) => forwarding.host_endpoints().everywhere(),
+        Origin::Uplink if kind_of(forwarding, forwarding.route(key.src)) == Some(RouteKind::Ipip) => {
+            forwarding.host_endpoints().everywhere()
+        }
+        Origin::Uplink => arrival.host_endpoint.or_else(|| forwarding.host_endpoints().of_address(key.dst.to_ip())),
+    }
+}
+
+/// The host endpoint of the device that a packet leaves by; of the node's own towards its pods none, which always reach them.
+fn leaving<A: Routed>(
+    snapshot: &Snapshot,
+    arrival: Arrival,
+    key: &FlowKey<A>,
+    route: Route,
+) -> Option<HostEndpointNumber> {
+    let forwarding = &*snapshot.forwarding;
+    let endpoints = forwarding.host_endpoints();
+    let unknown_device = || endpoints.of_address(key.src.to_ip());
+    match (route, kind_of(forwarding, route)) {
+        (Route::NoSuchPod, _) | (_, Some(RouteKind::Host)) => None,
+        (_, Some(RouteKind::Workload)) if arrival.origin == Origin::Host => None,
+        (_, Some(RouteKind::Workload | RouteKind::Ipip)) => endpoints.everywhere(),
+        (Route::Via(adjacency), _) => {
+            of_adjacency(forwarding, adjacency).or(leaves_by(arrival)).or_else(unknown_device)
+        }
+        (Route::None, _) => leaves_by(arrival).or_else(unknown_device),
+    }
+}
+
+/// The host endpoint of the device that the node's own packet leaves by, where whoever asks knows it.
+fn leaves_by(arrival: Arrival) -> Option<HostEndpointNumber> {
+    arrival.host_endpoint.filter(|_| arrival.origin == Origin::Host)
+}
+
+fn of_adjacency(forwarding: &Forwarding, adjacency: AdjacencyId) -> Option<HostEndpointNumber> {
+    forwarding.device(forwarding.adjacency(adjacency).device?).host_endpoint
+}
+
+fn kind_of(forwarding: &Forwarding, route: Route) -> Option<RouteKind> {
+    match route {
+        Route::Via(adjacency) => Some(forwarding.adjacency(adjacency).kind),
+        Route::NoSuchPod | Route::None => None,
+    }
+}
+
+impl Failsafe {
+    fn takes(&self, protocol: Protocol, port: u16, peer: std::net::IpAddr) -> bool {
+        self.protocol == protocol && self.port == port && self.net.is_none_or(|net: IpNet| net.contains(&peer))
+    }
+}

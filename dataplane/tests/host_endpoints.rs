@@ -1,0 +1,310 @@
+//! Host endpoints' policy on the wire: which packets of an uplink get through, each to where it belongs, and with or without a
+//! connection. The law of conservation is asserted after every turn (support/router.rs).
+
+#[allow(dead_code, reason = "each test uses a part of it")]
+#[path = "support/packets.rs"]
+mod packets;
+#[allow(dead_code, reason = "each test uses a part of it")]
+#[path = "support/router.rs"]
+mod router;
+
+use std::sync::Arc;
+
+use packets::{Packet, TCP, UDP};
+use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, service, tunnelled};
+use weir_dataplane::{
+    frame::IfIndex,
+    model::{Cluster, EndpointToHost, HostEndpoint},
+    snapshot::Rules,
+};
+use weir_nat::{ServiceTable, SnatPorts};
+use weir_packet::{DropReason, Protocol};
+use weir_policy::{
+    Classifier, Selector,
+    model::{Action, Endpoint, EndpointKind, EntityMatch, Model, Policy, PolicyScope, PortMatch, Profile, Rule, Tier},
+};
+
+const SYN: u8 = 0x02;
+const ACK: u8 = 0x10;
+const SYN_ACK: u8 = 0x12;
+
+/// Addresses of one family.
+#[derive(Clone, Copy)]
+struct Addresses {
+    node: &'static str,
+    outside: &'static str,
+    server: &'static str,
+    remote: &'static str,
+    vip: &'static str,
+}
+
+const FAMILIES: [Addresses; 2] = [
+    Addresses {
+        node: "192.168.10.1",
+        outside: "192.168.10.100",
+        server: "10.1.1.20",
+        remote: "10.1.2.20",
+        vip: "10.96.0.10",
+    },
+    Addresses {
+        node: "fd00:10::1",
+        outside: "fd00:10::100",
+        server: "fd00:1:1::20",
+        remote: "fd00:1:2::20",
+        vip: "fd00:96::10",
+    },
+];
+
+/// The cluster with a host endpoint on this interface.
+fn governed(interface: &str) -> Cluster {
+    let endpoint = HostEndpoint { name: "h".into(), interface: Some(interface.into()), addresses: Vec::new() };
+    Cluster { host_endpoints: vec![endpoint], ..cluster() }
+}
+
+fn rule(action: Action, protocol: Protocol, port: Option<u16>) -> Rule {
+    let ports = port.map(|port| vec![PortMatch::Range(port, port)]);
+    let destination = EntityMatch { ports, ..EntityMatch::default() };
+    Rule { number: 1, action, protocol: Some(protocol), destination, ..Rule::default() }
+}
+
+fn from_port(protocol: Protocol, port: u16) -> Rule {
+    let source = EntityMatch { ports: Some(vec![PortMatch::Range(port, port)]), ..EntityMatch::default() };
+    Rule { source, ..rule(Action::Allow, protocol, None) }
+}
+
+/// A policy of the host endpoint.
+fn policy(scope: PolicyScope, ingress: Option<Vec<Rule>>, egress: Option<Vec<Rule>>) -> Policy {
+    let selector = Selector::Has("host".into());
+    Policy { name: format!("{scope:?}"), selector, scope, ingress, egress, ..Policy::default() }
+}
+
+/// Rules of a node with these policies and a service with port 53 whose backend is the server's 5353.
+fn rules(cluster: &Cluster, policies: Vec<Policy>) -> Rules {
+    let services = ServiceTable::compile(&weir_nat::Model {
+        node_name: "a".into(),
+        pod_cidrs: cluster.pod_cidrs.clone(),
+        local_addresses: ["192.168.10.1", "fd00:10::1"].map(ip).into(),
+        services: vec![Arc::new(service(
+            "v4",
+            Protocol::UDP,
+            ["10.96.0.10", "fd00:96::10"],
+            ["10.1.1.20", "fd00:1:1::20"],
+            None,
+        ))],
+        ..weir_nat::Model::default()
+    })
+    .unwrap();
+    let mut endpoints: Vec<Arc<Endpoint>> = Vec::new();
+    endpoints.extend(cluster.workloads.iter().take(2).map(|workload| {
+        Arc::new(Endpoint {
+            name: workload.name.clone(),
+            local: true,
+            nets: workload.addresses.iter().map(|address| (*address).into()).collect(),
+            profiles: vec!["all".into()],
+            ..Endpoint::default()
+        })
+    }));
+    endpoints.extend(cluster.host_endpoints.iter().map(|endpoint| {
+        Arc::new(Endpoint {
+            name: endpoint.name.clone(),
+            kind: EndpointKind::HostEndpoint,
+            local: true,
+            labels: [("host".to_owned(), String::new())].into(),
+            ..Endpoint::default()
+        })
+    }));
+    let allow = vec![Rule::default()];
+    let profile = Profile { name: "all".into(), ingress: allow.clone(), egress: allow };
+    let tier =
+        Tier { name: "default".into(), policies: policies.into_iter().map(Arc::new).collect(), ..Tier::default() };
+    let model = Model { endpoints, tiers: vec![tier], profiles: vec![Arc::new(profile)] };
+    Rules::new(services, Classifier::compile(&model).unwrap(), cluster)
+}
+
+fn router(cluster: &Cluster, policies: Vec<Policy>) -> Router {
+    Router::of(cluster, rules(cluster, policies), SnatPorts::new(10_000..=20_000, []).unwrap(), 64)
+}
+
+fn tcp([src, dst]: [&str; 2], [from, to]: [u16; 2], flags: u8) -> Vec<u8> {
+    let mut l4 = [from.to_be_bytes(), to.to_be_bytes()].concat();
+    l4.extend([0, 0, 0, 100, 0, 0, 0, if flags & ACK != 0 { 1 } else { 0 }]);
+    l4.extend([0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+    Packet { src: ip(src), dst: ip(dst), protocol: TCP, ttl: 64, tos: 0, options: 0, l4 }.frame()
+}
+
+fn udp([src, dst]: [&str; 2], [from, to]: [u16; 2]) -> Vec<u8> {
+    let l4 = [&from.to_be_bytes()[..], &to.to_be_bytes(), &[0, 12, 0, 0, 1, 2, 3, 4]].concat();
+    Packet { src: ip(src), dst: ip(dst), protocol: UDP, ttl: 64, tos: 0, options: 0, l4 }.frame()
+}
+
+/// Where one frame went: the device, the node's kernel, or nowhere for a reason.
+fn fate(router: &mut Router, device: IfIndex, frame: &[u8]) -> Result<IfIndex, DropReason> {
+    let before = router.drops();
+    let sent = router.one(device, frame);
+    match sent.as_slice() {
+        [(device, _)] => Ok(*device),
+        [] => {
+            let dropped = router.drops().into_iter().find(|(reason, count)| before.get(reason) != Some(count));
+            Err(dropped.expect("a packet ends somewhere").0)
+        }
+        more => panic!("{} packets for one", more.len()),
+    }
+}
+
+const DENIED: Result<IfIndex, DropReason> = Err(DropReason::PolicyDeniedHostEndpoint);
+const KERNEL: Result<IfIndex, DropReason> = Ok(IfIndex::HOST);
+
+#[test]
+fn a_closed_node_keeps_its_failsafe_ports_and_the_answers_to_what_it_asks() {
+    for Addresses { node, outside, server, .. } in FAMILIES {
+        let mut router = router(&governed("eth0"), Vec::new());
+        let to_node = [outside, node];
+        assert_eq!(fate(&mut router, UPLINK, &tcp(to_node, [40_000, 8080], SYN)), DENIED);
+        assert_eq!(fate(&mut router, UPLINK, &udp(to_node, [40_000, 8080])), DENIED);
+        assert_eq!(fate(&mut router, UPLINK, &tcp(to_node, [40_000, 22], SYN)), KERNEL);
+        assert_eq!(fate(&mut router, UPLINK, &udp(to_node, [40_000, 68])), KERNEL);
+        // The node's own packets left past weir: what opens nothing, and answers from failsafe ports, are let through to it.
+        assert_eq!(fate(&mut router, UPLINK, &tcp(to_node, [443, 40_000], SYN_ACK)), KERNEL);
+        assert_eq!(fate(&mut router, UPLINK, &tcp(to_node, [443, 40_000], ACK)), KERNEL);
+        assert_eq!(fate(&mut router, UPLINK, &udp(to_node, [53, 40_000])), KERNEL);
+        // What is forwarded is not the node's.
+        assert_eq!(fate(&mut router, UPLINK, &tcp([outside, server], [40_000, 80], SYN)), Ok(SERVER_POD));
+        // Nothing of what was for the node made a connection.
+        assert_eq!(router.totals().opened, 1);
+        router.finish();
+    }
+}
+
+#[test]
+fn normal_policy_is_for_the_node_alone_and_what_it_allows_is_punted() {
+    for Addresses { node, outside, server, .. } in FAMILIES {
+        let web = vec![rule(Action::Allow, Protocol::TCP, Some(80))];
+        let mut router = router(&governed("eth0"), vec![policy(PolicyScope::Normal, Some(web), None)]);
+        assert_eq!(fate(&mut router, UPLINK, &tcp([outside, node], [40_000, 80], SYN)), KERNEL);
+        assert_eq!(fate(&mut router, UPLINK, &tcp([outside, node], [40_000, 81], SYN)), DENIED);
+        assert_eq!(fate(&mut router, UPLINK, &tcp([outside, server], [40_000, 81], SYN)), Ok(SERVER_POD));
+        router.finish();
+    }
+}
+
+#[test]
+fn policy_before_dnat_sees_the_frontend_and_policy_for_what_is_forwarded_the_backend() {
+    for Addresses { outside, server, vip, .. } in FAMILIES {
+        let deny = |scope, port| {
+            let rules = vec![rule(Action::Deny, Protocol::UDP, Some(port)), Rule::default()];
+            router(&governed("eth0"), vec![policy(scope, Some(rules), None)])
+        };
+        for (scope, frontend, backend) in
+            [(PolicyScope::PreDnat, DENIED, Ok(SERVER_POD)), (PolicyScope::ApplyOnForward, Ok(SERVER_POD), DENIED)]
+        {
+            let mut router_of_frontend = deny(scope, 53);
+            assert_eq!(
+                fate(&mut router_of_frontend, UPLINK, &udp([outside, vip], [40_000, 53])),
+                frontend,
+                "{scope:?}"
+            );
+            router_of_frontend.finish();
+            let mut router_of_backend = deny(scope, 5353);
+            assert_eq!(fate(&mut router_of_backend, UPLINK, &udp([outside, vip], [40_000, 53])), backend, "{scope:?}");
+            assert_eq!(
+                fate(&mut router_of_backend, UPLINK, &udp([outside, server], [40_000, 5353])),
+                DENIED,
+                "{scope:?}"
+            );
+            router_of_backend.finish();
+        }
+    }
+}
+
+#[test]
+fn untracked_policy_judges_each_packet_and_makes_no_connection() {
+    for Addresses { node, outside, server, .. } in FAMILIES {
+        let allow = vec![rule(Action::Allow, Protocol::UDP, Some(7))];
+        let answers = vec![from_port(Protocol::UDP, 7)];
+        let untracked = policy(PolicyScope::Untracked, Some(allow.clone()), Some(answers));
+        let cluster = governed("eth0");
+        let mut router = router(&cluster, vec![untracked]);
+        assert_eq!(fate(&mut router, UPLINK, &udp([outside, node], [40_000, 7])), KERNEL);
+        assert_eq!(fate(&mut router, UPLINK, &udp([outside, server], [40_000, 7])), Ok(SERVER_POD));
+        assert_eq!(router.totals().opened, 0);
+        // What no rule matches goes on: the node is closed, what is forwarded is tracked.
+        assert_eq!(fate(&mut router, UPLINK, &udp([outside, node], [40_000, 8])), DENIED);
+        assert_eq!(fate(&mut router, UPLINK, &udp([outside, server], [40_000, 8])), Ok(SERVER_POD));
+        assert_eq!(router.totals().opened, 1);
+        // Without the way back, nothing comes of it.
+        router.publish(rules(&cluster, vec![policy(PolicyScope::Untracked, Some(allow), None)]));
+        assert_eq!(fate(&mut router, UPLINK, &udp([outside, node], [40_000, 7])), DENIED);
+        // A connection is not asked first: a Deny of untracked policy stops an established one at once.
+        let deny = vec![rule(Action::Deny, Protocol::UDP, Some(8))];
+        router.publish(rules(&cluster, vec![policy(PolicyScope::Untracked, Some(deny), None)]));
+        assert_eq!(fate(&mut router, UPLINK, &udp([outside, server], [40_000, 8])), DENIED);
+        router.finish();
+    }
+}
+
+#[test]
+fn an_established_connection_obeys_a_changed_policy_of_the_host_endpoint_and_no_unrelated_one() {
+    for Addresses { outside, server, .. } in FAMILIES {
+        let cluster = governed("eth0");
+        let open =
+            |port| vec![rule(Action::Allow, Protocol::UDP, Some(port)), rule(Action::Allow, Protocol::UDP, Some(80))];
+        let forward = |rules| policy(PolicyScope::ApplyOnForward, Some(rules), None);
+        let mut router = router(&cluster, vec![forward(open(1))]);
+        let (there, back) = (udp([outside, server], [40_000, 80]), udp([server, outside], [80, 40_000]));
+        assert_eq!(fate(&mut router, UPLINK, &there), Ok(SERVER_POD));
+        assert_eq!(fate(&mut router, SERVER_POD, &back), Ok(UPLINK));
+        router.publish(rules(&cluster, vec![forward(open(2))]));
+        assert_eq!(fate(&mut router, SERVER_POD, &back), Ok(UPLINK));
+        assert_eq!(fate(&mut router, UPLINK, &there), Ok(SERVER_POD));
+        router.publish(rules(&cluster, vec![forward(vec![rule(Action::Deny, Protocol::UDP, Some(80))])]));
+        assert_eq!(fate(&mut router, UPLINK, &there), DENIED);
+        assert_eq!(fate(&mut router, SERVER_POD, &back), DENIED);
+        assert_eq!(router.totals().opened, 1);
+        router.finish();
+    }
+}
+
+#[test]
+fn an_endpoint_for_all_devices_meets_pods_traffic_and_what_comes_through_tunnels() {
+    let deny = || policy(PolicyScope::ApplyOnForward, Some(vec![rule(Action::Deny, Protocol::UDP, None)]), None);
+    for (interface, local, through_tunnel) in [("*", DENIED, DENIED), ("eth0", Ok(SERVER_POD), Ok(SERVER_POD))] {
+        let mut router = router(&governed(interface), vec![deny()]);
+        assert_eq!(fate(&mut router, CLIENT_POD, &udp(["10.1.1.10", "10.1.1.20"], [40_000, 80])), local, "{interface}");
+        let inner = udp([FAMILIES[0].remote, FAMILIES[0].server], [40_000, 80]);
+        assert_eq!(fate(&mut router, UPLINK, &tunnelled(&inner)), through_tunnel, "{interface}");
+        // Of IPv6, which goes into no tunnel, both are the uplink's.
+        let direct = udp([FAMILIES[1].remote, FAMILIES[1].server], [40_000, 80]);
+        assert_eq!(fate(&mut router, UPLINK, &direct), DENIED, "{interface}");
+        router.finish();
+    }
+}
+
+#[test]
+fn what_a_pod_sends_to_its_node_is_the_nodes_setting() {
+    for (family, client) in FAMILIES.into_iter().zip(["10.1.1.10", "fd00:1:1::10"]) {
+        let mut cluster = cluster();
+        let frame = tcp([client, family.node], [40_000, 8080], SYN);
+        let mut open = router(&cluster, Vec::new());
+        assert_eq!(fate(&mut open, CLIENT_POD, &frame), KERNEL);
+        open.finish();
+        cluster.host_settings.endpoint_to_host = EndpointToHost::Drop;
+        let mut closed = router(&cluster, Vec::new());
+        let denied = Err(DropReason::PolicyDeniedEndpointToHost);
+        assert_eq!(fate(&mut closed, CLIENT_POD, &frame), denied);
+        assert_eq!(fate(&mut closed, CLIENT_POD, &tcp([client, family.server], [40_000, 80], SYN)), Ok(SERVER_POD));
+        closed.finish();
+    }
+}
+
+#[test]
+fn what_the_nodes_kernel_sends_to_other_nodes_pods_is_judged_where_it_opens_something() {
+    for Addresses { node, remote, .. } in FAMILIES {
+        let deny = vec![rule(Action::Deny, Protocol::TCP, None)];
+        // Through a tunnel, an endpoint for all devices is met.
+        let mut router = router(&governed("*"), vec![policy(PolicyScope::Normal, None, Some(deny))]);
+        assert_eq!(fate(&mut router, IfIndex::HOST, &tcp([node, remote], [40_000, 80], SYN)), DENIED);
+        // An answer to who asked past weir.
+        assert_eq!(fate(&mut router, IfIndex::HOST, &tcp([node, remote], [10_250, 40_000], SYN_ACK)), Ok(UPLINK));
+        router.finish();
+    }
+}
