@@ -17,9 +17,9 @@ use weir::{
     policy::{
         grid,
         groups::Groups,
-        listing::{self, Lister},
+        listing::Lister,
         matrix::{Matrix, Pods, Port, Question},
-        svg,
+        page, svg,
     },
     replay, trace, translate,
 };
@@ -189,13 +189,14 @@ enum Policy {
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
     weir policy list                       the endpoints of this node, and how many policies apply to each\n  \
-    weir policy list web/frontend-0        tiers, policies and rules of that pod, first to last\n\
+    weir policy list web/frontend-0        tiers, policies and rules of that pod, first to last\n  \
+    weir policy list node-a-eth0           the same of a host endpoint, for each kind of packet\n\
     The first rule that matches a packet decides; log goes on, pass skips the rest of its tier. What no rule of a tier decides goes\n\
     by the tier's end. A connection needs the egress of its source and the ingress of its destination (`weir policy matrix`).\n\
     Hits are new connections, and packets that were denied one, that the rule decided on this node since the router started, for\n\
     whichever endpoint; a rule that a reload leaves as it is keeps them. They need a running router, and root.")]
 struct PolicyList {
-    /// A pod: namespace/name.
+    /// A pod, namespace/name, or the name of a host endpoint.
     #[arg(value_name = "ENDPOINT")]
     endpoint: Option<String>,
     #[command(flatten)]
@@ -213,7 +214,8 @@ struct PolicyList {
     weir policy matrix --from web --svg web.svg            what namespace web reaches, as a picture too\n  \
     weir policy matrix --output json | jq '.flows[] | select(.verdict != \"allowed\")'\n\
     It tells what policies say of a connection to the pod's own address, judged at both ends, whichever nodes they are on:\n\
-    the source's egress and the destination's ingress policy, also where the first alone would deny it.")]
+    the source's egress and the destination's ingress policy, also where the first alone would deny it. What host endpoints rule for\n\
+    what nodes forward is left out (`weir trace` has it), as are routes, listeners and services.")]
 struct PolicyMatrix {
     #[command(flatten)]
     config: ConfigFile,
@@ -394,7 +396,7 @@ fn run_list(args: &PolicyList, out: &mut impl io::Write) -> Result<(), String> {
     let json = args.output == Output::Json;
     let Some(endpoint) = &args.endpoint else {
         let overview = Lister::new(&loaded, None).overview();
-        let text = if json { as_json(&overview)? } else { listing::overview_text(&overview) };
+        let text = if json { as_json(&overview)? } else { page::overview_text(&overview) };
         return written(out.write_all(text.as_bytes()).and_then(|()| out.flush()));
     };
     let hits = match control::policy_hits(&args.config.config) {
@@ -406,7 +408,7 @@ fn run_list(args: &PolicyList, out: &mut impl io::Write) -> Result<(), String> {
         Err(error) => return Err(error.to_string()),
     };
     let listed = Lister::new(&loaded, hits.as_ref()).endpoint(endpoint).map_err(|e| e.to_string())?;
-    let text = if json { as_json(&listed)? } else { listing::text(&listed) };
+    let text = if json { as_json(&listed)? } else { page::text(&listed) };
     written(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
 }
 

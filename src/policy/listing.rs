@@ -5,14 +5,13 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fmt::Write as _,
     net::IpAddr,
 };
 
 use serde::Serialize;
 use weir_policy::{
     PolicyDirection, RuleIdentity, RuleOrigin,
-    model::{Action, Endpoint, EndpointKind, Policy, PolicyScope, Profile, Rule, TierAction},
+    model::{Action, Endpoint, EndpointKind, HostStage, Policy, Profile, Rule, TierAction},
 };
 
 use super::{places::Places, words};
@@ -39,13 +38,50 @@ pub struct Listing {
     pub egress: Side,
 }
 
+/// What applies to a host endpoint of this or another node.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HostListing {
+    /// Its name.
+    pub host_endpoint: String,
+    /// Whether it is this node's.
+    pub local: bool,
+    /// Its expected addresses.
+    pub addresses: Vec<IpAddr>,
+    /// By kind of packet, in the order in which a packet meets them.
+    pub stages: Vec<ListedStage>,
+}
+
+/// A host endpoint's policy for one kind of packet.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ListedStage {
+    /// "untracked", "preDNAT", "forwarded" or "local".
+    pub stage: &'static str,
+    /// For what arrives by it.
+    pub ingress: Side,
+    /// For what leaves by it.
+    pub egress: Side,
+}
+
+/// What applies to an endpoint.
+#[derive(Serialize)]
+#[serde(untagged)]
+pub enum Listed {
+    /// A workload.
+    Workload(Listing),
+    /// A host endpoint.
+    HostEndpoint(HostListing),
+}
+
 /// The policy of one direction.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Side {
     /// Tiers in which some policy applies, in order.
     pub tiers: Vec<ListedTier>,
-    /// Whether a packet may come as far as the profiles: not where a tier that applies ends with deny.
+    /// Whether a packet may come as far as the profiles: not where a tier that applies ends with deny, or where there are none, as in most
+    /// stages of a host endpoint, where what is not decided goes on.
     pub profiles_reached: bool,
     /// The endpoint's profiles, in order.
     pub profiles: Vec<ListedPolicy>,
@@ -64,7 +100,8 @@ pub struct ListedTier {
     pub order: Option<f64>,
     /// Its policies that apply, in order.
     pub policies: Vec<ListedPolicy>,
-    /// What becomes of a packet that none of them decides: "deny", "pass", or "skipped" where all are staged.
+    /// What becomes of a packet that none of them decides: "deny", "pass", or "skipped" where all are staged. Untracked policy and policy
+    /// before DNAT end with "pass" always.
     pub end: &'static str,
     /// Connections that its end denied.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -109,10 +146,7 @@ pub struct ListedRule {
 #[derive(Debug, thiserror::Error)]
 pub enum ListError {
     /// There is no such endpoint.
-    #[error(
-        "no endpoint with an address is called {name}{}; `weir policy list` names those of this node",
-        did_you_mean(near)
-    )]
+    #[error("no endpoint is called {name}{}; `weir policy list` names those of this node", did_you_mean(near))]
     NoSuchEndpoint {
         /// The name.
         name: String,
@@ -148,26 +182,53 @@ impl<'l> Lister<'l> {
     ///
     /// # Errors
     /// Where there is none.
-    pub fn endpoint(&self, name: &str) -> Result<Listing, ListError> {
-        let Some(endpoint) = self.workloads().find(|endpoint| endpoint.name == name) else {
-            let names = self.workloads().map(|endpoint| endpoint.name.as_str());
-            let near = crate::config::problem::nearest(name, names).map(str::to_owned);
-            return Err(ListError::NoSuchEndpoint { name: name.to_owned(), near });
-        };
-        let workload = self.loaded.cluster.workloads.iter().find(|workload| workload.name == name);
-        Ok(Listing {
+    pub fn endpoint(&self, name: &str) -> Result<Listed, ListError> {
+        if let Some(endpoint) = self.of_kind(EndpointKind::Workload).find(|endpoint| endpoint.name == name) {
+            return Ok(Listed::Workload(self.workload(endpoint)));
+        }
+        if let Some(endpoint) = self.of_kind(EndpointKind::HostEndpoint).find(|endpoint| endpoint.name == name) {
+            return Ok(Listed::HostEndpoint(self.host_endpoint(endpoint)));
+        }
+        let kinds = [EndpointKind::Workload, EndpointKind::HostEndpoint].into_iter();
+        let names = kinds.flat_map(|kind| self.of_kind(kind)).map(|endpoint| endpoint.name.as_str());
+        let near = crate::config::problem::nearest(name, names).map(str::to_owned);
+        Err(ListError::NoSuchEndpoint { name: name.to_owned(), near })
+    }
+
+    fn workload(&self, endpoint: &Endpoint) -> Listing {
+        let workload = self.loaded.cluster.workloads.iter().find(|workload| workload.name == endpoint.name);
+        Listing {
             endpoint: endpoint.name.clone(),
             node: workload.and_then(|workload| workload.node.clone()),
             local: endpoint.local,
             addresses: endpoint.nets.iter().map(ipnet::IpNet::addr).collect(),
-            ingress: self.side(endpoint, PolicyDirection::Ingress),
-            egress: self.side(endpoint, PolicyDirection::Egress),
-        })
+            ingress: self.side(endpoint, PolicyDirection::Ingress, HostStage::Local),
+            egress: self.side(endpoint, PolicyDirection::Egress, HostStage::Local),
+        }
     }
 
-    fn workloads(&self) -> impl Iterator<Item = &'l Endpoint> + use<'l> {
+    fn host_endpoint(&self, endpoint: &Endpoint) -> HostListing {
+        let stages = HostStage::ALL.into_iter().map(|stage| ListedStage {
+            stage: match stage {
+                HostStage::Untracked => "untracked",
+                HostStage::PreDnat => "preDNAT",
+                HostStage::Forwarded => "forwarded",
+                HostStage::Local => "local",
+            },
+            ingress: self.side(endpoint, PolicyDirection::Ingress, stage),
+            egress: self.side(endpoint, PolicyDirection::Egress, stage),
+        });
+        HostListing {
+            host_endpoint: endpoint.name.clone(),
+            local: endpoint.local,
+            addresses: endpoint.nets.iter().map(ipnet::IpNet::addr).collect(),
+            stages: stages.collect(),
+        }
+    }
+
+    fn of_kind(&self, kind: EndpointKind) -> impl Iterator<Item = &'l Endpoint> + use<'l> {
         let endpoints = self.loaded.policy.endpoints.iter().map(|endpoint| &**endpoint);
-        endpoints.filter(|endpoint| endpoint.kind == EndpointKind::Workload)
+        endpoints.filter(move |endpoint| endpoint.kind == kind)
     }
 
     /// The hits that are known of an endpoint's rules: none of one elsewhere, since rules are counted where they decide.
@@ -179,15 +240,17 @@ impl<'l> Lister<'l> {
         Some(self.known(endpoint)?.get(&origin.identity()).copied().unwrap_or(0))
     }
 
-    fn side(&self, endpoint: &Endpoint, direction: PolicyDirection) -> Side {
+    fn side(&self, endpoint: &Endpoint, direction: PolicyDirection, stage: HostStage) -> Side {
         let mut tiers = Vec::new();
-        let mut profiles_reached = true;
+        let decides = matches!(stage, HostStage::Forwarded | HostStage::Local);
+        let has_profiles = stage == HostStage::Local;
+        let mut profiles_reached = has_profiles;
         for tier in self.loaded.policy.ordered_tiers() {
             let ordered = tier.ordered_policies();
             let applying: Vec<&Policy> = ordered
                 .into_iter()
                 .map(|policy| &**policy)
-                .filter(|policy| applies(policy, endpoint, direction))
+                .filter(|policy| applies(policy, endpoint, direction, stage))
                 .collect();
             if applying.is_empty() {
                 continue;
@@ -196,8 +259,8 @@ impl<'l> Lister<'l> {
                 applying.iter().filter(|policy| !policy.staged).map(|policy| policy.name.as_str()).collect();
             let end = match tier.default_action {
                 _ if enforced.is_empty() => "skipped",
-                TierAction::Deny => "deny",
-                TierAction::Pass => "pass",
+                TierAction::Deny if decides => "deny",
+                TierAction::Deny | TierAction::Pass => "pass",
             };
             profiles_reached &= end != "deny" || has_way_out(&applying, direction);
             let end_hits = match end {
@@ -212,12 +275,13 @@ impl<'l> Lister<'l> {
                 end_hits,
             });
         }
-        let profiles = endpoint.profiles.iter().filter_map(|name| self.profiles.get(name.as_str()));
+        let profiles = endpoint.profiles.iter().filter(|_| has_profiles);
+        let profiles = profiles.filter_map(|name| self.profiles.get(name.as_str()));
         Side {
             tiers,
             profiles_reached,
             profiles: profiles.map(|profile| self.profile(profile, endpoint, direction)).collect(),
-            no_profile_hits: self.hits(endpoint, &RuleOrigin::NoProfile),
+            no_profile_hits: self.hits(endpoint, &RuleOrigin::NoProfile).filter(|_| has_profiles),
         }
     }
 
@@ -254,14 +318,14 @@ impl<'l> Lister<'l> {
 
     /// A line for each endpoint of this node.
     pub fn overview(&self) -> Overview {
-        let local = self.workloads().filter(|endpoint| endpoint.local);
+        let local = self.of_kind(EndpointKind::Workload).filter(|endpoint| endpoint.local);
         let mut lines: Vec<Line> = Vec::new();
         let mut sharing: HashMap<Effective<'_>, Vec<usize>> = HashMap::new();
         for endpoint in local {
             let [ingress, egress] = PolicyDirection::ALL.map(|direction| {
                 let tiers = self.loaded.policy.ordered_tiers();
                 let policies = tiers.into_iter().flat_map(weir_policy::model::Tier::ordered_policies);
-                let policies = policies.filter(|policy| applies(policy, endpoint, direction));
+                let policies = policies.filter(|policy| applies(policy, endpoint, direction, HostStage::Local));
                 let (mut enforced, mut staged) = (Vec::new(), 0);
                 for policy in policies {
                     match policy.staged {
@@ -287,7 +351,10 @@ impl<'l> Lister<'l> {
             }
         }
         lines.sort_by(|a, b| a.endpoint.cmp(&b.endpoint));
-        Overview { endpoints: lines, ingress_programs, egress_programs }
+        let hosts = self.of_kind(EndpointKind::HostEndpoint).filter(|endpoint| endpoint.local);
+        let mut host_endpoints: Vec<String> = hosts.map(|endpoint| endpoint.name.clone()).collect();
+        host_endpoints.sort();
+        Overview { endpoints: lines, host_endpoints, ingress_programs, egress_programs }
     }
 }
 
@@ -299,10 +366,9 @@ struct Effective<'l> {
     profiles: &'l [String],
 }
 
-/// Whether a policy governs this direction of a workload, staged or not.
-fn applies(policy: &Policy, endpoint: &Endpoint, direction: PolicyDirection) -> bool {
-    let is_for_workloads = matches!(policy.scope, PolicyScope::Normal | PolicyScope::ApplyOnForward);
-    is_for_workloads && policy.rules(direction).is_some() && policy.selector.matches(&endpoint.labels)
+/// Whether a policy governs this direction of an endpoint, staged or not. A workload's packets are as a host endpoint's local ones.
+fn applies(policy: &Policy, endpoint: &Endpoint, direction: PolicyDirection, stage: HostStage) -> bool {
+    stage.takes(policy.scope) && policy.rules(direction).is_some() && policy.selector.matches(&endpoint.labels)
 }
 
 /// Whether a rule of a tier passes packets on.
@@ -337,6 +403,8 @@ fn listed<'r>(
 pub struct Overview {
     /// By name.
     pub endpoints: Vec<Line>,
+    /// Names of the host endpoints.
+    pub host_endpoints: Vec<String>,
     /// Sets of policies and profiles for what arrives: each is compiled to one program that its endpoints share.
     pub ingress_programs: usize,
     /// The same for what is sent.
@@ -367,121 +435,4 @@ pub struct Counted {
     pub staged: usize,
     /// Endpoints of this node that have the same policies and profiles, this one included, and so share its compiled program.
     pub shared_by: usize,
-}
-
-/// The overview for a person.
-pub fn overview_text(overview: &Overview) -> String {
-    let counted = |counted: &Counted| {
-        let mut words = match counted.policies {
-            0 => "profiles only".to_owned(),
-            1 => "1 policy".to_owned(),
-            many => format!("{many} policies"),
-        };
-        if counted.staged > 0 {
-            let _ = write!(words, " + {} staged", counted.staged);
-        }
-        match counted.shared_by {
-            0 | 1 => words,
-            many => format!("{words}, shared by {many}"),
-        }
-    };
-    let rows: Vec<[String; 4]> = overview
-        .endpoints
-        .iter()
-        .map(|line| [line.endpoint.clone(), addresses(&line.addresses), counted(&line.ingress), counted(&line.egress)])
-        .collect();
-    let header = ["ENDPOINT", "ADDRESS", "INGRESS", "EGRESS"].map(str::to_owned);
-    let width = |column: usize| rows.iter().chain([&header]).map(|row| row[column].len()).max().unwrap_or(0);
-    let [a, b, c] = [width(0), width(1), width(2)];
-    let mut text = String::new();
-    for [endpoint, address, ingress, egress] in [&header].into_iter().chain(&rows) {
-        let _ = writeln!(text, "{endpoint:<a$}  {address:<b$}  {ingress:<c$}  {egress}");
-    }
-    let Overview { endpoints, ingress_programs, egress_programs } = overview;
-    let _ = writeln!(
-        text,
-        "\n{} endpoints of this node share {ingress_programs} programs for ingress and {egress_programs} for egress.",
-        endpoints.len(),
-    );
-    text
-}
-
-fn addresses(addresses: &[IpAddr]) -> String {
-    addresses.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" ")
-}
-
-/// Lines, with a column for hits if they are known.
-struct Page {
-    text: String,
-    has_hits: bool,
-}
-
-impl Page {
-    fn line(&mut self, hits: Option<u64>, line: &str) {
-        let _ = match hits {
-            Some(hits) => write!(self.text, "{hits:>9}  "),
-            None if self.has_hits => write!(self.text, "{:11}", ""),
-            None => Ok(()),
-        };
-        self.text.push_str(line);
-        self.text.push('\n');
-    }
-
-    fn policy(&mut self, policy: &ListedPolicy) {
-        let staged = if policy.staged { ", staged: not enforced" } else { "" };
-        let (order, at) = match &policy.at {
-            Some(at) => (in_order(policy.order), format!(", {at}")),
-            None => (String::new(), String::new()),
-        };
-        self.line(None, &format!("    {}{order}{staged}{at}", policy.name));
-        if policy.rules.is_empty() {
-            self.line(None, "      no rules");
-        }
-        for rule in &policy.rules {
-            self.line(rule.hits, &format!("      {}  {}", rule.rule, rule.words));
-        }
-    }
-}
-
-fn in_order(order: Option<f64>) -> String {
-    order.map_or(", comes last".to_owned(), |order| format!(", order {order}"))
-}
-
-/// The listing for a person.
-pub fn text(listing: &Listing) -> String {
-    let mut page = Page { text: String::new(), has_hits: listing.ingress.no_profile_hits.is_some() };
-    let node = match (&listing.node, listing.local) {
-        (Some(node), true) => format!(", on {node}, which is this node"),
-        (Some(node), false) => format!(", on {node}, which enforces what follows"),
-        (None, _) => String::new(),
-    };
-    let _ = writeln!(page.text, "{}, {}{node}", listing.endpoint, addresses(&listing.addresses));
-    if page.has_hits {
-        page.text
-            .push_str("hits: new connections that a rule decided on this node, of any endpoint that it applies to\n");
-    }
-    for (direction, side) in PolicyDirection::ALL.into_iter().zip([&listing.ingress, &listing.egress]) {
-        page.text.push('\n');
-        page.line(None, &format!("{}: {}", direction.name(), words::direction_in_words(direction)));
-        for tier in &side.tiers {
-            page.line(None, &format!("  tier {}{}", tier.tier, in_order(tier.order)));
-            tier.policies.iter().for_each(|policy| page.policy(policy));
-            page.line(
-                tier.end_hits,
-                match tier.end {
-                    "deny" => "    end: deny what none of these decided",
-                    "pass" => "    end: pass to the next tier",
-                    _ => "    end: nothing is enforced here",
-                },
-            );
-        }
-        if !side.profiles_reached {
-            page.line(None, "  profiles: not reached");
-            continue;
-        }
-        page.line(None, if side.tiers.is_empty() { "  profiles, as no policy applies" } else { "  profiles" });
-        side.profiles.iter().for_each(|profile| page.policy(profile));
-        page.line(side.no_profile_hits, "    end: deny");
-    }
-    page.text
 }

@@ -5,6 +5,8 @@
 //! connection to the destination's own address ([`weir_policy::Classifier::judge`], as `decide` asks in the running router). Both are
 //! asked, also where the first denies, so that whoever wants to open a way sees all that bars it.
 //!
+//! What host endpoints rule for what their node forwards is no part of it: that depends on the way, not on the pair.
+//!
 //! A destination has a probe for each port that is asked about, and for each address family that it has. The answers are kept in rows of
 //! all destinations' probes, so a pair costs two judgements per probe and 16 bytes.
 

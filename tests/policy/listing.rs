@@ -5,7 +5,10 @@ use std::{path::Path, process::Command};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use weir::{
-    policy::listing::{self, Hits, Lister, Listing, Side},
+    policy::{
+        listing::{self, Hits, Listed, Lister, Listing, Side},
+        page,
+    },
     translate::{self, Loaded},
 };
 use weir_packet::{FlowKey, Ports, Protocol};
@@ -108,6 +111,13 @@ fn demo() -> Loaded {
     translate::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/demo/node-a.yaml")).unwrap()
 }
 
+fn workload(lister: &Lister<'_>, name: &str) -> Listing {
+    match lister.endpoint(name).unwrap() {
+        Listed::Workload(listing) => listing,
+        Listed::HostEndpoint(_) => panic!("{name} is a host endpoint"),
+    }
+}
+
 /// With one hit at everything that can decide, each rule has as many as it has parts.
 #[test]
 fn hits_stand_beside_their_rules() {
@@ -115,8 +125,7 @@ fn hits_stand_beside_their_rules() {
     let classifier = Classifier::compile(&loaded.policy).unwrap();
     let identities = classifier.rules().map(|rule| classifier.describe(rule).identity());
     let hits: Hits = identities.map(|identity| (identity, 1)).collect();
-    let listing = Lister::new(&loaded, Some(&hits)).endpoint("web/web-test-pod").unwrap();
-    let text = listing::text(&listing);
+    let text = page::text(&Lister::new(&loaded, Some(&hits)).endpoint("web/web-test-pod").unwrap());
     let egress = text.split("egress: what it sends\n").nth(1).unwrap();
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/demo/policies.yaml");
     let expected = format!(
@@ -131,7 +140,7 @@ fn hits_stand_beside_their_rules() {
     );
     assert_eq!(egress, expected);
     // This node decides nothing about another node's pod.
-    let elsewhere = Lister::new(&loaded, Some(&hits)).endpoint("was/was-server-0").unwrap();
+    let elsewhere = workload(&Lister::new(&loaded, Some(&hits)), "was/was-server-0");
     assert_eq!(hits_of(&elsewhere.ingress), []);
 }
 
@@ -175,7 +184,17 @@ spec: {tier: security, order: 5, types: [Ingress], ingress: [{action: Deny}]}
 apiVersion: projectcalico.org/v3
 kind: GlobalNetworkPolicy
 metadata: {name: before-dnat}
-spec: {preDNAT: true, applyOnForward: true, types: [Ingress], ingress: [{action: Deny}]}
+spec: {preDNAT: true, applyOnForward: true, order: 1, types: [Ingress], ingress: [{action: Deny, source: {nets: [192.0.2.0/24]}}]}
+---
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: gateway}
+spec: {applyOnForward: true, order: 2, selector: role == 'gateway', types: [Egress], egress: [{action: Allow}]}
+---
+apiVersion: projectcalico.org/v3
+kind: HostEndpoint
+metadata: {name: uplink, labels: {role: gateway}}
+spec: {node: n1, interfaceName: eth0, expectedIPs: [192.168.10.1]}
 ";
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("all.yaml"), MANIFESTS).unwrap();
@@ -208,12 +227,55 @@ egress: what it sends
     end: deny what none of these decided
   profiles: not reached
 ";
-    let text = listing::text(&lister.endpoint("shop/api").unwrap()).replace(&file, "FILE");
+    let text = page::text(&lister.endpoint("shop/api").unwrap()).replace(&file, "FILE");
     assert_eq!(text, expected);
     let overview = lister.overview();
     let counts = |counted: &listing::Counted| (counted.policies, counted.staged, counted.shared_by);
     let [line] = &overview.endpoints[..] else { panic!("one endpoint") };
+    assert_eq!(overview.host_endpoints, ["uplink"]);
     assert_eq!((counts(&line.ingress), counts(&line.egress)), ((1, 1, 1), (1, 0, 1)));
+
+    // Policy before DNAT ends no tier, the gateway's does for what is forwarded; the staged one selects the host endpoint too.
+    let expected = "\
+host endpoint uplink, 192.168.10.1, of this node
+failsafe ports come first: FelixConfiguration names them, or Calico's defaults hold
+
+untracked: each packet, before connections are looked up
+  no policy applies: all go on
+
+before DNAT: first packets, as they arrive, before services are translated
+ingress: what arrives
+  tier default, order 1000000
+    GlobalNetworkPolicy/before-dnat, order 1, FILE:34
+      1  deny everything from 192.0.2.0/24
+    end: pass to the next tier
+  what no tier decided goes on
+
+forwarded: first packets that go on to another endpoint
+egress: what it sends
+  tier default, order 1000000
+    GlobalNetworkPolicy/gateway, order 2, FILE:39
+      1  allow everything
+    end: deny what none of these decided
+  what no tier decided goes on
+
+local: first packets to or from the node itself
+ingress: what arrives
+  tier security, order 100
+    StagedGlobalNetworkPolicy/security.tomorrow, order 5, staged: not enforced, FILE:29
+      1  deny everything
+    end: nothing is enforced here
+  profiles
+    end: deny
+egress: what it sends
+  tier default, order 1000000
+    GlobalNetworkPolicy/gateway, order 2, FILE:39
+      1  allow everything
+    end: deny what none of these decided
+  profiles: not reached
+";
+    let text = page::text(&lister.endpoint("uplink").unwrap()).replace(&file, "FILE");
+    assert_eq!(text, expected);
 }
 
 /// Where hits stand that are not zero: who has them, and how many.
@@ -259,7 +321,7 @@ proptest! {
                     let key = FlowKey { src, dst, ports: Ports::new(1, dport), protocol: Protocol::TCP };
                     let origin = classifier.describe(classifier.judge(endpoint, direction, &key).rule);
                     let hits: Hits = [(origin.identity(), 1)].into();
-                    let listing: Listing = Lister::new(&loaded, Some(&hits)).endpoint(endpoint_name).unwrap();
+                    let listing = workload(&Lister::new(&loaded, Some(&hits)), endpoint_name);
                     let sides = [(PolicyDirection::Ingress, &listing.ingress), (PolicyDirection::Egress, &listing.egress)];
                     for (listed, side) in sides {
                         // Ends and the lack of a profile are alike for both directions where the same policies apply.
