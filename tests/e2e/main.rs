@@ -6,10 +6,12 @@
 //! Every test ends with [`site::Site::finish`]: routers at rest whose counters balance, no drop that no test expects, a clean end on SIGTERM
 //! without a lost frame (debug builds prove that).
 
+mod calico_policy;
 mod conntrack;
 mod errors;
 mod fragments;
 mod hits;
+mod host_endpoints;
 mod hostile;
 mod ipv6;
 mod kernel;
