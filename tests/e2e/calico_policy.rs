@@ -49,10 +49,15 @@ fn add_pods(manifests: &mut Manifests) {
 const FIRST_MATCH: &str = "GlobalNetworkPolicy, first match";
 
 /// One policy of each kind. All let the friend reach the servers, and not the client.
-const KINDS: [(&str, &str); 7] = [
+const KINDS: [(&str, &str); 9] = [
     (
         FIRST_MATCH,
         r#"
+apiVersion: projectcalico.org/v3
+kind: StagedGlobalNetworkPolicy
+metadata: {name: enforces-nothing}
+spec: {order: 1, types: [Ingress, Egress], ingress: [{action: Deny}], egress: [{action: Deny}]}
+---
 apiVersion: projectcalico.org/v3
 kind: GlobalNetworkPolicy
 metadata: {name: no-client}
@@ -191,6 +196,35 @@ metadata: {namespace: default, name: all}
 spec: {podSelector: {}, policyTypes: [Ingress], ingress: [{}]}
 "#,
     ),
+    (
+        "ClusterNetworkPolicy of the baseline, for pods that no NetworkPolicy isolates",
+        r#"
+apiVersion: policy.networking.k8s.io/v1alpha2
+kind: ClusterNetworkPolicy
+metadata: {name: no-client}
+spec:
+  tier: Baseline
+  priority: 10
+  subject: {namespaces: {matchLabels: {kubernetes.io/metadata.name: default}}}
+  ingress:
+  - action: Deny
+    from: [{pods: {namespaceSelector: {}, podSelector: {matchLabels: {app: client}}}}]
+"#,
+    ),
+    (
+        "GlobalNetworkPolicy that names a service's endpoints",
+        r#"
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: not-to-the-service}
+spec:
+  selector: app == 'client'
+  types: [Egress]
+  egress:
+  - {action: Deny, destination: {services: {name: servers, namespace: default}}}
+  - {action: Allow}
+"#,
+    ),
 ];
 
 /// Governs none of the pods that talk.
@@ -207,6 +241,18 @@ spec: {selector: app == 'nobody', types: [Ingress, Egress]}
 fn each_kind_of_policy_on_one_node_and_across_nodes_in_both_families() {
     let mut manifests = Manifests::cluster("Always");
     add_pods(&mut manifests);
+    manifests.service(&ServiceSpec {
+        name: "default/servers",
+        addresses: &["10.96.0.10", "fd00:96::10"],
+        ports: &[("http", "TCP", 80, PORT, 0)],
+        backends: &[
+            ("10.1.1.20", "node-a"),
+            ("10.1.2.20", "node-b"),
+            ("fd00:1:1::20", "node-a"),
+            ("fd00:1:2::20", "node-b"),
+        ],
+        ..ServiceSpec::default()
+    });
     let mut site = Site::build(&two_nodes(), &manifests.text(), UNRELATED);
     let _listeners = ["default/near", "default/far"].map(|pod| site.listen(pod, &format!("[::]:{PORT}")));
     site.start_all();

@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::{
     manifests::{Manifests, ServiceSpec},
     own_node::{serve_shell, shell_works},
-    site::{DEADLINE, Echo, NO_ANSWER_SECONDS, Site, one_node},
+    site::{CLIENT, DEADLINE, Echo, NO_ANSWER_SECONDS, Site, one_node},
 };
 
 const NODE: &str = "192.168.10.1";
@@ -58,6 +58,18 @@ spec:
 ---
 apiVersion: projectcalico.org/v3
 kind: GlobalNetworkPolicy
+metadata: {name: leaving}
+spec:
+  order: 10
+  selector: has(uplink)
+  applyOnForward: true
+  types: [Egress]
+  egress:
+  - {action: Deny, protocol: TCP, source: {nets: [10.1.0.0/16]}, destination: {ports: [9100]}}
+  - {action: Allow}
+---
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
 metadata: {name: nodes-own}
 spec:
   order: 20
@@ -102,7 +114,7 @@ fn a_host_endpoint_guards_the_node_and_what_it_forwards() {
     serve_shell(&mut site, "node-a");
     site.serve("node-a", &[9000, 9001]);
     site.serve("default/server", &[8080, 8081]);
-    site.serve("client", &[9100]);
+    site.serve("client", &[9100, 9101]);
     site.lab.ip("client", &format!("route add 10.1.1.0/24 via {NODE}")).unwrap();
     site.start_all();
     let url = |address: &str, port: u16| format!("http://{address}:{port}/");
@@ -114,13 +126,16 @@ fn a_host_endpoint_guards_the_node_and_what_it_forwards() {
     }
     shell_works(&site);
     // What the node asks is answered.
-    site.answered("node-a", "http://192.168.10.100:9100/");
+    site.answered("node-a", &format!("http://{CLIENT}:9100/"));
 
     // Forwarded: a pod by its address, and by two node ports that differ before DNAT alone.
     site.answered("client", &url(POD, 8080));
     site.unanswered("client", &url(POD, 8081));
     site.answered("client", &url(NODE, OPEN_NODE_PORT));
     site.unanswered("client", &url(NODE, CLOSED_NODE_PORT));
+    // What a pod sends out meets policy with the pod's own address, before it is masqueraded.
+    site.answered("default/server", &format!("http://{CLIENT}:9101/"));
+    site.unanswered("default/server", &format!("http://{CLIENT}:9100/"));
     // The host endpoint of an uplink is not for what pods and the node say to each other.
     site.answered("node-a", &url(POD, 8081));
     site.answered("default/server", &url(NODE, 9001));
@@ -136,7 +151,7 @@ fn a_host_endpoint_guards_the_node_and_what_it_forwards() {
             assert_eq!(comes_back(&client, port, limit), allowed, "UDP port {port}");
         }
     }
-    assert!(site.drops("node-a", "PolicyDeniedHostEndpoint") >= 6, "{}", site.status("node-a")["counters"]);
+    assert!(site.drops("node-a", "PolicyDeniedHostEndpoint") >= 7, "{}", site.status("node-a")["counters"]);
 
     // A change at run time reaches new connections.
     site.set_policies(&POLICIES.replace("[9000]", "[9001]").replace("31381", "31380"));
