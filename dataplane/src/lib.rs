@@ -4,6 +4,7 @@
 //! weir-conntrack's table; the first packet of a connection adds [`decide`].
 
 pub mod afxdp;
+mod allowance;
 pub mod attach;
 pub mod counters;
 pub mod decide;

@@ -27,6 +27,7 @@ use weir_policy::model::HostStage;
 use weir_sync::{Turn, WorkerCounters};
 
 use crate::{
+    allowance::Allowance,
     counters::{COUNTERS, Counter, Totals, drop_index},
     decide::{self, Arrival, Decision, Origin, Verdict},
     driver::{Driver, PortId},
@@ -46,9 +47,6 @@ const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 const NO_HOP: u16 = u16::MAX;
 /// Pieces that one packet is split into at most: a frame's worth of packet over the smallest IPv6 and a small IPv4 MTU.
 const MAX_FRAGMENTS: usize = 8;
-/// ICMP errors and resets that a worker may send at once, and per tick of 10 ms (RFC 1812, 4.3.2.8: errors are rate-limited).
-const ERROR_BURST: u32 = 1000;
-const ERRORS_PER_TICK: u32 = 10;
 
 /// How often ports are tried for a connection: once more where another worker came in between when one was to be displaced.
 const SNAT_ROUNDS: u32 = 2;
@@ -249,8 +247,8 @@ pub struct Pipeline {
     outcome: Outcome,
     tunnel_id: u16,
     generation: u32,
-    errors_left: u32,
-    errors_at: Tick,
+    errors: Allowance,
+    resets: Allowance,
     pending4: Vec<Pending<Ipv4Addr>>,
     pending6: Vec<Pending<Ipv6Addr>>,
     egress: Vec<Vec<Packet>>,
@@ -277,8 +275,8 @@ impl Pipeline {
             events,
             held: Held::new(),
             generation: 0,
-            errors_left: ERROR_BURST,
-            errors_at: Tick::default(),
+            errors: Allowance::full(),
+            resets: Allowance::full(),
             pending4: Vec::with_capacity(burst),
             pending6: Vec::with_capacity(burst),
             // Every packet of a burst may have been answered, and held packets may be set free with it.
@@ -357,18 +355,6 @@ impl Pipeline {
             }
         };
         driver.release(packet);
-    }
-
-    /// Whether one more ICMP error or reset may be sent now.
-    fn may_send_error(&mut self, now: Tick) -> bool {
-        let earned = now.since(self.errors_at).saturating_mul(ERRORS_PER_TICK);
-        if earned > 0 {
-            self.errors_left = self.errors_left.saturating_add(earned).min(ERROR_BURST);
-            self.errors_at = now;
-        }
-        let may = self.errors_left > 0;
-        self.errors_left = self.errors_left.saturating_sub(1);
-        may
     }
 
     /// Drops every packet that still waits.
@@ -1328,7 +1314,7 @@ impl Pipeline {
             _ => IcmpError::PortUnreachable,
         };
         if view.key.protocol == Protocol::TCP && error == IcmpError::PortUnreachable {
-            if self.may_send_error(context.now) {
+            if self.resets.take(context.now) {
                 self.generate(driver, view.key.src, context, |out, _| build::tcp_reset(out, packet.bytes(), view));
             }
             return self.end(driver, packet, End::Drop(reason));
@@ -1346,7 +1332,7 @@ impl Pipeline {
         reason: DropReason,
         context: &Context<'_>,
     ) {
-        if self.may_send_error(context.now) {
+        if self.errors.take(context.now) {
             self.generate(driver, view.key.src, context, |out, source| {
                 build::icmp_error(out, packet.bytes(), view, source?, error)
             });

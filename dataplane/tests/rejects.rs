@@ -1,0 +1,95 @@
+//! What a sender is told of a packet that is refused, over the whole pipeline and the memory driver.
+
+#[allow(dead_code, reason = "each test uses a part of it")]
+#[path = "support/packets.rs"]
+mod packets;
+#[allow(dead_code, reason = "each test uses a part of it")]
+#[path = "support/router.rs"]
+mod router;
+
+use packets::{Packet, SCTP, TCP, UDP};
+use router::{CLIENT_POD, Router, ip, rules, service, sum};
+use weir_nat::{ServicePort, SnatPorts};
+use weir_packet::{DropReason, Protocol};
+
+const CLIENT: [&str; 2] = ["10.1.1.10", "fd00:1:1::10"];
+const NODE: [&str; 2] = ["192.168.10.1", "fd00:10::1"];
+const VIP: [&str; 2] = ["10.96.0.10", "fd00:96::10"];
+/// What is sent at once of one kind, and what is earned with a tick.
+const BURST: usize = 1000;
+const PER_TICK: usize = 10;
+/// Packets of a turn.
+const TURN: usize = 50;
+
+/// A router with services of all protocols that have no backend.
+fn router() -> Router {
+    let empty = |protocol| ServicePort { endpoints: Vec::new(), ..service("default/none", protocol, VIP, VIP, None) };
+    let services = [Protocol::TCP, Protocol::UDP, Protocol::SCTP].map(empty).into();
+    Router::new(rules(services, true), SnatPorts::new(10000..=20000, []).unwrap(), 1024)
+}
+
+/// A client's first packet to its service: a SYN, a datagram, an INIT chunk (RFC 9260, 3.3.2).
+fn first(family: usize, protocol: u8) -> Packet {
+    let ports = [&5000_u16.to_be_bytes()[..], &53_u16.to_be_bytes()].concat();
+    let rest: &[u8] = match protocol {
+        TCP => &[0, 0, 0, 7, 0, 0, 0, 0, 0x50, 2, 0xff, 0xff, 0, 0, 0, 0],
+        UDP => &[0, 12, 0, 0, 1, 2, 3, 4],
+        SCTP => &[0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 20, 0xde, 0xad, 0xbe, 0xef, 0, 1, 0, 0, 0, 10, 0, 10, 0, 0, 0, 9],
+        _ => panic!("protocol {protocol}"),
+    };
+    let (src, dst) = (ip(CLIENT[family]), ip(VIP[family]));
+    Packet { src, dst, protocol, ttl: 64, tos: 0, options: 0, l4: [&ports, rest].concat() }
+}
+
+/// How many packets leave for so many like this one, all at one moment.
+fn told(router: &mut Router, packet: &Packet, count: usize) -> usize {
+    let turn = vec![(CLIENT_POD, packet.frame()); TURN];
+    assert_eq!(count % TURN, 0, "whole turns");
+    (0..count / TURN).map(|_| router.turn(&turn).len()).sum()
+}
+
+#[test]
+fn what_is_not_tcp_is_told_by_port_unreachable_with_what_it_sent() {
+    for family in 0..2 {
+        for protocol in [UDP, SCTP] {
+            let mut router = router();
+            let asked = first(family, protocol);
+            let sent = router.one(CLIENT_POD, &asked.frame());
+            let [(device, frame)] = &sent[..] else { panic!("{sent:?}") };
+            assert_eq!(*device, CLIENT_POD);
+            let header_bytes = [20, 40][family];
+            let (header, message) = frame[14..].split_at(header_bytes);
+            let (source, destination) = if family == 0 { (12..16, 16..20) } else { (8..24, 24..40) };
+            assert_eq!(header[source], router::octets(ip(NODE[family])));
+            assert_eq!(header[destination], router::octets(ip(CLIENT[family])));
+            assert_eq!(header[[9, 6][family]], [1, 58][family], "ICMP");
+            // Destination unreachable, port (RFC 792; RFC 4443, 3.1), and all of a small packet, as its sender wrote it.
+            assert_eq!(message[..2], [[3, 3], [1, 4]][family]);
+            assert_eq!(message[4..8], [0; 4]);
+            assert_eq!(message[8..], asked.bytes());
+            let pseudo = [&header[8..], &(message.len() as u32).to_be_bytes(), &[0, 0, 0, 58]].concat();
+            assert_eq!(sum(&[if family == 0 { &[] } else { &pseudo[..] }, message].concat()), 0xffff);
+            assert_eq!(router.drops()[&DropReason::NoBackend], 1);
+            router.finish();
+        }
+    }
+}
+
+#[test]
+fn a_flood_of_one_kind_of_answer_takes_nothing_from_the_other() {
+    for family in 0..2 {
+        for (flood, other) in [(UDP, TCP), (TCP, UDP), (SCTP, TCP)] {
+            let mut router = router();
+            let (flood, other) = (first(family, flood), first(family, other));
+            assert_eq!(told(&mut router, &flood, BURST + 4 * TURN), BURST);
+            assert_eq!(told(&mut router, &other, BURST + 4 * TURN), BURST);
+            // Each earns for itself, and no more than it may send at once.
+            router.wait(1);
+            assert_eq!(told(&mut router, &flood, TURN), PER_TICK);
+            assert_eq!(told(&mut router, &other, TURN), PER_TICK);
+            router.wait(1_000_000);
+            assert_eq!(told(&mut router, &other, BURST + TURN), BURST);
+            router.finish();
+        }
+    }
+}
