@@ -49,9 +49,18 @@ impl Manifests {
 
     /// Gives a node an address of its own in the tunnel, as Calico does: what it masquerades into the tunnel comes from there.
     pub fn tunnel_address(&mut self, node: &str, address: &str) {
+        self.of_node(node)["annotations"] = json!({"projectcalico.org/IPv4IPIPTunnelAddr": address});
+    }
+
+    /// Puts a node into a zone.
+    pub fn zone(&mut self, node: &str, zone: &str) {
+        self.of_node(node)["labels"] = json!({"topology.kubernetes.io/zone": zone});
+    }
+
+    /// A node's metadata.
+    fn of_node(&mut self, node: &str) -> &mut Value {
         let is_it = |resource: &&mut Value| resource["kind"] == "Node" && resource["metadata"]["name"] == node;
-        let node = self.0.iter_mut().find(is_it).expect("a node with that name");
-        node["metadata"]["annotations"] = json!({"projectcalico.org/IPv4IPIPTunnelAddr": address});
+        &mut self.0.iter_mut().find(is_it).expect("a node with that name")["metadata"]
     }
 
     pub fn pool(&mut self, name: &str, cidr: &str, ipip: &str) {

@@ -360,14 +360,25 @@ impl Drop for Site {
     }
 }
 
-/// Answers every datagram with itself, until dropped.
+/// Answers every datagram, until dropped.
 pub struct Echo {
     stop: Arc<AtomicBool>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Echo {
+    /// With the datagram itself.
     pub fn new(site: &Site, at: &str, address: &str) -> Self {
+        Self::answering(site, at, address, |datagram, _| datagram.to_vec())
+    }
+
+    /// With something made of the datagram and of whom it came from.
+    pub fn answering(
+        site: &Site,
+        at: &str,
+        address: &str,
+        answer: impl Fn(&[u8], SocketAddr) -> Vec<u8> + Send + 'static,
+    ) -> Self {
         let socket = site.udp(at, address);
         socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
@@ -376,7 +387,7 @@ impl Echo {
             let mut buffer = [0; 65536];
             while !stopped.load(Ordering::Relaxed) {
                 if let Ok((length, from)) = socket.recv_from(&mut buffer) {
-                    let _ = socket.send_to(&buffer[..length], from);
+                    let _ = socket.send_to(&answer(&buffer[..length], from), from);
                 }
             }
         });
