@@ -228,8 +228,9 @@ pub(crate) enum Claim {
     External,
 }
 
-/// A service port in one family.
+/// A service port in one family. Aligned so that it is one cache line: most of those that are 56 bytes apart would lie in two.
 #[derive(Debug)]
+#[repr(align(64))]
 pub(crate) struct Record {
     /// Tells this service port from others in every table and process: a hash of its name and protocol.
     pub(crate) identity: u64,
@@ -244,7 +245,7 @@ pub(crate) struct Record {
     pub(crate) external_policy: TrafficPolicy,
 }
 
-const _: () = assert!(size_of::<Record>() <= 64, "a record fits a cache line");
+const _: () = assert!(size_of::<Record>() == 64, "a record fits a cache line");
 
 /// The compiled services of one family. Immutable.
 pub struct Services<A> {
