@@ -253,6 +253,8 @@ pub fn check_source<A: Routed>(snapshot: &Snapshot, from: Origin, key: &FlowKey<
         }
         Origin::Host => Ok(()),
         Origin::Uplink if forwarding.is_local(key.src) => Err(DropReason::MartianAddress),
+        // Whoever policy takes for a pod of this node must be it: its packets never come from outside (strict reverse path, RFC 3704, 2.2).
+        Origin::Uplink if forwarding.local_workload(key.src).is_some() => Err(DropReason::SpoofedSource),
         Origin::Uplink => Ok(()),
     }
 }

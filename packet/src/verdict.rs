@@ -68,7 +68,7 @@ drop_reasons! {
     UnknownEtherType,
     /// The device that the packet came from is not known, or not one that weir serves any more.
     UnknownDevice,
-    /// A workload sent from an address that is not its own.
+    /// A workload sent from an address that is not its own, or a packet from outside has the address of a workload of this node.
     SpoofedSource,
     /// A workload sent a tunnel packet (IPIP or VXLAN) of its own.
     WorkloadTunnel,

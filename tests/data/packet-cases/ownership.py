@@ -73,6 +73,17 @@ def nobodys(f):
 
 
 @both
+def from_outside_as_a_pod(f):
+    c = Case('owner-pod-outside-%s' % f.name, "Nobody outside passes as a pod of this node; a remote pod's address comes by the uplink", 'RFC 3704, 2.2',
+             policy('guard', 'a2', ['Ingress'], [{'from': [{'podSelector': {}}]}]), ipip='Never')
+    p = packet(f.a1, f.a2, udp(1, 2), payload='x')
+    c.step((UPLINK, p), [], 'not as the pod that may', connections=[])
+    c.step((POD1, p), [out(POD2, p)], 'which does')
+    p = packet(f.b1, f.a2, udp(3, 2), payload='y')
+    c.step((UPLINK, p), [out(POD2, p)], 'a remote one')
+
+
+@both
 def more_services(f):
     c = Case('health-check-port-%s' % f.name, 'The health-check node port is the node\'s own', 'SERVICES 23',
              service(f, 'web', [f.a1], node_port=30080, type='LoadBalancer', externalTrafficPolicy='Local', healthCheckNodePort=32000))
