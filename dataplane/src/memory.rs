@@ -67,10 +67,13 @@ impl MemoryDriver {
 
     /// Hands every packet that was sent since the last call to `look`, in order: the device that it left by, and its bytes.
     pub fn drain_sent(&mut self, mut look: impl FnMut(IfIndex, &[u8])) {
-        for packet in std::mem::take(&mut self.sent) {
+        // Put back afterwards, so that the next turn finds its capacity.
+        let mut sent = std::mem::take(&mut self.sent);
+        for packet in sent.drain(..) {
             look(packet.device, packet.bytes());
             self.release(packet);
         }
+        self.sent = sent;
     }
 
     /// Frames in use: in queues, or held by the pipeline.
