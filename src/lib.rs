@@ -7,6 +7,7 @@
 //! - [`prepare`]: a changed configuration made ready beside the running router.
 //! - [`check`], [`trace`], [`policy`], [`replay`], [`run`], [`demo`], [`bench`]: the commands of these names.
 //! - [`services`]: the services of a running router.
+//! - `action_log`: the lines that Log rules write.
 //! - [`flow`], [`explain`]: what traces are asked, and how they tell of services.
 //! - [`control`]: asking a running router; [`report`]: what is printed alike.
 //! - [`health`]: what load balancers ask of the node.
@@ -14,6 +15,7 @@
 //! - [`watch`]: when to reload.
 //! - [`lab`]: clusters in network namespaces, for the demo and the end-to-end tests.
 
+mod action_log;
 pub mod bench;
 pub mod check;
 pub mod compile;

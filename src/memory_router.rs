@@ -188,7 +188,7 @@ impl MemoryRouter {
         for event in self.events.clone().try_iter() {
             match event {
                 Event::Learned { device, address, mac } => learned |= self.learn(Neighbor { address, mac, device }),
-                Event::Resolve { .. } => {}
+                Event::Resolve { .. } | Event::Logged(_) => {}
             }
         }
         learned

@@ -49,6 +49,7 @@ use weir_policy::Compiler;
 use weir_sync::{Counters, Domain, Published};
 
 use crate::{
+    action_log,
     compile::{self, CompileError},
     config::{
         Problems, RouterConfig, Severity,
@@ -688,6 +689,10 @@ impl Router {
 
     async fn worker_event(&mut self, event: Event) -> Result<(), RunError> {
         match event {
+            Event::Logged(logged) => {
+                action_log::write(&logged);
+                Ok(())
+            }
             Event::Resolve { device, address } => {
                 // A refusal means that the device just went; the packets that wait are dropped in time.
                 if let Err(error) = self.kernel.resolver().resolve(address, device).await {

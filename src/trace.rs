@@ -15,6 +15,7 @@ use rand_chacha::{
 };
 use serde_json::{Value, json};
 use weir_dataplane::{
+    action_log::{self, Entry},
     decide::{self, Arrival, Decision, Origin, Verdict},
     forwarding::{Encapsulation, Forwarding, RouteKind, Routed},
     model::{Cluster, Role},
@@ -22,7 +23,7 @@ use weir_dataplane::{
 };
 use weir_nat::Affinity;
 use weir_packet::{FlowKey, Ports, Protocol, Tick};
-use weir_policy::{Compiler, Judgement, RuleOrigin, model::HostStage};
+use weir_policy::{Compiler, Judgement, RuleId, RuleOrigin, model::HostStage};
 
 use crate::{
     compile::{self, CompileError, address_port},
@@ -200,20 +201,26 @@ impl<'l> Tracer<'l> {
         if let Some(choice) = &decision.choice {
             self.affinity.clients().remember(choice, now);
         }
+        let mut logged: Vec<Entry> = Vec::new();
+        action_log::entries(&self.snapshot, arrival.origin, &key, &decision, |entry| logged.push(entry));
         Ok(if text {
-            self.explain(flow, &key, arrival.origin, &decision)
+            self.explain(flow, &key, arrival.origin, &decision, &logged)
         } else {
-            self.answer(flow, &decision).to_string()
+            let mut answer = self.answer(flow, &decision);
+            if !logged.is_empty() {
+                answer["log"] = logged.iter().map(|entry| self.rule(entry.rule)).collect();
+            }
+            answer.to_string()
         })
     }
 
-    fn rule(&self, judgement: &Judgement) -> String {
-        self.snapshot.rules.policy.rule_name(judgement.rule)
+    fn rule(&self, rule: RuleId) -> String {
+        self.snapshot.rules.policy.rule_name(rule)
     }
 
     /// The same, with the file and line of its policy, or of those that deny together.
-    fn rule_with_place(&self, judgement: &Judgement) -> String {
-        let places: Vec<String> = match self.snapshot.rules.policy.describe(judgement.rule) {
+    fn rule_with_place(&self, rule: RuleId) -> String {
+        let places: Vec<String> = match self.snapshot.rules.policy.describe(rule) {
             RuleOrigin::Policy { object, .. } => vec![self.place(object)],
             RuleOrigin::TierEnd { policies, .. } => {
                 let all = self.loaded.objects.iter().filter(|origin| policies.contains(&origin.to_string().as_str()));
@@ -221,7 +228,7 @@ impl<'l> Tracer<'l> {
             }
             RuleOrigin::Profile { .. } | RuleOrigin::NoProfile | RuleOrigin::Undecided => Vec::new(),
         };
-        let rule = self.rule(judgement);
+        let rule = self.rule(rule);
         if places.is_empty() { rule } else { format!("{rule} ({})", places.join(", ")) }
     }
 
@@ -248,7 +255,7 @@ impl<'l> Tracer<'l> {
         };
         let of_host: Vec<Judgement> = decision.host.iter().map(|(_, judgement)| judgement).collect();
         let by = decision.egress.iter().chain(&decision.ingress).chain(&of_host);
-        let by: Vec<String> = by.map(|j| self.rule(j)).collect();
+        let by: Vec<String> = by.map(|j| self.rule(j.rule)).collect();
         json!({
             "id": flow.id,
             "verdict": verdict,
@@ -300,7 +307,14 @@ impl<'l> Tracer<'l> {
     }
 
     /// The trace for a person, step by step.
-    fn explain<A: Routed>(&self, flow: &Flow, key: &FlowKey<A>, origin: Origin, decision: &Decision<'_, A>) -> String {
+    fn explain<A: Routed>(
+        &self,
+        flow: &Flow,
+        key: &FlowKey<A>,
+        origin: Origin,
+        decision: &Decision<'_, A>,
+        logged: &[Entry],
+    ) -> String {
         let services = &self.snapshot.rules.services;
         let mut lines = vec![format!(
             "{key:?}{}",
@@ -345,7 +359,9 @@ impl<'l> Tracer<'l> {
             step(
                 name,
                 match judgement {
-                    Some(j) => format!("{} by {}", if j.allow { "allowed" } else { "denied" }, self.rule_with_place(j)),
+                    Some(j) => {
+                        format!("{} by {}", if j.allow { "allowed" } else { "denied" }, self.rule_with_place(j.rule))
+                    }
                     None => "not judged".into(),
                 },
             );
@@ -358,7 +374,10 @@ impl<'l> Tracer<'l> {
                 HostStage::Local => "to or from the node",
             };
             let verdict = if judgement.allow { "allowed" } else { "denied" };
-            step("host", format!("{kind}: {verdict} by {}", self.rule_with_place(&judgement)));
+            step("host", format!("{kind}: {verdict} by {}", self.rule_with_place(judgement.rule)));
+        }
+        for entry in logged {
+            step("log", format!("{}: {}", entry.direction.name(), self.rule_with_place(entry.rule)));
         }
         if let Some(address) = decision.snat {
             step("snat", format!("the source becomes {address}"));

@@ -40,10 +40,14 @@ ports: [{name: http, port: 8080}, {name: https, port: 8443}]
 
 /// Traces these lines; whether all were flows, and the answers.
 fn trace(lines: &str) -> (bool, Vec<Value>) {
+    trace_in(lines, CLUSTER)
+}
+
+fn trace_in(lines: &str, cluster: &str) -> (bool, Vec<Value>) {
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("weir.yaml");
     fs::write(&config, "nodeName: node-a\nmanifests: [cluster.yaml]\n").unwrap();
-    fs::write(folder.path().join("cluster.yaml"), CLUSTER).unwrap();
+    fs::write(folder.path().join("cluster.yaml"), cluster).unwrap();
     let loaded = translate::load(&config).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
     let mut output = Vec::new();
     let all_valid = Tracer::new(&loaded).unwrap().run(lines.as_bytes(), &mut output, false).unwrap();
@@ -195,6 +199,29 @@ fn text_tells_why_and_where_it_stands() {
     let line = CLUSTER.lines().count() + 8;
     let allowed = format!("ingress   allowed by NetworkPolicy/shop/open rule 1 (cluster.yaml:{line})");
     tells(&flow("172.16.0.1", "10.1.1.21", 8080), &format!("{CLUSTER}{policy}"), &[&allowed]);
+}
+
+#[test]
+fn rules_that_log_are_named() {
+    let cluster = format!(
+        "{CLUSTER}---\napiVersion: v1\nkind: Pod\nmetadata: {{namespace: shop, name: web}}\nspec: {{nodeName: node-a}}\n\
+         status: {{podIP: 10.1.1.21}}\n---\napiVersion: projectcalico.org/v3\nkind: GlobalNetworkPolicy\n\
+         metadata: {{name: watch}}\nspec:\n  selector: all()\n  types: [Ingress]\n  ingress:\n  - {{action: Allow, protocol: UDP}}\n  \
+         - {{action: Log}}\n  - {{action: Deny}}\n"
+    );
+    let flow = |proto: &str| {
+        format!("{{\"src\": \"172.16.0.1\", \"dst\": \"10.1.1.21\", \"proto\": \"{proto}\", \"dport\": 80}}\n")
+    };
+    let policy = cluster[..cluster.find("apiVersion: projectcalico").unwrap()].lines().count() + 1;
+    let expected = [
+        format!("ingress   denied by GlobalNetworkPolicy/watch rule 3 (cluster.yaml:{policy})"),
+        format!("log       ingress: GlobalNetworkPolicy/watch rule 2 (cluster.yaml:{policy})"),
+    ];
+    tells(&flow("tcp"), &cluster, &expected.each_ref().map(String::as_str));
+    assert!(told(&flow("udp"), &cluster).iter().all(|line| !line.starts_with("log")));
+    let (_, answers) = trace_in(&(flow("tcp") + &flow("udp")), &cluster);
+    assert_eq!(answers[0]["log"], serde_json::json!(["GlobalNetworkPolicy/watch rule 2"]));
+    assert!(answers[1].get("log").is_none());
 }
 
 #[test]

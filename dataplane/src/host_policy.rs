@@ -55,25 +55,43 @@ impl HostRules {
     }
 }
 
+/// A stage of a host endpoint that was asked about a packet.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    /// The host endpoint.
+    pub endpoint: HostEndpointId,
+    /// Its stage.
+    pub stage: HostStage,
+    /// Which of its two policies.
+    pub direction: PolicyDirection,
+    /// What it said; `None`: nothing.
+    pub judgement: Option<Judgement>,
+}
+
 /// What host endpoints said of a packet, in order.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HostJudgements {
-    judgements: [Option<(HostStage, Judgement)>; Self::MOST],
+    asked: [Option<Asked>; Self::MOST],
 }
 
 impl HostJudgements {
     /// Untracked policy of both directions, policy before DNAT, policy for what is forwarded at both ends.
     const MOST: usize = 5;
 
-    fn add(&mut self, stage: HostStage, judgement: Judgement) {
-        if let Some(place) = self.judgements.iter_mut().find(|place| place.is_none()) {
-            *place = Some((stage, judgement));
+    fn add(&mut self, asked: Asked) {
+        if let Some(place) = self.asked.iter_mut().find(|place| place.is_none()) {
+            *place = Some(asked);
         }
+    }
+
+    /// All that were asked, whether they said something or not.
+    pub fn asked(&self) -> impl Iterator<Item = &Asked> {
+        self.asked.iter().flatten()
     }
 
     /// All that was said.
     pub fn iter(&self) -> impl Iterator<Item = (HostStage, Judgement)> + '_ {
-        self.judgements.iter().flatten().copied()
+        self.asked().filter_map(|asked| Some((asked.stage, asked.judgement?)))
     }
 
     /// The stage that denied the packet.
@@ -264,11 +282,9 @@ impl Asking<'_, '_> {
         key: &FlowKey<A>,
     ) -> Result<Option<Judgement>, DropReason> {
         let judgement = self.snapshot.rules.policy.judge_host(endpoint, stage, direction, key);
-        if let Some(judgement) = judgement {
-            self.host.add(stage, judgement);
-            if !judgement.allow {
-                return Err(DropReason::PolicyDeniedHostEndpoint);
-            }
+        self.host.add(Asked { endpoint, stage, direction, judgement });
+        if judgement.is_some_and(|judgement| !judgement.allow) {
+            return Err(DropReason::PolicyDeniedHostEndpoint);
         }
         Ok(judgement)
     }

@@ -3,6 +3,7 @@
 //! A reader follows the fast path through [`worker`] (the loop), [`pipeline`] (a burst), weir-packet's `parse` and `rewrite`, and
 //! weir-conntrack's table; the first packet of a connection adds [`decide`].
 
+pub mod action_log;
 pub mod afxdp;
 mod allowance;
 pub mod attach;

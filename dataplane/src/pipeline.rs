@@ -27,6 +27,7 @@ use weir_policy::model::HostStage;
 use weir_sync::{Turn, WorkerCounters};
 
 use crate::{
+    action_log::{self, ActionLog, Logged},
     allowance::Allowance,
     counters::{COUNTERS, Counter, Totals, drop_index},
     decide::{self, Arrival, Decision, Origin, Verdict},
@@ -191,8 +192,10 @@ pub struct Context<'t> {
 }
 
 /// What a worker asks of, or tells, the control thread.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Debug)]
 pub enum Event {
+    /// A new connection met a Log rule.
+    Logged(Logged),
     /// Packets wait for this neighbour's MAC address.
     Resolve {
         /// The device that it is on.
@@ -249,6 +252,7 @@ pub struct Pipeline {
     generation: u32,
     errors: Allowance,
     resets: Allowance,
+    action_log: ActionLog,
     pending4: Vec<Pending<Ipv4Addr>>,
     pending6: Vec<Pending<Ipv6Addr>>,
     egress: Vec<Vec<Packet>>,
@@ -275,8 +279,9 @@ impl Pipeline {
             events,
             held: Held::new(),
             generation: 0,
-            errors: Allowance::full(),
-            resets: Allowance::full(),
+            errors: Allowance::of_answers(),
+            resets: Allowance::of_answers(),
+            action_log: ActionLog::new(),
             pending4: Vec::with_capacity(burst),
             pending6: Vec::with_capacity(burst),
             // Every packet of a burst may have been answered, and held packets may be set free with it.
@@ -678,6 +683,7 @@ impl Pipeline {
             Verdict::Drop(reason) => {
                 if reason.is_policy() {
                     self.count_rules(&decision, context);
+                    self.log(origin, &view.key, &decision, context);
                 }
                 return self.end(driver, packet, End::Drop(reason));
             }
@@ -697,6 +703,7 @@ impl Pipeline {
                 if ours {
                     self.count(Counter::Opened);
                     self.count_rules(&decision, context);
+                    self.log(origin, &view.key, &decision, context);
                     if let Some(slot) = decision.slot {
                         context.snapshot.rules.count_backend::<A>(self.counters.number(), slot);
                     }
@@ -738,6 +745,15 @@ impl Pipeline {
         for judgement in [decision.egress, decision.ingress].into_iter().flatten().chain(of_host) {
             context.snapshot.rules.hits.add(self.counters.number(), judgement.rule.0 as usize);
         }
+    }
+
+    /// Tells of the Log rules that a new connection, or one that is denied, met.
+    fn log<A: Routed>(&mut self, origin: Origin, key: &FlowKey<A>, decision: &Decision<'_, A>, context: &Context<'_>) {
+        let Self { action_log, events, .. } = self;
+        action_log::entries(context.snapshot, origin, key, decision, |entry| {
+            let send = |logged| events.try_send(Event::Logged(logged)).is_ok();
+            action_log.tell(entry, &context.snapshot.rules, context.now, send);
+        });
     }
 
     /// Puts both directions of a new connection into the table. Who loses a race gets the winner's connection.

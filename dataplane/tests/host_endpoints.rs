@@ -188,6 +188,32 @@ fn normal_policy_is_for_the_node_alone_and_what_it_allows_is_punted() {
 }
 
 #[test]
+fn what_a_host_endpoint_logs_is_told_whether_it_then_decides_or_not() {
+    for Addresses { outside, server, vip, .. } in FAMILIES {
+        let log = |port| vec![rule(Action::Log, Protocol::UDP, Some(port))];
+        let policies = vec![
+            policy(PolicyScope::PreDnat, Some(log(53)), None),
+            policy(PolicyScope::ApplyOnForward, Some([log(5353), vec![Rule::default()]].concat()), None),
+        ];
+        let mut router = router(&governed("eth0"), policies);
+        assert_eq!(fate(&mut router, UPLINK, &udp([outside, vip], [40_000, 53])), Ok(SERVER_POD));
+        let logged = router.logged();
+        let seen: Vec<_> = logged
+            .iter()
+            .map(|one| {
+                let policy = &one.rules.policy;
+                let name = (policy.endpoint_name(one.entry.endpoint), policy.rule_name(one.entry.rule));
+                (name, one.entry.destination, one.entry.judgement.map(|judgement| judgement.allow))
+            })
+            .collect();
+        let before = (("h", "PreDnat rule 1".to_owned()), ip(vip), None);
+        let behind = (("h", "ApplyOnForward rule 1".to_owned()), ip(server), Some(true));
+        assert_eq!(seen, [before, behind]);
+        router.finish();
+    }
+}
+
+#[test]
 fn policy_before_dnat_sees_the_frontend_and_policy_for_what_is_forwarded_the_backend() {
     for Addresses { outside, server, vip, .. } in FAMILIES {
         let deny = |scope, port| {

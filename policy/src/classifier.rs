@@ -6,6 +6,7 @@ use hashbrown::HashMap;
 use weir_packet::{Address, FlowKey};
 
 use crate::{
+    LoggedRules,
     addresses::AddressClasses,
     fingerprint::Fingerprint,
     model::{HostStage, Policy, Profile, Rule},
@@ -179,6 +180,14 @@ pub(crate) struct LocalEndpoint {
     /// Programs by direction and family.
     pub(crate) programs: [[Arc<Program>; 2]; 2],
     pub(crate) stamp: u32,
+    /// Programs that log, by direction and family.
+    pub(crate) logging: [[Option<Arc<Program>>; 2]; 2],
+}
+
+impl LocalEndpoint {
+    pub(crate) fn has_logs(&self) -> bool {
+        self.logging.as_flattened().iter().any(Option::is_some)
+    }
 }
 
 /// The compiled policy of a node's workloads.
@@ -190,6 +199,8 @@ pub struct Classifier {
     pub(crate) v6: Arc<AddressClasses<u128>>,
     /// Workloads, then each host endpoint's stages in order.
     pub(crate) endpoints: Vec<LocalEndpoint>,
+    /// Whether any of them has a program that logs.
+    pub(crate) has_logs: bool,
     /// Workloads.
     pub(crate) by_name: HashMap<String, EndpointId>,
     /// Host endpoints, by the number of their first stage.
@@ -236,7 +247,7 @@ impl Classifier {
         direction: PolicyDirection,
         key: &FlowKey<A>,
     ) -> Option<Judgement> {
-        let judgement = self.judge(EndpointId(endpoint.0 + stage as u32), direction, key);
+        let judgement = self.judge(self.stage_endpoint(endpoint, stage), direction, key);
         (judgement.rule != UNDECIDED).then_some(judgement)
     }
 
@@ -245,7 +256,7 @@ impl Classifier {
     /// # Panics
     /// Where `endpoint` is of another classifier that had more endpoints.
     pub fn has_stage(&self, endpoint: HostEndpointId, stage: HostStage) -> bool {
-        let programs = &self.endpoints[(endpoint.0 + stage as u32) as usize].programs;
+        let programs = &self.endpoints[self.stage_endpoint(endpoint, stage).0 as usize].programs;
         programs.as_flattened().iter().any(|program| program.only().is_none_or(|slot| slot.rule != UNDECIDED))
     }
 
@@ -256,7 +267,7 @@ impl Classifier {
     pub fn host_stamp(&self, endpoint: HostEndpointId) -> u32 {
         let mut stamp = Fingerprint::new(0);
         for stage in HostStage::ALL {
-            stamp.add(u64::from(self.stamp(EndpointId(endpoint.0 + stage as u32))));
+            stamp.add(u64::from(self.stamp(self.stage_endpoint(endpoint, stage))));
         }
         ((stamp.value() ^ (stamp.value() >> 32)) as u32).max(1)
     }
@@ -283,6 +294,49 @@ impl Classifier {
             program.judge(facts, &self.v6, source, destination)
         };
         Judgement { allow: slot.outcome == Outcome::Allow, rule: slot.rule }
+    }
+
+    /// Whether any endpoint has Log rules; without any, [`Self::logged`] need not be asked.
+    #[inline]
+    pub fn has_logs(&self) -> bool {
+        self.has_logs
+    }
+
+    /// What a host endpoint's stage is judged as.
+    #[inline]
+    pub fn stage_endpoint(&self, endpoint: HostEndpointId, stage: HostStage) -> EndpointId {
+        EndpointId(endpoint.0 + stage as u32)
+    }
+
+    /// The name of a local workload, or of the host endpoint of a stage ([`Self::stage_endpoint`]).
+    ///
+    /// # Panics
+    /// Where `endpoint` is of another classifier that had more endpoints.
+    pub fn endpoint_name(&self, endpoint: EndpointId) -> &str {
+        &self.endpoints[endpoint.0 as usize].name
+    }
+
+    /// The Log rules that a packet meets: those that match it and are evaluated before what [`Self::judge`] names. All is as
+    /// there. A Log rule behind a Pass in its tier, or behind what decides, is none of them.
+    ///
+    /// # Panics
+    /// Where `endpoint` is of another classifier that had more endpoints.
+    pub fn logged<A: Address>(
+        &self,
+        endpoint: EndpointId,
+        direction: PolicyDirection,
+        key: &FlowKey<A>,
+    ) -> LoggedRules {
+        let family = usize::from(A::WORDS != 1);
+        let Some(program) = &self.endpoints[endpoint.0 as usize].logging[direction as usize][family] else {
+            return LoggedRules::NONE;
+        };
+        let (facts, source, destination) = (Facts::new(key), key.src.to_bits128(), key.dst.to_bits128());
+        if A::WORDS == 1 {
+            program.logged(facts, &self.v4, source as u32, destination as u32)
+        } else {
+            program.logged(facts, &self.v6, source, destination)
+        }
     }
 
     /// A number, never 0, that stands for all that this endpoint's verdicts depend on.
@@ -353,7 +407,8 @@ impl Classifier {
         self.origins.iter().zip(0..).filter(|(origin, _)| origin.is_some()).map(|(_, number)| RuleId(number))
     }
 
-    /// How many programs there are: workloads with the same policies share theirs. Two families each.
+    /// How many programs there are: workloads with the same policies share theirs. Two families each, and as many more where
+    /// rules log.
     pub fn program_count(&self) -> usize {
         self.size.programs
     }

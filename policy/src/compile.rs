@@ -19,10 +19,10 @@ use crate::{
     classifier::{HostEndpointId, LocalEndpoint, Origin, Size, UNDECIDED},
     fingerprint::Fingerprint,
     limits::{MAX_MEMBERSHIPS, MAX_ROW_WORDS, MAX_RULES_IN_PROGRAMS, MAX_RULES_PER_ENDPOINT},
-    model::{Endpoint, EndpointKind, HostStage, Model, TierAction},
+    model::{Action, Endpoint, EndpointKind, HostStage, Model, TierAction},
     parts::FamilySets,
     peers::Peers,
-    plan::{Conditions, Plan, PlannedSlot, fingerprint},
+    plan::{Conditions, Plan, PlannedSlot, Purpose, fingerprint},
     policies::Policies,
     program::{Outcome, Program, ProgramBuilder, ProgramTooLarge, Test},
     ranges::Family,
@@ -84,6 +84,8 @@ struct Owner<'model> {
 /// The programs of an [`Effective`], by family.
 struct Programs {
     families: [Planned; 2],
+    /// Those that log; `None` where no rule of the family does.
+    logging: [Option<Planned>; 2],
     /// The parts that its rules name, of both kinds.
     address_parts: Vec<u32>,
     point_parts: Vec<u32>,
@@ -102,6 +104,12 @@ struct Planned {
 }
 
 impl Planned {
+    /// The program is that of before where the slots are.
+    fn new(slots: Vec<PlannedSlot>, family: Family, before: Option<Self>, resolver: &Resolver) -> Self {
+        let program = before.filter(|before| before.slots == slots).and_then(|before| before.program);
+        Self { program, fingerprint: fingerprint(&slots, resolver, family), slots }
+    }
+
     /// # Panics
     /// Where the program has not been made.
     fn program(&self) -> Arc<Program> {
@@ -178,13 +186,17 @@ impl Compiler {
             for effective in effective {
                 self.refresh(effective, &regrouped, &mut limits, &mut size, &endpoint.name)?;
             }
-            let of_directions = effective.each_ref().map(|effective| &self.programs[effective].families);
+            let of_directions = effective.each_ref().map(|effective| &self.programs[effective]);
             let mut stamp = Fingerprint::new(0);
-            of_directions.iter().copied().flatten().for_each(|planned| stamp.add(planned.fingerprint));
+            // What is logged changes no verdict.
+            let planned = of_directions.iter().flat_map(|programs| &programs.families);
+            planned.for_each(|planned| stamp.add(planned.fingerprint));
             let stamp = (stamp.value() ^ (stamp.value() >> 32)) as u32;
             endpoints.push(LocalEndpoint {
                 name: endpoint.name.clone(),
-                programs: of_directions.map(|families| families.each_ref().map(Planned::program)),
+                programs: of_directions.map(|programs| programs.families.each_ref().map(Planned::program)),
+                logging: of_directions
+                    .map(|programs| programs.logging.each_ref().map(|planned| planned.as_ref().map(Planned::program))),
                 stamp: stamp.max(1),
             });
         }
@@ -197,6 +209,7 @@ impl Compiler {
         Ok(Classifier {
             v4,
             v6,
+            has_logs: endpoints.iter().any(LocalEndpoint::has_logs),
             endpoints,
             by_name,
             host_endpoints,
@@ -268,7 +281,10 @@ impl Compiler {
         };
         programs.update = self.update;
         programs.ends.iter().for_each(|policies| self.ends.keep(policies, self.update));
-        for ((family, planned), regrouped) in Family::ALL.into_iter().zip(&mut programs.families).zip(regrouped) {
+        let verdicts = Family::ALL.into_iter().zip(regrouped).zip(&mut programs.families);
+        let logging = Family::ALL.into_iter().zip(regrouped).zip(&mut programs.logging);
+        let logging = logging.filter_map(|(of_family, planned)| Some((of_family, planned.as_mut()?)));
+        for ((family, regrouped), planned) in verdicts.chain(logging) {
             let direction = effective.direction.name();
             if planned.program.is_none() || regrouped.concerns(&planned.slots) {
                 planned.program = Some(self.program(&planned.slots, family, endpoint, direction)?);
@@ -293,15 +309,22 @@ impl Compiler {
     /// Plans the programs of `effective`; they are those of before where the plans are.
     fn plan(&mut self, effective: &Effective, before: Option<Programs>) -> Programs {
         let mut ends = Vec::new();
-        let plans = Family::ALL.map(|family| (family, self.slots(effective, family, &mut ends)));
+        let (mut verdicts_before, mut logging_before) = match before {
+            Some(before) => (before.families.map(Some), before.logging),
+            None => Default::default(),
+        };
+        let families = Family::ALL.map(|family| {
+            let slots = self.slots(effective, family, Purpose::Verdict, &mut ends);
+            Planned::new(slots, family, verdicts_before[family as usize].take(), &self.resolver)
+        });
+        let has_logs = self.rules(effective).any(|rule| rule.action == Action::Log);
+        let logging = Family::ALL.map(|family| {
+            let slots = has_logs.then(|| self.slots(effective, family, Purpose::Logging, &mut ends))?;
+            let before = logging_before[family as usize].take();
+            (!slots.is_empty()).then(|| Planned::new(slots, family, before, &self.resolver))
+        });
         ends.sort_unstable();
         ends.dedup();
-        let mut before = before.map_or([None, None], |before| before.families.map(Some)).into_iter();
-        let families = plans.map(|(family, slots)| {
-            let before = before.next().flatten().filter(|before| before.slots == slots);
-            let fingerprint = fingerprint(&slots, &self.resolver, family);
-            Planned { program: before.and_then(|before| before.program), slots, fingerprint }
-        });
         let alternatives = || self.rules(effective).flat_map(|rule| &rule.alternatives);
         let distinct = |mut parts: Vec<u32>| {
             parts.sort_unstable();
@@ -310,6 +333,7 @@ impl Compiler {
         };
         Programs {
             families,
+            logging,
             address_parts: distinct(alternatives().flat_map(|one| [one.source, one.destination]).collect()),
             point_parts: distinct(alternatives().flat_map(|one| [one.source_point, one.destination_point]).collect()),
             ends,
@@ -329,9 +353,15 @@ impl Compiler {
 
     /// The slots of a program, in order: what each tier, then the profiles, do with a packet. Adds the tiers' ends that it has
     /// to `ends`.
-    fn slots(&mut self, effective: &Effective, family: Family, ends: &mut Vec<Arc<[u32]>>) -> Vec<PlannedSlot> {
+    fn slots(
+        &mut self,
+        effective: &Effective,
+        family: Family,
+        purpose: Purpose,
+        ends: &mut Vec<Arc<[u32]>>,
+    ) -> Vec<PlannedSlot> {
         let direction = effective.direction;
-        let mut plan = Plan::new(&self.resolver, family);
+        let mut plan = Plan::new(&self.resolver, family, purpose);
         let tier_of = |policy: u32| self.policies.tier(policy);
         let by_tier: Vec<&[u32]> = effective.policies.chunk_by(|a, b| tier_of(*a) == tier_of(*b)).collect();
         for policies in by_tier {

@@ -34,6 +34,8 @@
 //!   list of slots: tiers in order with their ends, then profiles; Pass is a jump to a later slot (`plan`, `program`).
 //! - A program has rows for the fields that its rules look at; a program whose first rule matches everything, such as
 //!   that of a workload without policy, answers without any lookup.
+//! - Log rules decide nothing and are in no such program. Where a workload has any, a second program has them as well, up to
+//!   the last of them; it is searched only to learn which of them a packet meets (`logged`).
 //!
 //! # Following changes
 //!
@@ -65,6 +67,7 @@ mod classifier;
 mod compile;
 mod fingerprint;
 mod limits;
+mod logged;
 pub mod model;
 mod partition;
 mod parts;
@@ -86,5 +89,6 @@ pub use classifier::{
 };
 pub use compile::Compiler;
 pub use limits::{CompileError, MAX_MEMBERSHIPS, MAX_ROW_WORDS, MAX_RULES_IN_PROGRAMS, MAX_RULES_PER_ENDPOINT};
+pub use logged::LoggedRules;
 pub use model::Model;
 pub use selector::{Labels, Selector, SelectorError};

@@ -7,6 +7,7 @@ use crate::{
     fingerprint::Fingerprint,
     model::Action,
     parts::FamilySets,
+    policies::Policies,
     program::{Outcome, Slot, Test},
     ranges::Family,
     resolve::{ResolvedRule, Resolver},
@@ -67,6 +68,15 @@ impl Conditions {
     }
 }
 
+/// What a program is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// What decides: Log rules are left out.
+    Verdict,
+    /// Which Log rules match before.
+    Logging,
+}
+
 /// A slot before its rows are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PlannedSlot {
@@ -78,8 +88,9 @@ pub(crate) struct PlannedSlot {
 pub(crate) struct Plan<'all> {
     resolver: &'all Resolver,
     family: Family,
+    purpose: Purpose,
     slots: Vec<PlannedSlot>,
-    /// Conditions that the stage has had: the same again can never be the first to match.
+    /// Conditions that the stage has had, Log rules' excepted: the same again can never be the first to match.
     seen: HashSet<Conditions>,
     /// Slots of the stage that continue at its end.
     passes: Vec<usize>,
@@ -88,8 +99,9 @@ pub(crate) struct Plan<'all> {
 }
 
 impl<'all> Plan<'all> {
-    pub(crate) fn new(resolver: &'all Resolver, family: Family) -> Self {
-        Self { resolver, family, slots: Vec::new(), seen: HashSet::new(), passes: Vec::new(), closed: false }
+    pub(crate) fn new(resolver: &'all Resolver, family: Family, purpose: Purpose) -> Self {
+        let (slots, seen, passes) = (Vec::new(), HashSet::new(), Vec::new());
+        Self { resolver, family, purpose, slots, seen, passes, closed: false }
     }
 
     pub(crate) fn begin_stage(&mut self) {
@@ -104,9 +116,13 @@ impl<'all> Plan<'all> {
 
     /// Adds what a rule does. In a profile Pass denies.
     pub(crate) fn add(&mut self, rule: &ResolvedRule, profile: bool) {
-        if rule.ip_version.is_some_and(|version| version != self.family.version()) {
+        let is_log = rule.action == Action::Log;
+        if rule.ip_version.is_some_and(|version| version != self.family.version())
+            || is_log && self.purpose == Purpose::Verdict
+        {
             return;
         }
+        let begin = self.slots.len();
         let parts = &self.resolver.parts;
         for alternative in &rule.alternatives {
             let (Some(source), Some(destination), Some(source_point), Some(destination_point)) = (
@@ -121,7 +137,8 @@ impl<'all> Plan<'all> {
             let conditions =
                 Conditions { application, source_port, source, destination, source_point, destination_point };
             let outcome = match rule.action {
-                Action::Log => return,
+                // The end of the rule is not known yet.
+                Action::Log => Outcome::Log(u32::MAX),
                 Action::Allow => Outcome::Allow,
                 Action::Deny => Outcome::Deny,
                 Action::Pass if profile => Outcome::Deny,
@@ -130,13 +147,21 @@ impl<'all> Plan<'all> {
             };
             self.push(outcome, rule.rule, conditions);
         }
+        if is_log {
+            // Its other alternatives would only log it again.
+            let end = self.slots.len() as u32;
+            self.slots[begin..].iter_mut().for_each(|planned| planned.slot.outcome = Outcome::Log(end));
+        }
     }
 
     pub(crate) fn push(&mut self, outcome: Outcome, rule: RuleId, conditions: Conditions) {
-        if self.closed || !self.seen.insert(conditions) {
+        if self.closed || self.seen.contains(&conditions) {
             return;
         }
-        self.closed = conditions == Conditions::NONE;
+        if !matches!(outcome, Outcome::Log(_)) {
+            self.seen.insert(conditions);
+            self.closed = conditions == Conditions::NONE;
+        }
         if matches!(outcome, Outcome::Continue(_)) {
             self.passes.push(self.slots.len());
         }
@@ -153,7 +178,23 @@ impl<'all> Plan<'all> {
         self.closed && !passed
     }
 
-    pub(crate) fn finish(self) -> Vec<PlannedSlot> {
+    /// The slots; to log with, only up to the last Log rule, and none without any.
+    pub(crate) fn finish(mut self) -> Vec<PlannedSlot> {
+        if self.purpose == Purpose::Logging {
+            let is_log = |planned: &PlannedSlot| matches!(planned.slot.outcome, Outcome::Log(_));
+            let end = self.slots.iter().rposition(is_log).map_or(0, |last| last + 1);
+            self.slots.truncate(end);
+            for planned in &mut self.slots {
+                if let Outcome::Continue(next) = &mut planned.slot.outcome {
+                    *next = (*next).min(end as u32);
+                }
+            }
+            if end > 0 {
+                // Whatever decides behind, nothing more is logged.
+                let slot = Slot { outcome: Outcome::Deny, rule: Policies::NO_PROFILE };
+                self.slots.push(PlannedSlot { slot, conditions: Conditions::NONE });
+            }
+        }
         self.slots
     }
 }
@@ -166,7 +207,7 @@ pub(crate) fn fingerprint(slots: &[PlannedSlot], resolver: &Resolver, family: Fa
         fingerprint.add(match planned.slot.outcome {
             Outcome::Allow => 0,
             Outcome::Deny => 1,
-            Outcome::Continue(next) => 2 + u64::from(next),
+            Outcome::Continue(next) | Outcome::Log(next) => 2 + u64::from(next),
         });
         fingerprint.add(planned.conditions.fingerprint(resolver, sets));
     }

@@ -1,7 +1,7 @@
 //! The compiled rules of one set of endpoints in one direction and one address family.
 //!
 //! Tiers, policies, rules and profiles are one list of slots in the order in which they are evaluated; a slot decides,
-//! or continues at a later slot (Pass). Each field of a packet that any slot looks at gives a row: the slots that this
+//! or continues at a later slot (Pass, Log). Each field of a packet that any slot looks at gives a row: the slots that this
 //! field's value satisfies. The first slot that is in every row is the first rule that matches.
 //!
 //! Fields: the application (protocol with destination port, or with ICMP type and code), the classes of the source and
@@ -14,7 +14,7 @@ use hashbrown::HashMap;
 use weir_packet::{Address, FlowKey, Protocol};
 
 use crate::{
-    RuleId,
+    LoggedRules, RuleId,
     addresses::AddressClasses,
     classes::Classes,
     partition::{Partition, TooManyMemberships},
@@ -90,6 +90,8 @@ pub(crate) enum Outcome {
     Deny,
     /// The search goes on at this slot, which is a later one.
     Continue(u32),
+    /// The same, and the rule is one that logs.
+    Log(u32),
 }
 
 /// A rule in its place.
@@ -193,6 +195,54 @@ impl Program {
         if let [only] = &*self.slots {
             return *only;
         }
+        let (rows, fields) = self.rows_of(facts, classes, source, destination);
+        let mut from = 0;
+        loop {
+            let slot = self.first_slot(&rows[..fields], from);
+            match slot.outcome {
+                Outcome::Continue(next) | Outcome::Log(next) => from = next,
+                Outcome::Allow | Outcome::Deny => return slot,
+            }
+        }
+    }
+
+    /// The Log rules that match before the slot that decides.
+    pub(crate) fn logged<K: Key>(
+        &self,
+        facts: Facts,
+        classes: &AddressClasses<K>,
+        source: K,
+        destination: K,
+    ) -> LoggedRules {
+        let (rows, fields) = self.rows_of(facts, classes, source, destination);
+        let mut logged = LoggedRules::NONE;
+        let mut from = 0;
+        loop {
+            let slot = self.first_slot(&rows[..fields], from);
+            match slot.outcome {
+                Outcome::Log(next) if logged.add(slot.rule) => from = next,
+                Outcome::Continue(next) => from = next,
+                Outcome::Log(_) | Outcome::Allow | Outcome::Deny => return logged,
+            }
+        }
+    }
+
+    /// The first slot from `from` on that is in all of these rows.
+    #[inline]
+    fn first_slot(&self, rows: &[u32], from: u32) -> Slot {
+        let first = self.rows.first_common(rows, from).expect("the last slot matches every packet");
+        self.slots[first as usize]
+    }
+
+    /// The rows that a packet's fields give, and how many.
+    #[inline]
+    fn rows_of<K: Key>(
+        &self,
+        facts: Facts,
+        classes: &AddressClasses<K>,
+        source: K,
+        destination: K,
+    ) -> ([u32; MAX_FIELDS], usize) {
         let mut rows = [0; MAX_FIELDS];
         let mut fields = 0;
         let mut push = |row: u32| {
@@ -223,15 +273,7 @@ impl Program {
         if let Some(field) = &self.source_port {
             push(field.get(facts.source_port));
         }
-        let mut from = 0;
-        loop {
-            let first = self.rows.first_common(&rows[..fields], from).expect("the last slot matches every packet");
-            let slot = self.slots[first as usize];
-            match slot.outcome {
-                Outcome::Continue(next) => from = next,
-                Outcome::Allow | Outcome::Deny => return slot,
-            }
-        }
+        (rows, fields)
     }
 
     /// The only slot, if all packets are judged alike.

@@ -276,6 +276,53 @@ fn rule_17_log_continues_and_pass_skips_the_rest_of_the_tier() {
     assert_arrives(&model, &[(B, 80, true), (B, 81, false)]);
 }
 
+/// The rules that log what arrives at red/a from red/b.
+fn logged(model: &Model, protocol: Protocol, port: u16) -> Vec<String> {
+    let classifier = Classifier::compile(model).unwrap();
+    let [src, dst] = [B, A].map(|address| address.parse::<Ipv4Addr>().unwrap());
+    let key = FlowKey { src, dst, ports: Ports::new(1000, port), protocol };
+    let rules = classifier.logged(classifier.endpoint("red/a").unwrap(), PolicyDirection::Ingress, &key);
+    rules.iter().map(|rule| classifier.rule_name(*rule)).collect()
+}
+
+#[test]
+fn rule_17_what_is_logged_comes_before_what_decides_and_behind_no_pass() {
+    let log = |protocol| rule(Action::Log, protocol);
+    let mixed = EntityMatch {
+        ports: Some(vec![PortMatch::Named("web".to_owned()), PortMatch::Range(8080, 8080)]),
+        ..EntityMatch::default()
+    };
+    let web = Rule { destination: mixed, ..rule(Action::Log, Some(TCP)) };
+    let first = vec![log(None), web, rule(Action::Pass, Some(TCP)), log(None), rule(Action::Deny, None), log(None)];
+    let mut model = with(vec![
+        ingress(policy("p", 1.0, "app == 'a'"), first),
+        ingress(policy("skipped", 2.0, "app == 'a'"), vec![log(None)]),
+    ]);
+    let later = ingress(
+        policy("later", 1.0, "app == 'a'"),
+        vec![log(None), log(None), log(None), to_port(TCP, PortMatch::Range(80, 80)), log(None)],
+    );
+    model.tiers.push(Tier { name: "later".to_owned(), policies: vec![Arc::new(later)], ..Tier::default() });
+    let names =
+        |rules: &[&str]| -> Vec<String> { rules.iter().map(|rule| format!("NetworkPolicy/red/{rule}")).collect() };
+    assert_eq!(logged(&model, UDP, 80), names(&["p rule 1", "p rule 4"]));
+    assert_eq!(logged(&model, TCP, 80), names(&["p rule 1", "later rule 1", "later rule 2", "later rule 3"]));
+    // A rule that matches in two ways is logged once; the fifth is left out.
+    let of_web = ["p rule 1", "p rule 2", "later rule 1", "later rule 2"];
+    assert_eq!(logged(&model, TCP, 8080), names(&of_web));
+}
+
+#[test]
+fn what_is_logged_changes_no_stamp() {
+    let of = |rules| with(vec![ingress(policy("p", 1.0, "app == 'a'"), rules)]);
+    let [plain, logging] =
+        [of(vec![rule(Action::Allow, None)]), of(vec![rule(Action::Log, None), rule(Action::Allow, None)])];
+    let [plain, logging] = [plain, logging].map(|model| Classifier::compile(&model).unwrap());
+    let stamp = |classifier: &Classifier| classifier.stamp(classifier.endpoint("red/a").unwrap());
+    assert_eq!(stamp(&plain), stamp(&logging));
+    assert_eq!([plain.has_logs(), logging.has_logs()], [false, true]);
+}
+
 #[test]
 fn rule_18_a_tier_denies_at_its_end_only_what_an_enforced_policy_of_that_direction_applies_to() {
     let mut model = with(vec![

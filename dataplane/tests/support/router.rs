@@ -9,6 +9,7 @@ use crossbeam::channel::{Receiver, Sender};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
 use weir_dataplane::{
+    action_log::Logged,
     counters::{COUNTERS, Totals},
     driver::Driver,
     forwarding::Forwarding,
@@ -276,6 +277,15 @@ impl Router {
     pub fn wait(&mut self, ticks: u32) -> Vec<(IfIndex, Vec<u8>)> {
         self.now = Tick(self.now.0 + ticks);
         self.turn(&[])
+    }
+
+    /// What rules logged since this was asked last.
+    pub fn logged(&self) -> Vec<Logged> {
+        let logged = |event| match event {
+            Event::Logged(logged) => Some(logged),
+            Event::Resolve { .. } | Event::Learned { .. } => None,
+        };
+        self.events.1.try_iter().filter_map(logged).collect()
     }
 
     pub fn totals(&self) -> Totals {

@@ -2,27 +2,40 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use weir_packet::{FlowKey, Ports};
-use weir_policy::{Classifier, Compiler, Judgement, PolicyDirection, model::*};
+use weir_packet::{Address, FlowKey, Ports};
+use weir_policy::{Classifier, Compiler, EndpointId, Judgement, PolicyDirection, RuleId, model::*};
 
 use crate::{
-    oracle::{self, Packet},
+    oracle::{self, Judged, Packet},
     world::edit::Edit,
 };
 
-pub fn classify(classifier: &Classifier, endpoint: &str, direction: PolicyDirection, packet: &Packet) -> Judgement {
+pub fn classify(classifier: &Classifier, endpoint: &str, direction: PolicyDirection, packet: &Packet) -> Judged {
     let endpoint = classifier.endpoint(endpoint).expect("a local workload");
     let ports = Ports::new(packet.source_port, packet.destination_port);
     let protocol = packet.protocol;
     match (packet.source, packet.destination) {
         (IpAddr::V4(src), IpAddr::V4(dst)) => {
-            classifier.judge(endpoint, direction, &FlowKey { src, dst, ports, protocol })
+            judged(classifier, endpoint, direction, &FlowKey { src, dst, ports, protocol })
         }
         (IpAddr::V6(src), IpAddr::V6(dst)) => {
-            classifier.judge(endpoint, direction, &FlowKey { src, dst, ports, protocol })
+            judged(classifier, endpoint, direction, &FlowKey { src, dst, ports, protocol })
         }
         _ => unreachable!("both ends are of one family"),
     }
+}
+
+fn judged<A: Address>(
+    classifier: &Classifier,
+    endpoint: EndpointId,
+    direction: PolicyDirection,
+    key: &FlowKey<A>,
+) -> Judged {
+    let Judgement { allow, rule } = classifier.judge(endpoint, direction, key);
+    let logged = classifier.logged(endpoint, direction, key);
+    assert!(logged.is_empty() || classifier.has_logs());
+    let name = |rule: &RuleId| classifier.rule_name(*rule);
+    Judged { allow, by: name(&rule), logged: logged.iter().map(name).collect() }
 }
 
 pub fn locals(model: &Model) -> impl Iterator<Item = &Endpoint> {
@@ -35,8 +48,7 @@ pub fn agree(classifier: &Classifier, model: &Model, packets: &[Packet]) {
     for endpoint in locals(model) {
         for direction in PolicyDirection::ALL {
             for packet in packets {
-                let judgement = classify(classifier, &endpoint.name, direction, packet);
-                let seen = (judgement.allow, classifier.rule_name(judgement.rule));
+                let seen = classify(classifier, &endpoint.name, direction, packet);
                 let expected = oracle::judge(model, endpoint, direction, packet);
                 assert_eq!(seen, expected, "{} {direction:?} {packet:?}", endpoint.name);
             }

@@ -34,8 +34,31 @@ impl Packet {
     }
 }
 
-/// The verdict, and the name of what decided.
-pub fn judge(model: &Model, endpoint: &Endpoint, direction: PolicyDirection, packet: &Packet) -> (bool, String) {
+/// What policy says of a packet.
+#[derive(Debug, PartialEq)]
+pub struct Judged {
+    pub allow: bool,
+    /// The name of what decided.
+    pub by: String,
+    /// The names of the Log rules that came before it and matched; the first four.
+    pub logged: Vec<String>,
+}
+
+/// The verdict, what decided, and what is logged.
+pub fn judge(model: &Model, endpoint: &Endpoint, direction: PolicyDirection, packet: &Packet) -> Judged {
+    let mut logged = Vec::new();
+    let (allow, by) = decide(model, endpoint, direction, packet, &mut logged);
+    logged.truncate(4);
+    Judged { allow, by, logged }
+}
+
+fn decide(
+    model: &Model,
+    endpoint: &Endpoint,
+    direction: PolicyDirection,
+    packet: &Packet,
+    logged: &mut Vec<String>,
+) -> (bool, String) {
     // 15: by order, unset last, ties by name.
     let mut tiers: Vec<&Tier> = model.tiers.iter().collect();
     tiers.sort_by(|a, b| compare((a.order, &a.name), (b.order, &b.name)));
@@ -59,7 +82,7 @@ pub fn judge(model: &Model, endpoint: &Endpoint, direction: PolicyDirection, pac
                     Action::Allow => return (true, name),
                     Action::Deny => return (false, name),
                     Action::Pass => continue 'tiers,
-                    Action::Log => {}
+                    Action::Log => logged.push(name),
                 }
             }
         }
@@ -75,9 +98,13 @@ pub fn judge(model: &Model, endpoint: &Endpoint, direction: PolicyDirection, pac
         let Some(profile) = model.profiles.iter().find(|profile| profile.name == *name) else { continue };
         let (ingress, egress) = (Some(profile.ingress.clone()), Some(profile.egress.clone()));
         let rules = rules(&ingress, &egress, direction).unwrap();
-        if let Some(rule) = rules.iter().find(|rule| rule.action != Action::Log && matches(model, rule, packet)) {
+        for rule in rules.iter().filter(|rule| matches(model, rule, packet)) {
             let number = if rules.len() > 1 { format!(" rule {}", rule.number) } else { String::new() };
-            return (rule.action == Action::Allow, format!("profile {name}{number}"));
+            let name = format!("profile {name}{number}");
+            match rule.action {
+                Action::Log => logged.push(name),
+                action => return (action == Action::Allow, name),
+            }
         }
     }
     (false, "default-deny without a matching profile".to_owned())
