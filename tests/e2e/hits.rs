@@ -4,21 +4,9 @@ use serde_json::Value;
 use weir::lab::wait_until;
 
 use crate::{
-    manifests::Manifests,
+    manifests::{Manifests, ONLY_FRIENDS},
     site::{DEADLINE, Echo, Site, one_node},
 };
-
-const ONLY_FRIENDS: &str = r#"
-apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata: {namespace: default, name: only-friends}
-spec:
-  podSelector: {matchLabels: {app: server}}
-  policyTypes: [Ingress]
-  ingress:
-  - from:
-    - podSelector: {matchLabels: {app: friend}}
-"#;
 
 /// The only tier of what arrives at the server.
 fn tier(site: &Site) -> Value {

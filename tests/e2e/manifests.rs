@@ -2,6 +2,19 @@
 
 use serde_json::{Value, json};
 
+/// A policy of default/server that lets in nobody but friends.
+pub const ONLY_FRIENDS: &str = r#"
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {namespace: default, name: only-friends}
+spec:
+  podSelector: {matchLabels: {app: server}}
+  policyTypes: [Ingress]
+  ingress:
+  - from:
+    - podSelector: {matchLabels: {app: friend}}
+"#;
+
 /// A service port: name, protocol, port, target port, node port (0: none).
 pub type PortSpec = (&'static str, &'static str, u16, u16, u16);
 

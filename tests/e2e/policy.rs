@@ -5,7 +5,7 @@ use std::{fs, path::Path, process::Command, time::Duration};
 use serde_json::Value;
 
 use crate::{
-    manifests::Manifests,
+    manifests::{Manifests, ONLY_FRIENDS},
     site::{CLIENT, DEADLINE, Echo, NO_ANSWER_SECONDS, NodePlan, Site, connection, passes, two_nodes, weir_binary},
 };
 
@@ -176,18 +176,6 @@ fn scenario_webapp_nodeport_with_local_policy() {
     site.finish();
 }
 
-const DENY: &str = r#"
-apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata: {namespace: default, name: only-friends}
-spec:
-  podSelector: {matchLabels: {app: server}}
-  policyTypes: [Ingress]
-  ingress:
-  - from:
-    - podSelector: {matchLabels: {app: friend}}
-"#;
-
 #[test]
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn a_policy_cuts_established_connections_and_its_removal_allows_them_again() {
@@ -217,7 +205,7 @@ fn a_policy_cuts_established_connections_and_its_removal_allows_them_again() {
     assert!(passes(&friend_near, &friend_far, DEADLINE));
     assert!(udp_passes(&stranger_udp, DEADLINE.as_secs_f32()) && udp_passes(&friend_udp, DEADLINE.as_secs_f32()));
 
-    site.set_policies(DENY);
+    site.set_policies(ONLY_FRIENDS);
     let moment = Duration::from_secs_f32(NO_ANSWER_SECONDS);
     assert!(!passes(&near, &far, moment), "the established connection is cut");
     assert!(!passes(&far, &near, moment), "in both directions");
@@ -251,7 +239,7 @@ fn a_faulty_policy_stays_as_it_was_and_a_new_faulty_one_denies_while_the_rest_pr
         manifests.pod("node-a", pod, app, &[address]);
     }
     let plan = [NodePlan::new("node-a", &["192.168.10.1/24"], &[0])];
-    let mut site = Site::build(&plan, &manifests.text(), DENY);
+    let mut site = Site::build(&plan, &manifests.text(), ONLY_FRIENDS);
     site.serve("default/server", &[80]);
     site.serve("default/other", &[80]);
     site.start_all();
@@ -261,8 +249,12 @@ fn a_faulty_policy_stays_as_it_was_and_a_new_faulty_one_denies_while_the_rest_pr
     site.answered("default/client", other);
 
     // The first is mistyped so that it would open to all; the second is new and mistyped.
-    let new = DENY.replace("only-friends", "other").replace("app: server", "app: other");
-    site.set_policies(&format!("{}---{}", DENY.replace("from:", "form:"), new.replace("- from:", "- from: 7\n    x:")));
+    let new = ONLY_FRIENDS.replace("only-friends", "other").replace("app: server", "app: other");
+    site.set_policies(&format!(
+        "{}---{}",
+        ONLY_FRIENDS.replace("from:", "form:"),
+        new.replace("- from:", "- from: 7\n    x:")
+    ));
     site.answered("default/friend", server);
     site.unanswered("default/client", server);
     site.unanswered("default/friend", other);
