@@ -291,6 +291,7 @@ impl Worker {
             turn: &turn,
             now: Tick(self.shared.now().0 + self.jump),
             tcp_loose: false,
+            offload: None,
         };
         process_burst(&mut self.pipeline, &mut self.driver, &mut burst, &context);
         self.pipeline.maintain(&mut self.driver, &context, 64);

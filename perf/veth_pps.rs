@@ -181,7 +181,7 @@ impl Forwarder {
         let (stopped, pin_dir) = (stop.clone(), pins.clone());
         let (ready, is_ready) = std::sync::mpsc::channel();
         let thread = in_namespace(lab, "node", CORES.1, move || {
-            let mut attachment = Attachment::open(TrunkSettings { queues: 1, mtu: 1500, pin_dir })?;
+            let mut attachment = Attachment::open(TrunkSettings { queues: 1, mtu: 1500, flows: None, pin_dir })?;
             let mut index_of = |device: &str| -> Result<IfIndex, Failure> {
                 let index = nix::net::if_::if_nametoindex(device)?;
                 attachment.adopt_workload(index, device, Mac([0xee; 6]), true)?;

@@ -132,6 +132,7 @@ pub fn measure(flows: u32, duration: Duration) -> Result<Measurement, String> {
             turn: &turn,
             now: Tick(1),
             tcp_loose: true,
+            offload: None,
         };
         if with_pipeline {
             process_burst(&mut pipeline, &mut driver, &mut burst, &context);

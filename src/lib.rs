@@ -32,6 +32,7 @@ pub mod lab;
 pub mod manifests;
 pub mod memory_demo;
 pub mod memory_router;
+mod offload;
 pub mod policy;
 pub mod prepare;
 pub mod replay;

@@ -176,6 +176,7 @@ impl MemoryRouter {
             turn: &turn,
             now: self.now,
             tcp_loose: self.tcp_loose,
+            offload: None,
         };
         process_burst(&mut self.pipeline, &mut self.driver, &mut self.burst, &context);
         self.pipeline.maintain(&mut self.driver, &context, SWEEP_SHARE);

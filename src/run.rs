@@ -53,7 +53,7 @@ use crate::{
     compile::{self, CompileError},
     config::{
         Problems, RouterConfig, Severity,
-        router::{Require, WorkerMode},
+        router::{OffloadMode, Require, WorkerMode},
     },
     connections::{self, TablesError},
     conntrack,
@@ -64,6 +64,7 @@ use crate::{
         LOOPBACK_SOURCES, Link, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted, listening_ports,
     },
     manifests::Substitute,
+    offload::{Offloader, Offloading},
     prepare::{Prepared, Preparer, Refused, Times},
     report::counters_json,
     services, snat_use,
@@ -284,6 +285,7 @@ struct Router {
     links: Links,
     generation: u32,
     shared: Arc<Shared>,
+    offload: Option<Offloader>,
     domain: Arc<Domain>,
     counters: Counters<COUNTERS>,
     events: mpsc::Receiver<Event>,
@@ -339,6 +341,7 @@ impl Router {
         let mut attachment = Attachment::open(TrunkSettings {
             queues: workers,
             mtu: mtu.max(1500),
+            flows: (config.offload == OffloadMode::Auto).then_some(config.offload_max_flows),
             pin_dir: pin_folder(&config.node_name),
         })?;
 
@@ -368,12 +371,21 @@ impl Router {
             }
         }
         opened.notes.iter().for_each(|note| warn!("{note}"));
-        let generation = 1;
+        let offload = Offloading::prepare(attachment.take_offload(), config.offload_udp_packets);
+        let generation = offload.as_ref().map_or(1, Offloading::next_generation);
+        let first = Arc::new(Snapshot {
+            generation,
+            rules: rules.clone(),
+            snat: snat.clone(),
+            forwarding: Arc::new(forwarding),
+        });
+        let offload = offload
+            .map(|offload| offload.begin(&opened.tables, &domain, &first, near_devices(&kernel)))
+            .transpose()
+            .map_err(system("cannot take over the flows in the kernel"))?;
         let shared = Arc::new(Shared {
-            snapshot: Published::new(
-                &domain,
-                Snapshot { generation, rules: rules.clone(), snat: snat.clone(), forwarding: Arc::new(forwarding) },
-            ),
+            snapshot: Published::new(&domain, first),
+            offload: offload.as_ref().map(Offloader::shared),
             tables: opened.tables,
             affinity: Affinity::new(Affinity::DEFAULT_CLIENTS, [random.next_u64(), random.next_u64()]),
             tcp_loose: config.conntrack.tcp_loose,
@@ -425,6 +437,9 @@ impl Router {
             handles.push(spawn_worker(worker, *core, worker_state, failure_sender.clone())?);
         }
 
+        if let Some(offload) = &offload {
+            offload.spawn(shared.clone()).map_err(system("cannot start the thread that hands flows over"))?;
+        }
         let plumbing = HostPlumbing::new(HostSettings {
             device: TRUNK_HOST.into(),
             gateway_mac: attach::ROUTER_END_MAC,
@@ -454,6 +469,7 @@ impl Router {
             links,
             generation,
             shared,
+            offload,
             domain,
             counters,
             events: bridge(event_receiver)?,
@@ -636,12 +652,16 @@ impl Router {
         }
         self.links = links;
         self.generation = self.generation.wrapping_add(1).max(1);
-        self.shared.snapshot.publish(Snapshot {
+        let next = Arc::new(Snapshot {
             generation: self.generation,
             rules: self.rules.clone(),
             snat: self.snat.clone(),
             forwarding: Arc::new(forwarding),
         });
+        if let Some(offload) = &self.offload {
+            offload.prepare(&next, &self.shared.tables, near_devices(&self.kernel));
+        }
+        self.shared.snapshot.publish(next);
         self.hits.follow(&self.rules);
         if devices_differ || even_if_same {
             let wanted = self.wanted();
@@ -889,6 +909,7 @@ impl Router {
                 "usablePorts": self.snat.count(), "allocated": totals.snat_allocated, "taken": totals.snat_taken,
                 "displaced": totals.snat_displaced,
             },
+            "offload": self.offload.as_ref().map(Offloader::to_json),
             "counters": counters_json(&totals),
             "configuration": self.reloads.to_json(),
             "faultyObjects": self.loaded.faulty.iter().map(|faulty| json!({
@@ -950,6 +971,11 @@ fn table_json<A: Family>(table: &Table<A>) -> Value {
 /// What is remembered of the clients of one family.
 fn affinity_json<A: Family>(clients: &Clients<A>) -> Value {
     json!({"clients": clients.count(now()), "capacity": clients.capacity(), "evicted": clients.evicted()})
+}
+
+/// Devices whose other end is in this network namespace too.
+fn near_devices(kernel: &KernelState) -> BTreeSet<u32> {
+    kernel.all().filter(|link| !link.peer_elsewhere).map(|link| link.index.0).collect()
 }
 
 fn core_ids() -> Vec<usize> {

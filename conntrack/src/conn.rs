@@ -25,7 +25,7 @@ use crate::{
     sctp::Sctp,
     state::{Expendable, State},
     storage::Zeroable,
-    tcp::{Standing, Step},
+    tcp::{Standing, Step, Windows},
     timeouts::TimeoutClass,
 };
 
@@ -350,9 +350,56 @@ impl<'t, A: Address> ConnRef<'t, A> {
         self.state().flags()
     }
 
-    /// Sets the bits of `set` and clears those of `clear`.
-    pub fn change_flags(self, set: u8, clear: u8) {
-        self.update(|state| Some(state.with_flags(state.flags() & !clear | set)));
+    /// Sets the bits of `set` and clears those of `clear`; `false`, and nothing is changed, where the connection was removed.
+    pub fn change_flags(self, set: u8, clear: u8) -> bool {
+        let word = self.lines.state();
+        let mut current = self.state();
+        while current.is_live() {
+            let next = current.with_flags(current.flags() & !clear | set);
+            match word.compare_exchange_weak(current.0, next.0, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return true,
+                Err(found) => current = State(found),
+            }
+        }
+        false
+    }
+
+    /// Which use of its index the connection is.
+    #[inline]
+    pub fn identity(self) -> Identity {
+        Identity { index: self.id.0, incarnation: self.state().incarnation() }
+    }
+
+    /// Where the connection is handed over to, as [`Self::set_offload_slot`] noted it: of meaning while it is
+    /// [`OFFLOADED`](crate::OFFLOADED).
+    #[inline]
+    pub fn offload_slot(self) -> u32 {
+        self.table.tcp_line(self.id.0).offload_slot().load(Ordering::Acquire)
+    }
+
+    /// Notes where the connection is handed over to. Before it is marked as [`OFFLOADED`](crate::OFFLOADED).
+    pub fn set_offload_slot(self, slot: u32) {
+        self.table.tcp_line(self.id.0).offload_slot().store(slot, Ordering::Release);
+    }
+
+    /// The windows of an established TCP connection that has proved itself, for somebody else to follow them: `None` of any other, and
+    /// where a side was not heard yet.
+    pub fn windows(self) -> Option<Windows> {
+        let state = self.state();
+        let is_settled = state.is_live() && state.tcp_state() == Some(TcpState::Established) && state.assured();
+        if is_settled { self.table.tcp_line(self.id.0).windows() } else { None }
+    }
+
+    /// Takes over windows that somebody else has followed since ([`Self::windows`]): forward only. `last`: whose segments may have been
+    /// the last. The timeout becomes what follows from them; whether they keep the connection alive is said by [`Self::touch`].
+    pub fn absorb(self, sides: &[[u32; 4]; 2], last: Direction) {
+        let line = self.table.tcp_line(self.id.0);
+        let (settings, timeouts) = self.table.tcp_rules();
+        let Some(timeout) = line.absorb(sides, last, settings, timeouts) else { return };
+        self.update(|state| match state.tcp_state() {
+            Some(TcpState::Established) => Some(state.in_timeout_class(timeout)),
+            _ => None,
+        });
     }
 
     /// When a packet last kept it alive.

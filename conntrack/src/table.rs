@@ -97,7 +97,7 @@
 //! - Harris, Fraser, Pratt, "A practical multi-word compare-and-swap operation", DISC 2002: publication with helping.
 //! - Michael, "High performance dynamic lock-free hash tables and list-based sets", SPAA 2002.
 
-use std::fmt;
+use std::{fmt, sync::OnceLock};
 
 use weir_packet::{Address, Direction, FlowKey, Protocol, Tick};
 use weir_sync::{
@@ -139,9 +139,19 @@ const SAMPLES: u32 = 4;
 /// An established connection with a packet in the last minute is never removed to make room: 6000 ticks of 10 ms.
 pub const ACTIVE_TICKS: u32 = 6000;
 
-/// The one bit of [`Attributes::flags`] that the table knows: a connection of those for whom a share is kept. Until it is over, it is
+/// One of two bits of [`Attributes::flags`] that the table knows: a connection of those for whom a share is kept. Until it is over, it is
 /// removed to make room for another only where that has it too, or where the samples show nothing else.
 pub const PRIVILEGED: u8 = 1 << 7;
+
+/// The other: a connection that was handed over to somebody else ([`ConnRef::offload_slot`]), who is told to give it back before it is
+/// removed.
+pub const OFFLOADED: u8 = 1 << 6;
+
+/// To whom connections may be handed over.
+pub trait Offloader: Send + Sync {
+    /// Takes back what has that slot. From then on none of its packets passes there. For any thread, and quick.
+    fn take_back(&self, slot: u32);
+}
 
 /// How a table is made.
 #[derive(Clone, Copy, Debug)]
@@ -290,6 +300,7 @@ pub struct Table<A: Address> {
     domain: Arc<Domain>,
     counters: Counters<COUNTS>,
     cursor: CachePadded<AtomicU32>,
+    offloader: OnceLock<std::sync::Arc<dyn Offloader>>,
     family: std::marker::PhantomData<A>,
 }
 
@@ -367,6 +378,7 @@ impl<A: Address> Table<A> {
             domain,
             counters: Counters::new(),
             cursor: CachePadded::new(AtomicU32::new(0)),
+            offloader: OnceLock::new(),
             family: std::marker::PhantomData,
         }
     }
@@ -625,6 +637,25 @@ impl<A: Address> Table<A> {
         }
         handle.stock.settle();
         swept
+    }
+
+    /// Who is told before a connection is removed that is [`OFFLOADED`]. Once, before any is.
+    ///
+    /// # Panics
+    /// Where there is one already.
+    pub fn offload_to(&self, offloader: std::sync::Arc<dyn Offloader>) {
+        assert!(self.offloader.set(offloader).is_ok(), "a table hands its connections over to one only");
+    }
+
+    /// The connection of that identity, if it is still there; for the turn.
+    pub fn identified<'t>(&'t self, identity: Identity, turn: &'t Turn<'_>) -> Option<ConnRef<'t, A>> {
+        debug_assert!(turn.is_of(&self.domain));
+        if identity.index >= self.indices.used() {
+            return None;
+        }
+        let state = State(self.lines(identity.index).state().load(Ordering::Acquire));
+        let is_it = state.is_live() && state.incarnation() == identity.incarnation;
+        is_it.then(|| ConnRef::new(self, ConnId(identity.index)))
     }
 
     /// Shows every connection that is live and has not expired, each as of one moment; those that come or go meanwhile
@@ -905,6 +936,12 @@ impl<A: Address> Table<A> {
     /// Ends a live connection in the state `state`, or says in which other state it is.
     fn remove_from(&self, handle: &mut Handle, index: u32, state: State) -> Result<(), State> {
         assert!(handle.stock.is_of(&self.indices), "a handle is used with the table that made it");
+        if state.flags() & OFFLOADED != 0
+            && let Some(offloader) = self.offloader.get()
+        {
+            // Before: nobody carries on what is no connection any more. Where the exchange fails, it was taken back for nothing.
+            offloader.take_back(self.tcp_line(index).offload_slot().load(Ordering::Acquire));
+        }
         let removed = state.in_phase(Phase::Removed);
         let word = self.lines(index).state();
         word.compare_exchange(state.0, removed.0, Ordering::AcqRel, Ordering::Acquire).map_err(State)?;

@@ -375,6 +375,17 @@ pub(crate) struct Tcp {
     anew: [bool; 2],
 }
 
+/// The windows of a connection, in both of which it was heard.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Windows {
+    /// Of each side, by the direction that it sends in: end, max_end, max_win, max_ack ([`crate::tcp`]).
+    pub sides: [[u32; 4]; 2],
+    /// How far a side's windows are shifted.
+    pub scales: [u8; 2],
+    /// Whether what is outside of them passes: the connection was picked up in the middle.
+    pub is_liberal: bool,
+}
+
 /// Where the numbers of a [`Tcp`], or the tags of an SCTP association, are kept.
 ///
 /// | words | what |
@@ -384,6 +395,7 @@ pub(crate) struct Tcp {
 /// | 12 | scales and options of both sides |
 /// | 13 | progress of both sides |
 /// | 14 | what is remembered of the handshake |
+/// | 15 | where the connection is handed over to, of whatever protocol |
 #[derive(Default)]
 #[repr(C, align(64))]
 pub(crate) struct TcpLine {
@@ -421,6 +433,70 @@ impl TcpLine {
         let (sender, receiver) = (&tcp.sides[direction as usize], &tcp.sides[direction.flip() as usize]);
         let oldest = sender.end.wrapping_sub(receiver.max_win.max(MIN_ACK_WINDOW));
         sender.max_win == 0 || !is_before(seq, oldest) && !is_before(sender.end, seq)
+    }
+
+    /// Where the connection is handed over to: no number of TCP's.
+    #[inline]
+    pub(crate) fn offload_slot(&self) -> &AtomicU32 {
+        &self.words[WORDS]
+    }
+
+    /// The windows, if both sides were heard and have answered.
+    pub(crate) fn windows(&self) -> Option<Windows> {
+        let (tcp, words) = self.load();
+        let is_known = |side: &Side| side.max_win != 0 && side.progress & ACK_KNOWN != 0;
+        tcp.sides.iter().all(is_known).then(|| Windows {
+            sides: std::array::from_fn(|side| std::array::from_fn(|word| words[side * SIDE_WORDS + word])),
+            scales: tcp.sides.map(|side| side.scale),
+            is_liberal: tcp.sides.iter().any(|side| side.options & LIBERAL != 0),
+        })
+    }
+
+    /// Moves the windows forward to `sides`, as if the last of the segments between had come from `last`; the timeout of an established
+    /// connection that follows, or `None` where nothing has moved.
+    pub(crate) fn absorb(
+        &self,
+        sides: &[[u32; SIDE_WORDS]; 2],
+        last: Direction,
+        settings: &TcpSettings,
+        timeouts: &ByClass,
+    ) -> Option<TimeoutClass> {
+        let (mut tcp, old) = self.load();
+        let mut has_moved = false;
+        for (side, &[end, max_end, max_win, max_ack]) in tcp.sides.iter_mut().zip(sides) {
+            let mut forward = |from: &mut u32, to: u32| {
+                if is_before(*from, to) {
+                    (*from, has_moved) = (to, true);
+                }
+            };
+            forward(&mut side.end, end);
+            forward(&mut side.max_end, max_end);
+            forward(&mut side.max_ack, max_ack);
+            if side.max_win < max_win {
+                (side.max_win, has_moved) = (max_win, true);
+            }
+        }
+        if !has_moved {
+            return None;
+        }
+        for side in 0..2 {
+            let is_answered = tcp.sides[1 - side].max_ack == tcp.sides[side].end;
+            let progress = &mut tcp.sides[side].progress;
+            *progress = *progress & !UNACKNOWLEDGED | if is_answered { 0 } else { UNACKNOWLEDGED };
+        }
+        let (sender, other) = (&tcp.sides[last as usize], &tcp.sides[last.flip() as usize]);
+        tcp.last = Last {
+            seq: sender.end,
+            ack: sender.max_ack,
+            end: sender.end,
+            // Not a closed one; which is not known.
+            window: other.max_win.clamp(1, u32::from(u16::MAX)) as u16,
+            retransmissions: 0,
+            event: Event::Ack,
+            direction: last,
+        };
+        self.store(&tcp, &old);
+        Some(tcp.timeout(Established, Event::Ack, true, settings, timeouts))
     }
 
     /// Takes over all words of another line.

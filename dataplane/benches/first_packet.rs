@@ -390,6 +390,7 @@ impl Worker {
                 turn: &turn,
                 now: self.now,
                 tcp_loose: true,
+                offload: None,
             };
             let begin = Instant::now();
             handle(&mut self.pipeline, &mut self.driver, &mut self.burst, &context);
@@ -415,6 +416,7 @@ impl Worker {
                 turn: &turn,
                 now: self.now,
                 tcp_loose: true,
+                offload: None,
             };
             self.pipeline.maintain(&mut self.driver, &context, u32::MAX);
         }

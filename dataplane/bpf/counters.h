@@ -23,4 +23,9 @@ enum counter {
 	COUNTER_UPLINK_TAKEN_FRAGMENT,
 	COUNTER_UPLINK_UNCLAIMED_DROPPED,
 	COUNTER_UPLINK_UNCLAIMED_PASSED,
+	/* Flows in the kernel: packets carried; packets of such flows left to the workers, because of what they are or
+	 * because something was published since. */
+	COUNTER_OFFLOADED,
+	COUNTER_OFFLOAD_UNUSUAL,
+	COUNTER_OFFLOAD_STALE,
 };

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The trunk: how packets of workloads and of the node's own kernel get to weir's sockets on weir1, and back.
  *
+ *   pod -> its veth -> workload_send -> another pod, if the packet is one of a flow that was handed over (offload.h)
  *   pod -> its veth -> workload_send ----> weir0 => weir1 -> trunk_receive -> AF_XDP socket
  *          node's kernel (routes) ------>  weir0
  *   pod <- its veth <- trunk_deliver <---  weir0 <= weir1 <-------------------AF_XDP socket
  *          node's kernel <-- (pass) <----
  *
  * Everything here fails closed: without a router there is no socket, and what pods send ends in trunk_receive. */
-#include "weir.h"
+#include "offload.h"
 
 #include <linux/if_packet.h>
 #include <linux/pkt_cls.h>
@@ -28,10 +29,13 @@ SECTION("xdp") int trunk_receive(struct xdp_md *packet)
 SECTION("classifier") int workload_send(struct __sk_buff *packet)
 {
 	__u32 device = packet->ifindex;
+	int action = offload(packet);
 	__u8 destination[ETH_ALEN] = {
 		ENCODED, packet->pkt_type, device >> 24, device >> 16, device >> 8, device,
 	};
 
+	if (action >= 0)
+		return action;
 	if (skb_store_bytes(packet, 0, destination, sizeof(destination), 0))
 		return TC_ACT_SHOT;
 	count(COUNTER_WORKLOAD_SENT);

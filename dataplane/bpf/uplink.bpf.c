@@ -26,12 +26,6 @@
 #define LAST_MLD 132
 #define MLD_V2_REPORT 143
 
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-#define from_network16(value) __builtin_bswap16(value)
-#else
-#define from_network16(value) (value)
-#endif
-
 INLINE int has_port(enum port_set set, enum port_protocol protocol, __u16 port)
 {
 	__u32 word = (set * PORT_PROTOCOLS + protocol) * PORT_WORDS + port / 64;

@@ -14,6 +14,14 @@
 
 #include "counters.h"
 
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define from_network16(value) __builtin_bswap16(value)
+#define from_network32(value) __builtin_bswap32(value)
+#else
+#define from_network16(value) (value)
+#define from_network32(value) (value)
+#endif
+
 #define SECTION(name) __attribute__((section(name), used))
 #define INLINE static inline __attribute__((always_inline))
 

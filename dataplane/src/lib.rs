@@ -20,6 +20,7 @@ pub mod host_policy;
 pub mod memory;
 mod mix;
 pub mod model;
+pub mod offload;
 pub mod pipeline;
 pub mod prefix;
 pub mod snapshot;

@@ -37,6 +37,7 @@ use crate::{
     frame::{IfIndex, LinkType, Packet},
     held::{Held, HeldPacket, PATIENCE},
     host_policy,
+    offload::{self, Offload},
     snapshot::Snapshot,
 };
 
@@ -189,6 +190,8 @@ pub struct Context<'t> {
     pub now: Tick,
     /// Whether a TCP connection may be picked up mid-stream (nf_conntrack_tcp_loose).
     pub tcp_loose: bool,
+    /// To whom settled flows are handed over.
+    pub offload: Option<&'t Offload>,
 }
 
 /// What a worker asks of, or tells, the control thread.
@@ -595,8 +598,16 @@ impl Pipeline {
                 // It stays bad, so its receiver drops it.
                 return self.established(driver, packet, view, &conn, hit.direction, context);
             }
+            if let Some(offload) = context.offload {
+                offload.take_windows(&conn, hit.direction);
+            }
             match conn.track(hit.direction, segment, context.now) {
-                Tracked::Accept => return self.established(driver, packet, view, &conn, hit.direction, context),
+                Tracked::Accept => {
+                    if let Some(offload) = context.offload {
+                        offload.consider(&conn, hit.direction);
+                    }
+                    return self.established(driver, packet, view, &conn, hit.direction, context);
+                }
                 Tracked::NewFlow => {
                     table.remove(A::handle(&mut self.handles), hit.conn, context.turn);
                 }
@@ -784,7 +795,7 @@ impl Pipeline {
                 hop_word(snapshot.generation, decision.adjacency()),
                 hop_word(snapshot.generation, adjacency_to(snapshot, view.key.src)),
             ],
-            flags: if origin == Origin::Host { PRIVILEGED } else { 0 },
+            flags: flags(origin, decision, context),
         };
         let mut reply = decision.translated.invert();
         if let Some(address) = decision.snat {
@@ -1598,9 +1609,53 @@ enum Rejudged {
     Anew,
 }
 
-/// Judges a connection again, by its original key, its device and its stored DNAT.
+/// The flags of a new connection.
+fn flags<A: Family>(origin: Origin, decision: &Decision<'_, A>, context: &Context<'_>) -> u8 {
+    let forwarding = &*context.snapshot.forwarding;
+    let leads_to_pod = decision.adjacency().is_some_and(|hop| forwarding.adjacency(hop).kind == RouteKind::Workload);
+    match origin {
+        Origin::Host => PRIVILEGED,
+        // Both ends are where the tc programs are.
+        Origin::Workload(_) if context.offload.is_some() && leads_to_pod => offload::CANDIDATE,
+        Origin::Workload(_) | Origin::Uplink => 0,
+    }
+}
+
+/// Judges a connection again, and notes the outcome.
 fn rejudge<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, context: &Context<'_>) -> Rejudged {
     let snapshot = context.snapshot;
+    let Judged { stamps, translated_to, source } = match judge_again(conn, direction, snapshot) {
+        Ok(judged) => judged,
+        Err(rejudged) => return rejudged,
+    };
+    if stamps != conn.stamps()[..2] {
+        let [.., backend_stamp] = conn.stamps();
+        conn.set_stamps([stamps[0], stamps[1], backend_stamp]);
+    }
+    let word = |destination: A| hop_word(snapshot.generation, adjacency_to(snapshot, destination));
+    conn.set_next_hops([word(translated_to), word(source)]);
+    conn.set_generation(snapshot.generation);
+    Rejudged::Keep
+}
+
+/// Whether a connection goes on by these tables as it is. Notes nothing.
+pub(crate) fn stands<A: Family>(conn: &ConnRef<'_, A>, snapshot: &Snapshot) -> bool {
+    judge_again(conn, Direction::Original, snapshot).is_ok()
+}
+
+/// What a connection is to remember of its judgement.
+struct Judged<A> {
+    stamps: [u32; 2],
+    translated_to: A,
+    source: A,
+}
+
+/// Judges a connection again, by its original key, its device and its stored DNAT; how it ends, if it does.
+fn judge_again<A: Family>(
+    conn: &ConnRef<'_, A>,
+    direction: Direction,
+    snapshot: &Snapshot,
+) -> Result<Judged<A>, Rejudged> {
     let forwarding = &*snapshot.forwarding;
     let original = conn.key(Direction::Original);
     let reply = conn.key(Direction::Reply);
@@ -1619,32 +1674,25 @@ fn rejudge<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, context: &Con
     let was_translated = (translated.dst, translated.ports) != (original.dst, original.ports);
     let is_tcp = original.protocol == Protocol::TCP;
     if was_translated && !services.still_backend(&original, translated.dst, translated.ports.destination()) {
-        return match (is_tcp, direction) {
+        return Err(match (is_tcp, direction) {
             (true, _) => Rejudged::Reset(DropReason::BackendGone),
             (false, Direction::Original) => Rejudged::Anew,
             (false, Direction::Reply) => Rejudged::Cut(DropReason::BackendGone),
-        };
+        });
     }
     if !was_translated && !is_tcp && direction == Direction::Original && services.claims(&original) {
         // A service appeared at this address.
-        return Rejudged::Anew;
+        return Err(Rejudged::Anew);
     }
 
     let device = forwarding.device_by_index(IfIndex(conn.device()));
     let Some(origin) = device.and_then(|id| Origin::of(forwarding.device(id))) else {
-        return Rejudged::Cut(DropReason::UnknownDevice);
+        return Err(Rejudged::Cut(DropReason::UnknownDevice));
     };
     let arrival = Arrival::by(origin, IfIndex(conn.device()), forwarding);
     let stamps = decide::policy_stamps(snapshot, arrival, &translated);
-    let [.., backend_stamp] = conn.stamps();
     if stamps != conn.stamps()[..2] {
-        if let Err(reason) = decide::judge_again(snapshot, arrival, &original, &translated) {
-            return Rejudged::Cut(reason);
-        }
-        conn.set_stamps([stamps[0], stamps[1], backend_stamp]);
+        decide::judge_again(snapshot, arrival, &original, &translated).map_err(Rejudged::Cut)?;
     }
-    let word = |destination: A| hop_word(snapshot.generation, adjacency_to(snapshot, destination));
-    conn.set_next_hops([word(translated.dst), word(original.src)]);
-    conn.set_generation(snapshot.generation);
-    Rejudged::Keep
+    Ok(Judged { stamps, translated_to: translated.dst, source: original.src })
 }

@@ -20,6 +20,7 @@ use crate::{
     afxdp::AfXdp,
     driver::{Driver, PortId},
     frame::Packet,
+    offload::Offload,
     pipeline::{Context, Pipeline, Tables, process_burst},
     snapshot::Snapshot,
 };
@@ -48,6 +49,8 @@ pub struct Shared {
     pub affinity: Affinity,
     /// Whether a TCP connection may be picked up mid-stream.
     pub tcp_loose: bool,
+    /// To whom settled flows are handed over.
+    pub offload: Option<Arc<Offload>>,
     /// Set to end all workers.
     pub stop: AtomicBool,
 }
@@ -136,6 +139,7 @@ impl<D: Device> Worker<D> {
             turn: &turn,
             now: now(),
             tcp_loose: shared.tcp_loose,
+            offload: shared.offload.as_deref(),
         };
         let mut handled = 0;
         for port in 0..driver.ports() {

@@ -113,7 +113,7 @@ impl Node {
     }
 
     fn settings(&self) -> TrunkSettings {
-        TrunkSettings { queues: 2, mtu: 1500, pin_dir: self.pins.clone() }
+        TrunkSettings { queues: 2, mtu: 1500, flows: None, pin_dir: self.pins.clone() }
     }
 
     fn open(&self) -> Attachment {
@@ -1040,7 +1040,7 @@ fn a_pin_folder_serves_one_namespace() {
     }
     let node = Node::new();
     let stranger = Namespace::new();
-    let strange = TrunkSettings { queues: 2, mtu: 1500, pin_dir: node.pins.clone() };
+    let strange = TrunkSettings { queues: 2, mtu: 1500, flows: None, pin_dir: node.pins.clone() };
     node.run(|| drop(node.open()));
     stranger.run(|| {
         assert!(matches!(Attachment::open(strange.clone()), Err(AttachError::OtherNamespace { .. })));
@@ -1065,7 +1065,8 @@ fn a_namespace_of_mounts_is_noticed() {
     }
     // The pins of a process under `ip netns exec` would go with it. A child takes that part.
     if env::var_os("WEIR_TEST_PRIVATE_MOUNTS").is_some() {
-        let settings = TrunkSettings { queues: 1, mtu: 1500, pin_dir: "/sys/fs/bpf/weir-private-mounts".into() };
+        let settings =
+            TrunkSettings { queues: 1, mtu: 1500, flows: None, pin_dir: "/sys/fs/bpf/weir-private-mounts".into() };
         assert!(matches!(detach(&settings.pin_dir), Err(AttachError::PrivateMounts { .. })));
         assert!(matches!(Attachment::open(settings), Err(AttachError::PrivateMounts { .. })));
         return;

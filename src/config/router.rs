@@ -7,7 +7,7 @@ use std::{
 
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer};
-use weir_dataplane::{fragments, frame::MAX_MTU, model::Role};
+use weir_dataplane::{fragments, frame::MAX_MTU, model::Role, offload::MAX_UDP_PACKETS};
 use weir_packet::{Mac, Tick};
 
 use super::{
@@ -56,6 +56,12 @@ pub struct RouterConfig {
     pub neighbors: Vec<NeighborConfig>,
     /// The connection table.
     pub conntrack: Conntrack,
+    /// Whether settled flows between pods of this node are handed over to the kernel's programs.
+    pub offload: OffloadMode,
+    /// Most flows that the kernel may have at once.
+    pub offload_max_flows: u32,
+    /// After how many packets a UDP flow is handed over that nobody answers.
+    pub offload_udp_packets: u8,
 }
 
 impl Default for RouterConfig {
@@ -76,6 +82,9 @@ impl Default for RouterConfig {
             routes: Vec::new(),
             neighbors: Vec::new(),
             conntrack: Conntrack::default(),
+            offload: OffloadMode::Off,
+            offload_max_flows: 65_536,
+            offload_udp_packets: 8,
         }
     }
 }
@@ -121,6 +130,16 @@ pub enum WorkerMode {
     Busy,
     /// It polls a while, then sleeps until a packet comes.
     Adaptive,
+}
+
+/// Whether flows are handed over to the kernel's programs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum OffloadMode {
+    /// Workers carry all packets.
+    Off,
+    /// What can be handed over is.
+    Auto,
 }
 
 /// What a device's sockets must be able to do; otherwise the router does not start.
@@ -298,6 +317,8 @@ const MAX_BURST: usize = 64;
 const MAX_DEVICE_NAME_BYTES: usize = 15;
 /// Connections that a table may have at most; the node's own share comes on top.
 const MAX_CONNECTIONS: usize = weir_conntrack::MAX_ENTRIES as usize / 2;
+/// Flows that the kernel may have at most: 1 GiB.
+const MAX_OFFLOADED_FLOWS: u32 = 1 << 22;
 /// The smallest MTU that IPv4 allows (RFC 791).
 const MIN_MTU: u32 = 68;
 
@@ -396,6 +417,18 @@ impl RouterConfig {
                 let help = "two workers on one core would only take turns".to_owned();
                 problems.error(span, format!("core {core} is given twice"), help);
             }
+        }
+        if !(1..=MAX_OFFLOADED_FLOWS).contains(&self.offload_max_flows) {
+            let message = format!(
+                "offloadMaxFlows is {}: the kernel may have 1 to {MAX_OFFLOADED_FLOWS} flows, of 256 bytes each and \
+                 some 200 more for its keys",
+                self.offload_max_flows
+            );
+            problems.error(at("offloadMaxFlows"), message, "to have none, write offload: off".to_owned());
+        }
+        if !(1..=MAX_UDP_PACKETS).contains(&self.offload_udp_packets) {
+            let message = format!("offloadUdpPackets is {}: 1 to {MAX_UDP_PACKETS} packets", self.offload_udp_packets);
+            problems.error(at("offloadUdpPackets"), message, None);
         }
         if self.conntrack.max_entries == 0 {
             let conntrack = root.get("conntrack").unwrap_or(root);

@@ -35,8 +35,8 @@ struct Writer<T> {
 
 impl<T> Published<T> {
     /// Publishes the first snapshot, for participants of `domain`.
-    pub fn new(domain: &Arc<Domain>, first: T) -> Self {
-        let current = Arc::new(first);
+    pub fn new(domain: &Arc<Domain>, first: impl Into<Arc<T>>) -> Self {
+        let current = first.into();
         Self {
             current: AtomicPtr::new(Arc::as_ptr(&current).cast_mut()),
             domain: Arc::clone(domain),
@@ -103,7 +103,7 @@ mod tests {
     #[test]
     fn a_snapshot_outlives_the_turns_that_read_it() {
         let (domain, dropped) = (Domain::new(), Arc::new(AtomicUsize::new(0)));
-        let published = Published::new(&domain, Counted(1, dropped.clone()));
+        let published = Published::<Counted>::new(&domain, Counted(1, dropped.clone()));
         let mut reader = domain.join();
         let turn = reader.enter();
         let first = published.load(&turn);
@@ -121,7 +121,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "its own domain")]
     fn a_turn_of_another_domain_is_refused() {
-        let published = Published::new(&Domain::new(), 1);
+        let published = Published::<u32>::new(&Domain::new(), 1);
         let mut stranger = Domain::new().join();
         published.load(&stranger.enter());
     }
@@ -129,7 +129,7 @@ mod tests {
     #[test]
     fn readers_see_whole_snapshots_while_they_change() {
         let domain = Domain::new();
-        let published = Published::new(&domain, vec![0u64; 8]);
+        let published = Published::<Vec<u64>>::new(&domain, vec![0u64; 8]);
         let rounds = if cfg!(miri) { 50 } else { 20_000 };
         std::thread::scope(|scope| {
             for _ in 0..2 {

@@ -18,6 +18,7 @@ mod kernel;
 mod lifecycle;
 mod load_balancer;
 mod manifests;
+mod offload;
 mod one_node;
 mod own_node;
 mod path_mtu;

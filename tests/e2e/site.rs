@@ -77,6 +77,11 @@ pub fn weir_binary() -> PathBuf {
     std::env::var_os("WEIR_E2E_BIN").map_or_else(|| env!("CARGO_BIN_EXE_weir").into(), PathBuf::from)
 }
 
+/// Whether routers hand flows over: all tests are run with both.
+pub fn offload_mode() -> String {
+    std::env::var("WEIR_E2E_OFFLOAD").unwrap_or_else(|_| "auto".into())
+}
+
 impl Site {
     /// Builds nodes, an outside client, and all pods that the manifests have on these nodes; no server and no router runs yet.
     pub fn build(nodes: &[NodePlan], cluster: &str, policies: &str) -> Self {
@@ -100,9 +105,10 @@ impl Site {
             let config = format!(
                 "apiVersion: weir.dev/v1alpha1\nkind: RouterConfig\nnodeName: {}\nmanifests: [cluster.yaml, policies.yaml]\n\
                  serviceCIDRs: [10.96.0.0/16, \"fd00:96::/112\"]\nworkers: {{cores: {:?}, mode: adaptive}}\n\
-                 devices:\n- {{name: eth0, role: uplink}}\n",
+                 offload: {}\ndevices:\n- {{name: eth0, role: uplink}}\n",
                 site.lab.node_name(&node.name),
-                node.cores
+                node.cores,
+                offload_mode()
             );
             let path = site.write(&format!("{}.yaml", node.name), &config);
             site.configs.insert(node.name.clone(), path);

@@ -40,11 +40,17 @@ pub enum Counter {
     UplinkUnclaimedDropped,
     /// Of those taken, left to the kernel for the same reason.
     UplinkUnclaimedPassed,
+    /// Packets of workloads that the kernel carried, of flows that workers have handed over. One with segmentation offload counts once.
+    Offloaded,
+    /// Packets of such flows left to the workers: no plain data, or larger than where they go takes.
+    OffloadUnusual,
+    /// Packets of such flows left to the workers: something was published since that concerns them.
+    OffloadStale,
 }
 
 impl Counter {
     /// All of them, in the order of their slots.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 18] = [
         Self::TrunkTaken,
         Self::TrunkUnclaimed,
         Self::WorkloadSent,
@@ -60,6 +66,9 @@ impl Counter {
         Self::UplinkTakenFragment,
         Self::UplinkUnclaimedDropped,
         Self::UplinkUnclaimedPassed,
+        Self::Offloaded,
+        Self::OffloadUnusual,
+        Self::OffloadStale,
     ];
 
     /// Its name in metrics, in snake case.
@@ -80,6 +89,9 @@ impl Counter {
             Self::UplinkTakenFragment => "uplink_taken_fragment",
             Self::UplinkUnclaimedDropped => "uplink_unclaimed_dropped",
             Self::UplinkUnclaimedPassed => "uplink_unclaimed_passed",
+            Self::Offloaded => "offloaded",
+            Self::OffloadUnusual => "offload_unusual",
+            Self::OffloadStale => "offload_stale",
         }
     }
 }

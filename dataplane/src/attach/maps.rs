@@ -7,7 +7,11 @@ use aya::{
     maps::{MapData, MapError, MapInfo, MapType},
 };
 
-use super::{AttachError, pins::Pins};
+use super::{
+    AttachError,
+    pins::{self, Pins},
+};
+use crate::offload::flow::Flow;
 
 /// Queues of one device (`MAX_QUEUES` of `bpf/weir.h`).
 pub(super) const MAX_QUEUES: u32 = 256;
@@ -37,11 +41,40 @@ const LAYOUT: [(&str, MapType, u32, u32, u32); 8] = [
     ("identity", MapType::Array, 4, 8, 1),
 ];
 
-/// The trunk's programs, to send to the device `weir0`.
-pub(super) fn load_trunk(pins: &Pins, weir0: u32) -> Result<Ebpf, AttachError> {
+/// Name, type, bytes of key and value of each map of flows in the kernel, and how many entries for a flow.
+const OFFLOAD_LAYOUT: [(&str, MapType, u32, u32, u32); 3] = [
+    ("offload_flows", MapType::Array, 4, size_of::<Flow>() as u32, 1),
+    ("offload_v4", MapType::Hash, size_of::<KeyV4>() as u32, 8, 2),
+    ("offload_v6", MapType::Hash, size_of::<KeyV6>() as u32, 8, 2),
+];
+/// The epoch's map.
+pub(super) const EPOCH: &str = "offload_epoch";
+
+/// A flow's keys, as bytes, and what they lead to: the way's number and a serial number.
+pub(super) type KeyV4 = [u8; 20];
+pub(super) type KeyV6 = [u8; 44];
+pub(super) type FlowName = [u32; 2];
+
+/// The trunk's programs, to send to the device `weir0`; with room for so many flows in the kernel, if any.
+pub(super) fn load_trunk(pins: &Pins, weir0: u32, flows: Option<u32>) -> Result<Ebpf, AttachError> {
     let object = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/trunk.bpf.o"));
+    let count = flows.unwrap_or(1);
+    let layout = OFFLOAD_LAYOUT.map(|(name, kind, key, value, each)| (name, kind, key, value, each * count));
+    // Flows are an earlier process's gift, no duty: those of another size or version are left behind.
+    let is_kept = layout.iter().all(|(name, kind, key, value, entries)| {
+        let path = pins.dir().join(name);
+        flows.is_some() && path.exists() && check_layout(&path, name, (*kind, *key, *value, *entries)).is_ok()
+    });
+    if !is_kept {
+        layout.iter().try_for_each(|(name, ..)| pins::unpin_map(&pins.dir().join(name)))?;
+    }
     let mut loader = EbpfLoader::new();
     loader.override_global("trunk_device", &weir0, true);
+    let is_on = u32::from(flows.is_some());
+    loader.override_global("offload_is_on", &is_on, true);
+    for (name, .., entries) in layout {
+        loader.map_max_entries(name, entries);
+    }
     load(loader, "trunk", object, pins, &pins.trunk_sockets())
 }
 

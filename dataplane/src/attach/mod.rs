@@ -40,6 +40,7 @@
 mod counters;
 mod error;
 mod maps;
+mod offload;
 mod owned;
 mod pins;
 mod tools;
@@ -68,6 +69,7 @@ use weir_packet::Mac;
 pub use self::{
     counters::{Counter, Counters},
     error::AttachError,
+    offload::OffloadMaps,
     owned::Owned,
     trunk::{KERNEL_END, KERNEL_END_MAC, ROUTER_END, ROUTER_END_MAC, Trunk},
 };
@@ -91,6 +93,8 @@ pub struct TrunkSettings {
     pub queues: u32,
     /// MTU of the trunk in bytes: the largest of the workloads' and the uplinks'.
     pub mtu: u32,
+    /// Flows that the kernel may have at a time, if any.
+    pub flows: Option<u32>,
     /// The pin folder, on a BPF file system; below /sys/fs/bpf it is mounted where it is not.
     pub pin_dir: PathBuf,
 }
@@ -145,6 +149,7 @@ pub struct Attachment {
     uplinks: BTreeMap<u32, Uplink>,
     owned: OwnedMaps,
     counters: PerCpuArray<MapData, u64>,
+    offload: Option<OffloadMaps>,
     modes: Vec<ModeReport>,
 }
 
@@ -172,7 +177,7 @@ impl Attachment {
         pins.check_namespace()?;
         let trunk = Trunk::ensure(settings.queues, settings.mtu)?;
 
-        let mut object = maps::load_trunk(&pins, trunk.kernel_end)?;
+        let mut object = maps::load_trunk(&pins, trunk.kernel_end, settings.flows)?;
         let mut identity: Array<_, u64> = maps::take(&mut object, "identity")?;
         identity.set(0, pins::namespace()?, 0).map_err(map_error("identity"))?;
 
@@ -212,6 +217,7 @@ impl Attachment {
             uplinks: BTreeMap::new(),
             owned: OwnedMaps::take(&mut object)?,
             counters: maps::take(&mut object, "counters")?,
+            offload: settings.flows.map(|flows| OffloadMaps::take(&mut object, flows)).transpose()?,
             trunk_object: object,
             modes,
             pins,
@@ -358,6 +364,11 @@ impl Attachment {
     /// Where the map cannot be read.
     pub fn counters(&self) -> Result<Counters, AttachError> {
         Counters::read(&self.counters)
+    }
+
+    /// The maps of flows in the kernel, once, where there are to be any.
+    pub fn take_offload(&mut self) -> Option<OffloadMaps> {
+        self.offload.take()
     }
 
     /// How the programs are attached and why: the trunk's, the uplinks', and those workloads that are not served the

@@ -259,6 +259,7 @@ impl Router {
             turn: &turn,
             now: self.now,
             tcp_loose: true,
+            offload: None,
         };
         process_burst(&mut self.pipeline, &mut self.driver, &mut burst, &context);
         self.pipeline.maintain(&mut self.driver, &context, 32);

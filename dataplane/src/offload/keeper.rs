@@ -1,0 +1,504 @@
+//! The keeper: writes what the programs read, and tells the table what they have carried.
+
+use std::{
+    collections::{BTreeSet, HashMap, VecDeque},
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crossbeam::channel::{Receiver, RecvTimeoutError};
+use weir_conntrack::{ConnRef, OFFLOADED, Observed, Offloader as _, Table};
+use weir_packet::{Direction, Protocol, Tick};
+use weir_sync::{Domain, Epoch, Mutex, Participant, Turn, atomic::Ordering, lock};
+
+use super::{
+    ASKED, CANDIDATE, Offload, Request,
+    flow::{Phase, wait_for_programs},
+    recipe::{self, Key, Recipe, Stays},
+};
+use crate::{
+    pipeline::{Family, Tables},
+    snapshot::Snapshot,
+    worker::now,
+};
+
+/// How long a publication waits for flows to be confirmed. Those for which there was no time visit a worker.
+pub const PATIENCE: Duration = Duration::from_millis(20);
+/// How often is looked what the programs have carried.
+pub const LOOK: Duration = Duration::from_millis(250);
+/// Requests that are answered together: so many keep control from the keeper for less than a millisecond.
+const BATCH: usize = 256;
+/// Slots that are looked at in one turn.
+const CHUNK: usize = 256;
+/// A flow that is idle for so long makes way for another where all slots are used.
+const IDLE: u32 = (1_000_000_000 / Tick::NS) as u32;
+/// Slots among which the longest idle is chosen to make way.
+const SAMPLE: usize = 64;
+
+/// The programs' keys.
+pub trait Keys: Send {
+    /// Lets a key lead to a way of a slot: the number twice the slot's, plus one for replies; and the serial number of the slot's use.
+    ///
+    /// # Errors
+    /// Where there is no room, or the kernel refuses.
+    fn insert(&mut self, key: &Key, way: u32, serial: u32) -> io::Result<()>;
+    /// Takes a key away, if it is there.
+    fn remove(&mut self, key: &Key);
+    /// All keys, with what they lead to.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    fn all(&self) -> io::Result<Vec<(Key, u32, u32)>>;
+}
+
+/// Keys in memory of this process, for tests.
+impl Keys for HashMap<Key, (u32, u32)> {
+    fn insert(&mut self, key: &Key, way: u32, serial: u32) -> io::Result<()> {
+        self.insert(*key, (way, serial));
+        Ok(())
+    }
+    fn remove(&mut self, key: &Key) {
+        self.remove(key);
+    }
+    fn all(&self) -> io::Result<Vec<(Key, u32, u32)>> {
+        Ok(self.iter().map(|(key, (way, serial))| (*key, *way, *serial)).collect())
+    }
+}
+
+/// What became of flows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counts {
+    /// Flows that the programs have now.
+    pub flows: usize,
+    /// Flows that there is room for.
+    pub capacity: usize,
+    /// Flows handed over.
+    pub handed_over: u64,
+    /// Flows handed over again, after a change that concerned them.
+    pub renewed: u64,
+    /// Flows taken back because they ended, or for what has become of them.
+    pub taken_back: u64,
+    /// Flows taken back because they were idle and others needed their slot.
+    pub evicted: u64,
+    /// Publications' flows for which there was no time.
+    pub unconfirmed: u64,
+    /// Requests refused: all slots are used.
+    pub full: u64,
+    /// Requests refused: an end is not where the programs can send to.
+    pub elsewhere: u64,
+    /// Requests refused for the moment: the connection is to be judged again, or a next hop is not known.
+    pub unsettled: u64,
+    /// Requests refused: the kernel did not take the keys.
+    pub failed: u64,
+    /// Requests that the keeper had no time to hear.
+    pub unheard: u64,
+    /// Packets that the programs carried, of flows that are over too.
+    pub packets: u64,
+    /// And their bytes.
+    pub bytes: u64,
+}
+
+/// A slot's flow.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    request: Request,
+    serial: u32,
+    recipe: Recipe,
+    /// Packets and bytes carried, as of the last look, by direction.
+    carried: [(u64, u64); 2],
+    since: Tick,
+}
+
+/// All that is known of the flows that were handed over.
+pub struct Keeper {
+    offload: Arc<Offload>,
+    keys: Box<dyn Keys>,
+    domain: Arc<Domain>,
+    participant: Participant,
+    current: Arc<Snapshot>,
+    near: BTreeSet<u32>,
+    held: Vec<Option<Held>>,
+    serials: Vec<u32>,
+    /// Slots that were freed: when all turns of that time are over, and so many grace periods have passed.
+    resting: VecDeque<(Epoch, u64, u32)>,
+    graces: u64,
+    counts: Counts,
+    cursor: usize,
+}
+
+impl Keeper {
+    /// A keeper of flows of these tables' connections, by the tables of `current`.
+    pub fn new(
+        offload: Arc<Offload>,
+        capacity: u32,
+        keys: Box<dyn Keys>,
+        domain: &Arc<Domain>,
+        current: Arc<Snapshot>,
+    ) -> Self {
+        Self {
+            offload,
+            keys,
+            participant: domain.join(),
+            domain: Arc::clone(domain),
+            current,
+            near: BTreeSet::new(),
+            held: Vec::new(),
+            serials: vec![0; capacity as usize],
+            resting: VecDeque::new(),
+            graces: 0,
+            counts: Counts { capacity: capacity as usize, ..Counts::default() },
+            cursor: 0,
+        }
+    }
+
+    /// What became of flows so far.
+    pub fn counts(&self) -> Counts {
+        Counts { unheard: self.offload.unheard.load(std::sync::atomic::Ordering::Relaxed), ..self.counts }
+    }
+
+    /// Devices whose other end is in this network namespace: `bpf_redirect_peer` does not serve them.
+    pub fn set_near(&mut self, near: BTreeSet<u32>) {
+        self.near = near;
+    }
+
+    /// What an earlier process has handed over goes on, as far as the connections were taken over and the first tables agree; the rest is
+    /// taken back. To be called once, before workers run.
+    ///
+    /// # Errors
+    /// Where the kernel does not tell the keys.
+    pub fn adopt(&mut self, tables: &Tables) -> io::Result<usize> {
+        let mut by_slot: HashMap<u32, [Option<(Key, u32)>; 2]> = HashMap::new();
+        for (key, way, serial) in self.keys.all()? {
+            by_slot.entry(way >> 1).or_default()[way as usize & 1] = Some((key, serial));
+        }
+        self.adopt_family(&tables.v4, &mut by_slot);
+        self.adopt_family(&tables.v6, &mut by_slot);
+        for slot in (0..self.held.len()).filter(|slot| self.held[*slot].is_none()) {
+            self.resting.push_back((self.domain.retire_epoch(), self.graces, slot as u32));
+        }
+        // Nobody's.
+        for (slot, keys) in by_slot {
+            self.offload.take_back(slot);
+            keys.iter().flatten().for_each(|(key, _)| self.keys.remove(key));
+        }
+        Ok(self.counts.flows)
+    }
+
+    fn adopt_family<A: Family>(&mut self, table: &Table<A>, by_slot: &mut HashMap<u32, [Option<(Key, u32)>; 2]>) {
+        let mut marked = Vec::new();
+        table.for_each(now(), |entry| {
+            if entry.attributes.flags & (OFFLOADED | ASKED) != 0 {
+                marked.push(entry.identity);
+            }
+        });
+        for identity in marked {
+            let Self { offload, participant, current, near, held: places, serials, counts, .. } = &mut *self;
+            let turn = participant.enter();
+            let Some(conn) = table.identified(identity, &turn) else { continue };
+            let slot = conn.offload_slot();
+            let kept =
+                (conn.flags() & OFFLOADED != 0).then(|| by_slot.get(&slot).copied()).flatten().and_then(|keys| {
+                    let [Some((original, serial)), Some((reply, again))] = keys else { return None };
+                    let flow = offload.flow(slot)?;
+                    let recipe = recipe::of_connection(&conn, current, near).ok()?;
+                    let is_same = recipe.keys == [original, reply]
+                        && serial == again
+                        && flow.state() == (serial, Phase::Live)
+                        && recipe.is_written(flow);
+                    is_same.then(|| {
+                        let request = Request { is_v6: A::BITS == 128, identity };
+                        let carried = [Direction::Original, Direction::Reply].map(|direction| flow.carried(direction));
+                        Held { request, serial, recipe, carried, since: conn.last_seen() }
+                    })
+                });
+            match kept {
+                Some(held) if (slot as usize) < serials.len() => {
+                    conn.change_flags(0, ASKED);
+                    by_slot.remove(&slot);
+                    places.resize(places.len().max(slot as usize + 1), None);
+                    serials[slot as usize] = held.serial;
+                    places[slot as usize] = Some(held);
+                    counts.flows += 1;
+                }
+                _ => drop(conn.change_flags(0, ASKED | OFFLOADED)),
+            }
+        }
+    }
+
+    /// Before `next` is published: flows that it does not change get its epoch, all others are stopped when this returns.
+    pub fn prepare(&mut self, next: &Arc<Snapshot>, tables: &Tables) {
+        let begin = Instant::now();
+        self.current = Arc::clone(next);
+        let epoch = self.offload.epoch();
+        for start in (0..self.held.len()).step_by(CHUNK) {
+            let is_late = begin.elapsed() > PATIENCE;
+            let Self { offload, participant, near, held, counts, .. } = &mut *self;
+            let turn = participant.enter();
+            let chunk = start..(start + CHUNK).min(held.len());
+            for (slot, held) in chunk.clone().zip(&held[chunk]) {
+                let (Some(held), Some(flow)) = (held, offload.flow(slot as u32)) else { continue };
+                // What was not in force before is for a worker to bring back.
+                if flow.state() != (held.serial, Phase::Live) || flow.epoch.load(Ordering::Relaxed) != epoch {
+                    continue;
+                }
+                if is_late {
+                    counts.unconfirmed += 1;
+                } else if still_same(held, next, tables, near, &turn) {
+                    flow.epoch.store(next.generation, Ordering::Release);
+                }
+            }
+        }
+        self.offload.epoch[0].store(u64::from(next.generation), Ordering::Release);
+    }
+
+    /// Answers requests. A grace period must have passed since they were made ([`wait_for_programs`]), and since `graces` of them.
+    pub fn answer(&mut self, requests: &[Request], graces: u64, tables: &Tables) {
+        self.graces = self.graces.max(graces);
+        for request in requests {
+            match request.is_v6 {
+                false => self.answer_one(&tables.v4, *request),
+                true => self.answer_one(&tables.v6, *request),
+            }
+        }
+    }
+
+    fn answer_one<A: Family>(&mut self, table: &Table<A>, request: Request) {
+        let now = now();
+        let free = self.free_slot(now);
+        let Self { offload, keys, participant, current, near, held, serials, counts, .. } = &mut *self;
+        let turn = participant.enter();
+        let mut returned = free;
+        if let Some(conn) = table.identified(request.identity, &turn) {
+            let before = (conn.flags() & OFFLOADED != 0).then(|| conn.offload_slot());
+            match recipe::of_connection(&conn, current, near) {
+                Err(stays) => {
+                    match stays {
+                        Stays::Elsewhere => counts.elsewhere += 1,
+                        Stays::Unsettled | Stays::Unresolved => counts.unsettled += 1,
+                    }
+                    // Its packets ask again, where that may help.
+                    let gives_up = if stays == Stays::Elsewhere { CANDIDATE } else { 0 };
+                    conn.change_flags(0, ASKED | gives_up);
+                    if let Some(flow) = before.and_then(|slot| offload.flow(slot)) {
+                        flow.close();
+                    }
+                }
+                Ok(recipe) => match before.or(free) {
+                    None => {
+                        counts.full += 1;
+                        conn.change_flags(0, ASKED | CANDIDATE);
+                    }
+                    Some(slot) => {
+                        returned = free.filter(|free| *free != slot);
+                        let earlier = held[slot as usize].take().filter(|_| before.is_some());
+                        let flow = offload.flow(slot).expect("slots are the programs'");
+                        let serial = serials[slot as usize].wrapping_add(1) & (u32::MAX >> 2);
+                        serials[slot as usize] = serial;
+                        flow.set_state(serial, Phase::Pending);
+                        if let Some(earlier) = &earlier {
+                            earlier.recipe.keys.iter().for_each(|key| keys.remove(key));
+                            counts.renewed += 1;
+                        } else {
+                            flow.ways.iter().for_each(|way| {
+                                way.packets.store(0, Ordering::Relaxed);
+                                way.bytes.store(0, Ordering::Relaxed);
+                            });
+                            counts.flows += 1;
+                            counts.handed_over += 1;
+                        }
+                        recipe.write(flow);
+                        flow.epoch.store(current.generation, Ordering::Relaxed);
+                        let carried = earlier.map_or([(0, 0); 2], |earlier| earlier.carried);
+                        held[slot as usize] = Some(Held { request, serial, recipe, carried, since: now });
+                        let inserted = recipe
+                            .keys
+                            .iter()
+                            .zip([2 * slot, 2 * slot + 1])
+                            .try_for_each(|(key, way)| keys.insert(key, way, serial));
+                        // Marked first, so that whoever removes the connection from now on takes the flow back; only then live.
+                        conn.set_offload_slot(slot);
+                        let is_marked = inserted.is_ok() && conn.change_flags(OFFLOADED, ASKED);
+                        match conn.windows() {
+                            Some(windows) => {
+                                flow.set_windows(&windows);
+                                flow.change(
+                                    serial,
+                                    Phase::Pending,
+                                    if is_marked { Phase::Live } else { Phase::Closed },
+                                );
+                            }
+                            None if conn.protocol() == Protocol::TCP || !is_marked => flow.close(),
+                            None => drop(flow.change(serial, Phase::Pending, Phase::Live)),
+                        }
+                        if inserted.is_err() {
+                            counts.failed += 1;
+                            conn.change_flags(0, ASKED | CANDIDATE);
+                        }
+                    }
+                },
+            }
+        }
+        drop(turn);
+        if let Some(slot) = returned {
+            self.resting.push_front((self.domain.retire_epoch(), self.graces, slot));
+        }
+    }
+
+    /// A slot that neither a program nor a worker can be reading.
+    fn free_slot(&mut self, now: Tick) -> Option<u32> {
+        if let Some((epoch, graces, slot)) = self.resting.front().copied()
+            && graces < self.graces
+            && self.domain.passed(epoch)
+        {
+            self.resting.pop_front();
+            return Some(slot);
+        }
+        if self.held.len() < self.serials.len() {
+            self.held.push(None);
+            return Some(self.held.len() as u32 - 1);
+        }
+        if self.resting.is_empty() {
+            self.evict(now);
+        }
+        None
+    }
+
+    /// Takes the flow back that is idle for longest among some, for others to have its slot soon.
+    fn evict(&mut self, now: Tick) {
+        let candidates = (0..SAMPLE.min(self.held.len())).filter_map(|step| {
+            let slot = (self.cursor + step) % self.held.len();
+            self.held[slot].as_ref().map(|held| (now.since(held.since), slot))
+        });
+        let Some((idle, slot)) = candidates.max() else { return };
+        self.cursor = (self.cursor + SAMPLE) % self.held.len();
+        if idle >= IDLE {
+            self.offload.take_back(slot as u32);
+            self.counts.evicted += 1;
+        }
+    }
+
+    /// Tells the tables what was carried, and frees the slots of flows that are over.
+    pub fn look(&mut self, tables: &Tables) {
+        let now = now();
+        let mut freed = Vec::new();
+        for start in (0..self.held.len()).step_by(CHUNK) {
+            let Self { offload, participant, held, counts, .. } = &mut *self;
+            let turn = participant.enter();
+            let chunk = start..(start + CHUNK).min(held.len());
+            for (slot, place) in chunk.clone().zip(&mut held[chunk]) {
+                let (Some(held), Some(flow)) = (place.as_mut(), offload.flow(slot as u32)) else { continue };
+                let carried = [Direction::Original, Direction::Reply].map(|direction| flow.carried(direction));
+                let moved = [0, 1].map(|way| carried[way].0 != held.carried[way].0);
+                for (new, old) in carried.iter().zip(&held.carried) {
+                    counts.packets += new.0 - old.0;
+                    counts.bytes += new.1 - old.1;
+                }
+                held.carried = carried;
+                let is_over = flow.state().1 == Phase::Closed;
+                let windows = flow.windows();
+                let lives = match held.request.is_v6 {
+                    false => told(&tables.v4, held, moved, &windows, is_over, now, &turn),
+                    true => told(&tables.v6, held, moved, &windows, is_over, now, &turn),
+                };
+                if moved != [false; 2] {
+                    held.since = now;
+                }
+                if is_over || !lives {
+                    flow.close();
+                    freed.push((slot as u32, held.recipe));
+                    *place = None;
+                    counts.taken_back += 1;
+                    counts.flows -= 1;
+                }
+            }
+        }
+        for (slot, recipe) in freed {
+            recipe.keys.iter().for_each(|key| self.keys.remove(key));
+            self.resting.push_back((self.domain.retire_epoch(), self.graces, slot));
+        }
+    }
+}
+
+/// Whether the programs are to do by `next` what they do already.
+fn still_same(held: &Held, next: &Snapshot, tables: &Tables, near: &BTreeSet<u32>, turn: &Turn<'_>) -> bool {
+    fn of<A: Family>(held: &Held, next: &Snapshot, table: &Table<A>, near: &BTreeSet<u32>, turn: &Turn<'_>) -> bool {
+        let conn = table.identified(held.request.identity, turn);
+        conn.is_some_and(|conn| recipe::of_connection(&conn, next, near).as_ref() == Ok(&held.recipe))
+    }
+    match held.request.is_v6 {
+        false => of(held, next, &tables.v4, near, turn),
+        true => of(held, next, &tables.v6, near, turn),
+    }
+}
+
+/// Tells a connection which of its directions were carried; whether it still is one.
+fn told<A: Family>(
+    table: &Table<A>,
+    held: &Held,
+    moved: [bool; 2],
+    windows: &[[u32; 4]; 2],
+    is_over: bool,
+    now: Tick,
+    turn: &Turn<'_>,
+) -> bool {
+    let Some(conn) = table.identified(held.request.identity, turn) else { return false };
+    for direction in [Direction::Original, Direction::Reply].into_iter().filter(|way| moved[*way as usize]) {
+        heard(&conn, direction, windows, now);
+    }
+    if is_over {
+        // Its next packets may ask again.
+        conn.change_flags(0, OFFLOADED | ASKED);
+    }
+    true
+}
+
+fn heard<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, windows: &[[u32; 4]; 2], now: Tick) {
+    if conn.protocol() == Protocol::TCP {
+        conn.absorb(windows, direction);
+        conn.touch(now);
+    } else {
+        conn.track(direction, &Observed::NOTHING, now);
+    }
+}
+
+/// The keeper's thread: answers requests as they come and looks after flows, until `is_over` says so.
+pub fn keep(keeper: &Mutex<Keeper>, requests: &Receiver<Request>, tables: &Tables, is_over: impl Fn() -> bool) {
+    let mut batch = Vec::with_capacity(BATCH);
+    let (mut graces, mut looked) = (0, Instant::now());
+    while !is_over() {
+        match requests.recv_timeout(LOOK.saturating_sub(looked.elapsed())) {
+            Ok(request) => {
+                batch.push(request);
+                batch.extend(requests.try_iter().take(BATCH - 1));
+                // What it does not write again is never reused.
+                if wait_for_programs().is_ok() {
+                    graces += 1;
+                }
+                lock(keeper).answer(&batch, graces, tables);
+                batch.clear();
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        if looked.elapsed() >= LOOK {
+            lock(keeper).look(tables);
+            looked = Instant::now();
+        }
+    }
+}
+
+/// What a listing tells of a connection's flow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Carried {
+    /// Packets and bytes, by direction.
+    pub ways: [(u64, u64); 2],
+}
+
+impl Offload {
+    /// What the programs have carried of a connection with these flags and that slot, if it is handed over.
+    pub fn carried(&self, flags: u8, slot: u32) -> Option<Carried> {
+        let flow = (flags & OFFLOADED != 0).then(|| self.flow(slot)).flatten()?;
+        Some(Carried { ways: [Direction::Original, Direction::Reply].map(|direction| flow.carried(direction)) })
+    }
+}

@@ -1,0 +1,235 @@
+//! What the programs are to do with the packets of a connection: worked out from the connection and the tables of one moment.
+
+use std::collections::BTreeSet;
+
+use weir_conntrack::ConnRef;
+use weir_packet::{Address, Direction, FlowKey, Mac, Protocol};
+use weir_sync::atomic::{AtomicU8, AtomicU32, Ordering};
+
+use super::flow::{Flow, Way};
+use crate::{
+    decide::{self, Origin},
+    forwarding::{Route, RouteKind, Routed},
+    frame::IfIndex,
+    pipeline,
+    snapshot::Snapshot,
+};
+
+/// A key of the programs' maps: addresses, ports, device and protocol, as `bpf/offload.h` lays them out.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Key {
+    /// `flow_key_v4`.
+    V4([u8; 20]),
+    /// `flow_key_v6`.
+    V6([u8; 44]),
+}
+
+impl Key {
+    fn new<A: Address>(key: &FlowKey<A>, device: IfIndex) -> Self {
+        let mut bytes = [0; 44];
+        let at = 2 * A::BYTES;
+        key.src.write(&mut bytes);
+        key.dst.write(&mut bytes[A::BYTES..]);
+        bytes[at..at + 4].copy_from_slice(&key.ports.word().to_ne_bytes());
+        bytes[at + 4..at + 8].copy_from_slice(&device.0.to_ne_bytes());
+        bytes[at + 8..at + 12].copy_from_slice(&u32::from(key.protocol.0).to_ne_bytes());
+        if A::WORDS == 1 { Self::V4(*bytes.first_chunk().expect("20 of 44 bytes")) } else { Self::V6(bytes) }
+    }
+}
+
+/// How a way's packets leave; the numbers are those of `bpf/offload.h`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Exit {
+    /// Not at all: they go to a worker.
+    Closed = 0,
+    /// Into the pod at the other end of the device (`bpf_redirect_peer`).
+    Peer = 1,
+    /// By the device.
+    Device = 2,
+}
+
+/// What is done with the packets of one direction.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct WayRecipe {
+    device: u32,
+    destination: Mac,
+    source: Mac,
+    mtu: u16,
+    exit: Exit,
+    translates: bool,
+    ports: u32,
+    address_difference: u32,
+    port_difference: u32,
+    addresses: [[u32; 4]; 2],
+}
+
+/// What is done with the packets of a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Recipe {
+    /// What its packets are known by, by direction.
+    pub keys: [Key; 2],
+    ways: [WayRecipe; 2],
+    has_windows: bool,
+}
+
+/// Why a connection stays with the workers.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Stays {
+    /// It ended, or is to be judged again, or its packets come from where they should not.
+    Unsettled,
+    /// An end of it is not where the programs can send to.
+    Elsewhere,
+    /// The next hop's MAC address is not known at the moment.
+    Unresolved,
+}
+
+/// What the programs are to do with a connection's packets, by the tables of `snapshot`. `near`: devices whose other end is not in another
+/// network namespace.
+///
+/// # Errors
+/// Where it stays with the workers.
+pub fn of_connection<A: pipeline::Family>(
+    conn: &ConnRef<'_, A>,
+    snapshot: &Snapshot,
+    near: &BTreeSet<u32>,
+) -> Result<Recipe, Stays> {
+    if !pipeline::stands(conn, snapshot) {
+        return Err(Stays::Unsettled);
+    }
+    let keys = [Direction::Original, Direction::Reply].map(|direction| conn.key(direction));
+    let hop = |direction: Direction| exit::<A>(snapshot, keys[direction.flip() as usize].src);
+    let (forth, back) = (hop(Direction::Original)?, hop(Direction::Reply)?);
+    // Replies come from where the original direction's packets go.
+    let arrives_by = [IfIndex(conn.device()), forth.device];
+    for (key, device) in keys.iter().zip(arrives_by) {
+        let origin = snapshot.forwarding.device_by_index(device).map(|id| snapshot.forwarding.device(id));
+        let origin = origin.and_then(Origin::of).ok_or(Stays::Unsettled)?;
+        decide::check_source(snapshot, origin, key).map_err(|_| Stays::Unsettled)?;
+    }
+    // Who never answered may answer something else than what it was asked: a worker is to see that.
+    let is_open = [true, conn.seen_reply()];
+    let way = |direction: Direction, hop: &Hop| {
+        let from = &keys[direction as usize];
+        let to = keys[direction.flip() as usize].invert();
+        let exit = match () {
+            () if !is_open[direction as usize] => Exit::Closed,
+            () if near.contains(&hop.device.0) => Exit::Device,
+            () => Exit::Peer,
+        };
+        WayRecipe {
+            device: hop.device.0,
+            destination: hop.destination,
+            source: hop.source,
+            mtu: hop.mtu,
+            exit,
+            translates: to != *from,
+            ports: to.ports.word(),
+            address_difference: difference(words(from.src).chain(words(from.dst)), words(to.src).chain(words(to.dst))),
+            port_difference: difference([from.ports.word()], [to.ports.word()]),
+            addresses: [to.src, to.dst].map(|address| {
+                let mut padded = [0; 4];
+                padded.iter_mut().zip(words(address)).for_each(|(to, from)| *to = from);
+                padded
+            }),
+        }
+    };
+    Ok(Recipe {
+        keys: [Key::new(&keys[0], arrives_by[0]), Key::new(&keys[1], arrives_by[1])],
+        ways: [way(Direction::Original, &forth), way(Direction::Reply, &back)],
+        has_windows: conn.protocol() == Protocol::TCP,
+    })
+}
+
+struct Hop {
+    device: IfIndex,
+    destination: Mac,
+    source: Mac,
+    mtu: u16,
+}
+
+/// Where packets to `destination` leave.
+fn exit<A: Routed>(snapshot: &Snapshot, destination: A) -> Result<Hop, Stays> {
+    let forwarding = &*snapshot.forwarding;
+    let Route::Via(adjacency) = forwarding.route(destination) else { return Err(Stays::Unsettled) };
+    let adjacency = forwarding.adjacency(adjacency);
+    let device = match (adjacency.kind, adjacency.device) {
+        (RouteKind::Workload, Some(id)) => forwarding.device(id),
+        _ => return Err(Stays::Elsewhere),
+    };
+    let mac = adjacency.mac.or_else(|| forwarding.neighbor(device.index, destination.to_ip()));
+    Ok(Hop {
+        device: device.index,
+        destination: mac.ok_or(Stays::Unresolved)?,
+        source: device.mac,
+        mtu: adjacency.mtu.min(u32::from(u16::MAX)) as u16,
+    })
+}
+
+fn words<A: Address>(address: A) -> impl Iterator<Item = u32> {
+    let words = address.words();
+    (0..A::WORDS).map(move |at| words.as_ref()[at])
+}
+
+/// By how much the one's complement sum grows when these words take the place of those (RFC 1624, equation 3): 32 bits that the kernel's
+/// `csum_add` takes.
+fn difference(old: impl IntoIterator<Item = u32>, new: impl IntoIterator<Item = u32>) -> u32 {
+    let sum = old.into_iter().map(|word| !word).chain(new).map(u64::from).sum::<u64>();
+    let folded = (sum & 0xffff_ffff) + (sum >> 32);
+    ((folded & 0xffff_ffff) + (folded >> 32)) as u32
+}
+
+impl Recipe {
+    /// Writes it into a slot that no program reads.
+    pub fn write(&self, flow: &Flow) {
+        flow.has_windows.store(self.has_windows.into(), Ordering::Relaxed);
+        self.ways.iter().zip(&flow.ways).for_each(|(recipe, way)| recipe.write(way));
+    }
+
+    /// Whether it is what a slot has.
+    pub fn is_written(&self, flow: &Flow) -> bool {
+        flow.has_windows.load(Ordering::Relaxed) == u8::from(self.has_windows)
+            && self.ways.iter().zip(&flow.ways).all(|(recipe, way)| WayRecipe::read(way).as_ref() == Some(recipe))
+    }
+}
+
+impl WayRecipe {
+    fn read(way: &Way) -> Option<Self> {
+        let word = |place: &AtomicU32| place.load(Ordering::Relaxed);
+        let mac = |start: usize| Mac(std::array::from_fn(|at| way.ethernet[start + at].load(Ordering::Relaxed)));
+        let exit = match way.exit.load(Ordering::Relaxed) {
+            0 => Exit::Closed,
+            1 => Exit::Peer,
+            2 => Exit::Device,
+            _ => return None,
+        };
+        Some(Self {
+            device: word(&way.device),
+            destination: mac(0),
+            source: mac(6),
+            mtu: way.mtu.load(Ordering::Relaxed),
+            exit,
+            translates: way.translates.load(Ordering::Relaxed) != 0,
+            ports: word(&way.ports),
+            address_difference: word(&way.address_difference),
+            port_difference: word(&way.port_difference),
+            addresses: std::array::from_fn(|at| std::array::from_fn(|number| word(&way.addresses[at][number]))),
+        })
+    }
+
+    fn write(&self, way: &Way) {
+        let byte = |place: &AtomicU8, value: u8| place.store(value, Ordering::Relaxed);
+        let word = |place: &AtomicU32, value: u32| place.store(value, Ordering::Relaxed);
+        word(&way.device, self.device);
+        let macs = self.destination.0.into_iter().chain(self.source.0);
+        way.ethernet.iter().zip(macs).for_each(|(place, value)| byte(place, value));
+        way.mtu.store(self.mtu, Ordering::Relaxed);
+        byte(&way.exit, self.exit as u8);
+        byte(&way.translates, self.translates.into());
+        word(&way.ports, self.ports);
+        word(&way.address_difference, self.address_difference);
+        word(&way.port_difference, self.port_difference);
+        let places = way.addresses.iter().flatten();
+        places.zip(self.addresses.iter().flatten()).for_each(|(place, value)| word(place, *value));
+    }
+}
