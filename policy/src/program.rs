@@ -8,7 +8,7 @@
 //! of the destination address, the source port, and, for named ports, (class, protocol, port) of either end. A field
 //! that no slot looks at has no row.
 //!
-//! Invariant: the last slot is in every row, so a search always finds one.
+//! Invariant: the last slot matches every packet. It is in no row, and is what a search that finds nothing comes to.
 
 use hashbrown::HashMap;
 use weir_packet::{Address, FlowKey, Protocol};
@@ -230,8 +230,8 @@ impl Program {
     /// The first slot from `from` on that is in all of these rows.
     #[inline]
     fn first_slot(&self, rows: &[u32], from: u32) -> Slot {
-        let first = self.rows.first_common(rows, from).expect("the last slot matches every packet");
-        self.slots[first as usize]
+        let last = self.slots.len() - 1;
+        self.slots[self.rows.first_common(rows, from).map_or(last, |first| first as usize)]
     }
 
     /// The rows that a packet's fields give, and how many.
@@ -327,9 +327,9 @@ pub(crate) struct ProgramBuilder<'scratch> {
 }
 
 impl<'scratch> ProgramBuilder<'scratch> {
-    /// For these slots, at most [`crate::rows::MAX_BITS`]; `budget` bounds rows (in words) and time.
+    /// For these slots, at least one and at most [`crate::rows::MAX_BITS`]; `budget` bounds rows (in words) and time.
     pub(crate) fn new(slots: Vec<Slot>, budget: usize, words: &'scratch mut Vec<u64>) -> Self {
-        let rows = RowsBuilder::new(slots.len());
+        let rows = RowsBuilder::new(slots.len() - 1);
         let program = Program {
             application: None,
             source: None,
@@ -393,6 +393,11 @@ impl<'scratch> ProgramBuilder<'scratch> {
         (Program { rows: self.rows.finish(), slots: self.slots.into(), ..self.program }, words)
     }
 
+    /// Of what is told of each slot, that of those that are in rows.
+    fn without_last<'all, T>(&self, of_slots: &'all [T]) -> &'all [T] {
+        &of_slots[..self.slots.len() - 1]
+    }
+
     fn spend(&mut self, amount: usize) -> Result<(), ProgramTooLarge> {
         self.budget = self.budget.checked_sub(amount).ok_or(ProgramTooLarge)?;
         Ok(())
@@ -409,6 +414,7 @@ impl<'scratch> ProgramBuilder<'scratch> {
     /// The common row holds for classes in no set; each other class's row differs from it exactly in the slots that
     /// name one of the class's sets.
     fn by_class(&mut self, tests: &[Test], classes: &Classes) -> Result<Option<ClassRows>, ProgramTooLarge> {
+        let tests = self.without_last(tests);
         if tests.iter().all(|test| *test == Test::Any) {
             return Ok(None);
         }
@@ -495,6 +501,7 @@ impl<'scratch> ProgramBuilder<'scratch> {
         ranges_of: impl Fn(u32) -> &'set Ranges,
         bits: u32,
     ) -> Result<Option<StepMap>, ProgramTooLarge> {
+        let sets = self.without_last(sets);
         if sets.iter().all(Option::is_none) {
             return Ok(None);
         }

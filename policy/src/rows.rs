@@ -3,16 +3,21 @@
 //! The aggregated bit vectors of Baboescu and Varghese ("Scalable Packet Classification", SIGCOMM 2001; after Lakshman
 //! and Stiliadis, SIGCOMM 1998), stored sparsely. A program of at most 64 rules has one word per row. A larger one has
 //! rows of three levels of 64 each: a bit of the top word says that a word of the middle level is not zero, a bit of
-//! that that a leaf is not zero, and only words that are not zero are stored:
+//! that that a leaf is not zero. A row's number says in which of three forms it is:
 //!
 //! ```text
-//! top | (middle, first leaf) for each bit of top, ascending | leaves, ascending
+//! one    | no words: its only bit is in the number
+//! sparse | top | (middle, first leaf) for each bit of top, ascending | leaves that are not zero, ascending
+//! full   | top | every middle | every leaf
 //! ```
 //!
-//! The place of a word among the stored ones is the population count below its bit. So a row takes memory by the rules
-//! in it, not by the rules of the program, and the search visits only words that are not zero in every row. What it may
-//! visit in vain are words in which all rows have a bit but none in common; their number is bounded by the words of the
-//! sparsest row, which is that of the most specific field.
+//! The place of a word among the stored ones of a sparse row is the population count below its bit. So a row takes memory
+//! by the rules in it, not by the rules of the program; where most leaves are not zero anyway, they are all stored and found
+//! without counting. The usual row of an address, one rule, takes none, and one look into each other row decides.
+//!
+//! The search visits only words that are not zero in every row. What it may visit in vain are words in which all rows have
+//! a bit but none in common; their number is bounded by the words of the sparsest row, which is that of the most specific
+//! field.
 
 use hashbrown::HashMap;
 
@@ -22,13 +27,27 @@ pub(crate) const MAX_BITS: usize = 64 * 64 * 64;
 /// The most rows that one search may name.
 pub(crate) const MAX_FIELDS: usize = 6;
 
-/// The rows of one program one after another. A row's number is the place where it starts.
+/// The form of a row, in the lowest bits of its number; above them is where it starts, or its only bit.
+const FORM: u32 = 0b11;
+const FORM_BITS: u32 = 2;
+const ONE: u32 = 0;
+const SPARSE: u32 = 1;
+const FULL: u32 = 2;
+
+/// The rows of one program one after another.
 #[derive(Debug)]
 pub(crate) enum Rows {
-    /// At most 64 rules: a word per row.
+    /// At most 64 rules: a word per row, whose number is its place.
     Words(Box<[u64]>),
-    /// More: encoded rows.
-    Sparse(Box<[u64]>),
+    /// More.
+    Large(LargeRows),
+}
+
+#[derive(Debug)]
+pub(crate) struct LargeRows {
+    data: Box<[u64]>,
+    /// How many words the middle level of a full row has.
+    groups: u32,
 }
 
 impl Rows {
@@ -37,17 +56,19 @@ impl Rows {
     pub(crate) fn first_common(&self, rows: &[u32], from: u32) -> Option<u32> {
         match self {
             Self::Words(words) => {
-                let common = rows.iter().fold(u64::MAX << from, |common, row| common & words[*row as usize]);
+                let from_on = u64::MAX.checked_shl(from).unwrap_or(0);
+                let common = rows.iter().fold(from_on, |common, row| common & words[*row as usize]);
                 (common != 0).then(|| common.trailing_zeros())
             }
-            Self::Sparse(data) => first_common_sparse(data, rows, from),
+            Self::Large(large) => large.first_common(rows, from),
         }
     }
 
     /// Memory in use.
     pub(crate) fn memory_bytes(&self) -> usize {
         match self {
-            Self::Words(words) | Self::Sparse(words) => size_of_val(&**words),
+            Self::Words(words) => size_of_val(&**words),
+            Self::Large(large) => size_of_val(&*large.data),
         }
     }
 }
@@ -58,36 +79,82 @@ fn start_mask(index: u32, start: u32, from: u32) -> u64 {
     if index == start { u64::MAX << (from % 64) } else { u64::MAX }
 }
 
-fn first_common_sparse(data: &[u64], rows: &[u32], from: u32) -> Option<u32> {
-    let mut top = u64::MAX << (from >> 12);
-    for row in rows {
-        top &= data[*row as usize];
-    }
-    while top != 0 {
-        let high = top.trailing_zeros();
-        top &= top - 1;
-        let mut middle = start_mask(high, from >> 12, from >> 6);
-        let mut views = [(0u64, 0usize); MAX_FIELDS];
-        for (view, row) in views.iter_mut().zip(rows) {
-            let row = *row as usize;
-            let pair = row + 1 + 2 * rank(data[row], high);
-            *view = (data[pair], row + data[pair + 1] as usize);
-            middle &= view.0;
-        }
-        while middle != 0 {
-            let low = middle.trailing_zeros();
-            middle &= middle - 1;
-            let word = high << 6 | low;
-            let mut leaf = start_mask(word, from >> 6, from);
-            for (bits, first) in &views[..rows.len()] {
-                leaf &= data[first + rank(*bits, low)];
+impl LargeRows {
+    fn first_common(&self, rows: &[u32], from: u32) -> Option<u32> {
+        match rows.iter().find(|row| **row & FORM == ONE) {
+            Some(one) => {
+                let bit = one >> FORM_BITS;
+                (bit >= from && rows.iter().all(|row| self.contains(*row, bit))).then_some(bit)
             }
-            if leaf != 0 {
-                return Some(word << 6 | leaf.trailing_zeros());
-            }
+            None => self.first_common_of_many(rows, from),
         }
     }
-    None
+
+    #[inline]
+    fn contains(&self, row: u32, bit: u32) -> bool {
+        let (start, high, low) = ((row >> FORM_BITS) as usize, bit >> 12, bit >> 6 & 63);
+        let leaf = match row & FORM {
+            ONE => return row >> FORM_BITS == bit,
+            FULL => self.data[start + 1 + self.groups as usize + (bit >> 6) as usize],
+            _ => {
+                if self.data[start] >> high & 1 == 0 {
+                    return false;
+                }
+                let (middle, first) = self.group(start, high);
+                if middle >> low & 1 == 0 {
+                    return false;
+                }
+                self.data[first + rank(middle, low)]
+            }
+        };
+        leaf >> (bit % 64) & 1 != 0
+    }
+
+    /// A word of a sparse row's middle level that is not zero, and where its first leaf is.
+    #[inline]
+    fn group(&self, start: usize, high: u32) -> (u64, usize) {
+        let pair = start + 1 + 2 * rank(self.data[start], high);
+        (self.data[pair], start + self.data[pair + 1] as usize)
+    }
+
+    /// For rows of which none is of the form [`ONE`].
+    fn first_common_of_many(&self, rows: &[u32], from: u32) -> Option<u32> {
+        let mut top = u64::MAX << (from >> 12);
+        for row in rows {
+            top &= self.data[(row >> FORM_BITS) as usize];
+        }
+        while top != 0 {
+            let high = top.trailing_zeros();
+            top &= top - 1;
+            let mut middle = start_mask(high, from >> 12, from >> 6);
+            // Of each row, the leaves that are stored, as bits, and where the first is.
+            let mut leaves = [(0u64, 0usize); MAX_FIELDS];
+            for (stored, row) in leaves.iter_mut().zip(rows) {
+                let start = (row >> FORM_BITS) as usize;
+                if row & FORM == FULL {
+                    let after_top = start + 1;
+                    middle &= self.data[after_top + high as usize];
+                    *stored = (u64::MAX, after_top + self.groups as usize + 64 * high as usize);
+                } else {
+                    *stored = self.group(start, high);
+                    middle &= stored.0;
+                }
+            }
+            while middle != 0 {
+                let low = middle.trailing_zeros();
+                middle &= middle - 1;
+                let word = high << 6 | low;
+                let mut leaf = start_mask(word, from >> 6, from);
+                for (stored, first) in &leaves[..rows.len()] {
+                    leaf &= self.data[first + rank(*stored, low)];
+                }
+                if leaf != 0 {
+                    return Some(word << 6 | leaf.trailing_zeros());
+                }
+            }
+        }
+        None
+    }
 }
 
 /// How many bits of `bits` are set below `bit`.
@@ -113,6 +180,17 @@ impl DenseRow {
 
     pub(crate) fn flip(&mut self, bit: u32) {
         self.flip_word(bit as usize / 64, 1 << (bit % 64));
+    }
+
+    /// Its bit, where it has one only.
+    fn only_bit(&self) -> Option<u32> {
+        let mut filled = ones(&self.filled);
+        match (filled.next(), filled.next()) {
+            (Some(word), None) if self.words[word].is_power_of_two() => {
+                Some(64 * word as u32 + self.words[word].trailing_zeros())
+            }
+            _ => None,
+        }
     }
 
     pub(crate) fn copy_from(&mut self, other: &Self) {
@@ -156,6 +234,7 @@ pub(crate) struct RowsBuilder {
     numbers: HashMap<Vec<u64>, u32>,
     data: Vec<u64>,
     single_word: bool,
+    groups: u32,
     scratch: Vec<u64>,
 }
 
@@ -163,7 +242,13 @@ impl RowsBuilder {
     /// For rows of `bits` bits, at most [`MAX_BITS`].
     pub(crate) fn new(bits: usize) -> Self {
         assert!(bits <= MAX_BITS, "{bits} rules in a row of {MAX_BITS}");
-        Self { numbers: HashMap::new(), data: Vec::new(), single_word: bits <= 64, scratch: Vec::new() }
+        Self {
+            numbers: HashMap::new(),
+            data: Vec::new(),
+            single_word: bits <= 64,
+            groups: bits.div_ceil(64 * 64) as u32,
+            scratch: Vec::new(),
+        }
     }
 
     /// The number of the row.
@@ -171,10 +256,13 @@ impl RowsBuilder {
         self.scratch.clear();
         if self.single_word {
             self.scratch.push(row.words.first().copied().unwrap_or(0));
+            self.number()
+        } else if let Some(bit) = row.only_bit() {
+            bit << FORM_BITS | ONE
         } else {
-            encode(row, &mut self.scratch);
+            let form = encode(row, &mut self.scratch);
+            self.number() << FORM_BITS | form
         }
-        self.number()
     }
 
     /// The number of a row of at most 64 bits.
@@ -198,32 +286,42 @@ impl RowsBuilder {
         self.scratch.len()
     }
 
-    /// How many words the rows take; more than `u32::MAX` cannot be finished.
+    /// How many words the rows take; more than a quarter of `u32::MAX` cannot be finished.
     pub(crate) fn words(&self) -> usize {
         self.data.len()
     }
 
     pub(crate) fn finish(self) -> Rows {
-        if self.single_word { Rows::Words(self.data.into()) } else { Rows::Sparse(self.data.into()) }
+        let data = self.data.into();
+        if self.single_word { Rows::Words(data) } else { Rows::Large(LargeRows { data, groups: self.groups }) }
     }
 }
 
-/// The sparse form of a row; places are relative to its start. The row's own marks are the middle level.
-fn encode(row: &DenseRow, out: &mut Vec<u64>) {
-    let start = out.len();
-    out.push(0);
-    let groups = row.filled.iter().filter(|middle| **middle != 0).count() as u64;
+/// A row of a program of more than 64 rules in the form that is returned: [`FULL`] where that takes at most twice the words
+/// of [`SPARSE`]. Places are relative to its start. The row's own marks are the middle level.
+fn encode(row: &DenseRow, out: &mut Vec<u64>) -> u32 {
+    let top = row.filled.iter().enumerate().fold(0, |top, (index, middle)| top | u64::from(*middle != 0) << index);
+    let groups = u64::from(top.count_ones());
+    let leaves: u32 = row.filled.iter().map(|middle| middle.count_ones()).sum();
+    out.push(top);
+    if row.filled.len() + row.words.len() <= 2 * (2 * groups as usize + leaves as usize) {
+        out.extend_from_slice(&row.filled);
+        out.extend_from_slice(&row.words);
+        return FULL;
+    }
     let mut leaf = 1 + 2 * groups;
-    for (index, middle) in row.filled.iter().enumerate().filter(|(_, middle)| **middle != 0) {
-        out[start] |= 1 << index;
+    for middle in row.filled.iter().filter(|middle| **middle != 0) {
         out.extend([*middle, leaf]);
         leaf += u64::from(middle.count_ones());
     }
     out.extend(ones(&row.filled).map(|word| row.words[word]));
+    SPARSE
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -233,7 +331,7 @@ mod tests {
         let numbers: Vec<u32> = rows
             .iter()
             .map(|row| {
-                let (mut dense, mut seen) = (DenseRow::zeros(bits), std::collections::HashSet::new());
+                let (mut dense, mut seen) = (DenseRow::zeros(bits), HashSet::new());
                 row.iter().for_each(|bit| {
                     if seen.insert(*bit) {
                         dense.flip(*bit);
@@ -245,25 +343,40 @@ mod tests {
             })
             .collect();
         let rows_of = builder.finish();
-        let mut common = rows[0].clone();
-        common.retain(|bit| rows.iter().all(|row| row.contains(bit)));
+        let sets: Vec<HashSet<u32>> = rows.iter().map(|row| row.iter().copied().collect()).collect();
+        let mut common: Vec<u32> =
+            rows[0].iter().copied().filter(|bit| sets.iter().all(|set| set.contains(bit))).collect();
         common.sort_unstable();
-        for from in (0..bits as u32).step_by(1 + bits / 97).chain(common.iter().copied()) {
+        for from in (0..bits as u32)
+            .step_by(1 + bits / 97)
+            .chain(common.iter().copied().take(100))
+            .chain([bits.min(MAX_BITS - 1) as u32])
+        {
             let expected = common.iter().copied().find(|bit| *bit >= from);
             assert_eq!(rows_of.first_common(&numbers, from), expected, "from {from}");
         }
     }
 
+    /// Some bits, and every one of a step.
+    fn row() -> impl Strategy<Value = (Vec<u32>, Option<u32>)> {
+        let few_or_more = (0usize..60, any::<bool>())
+            .prop_flat_map(|(more, few)| proptest::collection::vec(any::<u32>(), if few { more % 3 } else { more }));
+        (few_or_more, proptest::option::of(1u32..500))
+    }
+
     proptest! {
         #[test]
         fn first_common_agrees_with_a_scan(
-            bits in prop_oneof![1usize..=64, 65usize..=300, 60_000usize..=MAX_BITS],
-            seeds in proptest::collection::vec(proptest::collection::vec(any::<u32>(), 0..60), 1..=MAX_FIELDS),
+            bits in prop_oneof![1usize..=64, 65usize..=300, 3_000usize..9_000, 60_000usize..=MAX_BITS],
+            seeds in proptest::collection::vec(row(), 1..=MAX_FIELDS),
             shared in proptest::collection::vec(any::<u32>(), 0..5),
         ) {
             let rows: Vec<Vec<u32>> = seeds
                 .iter()
-                .map(|seed| seed.iter().chain(&shared).map(|number| number % bits as u32).collect())
+                .map(|(seed, step)| {
+                    let some = seed.iter().chain(&shared).map(|number| number % bits as u32);
+                    some.chain(step.iter().flat_map(|step| (0..bits as u32).step_by(*step as usize))).collect()
+                })
                 .collect();
             check(bits, &rows);
         }
@@ -276,14 +389,17 @@ mod tests {
     }
 
     #[test]
-    fn a_sparse_row_takes_few_words() {
+    fn every_form_takes_few_words() {
         let mut builder = RowsBuilder::new(100_000);
         let mut row = DenseRow::zeros(100_000);
-        row.flip(5);
+        assert_eq!((builder.add(&row) & FORM, builder.words()), (SPARSE, 1));
         row.flip(99_999);
         row.flip(7_000);
         row.flip(7_000);
-        builder.add(&row);
-        assert_eq!(builder.words(), 1 + 2 * 2 + 2);
+        assert_eq!((builder.add(&row) & FORM, builder.words()), (ONE, 1));
+        row.flip(5);
+        assert_eq!((builder.add(&row) & FORM, builder.words()), (SPARSE, 1 + 1 + 2 * 2 + 2));
+        (0..100_000).step_by(100).for_each(|bit| row.flip(bit));
+        assert_eq!((builder.add(&row) & FORM, builder.words()), (FULL, 8 + 1 + 25 + 1563));
     }
 }
