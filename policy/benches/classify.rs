@@ -2,7 +2,8 @@
 //!
 //! The rules are those of one pod's ingress, all to allow: a fifth of them CIDRs, the others pods by label (ten of
 //! each label), each to a port out of 50. Packets come from pods and CIDRs of the rules at random; half of them go to
-//! a port that no rule of their source allows.
+//! a port that no rule of their source allows. The ten pods have neighbouring addresses, and so are one range, or
+//! scattered ones.
 
 use std::{
     hint::black_box,
@@ -25,12 +26,30 @@ impl Numbers {
     }
 }
 
-fn pod(number: u32, local: bool, app: &str) -> Arc<Endpoint> {
+/// Whether pods of one label have neighbouring addresses.
+#[derive(Clone, Copy)]
+enum Pods {
+    Blocks,
+    Scattered,
+}
+
+impl Pods {
+    fn address(self, number: u32) -> u32 {
+        let place = match self {
+            Self::Blocks => number,
+            // Odd, so that all have different ones.
+            Self::Scattered => number.wrapping_mul(0x9e37_79b1) % (1 << 24),
+        };
+        0x0a00_0000 + place
+    }
+}
+
+fn pod(number: u32, address: u32, local: bool, app: &str) -> Arc<Endpoint> {
     Arc::new(Endpoint {
         name: format!("ns/pod{number}"),
         local,
         labels: [("app".to_owned(), app.to_owned())].into(),
-        nets: vec![IpNet::new(Ipv4Addr::from(0x0a00_0000 + number).into(), 32).unwrap()],
+        nets: vec![IpNet::new(Ipv4Addr::from(address).into(), 32).unwrap()],
         ..Endpoint::default()
     })
 }
@@ -44,15 +63,16 @@ fn cidr(number: u32) -> IpNet {
 }
 
 /// A pod with this many rules, and the pods that they name.
-fn model(rules: u32) -> Model {
-    let mut endpoints = vec![pod(0, true, "target")];
+fn model(rules: u32, pods: Pods) -> Model {
+    let mut endpoints = vec![pod(0, pods.address(0), true, "target")];
     let list = (0..rules)
         .map(|number| {
             let peer = if number.is_multiple_of(5) {
                 Peer::Block { cidr: cidr(number), except: vec![] }
             } else {
                 let app = format!("app{number}");
-                endpoints.extend((0..10).map(|replica| pod(1 + 10 * number + replica, false, &app)));
+                let numbers = 1 + 10 * number..11 + 10 * number;
+                endpoints.extend(numbers.map(|number| pod(number, pods.address(number), false, &app)));
                 Peer::Selector(equals(&app))
             };
             let port = 8000 + (number % 50) as u16;
@@ -69,7 +89,7 @@ fn model(rules: u32) -> Model {
     Model { endpoints, tiers: vec![Tier { policies: vec![Arc::new(policy)], ..Tier::default() }], ..Model::default() }
 }
 
-fn packets(rules: u32) -> Vec<FlowKey<Ipv4Addr>> {
+fn packets(rules: u32, pods: Pods) -> Vec<FlowKey<Ipv4Addr>> {
     let mut numbers = Numbers(7);
     (0..4096)
         .map(|index| {
@@ -77,12 +97,12 @@ fn packets(rules: u32) -> Vec<FlowKey<Ipv4Addr>> {
             let source = if number.is_multiple_of(5) {
                 0xc000_0000 + (number << 8) + numbers.below(256)
             } else {
-                0x0a00_0000 + 1 + 10 * number + numbers.below(10)
+                pods.address(1 + 10 * number + numbers.below(10))
             };
             let port = 8000 + ((number + index % 2) % 50) as u16;
             FlowKey {
                 src: Ipv4Addr::from(source),
-                dst: Ipv4Addr::from(0x0a00_0000),
+                dst: Ipv4Addr::from(pods.address(0)),
                 ports: Ports::new(40000, port),
                 protocol: Protocol::TCP,
             }
@@ -90,7 +110,7 @@ fn packets(rules: u32) -> Vec<FlowKey<Ipv4Addr>> {
         .collect()
 }
 
-/// The same rules as a list of what to compare, resolved beforehand.
+/// The same rules, pods in blocks, as a list of what to compare, resolved beforehand.
 fn linear(rules: u32) -> Vec<(u32, u32, u16)> {
     (0..rules)
         .map(|number| {
@@ -127,36 +147,34 @@ fn passes(packets: &[FlowKey<Ipv4Addr>], mut judge: impl FnMut(&FlowKey<Ipv4Addr
 fn main() {
     println!("ns per verdict, fastest (median) of passes over 4096 packets; compilation fastest of 5");
     for rules in [10, 100, 1_000, 10_000, 100_000] {
-        let model = model(rules);
-        let compile = || {
-            let begin = Instant::now();
-            let classifier = Classifier::compile(black_box(&model)).expect("within the limits");
-            (begin.elapsed(), classifier)
-        };
-        let (mut compiled_in, classifier) = compile();
-        for _ in 1..5 {
-            compiled_in = compiled_in.min(compile().0);
-        }
-        let endpoint = classifier.endpoint("ns/pod0").expect("local");
-        let (packets, list) = (packets(rules), linear(rules));
-        for key in &packets {
-            let judgement = classifier.judge(endpoint, PolicyDirection::Ingress, key);
-            assert_eq!(judgement.allow, scan(&list, key).is_some(), "{key:?}");
-        }
-        let compiled = passes(&packets, |key| {
-            black_box(classifier.judge(endpoint, PolicyDirection::Ingress, key));
-        });
-        let linear = passes(&packets, |key| {
+        let packets_of_blocks = packets(rules, Pods::Blocks);
+        let list = linear(rules);
+        let (fastest, median) = passes(&packets_of_blocks, |key| {
             black_box(scan(&list, key));
         });
-        println!(
-            "{rules:>7} rules: compiled {:6.1} ({:6.1}), linear scan {:8.1} ({:8.1}), {:>6} KiB, compiled in {:?}",
-            compiled.0,
-            compiled.1,
-            linear.0,
-            linear.1,
-            classifier.memory_bytes() / 1024,
-            compiled_in,
-        );
+        println!("{rules:>7} rules: linear scan    {fastest:8.1} ({median:8.1})");
+        for (name, pods) in [("pods in blocks", Pods::Blocks), ("pods scattered", Pods::Scattered)] {
+            let model = model(rules, pods);
+            let compile = || {
+                let begin = Instant::now();
+                let classifier = Classifier::compile(black_box(&model)).expect("within the limits");
+                (begin.elapsed(), classifier)
+            };
+            let (mut compiled_in, classifier) = compile();
+            for _ in 1..5 {
+                compiled_in = compiled_in.min(compile().0);
+            }
+            let endpoint = classifier.endpoint("ns/pod0").expect("local");
+            let packets = packets(rules, pods);
+            for (key, in_block) in packets.iter().zip(&packets_of_blocks) {
+                let judgement = classifier.judge(endpoint, PolicyDirection::Ingress, key);
+                assert_eq!(judgement.allow, scan(&list, in_block).is_some(), "{key:?}");
+            }
+            let (fastest, median) = passes(&packets, |key| {
+                black_box(classifier.judge(endpoint, PolicyDirection::Ingress, key));
+            });
+            let memory = classifier.memory_bytes() / 1024;
+            println!("{:>14} {name} {fastest:8.1} ({median:8.1}), {memory:>6} KiB, compiled in {compiled_in:?}", "");
+        }
     }
 }

@@ -24,14 +24,8 @@ pub(crate) struct AddressClasses<K> {
 }
 
 impl<K: Key> AddressClasses<K> {
-    /// From the starts of intervals, ascending from 0, and their classes, over `bits`-bit addresses; shares with
-    /// `previous` what is the same.
-    pub(crate) fn new(
-        intervals: &[(u128, u32)],
-        points: Arc<HashMap<u64, u32>>,
-        bits: u32,
-        previous: Option<&Self>,
-    ) -> Self {
+    /// From the starts of intervals, ascending from 0, and their classes; shares with `previous` what is the same.
+    pub(crate) fn new(intervals: &[(u128, u32)], points: Arc<HashMap<u64, u32>>, previous: Option<&Self>) -> Self {
         let mut exact = HashMap::with_capacity(previous.map_or(0, |previous| previous.exact.len()));
         let mut coarse: Vec<(u128, u32)> = Vec::new();
         for (index, (start, class)) in intervals.iter().enumerate() {
@@ -45,7 +39,7 @@ impl<K: Key> AddressClasses<K> {
         exact.shrink_to_fit();
         let ranges = match previous.filter(|previous| previous.coarse == coarse) {
             Some(previous) => Arc::clone(&previous.ranges),
-            None => Arc::new(RangeMap::new(&coarse, bits)),
+            None => Arc::new(RangeMap::new(&coarse)),
         };
         Self { exact, ranges, coarse, points }
     }
@@ -78,8 +72,7 @@ mod tests {
     #[test]
     fn single_addresses_at_the_ends_and_between_ranges() {
         let max = u128::from(u32::MAX);
-        let classes =
-            AddressClasses::<u32>::new(&[(0, 1), (1, 2), (50, 3), (51, 4), (max, 5)], Arc::default(), 32, None);
+        let classes = AddressClasses::<u32>::new(&[(0, 1), (1, 2), (50, 3), (51, 4), (max, 5)], Arc::default(), None);
         for (address, class) in [(0, 1), (1, 2), (49, 2), (50, 3), (51, 4), (u32::MAX - 1, 4), (u32::MAX, 5)] {
             assert_eq!(classes.class(address), class, "{address}");
         }

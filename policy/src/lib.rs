@@ -16,7 +16,6 @@
 //!    Matching. SIGCOMM 1998.
 //! 2. P. Gupta, N. McKeown: Packet Classification on Multiple Fields. SIGCOMM 1999.
 //! 3. F. Baboescu, G. Varghese: Scalable Packet Classification. SIGCOMM 2001.
-//! 4. H. Asai, Y. Ohara: Poptrie. SIGCOMM 2015 (how classes of ranges are found).
 //!
 //! # From rules to tables
 //!
@@ -45,10 +44,10 @@
 //!
 //! # Cost
 //!
-//! A verdict takes one hash or trie lookup per address that rules look at, one hash lookup more where they name its port,
-//! a step per factor of 16 of the ports that they tell apart (`steps`), and the intersection (`rows`): constant in the number of policies, rules and members, but
-//! for words of the rows in which rules of a 64-rule block match by different fields. With Pass, the intersection is
-//! searched again from the next tier on, so at most once per tier.
+//! A verdict takes a hash lookup per address that rules look at, one more where they name its port, a step per factor of
+//! 16 of the ranges of addresses and of ports that they tell apart (`steps`), and the intersection (`rows`): constant in the
+//! number of policies, rules and members, but for words of the rows in which rules of a 64-rule block match by different
+//! fields. With Pass, the intersection is searched again from the next tier on, so at most once per tier.
 //!
 //! # Where upstream is ambiguous
 //!

@@ -540,7 +540,7 @@ impl FamilySets {
             before => {
                 let points = Arc::clone(&self.point_classes.of_pair);
                 let before = before.as_deref();
-                Arc::new(AddressClasses::new(&self.partition.intervals, points, self.family.bits(), before))
+                Arc::new(AddressClasses::new(&self.partition.intervals, points, before))
             }
         }
     }

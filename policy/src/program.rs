@@ -519,7 +519,7 @@ impl<'scratch> ProgramBuilder<'scratch> {
         sets: &[Option<u32>],
         ranges_of: impl Fn(u32) -> &'set Ranges,
         bits: u32,
-    ) -> Result<Vec<(u128, u32)>, ProgramTooLarge> {
+    ) -> Result<Vec<(u32, u32)>, ProgramTooLarge> {
         let mut word = 0u64;
         let mut slots_of: Vec<(u32, u64)> = Vec::with_capacity(sets.len());
         for (slot, set) in sets.iter().enumerate() {
@@ -542,12 +542,12 @@ impl<'scratch> ProgramBuilder<'scratch> {
         }
         self.spend(flips.len())?;
         flips.sort_unstable();
-        let mut starts: Vec<(u128, u32)> = Vec::with_capacity(flips.len());
+        let mut starts: Vec<(u32, u32)> = Vec::with_capacity(flips.len());
         for flips in flips.chunk_by(|a, b| a.0 == b.0) {
             word = flips.iter().fold(word, |word, (_, flip)| word ^ flip);
             let row = self.rows.add_word(word);
             if starts.last().is_none_or(|(_, last)| *last != row) {
-                starts.push((flips[0].0, row));
+                starts.push((flips[0].0 as u32, row));
             }
         }
         Ok(starts)
@@ -559,7 +559,7 @@ impl<'scratch> ProgramBuilder<'scratch> {
         sets: &[Option<u32>],
         ranges_of: impl Fn(u32) -> &'set Ranges,
         bits: u32,
-    ) -> Result<Vec<(u128, u32)>, ProgramTooLarge> {
+    ) -> Result<Vec<(u32, u32)>, ProgramTooLarge> {
         let mut common = DenseRow::zeros(sets.len());
         let mut local: HashMap<u32, usize> = HashMap::new();
         let mut ranges: Vec<&Ranges> = Vec::new();
@@ -589,11 +589,11 @@ impl<'scratch> ProgramBuilder<'scratch> {
             }
             rows.push(self.add_row(&row)?);
         }
-        let mut starts: Vec<(u128, u32)> = Vec::with_capacity(partition.intervals.len());
+        let mut starts: Vec<(u32, u32)> = Vec::with_capacity(partition.intervals.len());
         for (start, class) in &partition.intervals {
             let row = rows[*class as usize];
             if starts.last().is_none_or(|(_, last)| *last != row) {
-                starts.push((*start, row));
+                starts.push((*start as u32, row));
             }
         }
         Ok(starts)

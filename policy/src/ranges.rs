@@ -124,14 +124,6 @@ impl Family {
     /// Both, in the order of their numbers.
     pub(crate) const ALL: [Self; 2] = [Self::V4, Self::V6];
 
-    /// Length of an address.
-    pub(crate) const fn bits(self) -> u32 {
-        match self {
-            Self::V4 => 32,
-            Self::V6 => 128,
-        }
-    }
-
     /// The highest address as a number.
     pub(crate) const fn max(self) -> u128 {
         match self {
