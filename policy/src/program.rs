@@ -195,7 +195,8 @@ impl Program {
         if let [only] = &*self.slots {
             return *only;
         }
-        let (rows, fields) = self.rows_of(facts, classes, source, destination);
+        let mut rows = [0; MAX_FIELDS];
+        let fields = self.rows_of(facts, classes, source, destination, &mut rows);
         let mut from = 0;
         loop {
             let slot = self.first_slot(&rows[..fields], from);
@@ -214,7 +215,8 @@ impl Program {
         source: K,
         destination: K,
     ) -> LoggedRules {
-        let (rows, fields) = self.rows_of(facts, classes, source, destination);
+        let mut rows = [0; MAX_FIELDS];
+        let fields = self.rows_of(facts, classes, source, destination, &mut rows);
         let mut logged = LoggedRules::NONE;
         let mut from = 0;
         loop {
@@ -234,7 +236,8 @@ impl Program {
         self.slots[self.rows.first_common(rows, from).map_or(last, |first| first as usize)]
     }
 
-    /// The rows that a packet's fields give, and how many.
+    /// Puts the rows that a packet's fields give into `rows`, and says how many. They are not returned: what has just been
+    /// written in small pieces is slow to be copied in large ones.
     #[inline]
     fn rows_of<K: Key>(
         &self,
@@ -242,8 +245,8 @@ impl Program {
         classes: &AddressClasses<K>,
         source: K,
         destination: K,
-    ) -> ([u32; MAX_FIELDS], usize) {
-        let mut rows = [0; MAX_FIELDS];
+        rows: &mut [u32; MAX_FIELDS],
+    ) -> usize {
         let mut fields = 0;
         let mut push = |row: u32| {
             rows[fields] = row;
@@ -273,7 +276,7 @@ impl Program {
         if let Some(field) = &self.source_port {
             push(field.get(facts.source_port));
         }
-        (rows, fields)
+        fields
     }
 
     /// The only slot, if all packets are judged alike.
