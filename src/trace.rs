@@ -126,21 +126,26 @@ impl<'l> Tracer<'l> {
 
     /// Where a packet comes from, and which host endpoint it meets there. The node's own packet comes from its kernel, also where the flow
     /// names the uplink that it leaves by.
-    fn arrival<A: Routed>(&self, flow: &Flow, src: A) -> Result<Arrival, String> {
+    fn arrival<A: Routed>(&self, flow: &Flow, src: A, dst: A) -> Result<Arrival, String> {
         let forwarding = &self.snapshot.forwarding;
-        let mut origin = self.origin(flow, src)?;
-        let mut host_endpoint = None;
-        if let Some(name) = flow.device.as_deref().filter(|_| origin == Origin::Uplink) {
-            let known = forwarding.devices().find(|(_, device)| device.name == name);
-            host_endpoint = match known {
-                Some((_, device)) => device.host_endpoint,
-                None => forwarding.host_endpoints().of_name(name),
-            };
-            if host_endpoint.is_some() && forwarding.is_local(src) {
-                origin = Origin::Host;
-            }
+        let endpoints = forwarding.host_endpoints();
+        let origin = self.origin(flow, src)?;
+        if origin != Origin::Uplink {
+            return Ok(Arrival { origin, host_endpoint: None });
         }
-        Ok(Arrival { origin, host_endpoint })
+        let host_endpoint = match &flow.device {
+            _ if forwarding.is_tunnelled(src) => endpoints.everywhere(),
+            Some(name) => match forwarding.devices().find(|(_, device)| device.name == *name) {
+                Some((_, device)) => device.host_endpoint,
+                None => endpoints.of_name(name),
+            },
+            None => match forwarding.device_towards(src) {
+                Some(device) => device.host_endpoint,
+                None => endpoints.of_address(dst.to_ip()),
+            },
+        };
+        let is_nodes_own = host_endpoint.is_some() && forwarding.is_local(src);
+        Ok(Arrival { origin: if is_nodes_own { Origin::Host } else { origin }, host_endpoint })
     }
 
     fn origin<A: Routed>(&self, flow: &Flow, src: A) -> Result<Origin, String> {
@@ -193,7 +198,7 @@ impl<'l> Tracer<'l> {
             Ports::default()
         };
         let key = FlowKey { src, dst, ports, protocol };
-        let arrival = self.arrival(flow, src)?;
+        let arrival = self.arrival(flow, src, dst)?;
         let random = &mut self.random;
         // No time passes between the flows of a trace.
         let now = Tick(0);

@@ -44,17 +44,20 @@ impl Origin {
 pub struct Arrival {
     /// Where it came from.
     pub origin: Origin,
-    /// The host endpoint of the uplink that it came by, or that the node's own packet leaves by, where that is known otherwise than by its
-    /// route.
+    /// The host endpoint of the uplink or tunnel that it came by, or that the node's own packet leaves by, where that is known otherwise
+    /// than by its route.
     pub host_endpoint: Option<HostEndpointNumber>,
 }
 
 impl Arrival {
-    /// By a device of these tables.
+    /// By a device of these tables. What comes through a tunnel arrives by the tunnel's own device, which only a host endpoint for "*"
+    /// governs.
     #[inline]
-    pub fn by(origin: Origin, device: IfIndex, forwarding: &Forwarding) -> Self {
+    pub fn by(origin: Origin, device: IfIndex, through_tunnel: bool, forwarding: &Forwarding) -> Self {
         let host_endpoint = if forwarding.host_endpoints().is_empty() {
             None
+        } else if through_tunnel {
+            forwarding.host_endpoints().everywhere()
         } else {
             forwarding.device_by_index(device).and_then(|device| forwarding.device(device).host_endpoint)
         };

@@ -332,6 +332,19 @@ impl Forwarding {
         }
     }
 
+    /// The device by which packets to `destination` leave.
+    pub fn device_towards<A: Routed>(&self, destination: A) -> Option<&Device> {
+        match self.route(destination) {
+            Route::Via(id) => self.adjacency(id).device.map(|device| self.device(device)),
+            Route::NoSuchPod | Route::None => None,
+        }
+    }
+
+    /// Whether packets to `address`, and so from it, go through a tunnel.
+    pub fn is_tunnelled<A: Routed>(&self, address: A) -> bool {
+        matches!(self.route(address), Route::Via(id) if self.adjacency(id).kind == RouteKind::Ipip)
+    }
+
     /// This node's address for packets that leave by `adjacency`: the device's own, else the node's InternalIP.
     pub fn address_towards<A: Routed>(&self, adjacency: AdjacencyId) -> Option<A> {
         let family = A::family(self);

@@ -178,6 +178,8 @@ pub struct Packet {
     pub device: IfIndex,
     /// How it was addressed at the link layer; the driver sets it.
     pub link: LinkType,
+    /// Whether it came in a tunnel packet, which is taken off.
+    pub through_tunnel: bool,
 }
 
 const _: () = assert!(size_of::<Packet>() == 24 && (cfg!(debug_assertions) || !std::mem::needs_drop::<Packet>()));
@@ -193,7 +195,7 @@ impl Packet {
             usize::from(segment.start) + usize::from(segment.len) <= FRAME_BYTES,
             "a segment lies within its frame"
         );
-        Self { segment, device, link }
+        Self { segment, device, link, through_tunnel: false }
     }
 
     /// Its bytes, from the Ethernet header on.

@@ -1,11 +1,16 @@
 //! What host endpoints say of a connection's first packet, and what the node says of what its pods send to it.
 //!
-//! A packet meets the host endpoint of the device that it arrives by: failsafe ports, untracked policy, policy before DNAT, and,
-//! once its service is known, policy for what is forwarded or for what is the node's own. What is forwarded meets that of the
-//! device that it leaves by as well. Pods' devices are governed by a host endpoint for "*" alone, and what they send to the node
-//! itself by DefaultEndpointToHostAction instead of its normal policy.
+//! A packet meets the host endpoint of the device that it arrives by: untracked policy, policy before DNAT, and, once its service is
+//! known, policy for what is forwarded or for what is the node's own. What is forwarded meets that of the device that it leaves by as
+//! well. Pods' devices are governed by a host endpoint for "*" alone, and what they send to the node itself by
+//! DefaultEndpointToHostAction instead of its normal policy.
+//!
+//! Failsafe ports are spared by each kind of policy, with the port that this kind sees: the frontend's before services, the backend's
+//! behind them. They are the node's own: what is forwarded has none.
 //!
 //! An Allow of untracked policy or of policy before DNAT is the last word of that host endpoint, not of the pods' own policy.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use ipnet::IpNet;
 use weir_packet::{DropReason, FlowKey, Protocol};
@@ -13,9 +18,8 @@ use weir_policy::{Classifier, HostEndpointId, Judgement, PolicyDirection, model:
 
 use crate::{
     decide::{Arrival, Origin},
-    forwarding::{AdjacencyId, Forwarding, Route, RouteKind, Routed},
+    forwarding::{Forwarding, Route, RouteKind, Routed},
     host_endpoints::HostEndpointNumber,
-    mix::hash_of,
     model::{Cluster, EndpointToHost, Failsafe, HostSettings},
     snapshot::Snapshot,
 };
@@ -38,7 +42,10 @@ impl HostRules {
             cluster.host_endpoints.iter().map(|endpoint| policy.host_endpoint(&endpoint.name)).collect();
         let settings = cluster.host_settings.clone();
         let says_nothing = endpoints.is_empty() && settings.endpoint_to_host == EndpointToHost::Accept;
-        let stamp = if says_nothing { 0 } else { hash_of(&settings) as u32 | 1 };
+        // Not the tables' hash, to which lists are as good as joined and variants as good as equal. This one is the same in every process.
+        let mut hasher = DefaultHasher::new();
+        settings.hash(&mut hasher);
+        let stamp = if says_nothing { 0 } else { hasher.finish() as u32 | 1 };
         let has_untracked =
             endpoints.iter().flatten().any(|endpoint| policy.has_stage(*endpoint, HostStage::Untracked));
         Self { endpoints, settings, has_untracked, stamp }
@@ -137,25 +144,14 @@ fn before<A: Routed>(
     host: &mut HostJudgements,
 ) -> Result<Before, DropReason> {
     let asking = Asking { snapshot, host };
-    let settings = &snapshot.rules.host.settings;
-    let (number, failsafes, direction, peer) = match arrival.origin {
-        Origin::Host => {
-            let leaves_by = leaving(snapshot, arrival, key, snapshot.forwarding.route(key.dst));
-            (leaves_by, &settings.failsafe_outbound, PolicyDirection::Egress, key.dst)
-        }
-        Origin::Uplink | Origin::Workload(_) => (
-            arriving(&snapshot.forwarding, arrival, key),
-            &settings.failsafe_inbound,
-            PolicyDirection::Ingress,
-            key.src,
-        ),
+    let (number, direction) = match arrival.origin {
+        Origin::Host => (leaving(snapshot, arrival, key, snapshot.forwarding.route(key.dst)), PolicyDirection::Egress),
+        Origin::Uplink | Origin::Workload(_) => (arriving(&snapshot.forwarding, arrival), PolicyDirection::Ingress),
     };
     let Some(number) = number else { return Ok(Before::Nothing) };
     let is_for_host = snapshot.forwarding.is_local(key.dst);
-    if (arrival.origin == Origin::Host || is_for_host)
-        && failsafes.iter().any(|failsafe| failsafe.takes(key.protocol, key.ports.destination(), peer.to_ip()))
-    {
-        return Ok(Before::Allowed);
+    if is_failsafe(snapshot, direction, key) {
+        return Ok(Before::Nothing);
     }
     let endpoint = snapshot.rules.host.policy(number)?;
     if !matches!(arrival.origin, Origin::Workload(_))
@@ -174,16 +170,22 @@ fn before<A: Routed>(
 #[cold]
 pub fn is_untracked<A: Routed>(snapshot: &Snapshot, arrival: Arrival, key: &FlowKey<A>) -> bool {
     let rules = &snapshot.rules;
-    let (is_for_host, failsafes) = (snapshot.forwarding.is_local(key.dst), &rules.host.settings.failsafe_inbound);
-    let peer = key.src.to_ip();
-    if is_for_host && failsafes.iter().any(|one| one.takes(key.protocol, key.ports.destination(), peer)) {
-        return false;
-    }
-    let endpoint = arriving(&snapshot.forwarding, arrival, key).and_then(|number| rules.host.policy(number).ok());
+    let endpoint = arriving(&snapshot.forwarding, arrival).and_then(|number| rules.host.policy(number).ok());
     endpoint.is_some_and(|endpoint| {
         let judged = rules.policy.judge_host(endpoint, HostStage::Untracked, PolicyDirection::Ingress, key);
-        judged.is_some()
+        judged.is_some() && !is_failsafe(snapshot, PolicyDirection::Ingress, key)
     })
+}
+
+/// Whether a packet to the node itself, or from it, has a port that no policy closes.
+fn is_failsafe<A: Routed>(snapshot: &Snapshot, direction: PolicyDirection, key: &FlowKey<A>) -> bool {
+    let settings = &snapshot.rules.host.settings;
+    let (failsafes, peer) = match direction {
+        PolicyDirection::Ingress if !snapshot.forwarding.is_local(key.dst) => return false,
+        PolicyDirection::Ingress => (&settings.failsafe_inbound, key.src),
+        PolicyDirection::Egress => (&settings.failsafe_outbound, key.dst),
+    };
+    failsafes.iter().any(|failsafe| failsafe.takes(key.protocol, key.ports.destination(), peer.to_ip()))
 }
 
 /// Whether a packet for the node itself may be an answer to what a failsafe port lets it ask: a port that no connection of weir's
@@ -223,6 +225,9 @@ fn after<A: Routed>(
     let rules = &snapshot.rules.host;
     let mut ask = |number: Option<HostEndpointNumber>, stage: HostStage, direction: PolicyDirection| {
         let Some(number) = number else { return Ok(()) };
+        if stage == HostStage::Local && is_failsafe(snapshot, direction, key) {
+            return Ok(());
+        }
         let asking = Asking { snapshot, host: &mut *host };
         asking.ask(rules.policy(number)?, stage, direction, key).map(|_| ())
     };
@@ -233,7 +238,7 @@ fn after<A: Routed>(
             EndpointToHost::Drop => Err(DropReason::PolicyDeniedEndpointToHost),
         },
         Origin::Uplink if is_for_host && before == Before::Nothing => {
-            ask(arriving(forwarding, arrival, key), HostStage::Local, PolicyDirection::Ingress)
+            ask(arriving(forwarding, arrival), HostStage::Local, PolicyDirection::Ingress)
         }
         Origin::Uplink | Origin::Host if is_for_host => Ok(()),
         Origin::Host if before == Before::Nothing => {
@@ -242,7 +247,7 @@ fn after<A: Routed>(
         Origin::Host => Ok(()),
         Origin::Uplink | Origin::Workload(_) => {
             if before == Before::Nothing {
-                ask(arriving(forwarding, arrival, key), HostStage::Forwarded, PolicyDirection::Ingress)?;
+                ask(arriving(forwarding, arrival), HostStage::Forwarded, PolicyDirection::Ingress)?;
             }
             ask(leaving(snapshot, arrival, key, route), HostStage::Forwarded, PolicyDirection::Egress)
         }
@@ -263,7 +268,14 @@ fn stamps_of_both<A: Routed>(snapshot: &Snapshot, arrival: Arrival, translated: 
         endpoint.map_or(0, |endpoint| rules.policy.host_stamp(endpoint))
     };
     let route = snapshot.forwarding.route(translated.dst);
-    let source = stamp(arriving(&snapshot.forwarding, arrival, translated));
+    let source = match arrival.origin {
+        // Untracked policy saw the frontend, and so perhaps another device than the one that the backend is behind.
+        Origin::Host => {
+            let all = (0..rules.host.endpoints.len() as u32).map(HostEndpointNumber);
+            all.fold(0, |all: u32, number| all.rotate_left(1) ^ stamp(Some(number)))
+        }
+        Origin::Uplink | Origin::Workload(_) => stamp(arriving(&snapshot.forwarding, arrival)),
+    };
     [rules.host.stamp.rotate_left(7) ^ source, stamp(leaving(snapshot, arrival, translated, route))]
 }
 
@@ -317,16 +329,12 @@ impl Asking<'_, '_> {
     }
 }
 
-/// The host endpoint of the device that a packet arrives by. What comes through a tunnel arrives by the tunnel's own device, which only
-/// a host endpoint for "*" governs, as it alone governs pods' devices.
-fn arriving<A: Routed>(forwarding: &Forwarding, arrival: Arrival, key: &FlowKey<A>) -> Option<HostEndpointNumber> {
+/// The host endpoint of the device that a packet arrives by. Only one for "*" governs pods' devices.
+fn arriving(forwarding: &Forwarding, arrival: Arrival) -> Option<HostEndpointNumber> {
     match arrival.origin {
         Origin::Host => None,
         Origin::Workload(_) => forwarding.host_endpoints().everywhere(),
-        Origin::Uplink if kind_of(forwarding, forwarding.route(key.src)) == Some(RouteKind::Ipip) => {
-            forwarding.host_endpoints().everywhere()
-        }
-        Origin::Uplink => arrival.host_endpoint.or_else(|| forwarding.host_endpoints().of_address(key.dst.to_ip())),
+        Origin::Uplink => arrival.host_endpoint,
     }
 }
 
@@ -339,25 +347,22 @@ fn leaving<A: Routed>(
 ) -> Option<HostEndpointNumber> {
     let forwarding = &*snapshot.forwarding;
     let endpoints = forwarding.host_endpoints();
-    let unknown_device = || endpoints.of_address(key.src.to_ip());
+    let of_unknown_device = || leaves_by(arrival).or_else(|| endpoints.of_address(key.src.to_ip()));
     match (route, kind_of(forwarding, route)) {
         (Route::NoSuchPod, _) | (_, Some(RouteKind::Host)) => None,
         (_, Some(RouteKind::Workload)) if arrival.origin == Origin::Host => None,
         (_, Some(RouteKind::Workload | RouteKind::Ipip)) => endpoints.everywhere(),
-        (Route::Via(adjacency), _) => {
-            of_adjacency(forwarding, adjacency).or(leaves_by(arrival)).or_else(unknown_device)
-        }
-        (Route::None, _) => leaves_by(arrival).or_else(unknown_device),
+        (Route::Via(adjacency), _) => match forwarding.adjacency(adjacency).device {
+            Some(device) => forwarding.device(device).host_endpoint,
+            None => of_unknown_device(),
+        },
+        (Route::None, _) => of_unknown_device(),
     }
 }
 
 /// The host endpoint of the device that the node's own packet leaves by, where whoever asks knows it.
 fn leaves_by(arrival: Arrival) -> Option<HostEndpointNumber> {
     arrival.host_endpoint.filter(|_| arrival.origin == Origin::Host)
-}
-
-fn of_adjacency(forwarding: &Forwarding, adjacency: AdjacencyId) -> Option<HostEndpointNumber> {
-    forwarding.device(forwarding.adjacency(adjacency).device?).host_endpoint
 }
 
 fn kind_of(forwarding: &Forwarding, route: Route) -> Option<RouteKind> {

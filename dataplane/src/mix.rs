@@ -3,7 +3,7 @@
 //! What these tables hold comes from the cluster's configuration and the kernel, so nobody can fill them with keys that collide, which a
 //! keyed hash would be for.
 
-use std::hash::{BuildHasherDefault, Hash, Hasher};
+use std::hash::{BuildHasherDefault, Hasher};
 
 /// A map with this hash.
 pub type HashMap<K, V> = hashbrown::HashMap<K, V, BuildHasherDefault<Mixer>>;
@@ -21,13 +21,6 @@ impl Mixer {
         let product = u128::from(self.0.rotate_left(29) ^ word ^ 0x51_7c_c1_b7_27_22_0a_95) * 0x9e37_79b9_7f4a_7c15;
         self.0 = product as u64 ^ (product >> 64) as u64;
     }
-}
-
-/// The hash of a value, the same in every process of this version.
-pub(crate) fn hash_of(value: &impl Hash) -> u64 {
-    let mut mixer = Mixer::default();
-    value.hash(&mut mixer);
-    mixer.finish()
 }
 
 impl Hasher for Mixer {

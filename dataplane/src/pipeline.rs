@@ -548,7 +548,7 @@ impl Pipeline {
     ) {
         let snapshot = context.snapshot;
         if snapshot.rules.host.has_untracked() && origin == Origin::Uplink {
-            let arrival = Arrival::by(origin, packet.device, &snapshot.forwarding);
+            let arrival = Arrival::by(origin, packet.device, packet.through_tunnel, &snapshot.forwarding);
             if host_policy::is_untracked(snapshot, arrival, &view.key) {
                 return self.first_packet(driver, packet, view, origin, context);
             }
@@ -648,7 +648,7 @@ impl Pipeline {
         self.learn(&packet, view, origin, context);
         let Self { random, .. } = self;
         let random = &mut || random.next_u64();
-        let arrival = Arrival::by(origin, packet.device, forwarding);
+        let arrival = Arrival::by(origin, packet.device, packet.through_tunnel, forwarding);
         let mut decision = decide::decide(snapshot, arrival, &view.key, context.affinity, context.now, random);
 
         if decision.untracked {
@@ -708,7 +708,7 @@ impl Pipeline {
         if let Some((error, reason)) = obstacle(view, forwarding.adjacency(adjacency)) {
             return self.answer_error(driver, packet, view, error, reason, context);
         }
-        match self.open(&decision, packet.device, view, &segment, origin, context) {
+        match self.open(&decision, packet.device, view, &segment, arrival, context) {
             Ok(Opened { hit, ours }) => {
                 let conn = A::table(context.tables).conn(hit.conn);
                 if ours {
@@ -780,12 +780,11 @@ impl Pipeline {
         device: IfIndex,
         view: &View<A>,
         segment: &Observed,
-        origin: Origin,
+        arrival: Arrival,
         context: &Context<'_>,
     ) -> Result<Opened, DropReason> {
-        let snapshot = context.snapshot;
+        let (snapshot, origin) = (context.snapshot, arrival.origin);
         let table = A::table(context.tables);
-        let arrival = Arrival::by(origin, device, &snapshot.forwarding);
         let [source_stamp, destination_stamp] = decide::policy_stamps(snapshot, arrival, &decision.translated);
         let attributes = Attributes {
             device: device.0,
@@ -1412,6 +1411,7 @@ fn decapsulate(
     // The Ethernet header moves along, so that an answer finds whom the frame came from.
     packet.bytes_mut().copy_within(..ETHERNET_BYTES, usize::from(outer_bytes));
     packet.shrink_front(outer_bytes);
+    packet.through_tunnel = true;
     let moved = inner.moved_up(outer_bytes).ok_or(DropReason::TunnelNested)?;
     Ok(View { tos, ..moved })
 }
@@ -1689,7 +1689,8 @@ fn judge_again<A: Family>(
     let Some(origin) = device.and_then(|id| Origin::of(forwarding.device(id))) else {
         return Err(Rejudged::Cut(DropReason::UnknownDevice));
     };
-    let arrival = Arrival::by(origin, IfIndex(conn.device()), forwarding);
+    let through_tunnel = forwarding.is_tunnelled(original.src);
+    let arrival = Arrival::by(origin, IfIndex(conn.device()), through_tunnel, forwarding);
     let stamps = decide::policy_stamps(snapshot, arrival, &translated);
     if stamps != conn.stamps()[..2] {
         decide::judge_again(snapshot, arrival, &original, &translated).map_err(Rejudged::Cut)?;

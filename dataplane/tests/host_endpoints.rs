@@ -306,6 +306,19 @@ fn an_endpoint_for_all_devices_meets_pods_traffic_and_what_comes_through_tunnels
 }
 
 #[test]
+fn who_uses_a_tunnelled_pods_address_without_the_tunnel_meets_the_uplinks_endpoint() {
+    let deny = |scope| policy(scope, Some(vec![rule(Action::Deny, Protocol::UDP, None)]), None);
+    let Addresses { node, server, remote, .. } = FAMILIES[0];
+    let mut router = router(&governed("eth0"), vec![deny(PolicyScope::ApplyOnForward), deny(PolicyScope::Normal)]);
+    for to in [node, server] {
+        let bare = udp([remote, to], [40_000, 80]);
+        assert_eq!(fate(&mut router, UPLINK, &bare), DENIED, "{to}");
+        assert!(fate(&mut router, UPLINK, &tunnelled(&bare)).is_ok(), "{to}");
+    }
+    router.finish();
+}
+
+#[test]
 fn what_a_pod_sends_to_its_node_is_the_nodes_setting() {
     for (family, client) in FAMILIES.into_iter().zip(["10.1.1.10", "fd00:1:1::10"]) {
         let mut cluster = cluster();
@@ -319,6 +332,21 @@ fn what_a_pod_sends_to_its_node_is_the_nodes_setting() {
         assert_eq!(fate(&mut closed, CLIENT_POD, &frame), denied);
         assert_eq!(fate(&mut closed, CLIENT_POD, &tcp([client, family.server], [40_000, 80], SYN)), Ok(SERVER_POD));
         closed.finish();
+    }
+}
+
+#[test]
+fn a_changed_setting_of_the_node_cuts_what_a_pod_has_open_to_it() {
+    for (family, client) in FAMILIES.into_iter().zip(["10.1.1.10", "fd00:1:1::10"]) {
+        let mut cluster = governed("eth0");
+        let mut router = router(&cluster, Vec::new());
+        let there = udp([client, family.node], [40_000, 8080]);
+        assert_eq!(fate(&mut router, CLIENT_POD, &there), KERNEL);
+        assert_eq!(router.totals().opened, 1);
+        cluster.host_settings.endpoint_to_host = EndpointToHost::Drop;
+        router.publish(rules(&cluster, Vec::new()));
+        assert_eq!(fate(&mut router, CLIENT_POD, &there), Err(DropReason::PolicyDeniedEndpointToHost));
+        router.finish();
     }
 }
 

@@ -229,9 +229,10 @@ impl Compiler {
         let mut applied: Vec<[Vec<u32>; 2]> = vec![Default::default(); owners.len()];
         for (number, policy, selected) in self.policies.in_order(&self.workloads) {
             let owners_selected = selected.iter().flat_map(|selected| &owners_of[*selected as usize]);
-            for owner in owners_selected.filter(|owner| owners[**owner as usize].stage.takes(policy.scope)) {
+            for owner in owners_selected {
+                let stage = owners[*owner as usize].stage;
                 for direction in PolicyDirection::ALL {
-                    if policy.rules(direction).is_some() {
+                    if stage.takes(policy.scope, direction) && policy.rules(direction).is_some() {
                         applied[*owner as usize][direction as usize].push(number);
                     }
                 }

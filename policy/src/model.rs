@@ -204,11 +204,11 @@ impl HostStage {
     /// All, in the order of their numbers.
     pub const ALL: [Self; 4] = [Self::Untracked, Self::PreDnat, Self::Forwarded, Self::Local];
 
-    /// Whether a policy of this scope is for these packets.
-    pub fn takes(self, scope: PolicyScope) -> bool {
+    /// Whether a policy of this scope is for these packets, in a direction. Before services, packets only arrive.
+    pub fn takes(self, scope: PolicyScope, direction: PolicyDirection) -> bool {
         match self {
             Self::Untracked => scope == PolicyScope::Untracked,
-            Self::PreDnat => scope == PolicyScope::PreDnat,
+            Self::PreDnat => scope == PolicyScope::PreDnat && direction == PolicyDirection::Ingress,
             Self::Forwarded => scope == PolicyScope::ApplyOnForward,
             Self::Local => matches!(scope, PolicyScope::Normal | PolicyScope::ApplyOnForward),
         }

@@ -4,6 +4,7 @@ use hashbrown::HashSet;
 
 use crate::{
     RuleId,
+    classifier::UNDECIDED,
     fingerprint::Fingerprint,
     model::Action,
     parts::FamilySets,
@@ -205,6 +206,8 @@ pub(crate) fn fingerprint(slots: &[PlannedSlot], resolver: &Resolver, family: Fa
     let mut fingerprint = Fingerprint::new(slots.len() as u64);
     for planned in slots {
         fingerprint.add(match planned.slot.outcome {
+            // What a stage leaves to those after it, where an Allow would be the last word.
+            Outcome::Allow if planned.slot.rule == UNDECIDED => u64::MAX,
             Outcome::Allow => 0,
             Outcome::Deny => 1,
             Outcome::Continue(next) | Outcome::Log(next) => 2 + u64::from(next),

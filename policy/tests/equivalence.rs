@@ -6,7 +6,7 @@ mod world;
 
 use std::sync::Arc;
 
-use agreement::{agree, classify, follow, locals};
+use agreement::{agree, classify, follow, number, subjects};
 use proptest::prelude::*;
 use weir_policy::{Classifier, PolicyDirection, Selector};
 use world::{edit::edit, model, packets, tier};
@@ -26,15 +26,15 @@ proptest! {
         edit.apply(&mut model);
         let after = Classifier::compile(&model).expect("within the limits");
         agree(&after, &model, &packets);
-        for endpoint in locals(&model) {
-            let Some(id) = before.endpoint(&endpoint.name) else { continue };
-            if before.stamp(id) != after.stamp(after.endpoint(&endpoint.name).expect("still there")) {
+        for subject in subjects(&model) {
+            let Some(id) = number(&before, subject) else { continue };
+            if before.stamp(id) != after.stamp(number(&after, subject).expect("still there")) {
                 continue;
             }
             for direction in PolicyDirection::ALL {
                 for packet in &packets {
-                    let verdict = |classifier| classify(classifier, &endpoint.name, direction, packet).allow;
-                    prop_assert_eq!(verdict(&before), verdict(&after), "{} {:?} {:?}", &endpoint.name, direction, packet);
+                    let verdict = |classifier| classify(classifier, subject, direction, packet).decided.map(|(allow, _)| allow);
+                    prop_assert_eq!(verdict(&before), verdict(&after), "{:?} {:?} {:?}", subject, direction, packet);
                 }
             }
         }
@@ -56,9 +56,10 @@ proptest! {
         }
         model.tiers.push(unrelated);
         let after = Classifier::compile(&model).expect("within the limits");
-        for (id, name) in before.endpoints() {
-            prop_assert_ne!(before.stamp(id), 0);
-            prop_assert_eq!(before.stamp(id), after.stamp(after.endpoint(name).expect("still there")), "{}", name);
+        for subject in subjects(&model) {
+            let stamp = |classifier| number(classifier, subject).map(|id| classifier.stamp(id)).expect("a local endpoint");
+            prop_assert_ne!(stamp(&before), 0);
+            prop_assert_eq!(stamp(&before), stamp(&after), "{:?}", subject);
         }
     }
 }

@@ -554,6 +554,20 @@ fn stamps_cover_every_field_of_a_rule() {
 }
 
 #[test]
+fn a_stage_that_allows_has_another_stamp_than_one_that_leaves_the_packet_to_the_next() {
+    let stamp = |rules: Vec<Rule>| {
+        let mut model =
+            with(vec![ingress(Policy { scope: PolicyScope::PreDnat, ..policy("p", None, "all()") }, rules)]);
+        let host = Endpoint { name: "h".into(), kind: EndpointKind::HostEndpoint, local: true, ..Endpoint::default() };
+        model.endpoints.push(Arc::new(host));
+        let classifier = Classifier::compile(&model).unwrap();
+        classifier.host_stamp(classifier.host_endpoint("h").unwrap())
+    };
+    assert_ne!(stamp(vec![rule(Action::Allow, None)]), stamp(Vec::new()));
+    assert_ne!(stamp(vec![rule(Action::Deny, None)]), stamp(Vec::new()));
+}
+
+#[test]
 fn deciding_rules_are_described() {
     let mut open = ingress(policy("p", 1000.0, "app == 'a'"), vec![rule(Action::Allow, Some(TCP))]);
     open.origin = 77;

@@ -368,7 +368,9 @@ struct Effective<'l> {
 
 /// Whether a policy governs this direction of an endpoint, staged or not. A workload's packets are as a host endpoint's local ones.
 fn applies(policy: &Policy, endpoint: &Endpoint, direction: PolicyDirection, stage: HostStage) -> bool {
-    stage.takes(policy.scope) && policy.rules(direction).is_some() && policy.selector.matches(&endpoint.labels)
+    stage.takes(policy.scope, direction)
+        && policy.rules(direction).is_some()
+        && policy.selector.matches(&endpoint.labels)
 }
 
 /// Whether a rule of a tier passes packets on.

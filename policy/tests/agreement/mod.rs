@@ -3,23 +3,47 @@
 use std::{net::IpAddr, sync::Arc};
 
 use weir_packet::{Address, FlowKey, Ports};
-use weir_policy::{Classifier, Compiler, EndpointId, Judgement, PolicyDirection, RuleId, model::*};
+use weir_policy::{Classifier, Compiler, EndpointId, PolicyDirection, RuleId, model::*};
 
 use crate::{
     oracle::{self, Judged, Packet},
     world::edit::Edit,
 };
 
-pub fn classify(classifier: &Classifier, endpoint: &str, direction: PolicyDirection, packet: &Packet) -> Judged {
-    let endpoint = classifier.endpoint(endpoint).expect("a local workload");
+/// What policy is asked about: a workload, whose packets are all local, or a host endpoint's packets of one kind.
+pub type Subject<'model> = (&'model Endpoint, HostStage);
+
+pub fn subjects(model: &Model) -> impl Iterator<Item = Subject<'_>> {
+    let locals = model.endpoints.iter().map(|endpoint| &**endpoint).filter(|endpoint| endpoint.local);
+    locals.flat_map(|endpoint| {
+        let stages = match endpoint.kind {
+            EndpointKind::Workload => &[HostStage::Local][..],
+            EndpointKind::HostEndpoint => &HostStage::ALL,
+            EndpointKind::NetworkSet => &[],
+        };
+        stages.iter().map(move |stage| (endpoint, *stage))
+    })
+}
+
+/// What a classifier judges a subject as, if it knows it.
+pub fn number(classifier: &Classifier, (endpoint, stage): Subject<'_>) -> Option<EndpointId> {
+    match endpoint.kind {
+        EndpointKind::HostEndpoint => {
+            classifier.host_endpoint(&endpoint.name).map(|host| classifier.stage_endpoint(host, stage))
+        }
+        EndpointKind::Workload | EndpointKind::NetworkSet => classifier.endpoint(&endpoint.name),
+    }
+}
+
+pub fn classify(classifier: &Classifier, subject: Subject<'_>, direction: PolicyDirection, packet: &Packet) -> Judged {
     let ports = Ports::new(packet.source_port, packet.destination_port);
     let protocol = packet.protocol;
     match (packet.source, packet.destination) {
         (IpAddr::V4(src), IpAddr::V4(dst)) => {
-            judged(classifier, endpoint, direction, &FlowKey { src, dst, ports, protocol })
+            judged(classifier, subject, direction, &FlowKey { src, dst, ports, protocol })
         }
         (IpAddr::V6(src), IpAddr::V6(dst)) => {
-            judged(classifier, endpoint, direction, &FlowKey { src, dst, ports, protocol })
+            judged(classifier, subject, direction, &FlowKey { src, dst, ports, protocol })
         }
         _ => unreachable!("both ends are of one family"),
     }
@@ -27,30 +51,37 @@ pub fn classify(classifier: &Classifier, endpoint: &str, direction: PolicyDirect
 
 fn judged<A: Address>(
     classifier: &Classifier,
-    endpoint: EndpointId,
+    subject: Subject<'_>,
     direction: PolicyDirection,
     key: &FlowKey<A>,
 ) -> Judged {
-    let Judgement { allow, rule } = classifier.judge(endpoint, direction, key);
-    let logged = classifier.logged(endpoint, direction, key);
+    let (endpoint, stage) = subject;
+    let number = number(classifier, subject).expect("a local endpoint");
+    let judgement = match classifier.host_endpoint(&endpoint.name) {
+        Some(host) if endpoint.kind == EndpointKind::HostEndpoint => {
+            let judgement = classifier.judge_host(host, stage, direction, key);
+            assert!(judgement.is_none() || classifier.has_stage(host, stage));
+            judgement
+        }
+        _ => Some(classifier.judge(number, direction, key)),
+    };
+    let logged = classifier.logged(number, direction, key);
     assert!(logged.is_empty() || classifier.has_logs());
     let name = |rule: &RuleId| classifier.rule_name(*rule);
-    Judged { allow, by: name(&rule), logged: logged.iter().map(name).collect() }
-}
-
-pub fn locals(model: &Model) -> impl Iterator<Item = &Endpoint> {
-    let endpoints = model.endpoints.iter().map(|endpoint| &**endpoint);
-    endpoints.filter(|endpoint| endpoint.local && endpoint.kind == EndpointKind::Workload)
+    Judged {
+        decided: judgement.map(|judgement| (judgement.allow, name(&judgement.rule))),
+        logged: logged.iter().map(name).collect(),
+    }
 }
 
 /// That a classifier says what the linear evaluator says of the model.
 pub fn agree(classifier: &Classifier, model: &Model, packets: &[Packet]) {
-    for endpoint in locals(model) {
+    for (endpoint, stage) in subjects(model) {
         for direction in PolicyDirection::ALL {
             for packet in packets {
-                let seen = classify(classifier, &endpoint.name, direction, packet);
-                let expected = oracle::judge(model, endpoint, direction, packet);
-                assert_eq!(seen, expected, "{} {direction:?} {packet:?}", endpoint.name);
+                let seen = classify(classifier, (endpoint, stage), direction, packet);
+                let expected = oracle::judge(model, endpoint, stage, direction, packet);
+                assert_eq!(seen, expected, "{} {stage:?} {direction:?} {packet:?}", endpoint.name);
             }
         }
     }
@@ -75,8 +106,10 @@ pub fn follow(mut model: Model, packets: &[Packet], edits: &[(Edit, bool)]) {
         assert_eq!(followed.program_count(), fresh.program_count());
         assert_eq!(followed.rules().count(), fresh.rules().count());
         assert!(followed.endpoints().eq(fresh.endpoints()));
-        for (id, name) in fresh.endpoints() {
-            assert_eq!(followed.stamp(id), fresh.stamp(id), "{name}");
+        for subject in subjects(&model) {
+            let stamp =
+                |classifier: &Classifier| classifier.stamp(number(classifier, subject).expect("a local endpoint"));
+            assert_eq!(stamp(&followed), stamp(&fresh), "{subject:?}");
         }
     }
 }

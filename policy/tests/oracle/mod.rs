@@ -37,28 +37,48 @@ impl Packet {
 /// What policy says of a packet.
 #[derive(Debug, PartialEq)]
 pub struct Judged {
-    pub allow: bool,
-    /// The name of what decided.
-    pub by: String,
+    /// Whether it may go, and the name of what decided; `None`: what comes next goes on.
+    pub decided: Option<(bool, String)>,
     /// The names of the Log rules that came before it and matched; the first four.
     pub logged: Vec<String>,
 }
 
-/// The verdict, what decided, and what is logged.
-pub fn judge(model: &Model, endpoint: &Endpoint, direction: PolicyDirection, packet: &Packet) -> Judged {
-    let mut logged = Vec::new();
-    let (allow, by) = decide(model, endpoint, direction, packet, &mut logged);
-    logged.truncate(4);
-    Judged { allow, by, logged }
-}
-
-fn decide(
+/// What an endpoint's policy for packets of this kind says. All of a workload's packets are local.
+pub fn judge(
     model: &Model,
     endpoint: &Endpoint,
+    stage: HostStage,
+    direction: PolicyDirection,
+    packet: &Packet,
+) -> Judged {
+    let mut logged = Vec::new();
+    // 27: before connections and services, no match continues, a tier's end denies nothing, and before DNAT there is ingress only.
+    // 28: what is forwarded has no profiles.
+    let (scopes, ends_deny): (&[PolicyScope], _) = match (stage, direction) {
+        (HostStage::Untracked, _) => (&[PolicyScope::Untracked], false),
+        (HostStage::PreDnat, PolicyDirection::Ingress) => (&[PolicyScope::PreDnat], false),
+        (HostStage::PreDnat, PolicyDirection::Egress) => (&[], false),
+        (HostStage::Forwarded, _) => (&[PolicyScope::ApplyOnForward], true),
+        (HostStage::Local, _) => (&[PolicyScope::Normal, PolicyScope::ApplyOnForward], true),
+    };
+    let mut decided = tiers(model, endpoint, scopes, ends_deny, direction, packet, &mut logged);
+    if stage == HostStage::Local {
+        decided = decided.or_else(|| Some(profiles(model, endpoint, direction, packet, &mut logged)));
+    }
+    logged.truncate(4);
+    Judged { decided, logged }
+}
+
+/// What the policies of these scopes decide, if they do.
+fn tiers(
+    model: &Model,
+    endpoint: &Endpoint,
+    scopes: &[PolicyScope],
+    ends_deny: bool,
     direction: PolicyDirection,
     packet: &Packet,
     logged: &mut Vec<String>,
-) -> (bool, String) {
+) -> Option<(bool, String)> {
     // 15: by order, unset last, ties by name.
     let mut tiers: Vec<&Tier> = model.tiers.iter().collect();
     tiers.sort_by(|a, b| compare((a.order, &a.name), (b.order, &b.name)));
@@ -70,7 +90,7 @@ fn decide(
             .iter()
             .map(|policy| &**policy)
             .filter(|policy| !policy.staged && policy.selector.matches(&endpoint.labels))
-            .filter(|policy| matches!(policy.scope, PolicyScope::Normal | PolicyScope::ApplyOnForward))
+            .filter(|policy| scopes.contains(&policy.scope))
             .filter_map(|policy| Some((policy, rules(&policy.ingress, &policy.egress, direction)?)))
             .collect();
         policies.sort_by(|(a, _), (b, _)| compare((a.order, &a.sort_name), (b.order, &b.sort_name)));
@@ -79,21 +99,31 @@ fn decide(
                 let name = format!("{} rule {}", policy.name, rule.number);
                 // 17.
                 match rule.action {
-                    Action::Allow => return (true, name),
-                    Action::Deny => return (false, name),
+                    Action::Allow => return Some((true, name)),
+                    Action::Deny => return Some((false, name)),
                     Action::Pass => continue 'tiers,
                     Action::Log => logged.push(name),
                 }
             }
         }
         // 18.
-        if !policies.is_empty() && tier.default_action == TierAction::Deny {
+        if ends_deny && !policies.is_empty() && tier.default_action == TierAction::Deny {
             let names: Vec<&str> = policies.iter().map(|(policy, _)| policy.name.as_str()).collect();
             let more = if names.len() > 8 { format!(" and {} more", names.len() - 8) } else { String::new() };
-            return (false, format!("default-deny {}{more}", names[..names.len().min(8)].join(", ")));
+            return Some((false, format!("default-deny {}{more}", names[..names.len().min(8)].join(", "))));
         }
     }
-    // 19.
+    None
+}
+
+/// 19: what the endpoint's profiles decide.
+fn profiles(
+    model: &Model,
+    endpoint: &Endpoint,
+    direction: PolicyDirection,
+    packet: &Packet,
+    logged: &mut Vec<String>,
+) -> (bool, String) {
     for name in &endpoint.profiles {
         let Some(profile) = model.profiles.iter().find(|profile| profile.name == *name) else { continue };
         let (ingress, egress) = (Some(profile.ingress.clone()), Some(profile.egress.clone()));
