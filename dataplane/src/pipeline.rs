@@ -598,14 +598,8 @@ impl Pipeline {
                 // It stays bad, so its receiver drops it.
                 return self.established(driver, packet, view, &conn, hit.direction, context);
             }
-            if let Some(offload) = context.offload {
-                offload.take_windows(&conn, hit.direction);
-            }
-            match conn.track(hit.direction, segment, context.now) {
+            match follow(&conn, hit.direction, segment, context) {
                 Tracked::Accept => {
-                    if let Some(offload) = context.offload {
-                        offload.consider(&conn, hit.direction);
-                    }
                     return self.established(driver, packet, view, &conn, hit.direction, context);
                 }
                 Tracked::NewFlow => {
@@ -720,7 +714,7 @@ impl Pipeline {
                     }
                 }
                 // Somebody was faster, with a packet of the same flow: this one is a further packet of that connection.
-                if !ours && conn.track(hit.direction, &segment, context.now) == Tracked::Invalid {
+                if !ours && follow(&conn, hit.direction, &segment, context) == Tracked::Invalid {
                     return self.end(driver, packet, End::Drop(DropReason::Invalid));
                 }
                 self.established(driver, packet, view, &conn, hit.direction, context);
@@ -1045,6 +1039,10 @@ impl Pipeline {
         let conn = table.conn(hit.conn);
         if let Err(reason) = still_stands(&conn, hit.direction, DropReason::UnrelatedIcmpError, context) {
             return self.end(driver, packet, End::Drop(reason));
+        }
+        // The quoted packet may be one that the programs carried.
+        if let Some(offload) = context.offload {
+            offload.take_windows(&conn, hit.direction.flip());
         }
         if embedded.tcp_seq.is_some_and(|seq| !conn.may_be_in_flight(hit.direction.flip(), seq)) {
             return self.end(driver, packet, End::Drop(DropReason::UnrelatedIcmpError));
@@ -1524,6 +1522,23 @@ fn may_change_state<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, segm
     }
 }
 
+/// Follows a packet in its connection, which the programs may have followed meanwhile.
+#[inline(always)]
+fn follow<A: Family>(
+    conn: &ConnRef<'_, A>,
+    direction: Direction,
+    segment: &Observed,
+    context: &Context<'_>,
+) -> Tracked {
+    let Some(offload) = context.offload else { return conn.track(direction, segment, context.now) };
+    offload.take_windows(conn, direction);
+    let tracked = conn.track(direction, segment, context.now);
+    if tracked == Tracked::Accept {
+        offload.consider(conn, direction);
+    }
+    tracked
+}
+
 /// Whether a packet of a connection comes from where its source was found to be when the connection was judged, by these tables: then its
 /// source needs no further check. Replies come from the device that the original direction's packets leave by.
 #[inline]
@@ -1576,7 +1591,7 @@ fn connection_of<'t, A: Family>(
     still_stands(&conn, direction, DropReason::Invalid, context)?;
     if let Kind::LaterFragment { offset, bytes, more: false, .. } = view.kind
         && let Some(segment) = lead.whole_segment(offset + bytes)
-        && conn.track(direction, &segment, context.now) != Tracked::Accept
+        && follow(&conn, direction, &segment, context) != Tracked::Accept
     {
         return Err(DropReason::Invalid);
     }
