@@ -382,7 +382,7 @@ pub struct Windows {
     pub sides: [[u32; 4]; 2],
     /// How far a side's windows are shifted.
     pub scales: [u8; 2],
-    /// Whether what is outside of them passes: the connection was picked up in the middle.
+    /// Whether what is outside of them passes, of either side: the connection was picked up in the middle, and not begun anew since.
     pub is_liberal: bool,
 }
 
@@ -448,7 +448,7 @@ impl TcpLine {
         tcp.sides.iter().all(is_known).then(|| Windows {
             sides: std::array::from_fn(|side| std::array::from_fn(|word| words[side * SIDE_WORDS + word])),
             scales: tcp.sides.map(|side| side.scale),
-            is_liberal: tcp.sides.iter().any(|side| side.options & LIBERAL != 0),
+            is_liberal: tcp.sides.iter().all(|side| side.options & LIBERAL != 0),
         })
     }
 
