@@ -103,6 +103,17 @@ impl Flow {
         self.state.fetch_and(!3, Ordering::AcqRel);
     }
 
+    /// Whether it has windows, and the connection is still the one that they are of.
+    #[inline]
+    pub fn has_windows(&self) -> bool {
+        self.has_windows.load(Ordering::Relaxed) != 0
+    }
+
+    /// The connection began anew: the windows say nothing of it.
+    pub fn forget_windows(&self) {
+        self.has_windows.store(0, Ordering::Relaxed);
+    }
+
     /// The windows, as the programs have moved them.
     #[inline]
     pub fn windows(&self) -> [[u32; 4]; 2] {

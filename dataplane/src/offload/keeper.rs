@@ -328,7 +328,10 @@ impl Keeper {
                                     if is_marked { Phase::Live } else { Phase::Closed },
                                 );
                             }
-                            None if conn.protocol() == Protocol::TCP || !is_marked => flow.close(),
+                            None if conn.protocol() == Protocol::TCP || !is_marked => {
+                                flow.forget_windows();
+                                flow.close();
+                            }
                             None => drop(flow.change(serial, Phase::Pending, Phase::Live)),
                         }
                         if inserted.is_err() {
@@ -396,10 +399,10 @@ impl Keeper {
                 }
                 held.carried = carried;
                 let is_over = flow.state().1 == Phase::Closed;
-                let windows = flow.windows();
+                let windows = flow.has_windows().then(|| flow.windows());
                 let lives = match held.request.is_v6 {
-                    false => told(&tables.v4, held, moved, &windows, is_over, now, &turn),
-                    true => told(&tables.v6, held, moved, &windows, is_over, now, &turn),
+                    false => told(&tables.v4, held, moved, windows.as_ref(), is_over, now, &turn),
+                    true => told(&tables.v6, held, moved, windows.as_ref(), is_over, now, &turn),
                 };
                 if moved != [false; 2] {
                     held.since = now;
@@ -437,7 +440,7 @@ fn told<A: Family>(
     table: &Table<A>,
     held: &Held,
     moved: [bool; 2],
-    windows: &[[u32; 4]; 2],
+    windows: Option<&[[u32; 4]; 2]>,
     is_over: bool,
     now: Tick,
     turn: &Turn<'_>,
@@ -453,9 +456,11 @@ fn told<A: Family>(
     true
 }
 
-fn heard<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, windows: &[[u32; 4]; 2], now: Tick) {
+fn heard<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, windows: Option<&[[u32; 4]; 2]>, now: Tick) {
     if conn.protocol() == Protocol::TCP {
-        conn.absorb(windows, direction);
+        if let Some(windows) = windows {
+            conn.absorb(windows, direction);
+        }
         conn.touch(now);
     } else {
         conn.track(direction, &Observed::NOTHING, now);

@@ -33,7 +33,7 @@
 //! [`weir_conntrack::tcp`] does, but for SACK: what only fits with its help goes to a worker. A segment with FIN, SYN, RST or
 //! URG, or outside of a window, goes to a worker, which first takes the windows over from the slot ([`ConnRef::absorb`]), so that it knows
 //! what has passed, and afterwards gives back what it has moved. All move forward only, so that it does not matter who comes first. A RST
-//! is thus judged by the windows of this moment.
+//! is thus judged by the windows of this moment. Where both ends begin anew, with other numbers, the slot's are taken over no more.
 //!
 //! # Reuse of a slot
 //! A slot is written while its state is not live. A program may have found it live a moment before, and still be reading: so it is
@@ -55,7 +55,7 @@ pub mod recipe;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
-use weir_conntrack::{ConnRef, Identity, OFFLOADED, Offloader};
+use weir_conntrack::{ConnRef, Identity, OFFLOADED, Offloader, TcpState};
 use weir_packet::{Address, Direction, Protocol};
 
 use self::flow::{Flow, Mapped, Phase};
@@ -120,8 +120,8 @@ impl Offload {
     #[inline]
     pub fn take_windows<A: Address>(&self, conn: &ConnRef<'_, A>, direction: Direction) {
         if conn.flags() & OFFLOADED != 0
-            && conn.protocol() == Protocol::TCP
             && let Some(flow) = self.flow(conn.offload_slot())
+            && flow.has_windows()
         {
             conn.absorb(&flow.windows(), direction);
         }
@@ -181,8 +181,13 @@ impl Offload {
         if conn.protocol() == Protocol::TCP {
             match conn.windows() {
                 Some(windows) => flow.advance(&windows.sides),
-                // It is ending.
-                None => return flow.close(),
+                None => {
+                    // A new handshake, or it is ending. What the programs know is of the connection before, and ahead of this one perhaps.
+                    if matches!(conn.tcp_state(), Some(TcpState::SynSent | TcpState::SynSent2 | TcpState::SynRecv)) {
+                        flow.forget_windows();
+                    }
+                    return flow.close();
+                }
             }
         }
         let is_stale = (flow.epoch.load(Ordering::Relaxed).wrapping_sub(self.epoch()) as i32) < 0;
