@@ -1,25 +1,27 @@
 //! The kernel's side of weir on a real kernel: every test builds network namespaces and a pin folder of its own and
 //! removes them again. They need root; WEIR_SKIP_E2E=1 skips them.
 
+#[allow(dead_code, reason = "each test uses a part of it")]
+#[path = "support/node.rs"]
+mod node;
+
 use std::{
     env, fs,
     io::ErrorKind,
     mem::zeroed,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
-    path::{Path, PathBuf},
-    process::{self, Command},
-    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
-use aya::programs::{links::PinnedLink, loaded_links, loaded_programs};
+use aya::programs::loaded_links;
 use etherparse::PacketBuilder;
-use nix::{
-    net::if_::if_nametoindex,
-    sched::{CloneFlags, setns},
-};
+use nix::net::if_::if_nametoindex;
+use node::{Namespace, Node, index_of, info_of, mac_of, program_info, shell, skipped};
 use weir_dataplane::{
     afxdp::trunk::{origin, target},
     attach::{
@@ -40,129 +42,6 @@ const POD: [u8; 4] = [10, 7, 0, 5];
 const NODE_V6: [u8; 16] = [0xfd, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 const POD_V6: [u8; 16] = [0xfd, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5];
 const OUTSIDER_V6: [u8; 16] = [0xfd, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff];
-
-fn skipped() -> bool {
-    let skipped = env::var_os("WEIR_SKIP_E2E").is_some_and(|value| value == "1");
-    if skipped {
-        eprintln!("skipped: WEIR_SKIP_E2E=1");
-    } else {
-        assert!(nix::unistd::geteuid().is_root(), "needs root (WEIR_SKIP_E2E=1 skips it)");
-    }
-    skipped
-}
-
-/// Runs a shell command; its standard output.
-fn shell(command: &str) -> String {
-    let output = Command::new("sh").args(["-ec", command]).output().expect("sh starts");
-    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).expect("the output is text")
-}
-
-/// A network namespace, deleted on drop.
-struct Namespace {
-    name: String,
-}
-
-impl Namespace {
-    fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("weir-attach-{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        shell(&format!("ip netns add {name}"));
-        let namespace = Self { name };
-        namespace.shell("ip link set lo up");
-        namespace
-    }
-
-    fn shell(&self, command: &str) -> String {
-        self.run(|| shell(command))
-    }
-
-    /// Runs `work` on a thread that is in this namespace.
-    fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        let path = format!("/run/netns/{}", self.name);
-        let result = thread::scope(|scope| {
-            scope
-                .spawn(|| {
-                    let namespace = fs::File::open(path).expect("the namespace exists");
-                    setns(namespace, CloneFlags::CLONE_NEWNET).expect("root may enter it");
-                    work()
-                })
-                .join()
-        });
-        result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "delete", &self.name]).status();
-    }
-}
-
-/// A node: a namespace for the router, and its pin folder.
-struct Node {
-    namespace: Namespace,
-    pins: PathBuf,
-}
-
-impl Node {
-    fn new() -> Self {
-        let namespace = Namespace::new();
-        let pins = Path::new("/sys/fs/bpf").join(&namespace.name);
-        Self { namespace, pins }
-    }
-
-    fn settings(&self) -> TrunkSettings {
-        TrunkSettings { queues: 2, mtu: 1500, flows: None, pin_dir: self.pins.clone() }
-    }
-
-    fn open(&self) -> Attachment {
-        Attachment::open(self.settings()).expect("the trunk attaches")
-    }
-
-    fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        self.namespace.run(work)
-    }
-
-    /// A veth pair: `host` here, eth0 in `there`.
-    fn connect(&self, host: &str, there: &Namespace) {
-        self.namespace
-            .shell(&format!("ip link add {host} type veth peer name eth0 netns {}; ip link set {host} up", there.name));
-        there.shell("ip link set eth0 up");
-    }
-
-    /// A pod with [`POD`] as address and a default route, as Calico sets it up.
-    fn pod(&self, host: &str) -> Namespace {
-        let pod = Namespace::new();
-        self.connect(host, &pod);
-        pod.shell(
-            "ip addr add 10.7.0.5/32 dev eth0; ip route add 169.254.1.1 dev eth0 scope link; \
-             ip route add default via 169.254.1.1; \
-             ip neigh add 169.254.1.1 lladdr ee:ee:ee:ee:ee:ee dev eth0 nud permanent",
-        );
-        pod
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        let result = thread::scope(|scope| scope.spawn(|| self.run(|| detach(&self.pins))).join());
-        if !thread::panicking() {
-            result.expect("detach does not panic").expect("detach cleans up");
-        } else {
-            let _ = fs::remove_dir_all(&self.pins);
-        }
-    }
-}
-
-fn index_of(device: &str) -> u32 {
-    if_nametoindex(device).unwrap_or_else(|error| panic!("{device}: {error}"))
-}
-
-fn mac_of(namespace: &Namespace, device: &str) -> Mac {
-    let text = namespace.shell(&format!("ip -br link show dev {device}"));
-    text.split_whitespace().nth(2).expect("the third column is the MAC").parse().expect("a MAC address")
-}
 
 /// A packet socket on one device of the calling thread's namespace.
 struct Tap(OwnedFd);
@@ -244,12 +123,7 @@ fn test_run(link: &Path, frame: &[u8], device: u32, queue: u32) -> u32 {
     }
     const BPF_PROG_TEST_RUN: i32 = 10;
 
-    let id = program_of(link);
-    let program = loaded_programs()
-        .map(|info| info.expect("programs can be listed"))
-        .find(|info| info.id() == id)
-        .expect("the program is loaded");
-    let fd = program.fd().expect("root may open it");
+    let fd = program_info(link).fd().expect("root may open it");
     // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
     let context = [0, frame.len() as u32, 0, device, queue, 0];
     // SAFETY: all zeroes is a valid value of plain integers.
@@ -264,17 +138,6 @@ fn test_run(link: &Path, frame: &[u8], device: u32, queue: u32) -> u32 {
     let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut run, size_of::<TestRun>()) };
     assert_eq!(result, 0, "test run: {}", std::io::Error::last_os_error());
     run.retval
-}
-
-fn program_of(link: &Path) -> u32 {
-    info_of(link).1
-}
-
-/// The id of a pinned link, and of its program.
-fn info_of(link: &Path) -> (u32, u32) {
-    let pinned = PinnedLink::from_pin(link).expect("the link is pinned");
-    let info = aya::programs::links::FdLink::from(pinned).info().expect("the kernel knows it");
-    (info.id(), info.program_id())
 }
 
 /// An AF_XDP socket. The kernel checks only at a packet whether it is bound.

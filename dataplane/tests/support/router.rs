@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use crossbeam::channel::{Receiver, Sender};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
-use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
+use weir_conntrack::{ConnRef, Table, TableConfig, TcpSettings, Timeouts};
 use weir_dataplane::{
     action_log::Logged,
     counters::{COUNTERS, Totals},
@@ -16,11 +16,12 @@ use weir_dataplane::{
     frame::{IfIndex, LinkType},
     memory::MemoryDriver,
     model::{Cluster, Device, Links, Neighbor, Node, Pool, Role, Route, TunnelMode, Workload},
-    pipeline::{Context, Event, Pipeline, Tables, process_burst},
+    offload::Offload,
+    pipeline::{Context, Event, Family, Pipeline, Tables, process_burst},
     snapshot::{Rules, Snapshot},
 };
 use weir_nat::{Affinity, ServiceTable, SnatPorts};
-use weir_packet::{DropReason, Mac, Protocol, Tick};
+use weir_packet::{Direction, DropReason, FlowKey, Mac, Protocol, Tick};
 use weir_policy::Classifier;
 use weir_sync::{Counters, Domain, Participant, Published};
 
@@ -168,7 +169,8 @@ pub fn tiered(services: Vec<weir_nat::ServicePort>, tiers: Vec<weir_policy::mode
 
 /// A worker over memory.
 pub struct Router {
-    published: Published<Snapshot>,
+    pub domain: Arc<Domain>,
+    pub published: Published<Snapshot>,
     pub tables: Tables,
     pub affinity: Affinity,
     participant: Participant,
@@ -176,9 +178,11 @@ pub struct Router {
     pipeline: Pipeline,
     driver: MemoryDriver,
     snat: Arc<SnatPorts>,
-    forwarding: Arc<Forwarding>,
+    pub forwarding: Arc<Forwarding>,
     generation: u32,
     pub now: Tick,
+    /// To whom it hands flows over.
+    pub offload: Option<Arc<Offload>>,
     events: (Sender<Event>, Receiver<Event>),
 }
 
@@ -205,6 +209,7 @@ impl Router {
         Self {
             published: Published::new(&domain, snapshot),
             participant: domain.join(),
+            domain,
             tables,
             counters,
             affinity: Affinity::new(64, [1, 2]),
@@ -214,14 +219,33 @@ impl Router {
             forwarding,
             generation: 1,
             now: Tick(1000),
+            offload: None,
             events,
         }
     }
 
     pub fn publish(&mut self, rules: Rules) {
+        let next = self.next(rules, self.forwarding.clone());
+        self.published.publish(next);
+    }
+
+    /// What is to be published next.
+    pub fn next(&mut self, rules: Rules, forwarding: Arc<Forwarding>) -> Arc<Snapshot> {
         self.generation += 1;
-        let (snat, forwarding) = (self.snat.clone(), self.forwarding.clone());
-        self.published.publish(Snapshot { generation: self.generation, rules: Arc::new(rules), snat, forwarding });
+        self.forwarding = forwarding.clone();
+        let snat = self.snat.clone();
+        Arc::new(Snapshot { generation: self.generation, rules: Arc::new(rules), snat, forwarding })
+    }
+
+    /// Looks at the connection that has this key for a direction, if there is one.
+    pub fn connection<A: Family, R>(
+        &mut self,
+        key: &FlowKey<A>,
+        look: impl FnOnce(ConnRef<'_, A>, Direction) -> R,
+    ) -> Option<R> {
+        let (turn, table) = (self.participant.enter(), A::table(&self.tables));
+        let hit = table.lookup(key, table.hash(key), self.now, &turn)?;
+        Some(look(table.conn(hit.conn), hit.direction))
     }
 
     /// The rules in force.
@@ -259,7 +283,7 @@ impl Router {
             turn: &turn,
             now: self.now,
             tcp_loose: true,
-            offload: None,
+            offload: self.offload.as_deref(),
         };
         process_burst(&mut self.pipeline, &mut self.driver, &mut burst, &context);
         self.pipeline.maintain(&mut self.driver, &context, 32);
