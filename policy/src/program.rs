@@ -103,12 +103,12 @@ pub(crate) struct Slot {
 
 /// Rows by class, as runs of classes with the same row: a bit marks the class where a run starts, and the population
 /// count up to a class numbers its run. Numbers of classes follow addresses, as long as little was changed, so runs are few
-/// even where a rule's peers are many.
+/// even where a rule's peers are many. Where they are not, there is a row for each class, found without counting.
 #[derive(Debug)]
 struct ClassRows {
-    /// For 64 classes each: where runs start, and how many start in the words before.
+    /// For 64 classes each: where runs start, and how many start in the words before. Empty: rows are by class.
     words: Box<[(u64, u32)]>,
-    /// By run.
+    /// By run or by class.
     rows: Box<[u32]>,
     /// For classes beyond: those that are in none of the sets.
     common: u32,
@@ -117,6 +117,9 @@ struct ClassRows {
 impl ClassRows {
     #[inline]
     fn get(&self, class: u32) -> u32 {
+        if self.words.is_empty() {
+            return self.rows.get(class as usize).copied().unwrap_or(self.common);
+        }
         match self.words.get(class as usize / 64) {
             Some((starts, before)) => {
                 let up_to = starts & (u64::MAX >> (63 - class % 64));
@@ -166,9 +169,14 @@ impl ClassRowsBuilder {
     }
 
     fn finish(mut self) -> ClassRows {
-        self.run(self.next, self.common);
+        let Self { next, common, .. } = self;
+        self.run(next, common);
         // The last run has the common row, as have all classes beyond the last word.
-        ClassRows { words: self.words.into(), rows: self.rows.into(), common: self.common }
+        let by_run = ClassRows { words: self.words.into(), rows: self.rows.into(), common };
+        if size_of::<u32>() * next as usize > 2 * by_run.memory_bytes() {
+            return by_run;
+        }
+        ClassRows { words: Box::default(), rows: (0..next).map(|class| by_run.get(class)).collect(), common }
     }
 }
 
@@ -669,6 +677,7 @@ mod tests {
             builder.push(class, row);
         }
         let rows = builder.finish();
+        assert!(!rows.words.is_empty(), "few runs");
         for (class, row) in [
             (0, 9),
             (1, 10),
@@ -685,5 +694,17 @@ mod tests {
             assert_eq!(rows.get(class), row, "class {class}");
         }
         assert_eq!(ClassRowsBuilder::new(4).finish().get(0), 4);
+    }
+
+    #[test]
+    fn class_rows_of_many_runs_are_by_class() {
+        let mut builder = ClassRowsBuilder::new(9);
+        (1..200).step_by(2).for_each(|class| builder.push(class, 1000 + class));
+        let rows = builder.finish();
+        assert!(rows.words.is_empty(), "many runs");
+        for class in (0..202).chain([u32::MAX]) {
+            let expected = if class % 2 == 1 && class < 200 { 1000 + class } else { 9 };
+            assert_eq!(rows.get(class), expected, "class {class}");
+        }
     }
 }

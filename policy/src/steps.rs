@@ -90,7 +90,7 @@ impl StepMap {
     }
 
     /// The value at `key`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn get(&self, key: u32) -> u32 {
         let key = signed(key);
         let mut place = 0;
