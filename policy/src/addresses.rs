@@ -5,17 +5,18 @@ use std::sync::Arc;
 use hashbrown::HashMap;
 
 use crate::{
+    exact::ExactMap,
     points::point_key,
     trie::{Key, RangeMap},
 };
 
 /// The peer classes of one address family.
 ///
-/// Classes of single addresses (pods) are found by hash, all others in a [`RangeMap`] in which the single addresses
+/// Classes of single addresses (pods) are found by hash ([`ExactMap`]), all others in a [`RangeMap`] in which the single addresses
 /// leave no trace, so it stays as small as the CIDRs that rules name.
 #[derive(Debug)]
 pub(crate) struct AddressClasses<K> {
-    exact: HashMap<K, u32>,
+    exact: ExactMap<K>,
     ranges: Arc<RangeMap<K>>,
     /// What `ranges` was made from.
     coarse: Vec<(u128, u32)>,
@@ -26,29 +27,28 @@ pub(crate) struct AddressClasses<K> {
 impl<K: Key> AddressClasses<K> {
     /// From the starts of intervals, ascending from 0, and their classes; shares with `previous` what is the same.
     pub(crate) fn new(intervals: &[(u128, u32)], points: Arc<HashMap<u64, u32>>, previous: Option<&Self>) -> Self {
-        let mut exact = HashMap::with_capacity(previous.map_or(0, |previous| previous.exact.len()));
+        let mut exact: Vec<(K, u32)> = Vec::with_capacity(intervals.len());
         let mut coarse: Vec<(u128, u32)> = Vec::new();
         for (index, (start, class)) in intervals.iter().enumerate() {
             let single = intervals.get(index + 1).is_some_and(|(next, _)| *next == start + 1);
             if single {
-                exact.insert(K::from_number(*start), *class);
+                exact.push((K::from_number(*start), *class));
             } else if coarse.last().is_none_or(|(_, last)| last != class) {
                 coarse.push((if coarse.is_empty() { 0 } else { *start }, *class));
             }
         }
-        exact.shrink_to_fit();
         let ranges = match previous.filter(|previous| previous.coarse == coarse) {
             Some(previous) => Arc::clone(&previous.ranges),
             None => Arc::new(RangeMap::new(&coarse)),
         };
-        Self { exact, ranges, coarse, points }
+        Self { exact: ExactMap::new(&exact), ranges, coarse, points }
     }
 
     /// The class of an address.
     #[inline]
     pub(crate) fn class(&self, address: K) -> u32 {
-        match self.exact.get(&address) {
-            Some(class) => *class,
+        match self.exact.get(address) {
+            Some(class) => class,
             None => self.ranges.get(address),
         }
     }
@@ -61,7 +61,7 @@ impl<K: Key> AddressClasses<K> {
 
     /// Memory in use.
     pub(crate) fn memory_bytes(&self) -> usize {
-        self.exact.allocation_size() + self.ranges.memory_bytes() + self.points.allocation_size()
+        self.exact.memory_bytes() + self.ranges.memory_bytes() + self.points.allocation_size()
     }
 }
 

@@ -64,6 +64,7 @@ mod addresses;
 mod classes;
 mod classifier;
 mod compile;
+mod exact;
 mod fingerprint;
 mod limits;
 mod logged;

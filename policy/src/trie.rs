@@ -8,8 +8,8 @@
 
 use crate::steps::StepMap;
 
-/// What a [`RangeMap`] can be asked for.
-pub(crate) trait Key: Copy + Eq + std::hash::Hash {
+/// An address as a number: what a [`RangeMap`] can be asked for.
+pub(crate) trait Key: Copy + Into<u128> {
     /// Bits of the type, a multiple of 32.
     const BITS: u32;
     /// The low bits of a number.
