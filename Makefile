@@ -34,13 +34,14 @@ lint: ## Formatting, and clippy with warnings as errors.
 	$(CARGO) fmt --all -- --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 
-unit: ## All tests of the workspace, the end-to-end ones one at a time (WEIR_SKIP_E2E=1 skips those that need root).
+unit: ## All tests of the workspace, the end-to-end ones one at a time, and those again without flow offload (WEIR_SKIP_E2E=1 skips those that need root).
 	$(CARGO) test --workspace -- --test-threads=1
+	WEIR_E2E_OFFLOAD=off $(CARGO) test --test e2e -- --test-threads=1
 
 loom: ## The lock-free structures under loom, bounded.
 	$(LOOM_FLAGS) $(CARGO) test --release -p weir-sync -p weir-conntrack --test loom
 
-e2e: setup ## The end-to-end tests alone.
+e2e: setup ## The end-to-end tests alone (WEIR_E2E_OFFLOAD=off: without flow offload).
 	$(CARGO) test --test e2e -- --test-threads=1 --nocapture
 
 storm: setup ## A hundred changes of the manifests a second for STORM_SECONDS (30), under traffic that must lose nothing. Needs root.

@@ -24,10 +24,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use weir_conntrack::{Entry, Handle, Identity, Lifecycle, Table, TcpState};
 use weir_dataplane::{
+    offload::Offload,
     pipeline::Tables,
     worker::{Shared, now},
 };
-use weir_packet::{Address, FlowKey, Protocol};
+use weir_packet::{Address, Direction, FlowKey, Protocol};
 use weir_sync::{Arc, Domain};
 
 use crate::{
@@ -136,6 +137,9 @@ pub struct Filter {
     /// Only those whose source is translated.
     #[arg(long)]
     pub snat: bool,
+    /// Only those that were handed over to the kernel's programs.
+    #[arg(long)]
+    pub offload: bool,
     /// Only IPv4 or only IPv6.
     #[arg(short, long, value_name = "4|6", value_parser = clap::value_parser!(u8).range(4..=6))]
     pub family: Option<u8>,
@@ -171,6 +175,7 @@ impl Filter {
                 .is_none_or(|name| entry.tcp_state.is_some_and(|state| state.name().eq_ignore_ascii_case(name)))
             && (!self.dnat || dnat)
             && (!self.snat || snat)
+            && (!self.offload || entry.offload_slot.is_some())
             && self.family.is_none_or(|family| (family == 6) == original.src.to_ip().is_ipv6())
     }
 }
@@ -195,7 +200,7 @@ pub struct Query {
     pub filter: Filter,
 }
 
-fn entry_json<A: Address>(entry: &Entry<A>) -> Value {
+fn entry_json<A: Address>(entry: &Entry<A>, offload: Option<&Offload>) -> Value {
     let mut value = connection(entry);
     let [dnat, snat] = translated(&entry.original, &entry.reply);
     value["assured"] = entry.assured.into();
@@ -203,6 +208,13 @@ fn entry_json<A: Address>(entry: &Entry<A>) -> Value {
     value["device"] = entry.attributes.device.into();
     value["dnat"] = dnat.into();
     value["snat"] = snat.into();
+    // What the kernel's programs carried: workers do not count by connection.
+    if let Some(flow) = offload.zip(entry.offload_slot).and_then(|(offload, slot)| offload.flow(slot)) {
+        for (name, direction) in [("original", Direction::Original), ("reply", Direction::Reply)] {
+            let (packets, bytes) = flow.carried(direction);
+            value["offload"][name] = json!({"packets": packets, "bytes": bytes});
+        }
+    }
     value
 }
 
@@ -212,11 +224,11 @@ fn entry_json<A: Address>(entry: &Entry<A>) -> Value {
 /// Where the reader has gone.
 pub fn answer(stream: UnixStream, shared: &Shared, domain: &Arc<Domain>, query: &Query) -> io::Result<()> {
     let mut out = BufWriter::with_capacity(64 * 1024, stream);
-    let Tables { v4, v6 } = &shared.tables;
+    let (Tables { v4, v6 }, offload) = (&shared.tables, shared.offload.as_deref());
     match query.action {
         Action::List => {
-            list(v4, &query.filter, &mut out)?;
-            list(v6, &query.filter, &mut out)?;
+            list(v4, offload, &query.filter, &mut out)?;
+            list(v6, offload, &query.filter, &mut out)?;
             writeln!(out, "{}", json!({"end": true}))?;
         }
         Action::Count => {
@@ -234,8 +246,8 @@ pub fn answer(stream: UnixStream, shared: &Shared, domain: &Arc<Domain>, query: 
             out.flush()?;
             while !shared.stop.load(std::sync::atomic::Ordering::Relaxed) {
                 thread::sleep(WATCH_INTERVAL);
-                of_v4.compare(v4, &query.filter, &mut out)?;
-                of_v6.compare(v6, &query.filter, &mut out)?;
+                of_v4.compare(v4, offload, &query.filter, &mut out)?;
+                of_v6.compare(v6, offload, &query.filter, &mut out)?;
                 // An empty line finds out whether anybody still reads.
                 writeln!(out)?;
                 out.flush()?;
@@ -250,8 +262,13 @@ fn entries<'t, A: Address>(table: &'t Table<A>, filter: &'t Filter) -> impl Iter
     (0..table.used()).filter_map(move |index| table.entry(index, now)).filter(|entry| filter.matches(entry))
 }
 
-fn list<A: Address>(table: &Table<A>, filter: &Filter, out: &mut impl Write) -> io::Result<()> {
-    entries(table, filter).try_for_each(|entry| writeln!(out, "{}", entry_json(&entry)))
+fn list<A: Address>(
+    table: &Table<A>,
+    offload: Option<&Offload>,
+    filter: &Filter,
+    out: &mut impl Write,
+) -> io::Result<()> {
+    entries(table, filter).try_for_each(|entry| writeln!(out, "{}", entry_json(&entry, offload)))
 }
 
 fn count<A: Address>(table: &Table<A>, filter: &Filter) -> usize {
@@ -286,13 +303,19 @@ impl<A: Address> Watched<A> {
     }
 
     /// Tells what happened since the last look, and looks anew.
-    fn compare(&mut self, table: &Table<A>, filter: &Filter, out: &mut impl Write) -> io::Result<()> {
+    fn compare(
+        &mut self,
+        table: &Table<A>,
+        offload: Option<&Offload>,
+        filter: &Filter,
+        out: &mut impl Write,
+    ) -> io::Result<()> {
         let mut tell = |event: &str, entry: &Entry<A>| {
             if !filter.matches(entry) {
                 return Ok(());
             }
             let mut value = json!({"event": event});
-            let fields = entry_json(entry);
+            let fields = entry_json(entry, offload);
             for (key, field) in fields.as_object().into_iter().flatten() {
                 value[key] = field.clone();
             }
@@ -357,12 +380,18 @@ pub fn text_line(entry: &Value) -> String {
         } else if matches!(proto.as_str(), "tcp" | "udp" | "sctp") {
             let _ = write!(line, " sport={} dport={}", key["sport"], key["dport"]);
         }
+        if let Some(carried) = entry["offload"].get(direction) {
+            let _ = write!(line, " packets={} bytes={}", carried["packets"], carried["bytes"]);
+        }
         if direction == "original" && entry["state"] == "unreplied" {
             line.push_str(" [UNREPLIED]");
         }
     }
     if entry["assured"] == true {
         line.push_str(" [ASSURED]");
+    }
+    if entry["offload"].is_object() {
+        line.push_str(" [OFFLOAD]");
     }
     line
 }

@@ -32,7 +32,7 @@ use tracing::{error, info, warn};
 use weir_conntrack::{Table, file::Restored};
 use weir_dataplane::{
     afxdp::{AfXdp, AfXdpError, AfXdpSettings, PortSettings, RingSizes},
-    attach::{self, AttachError, Attachment, Owned, SocketDevice, TrunkSettings},
+    attach::{self, AttachError, Attachment, OffloadMaps, Owned, SocketDevice, TrunkSettings},
     counters::{COUNTERS, Totals},
     driver::PortId,
     forwarding::{Forwarding, is_link_local, local_workloads},
@@ -348,7 +348,11 @@ impl Router {
         // What the uplinks' programs take is told before they are attached, so that nothing is taken by mistake.
         let trunk = attachment.trunk();
         let trunk_mac = attach::KERNEL_END_MAC;
-        let mut links = assemble_links(&kernel, &roles, &loaded, trunk_mac, &BTreeMap::new());
+        let maps = attachment.take_offload();
+        // What the process before had learned, and the programs go by.
+        let learned: BTreeMap<(IfIndex, IpAddr), Mac> =
+            maps.iter().flat_map(OffloadMaps::pods).map(|(device, address, mac)| ((device, address), mac)).collect();
+        let mut links = assemble_links(&kernel, &roles, &loaded, trunk_mac, &learned);
         let forwarding = Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?;
         let owned = owned(&loaded, &rules, &snat, &forwarding);
         attachment.set_owned(&owned)?;
@@ -370,8 +374,9 @@ impl Router {
                 info!(family, connections, left_out, "connections of the process before are taken over");
             }
         }
-        opened.notes.iter().for_each(|note| warn!("{note}"));
-        let offload = Offloading::prepare(attachment.take_offload(), config.offload_udp_packets);
+        let notes = [opened.notes, attachment.notes().to_vec()].concat();
+        notes.iter().for_each(|note| warn!("{note}"));
+        let offload = Offloading::prepare(maps, config.offload_udp_packets);
         let generation = offload.as_ref().map_or(1, Offloading::next_generation);
         let first = Arc::new(Snapshot {
             generation,
@@ -464,7 +469,7 @@ impl Router {
             health: HealthChecks::start().map_err(system("cannot start the health checks"))?,
             plumbed: None,
             watch,
-            learned: BTreeMap::new(),
+            learned,
             adopted: BTreeMap::new(),
             links,
             generation,
@@ -476,7 +481,7 @@ impl Router {
             failures,
             workers: handles,
             modes,
-            notes: opened.notes,
+            notes,
             socket,
             listener,
             loaded,

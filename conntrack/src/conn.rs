@@ -21,7 +21,7 @@ use weir_packet::{Address, Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::{
-    ConnId, Lifecycle, Observed, SctpState, Table, TcpState, Tracked,
+    ConnId, Lifecycle, OFFLOADED, Observed, SctpState, Table, TcpState, Tracked,
     sctp::Sctp,
     state::{Expendable, State},
     storage::Zeroable,
@@ -625,6 +625,8 @@ pub struct Entry<A: Address> {
     pub last_seen: Tick,
     /// Ticks until it expires, unless a packet comes.
     pub remaining_ticks: u32,
+    /// Where it is handed over to, if it is ([`crate::OFFLOADED`]).
+    pub offload_slot: Option<u32>,
 }
 
 impl<A: Address> Entry<A> {
@@ -648,6 +650,8 @@ impl<A: Address> Entry<A> {
                 assured: state.assured(),
                 last_seen,
                 remaining_ticks: table.timeout_ticks(state).saturating_sub(now.since(last_seen)),
+                offload_slot: (state.flags() & OFFLOADED != 0)
+                    .then(|| table.tcp_line(index).offload_slot().load(Ordering::Relaxed)),
             };
             // A sequence lock's reader: words of a later use of the index come with its state word.
             weir_sync::atomic::fence(Ordering::Acquire);

@@ -28,4 +28,8 @@ enum counter {
 	COUNTER_OFFLOADED,
 	COUNTER_OFFLOAD_UNUSUAL,
 	COUNTER_OFFLOAD_STALE,
+	/* Uplinks: left to the kernel's GRO, before they are carried. */
+	COUNTER_UPLINK_MERGED,
+	/* Packets of such flows lost: the kernel had no memory to change them. */
+	COUNTER_OFFLOAD_FAILED,
 };

@@ -13,6 +13,7 @@
 
 #include "weir.h"
 
+#include <linux/if_packet.h>
 #include <linux/in.h>
 #include <linux/ip.h>
 #include <linux/ipv6.h>
@@ -20,11 +21,14 @@
 #include <linux/tcp.h>
 #include <linux/udp.h>
 
+static long (*const skb_pull_data)(struct __sk_buff *packet, __u32 len) = (void *)BPF_FUNC_skb_pull_data;
+static long (*const adjust_room)(struct __sk_buff *packet, __s32 difference, __u32 mode,
+				 __u64 flags) = (void *)BPF_FUNC_skb_adjust_room;
 static long (*const l4_csum_replace)(struct __sk_buff *packet, __u32 offset, __u64 from, __u64 to,
 				     __u64 flags) = (void *)BPF_FUNC_l4_csum_replace;
 
 /* How a way's packets leave. */
-enum exit { EXIT_CLOSED, EXIT_PEER, EXIT_DEVICE };
+enum exit { EXIT_CLOSED, EXIT_PEER, EXIT_DEVICE, EXIT_HOST };
 
 /* One direction of a flow. 96 bytes. */
 struct way {
@@ -44,7 +48,10 @@ struct way {
 	/* By how much the one's complement sum of the addresses, and of the ports, grows. */
 	__u32 address_difference;
 	__u32 port_difference;
-	__u32 zero[3];
+	/* The outer source of packets that come in an IPIP tunnel, and the outer addresses of those that leave in one; 0:
+	 * none. In network order. */
+	__u32 comes_from;
+	__u32 tunnel[2];
 	__u32 addresses[2][4];
 };
 
@@ -142,6 +149,9 @@ volatile const __u32 offload_is_on;
 #define TCP_PLAIN_MASK 0x37
 #define TCP_PLAIN 0x10
 
+#define IPV4_DONT_FRAGMENT 0x4000
+#define ORIGIN_TTL 64
+
 #define LOAD(place) (*(volatile __typeof__(place) *)&(place))
 #define STORE(place, value) (*(volatile __typeof__(place) *)&(place) = (value))
 
@@ -190,12 +200,21 @@ struct plain {
 	/* Bytes of the IP packet, and of all its headers. */
 	__u32 bytes;
 	__u32 headers;
-	/* Offset of the checksum of layer 4 in the frame. */
+	/* Where in the header of layer 4 its checksum is; 0: it has none. */
 	__u32 checksum;
+	__u32 protocol;
 	__u32 seq;
 	__u32 length;
 	__u32 ack;
 	__u32 window;
+};
+
+/* What a packet is found to be. */
+struct found {
+	struct plain plain;
+	struct flow *flow;
+	struct way *way;
+	__u32 way_number;
 };
 
 INLINE int is_plain_v4(const struct iphdr *ip)
@@ -212,23 +231,22 @@ INLINE int is_plain_v4(const struct iphdr *ip)
 	return (sum & 0xffff) + (sum >> 16) == 0xffff;
 }
 
-/* Reads layer 4: 0 if it is not plain. `header` lies at `offset` of the frame. */
-INLINE int read_layer_4(__u8 protocol, const void *header, const void *end, __u32 offset, __be16 *ports,
-			struct plain *plain)
+/* Reads layer 4 behind an IP header of so many bytes: 0 if it is not plain. */
+INLINE int read_layer_4(const void *header, const void *end, __u32 ip_bytes, __be16 *ports, struct plain *plain)
 {
 	const struct tcphdr *tcp = header;
 	const struct udphdr *udp = header;
 
-	switch (protocol) {
+	switch (plain->protocol) {
 	case IPPROTO_TCP:
 		if ((const void *)(tcp + 1) > end)
 			return 0;
 		if ((((const __u8 *)tcp)[13] & TCP_PLAIN_MASK) != TCP_PLAIN || tcp->doff < 5)
 			return 0;
-		plain->headers = offset - ETH_HLEN + tcp->doff * 4;
+		plain->headers = ip_bytes + tcp->doff * 4;
 		if (plain->headers > plain->bytes)
 			return 0;
-		plain->checksum = offset + __builtin_offsetof(struct tcphdr, check);
+		plain->checksum = __builtin_offsetof(struct tcphdr, check);
 		plain->seq = from_network32(tcp->seq);
 		plain->ack = from_network32(tcp->ack_seq);
 		plain->window = from_network16(tcp->window);
@@ -239,9 +257,9 @@ INLINE int read_layer_4(__u8 protocol, const void *header, const void *end, __u3
 	case IPPROTO_UDP:
 		if ((const void *)(udp + 1) > end)
 			return 0;
-		plain->headers = offset - ETH_HLEN + sizeof(*udp);
-		plain->checksum = udp->check ? offset + __builtin_offsetof(struct udphdr, check) : 0;
-		if (from_network16(udp->len) != plain->bytes - (offset - ETH_HLEN))
+		plain->headers = ip_bytes + sizeof(*udp);
+		plain->checksum = udp->check ? __builtin_offsetof(struct udphdr, check) : 0;
+		if (from_network16(udp->len) != plain->bytes - ip_bytes)
 			return 0;
 		ports[0] = udp->source;
 		ports[1] = udp->dest;
@@ -251,108 +269,183 @@ INLINE int read_layer_4(__u8 protocol, const void *header, const void *end, __u3
 	}
 }
 
-/* The program for one family; `is_v6` is known when it is compiled. TC_ACT_UNSPEC: it is a worker's. */
-INLINE int carry(struct __sk_buff *packet, int is_v6)
+/* Whether a packet, whose IP header begins at `header`, is a plain one of a flow that is in force. `is_v6` is known when it
+ * is compiled; `tunnelled_from` is the source of the tunnel's header, if it came in one. */
+INLINE int find(const void *header, const void *end, int is_v6, __u32 device, __u32 tunnelled_from, struct found *found)
 {
-	void *data = (void *)(long)packet->data, *end = (void *)(long)packet->data_end;
-	__u32 header_bytes = is_v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
-	struct iphdr *v4 = data + ETH_HLEN;
-	struct ipv6hdr *v6 = data + ETH_HLEN;
-	__u32 protocol, offset = ETH_HLEN + header_bytes, slot, way_number, segments;
-	struct plain plain = {};
+	struct plain *plain = &found->plain;
 	struct flow_name *name;
-	struct flow *flow;
-	struct way *way;
+	__u32 slot, *epoch;
 
-	if (data + offset > end)
-		return -1;
 	if (is_v6) {
+		const struct ipv6hdr *ip = header;
 		struct flow_key_v6 key;
 
-		if (v6->version != 6 || v6->hop_limit <= 1)
-			return -1;
-		plain.bytes = from_network16(v6->payload_len) + sizeof(*v6);
-		protocol = v6->nexthdr;
-		if (!read_layer_4(protocol, data + offset, end, offset, key.ports, &plain) || !plain.checksum)
-			return -1;
-		__builtin_memcpy(key.addresses, &v6->saddr, sizeof(key.addresses));
-		key.device = packet->ifindex;
-		key.protocol = protocol;
+		if ((const void *)(ip + 1) > end || ip->version != 6 || ip->hop_limit <= 1)
+			return 0;
+		plain->bytes = from_network16(ip->payload_len) + sizeof(*ip);
+		plain->protocol = ip->nexthdr;
+		if (!read_layer_4(ip + 1, end, sizeof(*ip), key.ports, plain) || !plain->checksum)
+			return 0;
+		__builtin_memcpy(key.addresses, &ip->saddr, sizeof(key.addresses));
+		key.device = device;
+		key.protocol = plain->protocol;
 		name = map_lookup(&offload_v6, &key);
 	} else {
+		const struct iphdr *ip = header;
 		struct flow_key_v4 key;
 
-		if (!is_plain_v4(v4))
-			return -1;
-		plain.bytes = from_network16(v4->tot_len);
-		protocol = v4->protocol;
-		if (!read_layer_4(protocol, data + offset, end, offset, key.ports, &plain))
-			return -1;
-		key.addresses[0] = v4->saddr;
-		key.addresses[1] = v4->daddr;
-		key.device = packet->ifindex;
-		key.protocol = protocol;
+		if ((const void *)(ip + 1) > end || !is_plain_v4(ip))
+			return 0;
+		plain->bytes = from_network16(ip->tot_len);
+		plain->protocol = ip->protocol;
+		if (!read_layer_4(ip + 1, end, sizeof(*ip), key.ports, plain))
+			return 0;
+		key.addresses[0] = ip->saddr;
+		key.addresses[1] = ip->daddr;
+		key.device = device;
+		key.protocol = plain->protocol;
 		name = map_lookup(&offload_v4, &key);
 	}
 	if (!name)
-		return -1;
+		return 0;
 	slot = name->way >> 1;
-	way_number = name->way & 1;
-	flow = map_lookup(&offload_flows, &slot);
-	if (!flow || LOAD(flow->state) != (name->serial << 2 | PHASE_LIVE))
-		return -1;
+	found->way_number = name->way & 1;
+	found->flow = map_lookup(&offload_flows, &slot);
+	if (!found->flow || LOAD(found->flow->state) != (name->serial << 2 | PHASE_LIVE))
+		return 0;
 	slot = 0;
-	{
-		__u32 *epoch = map_lookup(&offload_epoch, &slot);
-
-		if (!epoch || is_before(LOAD(flow->epoch), LOAD(*epoch))) {
-			count(COUNTER_OFFLOAD_STALE);
-			return -1;
-		}
+	epoch = map_lookup(&offload_epoch, &slot);
+	if (!epoch || is_before(LOAD(found->flow->epoch), LOAD(*epoch))) {
+		count(COUNTER_OFFLOAD_STALE);
+		return 0;
 	}
-	way = &flow->ways[way_number];
+	found->way = &found->flow->ways[found->way_number];
+	return found->way->exit != EXIT_CLOSED && found->way->comes_from == tunnelled_from;
+}
+
+/* The header of a tunnel packet that weir may have made: without options, whole, of plain congestion notification. */
+INLINE int is_plain_tunnel(const struct iphdr *outer, const void *end)
+{
+	const struct iphdr *inner = outer + 1;
+
+	if ((const void *)(inner + 1) > end || !is_plain_v4(outer) || outer->protocol != IPPROTO_IPIP)
+		return 0;
+	if (from_network16(outer->tot_len) != from_network16(inner->tot_len) + sizeof(*outer))
+		return 0;
+	/* RFC 6040, figure 4: what changes the inner field, or is dropped, is a worker's. */
+	return !(outer->tos & 3) || (outer->tos & 3) == (inner->tos & 3);
+}
+
+/* Puts a tunnel's header before a packet: as rewrite::write_ipip_header does. */
+INLINE int encapsulate(struct __sk_buff *packet, const struct way *way)
+{
+	const struct iphdr *inner;
+	struct iphdr *outer;
+	const __u16 *half;
+	__u32 sum = 0;
+	void *data, *end;
+	int i;
+
+	if (adjust_room(packet, sizeof(*outer), BPF_ADJ_ROOM_MAC,
+			BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_FIXED_GSO))
+		return 0;
+	data = (void *)(long)packet->data;
+	end = (void *)(long)packet->data_end;
+	outer = data + ETH_HLEN;
+	inner = outer + 1;
+	if ((void *)(inner + 1) > end)
+		return 0;
+	outer->version = 4;
+	outer->ihl = 5;
+	outer->tos = inner->tos;
+	outer->tot_len = from_network16((__u16)(from_network16(inner->tot_len) + sizeof(*outer)));
+	/* Only to tell fragments apart, which DF forbids (RFC 6864, 4.1). */
+	outer->id = 0;
+	outer->frag_off = from_network16(IPV4_DONT_FRAGMENT);
+	outer->ttl = ORIGIN_TTL;
+	outer->protocol = IPPROTO_IPIP;
+	outer->check = 0;
+	outer->saddr = way->tunnel[0];
+	outer->daddr = way->tunnel[1];
+	half = (const void *)outer;
+	for (i = 0; i < 10; i++)
+		sum += half[i];
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	outer->check = ~sum;
+	return 1;
+}
+
+/* The program for one family, and for packets in a tunnel or not; both are known when it is compiled. `device`: by which
+ * the packet came, as in its key. -1: the packet is a worker's. */
+INLINE int carry(struct __sk_buff *packet, int is_v6, int in_tunnel, __u32 device)
+{
+	void *data = (void *)(long)packet->data, *end = (void *)(long)packet->data_end;
+	__u32 header_bytes = is_v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr), offset = ETH_HLEN + header_bytes;
+	__u32 tunnel_bytes = in_tunnel ? sizeof(struct iphdr) : 0, tunnelled_from = 0, segments, limit;
+	struct iphdr *v4 = data + ETH_HLEN;
+	struct ipv6hdr *v6;
+	struct found found = {};
+	struct plain *plain = &found.plain;
+	struct way *way;
+
+	if (in_tunnel) {
+		if (!is_plain_tunnel(v4, end))
+			return -1;
+		tunnelled_from = v4->saddr;
+	}
+	if (!find(data + ETH_HLEN + tunnel_bytes, end, is_v6, device, tunnelled_from, &found))
+		return -1;
+	way = found.way;
 	segments = packet->gso_segs ? packet->gso_segs : 1;
-	/* Ethernet padding, or a length that is no length (RFC 2675), is for those who look closer. */
-	if (way->exit == EXIT_CLOSED || packet->len != plain.bytes + ETH_HLEN ||
-	    (packet->gso_size ? plain.headers + packet->gso_size : plain.bytes) > way->mtu ||
-	    (flow->has_windows &&
-	     !fits_windows(flow, way_number, plain.seq, plain.length, plain.ack, plain.window))) {
+	limit = packet->gso_size ? plain->headers + packet->gso_size : plain->bytes;
+	/* Ethernet padding, or a length that is no length (RFC 2675), is for those who look closer. What comes merged out of
+	 * a tunnel is still marked as tunnelled, so no device must cut it again. */
+	if (packet->len != plain->bytes + tunnel_bytes + ETH_HLEN || limit > way->mtu ||
+	    (in_tunnel && packet->gso_size && way->exit != EXIT_PEER) ||
+	    (found.flow->has_windows && !fits_windows(found.flow, found.way_number, plain->seq, plain->length,
+						      plain->ack, plain->window))) {
 		count(COUNTER_OFFLOAD_UNUSUAL);
 		return -1;
 	}
 	__sync_fetch_and_add(&way->packets, segments);
-	__sync_fetch_and_add(&way->bytes, plain.bytes + (segments - 1) * plain.headers);
+	__sync_fetch_and_add(&way->bytes, plain->bytes + (segments - 1) * plain->headers);
 
-	if (way->translates) {
-		/* It knows which checksums are still to be finished by a device. The addresses are part of those too. */
-		if (plain.checksum) {
-			__u64 flags = protocol == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
+	if (in_tunnel &&
+	    adjust_room(packet, -(__s32)sizeof(struct iphdr), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
+		goto failed;
+	if (way->translates && plain->checksum) {
+		__u64 flags = plain->protocol == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
+		__u32 checksum = offset + plain->checksum;
 
-			if (l4_csum_replace(packet, plain.checksum, 0, way->address_difference,
-					    flags | BPF_F_PSEUDO_HDR) ||
-			    l4_csum_replace(packet, plain.checksum, 0, way->port_difference, flags))
-				return TC_ACT_SHOT;
-		}
-		data = (void *)(long)packet->data;
-		end = (void *)(long)packet->data_end;
-		if (data + offset + 2 * sizeof(__be16) > end)
-			return TC_ACT_SHOT;
-		*(__u32 *)(data + offset) = *(__u32 *)way->ports;
+		/* It knows which checksums a device is still to finish: those have the addresses in them, not the ports. */
+		if (l4_csum_replace(packet, checksum, 0, way->address_difference, flags | BPF_F_PSEUDO_HDR) ||
+		    l4_csum_replace(packet, checksum, 0, way->port_difference, flags))
+			goto failed;
 	}
+	data = (void *)(long)packet->data;
+	end = (void *)(long)packet->data_end;
 	v4 = data + ETH_HLEN;
 	v6 = data + ETH_HLEN;
-	if (data + offset > end)
-		return TC_ACT_SHOT;
+	if (data + offset + 2 * sizeof(__be16) > end)
+		goto failed;
 	__builtin_memcpy(data, way->destination, 2 * ETH_ALEN);
+	if (way->translates)
+		*(__u32 *)(data + offset) = *(__u32 *)way->ports;
 	if (is_v6) {
-		v6->hop_limit--;
+		if (way->exit != EXIT_HOST)
+			v6->hop_limit--;
 		if (way->translates)
 			__builtin_memcpy(&v6->saddr, way->addresses, sizeof(way->addresses));
 	} else {
-		/* RFC 1624, equation 3: one less in the upper byte of the fifth half-word. */
-		__u32 sum = (__u16)~v4->check + (__u32)(__u16)~from_network16(0x0100);
+		__u32 sum = (__u16)~v4->check;
 
-		v4->ttl--;
+		/* RFC 1624, equation 3: one less in the upper byte of the fifth half-word. The node itself is no hop. */
+		if (way->exit != EXIT_HOST) {
+			sum += (__u16)~from_network16(0x0100);
+			v4->ttl--;
+		}
 		if (way->translates) {
 			sum += (way->address_difference & 0xffff) + (way->address_difference >> 16);
 			v4->saddr = way->addresses[0][0];
@@ -361,20 +454,32 @@ INLINE int carry(struct __sk_buff *packet, int is_v6)
 		sum = (sum & 0xffff) + (sum >> 16);
 		sum = (sum & 0xffff) + (sum >> 16);
 		v4->check = ~sum;
+		if (way->tunnel[1] && !encapsulate(packet, way))
+			goto failed;
 	}
 	count(COUNTER_OFFLOADED);
-	return way->exit == EXIT_PEER ? redirect_peer(way->device, 0) : redirect(way->device, 0);
+	switch (way->exit) {
+	case EXIT_PEER:
+		return redirect_peer(way->device, 0);
+	case EXIT_HOST:
+		return redirect(trunk_device, BPF_F_INGRESS);
+	default:
+		return redirect(way->device, 0);
+	}
+
+failed:
+	count(COUNTER_OFFLOAD_FAILED);
+	return TC_ACT_SHOT;
 }
 
 /* Carries the packet if it is one of a flow that was handed over; -1: it is a worker's. */
-INLINE int offload(struct __sk_buff *packet)
+INLINE int offload(struct __sk_buff *packet, __u32 device)
 {
-	/* To this device, or to somebody else, or to all. */
-	if (!offload_is_on || packet->pkt_type != 0)
+	if (!offload_is_on || packet->pkt_type != PACKET_HOST)
 		return -1;
 	if (packet->protocol == from_network16(ETH_P_IP))
-		return carry(packet, 0);
+		return carry(packet, 0, 0, device);
 	if (packet->protocol == from_network16(ETH_P_IPV6))
-		return carry(packet, 1);
+		return carry(packet, 1, 0, device);
 	return -1;
 }

@@ -3,7 +3,8 @@
  *
  *   pod -> its veth -> workload_send -> another pod, if the packet is one of a flow that was handed over (offload.h)
  *   pod -> its veth -> workload_send ----> weir0 => weir1 -> trunk_receive -> AF_XDP socket
- *          node's kernel (routes) ------>  weir0
+ *          node's kernel (routes) -> host_send -> pod, likewise
+ *          node's kernel (routes) -> host_send ->  weir0
  *   pod <- its veth <- trunk_deliver <---  weir0 <= weir1 <-------------------AF_XDP socket
  *          node's kernel <-- (pass) <----
  *
@@ -13,9 +14,6 @@
 #include <linux/if_packet.h>
 #include <linux/pkt_cls.h>
 
-/* The index of weir0; the loader fills it in. */
-volatile const __u32 trunk_device;
-
 SECTION("xdp") int trunk_receive(struct xdp_md *packet)
 {
 	long action = redirect_map(&sockets, packet->rx_queue_index, XDP_DROP);
@@ -24,22 +22,27 @@ SECTION("xdp") int trunk_receive(struct xdp_md *packet)
 	return action;
 }
 
-/* On the host's end of a workload's veth pair. The destination MAC is of no more use than to know how the frame was
- * addressed, which the kernel has found out already. */
+/* On the host's end of a workload's veth pair. */
 SECTION("classifier") int workload_send(struct __sk_buff *packet)
 {
-	__u32 device = packet->ifindex;
-	int action = offload(packet);
-	__u8 destination[ETH_ALEN] = {
-		ENCODED, packet->pkt_type, device >> 24, device >> 16, device >> 8, device,
-	};
+	int action = offload(packet, packet->ifindex);
 
 	if (action >= 0)
 		return action;
-	if (skb_store_bytes(packet, 0, destination, sizeof(destination), 0))
-		return TC_ACT_SHOT;
 	count(COUNTER_WORKLOAD_SENT);
-	return redirect(trunk_device, 0);
+	return to_worker(packet);
+}
+
+/* On weir0, of what leaves by it: also what workload_send has sent there. */
+SECTION("classifier") int host_send(struct __sk_buff *packet)
+{
+	struct ethhdr *ethernet = (void *)(long)packet->data;
+	int action;
+
+	if (!offload_is_on || (void *)(ethernet + 1) > (void *)(long)packet->data_end || ethernet->h_dest[0] == ENCODED)
+		return TC_ACT_UNSPEC;
+	action = offload(packet, HOST_DEVICE);
+	return action >= 0 ? action : TC_ACT_UNSPEC;
 }
 
 /* On weir0. */

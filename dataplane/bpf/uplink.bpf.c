@@ -4,8 +4,13 @@
  * Packets to one of the node's own addresses are judged first and by protocol, so that no prefix can take the node away
  * from its operator; only then the owned prefixes count. What is taken and finds no socket, as when no router runs, is
  * dropped, for it needs a decision; only ICMP and fragments to the node itself pass, so that the node stays reachable.
- * */
-#include "weir.h"
+ *
+ *   uplink -> uplink_receive -> AF_XDP socket
+ *   uplink -> uplink_receive -> kernel -> uplink_carry -> pod, if the packet is one of a flow that was handed over
+ *
+ * Between the two the kernel merges packets (GRO). What then is no packet of such a flow, after all, takes the trunk to a
+ * worker. */
+#include "offload.h"
 
 #include <linux/icmpv6.h>
 #include <linux/in.h>
@@ -147,12 +152,42 @@ INLINE enum counter judge(const struct ethhdr *ethernet, const void *end)
 	}
 }
 
+/* Whether uplink_carry would carry a packet that weir owns. */
+INLINE int is_offloaded(const void *data, const void *end, __u32 device, enum counter cause)
+{
+	const struct ethhdr *ethernet = data;
+	const void *header = ethernet + 1;
+	struct found found = {};
+
+	if (!offload_is_on || header > end)
+		return 0;
+	switch (cause) {
+	case COUNTER_UPLINK_TAKEN_TUNNEL: {
+		const struct iphdr *outer = header;
+
+		return is_plain_tunnel(outer, end) && find(outer + 1, end, 0, device, outer->saddr, &found);
+	}
+	case COUNTER_UPLINK_TAKEN_PREFIX:
+	case COUNTER_UPLINK_TAKEN_PORT:
+		if (ethernet->h_proto == from_network16(ETH_P_IP))
+			return find(header, end, 0, device, 0, &found);
+		return find(header, end, 1, device, 0, &found);
+	default:
+		return 0;
+	}
+}
+
 SECTION("xdp") int uplink_receive(struct xdp_md *packet)
 {
-	enum counter cause = judge((void *)(long)packet->data, (void *)(long)packet->data_end);
+	const void *data = (void *)(long)packet->data, *end = (void *)(long)packet->data_end;
+	enum counter cause = judge(data, end);
 	__u64 fallback = XDP_DROP;
 	long action;
 
+	if (is_offloaded(data, end, packet->ingress_ifindex, cause)) {
+		count(COUNTER_UPLINK_MERGED);
+		return XDP_PASS;
+	}
 	count(cause);
 	if (cause == COUNTER_UPLINK_PASSED || cause == COUNTER_UPLINK_PASSED_FAILSAFE)
 		return XDP_PASS;
@@ -162,4 +197,34 @@ SECTION("xdp") int uplink_receive(struct xdp_md *packet)
 	if (action != XDP_REDIRECT)
 		count(fallback == XDP_DROP ? COUNTER_UPLINK_UNCLAIMED_DROPPED : COUNTER_UPLINK_UNCLAIMED_PASSED);
 	return action;
+}
+
+/* On the same device, after uplink_receive has let a packet pass. */
+SECTION("classifier") int uplink_carry(struct __sk_buff *packet)
+{
+	/* Of IPv4 in IPv4, or of IPv6, and of TCP with options. */
+	__u32 headers = ETH_HLEN + sizeof(struct ipv6hdr) + sizeof(struct tcphdr) + 40;
+	enum counter cause;
+	int action = -1;
+
+	if (!offload_is_on)
+		return TC_ACT_UNSPEC;
+	if (headers > packet->len)
+		headers = packet->len;
+	if ((void *)(long)packet->data + headers > (void *)(long)packet->data_end && skb_pull_data(packet, headers))
+		return TC_ACT_UNSPEC;
+	cause = judge((void *)(long)packet->data, (void *)(long)packet->data_end);
+	switch (cause) {
+	case COUNTER_UPLINK_TAKEN_TUNNEL:
+		if (packet->pkt_type == PACKET_HOST)
+			action = carry(packet, 0, 1, packet->ifindex);
+		break;
+	case COUNTER_UPLINK_TAKEN_PREFIX:
+	case COUNTER_UPLINK_TAKEN_PORT:
+		action = offload(packet, packet->ifindex);
+		break;
+	default:
+		return TC_ACT_UNSPEC;
+	}
+	return action >= 0 ? action : to_worker(packet);
 }

@@ -10,6 +10,7 @@
 
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
+#include <linux/pkt_cls.h>
 #include <linux/types.h>
 
 #include "counters.h"
@@ -41,6 +42,8 @@ static long (*const skb_change_type)(struct __sk_buff *packet, __u32 type) = (vo
 
 /* First byte of a MAC address that carries a device's index: locally administered, unicast. */
 #define ENCODED 0x02
+/* What stands for the node's own kernel where a device's index stands for others. */
+#define HOST_DEVICE 0
 
 /* A workload device, by its index. */
 struct workload {
@@ -158,6 +161,23 @@ INLINE void count(__u32 counter)
 
 	if (value)
 		++*value;
+}
+
+/* The index of weir0; the loader fills it in. */
+volatile const __u32 trunk_device;
+
+/* Sends a packet into the trunk, with the device that it came by in its destination MAC, which is of no more use than to
+ * know how the frame was addressed: that the kernel has found out already. */
+INLINE int to_worker(struct __sk_buff *packet)
+{
+	__u32 device = packet->ifindex;
+	__u8 destination[ETH_ALEN] = {
+		ENCODED, packet->pkt_type, device >> 24, device >> 16, device >> 8, device,
+	};
+
+	if (skb_store_bytes(packet, 0, destination, sizeof(destination), 0))
+		return TC_ACT_SHOT;
+	return redirect(trunk_device, 0);
 }
 
 char program_license[] SECTION("license") = "Apache-2.0";

@@ -1225,9 +1225,7 @@ impl Pipeline {
         if let Some(mac) = forwarding.adjacency(forwarding.host()).mac {
             let bytes = packet.bytes_mut();
             bytes[..6].copy_from_slice(&mac.0);
-            // Never a MAC address of the trunk's own form, which names a device.
-            bytes[6..12].copy_from_slice(&mac.0);
-            bytes[11] ^= 1;
+            bytes[6..12].copy_from_slice(&host_source(mac).0);
             let ethertype: u16 =
                 if bytes[ETHERNET_BYTES] >> 4 == 4 { Ipv4Addr::ETHERTYPE } else { Ipv6Addr::ETHERTYPE };
             bytes[12..14].copy_from_slice(&ethertype.to_be_bytes());
@@ -1624,15 +1622,22 @@ enum Rejudged {
     Anew,
 }
 
+/// The source MAC address of what is handed to the node's kernel at `mac`: never one of the trunk's own form, which names a device.
+pub(crate) fn host_source(Mac([a, b, c, d, e, f]): Mac) -> Mac {
+    Mac([a, b, c, d, e, f ^ 1])
+}
+
 /// The flags of a new connection.
 fn flags<A: Family>(origin: Origin, decision: &Decision<'_, A>, context: &Context<'_>) -> u8 {
     let forwarding = &*context.snapshot.forwarding;
-    let leads_to_pod = decision.adjacency().is_some_and(|hop| forwarding.adjacency(hop).kind == RouteKind::Workload);
-    match origin {
-        Origin::Host => PRIVILEGED,
-        // Both ends are where the tc programs are.
-        Origin::Workload(_) if context.offload.is_some() && leads_to_pod => offload::CANDIDATE,
-        Origin::Workload(_) | Origin::Uplink => 0,
+    let leads_to = decision.adjacency().map(|hop| forwarding.adjacency(hop).kind);
+    let privilege = if origin == Origin::Host { PRIVILEGED } else { 0 };
+    match (origin, leads_to) {
+        // The programs are where pods are; between uplinks workers are as fast, or faster.
+        (Origin::Workload(_), Some(_)) | (_, Some(RouteKind::Workload)) if context.offload.is_some() => {
+            privilege | offload::CANDIDATE
+        }
+        _ => privilege,
     }
 }
 

@@ -82,7 +82,7 @@ impl Default for RouterConfig {
             routes: Vec::new(),
             neighbors: Vec::new(),
             conntrack: Conntrack::default(),
-            offload: OffloadMode::Off,
+            offload: OffloadMode::Auto,
             offload_max_flows: 65_536,
             offload_udp_packets: 8,
         }

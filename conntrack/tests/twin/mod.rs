@@ -5,8 +5,8 @@
 use std::collections::HashMap;
 
 use weir_conntrack::{
-    Attributes, ConnId, Entry, Hit, Identity, Insert, Lifecycle, NewConn, Observed, PRIVILEGED, Table, TableConfig,
-    TcpSettings, Timeouts, Tracked,
+    Attributes, ConnId, Entry, Hit, Identity, Insert, Lifecycle, NewConn, OFFLOADED, Observed, PRIVILEGED, Table,
+    TableConfig, TcpSettings, Timeouts, Tracked,
 };
 use weir_packet::{Address, Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::Domain;
@@ -90,6 +90,7 @@ impl<A: Address> TwinConn<A> {
             assured: self.stream,
             last_seen: Tick(self.last_seen),
             remaining_ticks: self.timeout() - (now - self.last_seen),
+            offload_slot: (self.attributes().flags & OFFLOADED != 0).then_some(0),
         }
     }
 }

@@ -46,11 +46,15 @@ pub enum Counter {
     OffloadUnusual,
     /// Packets of such flows left to the workers: something was published since that concerns them.
     OffloadStale,
+    /// Frames of uplinks of such flows, left to the kernel to be merged before they are carried.
+    UplinkMerged,
+    /// Packets of such flows lost: the kernel had no memory to change them.
+    OffloadFailed,
 }
 
 impl Counter {
     /// All of them, in the order of their slots.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 20] = [
         Self::TrunkTaken,
         Self::TrunkUnclaimed,
         Self::WorkloadSent,
@@ -69,6 +73,8 @@ impl Counter {
         Self::Offloaded,
         Self::OffloadUnusual,
         Self::OffloadStale,
+        Self::UplinkMerged,
+        Self::OffloadFailed,
     ];
 
     /// Its name in metrics, in snake case.
@@ -92,6 +98,8 @@ impl Counter {
             Self::Offloaded => "offloaded",
             Self::OffloadUnusual => "offload_unusual",
             Self::OffloadStale => "offload_stale",
+            Self::UplinkMerged => "uplink_merged",
+            Self::OffloadFailed => "offload_failed",
         }
     }
 }

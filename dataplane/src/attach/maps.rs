@@ -58,8 +58,7 @@ pub(super) type FlowName = [u32; 2];
 /// The trunk's programs, to send to the device `weir0`; with room for so many flows in the kernel, if any.
 pub(super) fn load_trunk(pins: &Pins, weir0: u32, flows: Option<u32>) -> Result<Ebpf, AttachError> {
     let object = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/trunk.bpf.o"));
-    let count = flows.unwrap_or(1);
-    let layout = OFFLOAD_LAYOUT.map(|(name, kind, key, value, each)| (name, kind, key, value, each * count));
+    let layout = offload_layout(flows);
     // Flows are an earlier process's gift, no duty: those of another size or version are left behind.
     let is_kept = layout.iter().all(|(name, kind, key, value, entries)| {
         let path = pins.dir().join(name);
@@ -68,29 +67,34 @@ pub(super) fn load_trunk(pins: &Pins, weir0: u32, flows: Option<u32>) -> Result<
     if !is_kept {
         layout.iter().try_for_each(|(name, ..)| pins::unpin_map(&pins.dir().join(name)))?;
     }
-    let mut loader = EbpfLoader::new();
-    loader.override_global("trunk_device", &weir0, true);
-    let is_on = u32::from(flows.is_some());
-    loader.override_global("offload_is_on", &is_on, true);
-    for (name, .., entries) in layout {
-        loader.map_max_entries(name, entries);
-    }
-    load(loader, "trunk", object, pins, &pins.trunk_sockets())
+    load("trunk", object, pins, &pins.trunk_sockets(), weir0, flows)
 }
 
-/// The program of one uplink, with that uplink's own sockets.
-pub(super) fn load_uplink(pins: &Pins, index: u32) -> Result<Ebpf, AttachError> {
+/// The programs of one uplink, with that uplink's own sockets; after [`load_trunk`], with the same `weir0` and `flows`.
+pub(super) fn load_uplink(pins: &Pins, index: u32, weir0: u32, flows: Option<u32>) -> Result<Ebpf, AttachError> {
     let object = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/uplink.bpf.o"));
-    load(EbpfLoader::new(), "uplink", object, pins, &pins.uplink_sockets(index))
+    load("uplink", object, pins, &pins.uplink_sockets(index), weir0, flows)
 }
 
-fn load<'a>(
-    mut loader: EbpfLoader<'a>,
+/// Name, type, bytes of key and value, entries of the maps for so many flows in the kernel.
+fn offload_layout(flows: Option<u32>) -> [(&'static str, MapType, u32, u32, u32); 3] {
+    OFFLOAD_LAYOUT.map(|(name, kind, key, value, each)| (name, kind, key, value, each * flows.unwrap_or(1)))
+}
+
+fn load(
     name: &'static str,
     object: &[u8],
     pins: &Pins,
-    sockets: &'a Path,
+    sockets: &Path,
+    weir0: u32,
+    flows: Option<u32>,
 ) -> Result<Ebpf, AttachError> {
+    let mut loader = EbpfLoader::new();
+    let is_on = u32::from(flows.is_some());
+    loader.override_global("trunk_device", &weir0, true).override_global("offload_is_on", &is_on, true);
+    for (map, .., entries) in offload_layout(flows) {
+        loader.map_max_entries(map, entries);
+    }
     let loaded = loader
         .btf(None)
         .default_map_pin_directory(pins.dir())

@@ -6,10 +6,12 @@
 //!
 //! | program | on | does |
 //! |---|---|---|
-//! | `workload_send` | tc ingress of each workload's host end | writes the device's index into the destination MAC, redirects to weir0 |
+//! | `workload_send` | tc ingress of each workload's host end | carries what was handed over ([`crate::offload`]); of the rest writes the device's index into the destination MAC, redirects to weir0 |
 //! | `trunk_receive` | XDP of weir1 | gives everything to the socket of its queue |
 //! | `trunk_deliver` | tc ingress of weir0 | gives what weir sends to the device in the source MAC, else to the node's kernel |
+//! | `host_send` | tc egress of weir0, where flows are handed over | carries what the node's kernel sends to pods |
 //! | `uplink_receive` | XDP of each uplink | gives what weir owns to the socket of its queue, leaves the rest to the kernel |
+//! | `uplink_carry` | tc ingress of each uplink, where flows are handed over | gives packets of such flows, which `uplink_receive` leaves to the kernel's GRO, to their pods |
 //!
 //! *Encoding.* A frame that a worker receives on the trunk has the destination MAC `02:TT:II:II:II:II` if a workload
 //! sent it: TT is the kernel's `pkt_type` (0 to this device, 1 broadcast, 2 multicast, 3 to somebody else), II the
@@ -56,7 +58,7 @@ use std::{
 use aya::{
     Ebpf,
     maps::{Array, HashMap, MapData, MapError, PerCpuArray, XskMap},
-    programs::{Program, ProgramError, SchedClassifier, Xdp},
+    programs::{Program, ProgramError, SchedClassifier, TcAttachType, Xdp},
     util::KernelVersion,
 };
 use nix::{
@@ -84,7 +86,9 @@ use crate::frame::MAX_MTU;
 const TRUNK_RECEIVE: &str = "trunk_receive";
 const TRUNK_DELIVER: &str = "trunk_deliver";
 const WORKLOAD_SEND: &str = "workload_send";
+const HOST_SEND: &str = "host_send";
 const UPLINK_RECEIVE: &str = "uplink_receive";
+const UPLINK_CARRY: &str = "uplink_carry";
 
 /// How the trunk is to be, and where the pins are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -150,6 +154,8 @@ pub struct Attachment {
     owned: OwnedMaps,
     counters: PerCpuArray<MapData, u64>,
     offload: Option<OffloadMaps>,
+    flows: Option<u32>,
+    notes: Vec<String>,
     modes: Vec<ModeReport>,
 }
 
@@ -177,7 +183,15 @@ impl Attachment {
         pins.check_namespace()?;
         let trunk = Trunk::ensure(settings.queues, settings.mtu)?;
 
-        let mut object = maps::load_trunk(&pins, trunk.kernel_end, settings.flows)?;
+        let mut notes = Vec::new();
+        let mut flows = settings.flows;
+        let mut object = maps::load_trunk(&pins, trunk.kernel_end, flows)?;
+        if let (Some(_), Err(error)) = (flows, classifier(&mut object, WORKLOAD_SEND)) {
+            // Workers can carry everything.
+            notes.push(format!("no flow is handed over: {}", error::chain(&error)));
+            flows = None;
+            object = maps::load_trunk(&pins, trunk.kernel_end, flows)?;
+        }
         let mut identity: Array<_, u64> = maps::take(&mut object, "identity")?;
         identity.set(0, pins::namespace()?, 0).map_err(map_error("identity"))?;
 
@@ -188,7 +202,19 @@ impl Attachment {
             ROUTER_END,
             &pins.trunk_receive(),
         )?;
-        pins::attach_tcx(classifier(&mut object, TRUNK_DELIVER)?, TRUNK_DELIVER, KERNEL_END, &pins.trunk_deliver())?;
+        pins::attach_tcx(
+            classifier(&mut object, TRUNK_DELIVER)?,
+            TRUNK_DELIVER,
+            KERNEL_END,
+            TcAttachType::Ingress,
+            &pins.trunk_deliver(),
+        )?;
+        if flows.is_some() {
+            let program = classifier(&mut object, HOST_SEND)?;
+            pins::attach_tcx(program, HOST_SEND, KERNEL_END, TcAttachType::Egress, &pins.host_send())?;
+        } else {
+            pins::unpin_link(&pins.host_send())?;
+        }
         // Loaded now, so that it is refused now, not at the first workload.
         classifier(&mut object, WORKLOAD_SEND)?;
         trunk.set_up()?;
@@ -217,7 +243,9 @@ impl Attachment {
             uplinks: BTreeMap::new(),
             owned: OwnedMaps::take(&mut object)?,
             counters: maps::take(&mut object, "counters")?,
-            offload: settings.flows.map(|flows| OffloadMaps::take(&mut object, flows)).transpose()?,
+            offload: flows.map(|flows| OffloadMaps::take(&mut object, flows)).transpose()?,
+            flows,
+            notes,
             trunk_object: object,
             modes,
             pins,
@@ -261,8 +289,9 @@ impl Attachment {
             _ => map_error("workloads")(error),
         };
         self.workload_map.insert(index, entry, 0).map_err(full)?;
-        let attached = classifier(&mut self.trunk_object, WORKLOAD_SEND)
-            .and_then(|program| pins::attach_tcx(program, WORKLOAD_SEND, name, &self.pins.workload(index)));
+        let attached = classifier(&mut self.trunk_object, WORKLOAD_SEND).and_then(|program| {
+            pins::attach_tcx(program, WORKLOAD_SEND, name, TcAttachType::Ingress, &self.pins.workload(index))
+        });
         // The kernel finds the device by its name: it must have been the same one.
         if attached.is_err() || !is_there() {
             self.forget_workload(index)?;
@@ -304,10 +333,18 @@ impl Attachment {
         if link.mtu > MAX_MTU {
             return Err(AttachError::Mtu { device: name.to_owned(), mtu: link.mtu });
         }
-        let mut object = maps::load_uplink(&self.pins, index)?;
+        let mut object = maps::load_uplink(&self.pins, index, self.trunk.kernel_end, self.flows)?;
+        // The one that carries is there before the other lets flows pass to it.
+        if self.flows.is_some() {
+            let program = classifier(&mut object, UPLINK_CARRY)?;
+            pins::attach_tcx(program, UPLINK_CARRY, name, TcAttachType::Ingress, &self.pins.uplink_carry(index))?;
+        }
         let program = xdp(&mut object, UPLINK_RECEIVE)?;
         pins::attach_xdp(program, UPLINK_RECEIVE, index, name, &self.pins.uplink(index))?;
         let mode = native(name, UPLINK_RECEIVE, &existing(name, index)?)?;
+        if self.flows.is_none() {
+            pins::unpin_link(&self.pins.uplink_carry(index))?;
+        }
         self.uplinks.insert(index, Uplink { sockets: maps::take_sockets(&mut object)?, mode: mode.clone() });
         Ok(mode)
     }
@@ -319,6 +356,7 @@ impl Attachment {
     pub fn detach_uplink(&mut self, index: u32) -> Result<(), AttachError> {
         self.uplinks.remove(&index);
         pins::unpin_link(&self.pins.uplink(index))?;
+        pins::unpin_link(&self.pins.uplink_carry(index))?;
         pins::unpin_map(&self.pins.uplink_sockets(index))
     }
 
@@ -364,6 +402,11 @@ impl Attachment {
     /// Where the map cannot be read.
     pub fn counters(&self) -> Result<Counters, AttachError> {
         Counters::read(&self.counters)
+    }
+
+    /// What could not be had, and why.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// The maps of flows in the kernel, once, where there are to be any.

@@ -1,6 +1,10 @@
 //! The maps of flows in the kernel.
 
-use std::{io, os::fd::AsFd as _, os::fd::AsRawFd as _};
+use std::{
+    io,
+    net::IpAddr,
+    os::fd::{AsFd as _, AsRawFd as _},
+};
 
 use aya::{
     Ebpf,
@@ -12,10 +16,15 @@ use super::{
     AttachError,
     maps::{self, EPOCH, FlowName, KeyV4, KeyV6, map_error},
 };
-use crate::offload::{
-    flow::{Flow, Mapped},
-    keeper::Keys,
-    recipe::Key,
+use weir_packet::Mac;
+
+use crate::{
+    frame::IfIndex,
+    offload::{
+        flow::{Flow, Mapped, Phase},
+        keeper::Keys,
+        recipe::{Key, WayRecipe},
+    },
 };
 
 /// The maps of flows in the kernel, of which an earlier process may have left some.
@@ -29,6 +38,16 @@ pub struct OffloadMaps {
 }
 
 impl OffloadMaps {
+    /// MAC addresses of pods as the process before knew them: device, IP address, MAC address.
+    pub fn pods(&self) -> Vec<(IfIndex, IpAddr, Mac)> {
+        let Ok(keys) = self.keys.all() else { return Vec::new() };
+        let ways = keys.iter().filter_map(|(key, way, serial)| {
+            let flow = self.flows.get(*way as usize >> 1).filter(|flow| flow.state() == (*serial, Phase::Live))?;
+            WayRecipe::read(&flow.ways[*way as usize & 1])?.pod(key)
+        });
+        ways.collect()
+    }
+
     pub(super) fn take(object: &mut Ebpf, flows: u32) -> Result<Self, AttachError> {
         let array: Array<MapData, [u64; size_of::<Flow>() / 8]> = maps::take(object, "offload_flows")?;
         let epoch: Array<MapData, u64> = maps::take(object, EPOCH)?;

@@ -90,12 +90,20 @@ impl Pins {
         self.dir.join("trunk_deliver")
     }
 
+    pub(super) fn host_send(&self) -> PathBuf {
+        self.dir.join("trunk_host_send")
+    }
+
     pub(super) fn workload(&self, index: u32) -> PathBuf {
         self.dir.join(format!("{WORKLOAD}{index}"))
     }
 
     pub(super) fn uplink(&self, index: u32) -> PathBuf {
         self.dir.join(format!("{UPLINK}{index}"))
+    }
+
+    pub(super) fn uplink_carry(&self, index: u32) -> PathBuf {
+        self.dir.join(format!("{UPLINK}carry_{index}"))
     }
 
     pub(super) fn trunk_sockets(&self) -> PathBuf {
@@ -215,11 +223,12 @@ pub(super) fn attach_xdp(
     keep(link.try_into().map_err(link_error(pin))?, pin)
 }
 
-/// The same for a tc program, which goes to the front of the device's ingress programs.
+/// The same for a tc program, which goes to the front of the device's programs at that hook.
 pub(super) fn attach_tcx(
     program: &mut SchedClassifier,
     program_name: &'static str,
     device: &str,
+    hook: TcAttachType,
     pin: &Path,
 ) -> Result<(), AttachError> {
     let failed = |source| tcx_error(program_name, device, source);
@@ -232,7 +241,7 @@ pub(super) fn attach_tcx(
         }
     }
     let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let id = program.attach_with_options(device, TcAttachType::Ingress, options).map_err(failed)?;
+    let id = program.attach_with_options(device, hook, options).map_err(failed)?;
     let link = program.take_link(id).map_err(failed)?;
     keep(link.try_into().map_err(link_error(pin))?, pin)
 }

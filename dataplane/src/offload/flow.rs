@@ -34,7 +34,10 @@ pub struct Way {
     pub address_difference: AtomicU32,
     /// By how much that of the ports does.
     pub port_difference: AtomicU32,
-    zero: [AtomicU32; 3],
+    /// The outer source of packets that come in a tunnel, as it stands in a packet; 0: of those that come in none.
+    pub comes_from: AtomicU32,
+    /// The outer addresses of packets that leave in a tunnel; 0: they leave in none.
+    pub tunnel: [AtomicU32; 2],
     /// The new addresses, as they stand in a packet; of IPv4 the first word of each.
     pub addresses: [[AtomicU32; 4]; 2],
 }

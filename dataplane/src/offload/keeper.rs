@@ -108,6 +108,8 @@ struct Held {
     /// Packets and bytes carried, as of the last look, by direction.
     carried: [(u64, u64); 2],
     since: Tick,
+    /// Whether it was found to be over: a program may then still have had a packet of it, so that the last numbers come with the next look.
+    is_over: bool,
 }
 
 /// All that is known of the flows that were handed over.
@@ -209,7 +211,7 @@ impl Keeper {
                     is_same.then(|| {
                         let request = Request { is_v6: A::BITS == 128, identity };
                         let carried = [Direction::Original, Direction::Reply].map(|direction| flow.carried(direction));
-                        Held { request, serial, recipe, carried, since: conn.last_seen() }
+                        Held { request, serial, recipe, carried, since: conn.last_seen(), is_over: false }
                     })
                 });
             match kept {
@@ -221,7 +223,24 @@ impl Keeper {
                     places[slot as usize] = Some(held);
                     counts.flows += 1;
                 }
-                _ => drop(conn.change_flags(0, ASKED | OFFLOADED)),
+                _ => {
+                    // What has passed there in vain is known at least.
+                    let keys =
+                        by_slot.get(&slot).and_then(|[original, reply]| Some([original.as_ref()?, reply.as_ref()?]));
+                    let is_its = keys.is_some_and(|[(original, _), (reply, _)]| {
+                        original.is_of(&conn.original()) && reply.is_of(&conn.reply())
+                    });
+                    if conn.flags() & OFFLOADED != 0
+                        && is_its
+                        && let Some(flow) = offload.flow(slot)
+                    {
+                        flow.close();
+                        if flow.has_windows() {
+                            conn.absorb(&flow.windows(), Direction::Reply);
+                        }
+                    }
+                    conn.change_flags(0, ASKED | OFFLOADED);
+                }
             }
         }
     }
@@ -310,29 +329,34 @@ impl Keeper {
                         recipe.write(flow);
                         flow.epoch.store(current.generation, Ordering::Relaxed);
                         let carried = earlier.map_or([(0, 0); 2], |earlier| earlier.carried);
-                        held[slot as usize] = Some(Held { request, serial, recipe, carried, since: now });
+                        held[slot as usize] =
+                            Some(Held { request, serial, recipe, carried, since: now, is_over: false });
                         let inserted = recipe
                             .keys
                             .iter()
                             .zip([2 * slot, 2 * slot + 1])
                             .try_for_each(|(key, way)| keys.insert(key, way, serial));
-                        // Marked first, so that whoever removes the connection from now on takes the flow back; only then live.
+                        // A worker that finds the connection marked takes the windows over, so they are there before. Whoever removes it
+                        // from then on takes the flow back; only then it is live.
+                        let windows = conn.windows();
+                        match &windows {
+                            Some(windows) if earlier.is_some() => flow.advance(&windows.sides),
+                            Some(windows) => flow.set_windows(windows),
+                            None => {}
+                        }
                         conn.set_offload_slot(slot);
                         let is_marked = inserted.is_ok() && conn.change_flags(OFFLOADED, ASKED);
+                        if is_marked && windows.is_some() == (conn.protocol() == Protocol::TCP) {
+                            flow.change(serial, Phase::Pending, Phase::Live);
+                        }
+                        // What a worker has seen meanwhile, who did not find it marked: more of the same, or its end.
                         match conn.windows() {
-                            Some(windows) => {
-                                flow.set_windows(&windows);
-                                flow.change(
-                                    serial,
-                                    Phase::Pending,
-                                    if is_marked { Phase::Live } else { Phase::Closed },
-                                );
-                            }
-                            None if conn.protocol() == Protocol::TCP || !is_marked => {
+                            Some(windows) if is_marked => flow.advance(&windows.sides),
+                            None if is_marked && conn.protocol() != Protocol::TCP => {}
+                            _ => {
                                 flow.forget_windows();
                                 flow.close();
                             }
-                            None => drop(flow.change(serial, Phase::Pending, Phase::Live)),
                         }
                         if inserted.is_err() {
                             counts.failed += 1;
@@ -398,17 +422,20 @@ impl Keeper {
                     counts.bytes += new.1 - old.1;
                 }
                 held.carried = carried;
-                let is_over = flow.state().1 == Phase::Closed;
+                let was_over = held.is_over;
+                held.is_over = flow.state().1 == Phase::Closed;
                 let windows = flow.has_windows().then(|| flow.windows());
                 let lives = match held.request.is_v6 {
-                    false => told(&tables.v4, held, moved, windows.as_ref(), is_over, now, &turn),
-                    true => told(&tables.v6, held, moved, windows.as_ref(), is_over, now, &turn),
+                    false => told(&tables.v4, held, moved, windows.as_ref(), was_over, now, &turn),
+                    true => told(&tables.v6, held, moved, windows.as_ref(), was_over, now, &turn),
                 };
                 if moved != [false; 2] {
                     held.since = now;
                 }
-                if is_over || !lives {
+                if !lives {
                     flow.close();
+                }
+                if was_over && held.is_over || !lives {
                     freed.push((slot as u32, held.recipe));
                     *place = None;
                     counts.taken_back += 1;
@@ -490,20 +517,5 @@ pub fn keep(keeper: &Mutex<Keeper>, requests: &Receiver<Request>, tables: &Table
             lock(keeper).look(tables);
             looked = Instant::now();
         }
-    }
-}
-
-/// What a listing tells of a connection's flow.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Carried {
-    /// Packets and bytes, by direction.
-    pub ways: [(u64, u64); 2],
-}
-
-impl Offload {
-    /// What the programs have carried of a connection with these flags and that slot, if it is handed over.
-    pub fn carried(&self, flags: u8, slot: u32) -> Option<Carried> {
-        let flow = (flags & OFFLOADED != 0).then(|| self.flow(slot)).flatten()?;
-        Some(Carried { ways: [Direction::Original, Direction::Reply].map(|direction| flow.carried(direction)) })
     }
 }

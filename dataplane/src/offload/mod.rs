@@ -64,12 +64,18 @@ use self::flow::{Flow, Mapped, Phase};
 pub const CANDIDATE: u8 = 1;
 /// It was asked for.
 const ASKED: u8 = 1 << 1;
-/// Packets of an unanswered UDP flow that were seen, up to [`MAX_UDP_PACKETS`].
+/// Packets that were seen, of TCP since the connection has proved itself; up to [`MAX_UDP_PACKETS`].
 const COUNTED: u8 = MAX_UDP_PACKETS << COUNTED_SHIFT;
 const COUNTED_SHIFT: u32 = 2;
 
 /// The most packets after which an unanswered UDP flow may be handed over.
 pub const MAX_UDP_PACKETS: u8 = 15;
+
+/// A TCP connection is handed over after so many packets: most connections that carry one request and a short answer are over before, and
+/// to hand over costs some microseconds.
+const TCP_PACKETS: u8 = 8;
+/// An answered UDP flow is handed over after so many packets: two questions of a resolver (A and AAAA) and their answers are fewer.
+const ANSWERED_PACKETS: u8 = 5;
 
 /// Flows that may wait for the keeper.
 const REQUESTS: usize = 4096;
@@ -137,17 +143,16 @@ impl Offload {
         if flags & OFFLOADED != 0 {
             return self.give_back(conn, direction);
         }
-        match conn.protocol() {
-            Protocol::TCP if conn.assured() => {}
-            Protocol::UDP if conn.seen_reply() => {}
-            Protocol::UDP => {
-                let counted = (flags & COUNTED) >> COUNTED_SHIFT;
-                if counted + 1 < self.udp_packets {
-                    conn.change_flags((counted + 1) << COUNTED_SHIFT, COUNTED);
-                    return;
-                }
-            }
+        let enough = match conn.protocol() {
+            Protocol::TCP if conn.assured() => TCP_PACKETS,
+            Protocol::UDP if conn.seen_reply() => ANSWERED_PACKETS.min(self.udp_packets),
+            Protocol::UDP => self.udp_packets,
             _ => return,
+        };
+        let counted = ((flags & COUNTED) >> COUNTED_SHIFT) + 1;
+        if counted < enough {
+            conn.change_flags(counted << COUNTED_SHIFT, COUNTED);
+            return;
         }
         self.ask(conn);
     }

@@ -1,6 +1,9 @@
 //! What the programs are to do with the packets of a connection: worked out from the connection and the tables of one moment.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use weir_conntrack::ConnRef;
 use weir_packet::{Address, Direction, FlowKey, Mac, Protocol};
@@ -9,9 +12,9 @@ use weir_sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use super::flow::{Flow, Way};
 use crate::{
     decide::{self, Origin},
-    forwarding::{Route, RouteKind, Routed},
+    forwarding::{Encapsulation, Route, RouteKind, Routed},
     frame::IfIndex,
-    pipeline,
+    pipeline::{self, host_source},
     snapshot::Snapshot,
 };
 
@@ -35,6 +38,16 @@ impl Key {
         bytes[at + 8..at + 12].copy_from_slice(&u32::from(key.protocol.0).to_ne_bytes());
         if A::WORDS == 1 { Self::V4(*bytes.first_chunk().expect("20 of 44 bytes")) } else { Self::V6(bytes) }
     }
+
+    /// Whether it is the key of packets with these addresses, ports and protocol, by whatever device they come.
+    pub fn is_of<A: Address>(&self, key: &FlowKey<A>) -> bool {
+        let bytes: &[u8] = match self {
+            Self::V4(bytes) => bytes,
+            Self::V6(bytes) => bytes,
+        };
+        let device = bytes[bytes.len() - 8..].first_chunk().expect("eight bytes");
+        *self == Self::new(key, IfIndex(u32::from_ne_bytes(*device)))
+    }
 }
 
 /// How a way's packets leave; the numbers are those of `bpf/offload.h`.
@@ -47,11 +60,13 @@ pub enum Exit {
     Peer = 1,
     /// By the device.
     Device = 2,
+    /// Into the node's own kernel.
+    Host = 3,
 }
 
 /// What is done with the packets of one direction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct WayRecipe {
+pub struct WayRecipe {
     device: u32,
     destination: Mac,
     source: Mac,
@@ -61,6 +76,8 @@ struct WayRecipe {
     ports: u32,
     address_difference: u32,
     port_difference: u32,
+    comes_from: u32,
+    tunnel: [u32; 2],
     addresses: [[u32; 4]; 2],
 }
 
@@ -97,25 +114,48 @@ pub fn of_connection<A: pipeline::Family>(
     if !pipeline::stands(conn, snapshot) {
         return Err(Stays::Unsettled);
     }
+    // What untracked policy lets go belongs to no connection, whatever its key.
+    if snapshot.rules.host.has_untracked() {
+        return Err(Stays::Elsewhere);
+    }
     let keys = [Direction::Original, Direction::Reply].map(|direction| conn.key(direction));
     let hop = |direction: Direction| exit::<A>(snapshot, keys[direction.flip() as usize].src);
     let (forth, back) = (hop(Direction::Original)?, hop(Direction::Reply)?);
     // Replies come from where the original direction's packets go.
     let arrives_by = [IfIndex(conn.device()), forth.device];
+    let mut has_pod = false;
     for (key, device) in keys.iter().zip(arrives_by) {
-        let origin = snapshot.forwarding.device_by_index(device).map(|id| snapshot.forwarding.device(id));
-        let origin = origin.and_then(Origin::of).ok_or(Stays::Unsettled)?;
+        let device = snapshot.forwarding.device_by_index(device).map(|id| snapshot.forwarding.device(id));
+        let device = device.ok_or(Stays::Unsettled)?;
+        let origin = Origin::of(device).ok_or(Stays::Unsettled)?;
         decide::check_source(snapshot, origin, key).map_err(|_| Stays::Unsettled)?;
+        match origin {
+            Origin::Workload(_) => has_pod = true,
+            // Its policy may be about packets of which no connection tells.
+            Origin::Uplink if device.host_endpoint.is_some() => return Err(Stays::Elsewhere),
+            Origin::Uplink | Origin::Host => {}
+        }
+    }
+    // Between uplinks workers are as fast, or faster.
+    if !has_pod || arrives_by[0] != back.device {
+        return Err(Stays::Elsewhere);
     }
     // Who never answered may answer something else than what it was asked: a worker is to see that.
     let is_open = [true, conn.seen_reply()];
-    let way = |direction: Direction, hop: &Hop| {
+    let way = |direction: Direction, hop: &Hop, opposite: &Hop| {
         let from = &keys[direction as usize];
         let to = keys[direction.flip() as usize].invert();
         let exit = match () {
             () if !is_open[direction as usize] => Exit::Closed,
-            () if near.contains(&hop.device.0) => Exit::Device,
-            () => Exit::Peer,
+            () if hop.kind == RouteKind::Host => Exit::Host,
+            // From what leaves by weir0, as the node's own packets do, there is no way into another namespace.
+            () if hop.kind == RouteKind::Workload
+                && opposite.kind != RouteKind::Host
+                && !near.contains(&hop.device.0) =>
+            {
+                Exit::Peer
+            }
+            () => Exit::Device,
         };
         WayRecipe {
             device: hop.device.0,
@@ -127,6 +167,9 @@ pub fn of_connection<A: pipeline::Family>(
             ports: to.ports.word(),
             address_difference: difference(words(from.src).chain(words(from.dst)), words(to.src).chain(words(to.dst))),
             port_difference: difference([from.ports.word()], [to.ports.word()]),
+            // Who is answered through a tunnel comes through it.
+            comes_from: opposite.tunnel[1],
+            tunnel: hop.tunnel,
             addresses: [to.src, to.dst].map(|address| {
                 let mut padded = [0; 4];
                 padded.iter_mut().zip(words(address)).for_each(|(to, from)| *to = from);
@@ -136,13 +179,15 @@ pub fn of_connection<A: pipeline::Family>(
     };
     Ok(Recipe {
         keys: [Key::new(&keys[0], arrives_by[0]), Key::new(&keys[1], arrives_by[1])],
-        ways: [way(Direction::Original, &forth), way(Direction::Reply, &back)],
+        ways: [way(Direction::Original, &forth, &back), way(Direction::Reply, &back, &forth)],
         has_windows: conn.protocol() == Protocol::TCP,
     })
 }
 
 struct Hop {
     device: IfIndex,
+    kind: RouteKind,
+    tunnel: [u32; 2],
     destination: Mac,
     source: Mac,
     mtu: u16,
@@ -153,13 +198,28 @@ fn exit<A: Routed>(snapshot: &Snapshot, destination: A) -> Result<Hop, Stays> {
     let forwarding = &*snapshot.forwarding;
     let Route::Via(adjacency) = forwarding.route(destination) else { return Err(Stays::Unsettled) };
     let adjacency = forwarding.adjacency(adjacency);
-    let device = match (adjacency.kind, adjacency.device) {
-        (RouteKind::Workload, Some(id)) => forwarding.device(id),
-        _ => return Err(Stays::Elsewhere),
-    };
-    let mac = adjacency.mac.or_else(|| forwarding.neighbor(device.index, destination.to_ip()));
+    let Some(device) = adjacency.device.map(|id| forwarding.device(id)) else { return Err(Stays::Elsewhere) };
+    if adjacency.kind == RouteKind::Host {
+        let destination = adjacency.mac.ok_or(Stays::Unresolved)?;
+        return Ok(Hop {
+            device: IfIndex::HOST,
+            kind: RouteKind::Host,
+            tunnel: [0; 2],
+            destination,
+            source: host_source(destination),
+            mtu: u16::MAX,
+        });
+    }
+    // An unspecified next hop stands for the destination itself, on the link.
+    let next_hop = if adjacency.next_hop.is_unspecified() { destination.to_ip() } else { adjacency.next_hop };
+    let mac = adjacency.mac.or_else(|| forwarding.neighbor(device.index, next_hop));
     Ok(Hop {
         device: device.index,
+        kind: adjacency.kind,
+        tunnel: match adjacency.encapsulation {
+            Encapsulation::None => [0; 2],
+            Encapsulation::Ipip { src, dst } => [src.words()[0], dst.words()[0]],
+        },
         destination: mac.ok_or(Stays::Unresolved)?,
         source: device.mac,
         mtu: adjacency.mtu.min(u32::from(u16::MAX)) as u16,
@@ -194,13 +254,25 @@ impl Recipe {
 }
 
 impl WayRecipe {
-    fn read(way: &Way) -> Option<Self> {
+    /// The pod that packets with that key are given to: the device, its IP and MAC address.
+    pub fn pod(&self, key: &Key) -> Option<(IfIndex, IpAddr, Mac)> {
+        let [_, to] = self.addresses;
+        let address = match key {
+            Key::V4(_) => Ipv4Addr::from_words([to[0]]).to_ip(),
+            Key::V6(_) => Ipv6Addr::from_words(to).to_ip(),
+        };
+        (self.exit == Exit::Peer).then_some((IfIndex(self.device), address, self.destination))
+    }
+
+    /// What a slot has; `None` where it is not understood.
+    pub fn read(way: &Way) -> Option<Self> {
         let word = |place: &AtomicU32| place.load(Ordering::Relaxed);
         let mac = |start: usize| Mac(std::array::from_fn(|at| way.ethernet[start + at].load(Ordering::Relaxed)));
         let exit = match way.exit.load(Ordering::Relaxed) {
             0 => Exit::Closed,
             1 => Exit::Peer,
             2 => Exit::Device,
+            3 => Exit::Host,
             _ => return None,
         };
         Some(Self {
@@ -211,6 +283,8 @@ impl WayRecipe {
             exit,
             translates: way.translates.load(Ordering::Relaxed) != 0,
             ports: word(&way.ports),
+            comes_from: word(&way.comes_from),
+            tunnel: std::array::from_fn(|at| word(&way.tunnel[at])),
             address_difference: word(&way.address_difference),
             port_difference: word(&way.port_difference),
             addresses: std::array::from_fn(|at| std::array::from_fn(|number| word(&way.addresses[at][number]))),
@@ -226,6 +300,8 @@ impl WayRecipe {
         way.mtu.store(self.mtu, Ordering::Relaxed);
         byte(&way.exit, self.exit as u8);
         byte(&way.translates, self.translates.into());
+        word(&way.comes_from, self.comes_from);
+        way.tunnel.iter().zip(self.tunnel).for_each(|(place, value)| word(place, value));
         word(&way.ports, self.ports);
         word(&way.address_difference, self.address_difference);
         word(&way.port_difference, self.port_difference);
