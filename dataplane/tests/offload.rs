@@ -616,6 +616,8 @@ impl<'k> Twins<'k> {
     }
 
     fn look(&mut self, flows: &mut [Opened]) {
+        // What it finds over it leaves to the next look: a program may still have had a packet.
+        self.keeper.look(&self.split.tables);
         self.keeper.look(&self.split.tables);
         for flow in flows.iter_mut().filter(|flow| flow.waits) {
             (flow.ready, flow.waits) = ([None; 2], false);
@@ -649,14 +651,22 @@ impl<'k> Twins<'k> {
             Ends { arrives: [arrives[1], arrives[0]], leaves: [arrives[1], arrives[0]], device },
         ];
         let [a, b] = flow.isn;
+        let acknowledgments = |a: u32, b: u32| {
+            let one = move |nth: usize| match nth % 2 {
+                0 => (0, tcp(a, b, ACK, 1000, &[], &[])),
+                _ => (1, tcp(b, a, ACK, 1000, &[], &[])),
+            };
+            (0..12).map(one)
+        };
         let rows = match (flow.protocol, flow.is_half_seen) {
-            (TCP, false) => handshake(flow.isn, flow.scales).into(),
-            (TCP, true) => vec![
-                (0, tcp(a, b, ACK, 1000, &[], &[])),
-                (1, tcp(b, a, ACK, 1000, &[], &[])),
-                (0, tcp(a, b, ACK, 1000, &[], &[])),
-            ],
-            (_, false) => vec![(0, udp(&[1, 2])), (1, udp(&[3]))],
+            (TCP, false) => {
+                let (a, b) = (a.wrapping_add(1), b.wrapping_add(1));
+                handshake(flow.isn, flow.scales).into_iter().chain(acknowledgments(a, b).skip(1).take(7)).collect()
+            }
+            (TCP, true) => acknowledgments(a, b).take(10).collect::<Vec<_>>(),
+            (_, false) => {
+                [(0, udp(&[1, 2])), (1, udp(&[3]))].into_iter().cycle().take(usize::from(1 + UDP_PACKETS)).collect()
+            }
             (_, true) => vec![(0, udp(&[1, 2])); usize::from(1 + UDP_PACKETS)],
         };
         for (nth, (direction, l4)) in rows.into_iter().enumerate() {
