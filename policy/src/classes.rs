@@ -36,6 +36,7 @@ pub(crate) struct Classes {
     /// By set: its classes, ascending.
     of_set: Vec<Vec<u32>>,
     regrouped: Vec<u32>,
+    signed_anew: Vec<u32>,
 }
 
 /// Where members of classes go: into a class that there is, or into one that has no number yet.
@@ -79,6 +80,7 @@ impl Default for Classes {
             vacant: Vec::new(),
             of_set: Vec::new(),
             regrouped: Vec::new(),
+            signed_anew: Vec::new(),
         }
     }
 }
@@ -102,6 +104,14 @@ impl Classes {
     /// The sets whose users have to be made anew, since this was called last.
     pub(crate) fn take_regrouped(&mut self) -> Vec<u32> {
         std::mem::take(&mut self.regrouped)
+    }
+
+    /// The classes that have another signature than when this was called last, ascending: those that sets were regrouped by.
+    pub(crate) fn take_signed_anew(&mut self) -> Vec<u32> {
+        let mut classes = std::mem::take(&mut self.signed_anew);
+        classes.sort_unstable();
+        classes.dedup();
+        classes
     }
 
     /// Takes all members out of all classes; to be followed by [`Classes::join`] for each.
@@ -161,6 +171,7 @@ impl Classes {
                 None => self.add(signature),
             };
             self.classes[class as usize].members = members;
+            self.signed_anew.push(class);
             settled.of_group.push(class);
             settled.changed.push(class);
         }

@@ -6,8 +6,9 @@
 //!    its program is known by. The rules of policies and profiles in use are resolved to numbered parts
 //!    ([`crate::resolve`], [`crate::parts`]).
 //! 3. The changes of the parts' sets move addresses from class to class ([`crate::partition`]).
-//! 4. A program is made where it is new, where its plan changed, or where its sets have other classes; others are shared
-//!    with the classifier before ([`crate::plan`], [`crate::program`]).
+//! 4. A program is made where it is new, where its plan changed, or where its sets have other classes; where those are few, and the
+//!    program is of the size of most, only their rows are made again. Other programs are shared with the classifier before
+//!    ([`crate::plan`], [`crate::program`]).
 
 use std::sync::Arc;
 
@@ -60,6 +61,9 @@ pub struct Compiler {
     /// Lent to programs that are made.
     scratch: Vec<u64>,
 }
+
+/// Where more classes than this changed, programs are made anew.
+const MAX_PATCHED_CLASSES: usize = 16;
 
 /// The policies and profiles that govern a workload in one direction: what makes its program.
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -288,7 +292,12 @@ impl Compiler {
         for ((family, regrouped), planned) in verdicts.chain(logging) {
             let direction = effective.direction.name();
             if planned.program.is_none() || regrouped.concerns(&planned.slots) {
-                planned.program = Some(self.program(&planned.slots, family, endpoint, direction)?);
+                let before = planned.program.as_ref();
+                let reclassed = before.and_then(|(program, _)| self.reclassed(program, planned, family, regrouped));
+                planned.program = Some(match reclassed {
+                    Some(program) => program,
+                    None => self.program(&planned.slots, family, endpoint, direction)?,
+                });
             }
             let (program, words) = planned.program.as_ref().expect("it was just made");
             limits.rules = limits
@@ -422,6 +431,32 @@ impl Compiler {
         Ok((Arc::new(program), words))
     }
 
+    /// The program made from that of before the classes changed, and the words of its rows, where that is less work.
+    fn reclassed(
+        &self,
+        program: &Program,
+        planned: &Planned,
+        family: Family,
+        regrouped: &Regrouped,
+    ) -> Option<(Arc<Program>, usize)> {
+        let Regrouped { address_classes, point_classes, .. } = regrouped;
+        if address_classes.len() + point_classes.len() > MAX_PATCHED_CLASSES {
+            return None;
+        }
+        let sets = &self.resolver.parts.families[family as usize];
+        let (addresses, points) = (&sets.partition.classes, &sets.point_classes.classes);
+        let tests = |field: fn(&Conditions) -> Test| -> Vec<Test> {
+            planned.slots.iter().map(|planned| field(&planned.conditions)).collect()
+        };
+        let (program, words) = program.reclassed([
+            (tests(|conditions| conditions.source), addresses, address_classes),
+            (tests(|conditions| conditions.destination), addresses, address_classes),
+            (tests(|conditions| conditions.source_point), points, point_classes),
+            (tests(|conditions| conditions.destination_point), points, point_classes),
+        ])?;
+        Some((Arc::new(program), words))
+    }
+
     fn tables(&mut self, slots: &[PlannedSlot], family: Family) -> Result<(Program, usize), ProgramTooLarge> {
         let FamilySets { partition, point_classes, .. } = &self.resolver.parts.families[family as usize];
         let slots_only = slots.iter().map(|planned| planned.slot).collect();
@@ -485,6 +520,9 @@ struct Regrouped {
     addresses: Vec<bool>,
     points: Vec<bool>,
     any: bool,
+    /// The classes that sets were regrouped by.
+    address_classes: Vec<u32>,
+    point_classes: Vec<u32>,
 }
 
 impl Regrouped {
@@ -497,7 +535,13 @@ impl Regrouped {
         };
         let addresses = marks(family.partition.classes.take_regrouped());
         let points = marks(family.point_classes.classes.take_regrouped());
-        Self { any: !addresses.is_empty() || !points.is_empty(), addresses, points }
+        Self {
+            any: !addresses.is_empty() || !points.is_empty(),
+            addresses,
+            points,
+            address_classes: family.partition.classes.take_signed_anew(),
+            point_classes: family.point_classes.classes.take_signed_anew(),
+        }
     }
 
     /// Whether a program with these slots has to be made anew.

@@ -19,7 +19,7 @@ use crate::{
     classes::Classes,
     partition::{Partition, TooManyMemberships},
     ranges::Ranges,
-    rows::{DenseRow, MAX_FIELDS, Rows, RowsBuilder},
+    rows::{DenseRow, MAX_FIELDS, Rows, RowsBuilder, ones},
     steps::StepMap,
     trie::Key,
 };
@@ -81,6 +81,9 @@ pub(crate) const fn icmp_selector(icmp_type: u8, code: u8) -> u16 {
     (icmp_type as u16) << 8 | code as u16
 }
 
+/// Programs with more rows than this are made anew where classes changed: rows that are not used any more stay in what is patched.
+const MAX_PATCHED_ROWS: usize = 256;
+
 /// What a slot does with a packet that matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Outcome {
@@ -104,7 +107,7 @@ pub(crate) struct Slot {
 /// Rows by class, as runs of classes with the same row: a bit marks the class where a run starts, and the population
 /// count up to a class numbers its run. Numbers of classes follow addresses, as long as little was changed, so runs are few
 /// even where a rule's peers are many. Where they are not, there is a row for each class, found without counting.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct ClassRows {
     /// For 64 classes each: where runs start, and how many start in the words before. Empty: rows are by class.
     words: Box<[(u64, u32)]>,
@@ -127,6 +130,36 @@ impl ClassRows {
             }
             None => self.common,
         }
+    }
+
+    /// With these rows for these classes, ascending.
+    fn with(&self, changes: &[(u32, u32)]) -> Self {
+        if self.words.is_empty() {
+            let mut rows = self.rows.to_vec();
+            let end = changes.last().map_or(0, |(class, _)| *class as usize + 1);
+            rows.resize(rows.len().max(end), self.common);
+            changes.iter().for_each(|(class, row)| rows[*class as usize] = *row);
+            return Self { words: Box::default(), rows: rows.into(), common: self.common };
+        }
+        let starts: Vec<u32> = ones(self.words.iter().map(|(starts, _)| *starts)).map(|start| start as u32).collect();
+        let mut builder = ClassRowsBuilder::new(self.common);
+        let mut changes = changes.iter().peekable();
+        for (run, (start, row)) in starts.iter().zip(&self.rows).enumerate() {
+            let end = starts.get(run + 1).copied().unwrap_or(u32::MAX);
+            let mut rest = *start;
+            while let Some((class, changed)) = changes.next_if(|(class, _)| *class < end) {
+                if rest < *class {
+                    builder.run(rest, *row);
+                }
+                builder.run(*class, *changed);
+                rest = class + 1;
+            }
+            if rest < end {
+                builder.run(rest, *row);
+                builder.next = rest;
+            }
+        }
+        builder.finish()
     }
 
     fn memory_bytes(&self) -> usize {
@@ -287,6 +320,44 @@ impl Program {
         fields
     }
 
+    /// The program with the rows of these classes made again, where it is one of rows of a word. `fields` has the tests of all
+    /// slots, the classes and those that changed, of source and destination, and of their points.
+    pub(crate) fn reclassed(&self, fields: [(Vec<Test>, &Classes, &[u32]); 4]) -> Option<(Self, usize)> {
+        let Rows::Words(words) = &self.rows else { return None };
+        if words.len() > MAX_PATCHED_ROWS {
+            return None;
+        }
+        let mut words = words.to_vec();
+        let [source, destination, source_point, destination_point] = &fields;
+        let mut patch = |rows: &Option<ClassRows>, (tests, classes, changed): &(Vec<Test>, &Classes, &[u32])| {
+            let rows = rows.as_ref()?;
+            let mut row_of = |class: &u32| {
+                let signature = classes.signature(*class);
+                let of_rows = &tests[..tests.len() - 1];
+                let word = of_rows.iter().rev().fold(0, |word, test| word << 1 | u64::from(test.holds(signature)));
+                let known = words.iter().position(|known| *known == word);
+                let row = known.unwrap_or_else(|| {
+                    words.push(word);
+                    words.len() - 1
+                });
+                (*class, row as u32)
+            };
+            Some(rows.with(&changed.iter().map(&mut row_of).collect::<Vec<_>>()))
+        };
+        let program = Self {
+            application: self.application.clone(),
+            source: patch(&self.source, source),
+            destination: patch(&self.destination, destination),
+            source_port: self.source_port.clone(),
+            source_point: patch(&self.source_point, source_point),
+            destination_point: patch(&self.destination_point, destination_point),
+            rows: Rows::Words(Box::default()),
+            slots: self.slots.clone(),
+        };
+        let count = words.len();
+        Some((Self { rows: Rows::Words(words.into()), ..program }, count))
+    }
+
     /// The only slot, if all packets are judged alike.
     pub(crate) fn only(&self) -> Option<Slot> {
         match &*self.slots {
@@ -320,6 +391,17 @@ pub(crate) enum Test {
     In(u32),
     /// The value is not in this set.
     NotIn(u32),
+}
+
+impl Test {
+    /// Whether what is in these sets, ascending, passes.
+    fn holds(self, signature: &[u32]) -> bool {
+        match self {
+            Self::Any => true,
+            Self::In(set) => signature.binary_search(&set).is_ok(),
+            Self::NotIn(set) => signature.binary_search(&set).is_err(),
+        }
+    }
 }
 
 /// More work than is allowed for one program.
@@ -643,6 +725,7 @@ impl SlotsOfSet {
 mod tests {
     use std::net::{Ipv4Addr, Ipv6Addr};
 
+    use proptest::prelude::*;
     use weir_packet::Ports;
 
     use super::*;
@@ -694,6 +777,22 @@ mod tests {
             assert_eq!(rows.get(class), row, "class {class}");
         }
         assert_eq!(ClassRowsBuilder::new(4).finish().get(0), 4);
+    }
+
+    proptest! {
+        #[test]
+        fn changed_class_rows_are_as_if_made_so(
+            rows in proptest::collection::btree_map(0u32..300, 0u32..4, 0..100),
+            changes in proptest::collection::btree_map(0u32..400, 0u32..4, 0..20),
+        ) {
+            let mut builder = ClassRowsBuilder::new(0);
+            rows.iter().for_each(|(class, row)| builder.push(*class, *row));
+            let changed = builder.finish().with(&changes.iter().map(|(class, row)| (*class, *row)).collect::<Vec<_>>());
+            for class in (0..500).chain([u32::MAX]) {
+                let expected = changes.get(&class).or(rows.get(&class)).copied().unwrap_or(0);
+                prop_assert_eq!(changed.get(class), expected, "class {}", class);
+            }
+        }
     }
 
     #[test]

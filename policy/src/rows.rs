@@ -184,7 +184,7 @@ impl DenseRow {
 
     /// Its bit, where it has one only.
     fn only_bit(&self) -> Option<u32> {
-        let mut filled = ones(&self.filled);
+        let mut filled = ones(self.filled.iter().copied());
         match (filled.next(), filled.next()) {
             (Some(word), None) if self.words[word].is_power_of_two() => {
                 Some(64 * word as u32 + self.words[word].trailing_zeros())
@@ -194,18 +194,18 @@ impl DenseRow {
     }
 
     pub(crate) fn copy_from(&mut self, other: &Self) {
-        for word in ones(&self.filled) {
+        for word in ones(self.filled.iter().copied()) {
             self.words[word] = 0;
         }
         self.filled.copy_from_slice(&other.filled);
-        for word in ones(&other.filled) {
+        for word in ones(other.filled.iter().copied()) {
             self.words[word] = other.words[word];
         }
     }
 
     /// Flips every bit that `other` has, and says how many words that took.
     pub(crate) fn flip_all(&mut self, other: &Self) -> usize {
-        ones(&other.filled).map(|word| self.flip_word(word, other.words[word])).count()
+        ones(other.filled.iter().copied()).map(|word| self.flip_word(word, other.words[word])).count()
     }
 
     fn flip_word(&mut self, word: usize, bits: u64) {
@@ -218,9 +218,9 @@ impl DenseRow {
 }
 
 /// The numbers of the bits that are set, ascending.
-fn ones(words: &[u64]) -> impl Iterator<Item = usize> {
-    words.iter().enumerate().flat_map(|(index, word)| {
-        let mut rest = *word;
+pub(crate) fn ones(words: impl Iterator<Item = u64>) -> impl Iterator<Item = usize> {
+    words.enumerate().flat_map(|(index, word)| {
+        let mut rest = word;
         std::iter::from_fn(move || {
             let bit = (rest != 0).then(|| rest.trailing_zeros() as usize)?;
             rest &= rest - 1;
@@ -314,7 +314,7 @@ fn encode(row: &DenseRow, out: &mut Vec<u64>) -> u32 {
         out.extend([*middle, leaf]);
         leaf += u64::from(middle.count_ones());
     }
-    out.extend(ones(&row.filled).map(|word| row.words[word]));
+    out.extend(ones(row.filled.iter().copied()).map(|word| row.words[word]));
     SPARSE
 }
 

@@ -35,7 +35,7 @@ struct Leaf {
 const _: () = assert!(size_of::<Inner>() == 64 && size_of::<Leaf>() == 64);
 
 /// A map from every 32-bit number to a `u32`.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct StepMap {
     /// Level by level from the root; none where there is one leaf.
     inner: Box<[Inner]>,
