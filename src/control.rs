@@ -207,6 +207,28 @@ pub fn status_text(status: &Value) -> String {
         }
         text.push('\n');
     }
+    if let Some(offload) = status["offload"].as_object() {
+        let stay = &offload["stay"];
+        let _ = writeln!(
+            text,
+            "offload     {} flows of {} in the kernel; {} handed over, {} after a change, {} taken back, {} evicted; {} packets, {} bytes",
+            offload["flows"],
+            offload["capacity"],
+            offload["handedOver"],
+            offload["renewed"],
+            offload["takenBack"],
+            offload["evicted"],
+            offload["packets"],
+            offload["bytes"],
+        );
+        let _ = writeln!(
+            text,
+            "offload     stay with the workers: {} no slot, {} lead elsewhere, {} unsettled, {} refused by the kernel, {} unheard",
+            stay["full"], stay["elsewhere"], stay["unsettled"], stay["refusedByKernel"], stay["unheard"],
+        );
+    } else {
+        let _ = writeln!(text, "offload     off");
+    }
     for mode in status["modes"].as_array().into_iter().flatten() {
         let _ = writeln!(
             text,

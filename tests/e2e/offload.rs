@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    net::UdpSocket,
+    net::{TcpStream, UdpSocket},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
     time::Duration,
@@ -303,6 +303,25 @@ fn tcp_stays_followed_while_the_kernel_carries_it() {
     site.finish();
 }
 
+/// Many connections to one port, both ends of each.
+fn connections(site: &Site, from: &str, to: &str, address: &str, count: usize) -> Vec<(TcpStream, TcpStream)> {
+    let listener = site.listen(to, &format!("0.0.0.0:{}", address.rsplit_once(':').unwrap().1));
+    let pair = |_| {
+        let near = TcpStream::connect(address).unwrap_or_else(|e| panic!("{from} to {address}: {e}"));
+        (near, listener.accept().unwrap().0)
+    };
+    let pairs: Vec<_> = site.inside(from, || (0..count).map(pair).collect());
+    for end in pairs.iter().flat_map(|(near, far)| [near, far]) {
+        end.set_read_timeout(Some(DEADLINE)).unwrap();
+        end.set_write_timeout(Some(DEADLINE)).unwrap();
+        end.set_nodelay(true).unwrap();
+    }
+    pairs
+}
+
+/// Connections that live through the death of a router.
+const MANY: usize = 1000;
+
 #[test]
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn flows_in_the_kernel_go_on_without_the_router_and_the_next_one_rules_them() {
@@ -317,14 +336,13 @@ fn flows_in_the_kernel_go_on_without_the_router_and_the_next_one_rules_them() {
         bulk(near, far, 1 << 16);
         bulk(far, near, 1 << 16);
     }
-    let many: Vec<_> = (0..100)
-        .map(|port| connection(&site, "default/client", "default/server", &format!("10.1.1.20:{}", 6000 + port)))
-        .collect();
+    let many = connections(&site, "default/client", "default/server", "10.1.1.20:5002", MANY);
     for (near, far) in &many {
-        bulk(near, far, 1 << 15);
-        bulk(far, near, 1 << 15);
+        bulk(near, far, 1 << 14);
+        bulk(far, near, 1 << 14);
     }
-    wait_until("the flows in the kernel", DEADLINE, || (offload(&site, "node-a", "flows") == 102).then_some(()))
+    let all = 2 + MANY as u64;
+    wait_until("the flows in the kernel", DEADLINE, || (offload(&site, "node-a", "flows") == all).then_some(()))
         .unwrap();
 
     let mut router = site.take_router("node-a");
@@ -336,7 +354,7 @@ fn flows_in_the_kernel_go_on_without_the_router_and_the_next_one_rules_them() {
     }
     many.iter().for_each(|(near, far)| assert!(passes(near, far, DEADLINE) && passes(far, near, DEADLINE)));
     site.start("node-a");
-    assert_eq!(offload(&site, "node-a", "flows"), 102, "the next process takes them over");
+    assert_eq!(offload(&site, "node-a", "flows"), all, "the next process takes them over");
     for (near, far) in &pairs {
         bulk(near, far, 8 << 20);
         bulk(far, near, 8 << 20);
