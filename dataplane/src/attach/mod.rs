@@ -71,7 +71,7 @@ use weir_packet::Mac;
 pub use self::{
     counters::{Counter, Counters},
     error::AttachError,
-    offload::OffloadMaps,
+    offload::{KernelKeys, OffloadMaps},
     owned::Owned,
     trunk::{KERNEL_END, KERNEL_END_MAC, ROUTER_END, ROUTER_END_MAC, Trunk},
 };

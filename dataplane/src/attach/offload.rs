@@ -83,11 +83,13 @@ impl Keys for KernelKeys {
         .map_err(io_error)
     }
 
-    fn remove(&mut self, key: &Key) {
+    fn remove(&mut self, key: &Key, way: u32, serial: u32) {
+        let name = [way, serial];
         // What is not there is gone already; and what a program finds by a key that stays is a slot that says no.
         let _ = match key {
-            Key::V4(key) => self.v4.remove(key),
-            Key::V6(key) => self.v6.remove(key),
+            Key::V4(key) if self.v4.get(key, 0).is_ok_and(|found| found == name) => self.v4.remove(key),
+            Key::V6(key) if self.v6.get(key, 0).is_ok_and(|found| found == name) => self.v6.remove(key),
+            _ => Ok(()),
         };
     }
 

@@ -101,6 +101,12 @@ impl Flow {
         self.state.compare_exchange(word(from), word(to), Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
+    /// Begins another use of a slot that waits for it, if it still does; whether it did.
+    pub fn begin_anew(&self, serial: u32, next: u32) -> bool {
+        let word = |serial: u32| serial << 2 | Phase::Pending as u32;
+        self.state.compare_exchange(word(serial), word(next), Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
     /// Takes the flow from the programs: a program that begins now does not find it any more.
     pub fn close(&self) {
         self.state.fetch_and(!3, Ordering::AcqRel);

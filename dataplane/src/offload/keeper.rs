@@ -43,8 +43,8 @@ pub trait Keys: Send {
     /// # Errors
     /// Where there is no room, or the kernel refuses.
     fn insert(&mut self, key: &Key, way: u32, serial: u32) -> io::Result<()>;
-    /// Takes a key away, if it is there.
-    fn remove(&mut self, key: &Key);
+    /// Takes a key away, if it is there and leads to that way and use of it: it may be another flow's by now.
+    fn remove(&mut self, key: &Key, way: u32, serial: u32);
     /// All keys, with what they lead to.
     ///
     /// # Errors
@@ -58,8 +58,10 @@ impl Keys for HashMap<Key, (u32, u32)> {
         self.insert(*key, (way, serial));
         Ok(())
     }
-    fn remove(&mut self, key: &Key) {
-        self.remove(key);
+    fn remove(&mut self, key: &Key, way: u32, serial: u32) {
+        if self.get(key) == Some(&(way, serial)) {
+            self.remove(key);
+        }
     }
     fn all(&self) -> io::Result<Vec<(Key, u32, u32)>> {
         Ok(self.iter().map(|(key, (way, serial))| (*key, *way, *serial)).collect())
@@ -110,6 +112,14 @@ struct Held {
     since: Tick,
     /// Whether it was found to be over: a program may then still have had a packet of it, so that the last numbers come with the next look.
     is_over: bool,
+}
+
+impl Held {
+    fn remove_keys(&self, slot: u32, keys: &mut dyn Keys) {
+        for (way, key) in (2 * slot..).zip(&self.recipe.keys) {
+            keys.remove(key, way, self.serial);
+        }
+    }
 }
 
 /// All that is known of the flows that were handed over.
@@ -182,7 +192,9 @@ impl Keeper {
         // Nobody's.
         for (slot, keys) in by_slot {
             self.offload.take_back(slot);
-            keys.iter().flatten().for_each(|(key, _)| self.keys.remove(key));
+            for (way, key) in (2 * slot..).zip(keys) {
+                key.iter().for_each(|(key, serial)| self.keys.remove(key, way, *serial));
+            }
         }
         Ok(self.counts.flows)
     }
@@ -283,11 +295,10 @@ impl Keeper {
     }
 
     fn answer_one<A: Family>(&mut self, table: &Table<A>, request: Request) {
-        let now = now();
-        let free = self.free_slot(now);
-        let Self { offload, keys, participant, current, near, held, serials, counts, .. } = &mut *self;
+        let free = self.free_slot();
+        let Self { offload, keys, participant, current, near, held, serials, counts, resting, .. } = &mut *self;
         let turn = participant.enter();
-        let mut returned = free;
+        let mut found_none = false;
         if let Some(conn) = table.identified(request.identity, &turn) {
             let before = (conn.flags() & OFFLOADED != 0).then(|| conn.offload_slot());
             match recipe::of_connection(&conn, current, near) {
@@ -306,17 +317,27 @@ impl Keeper {
                 Ok(recipe) => match before.or(free) {
                     None => {
                         counts.full += 1;
+                        found_none = true;
                         conn.change_flags(0, ASKED | CANDIDATE);
                     }
                     Some(slot) => {
-                        returned = free.filter(|free| *free != slot);
-                        let earlier = held[slot as usize].take().filter(|_| before.is_some());
                         let flow = offload.flow(slot).expect("slots are the programs'");
                         let serial = serials[slot as usize].wrapping_add(1) & (u32::MAX >> 2);
+                        if before.is_none() {
+                            match resting.front() {
+                                Some((.., first)) if *first == slot => drop(resting.pop_front()),
+                                _ => held.push(None),
+                            }
+                            flow.set_state(serial, Phase::Pending);
+                        } else if !flow.begin_anew(serials[slot as usize], serial) {
+                            // It asked twice, and programs read the slot; or it was taken back since.
+                            conn.change_flags(0, ASKED);
+                            return;
+                        }
                         serials[slot as usize] = serial;
-                        flow.set_state(serial, Phase::Pending);
+                        let earlier = held[slot as usize];
                         if let Some(earlier) = &earlier {
-                            earlier.recipe.keys.iter().for_each(|key| keys.remove(key));
+                            earlier.remove_keys(slot, &mut **keys);
                             counts.renewed += 1;
                         } else {
                             flow.ways.iter().for_each(|way| {
@@ -329,8 +350,8 @@ impl Keeper {
                         recipe.write(flow);
                         flow.epoch.store(current.generation, Ordering::Relaxed);
                         let carried = earlier.map_or([(0, 0); 2], |earlier| earlier.carried);
-                        held[slot as usize] =
-                            Some(Held { request, serial, recipe, carried, since: now, is_over: false });
+                        let since = now();
+                        held[slot as usize] = Some(Held { request, serial, recipe, carried, since, is_over: false });
                         let inserted = recipe
                             .keys
                             .iter()
@@ -367,35 +388,25 @@ impl Keeper {
             }
         }
         drop(turn);
-        if let Some(slot) = returned {
-            self.resting.push_front((self.domain.retire_epoch(), self.graces, slot));
+        if found_none && self.resting.is_empty() {
+            self.evict(now());
         }
     }
 
-    /// A slot that neither a program nor a worker can be reading.
-    fn free_slot(&mut self, now: Tick) -> Option<u32> {
-        if let Some((epoch, graces, slot)) = self.resting.front().copied()
-            && graces < self.graces
-            && self.domain.passed(epoch)
-        {
-            self.resting.pop_front();
-            return Some(slot);
+    /// A slot that neither a program nor a worker can be reading: the first that rests, or one that was never used.
+    fn free_slot(&self) -> Option<u32> {
+        match self.resting.front() {
+            Some((epoch, graces, slot)) if *graces < self.graces && self.domain.passed(*epoch) => Some(*slot),
+            _ => (self.held.len() < self.serials.len()).then_some(self.held.len() as u32),
         }
-        if self.held.len() < self.serials.len() {
-            self.held.push(None);
-            return Some(self.held.len() as u32 - 1);
-        }
-        if self.resting.is_empty() {
-            self.evict(now);
-        }
-        None
     }
 
     /// Takes the flow back that is idle for longest among some, for others to have its slot soon.
     fn evict(&mut self, now: Tick) {
         let candidates = (0..SAMPLE.min(self.held.len())).filter_map(|step| {
             let slot = (self.cursor + step) % self.held.len();
-            self.held[slot].as_ref().map(|held| (now.since(held.since), slot))
+            let is_live = self.offload.flow(slot as u32).is_some_and(|flow| flow.state().1 == Phase::Live);
+            self.held[slot].as_ref().filter(|_| is_live).map(|held| (now.since(held.since), slot))
         });
         let Some((idle, slot)) = candidates.max() else { return };
         self.cursor = (self.cursor + SAMPLE) % self.held.len();
@@ -436,15 +447,15 @@ impl Keeper {
                     flow.close();
                 }
                 if was_over && held.is_over || !lives {
-                    freed.push((slot as u32, held.recipe));
+                    freed.push((slot as u32, *held));
                     *place = None;
                     counts.taken_back += 1;
                     counts.flows -= 1;
                 }
             }
         }
-        for (slot, recipe) in freed {
-            recipe.keys.iter().for_each(|key| self.keys.remove(key));
+        for (slot, held) in freed {
+            held.remove_keys(slot, &mut *self.keys);
             self.resting.push_back((self.domain.retire_epoch(), self.graces, slot));
         }
     }
