@@ -15,9 +15,9 @@
 //! by the rules in it, not by the rules of the program; where most leaves are not zero anyway, they are all stored and found
 //! without counting. The usual row of an address, one rule, takes none, and one look into each other row decides.
 //!
-//! The search visits only words that are not zero in every row. What it may visit in vain are words in which all rows have
-//! a bit but none in common; their number is bounded by the words of the sparsest row, which is that of the most specific
-//! field.
+//! Of more rows, a sparse one's leaves are looked at one after another, and full ones' several together. What may be looked at
+//! in vain are words in which rows have bits, but none in common: at most those of the row with the fewest, which is that
+//! of the most specific field, and never more than 4096, four at a time where all rows are full.
 
 use hashbrown::HashMap;
 
@@ -33,6 +33,9 @@ const FORM_BITS: u32 = 2;
 const ONE: u32 = 0;
 const SPARSE: u32 = 1;
 const FULL: u32 = 2;
+
+/// Leaves of full rows that are looked at together; a full row has a multiple of that.
+const TOGETHER: usize = 4;
 
 /// The rows of one program one after another.
 #[derive(Debug)]
@@ -95,7 +98,7 @@ impl LargeRows {
         let (start, high, low) = ((row >> FORM_BITS) as usize, bit >> 12, bit >> 6 & 63);
         let leaf = match row & FORM {
             ONE => return row >> FORM_BITS == bit,
-            FULL => self.data[start + 1 + self.groups as usize + (bit >> 6) as usize],
+            FULL => self.data[self.full_leaf(start, bit >> 6)],
             _ => {
                 if self.data[start] >> high & 1 == 0 {
                     return false;
@@ -123,37 +126,94 @@ impl LargeRows {
         for row in rows {
             top &= self.data[(row >> FORM_BITS) as usize];
         }
+        let sparse = rows.iter().copied().find(|row| row & FORM == SPARSE);
         while top != 0 {
             let high = top.trailing_zeros();
             top &= top - 1;
-            let mut middle = start_mask(high, from >> 12, from >> 6);
-            // Of each row, the leaves that are stored, as bits, and where the first is.
-            let mut leaves = [(0u64, 0usize); MAX_FIELDS];
-            for (stored, row) in leaves.iter_mut().zip(rows) {
-                let start = (row >> FORM_BITS) as usize;
-                if row & FORM == FULL {
-                    let after_top = start + 1;
-                    middle &= self.data[after_top + high as usize];
-                    *stored = (u64::MAX, after_top + self.groups as usize + 64 * high as usize);
-                } else {
-                    *stored = self.group(start, high);
-                    middle &= stored.0;
-                }
+            let found = match sparse {
+                Some(sparse) => self.in_sparse_group(sparse, rows, high, from),
+                None => self.in_full_group(rows, high, from),
+            };
+            if found.is_some() {
+                return found;
             }
-            while middle != 0 {
-                let low = middle.trailing_zeros();
-                middle &= middle - 1;
-                let word = high << 6 | low;
-                let mut leaf = start_mask(word, from >> 6, from);
-                for (stored, first) in &leaves[..rows.len()] {
-                    leaf &= self.data[first + rank(*stored, low)];
-                }
+        }
+        None
+    }
+
+    /// The first common bit in one group, for rows of which one is sparse: its leaves are looked at one after another.
+    fn in_sparse_group(&self, sparse: u32, rows: &[u32], high: u32, from: u32) -> Option<u32> {
+        let (stored, first) = self.group((sparse >> FORM_BITS) as usize, high);
+        let mut rest = stored & start_mask(high, from >> 12, from >> 6);
+        if rest == 0 {
+            return None;
+        }
+        let mut place = first + rank(stored, rest.trailing_zeros());
+        // Of each other row, where the group's leaves are, and of a sparse one, which.
+        let mut others = [(None, 0); MAX_FIELDS];
+        let mut count = 0;
+        for row in rows.iter().filter(|row| **row != sparse) {
+            let start = (row >> FORM_BITS) as usize;
+            others[count] = if row & FORM == FULL {
+                (None, self.full_leaf(start, high << 6))
+            } else {
+                let (stored, first) = self.group(start, high);
+                (Some(stored), first)
+            };
+            count += 1;
+        }
+        while rest != 0 {
+            let low = rest.trailing_zeros();
+            rest &= rest - 1;
+            let word = high << 6 | low;
+            let mut leaf = self.data[place] & start_mask(word, from >> 6, from);
+            place += 1;
+            for (stored, first) in &others[..count] {
+                leaf &= match stored {
+                    None => self.data[first + low as usize],
+                    Some(stored) if stored >> low & 1 != 0 => self.data[first + rank(*stored, low)],
+                    Some(_) => 0,
+                };
+            }
+            if leaf != 0 {
+                return Some(word << 6 | leaf.trailing_zeros());
+            }
+        }
+        None
+    }
+
+    /// The first common bit in one group, for full rows: several leaves are looked at together.
+    fn in_full_group(&self, rows: &[u32], high: u32, from: u32) -> Option<u32> {
+        let mut middle = start_mask(high, from >> 12, from >> 6);
+        for row in rows {
+            middle &= self.data[(row >> FORM_BITS) as usize + 1 + high as usize];
+        }
+        while middle != 0 {
+            let low = middle.trailing_zeros() / TOGETHER as u32 * TOGETHER as u32;
+            middle &= !(((1 << TOGETHER) - 1) << low);
+            let first = high << 6 | low;
+            let mut leaves = [u64::MAX; TOGETHER];
+            for row in rows {
+                let place = self.full_leaf((row >> FORM_BITS) as usize, first);
+                leaves.iter_mut().zip(&self.data[place..place + TOGETHER]).for_each(|(leaf, of_row)| *leaf &= of_row);
+            }
+            if leaves.iter().fold(0, |any, leaf| any | leaf) == 0 {
+                continue;
+            }
+            for (leaf, word) in leaves.iter().zip(first..).filter(|(_, word)| *word >= from >> 6) {
+                let leaf = leaf & start_mask(word, from >> 6, from);
                 if leaf != 0 {
                     return Some(word << 6 | leaf.trailing_zeros());
                 }
             }
         }
         None
+    }
+
+    /// Where a leaf of a full row is.
+    #[inline]
+    fn full_leaf(&self, start: usize, word: u32) -> usize {
+        start + 1 + self.groups as usize + word as usize
     }
 }
 
@@ -307,6 +367,7 @@ fn encode(row: &DenseRow, out: &mut Vec<u64>) -> u32 {
     if row.filled.len() + row.words.len() <= 2 * (2 * groups as usize + leaves as usize) {
         out.extend_from_slice(&row.filled);
         out.extend_from_slice(&row.words);
+        out.resize(out.len() + row.words.len().next_multiple_of(TOGETHER) - row.words.len(), 0);
         return FULL;
     }
     let mut leaf = 1 + 2 * groups;
@@ -400,6 +461,6 @@ mod tests {
         row.flip(5);
         assert_eq!((builder.add(&row) & FORM, builder.words()), (SPARSE, 1 + 1 + 2 * 2 + 2));
         (0..100_000).step_by(100).for_each(|bit| row.flip(bit));
-        assert_eq!((builder.add(&row) & FORM, builder.words()), (FULL, 8 + 1 + 25 + 1563));
+        assert_eq!((builder.add(&row) & FORM, builder.words()), (FULL, 8 + 1 + 25 + 1564));
     }
 }
