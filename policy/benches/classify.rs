@@ -2,8 +2,8 @@
 //!
 //! The rules are those of one pod's ingress, all to allow: a fifth of them CIDRs, the others pods by label (ten of
 //! each label), each to a port out of 50. Packets come from pods and CIDRs of the rules at random; half of them go to
-//! a port that no rule of their source allows. The ten pods have neighbouring addresses, and so are one range, or
-//! scattered ones.
+//! a port that their rule does not allow. The ten pods have neighbouring addresses, and so are one range, or
+//! scattered ones; or each label is in thirty rules.
 
 use std::{
     hint::black_box,
@@ -62,20 +62,39 @@ fn cidr(number: u32) -> IpNet {
     IpNet::new(Ipv4Addr::from(0xc000_0000 + (number << 8)).into(), 24).unwrap()
 }
 
-/// A pod with this many rules, and the pods that they name.
-fn model(rules: u32, pods: Pods) -> Model {
+/// How many rules there are, and how many labels.
+#[derive(Clone, Copy)]
+struct Shape {
+    rules: u32,
+    labels: u32,
+}
+
+impl Shape {
+    fn port(self, rule: u32) -> u16 {
+        8000 + ((rule + rule / self.labels) % 50) as u16
+    }
+
+    /// The number of the first pod that a rule names.
+    fn first_pod(self, rule: u32) -> u32 {
+        1 + 10 * (rule % self.labels)
+    }
+}
+
+/// A pod with such rules, and the pods that they name.
+fn model(shape: Shape, pods: Pods) -> Model {
     let mut endpoints = vec![pod(0, pods.address(0), true, "target")];
-    let list = (0..rules)
+    for label in 0..shape.labels {
+        let numbers = shape.first_pod(label)..shape.first_pod(label) + 10;
+        endpoints.extend(numbers.map(|number| pod(number, pods.address(number), false, &format!("app{label}"))));
+    }
+    let list = (0..shape.rules)
         .map(|number| {
             let peer = if number.is_multiple_of(5) {
                 Peer::Block { cidr: cidr(number), except: vec![] }
             } else {
-                let app = format!("app{number}");
-                let numbers = 1 + 10 * number..11 + 10 * number;
-                endpoints.extend(numbers.map(|number| pod(number, pods.address(number), false, &app)));
-                Peer::Selector(equals(&app))
+                Peer::Selector(equals(&format!("app{}", number % shape.labels)))
             };
-            let port = 8000 + (number % 50) as u16;
+            let port = shape.port(number);
             Rule {
                 number,
                 protocol: Some(Protocol::TCP),
@@ -89,17 +108,17 @@ fn model(rules: u32, pods: Pods) -> Model {
     Model { endpoints, tiers: vec![Tier { policies: vec![Arc::new(policy)], ..Tier::default() }], ..Model::default() }
 }
 
-fn packets(rules: u32, pods: Pods) -> Vec<FlowKey<Ipv4Addr>> {
+fn packets(shape: Shape, pods: Pods) -> Vec<FlowKey<Ipv4Addr>> {
     let mut numbers = Numbers(7);
     (0..4096)
         .map(|index| {
-            let number = numbers.below(rules);
+            let number = numbers.below(shape.rules);
             let source = if number.is_multiple_of(5) {
                 0xc000_0000 + (number << 8) + numbers.below(256)
             } else {
-                pods.address(1 + 10 * number + numbers.below(10))
+                pods.address(shape.first_pod(number) + numbers.below(10))
             };
-            let port = 8000 + ((number + index % 2) % 50) as u16;
+            let port = if index % 2 == 0 { shape.port(number) } else { 8000 + ((shape.port(number) - 7999) % 50) };
             FlowKey {
                 src: Ipv4Addr::from(source),
                 dst: Ipv4Addr::from(pods.address(0)),
@@ -111,14 +130,15 @@ fn packets(rules: u32, pods: Pods) -> Vec<FlowKey<Ipv4Addr>> {
 }
 
 /// The same rules, pods in blocks, as a list of what to compare, resolved beforehand.
-fn linear(rules: u32) -> Vec<(u32, u32, u16)> {
-    (0..rules)
+fn linear(shape: Shape) -> Vec<(u32, u32, u16)> {
+    (0..shape.rules)
         .map(|number| {
-            let port = 8000 + (number % 50) as u16;
+            let port = shape.port(number);
             if number.is_multiple_of(5) {
                 (0xc000_0000 + (number << 8), 0xc000_00ff + (number << 8), port)
             } else {
-                (0x0a00_0000 + 1 + 10 * number, 0x0a00_0000 + 10 + 10 * number, port)
+                let first = Pods::Blocks.address(shape.first_pod(number));
+                (first, first + 9, port)
             }
         })
         .collect()
@@ -147,34 +167,41 @@ fn passes(packets: &[FlowKey<Ipv4Addr>], mut judge: impl FnMut(&FlowKey<Ipv4Addr
 fn main() {
     println!("ns per verdict, fastest (median) of passes over 4096 packets; compilation fastest of 5");
     for rules in [10, 100, 1_000, 10_000, 100_000] {
-        let packets_of_blocks = packets(rules, Pods::Blocks);
-        let list = linear(rules);
-        let (fastest, median) = passes(&packets_of_blocks, |key| {
+        let own = Shape { rules, labels: rules };
+        let list = linear(own);
+        let (fastest, median) = passes(&packets(own, Pods::Blocks), |key| {
             black_box(scan(&list, key));
         });
         println!("{rules:>7} rules: linear scan    {fastest:8.1} ({median:8.1})");
-        for (name, pods) in [("pods in blocks", Pods::Blocks), ("pods scattered", Pods::Scattered)] {
-            let model = model(rules, pods);
-            let compile = || {
-                let begin = Instant::now();
-                let classifier = Classifier::compile(black_box(&model)).expect("within the limits");
-                (begin.elapsed(), classifier)
-            };
-            let (mut compiled_in, classifier) = compile();
-            for _ in 1..5 {
-                compiled_in = compiled_in.min(compile().0);
-            }
-            let endpoint = classifier.endpoint("ns/pod0").expect("local");
-            let packets = packets(rules, pods);
-            for (key, in_block) in packets.iter().zip(&packets_of_blocks) {
-                let judgement = classifier.judge(endpoint, PolicyDirection::Ingress, key);
-                assert_eq!(judgement.allow, scan(&list, in_block).is_some(), "{key:?}");
-            }
-            let (fastest, median) = passes(&packets, |key| {
-                black_box(classifier.judge(endpoint, PolicyDirection::Ingress, key));
-            });
-            let memory = classifier.memory_bytes() / 1024;
-            println!("{:>14} {name} {fastest:8.1} ({median:8.1}), {memory:>6} KiB, compiled in {compiled_in:?}", "");
+        compiled("pods in blocks", own, Pods::Blocks);
+        compiled("pods scattered", own, Pods::Scattered);
+        if rules >= 1_000 {
+            compiled("in 30 rules each", Shape { rules, labels: rules / 30 }, Pods::Scattered);
         }
     }
+}
+
+/// Measures the compiled rules, and compares every verdict with a scan of them.
+fn compiled(name: &str, shape: Shape, pods: Pods) {
+    let model = model(shape, pods);
+    let compile = || {
+        let begin = Instant::now();
+        let classifier = Classifier::compile(black_box(&model)).expect("within the limits");
+        (begin.elapsed(), classifier)
+    };
+    let (mut compiled_in, classifier) = compile();
+    for _ in 1..5 {
+        compiled_in = compiled_in.min(compile().0);
+    }
+    let endpoint = classifier.endpoint("ns/pod0").expect("local");
+    let (packets, list) = (packets(shape, pods), linear(shape));
+    for (key, in_block) in packets.iter().zip(self::packets(shape, Pods::Blocks)) {
+        let judgement = classifier.judge(endpoint, PolicyDirection::Ingress, key);
+        assert_eq!(judgement.allow, scan(&list, &in_block).is_some(), "{key:?}");
+    }
+    let (fastest, median) = passes(&packets, |key| {
+        black_box(classifier.judge(endpoint, PolicyDirection::Ingress, key));
+    });
+    let memory = classifier.memory_bytes() / 1024;
+    println!("{:>14} {name:16} {fastest:8.1} ({median:8.1}), {memory:>6} KiB, compiled in {compiled_in:?}", "");
 }

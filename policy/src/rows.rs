@@ -16,8 +16,8 @@
 //! without counting. The usual row of an address, one rule, takes none, and one look into each other row decides.
 //!
 //! Of more rows, a sparse one's leaves are looked at one after another, and full ones' several together. What may be looked at
-//! in vain are words in which rows have bits, but none in common: at most those of the row with the fewest, which is that
-//! of the most specific field, and never more than 4096, four at a time where all rows are full.
+//! in vain are words without a common bit: those of a sparse row in the groups of 64 words in which every row has some, so no
+//! more than 64 for each word of the most specific field's row; or where all rows are full, at most 4096, four at a time.
 
 use hashbrown::HashMap;
 
