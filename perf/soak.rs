@@ -621,7 +621,7 @@ fn prepare(folder: &Path) -> Result<Prepared, Failure> {
         loaded = Some((now, links));
     }
     let (loaded, links) = loaded.ok_or("no variant")?;
-    let snat = Arc::new(compile::snat_ports(&loaded, &variants[0].rules, &BTreeSet::new())?);
+    let snat = Arc::new(compile::snat_ports(&loaded, &variants[0].rules, &Default::default())?);
     let domain = Domain::new();
     let tables = compile::tables(&loaded.config.conntrack, &domain, &mut ChaCha8Rng::seed_from_u64(9));
     Ok((variants, snat, tables, domain, links))

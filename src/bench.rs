@@ -4,7 +4,6 @@
 //! measured the same way and subtracted. Rounds with and without the pipeline alternate, so that a noisy machine disturbs both alike.
 
 use std::{
-    collections::BTreeSet,
     fmt::Write as _,
     fs, hint,
     net::Ipv4Addr,
@@ -32,7 +31,7 @@ use weir_packet::{Mac, Tick};
 use weir_policy::Compiler;
 use weir_sync::{Counters, Domain, Published};
 
-use crate::{compile, translate};
+use crate::{compile, kernel::Listening, translate};
 
 const BURST: usize = 64;
 const PODS: u32 = 32;
@@ -98,7 +97,7 @@ pub fn measure(flows: u32, duration: Duration) -> Result<Measurement, String> {
 
     let links = links(&loaded.cluster);
     let rules = Arc::new(compile::rules(&loaded, &mut Compiler::default()).map_err(|e| e.to_string())?);
-    let snat = Arc::new(compile::snat_ports(&loaded, &rules, &BTreeSet::new()).map_err(|e| e.to_string())?);
+    let snat = Arc::new(compile::snat_ports(&loaded, &rules, &Listening::default()).map_err(|e| e.to_string())?);
     let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &links).map_err(|e| e.to_string())?);
     let domain = Domain::new();
     let published = Published::new(&domain, Snapshot { generation: 1, rules, snat, forwarding });

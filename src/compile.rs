@@ -18,6 +18,7 @@ use weir_sync::Domain;
 
 use crate::{
     config::{RouterConfig, router::Conntrack},
+    kernel::Listening,
     translate::Loaded,
 };
 
@@ -53,11 +54,11 @@ pub fn rules(loaded: &Loaded, policy: &mut PolicyCompiler) -> Result<Rules, Comp
 ///
 /// # Errors
 /// Where none is left.
-pub fn snat_ports(loaded: &Loaded, rules: &Rules, listening: &BTreeSet<u16>) -> Result<SnatPorts, CompileError> {
+pub fn snat_ports(loaded: &Loaded, rules: &Rules, listening: &Listening) -> Result<SnatPorts, CompileError> {
     let (first, last) = loaded.config.snat.port_range;
     let node_ports = rules.services.node_ports().map(|(_, port)| port);
     let health_checks = loaded.services.services.iter().filter_map(|service| service.health_check_node_port);
-    Ok(SnatPorts::new(first..=last, node_ports.chain(health_checks).chain(listening.iter().copied()))?)
+    Ok(SnatPorts::new(first..=last, node_ports.chain(health_checks).chain(listening.ports()))?)
 }
 
 /// The devices, routes and neighbours that weir.yaml gives: all that replay has, and what trace knows of them.
@@ -88,6 +89,7 @@ pub fn links_of(config: &RouterConfig) -> Links {
         routes: routes.collect(),
         neighbors: neighbors.collect(),
         loopback_sources: Vec::new(),
+        listening: BTreeSet::new(),
     }
 }
 

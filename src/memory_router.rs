@@ -1,6 +1,6 @@
 //! A router of one worker over memory: the same dataplane without devices, for replay, the demo without privileges, and tests.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use crossbeam::channel::Receiver;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
@@ -22,6 +22,7 @@ use weir_sync::{Counters, Domain, Participant, Published};
 
 use crate::{
     compile::{self, CompileError},
+    kernel::Listening,
     report::connection,
     translate::Loaded,
 };
@@ -67,7 +68,7 @@ impl MemoryRouter {
     pub fn new(loaded: Loaded, links: Links, seed: u64) -> Result<Self, MemoryRouterError> {
         let mut policy = Compiler::default();
         let rules = Arc::new(compile::rules(&loaded, &mut policy)?);
-        let snat = Arc::new(compile::snat_ports(&loaded, &rules, &BTreeSet::new())?);
+        let snat = Arc::new(compile::snat_ports(&loaded, &rules, &Listening::default())?);
         let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?);
         let domain = Domain::new();
         let mut random = ChaCha8Rng::seed_from_u64(seed);
@@ -111,7 +112,7 @@ impl MemoryRouter {
             self.learn(neighbor);
         }
         self.rules = Arc::new(compile::rules(&loaded, &mut self.policy)?);
-        self.snat = Arc::new(compile::snat_ports(&loaded, &self.rules, &BTreeSet::new())?);
+        self.snat = Arc::new(compile::snat_ports(&loaded, &self.rules, &Listening::default())?);
         self.cluster = loaded.cluster;
         self.publish()?;
         self.affinity.forget_gone(&self.rules.services);

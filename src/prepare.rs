@@ -2,7 +2,6 @@
 //! read, translated, compiled; all but what the kernel must be told.
 
 use std::{
-    collections::BTreeSet,
     fmt,
     future::pending,
     net::IpAddr,
@@ -20,7 +19,7 @@ use weir_policy::Compiler;
 use crate::{
     compile::{self, CompileError},
     config::{Problems, Severity},
-    kernel::listening_ports,
+    kernel::Listening,
     manifests::Objects,
     translate::{LoadTimes, Loaded, Loader},
 };
@@ -36,8 +35,8 @@ pub struct Prepared {
     pub problems: Option<Problems>,
     /// Services and policy.
     pub rules: Rules,
-    /// Ports of `snat.portRange` that sockets of the node listen on.
-    pub listening: BTreeSet<u16>,
+    /// Ports that sockets of the node listen on, as far as it matters.
+    pub listening: Listening,
     /// The other ones.
     pub snat: SnatPorts,
     /// How long it took.
@@ -164,10 +163,15 @@ fn prepare(tools: &mut Tools, in_force: &Objects, own_addresses: &[IpAddr]) -> R
     loaded.add_local_addresses(own_addresses);
     let begin = Instant::now();
     let rules = compile::rules(&loaded, &mut tools.policy).map_err(Refused::Compile)?;
-    let listening = listening_ports(loaded.config.snat.port_range);
+    let listening = listening(&loaded);
     let snat = compile::snat_ports(&loaded, &rules, &listening).map_err(Refused::Compile)?;
     let times = Times { load: loaded.times, compile: begin.elapsed(), publish: Duration::ZERO };
     Ok(Prepared { loaded, problems, rules, listening, snat, times })
+}
+
+/// The ports that the node listens on, as far as they matter to this configuration.
+pub fn listening(loaded: &Loaded) -> Listening {
+    Listening::read().relevant(loaded.config.snat.port_range, !loaded.cluster.host_endpoints.is_empty())
 }
 
 #[cfg(test)]

@@ -61,11 +61,11 @@ use crate::{
     health::{self, HealthChecks},
     kernel::{
         DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState,
-        LOOPBACK_SOURCES, Link, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted, listening_ports,
+        LOOPBACK_SOURCES, Link, Listening, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted,
     },
     manifests::Substitute,
     offload::{Offloader, Offloading},
-    prepare::{Prepared, Preparer, Refused, Times},
+    prepare::{self, Prepared, Preparer, Refused, Times},
     report::counters_json,
     services, snat_use,
     translate::{Faulty, Loaded, Loader},
@@ -264,8 +264,8 @@ struct Router {
     reloads: Reloads,
     loaded: Loaded,
     rules: Arc<Rules>,
-    /// Ports of `snat.portRange` that sockets of the node listen on.
-    listening: BTreeSet<u16>,
+    /// Ports that sockets of the node listen on, as far as it matters.
+    listening: Listening,
     snat: Arc<SnatPorts>,
     roles: RoleRules,
     kernel: KernelState,
@@ -310,7 +310,7 @@ impl Router {
         let mut policy = Compiler::default();
         let rules = compile::rules(&loaded, &mut policy)?.counting(loaded.config.workers.cores.len());
         let rules = Arc::new(rules);
-        let listening = listening_ports(loaded.config.snat.port_range);
+        let listening = prepare::listening(&loaded);
         let snat = Arc::new(compile::snat_ports(&loaded, &rules, &listening)?);
         let times = Times { load: loaded.times, compile: begin.elapsed(), publish: Duration::ZERO };
         for warning in loaded.notes.of(Severity::Warning) {
@@ -352,7 +352,7 @@ impl Router {
         // What the process before had learned, and the programs go by.
         let learned: BTreeMap<(IfIndex, IpAddr), Mac> =
             maps.iter().flat_map(OffloadMaps::pods).map(|(device, address, mac)| ((device, address), mac)).collect();
-        let mut links = assemble_links(&kernel, &roles, &loaded, trunk_mac, &learned);
+        let mut links = assemble_links(&kernel, &roles, &loaded, &listening, trunk_mac, &learned);
         let forwarding = Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?;
         let owned = owned(&loaded, &rules, &snat, &forwarding);
         attachment.set_owned(&owned)?;
@@ -636,7 +636,7 @@ impl Router {
     /// Compiles and publishes forwarding, if anything that it depends on changed.
     async fn publish(&mut self, even_if_same: bool) -> Result<(), RunError> {
         let trunk_mac = self.trunk_mac();
-        let links = assemble_links(&self.kernel, &self.roles, &self.loaded, trunk_mac, &self.learned);
+        let links = assemble_links(&self.kernel, &self.roles, &self.loaded, &self.listening, trunk_mac, &self.learned);
         let uplinks = links.devices.iter().filter(|d| d.role == Role::Uplink).count();
         if let Some(missing) = self.roles.uplinks.iter().find(|name| !links.devices.iter().any(|d| d.name == **name))
             && uplinks < self.roles.uplinks.len()
@@ -736,10 +736,11 @@ impl Router {
 
     /// Leaves ports alone that the node has begun to listen on, and takes back those that it has ceased to.
     async fn ports_changed(&mut self) -> Result<(), RunError> {
-        let range = self.loaded.config.snat.port_range;
+        let (range, has_host_endpoints) =
+            (self.loaded.config.snat.port_range, !self.loaded.cluster.host_endpoints.is_empty());
         // The kernel lists all sockets to find these, which takes its time where there are many.
-        let listening = tokio::task::spawn_blocking(move || listening_ports(range)).await;
-        let Ok(listening) = listening else { return Ok(()) };
+        let read = move || Listening::read().relevant(range, has_host_endpoints);
+        let Ok(listening) = tokio::task::spawn_blocking(read).await else { return Ok(()) };
         if listening == self.listening {
             return Ok(());
         }
@@ -1106,6 +1107,7 @@ fn assemble_links(
     kernel: &KernelState,
     roles: &RoleRules,
     loaded: &Loaded,
+    listening: &Listening,
     trunk_mac: Mac,
     learned: &BTreeMap<(IfIndex, IpAddr), Mac>,
 ) -> Links {
@@ -1127,6 +1129,7 @@ fn assemble_links(
         }
     }
     links.loopback_sources = LOOPBACK_SOURCES.to_vec();
+    links.listening.clone_from(&listening.tcp);
     for ((device, address), mac) in learned {
         links.neighbors.push(Neighbor { address: *address, mac: *mac, device: *device });
     }

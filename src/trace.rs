@@ -3,7 +3,6 @@
 //! Reads one JSON object per line, writes one per line, in the same order (the design, "Contract: commands").
 
 use std::{
-    collections::BTreeSet,
     io::{BufRead, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
@@ -30,6 +29,7 @@ use crate::{
     config::RouterConfig,
     explain::Facts,
     flow::Flow,
+    kernel::Listening,
     translate::Loaded,
 };
 
@@ -50,7 +50,7 @@ impl<'l> Tracer<'l> {
     /// Where a size is beyond what can be compiled.
     pub fn new(loaded: &'l Loaded) -> Result<Self, CompileError> {
         let rules = Arc::new(compile::rules(loaded, &mut Compiler::default())?);
-        let snat = Arc::new(compile::snat_ports(loaded, &rules, &BTreeSet::new())?);
+        let snat = Arc::new(compile::snat_ports(loaded, &rules, &Listening::default())?);
         let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &compile::links_of(&loaded.config))?);
         Ok(Self {
             loaded,

@@ -7,7 +7,10 @@
 //! Who owns a destination (the design, "Life of a packet"): an address of this node itself; a pod by its addresses;
 //! a node by its pod ranges; a kernel route.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use ipnet::IpNet;
 use weir_packet::{Address, Mac};
@@ -165,6 +168,7 @@ pub struct Forwarding {
     v6: Family<Ipv6Addr>,
     cluster_workloads: Vec<String>,
     host_endpoints: HostEndpoints,
+    listening: BTreeSet<u16>,
 }
 
 /// Next hops that one node can have: pods of its own, other nodes (twice: directly and by tunnel), gateways and neighbours.
@@ -264,6 +268,11 @@ impl Forwarding {
     #[inline]
     pub fn host_endpoints(&self) -> &HostEndpoints {
         &self.host_endpoints
+    }
+
+    /// Whether the node is known to listen on a TCP port ([`Links::listening`]).
+    pub fn listens(&self, port: u16) -> bool {
+        self.listening.contains(&port)
     }
 
     /// Whether `address` is one of this node's own.
@@ -495,6 +504,7 @@ impl<'a> Compiler<'a> {
             v6,
             cluster_workloads: self.cluster.workloads.iter().map(|w| w.name.clone()).collect(),
             host_endpoints: self.host_endpoints,
+            listening: self.links.listening.clone(),
         }
     }
 

@@ -1,7 +1,10 @@
 //! Plain facts that forwarding is compiled from: the cluster's nodes, pods and pools as the manifests give them, and the
 //! devices, routes and neighbours as the kernel (or, for replay, the configuration) gives them.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use ipnet::{IpNet, Ipv4Net};
 use weir_packet::{Mac, Protocol};
@@ -212,4 +215,6 @@ pub struct Links {
     /// it answers through weir. To an address of its own it would answer over its loopback device. Where there is none (replay),
     /// the node's own address is taken.
     pub loopback_sources: Vec<IpAddr>,
+    /// TCP ports that sockets of the node listen on, where host endpoints' policy asks for them.
+    pub listening: BTreeSet<u16>,
 }

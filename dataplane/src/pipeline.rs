@@ -1435,17 +1435,32 @@ fn observed<A: Address>(packet: &Packet, view: &View<A>) -> Observed {
     }
 }
 
-/// Whether a packet that a host endpoint's policy for the node itself denies may be an answer: to what the node's kernel asked, or of it
-/// to who asked. One half of such a connection passes without weir, so nothing remembers it; but what opens nothing can only be such an
-/// answer, or dies at its receiver.
+/// Whether a packet to or from the node itself that a host endpoint's policy for first packets denies may be an answer: to what the node's
+/// kernel asked, or of it to who asked. One half of such a connection passes without weir, so nothing remembers it; but what opens nothing
+/// can only be such an answer, or dies at its receiver. A TCP segment to a port that the node listens on is none: the kernel asks from other
+/// ports. So what is open to the node is cut when a policy forbids it.
 #[inline]
 fn answers_node<A: Family>(packet: &Packet, view: &View<A>, decision: &Decision<'_, A>, context: &Context<'_>) -> bool {
     let denied = decision.verdict == Verdict::Drop(DropReason::PolicyDeniedHostEndpoint);
-    denied
-        && decision.host.denied_at() == Some(HostStage::Local)
-        && decision.service.is_none()
-        && (!matches!(observed(packet, view).opening(&view.key), Opening::Opens)
-            || host_policy::may_answer_failsafe(context.snapshot, &view.key))
+    denied && decision.service.is_none() && may_answer(packet, view, decision, context)
+}
+
+#[cold]
+fn may_answer<A: Family>(packet: &Packet, view: &View<A>, decision: &Decision<'_, A>, context: &Context<'_>) -> bool {
+    let (key, forwarding) = (&view.key, &context.snapshot.forwarding);
+    match decision.host.denied_at() {
+        Some(HostStage::Local) => {}
+        // Denied before services were looked at.
+        Some(HostStage::PreDnat)
+            if forwarding.is_local(key.dst) && !context.snapshot.rules.services.services::<A>().claims(key) => {}
+        _ => return false,
+    }
+    if matches!(observed(packet, view).opening(key), Opening::Opens) {
+        return host_policy::may_answer_failsafe(context.snapshot, key);
+    }
+    let is_listened_to =
+        key.protocol == Protocol::TCP && forwarding.is_local(key.dst) && forwarding.listens(key.ports.destination());
+    !is_listened_to
 }
 
 /// The port at the translated source's end: where replies go to.

@@ -175,6 +175,40 @@ fn a_closed_node_keeps_its_failsafe_ports_and_the_answers_to_what_it_asks() {
     }
 }
 
+/// Who the node asks is not forgotten: a policy that denies all before DNAT, as Calico's own guide has it, lets in what opens nothing.
+#[test]
+fn answers_to_the_node_pass_where_first_packets_do_not_and_what_goes_to_a_listener_is_no_answer() {
+    for scope in [PolicyScope::PreDnat, PolicyScope::Normal] {
+        for Addresses { node, outside, vip, .. } in FAMILIES {
+            let (cluster, to_node) = (governed("eth0"), [outside, node]);
+            let open = vec![rule(Action::Allow, Protocol::TCP, Some(9090)), rule(Action::Deny, Protocol::UDP, None)];
+            let mut router = router(&cluster, vec![policy(scope, Some(open), None)]);
+            assert_eq!(fate(&mut router, UPLINK, &tcp(to_node, [40_000, 9090], SYN)), KERNEL);
+            assert_eq!(fate(&mut router, UPLINK, &tcp(to_node, [40_000, 9090], ACK)), KERNEL);
+            let closed = vec![rule(Action::Deny, Protocol::TCP, None), rule(Action::Deny, Protocol::UDP, None)];
+            router.publish(rules(&cluster, vec![policy(scope, Some(closed), None)]));
+            // The connection is cut, as it was opened from outside. Others may be of the node's own making.
+            for port in [9090, 9091] {
+                assert_eq!(fate(&mut router, UPLINK, &tcp(to_node, [40_000, port], SYN)), DENIED);
+            }
+            assert_eq!(fate(&mut router, UPLINK, &tcp(to_node, [40_000, 9090], ACK)), DENIED);
+            assert_eq!(fate(&mut router, UPLINK, &tcp(to_node, [443, 40_000], SYN_ACK)), KERNEL);
+            assert_eq!(fate(&mut router, UPLINK, &tcp(to_node, [443, 40_000], ACK)), KERNEL);
+            assert_eq!(fate(&mut router, UPLINK, &udp(to_node, [53, 40_000])), KERNEL);
+            assert_eq!(fate(&mut router, UPLINK, &udp(to_node, [54, 40_000])), DENIED);
+            // Failsafe ports stay.
+            assert_eq!(fate(&mut router, UPLINK, &tcp(to_node, [40_000, 22], ACK)), KERNEL);
+            if scope == PolicyScope::PreDnat {
+                // What is not the node's own is nobody's answer to it.
+                assert_eq!(fate(&mut router, UPLINK, &udp([outside, vip], [53, 53])), DENIED);
+                let invalid = Err(DropReason::Invalid);
+                assert_eq!(fate(&mut router, UPLINK, &tcp([outside, vip], [443, 40_000], ACK)), invalid);
+            }
+            router.finish();
+        }
+    }
+}
+
 #[test]
 fn normal_policy_is_for_the_node_alone_and_what_it_allows_is_punted() {
     for Addresses { node, outside, server, .. } in FAMILIES {

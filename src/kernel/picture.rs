@@ -469,7 +469,7 @@ impl Picture {
             .filter(|((device, _), _)| roles.contains_key(device))
             .map(|(&(device, address), &mac)| Neighbor { address, mac, device: IfIndex(device) })
             .collect();
-        Links { devices, routes, neighbors, loopback_sources: Vec::new() }
+        Links { devices, routes, neighbors, loopback_sources: Vec::new(), listening: BTreeSet::new() }
     }
 
     /// The node's own kernel as a device: there once the trunk is, with the node's addresses that no uplink or workload

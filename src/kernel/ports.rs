@@ -93,18 +93,41 @@ impl FromStr for PortSet {
     }
 }
 
-/// The ports within `range` that sockets of this network namespace listen on: TCP's listeners and UDP sockets that are not
-/// connected, as /proc/net lists them. What cannot be read is taken for empty.
-pub fn listening_ports(range: (u16, u16)) -> BTreeSet<u16> {
-    let mut ports = BTreeSet::new();
-    for table in ["tcp", "tcp6", "udp", "udp6"] {
-        // Of this thread: the process may have entered a namespace after it began.
-        if let Ok(file) = File::open(format!("/proc/thread-self/net/{table}")) {
-            ports.extend(BufReader::new(file).lines().map_while(Result::ok).filter_map(|line| listening_port(&line)));
-        }
+/// Ports at which sockets of the node wait for anybody: TCP's listeners, and UDP sockets that are not connected.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listening {
+    /// TCP's.
+    pub tcp: BTreeSet<u16>,
+    /// UDP's.
+    pub udp: BTreeSet<u16>,
+}
+
+impl Listening {
+    /// As /proc/net lists them for this network namespace. What cannot be read is taken for empty.
+    pub fn read() -> Self {
+        let of = |tables: [&str; 2]| {
+            // Of this thread: the process may have entered a namespace after it began.
+            let files =
+                tables.into_iter().filter_map(|table| File::open(format!("/proc/thread-self/net/{table}")).ok());
+            let lines = files.flat_map(|file| BufReader::new(file).lines().map_while(Result::ok));
+            lines.filter_map(|line| listening_port(&line)).collect()
+        };
+        Self { tcp: of(["tcp", "tcp6"]), udp: of(["udp", "udp6"]) }
     }
-    ports.retain(|port| (range.0..=range.1).contains(port));
-    ports
+
+    /// What somebody asks about: source ports of `range` may not be among them, and host endpoints' policy asks about each of TCP's.
+    #[must_use]
+    pub fn relevant(mut self, range: (u16, u16), has_host_endpoints: bool) -> Self {
+        let within = |port: &u16| (range.0..=range.1).contains(port);
+        self.udp.retain(within);
+        self.tcp.retain(|port| has_host_endpoints || within(port));
+        self
+    }
+
+    /// All, of both protocols.
+    pub fn ports(&self) -> impl Iterator<Item = u16> + '_ {
+        self.tcp.iter().chain(&self.udp).copied()
+    }
 }
 
 /// The local port of a line of /proc/net/tcp or udp, if its socket waits for anybody.
@@ -138,9 +161,13 @@ mod tests {
         assert_eq!(listening_port("  sl  local_address rem_address   st tx_queue rx_queue tr"), None);
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let udp = std::net::UdpSocket::bind("[::1]:0").unwrap();
-        for port in [listener.local_addr().unwrap().port(), udp.local_addr().unwrap().port()] {
-            assert_eq!(listening_ports((port, port)), BTreeSet::from([port]));
-        }
+        let [tcp, udp] = [listener.local_addr().unwrap().port(), udp.local_addr().unwrap().port()];
+        let of = |range, has_host_endpoints| Listening::read().relevant(range, has_host_endpoints);
+        let only = |ports: &[u16]| ports.iter().copied().collect::<BTreeSet<_>>();
+        assert_eq!(of((tcp, tcp), false).tcp, only(&[tcp]));
+        assert_eq!(of((udp, udp), false).udp, only(&[udp]));
+        assert!(!of((0, 0), false).tcp.contains(&tcp) && of((0, 0), true).tcp.contains(&tcp));
+        assert_eq!(of((0, 0), true).udp, only(&[]));
     }
 
     fn set(text: &str) -> PortSet {
