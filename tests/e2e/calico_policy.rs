@@ -1,11 +1,13 @@
-//! Calico's policy and ClusterNetworkPolicy on real connections: every kind once, on one node and across nodes, both families; and
-//! what policy says of node ports.
+//! Calico's policy and ClusterNetworkPolicy on real connections: every kind once, on one node and across nodes, both families; what
+//! policy says of node ports, and what is logged.
 
-use std::{io::ErrorKind, thread, time::Duration};
+use std::{io::ErrorKind, net::TcpStream, thread, time::Duration};
+
+use weir::lab::wait_until;
 
 use crate::{
     manifests::{Manifests, ServiceSpec},
-    site::{CLIENT, DEADLINE, NO_ANSWER_SECONDS, Site, connection, passes, two_nodes},
+    site::{CLIENT, DEADLINE, NO_ANSWER_SECONDS, Site, connection, one_node, passes, two_nodes},
 };
 
 /// The servers' addresses: on the clients' node and on the other one.
@@ -34,7 +36,7 @@ fn expect(site: &Site, what: &str, flows: &[Flow]) {
     }
 }
 
-/// Two clients and a server on node-a, another server on node-b.
+/// Two clients and a server on node-a, another server on node-b. Each has a service account that is named as its app.
 fn add_pods(manifests: &mut Manifests) {
     for (pod, app, addresses) in [
         ("default/client", "client", ["10.1.1.10", "fd00:1:1::10"]),
@@ -42,14 +44,16 @@ fn add_pods(manifests: &mut Manifests) {
         ("default/near", "server", ["10.1.1.20", "fd00:1:1::20"]),
     ] {
         manifests.pod("node-a", pod, app, &addresses);
+        manifests.service_account(app);
     }
     manifests.pod("node-b", "default/far", "server", &["10.1.2.20", "fd00:1:2::20"]);
+    manifests.service_account("server");
 }
 
 const FIRST_MATCH: &str = "GlobalNetworkPolicy, first match";
 
 /// One policy of each kind. All let the friend reach the servers, and not the client.
-const KINDS: [(&str, &str); 9] = [
+const KINDS: [(&str, &str); 12] = [
     (
         FIRST_MATCH,
         r#"
@@ -225,6 +229,58 @@ spec:
   - {action: Allow}
 "#,
     ),
+    (
+        "service accounts by their names in a rule",
+        r#"
+apiVersion: projectcalico.org/v3
+kind: NetworkPolicy
+metadata: {namespace: default, name: friends-account}
+spec:
+  selector: app == 'server'
+  types: [Ingress]
+  ingress:
+  - {action: Allow, source: {serviceAccounts: {names: [friend]}}}
+"#,
+    ),
+    (
+        "service accounts by their labels, of whom the policy is for and of whom its rule lets in",
+        r#"
+apiVersion: v1
+kind: ServiceAccount
+metadata: {namespace: default, name: server, labels: {side: server}}
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {namespace: default, name: client, labels: {side: client, trusted: "no"}}
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {namespace: default, name: friend, labels: {side: client, trusted: "yes"}}
+---
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: trusted-accounts}
+spec:
+  serviceAccountSelector: side == 'server'
+  types: [Ingress]
+  ingress:
+  - {action: Allow, source: {serviceAccounts: {selector: trusted == 'yes'}}}
+"#,
+    ),
+    (
+        "Profile, whose rules count where no policy does",
+        r#"
+apiVersion: projectcalico.org/v3
+kind: Profile
+metadata: {name: kns.default}
+spec:
+  ingress:
+  - {action: Deny, source: {selector: app == 'client'}}
+  - {action: Allow}
+  egress:
+  - {action: Allow}
+"#,
+    ),
 ];
 
 /// Governs none of the pods that talk.
@@ -354,5 +410,69 @@ fn traffic_to_a_node_port_does_not_bypass_policy() {
     }
     assert!(site.drops("node-a", "PolicyDeniedIngress") > 0, "{}", site.status("node-a")["counters"]);
     assert!(site.drops("node-b", "PolicyDeniedIngress") > 0, "{}", site.status("node-b")["counters"]);
+    site.finish();
+}
+
+/// One line for each new connection that a Log rule matches, whatever becomes of it, and none for the packets that follow.
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn a_rule_that_logs_writes_one_line_for_each_new_connection() {
+    let mut manifests = Manifests::cluster("Always");
+    add_pods(&mut manifests);
+    let policy = r#"
+apiVersion: projectcalico.org/v3
+kind: NetworkPolicy
+metadata: {namespace: default, name: watched}
+spec:
+  selector: app == 'server'
+  types: [Ingress]
+  ingress:
+  - {action: Log, protocol: TCP, destination: {ports: ['8080:8081']}}
+  - {action: Allow, protocol: TCP, destination: {ports: [8080]}}
+"#;
+    let mut site = Site::build(&one_node(), &manifests.text(), policy);
+    site.start_all();
+    for (client, server) in [("10.1.1.10", "10.1.1.20"), ("fd00:1:1::10", "fd00:1:1::20")] {
+        let address =
+            |port: u16| if server.contains(':') { format!("[{server}]:{port}") } else { format!("{server}:{port}") };
+        let lines = |site: &mut Site, source: &TcpStream, port: u16| {
+            let own = source.local_addr().unwrap().port();
+            let end = format!("src={client} dst={server} proto=tcp sport={own} dport={port}");
+            let log = site.router("node-a").log();
+            let found = log.lines().filter(|line| line.contains("connection logged") && line.contains(&end));
+            found.map(str::to_owned).collect::<Vec<_>>()
+        };
+        let (near, far) = connection(&site, "default/client", "default/near", &address(PORT));
+        for _ in 0..3 {
+            assert!(passes(&near, &far, DEADLINE) && passes(&far, &near, DEADLINE));
+        }
+        let line = wait_until("the line of a connection", DEADLINE, || lines(&mut site, &near, PORT).pop()).unwrap();
+        for part in [
+            "INFO",
+            r#"policy="NetworkPolicy/default/watched""#,
+            "rule=1",
+            r#"direction="ingress""#,
+            r#"verdict="allow""#,
+            r#"by="NetworkPolicy/default/watched rule 2""#,
+            r#"endpoint="default/near""#,
+        ] {
+            assert!(line.contains(part), "{part} in {line}");
+        }
+        // The line of a later connection comes behind all of this one's.
+        let (later, _far) = connection(&site, "default/client", "default/near", &address(PORT));
+        wait_until("the line of the next connection", DEADLINE, || lines(&mut site, &later, PORT).pop()).unwrap();
+        assert_eq!(lines(&mut site, &near, PORT).len(), 1, "one line for one connection");
+        // What is denied is told too.
+        let moment = Duration::from_secs_f32(NO_ANSWER_SECONDS);
+        assert!(site.connect("default/client", &address(8081), moment).is_err());
+        let denied = format!("src={client} dst={server} proto=tcp");
+        let is_told =
+            |line: &str| line.contains(&denied) && line.contains(r#"verdict="deny""#) && line.contains("dport=8081");
+        let log = || site.router("node-a").log().lines().any(is_told).then_some(());
+        wait_until("the line of what was denied", DEADLINE, log).unwrap();
+        // A port that the rule does not name is not.
+        assert!(site.connect("default/client", &address(8082), moment).is_err());
+        assert!(!site.router("node-a").log().contains("dport=8082"));
+    }
     site.finish();
 }

@@ -102,6 +102,11 @@ impl Manifests {
         }));
     }
 
+    /// Gives the pod that was added last a service account.
+    pub fn service_account(&mut self, name: &str) {
+        self.0.last_mut().expect("a pod")["spec"]["serviceAccountName"] = name.into();
+    }
+
     pub fn service(&mut self, spec: &ServiceSpec<'_>) {
         let (namespace, name) = spec.name.split_once('/').expect("namespace/name");
         let has_node_port = spec.ports.iter().any(|p| p.4 != 0);
