@@ -31,6 +31,8 @@ pub const LOOK: Duration = Duration::from_millis(250);
 const BATCH: usize = 256;
 /// Slots that are looked at in one turn.
 const CHUNK: usize = 256;
+/// And chunks, for publications that had no time for all.
+const CHUNKS_AT_ONCE: usize = 8;
 /// A flow that is idle for so long makes way for another where all slots are used.
 const IDLE: u32 = (1_000_000_000 / Tick::NS) as u32;
 /// Slots among which the longest idle is chosen to make way.
@@ -83,7 +85,7 @@ pub struct Counts {
     pub taken_back: u64,
     /// Flows taken back because they were idle and others needed their slot.
     pub evicted: u64,
-    /// Publications' flows for which there was no time.
+    /// Flows for which publications had no time: until the keeper comes to them, their packets visit workers.
     pub unconfirmed: u64,
     /// Requests refused: all slots are used.
     pub full: u64,
@@ -136,6 +138,8 @@ pub struct Keeper {
     resting: VecDeque<(Epoch, u64, u32)>,
     graces: u64,
     counts: Counts,
+    /// Slots below this one were compared with the tables in force.
+    confirmed: usize,
     cursor: usize,
 }
 
@@ -160,6 +164,7 @@ impl Keeper {
             resting: VecDeque::new(),
             graces: 0,
             counts: Counts { capacity: capacity as usize, ..Counts::default() },
+            confirmed: 0,
             cursor: 0,
         }
     }
@@ -257,30 +262,46 @@ impl Keeper {
         }
     }
 
-    /// Before `next` is published: flows that it does not change get its epoch, all others are stopped when this returns.
+    /// Before `next` is published: flows that it does not change get its epoch, all others are stopped when this returns. Those for which
+    /// there is no time are looked at by [`Self::confirm_more`].
     pub fn prepare(&mut self, next: &Arc<Snapshot>, tables: &Tables) {
         let begin = Instant::now();
         self.current = Arc::clone(next);
-        let epoch = self.offload.epoch();
-        for start in (0..self.held.len()).step_by(CHUNK) {
-            let is_late = begin.elapsed() > PATIENCE;
-            let Self { offload, participant, near, held, counts, .. } = &mut *self;
-            let turn = participant.enter();
-            let chunk = start..(start + CHUNK).min(held.len());
-            for (slot, held) in chunk.clone().zip(&held[chunk]) {
-                let (Some(held), Some(flow)) = (held, offload.flow(slot as u32)) else { continue };
-                // What was not in force before is for a worker to bring back.
-                if flow.state() != (held.serial, Phase::Live) || flow.epoch.load(Ordering::Relaxed) != epoch {
-                    continue;
-                }
-                if is_late {
-                    counts.unconfirmed += 1;
-                } else if still_same(held, next, tables, near, &turn) {
-                    flow.epoch.store(next.generation, Ordering::Release);
-                }
+        self.confirmed = 0;
+        while self.confirmed < self.held.len() && begin.elapsed() <= PATIENCE {
+            self.confirm(tables);
+        }
+        self.counts.unconfirmed += (self.held.len() - self.confirmed) as u64;
+        self.offload.epoch[0].store(u64::from(next.generation), Ordering::Release);
+    }
+
+    /// Goes on with the flows for which the last publication had no time; whether there are more.
+    pub fn confirm_more(&mut self, tables: &Tables) -> bool {
+        for _ in 0..CHUNKS_AT_ONCE {
+            if self.confirmed >= self.held.len() {
+                return false;
+            }
+            self.confirm(tables);
+        }
+        true
+    }
+
+    /// Compares what the programs do in some slots with what they are to do now.
+    fn confirm(&mut self, tables: &Tables) {
+        let Self { offload, participant, current, near, held, confirmed, .. } = self;
+        let turn = participant.enter();
+        let chunk = *confirmed..(*confirmed + CHUNK).min(held.len());
+        *confirmed = chunk.end;
+        for (slot, held) in chunk.clone().zip(&held[chunk]) {
+            let (Some(held), Some(flow)) = (held, offload.flow(slot as u32)) else { continue };
+            let is_live = flow.state() == (held.serial, Phase::Live);
+            if is_live
+                && flow.epoch.load(Ordering::Relaxed) != current.generation
+                && still_same(held, current, tables, near, &turn)
+            {
+                flow.epoch.store(current.generation, Ordering::Release);
             }
         }
-        self.offload.epoch[0].store(u64::from(next.generation), Ordering::Release);
     }
 
     /// Answers requests. A grace period must have passed since they were made ([`wait_for_programs`]), and since `graces` of them.
@@ -319,6 +340,20 @@ impl Keeper {
                         counts.full += 1;
                         found_none = true;
                         conn.change_flags(0, ASKED | CANDIDATE);
+                    }
+                    Some(slot) if before.is_some() && held[slot as usize].is_some_and(|held| held.recipe == recipe) => {
+                        // There was no time to confirm it, and it is as it was.
+                        let flow = offload.flow(slot).expect("slots are the programs'");
+                        flow.epoch.store(current.generation, Ordering::Relaxed);
+                        match conn.windows() {
+                            Some(windows) => flow.advance(&windows.sides),
+                            None if conn.protocol() == Protocol::TCP => flow.close(),
+                            None => {}
+                        }
+                        if flow.change(serials[slot as usize], Phase::Pending, Phase::Live) {
+                            counts.renewed += 1;
+                        }
+                        conn.change_flags(0, ASKED);
                     }
                     Some(slot) => {
                         let flow = offload.flow(slot).expect("slots are the programs'");
@@ -508,9 +543,10 @@ fn heard<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, windows: Option
 /// The keeper's thread: answers requests as they come and looks after flows, until `is_over` says so.
 pub fn keep(keeper: &Mutex<Keeper>, requests: &Receiver<Request>, tables: &Tables, is_over: impl Fn() -> bool) {
     let mut batch = Vec::with_capacity(BATCH);
-    let (mut graces, mut looked) = (0, Instant::now());
+    let (mut graces, mut looked, mut is_behind) = (0, Instant::now(), false);
     while !is_over() {
-        match requests.recv_timeout(LOOK.saturating_sub(looked.elapsed())) {
+        let patience = if is_behind { Duration::ZERO } else { LOOK.saturating_sub(looked.elapsed()) };
+        match requests.recv_timeout(patience) {
             Ok(request) => {
                 batch.push(request);
                 batch.extend(requests.try_iter().take(BATCH - 1));
@@ -524,6 +560,7 @@ pub fn keep(keeper: &Mutex<Keeper>, requests: &Receiver<Request>, tables: &Table
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
+        is_behind = lock(keeper).confirm_more(tables);
         if looked.elapsed() >= LOOK {
             lock(keeper).look(tables);
             looked = Instant::now();

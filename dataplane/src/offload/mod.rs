@@ -24,7 +24,7 @@
 //!    would). Where that is what they do already, the slot gets the new epoch. Then the new epoch is put in force, then the tables
 //!    are published. So what the new tables deny, send elsewhere, or translate otherwise passes no more from that moment on: its next
 //!    packet comes to a worker, which judges it. And what they do not change does not notice. A publication waits for this work no
-//!    longer than [`keeper::PATIENCE`]; flows for which there was no time visit a worker once, which asks for them again.
+//!    longer than [`keeper::PATIENCE`]; flows for which there was no time visit workers until the keeper has come to them.
 //! 3. *The packet is plain*, so that nothing else than what the programs do is to be done with it. TTL and MTU, so that ICMP errors come
 //!    from a worker; flags and windows of TCP.
 //!
