@@ -14,12 +14,21 @@ use std::{
     collections::HashMap,
     io,
     net::{IpAddr, Ipv4Addr},
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+    time::Duration,
 };
 
 use crossbeam::channel::Receiver;
 use keys::SharedKeys;
 use packets::{Packet, TCP, UDP};
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{Rng, SeedableRng},
+};
 use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service};
 use weir_conntrack::OFFLOADED;
 use weir_dataplane::{
@@ -32,11 +41,12 @@ use weir_dataplane::{
         keeper::{Counts, Keeper, Keys},
         recipe::{Exit, Key},
     },
-    snapshot::Rules,
+    snapshot::{Rules, Snapshot},
     worker::now,
 };
 use weir_nat::SnatPorts;
 use weir_packet::{Direction, FlowKey, Mac, Ports, Protocol, Tick};
+use weir_sync::lock;
 
 const CLIENT: &str = "10.1.1.10";
 const SERVER: &str = "10.1.1.20";
@@ -195,22 +205,38 @@ impl<K: Keys + Default + 'static> Bench<K> {
     }
 }
 
+/// The program's key of a flow's packets that come by a device.
+fn key(flow: &FlowKey<Ipv4Addr>, device: IfIndex) -> Key {
+    let mut key = [0; 20];
+    key[..4].copy_from_slice(&flow.src.octets());
+    key[4..8].copy_from_slice(&flow.dst.octets());
+    key[8..12].copy_from_slice(&flow.ports.word().to_ne_bytes());
+    key[12..16].copy_from_slice(&device.0.to_ne_bytes());
+    key[16..].copy_from_slice(&u32::from(flow.protocol.0).to_ne_bytes());
+    Key::V4(key)
+}
+
+/// The way that a program finds by a key, if it carries its packets: as `bpf/offload.h` does.
+fn found<'o>(offload: &'o Offload, keys: &SharedKeys<MemoryKeys>, key: &Key) -> Option<(&'o Flow, Direction)> {
+    let (way, serial) = *keys.0.lock().unwrap().get(key)?;
+    let flow = offload.flow(way >> 1).expect("keys lead to slots");
+    let direction = if way & 1 == 0 { Direction::Original } else { Direction::Reply };
+    if flow.state() != (serial, Phase::Live) {
+        return None;
+    }
+    let is_stale = (flow.epoch.load(Ordering::Relaxed).wrapping_sub(offload.epoch()) as i32) < 0;
+    (!is_stale).then_some((flow, direction))
+}
+
+fn is_open(flow: &Flow, direction: Direction) -> bool {
+    flow.ways[direction as usize].exit.load(Ordering::Relaxed) != Exit::Closed as u8
+}
+
 impl Bench {
-    /// Where a program finds a packet of the original direction, if it carries it: as `bpf/offload.h` does.
+    /// The slot of a flow whose original direction's packets a program carries.
     fn carries(&self, flow: Opened) -> Option<&Flow> {
-        let FlowKey { src, dst, ports, protocol } = flow.key;
-        let mut key = [0; 20];
-        key[..4].copy_from_slice(&src.octets());
-        key[4..8].copy_from_slice(&dst.octets());
-        key[8..12].copy_from_slice(&ports.word().to_ne_bytes());
-        key[12..16].copy_from_slice(&flow.device.0.to_ne_bytes());
-        key[16..].copy_from_slice(&u32::from(protocol.0).to_ne_bytes());
-        let (way, serial) = *self.keys.0.lock().unwrap().get(&Key::V4(key))?;
-        let slot = self.offload.flow(way >> 1).expect("keys lead to slots");
-        let is_live = slot.state() == (serial, Phase::Live);
-        let is_stale = (slot.epoch.load(Ordering::Relaxed).wrapping_sub(self.offload.epoch()) as i32) < 0;
-        let is_open = slot.ways[way as usize & 1].exit.load(Ordering::Relaxed) != Exit::Closed as u8;
-        (is_live && !is_stale && is_open).then_some(slot)
+        let (slot, direction) = found(&self.offload, &self.keys, &key(&flow.key, flow.device))?;
+        is_open(slot, direction).then_some(slot)
     }
 
     fn key_count(&self) -> usize {
@@ -628,4 +654,250 @@ fn a_flow_whose_keys_the_kernel_refuses_is_not_handed_over() {
     bench.look();
     assert!(bench.keys.all().unwrap().is_empty());
     assert_eq!(bench.keeper.counts().flows, 0);
+}
+
+// --- all at once
+
+/// Flows from the first pod to the second, every other one by the service.
+const FLOWS: u16 = 12;
+const FIRST_PORT: u16 = 6000;
+
+/// What the threads know of each other.
+#[derive(Default)]
+struct Stage {
+    /// By program, an odd number while it runs.
+    running: [AtomicU64; 2],
+    /// Twice the number of the publication that was prepared last; an odd number while one is being prepared.
+    prepared: AtomicU64,
+    /// By flow: even numbers while it is removed.
+    removed: [AtomicU64; FLOWS as usize],
+    carried: AtomicU64,
+    /// Nobody removes a connection between a question and its answer, which would open one in its own right.
+    exchange: Mutex<()>,
+    is_over: AtomicBool,
+}
+
+impl Stage {
+    /// Waits until no program runs that ran when this was called: in the kernel's stead.
+    fn wait_for_programs(&self) {
+        for running in &self.running {
+            let before = running.load(Ordering::SeqCst);
+            // One that has failed runs for ever.
+            while before % 2 == 1 && running.load(Ordering::SeqCst) == before && !self.is_over.load(Ordering::SeqCst) {
+                thread::yield_now();
+            }
+        }
+    }
+}
+
+/// The server's MAC address by the nth publication ends with this.
+const fn mac_of(publication: u64) -> u8 {
+    if publication.is_multiple_of(2) { 2 } else { 77 }
+}
+
+/// A key of a flow's packets, and what is to be done with those: the new addresses and ports, and the device.
+fn way_of(number: u16, direction: Direction) -> (Key, [Ipv4Addr; 2], Ports, IfIndex) {
+    let port = FIRST_PORT + number;
+    let [client, server, vip] = [CLIENT, SERVER, VIP].map(|address| address.parse::<Ipv4Addr>().unwrap());
+    let (asked, backend) =
+        if number.is_multiple_of(2) { ((server, 80), (server, 80)) } else { ((vip, 53), (server, 5353)) };
+    let flow = |src, dst, ports| FlowKey { src, dst, ports, protocol: Protocol::UDP };
+    match direction {
+        Direction::Original => {
+            let key = key(&flow(client, asked.0, Ports::new(port, asked.1)), CLIENT_POD);
+            (key, [client, backend.0], Ports::new(port, backend.1), SERVER_POD)
+        }
+        Direction::Reply => {
+            let key = key(&flow(backend.0, client, Ports::new(backend.1, port)), SERVER_POD);
+            (key, [asked.0, client], Ports::new(asked.1, port), CLIENT_POD)
+        }
+    }
+}
+
+/// Looks for random flows' packets, as a program does, and asserts that what it finds is of that flow.
+fn program(stage: &Stage, number: usize, offload: &Offload, keys: &SharedKeys<MemoryKeys>) {
+    let mut random = ChaCha8Rng::seed_from_u64(number as u64);
+    let running = &stage.running[number];
+    while !stage.is_over.load(Ordering::Relaxed) {
+        let flow = random.next_u32() as u16 % FLOWS;
+        let direction = if random.next_u32() % 2 == 0 { Direction::Original } else { Direction::Reply };
+        let (key, addresses, ports, device) = way_of(flow, direction);
+        let removed = &stage.removed[usize::from(flow)];
+        let before = (removed.load(Ordering::SeqCst), stage.prepared.load(Ordering::SeqCst));
+        running.fetch_add(1, Ordering::SeqCst);
+        if let Some((slot, way)) = found(offload, keys, &key) {
+            if random.next_u32() % 16 == 0 {
+                thread::yield_now();
+            }
+            assert_eq!(way, direction);
+            let way = &slot.ways[way as usize];
+            let found: [Ipv4Addr; 2] =
+                [0, 1].map(|at| way.addresses[at][0].load(Ordering::Relaxed).to_ne_bytes().into());
+            let found_ports = Ports::from_word(way.ports.load(Ordering::Relaxed));
+            let found_device = IfIndex(way.device.load(Ordering::Relaxed));
+            assert_eq!((found, found_ports, found_device), (addresses, ports, device), "another flow's recipe");
+            let mac = way.ethernet[5].load(Ordering::Relaxed);
+            if is_open(slot, direction) {
+                way.packets.fetch_add(1, Ordering::Relaxed);
+                stage.carried.fetch_add(1, Ordering::Relaxed);
+            }
+            let after = (removed.load(Ordering::SeqCst), stage.prepared.load(Ordering::SeqCst));
+            assert!(after.0 != before.0 || before.0 % 2 == 1, "its connection is gone");
+            if direction == Direction::Original && after.1 == before.1 && before.1.is_multiple_of(2) {
+                assert_eq!(mac, mac_of(before.1 / 2), "it does what was published before");
+            }
+        }
+        running.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn no_program_ever_acts_for_another_flow() {
+    // Enough for every race that was looked for to be met thousands of times; the other is reached only where nothing is carried.
+    const ENOUGH: (u64, u64, u64) = (20_000, 50, 100);
+    const ROUNDS: u32 = 20_000_000;
+    let Bench { mut router, offload, requests, keys, keeper, .. } = Bench::<MemoryKeys>::new(6);
+    let (tables, published, domain) = (router.tables.clone(), router.published.clone(), router.domain.clone());
+    let keeper = Mutex::new(keeper);
+    let stage = Stage::default();
+    stage.removed.iter().for_each(|removed| removed.store(2, Ordering::SeqCst));
+    let forwardings = [0, 1].map(|publication| {
+        let mut cluster = cluster();
+        cluster.workloads[1].mac = Some(Mac([10, 0, 0, 0, 0, mac_of(publication)]));
+        forwarding(&cluster, &links())
+    });
+    let rules =
+        [(true, true), (true, false), (false, true)].map(|(is_open, has)| Arc::new(service_rules(is_open, has)));
+
+    /// Ends the others, however its thread ends.
+    struct Ends<'s>(&'s Stage);
+    impl Drop for Ends<'_> {
+        fn drop(&mut self) {
+            self.0.is_over.store(true, Ordering::SeqCst);
+        }
+    }
+
+    thread::scope(|scope| {
+        for number in 0..stage.running.len() {
+            let (stage, offload, keys) = (&stage, &*offload, &keys);
+            scope.spawn(move || {
+                let _ends = Ends(stage);
+                program(stage, number, offload, keys);
+            });
+        }
+        // The keeper's thread.
+        scope.spawn(|| {
+            let _ends = Ends(&stage);
+            let mut graces = 0;
+            while !stage.is_over.load(Ordering::Relaxed) {
+                let batch: Vec<Request> = requests.try_iter().take(4).collect();
+                stage.wait_for_programs();
+                graces += 1;
+                lock(&keeper).answer(&batch, graces, &tables);
+                lock(&keeper).look(&tables);
+            }
+        });
+        // Control.
+        scope.spawn(|| {
+            let _ends = Ends(&stage);
+            let mut random = ChaCha8Rng::seed_from_u64(7);
+            for publication in 1.. {
+                if stage.is_over.load(Ordering::Relaxed) {
+                    break;
+                }
+                let current = published.current();
+                let next = Arc::new(Snapshot {
+                    generation: current.generation + 1,
+                    rules: rules[(random.next_u32() % 6).saturating_sub(3) as usize].clone(),
+                    snat: current.snat.clone(),
+                    forwarding: forwardings[publication % 2].clone(),
+                });
+                stage.prepared.fetch_add(1, Ordering::SeqCst);
+                lock(&keeper).prepare(&next, &tables);
+                stage.prepared.fetch_add(1, Ordering::SeqCst);
+                published.publish(next);
+                (0..random.next_u32() % 2000).for_each(|_| thread::yield_now());
+            }
+        });
+        // Another worker, for which connections end.
+        scope.spawn(|| {
+            let _ends = Ends(&stage);
+            let (mut random, mut participant) = (ChaCha8Rng::seed_from_u64(8), domain.join());
+            let mut handle = tables.v4.handle();
+            while !stage.is_over.load(Ordering::Relaxed) {
+                let exchange = lock(&stage.exchange);
+                let turn = participant.enter();
+                let flow = worker_key(random.next_u32() as u16 % FLOWS);
+                if let Some(hit) = tables.v4.lookup(&flow, tables.v4.hash(&flow), now(), &turn) {
+                    tables.v4.remove(&mut handle, hit.conn, &turn);
+                }
+                drop(turn);
+                drop(exchange);
+                (0..random.next_u32() % 20_000).for_each(|_| thread::yield_now());
+            }
+        });
+        // A worker.
+        let _ends = Ends(&stage);
+        let mut random = ChaCha8Rng::seed_from_u64(9);
+        for round in 0..ROUNDS {
+            if stage.is_over.load(Ordering::Relaxed) {
+                break;
+            }
+            if round.is_multiple_of(256) {
+                // The others' turn: whoever takes a mutex again and again keeps it.
+                thread::sleep(Duration::from_micros(100));
+                let Counts { renewed, taken_back, .. } = lock(&keeper).counts();
+                let carried = stage.carried.load(Ordering::Relaxed);
+                if carried >= ENOUGH.0 && renewed >= ENOUGH.1 && taken_back >= ENOUGH.2 {
+                    break;
+                }
+            }
+            router.now = now();
+            let number = random.next_u32() as u16 % FLOWS;
+            let removed = &stage.removed[usize::from(number)];
+            let flow = worker_key(number);
+            if random.next_u32() % 256 == 0 {
+                let mut participant = domain.join();
+                let turn = participant.enter();
+                if let Some(hit) = tables.v4.lookup(&flow, tables.v4.hash(&flow), router.now, &turn) {
+                    tables.v4.remove(&mut tables.v4.handle(), hit.conn, &turn);
+                }
+                if removed.load(Ordering::SeqCst) % 2 == 1 {
+                    removed.fetch_add(1, Ordering::SeqCst);
+                }
+                continue;
+            }
+            if removed.load(Ordering::SeqCst) % 2 == 0 {
+                removed.fetch_add(1, Ordering::SeqCst);
+            }
+            let send = |router: &mut Router, device, src: Ipv4Addr, dst: Ipv4Addr, ports: Ports| {
+                let l4 =
+                    [&ports.source().to_be_bytes()[..], &ports.destination().to_be_bytes(), &[0, 8, 0, 0]].concat();
+                let packet =
+                    Packet { src: src.into(), dst: dst.into(), protocol: UDP, ttl: 64, tos: 0, options: 0, l4 };
+                let sent = router.one(device, &packet.frame());
+                // Rejected ones are told so.
+                sent.iter().any(|(_, frame)| frame[23] == UDP)
+            };
+            let _exchange = lock(&stage.exchange);
+            if send(&mut router, CLIENT_POD, flow.src, flow.dst, flow.ports) {
+                let (_, [_, backend], ports, _) = way_of(number, Direction::Original);
+                send(&mut router, SERVER_POD, backend, flow.src, Ports::new(ports.destination(), ports.source()));
+            }
+        }
+    });
+    let counts = lock(&keeper).counts();
+    let reached = (stage.carried.into_inner(), counts.renewed, counts.taken_back);
+    assert!(reached.0 >= ENOUGH.0 && reached.1 >= ENOUGH.1 && reached.2 >= ENOUGH.2, "{reached:?} {counts:?}");
+}
+
+/// The key of a flow's original direction.
+fn worker_key(number: u16) -> FlowKey<Ipv4Addr> {
+    let (dst, port) = if number.is_multiple_of(2) { (SERVER, 80) } else { (VIP, 53) };
+    FlowKey {
+        src: CLIENT.parse().unwrap(),
+        dst: dst.parse().unwrap(),
+        ports: Ports::new(FIRST_PORT + number, port),
+        protocol: Protocol::UDP,
+    }
 }

@@ -171,8 +171,8 @@ pub fn tiered(services: Vec<weir_nat::ServicePort>, tiers: Vec<weir_policy::mode
 /// A worker over memory.
 pub struct Router {
     pub domain: Arc<Domain>,
-    pub published: Published<Snapshot>,
-    pub tables: Tables,
+    pub published: Arc<Published<Snapshot>>,
+    pub tables: Arc<Tables>,
     pub affinity: Affinity,
     participant: Participant,
     counters: Counters<COUNTERS>,
@@ -200,6 +200,7 @@ impl Router {
         let table =
             || TableConfig { max_entries, seed: [1, 2], timeouts: Timeouts::default(), tcp: TcpSettings::default() };
         let tables = Tables { v4: Table::new(table(), domain.clone()), v6: Table::new(table(), domain.clone()) };
+        let tables = Arc::new(tables);
         let events = crossbeam::channel::bounded(64);
         let counters = Counters::<COUNTERS>::new();
         let random = ChaCha8Rng::seed_from_u64(3);
@@ -208,7 +209,7 @@ impl Router {
         let snapshot =
             Snapshot { generation: 1, rules: Arc::new(rules), snat: snat.clone(), forwarding: forwarding.clone() };
         Self {
-            published: Published::new(&domain, snapshot),
+            published: Arc::new(Published::new(&domain, snapshot)),
             participant: domain.join(),
             domain,
             tables,
