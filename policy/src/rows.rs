@@ -7,13 +7,15 @@
 //!
 //! ```text
 //! one    | no words: its only bit is in the number
+//! list   | how many bits, and which, ascending: two in a word
 //! sparse | top | (middle, first leaf) for each bit of top, ascending | leaves that are not zero, ascending
 //! full   | top | every middle | every leaf
 //! ```
 //!
 //! The place of a word among the stored ones of a sparse row is the population count below its bit. So a row takes memory
 //! by the rules in it, not by the rules of the program; where most leaves are not zero anyway, they are all stored and found
-//! without counting. The usual row of an address, one rule, takes none, and one look into each other row decides.
+//! without counting. The usual row of an address, one rule, takes none, and one look into each other row decides; where the row
+//! is a list of up to 64, one for each of them.
 //!
 //! Of more rows, a sparse one's leaves are looked at one after another, and full ones' several together. What may be looked at
 //! in vain are words without a common bit: those of a sparse row in the groups of 64 words in which every row has some, so no
@@ -33,6 +35,10 @@ const FORM_BITS: u32 = 2;
 const ONE: u32 = 0;
 const SPARSE: u32 = 1;
 const FULL: u32 = 2;
+const LIST: u32 = 3;
+
+/// The most bits in a list.
+const MAX_LISTED: usize = 64;
 
 /// Leaves of full rows that are looked at together; a full row has a multiple of that.
 const TOGETHER: usize = 4;
@@ -89,8 +95,38 @@ impl LargeRows {
                 let bit = one >> FORM_BITS;
                 (bit >= from && rows.iter().all(|row| self.contains(*row, bit))).then_some(bit)
             }
-            None => self.first_common_of_many(rows, from),
+            None => match rows.iter().find(|row| **row & FORM == LIST) {
+                Some(list) => self.first_listed(*list, rows, from),
+                None => self.first_common_of_many(rows, from),
+            },
         }
+    }
+
+    /// A bit of a row of the form [`LIST`]; `None` behind the last.
+    #[inline]
+    fn listed(&self, start: usize, index: usize) -> Option<u32> {
+        let half = |place: usize| (self.data[start + place / 2] >> (32 * (place % 2))) as u32;
+        (index < half(0) as usize).then(|| half(index + 1))
+    }
+
+    /// For rows of which `list` is of the form [`LIST`], and none of the form [`ONE`].
+    fn first_listed(&self, list: u32, rows: &[u32], from: u32) -> Option<u32> {
+        // How many bits of each other list are below the one that is looked at.
+        let mut below = [0; MAX_FIELDS];
+        let is_in = |row: u32, below: &mut usize, bit: u32| {
+            if row & FORM != LIST {
+                return self.contains(row, bit);
+            }
+            let start = (row >> FORM_BITS) as usize;
+            while self.listed(start, *below).is_some_and(|other| other < bit) {
+                *below += 1;
+            }
+            self.listed(start, *below) == Some(bit)
+        };
+        let mut bits = (0..).map_while(|index| self.listed((list >> FORM_BITS) as usize, index));
+        bits.find(|bit| {
+            *bit >= from && rows.iter().zip(&mut below).all(|(row, below)| *row == list || is_in(*row, below, *bit))
+        })
     }
 
     #[inline]
@@ -98,6 +134,7 @@ impl LargeRows {
         let (start, high, low) = ((row >> FORM_BITS) as usize, bit >> 12, bit >> 6 & 63);
         let leaf = match row & FORM {
             ONE => return row >> FORM_BITS == bit,
+            LIST => return (0..).map_while(|index| self.listed(start, index)).any(|listed| listed == bit),
             FULL => self.data[self.full_leaf(start, bit >> 6)],
             _ => {
                 if self.data[start] >> high & 1 == 0 {
@@ -120,7 +157,7 @@ impl LargeRows {
         (self.data[pair], start + self.data[pair + 1] as usize)
     }
 
-    /// For rows of which none is of the form [`ONE`].
+    /// For rows of which none is of the form [`ONE`] or [`LIST`].
     fn first_common_of_many(&self, rows: &[u32], from: u32) -> Option<u32> {
         let mut top = u64::MAX << (from >> 12);
         for row in rows {
@@ -358,18 +395,37 @@ impl RowsBuilder {
 }
 
 /// A row of a program of more than 64 rules in the form that is returned: [`FULL`] where that takes at most twice the words
-/// of [`SPARSE`]. Places are relative to its start. The row's own marks are the middle level.
+/// of [`SPARSE`], else [`LIST`] where that takes fewer. Places are relative to its start. The row's own marks are the
+/// middle level.
 fn encode(row: &DenseRow, out: &mut Vec<u64>) -> u32 {
     let top = row.filled.iter().enumerate().fold(0, |top, (index, middle)| top | u64::from(*middle != 0) << index);
     let groups = u64::from(top.count_ones());
     let leaves: u32 = row.filled.iter().map(|middle| middle.count_ones()).sum();
-    out.push(top);
     if row.filled.len() + row.words.len() <= 2 * (2 * groups as usize + leaves as usize) {
+        out.push(top);
         out.extend_from_slice(&row.filled);
         out.extend_from_slice(&row.words);
         out.resize(out.len() + row.words.len().next_multiple_of(TOGETHER) - row.words.len(), 0);
         return FULL;
     }
+    let bits: usize = ones(row.filled.iter().copied()).map(|word| row.words[word].count_ones() as usize).sum();
+    if bits <= MAX_LISTED && bits / 2 < 2 * groups as usize + leaves as usize {
+        let mut half = bits as u64;
+        let listed = ones(row.filled.iter().copied());
+        let listed =
+            listed.flat_map(|word| ones([row.words[word]].into_iter()).map(move |bit| (64 * word + bit) as u64));
+        for (place, bit) in (1..).zip(listed) {
+            half |= bit << (32 * (place % 2));
+            if place % 2 == 1 {
+                out.push(std::mem::take(&mut half));
+            }
+        }
+        if bits.is_multiple_of(2) {
+            out.push(half);
+        }
+        return LIST;
+    }
+    out.push(top);
     let mut leaf = 1 + 2 * groups;
     for middle in row.filled.iter().filter(|middle| **middle != 0) {
         out.extend([*middle, leaf]);
@@ -459,8 +515,10 @@ mod tests {
         row.flip(7_000);
         assert_eq!((builder.add(&row) & FORM, builder.words()), (ONE, 1));
         row.flip(5);
-        assert_eq!((builder.add(&row) & FORM, builder.words()), (SPARSE, 1 + 1 + 2 * 2 + 2));
+        assert_eq!((builder.add(&row) & FORM, builder.words()), (LIST, 1 + 2));
+        (64..192).for_each(|bit| row.flip(bit));
+        assert_eq!((builder.add(&row) & FORM, builder.words()), (SPARSE, 3 + 1 + 2 * 2 + 4));
         (0..100_000).step_by(100).for_each(|bit| row.flip(bit));
-        assert_eq!((builder.add(&row) & FORM, builder.words()), (FULL, 8 + 1 + 25 + 1564));
+        assert_eq!((builder.add(&row) & FORM, builder.words()), (FULL, 12 + 1 + 25 + 1564));
     }
 }
