@@ -310,6 +310,8 @@ impl<'t> Deserializer<'t> for NodeReader<'t, '_> {
         let known = variants.join(", ");
         self.place(match &self.node.value {
             Value::String(text) if variants.contains(&text.as_str()) => visitor.visit_enum(Variant(text)),
+            // To YAML an off without quotes is false.
+            Value::Bool(false) if variants.contains(&"off") => visitor.visit_enum(Variant("off")),
             Value::String(text) => {
                 let help = nearest(text, variants.iter().copied()).map(|name| format!("did you mean {name}?"));
                 Err(Fault { help, ..Fault::custom(format!("{text:?} is none of: {known}")) })

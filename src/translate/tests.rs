@@ -178,6 +178,16 @@ fn faults_of_weir_yaml() {
 }
 
 #[test]
+fn an_off_needs_no_quotes() {
+    use crate::config::router::OffloadMode;
+    for (text, mode) in [("off", OffloadMode::Off), ("\"off\"", OffloadMode::Off), ("auto", OffloadMode::Auto)] {
+        assert_eq!(loaded(&format!("{WEIR}offload: {text}\n"), "").config.offload, mode, "{text}");
+    }
+    let said = said(&format!("{WEIR}offload: on\n"), "");
+    assert_eq!(said, ["weir.yaml:3:10: error: offload: expected one of: off, auto, found the boolean true"]);
+}
+
+#[test]
 fn faults_of_documents() {
     assert_said(
         WEIR,
