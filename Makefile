@@ -4,10 +4,12 @@ CARGO ?= cargo
 SOAK_MINUTES ?= 30
 STORM_SECONDS ?= 30
 FUZZ_SECONDS ?= 60
+PERF_ROUNDS ?= 5
+PERF_SECONDS ?= 1
 FUZZ_SANITIZER ?= none
 LOOM_FLAGS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=2
 
-.PHONY: help setup build release demo demo-memory test lint unit loom e2e storm cases bench bench-tables bench-reload perf soak fuzz miri install clean
+.PHONY: help setup build release demo demo-memory test lint unit loom e2e storm cases bench bench-tables bench-reload perf perf-offload soak fuzz miri install clean
 
 help: ## Lists the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +65,10 @@ bench-reload: ## From a changed file to compiled tables, and memory, at 10 to 50
 
 perf: release ## Packets per second through veth, beside a bare AF_XDP forwarder in the same run. Needs root.
 	$(CARGO) run --release --example veth_pps
+
+perf-offload: release ## What the kernel carries for weir, beside the kernel's own forwarding and kube-proxy's iptables rules. Needs root.
+	./scripts/setup.sh iperf3:iperf3 wrk:wrk iptables-nft-restore:iptables taskset:util-linux
+	$(CARGO) run --release --example offload -- $(PERF_ROUNDS) $(PERF_SECONDS)
 
 soak: ## Two workers under a mix of everything for SOAK_MINUTES (30); at the end every entry, frame and port is accounted for.
 	$(CARGO) run --example soak -- $(SOAK_MINUTES)

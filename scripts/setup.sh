@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs the Debian packages that building, the demo and the tests need, if any is missing. Needs root only then.
+# Installs the Debian packages that building, the demo and the tests need, and those that arguments name alike, if any is missing. Needs
+# root only then.
 set -eu
 
 # program:package, or /file:package for what has no program.
@@ -25,6 +26,7 @@ socat:socat
 /usr/bin/python3:python3
 /usr/lib/python3/dist-packages/yaml/__init__.py:python3-yaml
 /usr/lib/python3/dist-packages/scapy/__init__.py:python3-scapy
+$*
 "
 
 PATH=$PATH:/usr/sbin:/sbin
