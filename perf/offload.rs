@@ -378,7 +378,7 @@ impl Bench {
                 wait_until(&format!("an answer by {}", way.title), LIMIT, || echoed(&self.lab, &target).ok())?;
                 let mut note = |measure, value| figures.entry((measure, way.title)).or_default().push(value);
                 for (measure, arguments) in TCP {
-                    note(measure, self.tcp(&target, arguments)?);
+                    note(measure, self.tcp(way, &target, arguments)?);
                 }
                 if !is_full {
                     continue;
@@ -498,7 +498,7 @@ impl Bench {
     }
 
     /// Gbit/s.
-    fn tcp(&self, target: &str, arguments: &[&str]) -> Result<f64, Failure> {
+    fn tcp(&self, way: &Way, target: &str, arguments: &[&str]) -> Result<f64, Failure> {
         let (time, cores) = (self.seconds.to_string(), format!("{},{}", CORES.0, CORES.1));
         let mut report = Value::Null;
         // With too little of the processor it sometimes sees nothing arrive and has no rate.
@@ -509,7 +509,7 @@ impl Bench {
             if let Some(rate) = report["end"]["sum_received"]["bits_per_second"].as_f64() {
                 return Ok(rate / 1e9);
             }
-            eprintln!("once more: iperf3 to {target} reports no rate");
+            eprintln!("once more: iperf3 reports no rate for {}: {}", way.title, report["end"]);
         }
         Err(format!("iperf3 to {target} reports no rate: {report:#}").into())
     }
