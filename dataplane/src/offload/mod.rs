@@ -102,7 +102,7 @@ pub struct Offload {
 }
 
 impl Offload {
-    /// Over the programs' memory, or private one. `udp_packets`: after so many an unanswered UDP flow is handed over. The receiver is the
+    /// Over the programs' memory, or private one. `udp_packets`: so many after its first an unanswered UDP flow is handed over. The receiver is the
     /// keeper's.
     pub fn new(flows: Mapped<Flow>, epoch: Mapped<AtomicU64>, udp_packets: u8) -> (Self, Receiver<Request>) {
         let (requests, receiver) = bounded(REQUESTS);
