@@ -262,10 +262,13 @@ fn tcp_stays_followed_while_the_kernel_carries_it() {
         wait_until("the flow in the kernel", DEADLINE, || (offload(&site, "node-a", "flows") == 1).then_some(()))
             .unwrap();
     }
+    // tcpdump gets packets in batches, and an interrupt loses those that it has not read.
+    let syn = wait_until("the captured SYN", DEADLINE, || {
+        capture.log().lines().find(|line| line.contains("Flags [S],")).map(str::to_owned)
+    })
+    .unwrap();
     capture.signal(Signal::SIGINT);
     capture.wait(DEADLINE).unwrap();
-    let log = capture.log();
-    let syn = log.lines().find(|line| line.contains("Flags [S],")).expect("a SYN");
     let first: u32 = syn.split("seq ").nth(1).unwrap().split(',').next().unwrap().parse().unwrap();
 
     bulk(&near, &far, 64 << 20);
