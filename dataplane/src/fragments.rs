@@ -235,7 +235,8 @@ impl<A: Address> Datagram<A> {
             Some(known) => end == known,
             None => more || last_end <= end,
         };
-        let is_duplicate = pieces.get(at) == Some(&(start, end));
+        // The same bytes once as the packet's last ones and once not is no duplicate.
+        let is_duplicate = pieces.get(at) == Some(&(start, end)) && (more || self.end.is_some());
         let overlaps = at > 0 && pieces[at - 1].1 > start || pieces.get(at).is_some_and(|next| next.0 < end);
         let error = match () {
             () if !fits_the_end => DropReason::FragmentOverlap,
@@ -438,7 +439,7 @@ mod tests {
     #[test]
     fn what_a_packets_fragments_may_not_do() {
         use DropReason::{FragmentDuplicate as Duplicate, FragmentOverlap as Overlap};
-        let rows: [(&str, &[Step]); 9] = [
+        let rows: [(&str, &[Step]); 11] = [
             ("in order", &[(part(0, 8, true), Ok(())), (part(8, 16, true), Ok(())), (part(16, 17, false), Ok(()))]),
             ("reversed", &[(part(16, 17, false), Ok(())), (part(8, 16, true), Ok(())), (part(0, 8, true), Ok(()))]),
             (
@@ -452,6 +453,8 @@ mod tests {
             ("inside another", &[(part(8, 32, true), Ok(())), (part(16, 24, true), Err(Overlap))]),
             ("around another", &[(part(16, 24, true), Ok(())), (part(8, 32, true), Err(Overlap))]),
             ("two ends", &[(part(8, 16, false), Ok(())), (part(16, 20, false), Err(Overlap))]),
+            ("the last, then not", &[(part(8, 16, false), Ok(())), (part(8, 16, true), Err(Overlap))]),
+            ("not the last, then the last", &[(part(8, 16, true), Ok(())), (part(8, 16, false), Err(Overlap))]),
             ("past the end", &[(part(8, 16, false), Ok(())), (part(16, 24, true), Err(Overlap))]),
             ("an end before what came", &[(part(16, 24, true), Ok(())), (part(8, 12, false), Err(Overlap))]),
         ];
