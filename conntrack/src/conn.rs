@@ -352,16 +352,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
 
     /// Sets the bits of `set` and clears those of `clear`; `false`, and nothing is changed, where the connection was removed.
     pub fn change_flags(self, set: u8, clear: u8) -> bool {
-        let word = self.lines.state();
-        let mut current = self.state();
-        while current.is_live() {
-            let next = current.with_flags(current.flags() & !clear | set);
-            match word.compare_exchange_weak(current.0, next.0, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) => return true,
-                Err(found) => current = State(found),
-            }
-        }
-        false
+        self.update(|state| Some(state.with_flags(state.flags() & !clear | set)))
     }
 
     /// Which use of its index the connection is.
@@ -457,19 +448,20 @@ impl<'t, A: Address> ConnRef<'t, A> {
         self.state().expendable(now.since(self.last_seen()), for_privileged)
     }
 
-    /// Changes the state word, unless the connection was removed. Lost races are run again.
+    /// Changes the state word where there is something to change; `false`, and nothing is changed, where the connection was removed.
+    /// Lost races are run again.
     #[inline]
-    fn update(self, change: impl Fn(State) -> Option<State>) {
+    fn update(self, change: impl Fn(State) -> Option<State>) -> bool {
         let word = self.lines.state();
-        let mut current = State(word.load(Ordering::Relaxed));
-        while current.is_live()
-            && let Some(next) = change(current).filter(|next| *next != current)
-        {
+        let mut current = self.state();
+        while current.is_live() {
+            let Some(next) = change(current).filter(|next| *next != current) else { return true };
             match word.compare_exchange_weak(current.0, next.0, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) => return,
+                Ok(_) => return true,
                 Err(found) => current = State(found),
             }
         }
+        false
     }
 
     /// Follows a packet of that direction, and keeps the connection alive where it is accepted.
