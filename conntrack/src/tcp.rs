@@ -410,9 +410,8 @@ unsafe impl Zeroable for TcpLine {}
 
 /// Words that are used.
 const WORDS: usize = 15;
-/// Words of a side.
+/// Words of a side: end, max_end, max_win, max_ack.
 const SIDE_WORDS: usize = 4;
-/// The places of a side's end, max_win and max_ack among its words; max_end is the other one.
 const END: usize = 0;
 const MAX_WIN: usize = 2;
 const MAX_ACK: usize = 3;
@@ -461,24 +460,17 @@ impl TcpLine {
         settings: &TcpSettings,
         timeouts: &ByClass,
     ) -> Option<TimeoutClass> {
-        let (mut tcp, old) = self.load();
-        let mut has_moved = false;
-        for (side, &[end, max_end, max_win, max_ack]) in tcp.sides.iter_mut().zip(sides) {
-            let mut forward = |from: &mut u32, to: u32| {
-                if is_before(*from, to) {
-                    (*from, has_moved) = (to, true);
-                }
-            };
-            forward(&mut side.end, end);
-            forward(&mut side.max_end, max_end);
-            forward(&mut side.max_ack, max_ack);
-            if side.max_win < max_win {
-                (side.max_win, has_moved) = (max_win, true);
+        let (_, old) = self.load();
+        let mut new = old;
+        for (at, (word, &number)) in new.iter_mut().zip(sides.as_flattened()).enumerate() {
+            if is_ahead(at % SIDE_WORDS, number, *word) {
+                *word = number;
             }
         }
-        if !has_moved {
+        if new == old {
             return None;
         }
+        let mut tcp = Tcp::of(&new);
         for side in 0..2 {
             let is_answered = tcp.sides[1 - side].max_ack == tcp.sides[side].end;
             let progress = &mut tcp.sides[side].progress;
@@ -518,24 +510,17 @@ impl TcpLine {
         let new = tcp.words();
         let had_ack = [0, 1].map(|side| old[PROGRESS] >> (8 * side) & u32::from(ACK_KNOWN) != 0);
         for (side, &anew) in tcp.anew.iter().enumerate() {
-            for index in side * SIDE_WORDS..(side + 1) * SIDE_WORDS {
-                if new[index] == old[index] {
-                    continue;
-                }
-                let word = &self.words[index];
-                let current = word.load(Ordering::Relaxed);
-                let is_ahead = match index % SIDE_WORDS {
-                    END if !anew => {
-                        advance(word, current, new[index]);
-                        continue;
-                    }
-                    MAX_WIN => current < new[index],
-                    // The side's first goes on from none.
-                    MAX_ACK if !had_ack[side] => true,
-                    _ => is_before(current, new[index]),
-                };
-                if is_ahead || anew {
-                    word.store(new[index], Ordering::Relaxed);
+            for place in 0..SIDE_WORDS {
+                let index = side * SIDE_WORDS + place;
+                let (word, number) = (&self.words[index], new[index]);
+                // A side that begins anew, and its first acknowledgment, go on from nothing.
+                let goes_on = !anew && (place != MAX_ACK || had_ack[side]);
+                match place {
+                    _ if number == old[index] => {}
+                    _ if !goes_on => word.store(number, Ordering::Relaxed),
+                    END => advance(place, word, number),
+                    _ if is_ahead(place, number, word.load(Ordering::Relaxed)) => word.store(number, Ordering::Relaxed),
+                    _ => {}
                 }
             }
         }
@@ -547,10 +532,21 @@ impl TcpLine {
     }
 }
 
-/// Moves a word of sequence space forward from `current`, which it was, to `to`, unless it is there already.
-fn advance(word: &AtomicU32, mut current: u32, to: u32) {
-    while is_before(current, to) {
-        match word.compare_exchange_weak(current, to, Ordering::Relaxed, Ordering::Relaxed) {
+/// Whether a side's window moves if the number at a place among its words becomes this one: they only move forward.
+#[inline(always)]
+const fn is_ahead(place: usize, number: u32, current: u32) -> bool {
+    match place {
+        MAX_WIN => current < number,
+        _ => is_before(current, number),
+    }
+}
+
+/// Moves the word at a place of a side's window forward to `number`, whoever else moves it, unless it is there already.
+#[inline]
+pub fn advance(place: usize, word: &AtomicU32, number: u32) {
+    let mut current = word.load(Ordering::Relaxed);
+    while is_ahead(place, number, current) {
+        match word.compare_exchange_weak(current, number, Ordering::Relaxed, Ordering::Relaxed) {
             Ok(_) => return,
             Err(found) => current = found,
         }

@@ -6,7 +6,7 @@
 use std::{io, ops::Deref, os::fd::AsRawFd, ptr::NonNull};
 
 use memmap2::{MmapOptions, MmapRaw};
-use weir_conntrack::Windows;
+use weir_conntrack::{Windows, tcp};
 use weir_packet::Direction;
 use weir_sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
@@ -138,18 +138,11 @@ impl Flow {
         self.is_liberal.store(windows.is_liberal.into(), Ordering::Relaxed);
     }
 
-    /// Moves the windows forward to what a worker has seen.
+    /// Moves the windows forward to what a worker has seen; a program may move them at the same time, further or not so far.
     pub fn advance(&self, sides: &[[u32; 4]; 2]) {
-        const MAX_WIN: usize = 2;
         for (words, numbers) in self.sides.iter().zip(sides) {
-            for (at, (word, &number)) in words.iter().zip(numbers).enumerate() {
-                let is_ahead = |current: u32| match at {
-                    MAX_WIN => current < number,
-                    _ => (current.wrapping_sub(number) as i32) < 0,
-                };
-                // A program may move it at the same time, further or not so far.
-                let _ = word
-                    .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |current| is_ahead(current).then_some(number));
+            for (place, (word, &number)) in words.iter().zip(numbers).enumerate() {
+                tcp::advance(place, word, number);
             }
         }
     }
