@@ -14,7 +14,7 @@ use weir_sync::{Domain, Epoch, Mutex, Participant, Turn, atomic::Ordering, lock}
 
 use super::{
     ASKED, CANDIDATE, Offload, Request,
-    flow::{Phase, wait_for_programs},
+    flow::{Flow, Phase, wait_for_programs},
     recipe::{self, Key, Recipe, Stays},
 };
 use crate::{
@@ -117,6 +117,10 @@ struct Held {
 }
 
 impl Held {
+    fn insert_keys(&self, slot: u32, keys: &mut dyn Keys) -> io::Result<()> {
+        (2 * slot..).zip(&self.recipe.keys).try_for_each(|(way, key)| keys.insert(key, way, self.serial))
+    }
+
     fn remove_keys(&self, slot: u32, keys: &mut dyn Keys) {
         for (way, key) in (2 * slot..).zip(&self.recipe.keys) {
             keys.remove(key, way, self.serial);
@@ -126,10 +130,16 @@ impl Held {
 
 /// All that is known of the flows that were handed over.
 pub struct Keeper {
+    participant: Participant,
+    /// All but the participant, which each turn borrows.
+    slots: Slots,
+}
+
+/// What is in the slots, and what is to be.
+struct Slots {
     offload: Arc<Offload>,
     keys: Box<dyn Keys>,
     domain: Arc<Domain>,
-    participant: Participant,
     current: Arc<Snapshot>,
     near: BTreeSet<u32>,
     held: Vec<Option<Held>>,
@@ -143,6 +153,9 @@ pub struct Keeper {
     cursor: usize,
 }
 
+/// Keys that an earlier process has left, with their serial numbers: by slot, and by direction.
+type Left = HashMap<u32, [Option<(Key, u32)>; 2]>;
+
 impl Keeper {
     /// A keeper of flows of these tables' connections, by the tables of `current`.
     pub fn new(
@@ -152,10 +165,9 @@ impl Keeper {
         domain: &Arc<Domain>,
         current: Arc<Snapshot>,
     ) -> Self {
-        Self {
+        let slots = Slots {
             offload,
             keys,
-            participant: domain.join(),
             domain: Arc::clone(domain),
             current,
             near: BTreeSet::new(),
@@ -166,17 +178,19 @@ impl Keeper {
             counts: Counts { capacity: capacity as usize, ..Counts::default() },
             confirmed: 0,
             cursor: 0,
-        }
+        };
+        Self { participant: domain.join(), slots }
     }
 
     /// What became of flows so far.
     pub fn counts(&self) -> Counts {
-        Counts { unheard: self.offload.unheard.load(std::sync::atomic::Ordering::Relaxed), ..self.counts }
+        let Slots { offload, counts, .. } = &self.slots;
+        Counts { unheard: offload.unheard.load(std::sync::atomic::Ordering::Relaxed), ..*counts }
     }
 
     /// Devices whose other end is in this network namespace: `bpf_redirect_peer` does not serve them.
     pub fn set_near(&mut self, near: BTreeSet<u32>) {
-        self.near = near;
+        self.slots.near = near;
     }
 
     /// What an earlier process has handed over goes on, as far as the connections were taken over and the first tables agree; the rest is
@@ -185,283 +199,77 @@ impl Keeper {
     /// # Errors
     /// Where the kernel does not tell the keys.
     pub fn adopt(&mut self, tables: &Tables) -> io::Result<usize> {
-        let mut by_slot: HashMap<u32, [Option<(Key, u32)>; 2]> = HashMap::new();
-        for (key, way, serial) in self.keys.all()? {
-            by_slot.entry(way >> 1).or_default()[way as usize & 1] = Some((key, serial));
+        let Self { participant, slots } = self;
+        let mut left = Left::new();
+        for (key, way, serial) in slots.keys.all()? {
+            left.entry(way >> 1).or_default()[way as usize & 1] = Some((key, serial));
         }
-        self.adopt_family(&tables.v4, &mut by_slot);
-        self.adopt_family(&tables.v6, &mut by_slot);
-        for slot in (0..self.held.len()).filter(|slot| self.held[*slot].is_none()) {
-            self.resting.push_back((self.domain.retire_epoch(), self.graces, slot as u32));
+        slots.adopt_family(&tables.v4, &mut left, participant);
+        slots.adopt_family(&tables.v6, &mut left, participant);
+        for slot in (0..slots.held.len()).filter(|slot| slots.held[*slot].is_none()) {
+            slots.resting.push_back((slots.domain.retire_epoch(), slots.graces, slot as u32));
         }
         // Nobody's.
-        for (slot, keys) in by_slot {
-            self.offload.take_back(slot);
+        for (slot, keys) in left {
+            slots.offload.take_back(slot);
             for (way, key) in (2 * slot..).zip(keys) {
-                key.iter().for_each(|(key, serial)| self.keys.remove(key, way, *serial));
+                key.iter().for_each(|(key, serial)| slots.keys.remove(key, way, *serial));
             }
         }
-        Ok(self.counts.flows)
-    }
-
-    fn adopt_family<A: Family>(&mut self, table: &Table<A>, by_slot: &mut HashMap<u32, [Option<(Key, u32)>; 2]>) {
-        let mut marked = Vec::new();
-        table.for_each(now(), |entry| {
-            if entry.attributes.flags & (OFFLOADED | ASKED) != 0 {
-                marked.push(entry.identity);
-            }
-        });
-        for identity in marked {
-            let Self { offload, participant, current, near, held: places, serials, counts, .. } = &mut *self;
-            let turn = participant.enter();
-            let Some(conn) = table.identified(identity, &turn) else { continue };
-            let slot = conn.offload_slot();
-            let kept =
-                (conn.flags() & OFFLOADED != 0).then(|| by_slot.get(&slot).copied()).flatten().and_then(|keys| {
-                    let [Some((original, serial)), Some((reply, again))] = keys else { return None };
-                    let flow = offload.flow(slot)?;
-                    let recipe = recipe::of_connection(&conn, current, near).ok()?;
-                    let is_same = recipe.keys == [original, reply]
-                        && serial == again
-                        && flow.state() == (serial, Phase::Live)
-                        && recipe.is_written(flow);
-                    is_same.then(|| {
-                        let request = Request { is_v6: A::BITS == 128, identity };
-                        let carried = [Direction::Original, Direction::Reply].map(|direction| flow.carried(direction));
-                        Held { request, serial, recipe, carried, since: conn.last_seen(), is_over: false }
-                    })
-                });
-            match kept {
-                Some(held) if (slot as usize) < serials.len() => {
-                    conn.change_flags(0, ASKED);
-                    by_slot.remove(&slot);
-                    places.resize(places.len().max(slot as usize + 1), None);
-                    serials[slot as usize] = held.serial;
-                    places[slot as usize] = Some(held);
-                    counts.flows += 1;
-                }
-                _ => {
-                    // What has passed there in vain is known at least.
-                    let keys =
-                        by_slot.get(&slot).and_then(|[original, reply]| Some([original.as_ref()?, reply.as_ref()?]));
-                    let is_its = keys.is_some_and(|[(original, _), (reply, _)]| {
-                        original.is_of(&conn.original()) && reply.is_of(&conn.reply())
-                    });
-                    if conn.flags() & OFFLOADED != 0
-                        && is_its
-                        && let Some(flow) = offload.flow(slot)
-                    {
-                        flow.close();
-                        if flow.has_windows() {
-                            conn.absorb(&flow.windows(), Direction::Reply);
-                        }
-                    }
-                    conn.change_flags(0, ASKED | OFFLOADED);
-                }
-            }
-        }
+        Ok(slots.counts.flows)
     }
 
     /// Before `next` is published: flows that it does not change get its epoch, all others are stopped when this returns. Those for which
     /// there is no time are looked at by [`Self::confirm_more`].
     pub fn prepare(&mut self, next: &Arc<Snapshot>, tables: &Tables) {
+        let Self { participant, slots } = self;
         let begin = Instant::now();
-        self.current = Arc::clone(next);
-        self.confirmed = 0;
-        while self.confirmed < self.held.len() && begin.elapsed() <= PATIENCE {
-            self.confirm(tables);
+        slots.current = Arc::clone(next);
+        slots.confirmed = 0;
+        while slots.confirmed < slots.held.len() && begin.elapsed() <= PATIENCE {
+            slots.confirm(tables, &participant.enter());
         }
-        self.counts.unconfirmed += (self.held.len() - self.confirmed) as u64;
-        self.offload.epoch[0].store(u64::from(next.generation), Ordering::Release);
+        slots.counts.unconfirmed += (slots.held.len() - slots.confirmed) as u64;
+        slots.offload.epoch[0].store(u64::from(next.generation), Ordering::Release);
     }
 
     /// Goes on with the flows for which the last publication had no time; whether there are more.
     pub fn confirm_more(&mut self, tables: &Tables) -> bool {
+        let Self { participant, slots } = self;
         for _ in 0..CHUNKS_AT_ONCE {
-            if self.confirmed >= self.held.len() {
+            if slots.confirmed >= slots.held.len() {
                 return false;
             }
-            self.confirm(tables);
+            slots.confirm(tables, &participant.enter());
         }
         true
     }
 
-    /// Compares what the programs do in some slots with what they are to do now.
-    fn confirm(&mut self, tables: &Tables) {
-        let Self { offload, participant, current, near, held, confirmed, .. } = self;
-        let turn = participant.enter();
-        let chunk = *confirmed..(*confirmed + CHUNK).min(held.len());
-        *confirmed = chunk.end;
-        for (slot, held) in chunk.clone().zip(&held[chunk]) {
-            let (Some(held), Some(flow)) = (held, offload.flow(slot as u32)) else { continue };
-            let is_live = flow.state() == (held.serial, Phase::Live);
-            if is_live
-                && flow.epoch.load(Ordering::Relaxed) != current.generation
-                && still_same(held, current, tables, near, &turn)
-            {
-                flow.epoch.store(current.generation, Ordering::Release);
-            }
-        }
-    }
-
     /// Answers requests. A grace period must have passed since they were made ([`wait_for_programs`]), and since `graces` of them.
     pub fn answer(&mut self, requests: &[Request], graces: u64, tables: &Tables) {
-        self.graces = self.graces.max(graces);
+        let Self { participant, slots } = self;
+        slots.graces = slots.graces.max(graces);
         for request in requests {
+            let turn = participant.enter();
             match request.is_v6 {
-                false => self.answer_one(&tables.v4, *request),
-                true => self.answer_one(&tables.v6, *request),
+                false => slots.answer(&tables.v4, *request, &turn),
+                true => slots.answer(&tables.v6, *request, &turn),
             }
-        }
-    }
-
-    fn answer_one<A: Family>(&mut self, table: &Table<A>, request: Request) {
-        let free = self.free_slot();
-        let Self { offload, keys, participant, current, near, held, serials, counts, resting, .. } = &mut *self;
-        let turn = participant.enter();
-        let mut found_none = false;
-        if let Some(conn) = table.identified(request.identity, &turn) {
-            let before = (conn.flags() & OFFLOADED != 0).then(|| conn.offload_slot());
-            match recipe::of_connection(&conn, current, near) {
-                Err(stays) => {
-                    match stays {
-                        Stays::Elsewhere => counts.elsewhere += 1,
-                        Stays::Unsettled | Stays::Unresolved => counts.unsettled += 1,
-                    }
-                    // Its packets ask again, where that may help.
-                    let gives_up = if stays == Stays::Elsewhere { CANDIDATE } else { 0 };
-                    conn.change_flags(0, ASKED | gives_up);
-                    if let Some(flow) = before.and_then(|slot| offload.flow(slot)) {
-                        flow.close();
-                    }
-                }
-                Ok(recipe) => match before.or(free) {
-                    None => {
-                        counts.full += 1;
-                        found_none = true;
-                        conn.change_flags(0, ASKED | CANDIDATE);
-                    }
-                    Some(slot) if before.is_some() && held[slot as usize].is_some_and(|held| held.recipe == recipe) => {
-                        // There was no time to confirm it, and it is as it was.
-                        let flow = offload.flow(slot).expect("slots are the programs'");
-                        flow.epoch.store(current.generation, Ordering::Relaxed);
-                        match conn.windows() {
-                            Some(windows) => flow.advance(&windows.sides),
-                            None if conn.protocol() == Protocol::TCP => flow.close(),
-                            None => {}
-                        }
-                        if flow.change(serials[slot as usize], Phase::Pending, Phase::Live) {
-                            counts.renewed += 1;
-                        }
-                        conn.change_flags(0, ASKED);
-                    }
-                    Some(slot) => {
-                        let flow = offload.flow(slot).expect("slots are the programs'");
-                        let serial = serials[slot as usize].wrapping_add(1) & (u32::MAX >> 2);
-                        if before.is_none() {
-                            match resting.front() {
-                                Some((.., first)) if *first == slot => drop(resting.pop_front()),
-                                _ => held.push(None),
-                            }
-                            flow.set_state(serial, Phase::Pending);
-                        } else if !flow.begin_anew(serials[slot as usize], serial) {
-                            // It asked twice, and programs read the slot; or it was taken back since.
-                            conn.change_flags(0, ASKED);
-                            return;
-                        }
-                        serials[slot as usize] = serial;
-                        let earlier = held[slot as usize];
-                        if let Some(earlier) = &earlier {
-                            earlier.remove_keys(slot, &mut **keys);
-                            counts.renewed += 1;
-                        } else {
-                            flow.ways.iter().for_each(|way| {
-                                way.packets.store(0, Ordering::Relaxed);
-                                way.bytes.store(0, Ordering::Relaxed);
-                            });
-                            counts.flows += 1;
-                            counts.handed_over += 1;
-                        }
-                        recipe.write(flow);
-                        flow.epoch.store(current.generation, Ordering::Relaxed);
-                        let carried = earlier.map_or([(0, 0); 2], |earlier| earlier.carried);
-                        let since = now();
-                        held[slot as usize] = Some(Held { request, serial, recipe, carried, since, is_over: false });
-                        let inserted = recipe
-                            .keys
-                            .iter()
-                            .zip([2 * slot, 2 * slot + 1])
-                            .try_for_each(|(key, way)| keys.insert(key, way, serial));
-                        // A worker that finds the connection marked takes the windows over, so they are there before. Whoever removes it
-                        // from then on takes the flow back; only then it is live.
-                        let windows = conn.windows();
-                        match &windows {
-                            Some(windows) if earlier.is_some() => flow.advance(&windows.sides),
-                            Some(windows) => flow.set_windows(windows),
-                            None => {}
-                        }
-                        conn.set_offload_slot(slot);
-                        let is_marked = inserted.is_ok() && conn.change_flags(OFFLOADED, ASKED);
-                        if is_marked && windows.is_some() == (conn.protocol() == Protocol::TCP) {
-                            flow.change(serial, Phase::Pending, Phase::Live);
-                        }
-                        // What a worker has seen meanwhile, who did not find it marked: more of the same, or its end.
-                        match conn.windows() {
-                            Some(windows) if is_marked => flow.advance(&windows.sides),
-                            None if is_marked && conn.protocol() != Protocol::TCP => {}
-                            _ => {
-                                flow.forget_windows();
-                                flow.close();
-                            }
-                        }
-                        if inserted.is_err() {
-                            counts.failed += 1;
-                            conn.change_flags(0, ASKED | CANDIDATE);
-                        }
-                    }
-                },
-            }
-        }
-        drop(turn);
-        if found_none && self.resting.is_empty() {
-            self.evict(now());
-        }
-    }
-
-    /// A slot that neither a program nor a worker can be reading: the first that rests, or one that was never used.
-    fn free_slot(&self) -> Option<u32> {
-        match self.resting.front() {
-            Some((epoch, graces, slot)) if *graces < self.graces && self.domain.passed(*epoch) => Some(*slot),
-            _ => (self.held.len() < self.serials.len()).then_some(self.held.len() as u32),
-        }
-    }
-
-    /// Takes the flow back that is idle for longest among some, for others to have its slot soon.
-    fn evict(&mut self, now: Tick) {
-        let candidates = (0..SAMPLE.min(self.held.len())).filter_map(|step| {
-            let slot = (self.cursor + step) % self.held.len();
-            let is_live = self.offload.flow(slot as u32).is_some_and(|flow| flow.state().1 == Phase::Live);
-            self.held[slot].as_ref().filter(|_| is_live).map(|held| (now.since(held.since), slot))
-        });
-        let Some((idle, slot)) = candidates.max() else { return };
-        self.cursor = (self.cursor + SAMPLE) % self.held.len();
-        if idle >= IDLE {
-            self.offload.take_back(slot as u32);
-            self.counts.evicted += 1;
         }
     }
 
     /// Tells the tables what was carried, and frees the slots of flows that are over.
     pub fn look(&mut self, tables: &Tables) {
+        let Self { participant, slots } = self;
         let now = now();
         let mut freed = Vec::new();
-        for start in (0..self.held.len()).step_by(CHUNK) {
-            let Self { offload, participant, held, counts, .. } = &mut *self;
+        for start in (0..slots.held.len()).step_by(CHUNK) {
+            let Slots { offload, held, counts, .. } = &mut *slots;
             let turn = participant.enter();
             let chunk = start..(start + CHUNK).min(held.len());
             for (slot, place) in chunk.clone().zip(&mut held[chunk]) {
                 let (Some(held), Some(flow)) = (place.as_mut(), offload.flow(slot as u32)) else { continue };
-                let carried = [Direction::Original, Direction::Reply].map(|direction| flow.carried(direction));
+                let carried = carried(flow);
                 let moved = [0, 1].map(|way| carried[way].0 != held.carried[way].0);
                 for (new, old) in carried.iter().zip(&held.carried) {
                     counts.packets += new.0 - old.0;
@@ -490,22 +298,261 @@ impl Keeper {
             }
         }
         for (slot, held) in freed {
-            held.remove_keys(slot, &mut *self.keys);
-            self.resting.push_back((self.domain.retire_epoch(), self.graces, slot));
+            held.remove_keys(slot, &mut *slots.keys);
+            slots.resting.push_back((slots.domain.retire_epoch(), slots.graces, slot));
         }
     }
 }
 
-/// Whether the programs are to do by `next` what they do already.
-fn still_same(held: &Held, next: &Snapshot, tables: &Tables, near: &BTreeSet<u32>, turn: &Turn<'_>) -> bool {
-    fn of<A: Family>(held: &Held, next: &Snapshot, table: &Table<A>, near: &BTreeSet<u32>, turn: &Turn<'_>) -> bool {
+impl Slots {
+    fn flow(&self, slot: u32) -> &Flow {
+        self.offload.flow(slot).expect("slots are the programs'")
+    }
+
+    fn adopt_family<A: Family>(&mut self, table: &Table<A>, left: &mut Left, participant: &mut Participant) {
+        let mut marked = Vec::new();
+        table.for_each(now(), |entry| {
+            if entry.attributes.flags & (OFFLOADED | ASKED) != 0 {
+                marked.push(entry.identity);
+            }
+        });
+        for identity in marked {
+            let turn = participant.enter();
+            let Some(conn) = table.identified(identity, &turn) else { continue };
+            let slot = (conn.flags() & OFFLOADED != 0).then(|| conn.offload_slot());
+            let found = slot.and_then(|slot| match left.get(&slot)? {
+                [Some(original), Some(reply)] => Some((slot, [*original, *reply])),
+                _ => None,
+            });
+            match found {
+                Some((slot, keys)) if self.adopt(&conn, slot, &keys) => drop(left.remove(&slot)),
+                _ => self.give_up(&conn, found),
+            }
+        }
+    }
+
+    /// Takes over what a connection's slot has, if the keys that lead there are its own and it is what the slot is to have; whether it is.
+    fn adopt<A: Family>(&mut self, conn: &ConnRef<'_, A>, slot: u32, keys: &[(Key, u32); 2]) -> bool {
+        let [(original, serial), (reply, again)] = *keys;
+        let Some(flow) = self.offload.flow(slot).filter(|_| (slot as usize) < self.serials.len()) else { return false };
+        let Ok(recipe) = recipe::of_connection(conn, &self.current, &self.near) else { return false };
+        if recipe.keys != [original, reply]
+            || serial != again
+            || flow.state() != (serial, Phase::Live)
+            || !recipe.is_written(flow)
+        {
+            return false;
+        }
+        let (request, since) = (Request::of(conn), conn.last_seen());
+        let held = Held { request, serial, recipe, carried: carried(flow), since, is_over: false };
+        let at = slot as usize;
+        self.held.resize(self.held.len().max(at + 1), None);
+        self.held[at] = Some(held);
+        self.serials[at] = serial;
+        self.counts.flows += 1;
+        conn.change_flags(0, ASKED);
+        true
+    }
+
+    /// A connection's flow does not go on. What has passed there in vain is known at least, if the keys that lead there are its own.
+    fn give_up<A: Family>(&self, conn: &ConnRef<'_, A>, found: Option<(u32, [(Key, u32); 2])>) {
+        if let Some((slot, [(original, _), (reply, _)])) = found
+            && original.is_of(&conn.original())
+            && reply.is_of(&conn.reply())
+            && let Some(flow) = self.offload.flow(slot)
+        {
+            flow.close();
+            if flow.has_windows() {
+                conn.absorb(&flow.windows(), Direction::Reply);
+            }
+        }
+        conn.change_flags(0, ASKED | OFFLOADED);
+    }
+
+    /// What the programs are to do with a connection's packets by the tables in force; `None`: what they do already, by its slot.
+    fn changed<A: Family>(&self, conn: &ConnRef<'_, A>, slot: Option<u32>) -> Result<Option<Recipe>, Stays> {
+        let recipe = recipe::of_connection(conn, &self.current, &self.near)?;
+        let held = slot.and_then(|slot| self.held[slot as usize].as_ref());
+        Ok(held.is_none_or(|held| held.recipe != recipe).then_some(recipe))
+    }
+
+    /// Compares what the programs do in some slots with what they are to do now.
+    fn confirm(&mut self, tables: &Tables, turn: &Turn<'_>) {
+        let chunk = self.confirmed..(self.confirmed + CHUNK).min(self.held.len());
+        self.confirmed = chunk.end;
+        for slot in chunk {
+            let Some(held) = &self.held[slot] else { continue };
+            let (slot, generation) = (slot as u32, self.current.generation);
+            let flow = self.flow(slot);
+            let is_live = flow.state() == (held.serial, Phase::Live);
+            if is_live
+                && flow.epoch.load(Ordering::Relaxed) != generation
+                && match held.request.is_v6 {
+                    false => self.is_unchanged(&tables.v4, held, slot, turn),
+                    true => self.is_unchanged(&tables.v6, held, slot, turn),
+                }
+            {
+                flow.epoch.store(generation, Ordering::Release);
+            }
+        }
+    }
+
+    fn is_unchanged<A: Family>(&self, table: &Table<A>, held: &Held, slot: u32, turn: &Turn<'_>) -> bool {
         let conn = table.identified(held.request.identity, turn);
-        conn.is_some_and(|conn| recipe::of_connection(&conn, next, near).as_ref() == Ok(&held.recipe))
+        conn.is_some_and(|conn| self.changed(&conn, Some(slot)) == Ok(None))
     }
-    match held.request.is_v6 {
-        false => of(held, next, &tables.v4, near, turn),
-        true => of(held, next, &tables.v6, near, turn),
+
+    fn answer<A: Family>(&mut self, table: &Table<A>, request: Request, turn: &Turn<'_>) {
+        let Some(conn) = table.identified(request.identity, turn) else { return };
+        let before = (conn.flags() & OFFLOADED != 0).then(|| conn.offload_slot());
+        match (self.changed(&conn, before), before.or_else(|| self.free_slot())) {
+            (Err(stays), _) => self.refuse(&conn, before, stays),
+            (Ok(_), None) => self.refuse_for_room(&conn),
+            (Ok(None), Some(slot)) => self.renew(&conn, slot),
+            (Ok(Some(recipe)), Some(slot)) => self.hand_over(&conn, slot, recipe, before.is_some()),
+        }
     }
+
+    fn refuse<A: Family>(&mut self, conn: &ConnRef<'_, A>, before: Option<u32>, stays: Stays) {
+        // Its packets ask again, where that may help.
+        let gives_up = match stays {
+            Stays::Elsewhere => {
+                self.counts.elsewhere += 1;
+                CANDIDATE
+            }
+            Stays::Unsettled | Stays::Unresolved => {
+                self.counts.unsettled += 1;
+                0
+            }
+        };
+        conn.change_flags(0, ASKED | gives_up);
+        if let Some(slot) = before {
+            self.offload.take_back(slot);
+        }
+    }
+
+    fn refuse_for_room<A: Family>(&mut self, conn: &ConnRef<'_, A>) {
+        self.counts.full += 1;
+        conn.change_flags(0, ASKED | CANDIDATE);
+        if self.resting.is_empty() {
+            self.evict(now());
+        }
+    }
+
+    /// There was no time to confirm a flow, and it is as it was.
+    fn renew<A: Family>(&mut self, conn: &ConnRef<'_, A>, slot: u32) {
+        let flow = self.flow(slot);
+        flow.epoch.store(self.current.generation, Ordering::Relaxed);
+        match conn.windows() {
+            Some(windows) => flow.advance(&windows.sides),
+            None if conn.protocol() == Protocol::TCP => flow.close(),
+            None => {}
+        }
+        if flow.change(self.serials[slot as usize], Phase::Pending, Phase::Live) {
+            self.counts.renewed += 1;
+        }
+        conn.change_flags(0, ASKED);
+    }
+
+    /// Lets the programs do what they are to do with a connection's packets. `is_again`: the slot is the connection's already.
+    fn hand_over<A: Family>(&mut self, conn: &ConnRef<'_, A>, slot: u32, recipe: Recipe, is_again: bool) {
+        let at = slot as usize;
+        let serial = self.serials[at].wrapping_add(1) & (u32::MAX >> 2);
+        if !is_again {
+            self.claim(slot);
+            self.flow(slot).set_state(serial, Phase::Pending);
+        } else if !self.flow(slot).begin_anew(self.serials[at], serial) {
+            // It asked twice, and programs read the slot; or it was taken back since.
+            conn.change_flags(0, ASKED);
+            return;
+        }
+        self.serials[at] = serial;
+        let earlier = self.held[at];
+        if let Some(earlier) = &earlier {
+            earlier.remove_keys(slot, &mut *self.keys);
+            self.counts.renewed += 1;
+        } else {
+            self.flow(slot).ways.iter().for_each(|way| {
+                way.packets.store(0, Ordering::Relaxed);
+                way.bytes.store(0, Ordering::Relaxed);
+            });
+            self.counts.flows += 1;
+            self.counts.handed_over += 1;
+        }
+        let carried = earlier.map_or([(0, 0); 2], |earlier| earlier.carried);
+        let held = Held { request: Request::of(conn), serial, recipe, carried, since: now(), is_over: false };
+        self.held[at] = Some(held);
+        recipe.write(self.flow(slot));
+        self.flow(slot).epoch.store(self.current.generation, Ordering::Relaxed);
+        let is_inserted = held.insert_keys(slot, &mut *self.keys).is_ok();
+        self.release(conn, slot, is_inserted, is_again);
+    }
+
+    /// Lets the programs find a flow whose slot is written.
+    fn release<A: Family>(&mut self, conn: &ConnRef<'_, A>, slot: u32, is_inserted: bool, is_again: bool) {
+        let flow = self.flow(slot);
+        // A worker that finds the connection marked takes the windows over, so they are there before. Whoever removes it from then on
+        // takes the flow back; only then it is live.
+        let windows = conn.windows();
+        match &windows {
+            Some(windows) if is_again => flow.advance(&windows.sides),
+            Some(windows) => flow.set_windows(windows),
+            None => {}
+        }
+        conn.set_offload_slot(slot);
+        let is_marked = is_inserted && conn.change_flags(OFFLOADED, ASKED);
+        if is_marked && windows.is_some() == (conn.protocol() == Protocol::TCP) {
+            flow.change(self.serials[slot as usize], Phase::Pending, Phase::Live);
+        }
+        // What a worker has seen meanwhile, who did not find it marked: more of the same, or its end.
+        match conn.windows() {
+            Some(windows) if is_marked => flow.advance(&windows.sides),
+            None if is_marked && conn.protocol() != Protocol::TCP => {}
+            _ => {
+                flow.forget_windows();
+                flow.close();
+            }
+        }
+        if !is_inserted {
+            self.counts.failed += 1;
+            conn.change_flags(0, ASKED | CANDIDATE);
+        }
+    }
+
+    /// A slot that neither a program nor a worker can be reading: the first that rests, or one that was never used.
+    fn free_slot(&self) -> Option<u32> {
+        match self.resting.front() {
+            Some((epoch, graces, slot)) if *graces < self.graces && self.domain.passed(*epoch) => Some(*slot),
+            _ => (self.held.len() < self.serials.len()).then_some(self.held.len() as u32),
+        }
+    }
+
+    /// Takes a slot that is free.
+    fn claim(&mut self, slot: u32) {
+        match self.resting.front() {
+            Some((.., first)) if *first == slot => drop(self.resting.pop_front()),
+            _ => self.held.push(None),
+        }
+    }
+
+    /// Takes the flow back that is idle for longest among some, for others to have its slot soon.
+    fn evict(&mut self, now: Tick) {
+        let candidates = (0..SAMPLE.min(self.held.len())).filter_map(|step| {
+            let slot = (self.cursor + step) % self.held.len();
+            let is_live = self.offload.flow(slot as u32).is_some_and(|flow| flow.state().1 == Phase::Live);
+            self.held[slot].as_ref().filter(|_| is_live).map(|held| (now.since(held.since), slot))
+        });
+        let Some((idle, slot)) = candidates.max() else { return };
+        self.cursor = (self.cursor + SAMPLE) % self.held.len();
+        if idle >= IDLE {
+            self.offload.take_back(slot as u32);
+            self.counts.evicted += 1;
+        }
+    }
+}
+
+fn carried(flow: &Flow) -> [(u64, u64); 2] {
+    [Direction::Original, Direction::Reply].map(|direction| flow.carried(direction))
 }
 
 /// Tells a connection which of its directions were carried; whether it still is one.

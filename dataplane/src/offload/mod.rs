@@ -89,6 +89,13 @@ pub struct Request {
     pub identity: Identity,
 }
 
+impl Request {
+    /// That a connection be handed over.
+    fn of<A: Address>(conn: &ConnRef<'_, A>) -> Self {
+        Self { is_v6: A::BITS == 128, identity: conn.identity() }
+    }
+}
+
 /// What workers and tables know of the offload.
 #[derive(Debug)]
 pub struct Offload {
@@ -168,8 +175,7 @@ impl Offload {
     }
 
     fn send<A: Address>(&self, conn: &ConnRef<'_, A>) -> bool {
-        let request = Request { is_v6: A::BITS == 128, identity: conn.identity() };
-        match self.requests.try_send(request) {
+        match self.requests.try_send(Request::of(conn)) {
             Ok(()) => true,
             Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
                 self.unheard.fetch_add(1, Ordering::Relaxed);
