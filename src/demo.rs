@@ -237,8 +237,8 @@ fn spread(demo: &DemoCluster, list: &mut Checklist) -> Result<(), LabError> {
     list.check(answered == REQUESTS, &format!("{answered} answered"));
     for pod in ["default/webapp-1", "default/webapp-2"] {
         let n = count.get(pod).copied().unwrap_or_default();
-        // Five standard deviations of a fair coin: a right router fails once in 1.7 million runs.
-        let spread = 5.0 * (f64::from(REQUESTS) / 4.0).sqrt();
+        // 6.5 standard deviations of a fair coin: a right router fails once in 12 billion runs.
+        let spread = 6.5 * (f64::from(REQUESTS) / 4.0).sqrt();
         list.check((f64::from(n) - f64::from(REQUESTS) / 2.0).abs() <= spread, &format!("{pod}: {n}"));
     }
     Ok(())

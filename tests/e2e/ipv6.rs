@@ -61,7 +61,7 @@ fn dual_stack_pods_services_and_node_ports() {
     for (url, own) in [(format!("http://{}/", WEB[0]), "10.1.1.10"), (format!("http://[{}]/", WEB[1]), "fd00:1:1::10")]
     {
         let mut by = Vec::new();
-        for _ in 0..30 {
+        for _ in 0..40 {
             let (pod, seen) = site.answered("default/client", &url);
             assert_eq!(seen.to_string(), own, "{url}");
             by.push(pod);
@@ -77,9 +77,9 @@ fn dual_stack_pods_services_and_node_ports() {
             assert_eq!(socket.recv(&mut [0; 2000]).expect("an answer"), 1000);
         }
     }
-    // Hairpin: a pod through its own service, until it meets itself.
+    // Hairpin: a pod through its own service, so often that it meets itself.
     let mut met = false;
-    for _ in 0..30 {
+    for _ in 0..40 {
         let (pod, seen) = site.answered("default/local", &format!("http://[{}]/", WEB[1]));
         assert_eq!(seen.to_string(), if pod == "default/local" { NODES[0] } else { "fd00:1:1::20" });
         met |= pod == "default/local";

@@ -26,8 +26,8 @@ fn pods_of_a_node_reach_each_other_over_two_workers() {
     site.pings("default/client", &format!("-c 3 -M do -s {FULL} 10.1.1.20"));
 
     let _echo = Echo::new(&site, "default/server", "0.0.0.0:7");
-    // Many sockets, so that the kernel's hash gives each worker some.
-    for _ in 0..32 {
+    // So many sockets that the kernel's hash, whose key is random, gives each worker ten of them.
+    for _ in 0..96 {
         let socket = site.udp("default/client", "0.0.0.0:0");
         socket.connect("10.1.1.20:7").unwrap();
         for size in [0, 1, 64, 512, FULL] {

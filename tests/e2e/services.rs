@@ -79,8 +79,8 @@ fn connections_spread_evenly_over_backends_and_keep_their_source() {
         *count.entry(pod).or_default() += 1;
     }
     assert_eq!(count.values().sum::<u32>(), REQUESTS, "{count:?}");
-    // Five standard deviations of a binomial distribution with p = 1/3.
-    let (mean, spread) = (f64::from(REQUESTS) / 3.0, 5.0 * (f64::from(REQUESTS) * 2.0 / 9.0).sqrt());
+    // Seven standard deviations of a binomial distribution with p = 1/3: a right router fails once in 60 billion runs.
+    let (mean, spread) = (f64::from(REQUESTS) / 3.0, 7.0 * (f64::from(REQUESTS) * 2.0 / 9.0).sqrt());
     assert!(count.len() == 3 && count.values().all(|n| (f64::from(*n) - mean).abs() <= spread), "{count:?}");
     // `weir services` counted the same.
     let services = site.ask("node-a", "services").unwrap();
@@ -158,7 +158,8 @@ fn a_node_port_answers_on_both_nodes_and_is_masqueraded() {
     let site = site();
     for (node, address) in NODES {
         let mut backends = BTreeMap::new();
-        for _ in 0..30 {
+        // So many that each of three backends gets some but once in five billion runs.
+        for _ in 0..60 {
             let (pod, seen) = site.answered("client", &format!("http://{address}:{NODE_PORT}/"));
             assert_eq!(seen.to_string(), address, "{pod} answered through {node}");
             *backends.entry(pod).or_insert(0) += 1;
@@ -169,8 +170,8 @@ fn a_node_port_answers_on_both_nodes_and_is_masqueraded() {
             status["snat"]["addresses"].as_array().and_then(|all| all.iter().find(|a| a["address"] == *address));
         let shown = shown.unwrap_or_else(|| panic!("{address} masquerades: {status}"));
         let (connections, ports) = (shown["connections"].as_u64(), shown["busiest"]["portsInUse"].as_u64());
-        // 30 connections in TIME_WAIT or so, to three backends.
-        assert!(connections >= Some(30) && ports >= Some(10), "{shown}");
+        // 60 connections in TIME_WAIT or so, to three backends.
+        assert!(connections >= Some(60) && ports >= Some(20), "{shown}");
         assert_eq!(shown["busiest"]["proto"], "tcp");
     }
     // From a pod: the node's address is as good as the cluster IP.

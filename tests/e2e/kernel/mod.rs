@@ -25,8 +25,8 @@ use self::{
 };
 use crate::site::{DEADLINE, NO_ANSWER_SECONDS, Site};
 
-/// Connections of one flow: enough that every flow meets each of three backends but once in a million runs.
-const TRIES: u32 = 50;
+/// Connections of one flow: enough that every flow meets each of three backends but once in five billion runs.
+const TRIES: u32 = 70;
 
 /// What a flow comes to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
