@@ -4,12 +4,13 @@ CARGO ?= cargo
 SOAK_MINUTES ?= 30
 STORM_SECONDS ?= 30
 FUZZ_SECONDS ?= 60
+PROPERTY_ROUNDS ?= 20
 PERF_ROUNDS ?= 5
 PERF_SECONDS ?= 1
 FUZZ_SANITIZER ?= none
 LOOM_FLAGS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=2
 
-.PHONY: help setup build release demo demo-memory test lint unit loom e2e storm cases bench bench-tables bench-reload perf perf-offload soak fuzz miri install clean
+.PHONY: help setup build release demo demo-memory test lint unit loom e2e storm cases bench bench-tables bench-reload perf perf-offload soak properties fuzz miri install clean
 
 help: ## Lists the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -74,6 +75,9 @@ perf-offload: release ## What the kernel carries for weir, beside the kernel's o
 
 soak: ## Two workers under a mix of everything for SOAK_MINUTES (30); at the end every entry, frame and port is accounted for.
 	$(CARGO) run --example soak -- $(SOAK_MINUTES)
+
+properties: ## Every property test with new random cases, PROPERTY_ROUNDS (20) times or until one fails; PROPTEST_RNG_SEED=N repeats a round.
+	CARGO="$(CARGO)" ./scripts/properties.sh $(PROPERTY_ROUNDS)
 
 fuzz: setup ## Every fuzz target for FUZZ_SECONDS (60); finds lie in fuzz/artifacts, what was learnt in fuzz/corpus.
 	command -v cargo-fuzz >/dev/null || $(CARGO) install cargo-fuzz --locked
