@@ -284,15 +284,9 @@ impl Worker {
             burst.push(packet);
         }
         let turn = self.participant.enter();
-        let context = Context {
-            snapshot: self.shared.published.load(&turn),
-            tables: &self.shared.tables,
-            affinity: &self.shared.affinity,
-            turn: &turn,
-            now: Tick(self.shared.now().0 + self.jump),
-            tcp_loose: false,
-            offload: None,
-        };
+        let Shared { published, tables, affinity, .. } = &*self.shared;
+        let now = Tick(self.shared.now().0 + self.jump);
+        let context = Context { tcp_loose: false, ..Context::new(published.load(&turn), tables, affinity, &turn, now) };
         process_burst(&mut self.pipeline, &mut self.driver, &mut burst, &context);
         self.pipeline.maintain(&mut self.driver, &context, 64);
         self.pipeline.flush(&mut self.driver);

@@ -124,15 +124,7 @@ pub fn measure(flows: u32, duration: Duration) -> Result<Measurement, String> {
     let mut round = |with_pipeline: bool| {
         fill(&mut driver, &mut burst, &packets, &mut next);
         let turn = participant.enter();
-        let context = Context {
-            snapshot: published.load(&turn),
-            tables: &tables,
-            affinity: &affinity,
-            turn: &turn,
-            now: Tick(1),
-            tcp_loose: true,
-            offload: None,
-        };
+        let context = Context::new(published.load(&turn), &tables, &affinity, &turn, Tick(1));
         if with_pipeline {
             process_burst(&mut pipeline, &mut driver, &mut burst, &context);
             pipeline.flush(&mut driver);

@@ -171,13 +171,8 @@ impl MemoryRouter {
     fn turn(&mut self) {
         let turn = self.participant.enter();
         let context = Context {
-            snapshot: self.published.load(&turn),
-            tables: &self.tables,
-            affinity: &self.affinity,
-            turn: &turn,
-            now: self.now,
             tcp_loose: self.tcp_loose,
-            offload: None,
+            ..Context::new(self.published.load(&turn), &self.tables, &self.affinity, &turn, self.now)
         };
         process_burst(&mut self.pipeline, &mut self.driver, &mut self.burst, &context);
         self.pipeline.maintain(&mut self.driver, &context, SWEEP_SHARE);

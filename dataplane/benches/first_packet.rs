@@ -383,15 +383,7 @@ impl Worker {
         for _ in 0..FLOWS as usize / BURST {
             self.fill();
             let turn = self.participant.enter();
-            let context = Context {
-                snapshot: self.published.load(&turn),
-                tables: &self.tables,
-                affinity: &self.affinity,
-                turn: &turn,
-                now: self.now,
-                tcp_loose: true,
-                offload: None,
-            };
+            let context = Context::new(self.published.load(&turn), &self.tables, &self.affinity, &turn, self.now);
             let begin = Instant::now();
             handle(&mut self.pipeline, &mut self.driver, &mut self.burst, &context);
             sample(begin.elapsed());
@@ -409,15 +401,7 @@ impl Worker {
         // What one turn takes out has its place free some turns later.
         for _ in 0..4 {
             let turn = self.participant.enter();
-            let context = Context {
-                snapshot: self.published.load(&turn),
-                tables: &self.tables,
-                affinity: &self.affinity,
-                turn: &turn,
-                now: self.now,
-                tcp_loose: true,
-                offload: None,
-            };
+            let context = Context::new(self.published.load(&turn), &self.tables, &self.affinity, &turn, self.now);
             self.pipeline.maintain(&mut self.driver, &context, u32::MAX);
         }
         assert!(self.tables.v4.is_empty());

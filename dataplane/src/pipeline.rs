@@ -194,6 +194,20 @@ pub struct Context<'t> {
     pub offload: Option<&'t Offload>,
 }
 
+impl<'t> Context<'t> {
+    /// With netfilter's default of `tcp_loose`; flows stay with the workers.
+    #[inline]
+    pub fn new(
+        snapshot: &'t Snapshot,
+        tables: &'t Tables,
+        affinity: &'t Affinity,
+        turn: &'t Turn<'t>,
+        now: Tick,
+    ) -> Self {
+        Self { snapshot, tables, affinity, turn, now, tcp_loose: true, offload: None }
+    }
+}
+
 /// What a worker asks of, or tells, the control thread.
 #[derive(Clone, Debug)]
 pub enum Event {

@@ -133,13 +133,9 @@ impl<D: Device> Worker<D> {
         let Self { driver, pipeline, participant, shared, burst, burst_limit, .. } = self;
         let turn = participant.enter();
         let context = Context {
-            snapshot: shared.snapshot.load(&turn),
-            tables: &shared.tables,
-            affinity: &shared.affinity,
-            turn: &turn,
-            now: now(),
             tcp_loose: shared.tcp_loose,
             offload: shared.offload.as_deref(),
+            ..Context::new(shared.snapshot.load(&turn), &shared.tables, &shared.affinity, &turn, now())
         };
         let mut handled = 0;
         for port in 0..driver.ports() {

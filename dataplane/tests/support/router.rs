@@ -279,13 +279,8 @@ impl Router {
         }
         let turn = self.participant.enter();
         let context = Context {
-            snapshot: self.published.load(&turn),
-            tables: &self.tables,
-            affinity: &self.affinity,
-            turn: &turn,
-            now: self.now,
-            tcp_loose: true,
             offload: self.offload.as_deref(),
+            ..Context::new(self.published.load(&turn), &self.tables, &self.affinity, &turn, self.now)
         };
         process_burst(&mut self.pipeline, &mut self.driver, &mut burst, &context);
         self.pipeline.maintain(&mut self.driver, &context, 32);
