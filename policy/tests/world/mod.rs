@@ -7,13 +7,28 @@ use std::{
 };
 
 use ipnet::IpNet;
-use proptest::{prelude::*, sample::select};
+use proptest::{
+    prelude::*,
+    sample::select,
+    strategy::ValueTree,
+    test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
+};
 use weir_packet::Protocol;
 use weir_policy::{Selector, model::*};
 
 use crate::oracle::Packet;
 
 pub mod edit;
+
+/// A value of a strategy whose random numbers these bytes seed, for fuzz targets; `None` where it refuses to make one of them.
+#[allow(dead_code, reason = "the fuzz targets use it")]
+pub fn drawn<S: Strategy>(strategy: S, bytes: &[u8]) -> Option<S::Value> {
+    let mut seed = [0; 32];
+    seed.iter_mut().zip(bytes).for_each(|(seed, byte)| *seed = *byte);
+    let random = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
+    let mut runner = TestRunner::new_with_rng(Config { failure_persistence: None, ..Config::default() }, random);
+    strategy.new_tree(&mut runner).ok().map(|tree| tree.current())
+}
 
 pub fn net() -> impl Strategy<Value = IpNet> {
     let v4 = (0u32..32, select(vec![0u8, 8, 27, 28, 29, 30, 31, 32, 32, 32]))
