@@ -19,6 +19,7 @@ mod lifecycle;
 mod load_balancer;
 mod manifests;
 mod offload;
+mod offload_only;
 mod one_node;
 mod own_node;
 mod path_mtu;
