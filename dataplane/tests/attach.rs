@@ -21,7 +21,7 @@ use std::{
 use aya::programs::loaded_links;
 use etherparse::PacketBuilder;
 use nix::net::if_::if_nametoindex;
-use node::{Namespace, Node, index_of, info_of, mac_of, program_info, shell, skipped};
+use node::{Namespace, Node, index_of, info_of, mac_of, run_xdp, shell, skipped, xdp_program};
 use weir_dataplane::{
     afxdp::trunk::{origin, target},
     attach::{
@@ -99,45 +99,9 @@ fn udp(macs: (Mac, Mac), from: [u8; 4], to: [u8; 4], port: u16, payload: &[u8]) 
     frame
 }
 
-/// Runs a pinned link's program on a frame that arrived on a queue; what it returns. (BPF_PROG_TEST_RUN.)
+/// What a pinned link's program returns for a frame that arrived on a queue.
 fn test_run(link: &Path, frame: &[u8], device: u32, queue: u32) -> u32 {
-    /// The union's part for BPF_PROG_TEST_RUN in `bpf_attr`, include/uapi/linux/bpf.h.
-    #[repr(C)]
-    struct TestRun {
-        prog_fd: u32,
-        retval: u32,
-        data_size_in: u32,
-        data_size_out: u32,
-        data_in: u64,
-        data_out: u64,
-        repeat: u32,
-        duration: u32,
-        ctx_size_in: u32,
-        ctx_size_out: u32,
-        ctx_in: u64,
-        ctx_out: u64,
-        flags: u32,
-        cpu: u32,
-        batch_size: u32,
-        pad: u32,
-    }
-    const BPF_PROG_TEST_RUN: i32 = 10;
-
-    let fd = program_info(link).fd().expect("root may open it");
-    // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
-    let context = [0, frame.len() as u32, 0, device, queue, 0];
-    // SAFETY: all zeroes is a valid value of plain integers.
-    let mut run: TestRun = unsafe { zeroed() };
-    run.prog_fd = fd.as_fd().as_raw_fd() as u32;
-    run.data_in = frame.as_ptr() as u64;
-    run.data_size_in = frame.len() as u32;
-    run.ctx_in = context.as_ptr() as u64;
-    run.ctx_size_in = size_of_val(&context) as u32;
-    run.repeat = 1;
-    // SAFETY: the pointers in `run` and their sizes are those of live buffers, and `run` is as large as is said.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut run, size_of::<TestRun>()) };
-    assert_eq!(result, 0, "test run: {}", std::io::Error::last_os_error());
-    run.retval
+    run_xdp(&xdp_program(link), frame, device, queue)
 }
 
 /// An AF_XDP socket. The kernel checks only at a packet whether it is bound.

@@ -8,7 +8,11 @@ use std::{
     thread,
 };
 
-use aya::programs::{ProgramInfo, links::PinnedLink, loaded_programs};
+use aya::{
+    TestRun as _, TestRunOptions,
+    programs::{ProgramInfo, Xdp, links::PinnedLink, loaded_programs},
+};
+use aya_obj::programs::XdpAttachType;
 use nix::{
     net::if_::if_nametoindex,
     sched::{CloneFlags, setns},
@@ -157,4 +161,17 @@ pub fn program_info(link: &Path) -> ProgramInfo {
         .map(|info| info.expect("programs can be listed"))
         .find(|info| info.id() == id)
         .expect("the program is loaded")
+}
+
+/// The XDP program of a pinned link.
+pub fn xdp_program(link: &Path) -> Xdp {
+    Xdp::from_program_info(program_info(link), "xdp".into(), XdpAttachType::Interface).expect("it is an XDP program")
+}
+
+/// What a program returns for a frame that arrived on a queue (BPF_PROG_TEST_RUN).
+pub fn run_xdp(program: &Xdp, frame: &[u8], device: u32, queue: u32) -> u32 {
+    // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+    let context = [0, frame.len() as u32, 0, device, queue, 0].map(u32::to_ne_bytes).concat();
+    let options = TestRunOptions { data_in: Some(frame), ctx_in: Some(&context), ..TestRunOptions::new() };
+    program.test_run(options).expect("a test run").return_value
 }
