@@ -1,8 +1,16 @@
 //! Flows in the kernel: what a program does with a packet is what a worker would have done with it.
 //!
-//! Two routers with the same tables see the same packets. In one a worker handles them all. In the other they come to `workload_send`
-//! first, in the kernel (BPF_PROG_TEST_RUN), with what a keeper has written into its maps; a worker gets what the program leaves. Both
-//! must send the same, byte by byte, and know the same windows afterwards; and the program must carry what is plain, and nothing else.
+//! Two routers with the same tables see the same packets. In one a worker handles them all. In the other they come to the programs first,
+//! in the kernel (BPF_PROG_TEST_RUN), with what a keeper has written into their maps; a worker gets what they leave. Both must send the
+//! same, byte by byte, and know the same windows afterwards; and the programs must carry what is plain, and nothing else. What they leave,
+//! they must leave as it was, and what they know of flows too.
+//!
+//! Packets come from pods (`workload_send`), from the node's own kernel (`host_send`) and by an uplink, directly and in a tunnel
+//! (`uplink_receive`, then `uplink_carry`).
+//!
+//! BPF_PROG_TEST_RUN makes packets with whole checksums only, and, with segments to cut, of no type, which the kernel lets into no tunnel
+//! and out of none. So what a sender left to its device (CHECKSUM_PARTIAL), and large packets in tunnels, is left to the end-to-end tests
+//! of the offload: all that pods with their CNI's devices send is of that kind.
 
 #[allow(dead_code, reason = "each test uses a part of it")]
 #[path = "support/keys.rs"]
@@ -16,28 +24,38 @@ mod packets;
 #[allow(dead_code, reason = "each test uses a part of it")]
 #[path = "support/router.rs"]
 mod router;
+#[path = "support/segments.rs"]
+mod segments;
 
 use std::{
     cell::Cell,
     collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::Ordering},
 };
 
-use aya::{TestRun as _, TestRunOptions, programs::SchedClassifier};
+use aya::{
+    TestRun as _, TestRunOptions,
+    programs::{SchedClassifier, Xdp},
+};
 use crossbeam::channel::Receiver;
 use keys::SharedKeys;
-use node::{Namespace, Node, program_info, skipped};
-use packets::{Packet, TCP, UDP};
+use node::{Namespace, Node, program_info, run_xdp, skipped, xdp_program};
+use packets::{IPIP, TCP, UDP};
 use proptest::{
     prelude::*,
     test_runner::{Config, TestRunner},
 };
-use router::{CLIENT_POD, GATEWAY_MAC, Router, SERVER_POD, ip, octets, rules, service, sum};
+use router::{CLIENT_POD, GATEWAY_MAC, Router, SERVER_POD, UPLINK, UPLINK_MAC, ip, rules, service};
+use segments::{
+    ACK, Checksum, Ends, FIN, Gso, MTU, Oddity, Outer, PSH, Place, RST, SYN, Sent, URG, USUAL, cut, ends_of,
+    fix_header_checksum, frame, icmp_error, ip_packet, is_inside, mac_of, numbers, oddities, read16, sents, tcp,
+    tunnel_carries, tunnelled, udp, without_tunnel_id, write16,
+};
 use weir_conntrack::{ConnRef, Identity, OFFLOADED, Windows};
 use weir_dataplane::{
     afxdp::trunk::origin,
-    attach::{Attachment, Counter, KernelKeys, OffloadMaps, TrunkSettings},
+    attach::{Attachment, Counter, KernelKeys, OffloadMaps, Owned, TrunkSettings},
     frame::{IfIndex, LinkType},
     offload::{
         Offload, Request,
@@ -48,27 +66,26 @@ use weir_dataplane::{
     worker::now,
 };
 use weir_nat::SnatPorts;
-use weir_packet::{Address, Direction, FlowKey, Mac, Ports, Protocol};
+use weir_packet::{Address, Direction, DropReason, FlowKey, Mac, Ports, Protocol};
 
+// Of both families.
 const CLIENT: [&str; 2] = ["10.1.1.10", "fd00:1:1::10"];
 const SERVER: [&str; 2] = ["10.1.1.20", "fd00:1:1::20"];
+const REMOTE: [&str; 2] = ["10.1.2.20", "fd00:1:2::20"];
+const NODE: [&str; 2] = ["192.168.10.1", "fd00:10::1"];
+const OUTSIDE: [&str; 2] = ["192.168.10.100", "fd00:10::100"];
 const VIPS: [&str; 2] = ["10.96.0.10", "fd00:96::10"];
+const FAR_VIPS: [&str; 2] = ["10.96.0.20", "fd00:96::20"];
+const NODE_PORT: u16 = 30080;
+const SNAT_PORTS: std::ops::RangeInclusive<u16> = 10_000..=20_000;
 const SLOTS: u32 = 16;
 /// After so many, and the first, an unanswered UDP flow is handed over.
 const UDP_PACKETS: u8 = 3;
-const MTU: usize = 1500;
-
-const FIN: u8 = 1;
-const SYN: u8 = 2;
-const RST: u8 = 4;
-const PSH: u8 = 8;
-const ACK: u8 = 16;
-const URG: u8 = 32;
 
 // --- what is tried
 
-/// Whom a flow leads to.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// Whence and where a flow leads.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Leads {
     /// From the first pod to the second.
     Forth,
@@ -78,6 +95,66 @@ enum Leads {
     ToService,
     /// From the second pod to that service, and so to itself.
     ToItself,
+    /// From the first pod to one on node b: in a tunnel for IPv4, directly for IPv6. And from there.
+    ToRemote,
+    FromRemote,
+    /// From the first pod to a service, whose backend is on node b.
+    ToFarService,
+    /// From the first pod to somebody outside of the cluster, for whom it is the node. And from there.
+    ToOutside,
+    FromOutside,
+    /// From outside to a node port, whose backend is the second pod.
+    ToNodePort,
+    /// From the node to the second pod, and to the service with that pod as its backend; from the first pod to the node.
+    FromNode,
+    FromNodeToService,
+    ToNode,
+}
+
+impl Leads {
+    const ALL: [Self; 13] = [
+        Self::Forth,
+        Self::Back,
+        Self::ToService,
+        Self::ToItself,
+        Self::ToRemote,
+        Self::FromRemote,
+        Self::ToFarService,
+        Self::ToOutside,
+        Self::FromOutside,
+        Self::ToNodePort,
+        Self::FromNode,
+        Self::FromNodeToService,
+        Self::ToNode,
+    ];
+
+    /// Source, destination with its port, and the device that the first packet comes by.
+    fn ends(self, family: usize) -> (IpAddr, (IpAddr, u16), IfIndex) {
+        let (from, to, port, device) = match self {
+            Self::Forth => (CLIENT, SERVER, 80, CLIENT_POD),
+            Self::Back => (SERVER, CLIENT, 80, SERVER_POD),
+            Self::ToService => (CLIENT, VIPS, 53, CLIENT_POD),
+            Self::ToItself => (SERVER, VIPS, 53, SERVER_POD),
+            Self::ToRemote => (CLIENT, REMOTE, 80, CLIENT_POD),
+            Self::FromRemote => (REMOTE, SERVER, 80, UPLINK),
+            Self::ToFarService => (CLIENT, FAR_VIPS, 53, CLIENT_POD),
+            Self::ToOutside => (CLIENT, OUTSIDE, 80, CLIENT_POD),
+            Self::FromOutside => (OUTSIDE, SERVER, 80, UPLINK),
+            Self::ToNodePort => (OUTSIDE, NODE, NODE_PORT, UPLINK),
+            Self::FromNode => (NODE, SERVER, 80, IfIndex::HOST),
+            Self::FromNodeToService => (NODE, VIPS, 53, IfIndex::HOST),
+            Self::ToNode => (CLIENT, NODE, 9090, CLIENT_POD),
+        };
+        (ip(from[family]), (ip(to[family]), port), device)
+    }
+
+    /// Whether a service claims it: it is not picked up in the middle then.
+    fn is_claimed(self) -> bool {
+        matches!(
+            self,
+            Self::ToService | Self::ToItself | Self::ToFarService | Self::ToNodePort | Self::FromNodeToService
+        )
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -90,70 +167,6 @@ struct Flow {
     /// Initial sequence numbers, and window scales.
     isn: [u32; 2],
     scales: [Option<u8>; 2],
-}
-
-/// What a packet's checksum is.
-#[derive(Clone, Copy, Debug)]
-enum Checksum {
-    Right,
-    /// The same, and its payload is such that it is 0 before, or after, the translation; in the IP header the identification is.
-    ZeroBefore,
-    ZeroAfter,
-    /// Of layer 4: this one, whatever is right.
-    Fixed(u16),
-}
-
-/// Where a segment lies.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Place {
-    /// Inside both windows: so far behind what was sent last, and its acknowledgment behind what it may acknowledge, modulo what is
-    /// inside.
-    Inside { back: u32, lag: u32 },
-    /// The nth of the four tests fails by so much.
-    Outside { test: u8, by: u32 },
-}
-
-#[derive(Clone, Debug)]
-struct Sent {
-    payload_bytes: usize,
-    fill: u8,
-    place: Place,
-    window: u16,
-    flags: u8,
-    /// Words of TCP options: no-operations, but for a timestamp where it fits.
-    option_words: usize,
-    tos: u8,
-    ttl: u8,
-    id: u16,
-    dont_fragment: bool,
-    checksum: Checksum,
-}
-
-/// What makes a packet unusual.
-#[derive(Clone, Copy, Debug)]
-enum Oddity {
-    Flags(u8),
-    Ttl(u8),
-    IpOptions,
-    FirstFragment,
-    LaterFragment,
-    BadHeaderChecksum,
-    /// The IP header's length is wrong by so much.
-    Length(i8),
-    /// UDP's is.
-    UdpLength(i8),
-    /// TCP's data offset.
-    DataOffset(u8),
-    Padding(u8),
-    TooBig(u16),
-    /// UDP over IPv6.
-    NoChecksum,
-    UnknownPort,
-    OtherDevice,
-    /// For another MAC address.
-    OtherMac,
-    /// An ICMP error about the last packet of the other direction.
-    IcmpError,
 }
 
 #[derive(Clone, Debug)]
@@ -179,77 +192,16 @@ enum Step {
 }
 
 fn flows() -> impl Strategy<Value = Flow> {
-    let leads = prop_oneof![Just(Leads::Forth), Just(Leads::Back), Just(Leads::ToService), Just(Leads::ToItself)];
+    let leads = proptest::sample::select(Leads::ALL.to_vec());
     let scale = || proptest::option::of(0..=14u8);
     let isn = || prop_oneof![any::<u32>(), u32::MAX - 3000..=u32::MAX];
     let protocol = prop_oneof![Just(TCP), Just(UDP)];
     (protocol, any::<bool>(), leads, proptest::bool::weighted(0.25), [isn(), isn()], [scale(), scale()]).prop_map(
         |(protocol, is_v6, leads, is_half_seen, isn, scales)| {
-            // What a service claims is not picked up in the middle.
-            let is_half_seen = is_half_seen && (protocol == UDP || matches!(leads, Leads::Forth | Leads::Back));
+            let is_half_seen = is_half_seen && (protocol == UDP || !leads.is_claimed());
             Flow { protocol, is_v6, leads, is_half_seen, isn, scales }
         },
     )
-}
-
-fn sents() -> impl Strategy<Value = Sent> {
-    let distance = || prop_oneof![3 => Just(0u32), 1 => 0..2000u32, 1 => any::<u32>()];
-    let place = prop_oneof![
-        12 => (distance(), distance()).prop_map(|(back, lag)| Place::Inside { back, lag }),
-        1 => (0..4u8, prop_oneof![Just(0u32), 0..100_000u32]).prop_map(|(test, by)| Place::Outside { test, by }),
-    ];
-    let checksum = prop_oneof![
-        4 => Just(Checksum::Right),
-        1 => Just(Checksum::ZeroBefore),
-        1 => Just(Checksum::ZeroAfter),
-        1 => prop_oneof![Just(0), Just(u16::MAX), any::<u16>()].prop_map(Checksum::Fixed),
-    ];
-    let payload = prop_oneof![Just(0usize), 0..100usize, 0..MTU, Just(MTU)];
-    let flags = prop_oneof![Just(ACK), Just(ACK | PSH), Just(ACK | 0xc0)];
-    let window = prop_oneof![Just(0u16), any::<u16>(), Just(u16::MAX)];
-    (
-        (payload, any::<u8>(), place, window, flags, 0..=10usize),
-        (any::<u8>(), 2..=255u8, any::<u16>(), any::<bool>(), checksum),
-    )
-        .prop_map(
-            |((payload_bytes, fill, place, window, flags, option_words), (tos, ttl, id, dont_fragment, checksum))| {
-                Sent { payload_bytes, fill, place, window, flags, option_words, tos, ttl, id, dont_fragment, checksum }
-            },
-        )
-}
-
-fn oddities() -> impl Strategy<Value = Oddity> {
-    let flags = proptest::sample::select(vec![
-        FIN | ACK,
-        SYN,
-        SYN | ACK,
-        RST,
-        RST | ACK,
-        URG | ACK,
-        0,
-        PSH,
-        FIN,
-        FIN | SYN,
-        0xff,
-    ]);
-    prop_oneof![
-        2 => flags.prop_map(Oddity::Flags),
-        1 => (0..=1u8).prop_map(Oddity::Ttl),
-        1 => Just(Oddity::IpOptions),
-        1 => Just(Oddity::FirstFragment),
-        1 => Just(Oddity::LaterFragment),
-        1 => Just(Oddity::BadHeaderChecksum),
-        1 => prop_oneof![-20..0i8, 1..20i8].prop_map(Oddity::Length),
-        1 => prop_oneof![-20..0i8, 1..20i8].prop_map(Oddity::UdpLength),
-        1 => prop_oneof![0..5u8, Just(15u8)].prop_map(Oddity::DataOffset),
-        1 => (1..60u8).prop_map(Oddity::Padding),
-        1 => (1..100u16).prop_map(Oddity::TooBig),
-        1 => Just(Oddity::NoChecksum),
-        1 => Just(Oddity::UnknownPort),
-        1 => Just(Oddity::OtherDevice),
-        1 => Just(Oddity::OtherMac),
-        2 => Just(Oddity::IcmpError),
-    ]
 }
 
 fn steps() -> impl Strategy<Value = Step> {
@@ -266,136 +218,6 @@ fn steps() -> impl Strategy<Value = Step> {
 
 // --- packets
 
-fn add(a: u16, b: u16) -> u16 {
-    let sum = u32::from(a) + u32::from(b);
-    (sum + (sum >> 16)) as u16
-}
-
-/// The sum over addresses and layer 4.
-fn l4_sum(src: IpAddr, dst: IpAddr, protocol: u8, l4: &[u8]) -> u16 {
-    let pseudo = [&octets(src)[..], &octets(dst), &(l4.len() as u32).to_be_bytes(), &[0, 0, 0, protocol]].concat();
-    add(sum(&pseudo), sum(l4))
-}
-
-fn write16(bytes: &mut [u8], at: usize, value: u16) {
-    bytes[at..at + 2].copy_from_slice(&value.to_be_bytes());
-}
-
-fn read16(bytes: &[u8], at: usize) -> u16 {
-    u16::from_be_bytes([bytes[at], bytes[at + 1]])
-}
-
-/// Addresses and ports of a direction's packets: source, destination; as they come, and as they leave.
-#[derive(Clone, Copy, Debug)]
-struct Ends {
-    arrives: [(IpAddr, u16); 2],
-    leaves: [(IpAddr, u16); 2],
-    device: IfIndex,
-}
-
-/// An IP packet of these ends, with layer 4 that begins with ports.
-fn ip_packet(ends: &Ends, protocol: u8, sent: &Sent, mut l4: Vec<u8>) -> Vec<u8> {
-    let checksum_at = if protocol == TCP { 16 } else { 6 };
-    let with_ports = |l4: &[u8], [(_, from), (_, to)]: [(IpAddr, u16); 2]| {
-        [&from.to_be_bytes()[..], &to.to_be_bytes(), &l4[4..]].concat()
-    };
-    write16(&mut l4, checksum_at, 0);
-    l4 = with_ports(&l4, ends.arrives);
-    let [(src, _), (dst, _)] = ends.arrives;
-    // What makes the sum right with a checksum of 0 goes into the last whole word of what is no header, if there is one.
-    let spare = (l4.len() & !1).checked_sub(2).filter(|at| *at >= if protocol == TCP { 20 } else { 8 });
-    if let Some(at) = spare
-        && let Checksum::ZeroBefore | Checksum::ZeroAfter = sent.checksum
-    {
-        let then = if matches!(sent.checksum, Checksum::ZeroBefore) { ends.arrives } else { ends.leaves };
-        let missing = !l4_sum(then[0].0, then[1].0, protocol, &with_ports(&l4, then));
-        let word = add(read16(&l4, at), missing);
-        write16(&mut l4, at, word);
-    }
-    let checksum = match sent.checksum {
-        Checksum::Fixed(checksum) => checksum,
-        _ => match !l4_sum(src, dst, protocol, &l4) {
-            0 if protocol == UDP => u16::MAX,
-            checksum => checksum,
-        },
-    };
-    // Without one, UDP over IPv6 is not plain.
-    let checksum = if protocol == UDP && src.is_ipv6() { checksum.max(1) } else { checksum };
-    write16(&mut l4, checksum_at, checksum);
-    if src.is_ipv6() {
-        let mut header = vec![0x60 | sent.tos >> 4, sent.tos << 4 | sent.fill & 15, sent.id as u8, sent.fill, 0, 0];
-        write16(&mut header, 4, l4.len() as u16);
-        header.extend([protocol, sent.ttl]);
-        return [header, octets(src), octets(dst), l4].concat();
-    }
-    let header = |ttl: u8, [(src, _), (dst, _)]: [(IpAddr, u16); 2], id: u16| {
-        let mut header = vec![0x45, sent.tos, 0, 0, 0, 0, if sent.dont_fragment { 0x40 } else { 0 }, 0, ttl, protocol];
-        write16(&mut header, 2, 20 + l4.len() as u16);
-        write16(&mut header, 4, id);
-        [header, vec![0, 0], octets(src), octets(dst)].concat()
-    };
-    let id = match sent.checksum {
-        Checksum::ZeroBefore => add(sent.id, !sum(&header(sent.ttl, ends.arrives, sent.id))),
-        Checksum::ZeroAfter => add(sent.id, !sum(&header(sent.ttl.saturating_sub(1), ends.leaves, sent.id))),
-        _ => sent.id,
-    };
-    let mut header = header(sent.ttl, ends.arrives, id);
-    let checksum = !sum(&header);
-    write16(&mut header, 10, checksum);
-    [header, l4].concat()
-}
-
-/// Addresses and ports of a packet without options.
-fn ends_of(ip: &[u8]) -> [(IpAddr, u16); 2] {
-    let v4 = |at: usize| IpAddr::from(<[u8; 4]>::try_from(&ip[at..at + 4]).unwrap());
-    let v6 = |at: usize| IpAddr::from(<[u8; 16]>::try_from(&ip[at..at + 16]).unwrap());
-    match ip[0] >> 4 {
-        4 => [(v4(12), read16(ip, 20)), (v4(16), read16(ip, 22))],
-        _ => [(v6(8), read16(ip, 40)), (v6(24), read16(ip, 42))],
-    }
-}
-
-fn fix_header_checksum(ip: &mut [u8]) {
-    if ip[0] >> 4 == 4 {
-        let header_bytes = usize::from(ip[0] & 15) * 4;
-        write16(ip, 10, 0);
-        let checksum = !sum(&ip[..header_bytes]);
-        write16(ip, 10, checksum);
-    }
-}
-
-/// As a pod sends it to its gateway.
-fn frame(ip: &[u8], destination: Mac, device: IfIndex) -> Vec<u8> {
-    let source = [10, 0, 0, 0, 0, if device == CLIENT_POD { 1 } else { 2 }];
-    let ethertype = if ip[0] >> 4 == 4 { [8, 0] } else { [0x86, 0xdd] };
-    [&destination.0[..], &source, &ethertype, ip].concat()
-}
-
-fn udp(payload: &[u8]) -> Vec<u8> {
-    let mut l4 = vec![0; 8];
-    write16(&mut l4, 4, 8 + payload.len() as u16);
-    [l4, payload.to_vec()].concat()
-}
-
-fn tcp(seq: u32, ack: u32, flags: u8, window: u16, options: &[u8], payload: &[u8]) -> Vec<u8> {
-    let header = [&[0; 4][..], &seq.to_be_bytes(), &ack.to_be_bytes(), &[(5 + options.len() as u8 / 4) << 4, flags]];
-    [&header.concat()[..], &window.to_be_bytes(), &[0; 4], options, payload].concat()
-}
-
-const USUAL: Sent = Sent {
-    payload_bytes: 0,
-    fill: 0,
-    place: Place::Inside { back: 0, lag: 0 },
-    window: 1000,
-    flags: ACK,
-    option_words: 0,
-    tos: 0,
-    ttl: 64,
-    id: 1,
-    dont_fragment: true,
-    checksum: Checksum::Right,
-};
-
 /// The directions and segments of a handshake.
 fn handshake([a, b]: [u32; 2], scales: [Option<u8>; 2]) -> [(usize, Vec<u8>); 3] {
     let options = scales.map(|scale| scale.map_or(vec![], |scale| vec![1, 3, 3, scale]));
@@ -409,17 +231,48 @@ fn handshake([a, b]: [u32; 2], scales: [Option<u8>; 2]) -> [(usize, Vec<u8>); 3]
 
 // --- both routers
 
-/// The program and its maps, which all cases share.
-struct Kernel {
-    program: SchedClassifier,
+/// The programs and their maps, which all cases share.
+struct Kernel<'a> {
+    attachment: &'a Attachment,
+    workload_send: SchedClassifier,
+    host_send: SchedClassifier,
+    uplink_receive: Xdp,
+    uplink_carry: SchedClassifier,
     offload: Arc<Offload>,
     requests: Receiver<Request>,
     keys: SharedKeys<KernelKeys>,
 }
 
-impl Kernel {
-    /// The pods' devices have the indexes and MAC addresses that the router's tables say.
-    fn new(attachment: &mut Attachment, node: &Node, pods: [&Namespace; 2]) -> Self {
+/// What became of a frame that came to the programs.
+enum Ran {
+    /// It was redirected, so rewritten, by that way of a slot, which counted so many packets and bytes.
+    Carried { frame: Vec<u8>, slot: u32, direction: Direction, counted: (u64, u64) },
+    /// It is a worker's.
+    Left(LinkType),
+    /// It is the node's own kernel's.
+    Passed,
+}
+
+/// All that the programs may change of a slot.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct SlotState {
+    state: (u32, Phase),
+    epoch: u32,
+    windows: [[u32; 4]; 2],
+    carried: [(u64, u64); 2],
+}
+
+impl<'a> Kernel<'a> {
+    /// Before the trunk is made: the uplink has the index and the MAC address that the router's tables say.
+    fn add_uplink(outside: &Namespace) {
+        let (index, there) = (UPLINK.0, &outside.name);
+        node::shell(&format!(
+            "ip link add eth0 index {index} address {UPLINK_MAC} type veth peer name eth0 netns {there}; ip link set eth0 up"
+        ));
+    }
+
+    /// So have the pods' devices.
+    fn new(attachment: &'a mut Attachment, node: &Node, pods: [&Namespace; 2]) -> Self {
         for (name, index, pod) in [("cali1", CLIENT_POD, pods[0]), ("cali2", SERVER_POD, pods[1])] {
             let (index, mac, there) = (index.0, GATEWAY_MAC, &pod.name);
             node::shell(&format!(
@@ -427,29 +280,126 @@ impl Kernel {
             ));
             attachment.adopt_workload(index, name, mac, true).unwrap();
         }
-        let link = node.pins.join(format!("workload_{}", CLIENT_POD.0));
-        let program = SchedClassifier::from_program_info(program_info(&link), "workload_send".into()).unwrap();
+        let owned = Owned {
+            prefixes: ["10.1.1.0/24", "fd00:1:1::/64", "10.96.0.0/16", "fd00:96::/112"]
+                .map(|text| text.parse().unwrap())
+                .into(),
+            node_addresses: NODE.map(ip).into(),
+            ports: [Protocol::TCP, Protocol::UDP]
+                .into_iter()
+                .flat_map(|protocol| [(protocol, SNAT_PORTS), (protocol, NODE_PORT..=NODE_PORT)])
+                .collect(),
+            failsafe_ports: Vec::new(),
+        };
+        attachment.set_owned(&owned).unwrap();
+        attachment.attach_uplink(UPLINK.0, "eth0").unwrap();
         let OffloadMaps { flows, epoch, keys } = attachment.take_offload().expect("there are to be flows");
         let (offload, requests) = Offload::new(flows, epoch, UDP_PACKETS);
-        Self { program, offload: Arc::new(offload), requests, keys: SharedKeys(Arc::new(Mutex::new(keys))) }
+        let classifier = |pin: &str, name: &'static str| {
+            SchedClassifier::from_program_info(program_info(&node.pins.join(pin)), name.into()).unwrap()
+        };
+        Self {
+            attachment,
+            workload_send: classifier(&format!("workload_{}", CLIENT_POD.0), "workload_send"),
+            host_send: classifier("trunk_host_send", "host_send"),
+            uplink_receive: xdp_program(&node.pins.join(format!("uplink_{}", UPLINK.0))),
+            uplink_carry: classifier(&format!("uplink_carry_{}", UPLINK.0), "uplink_carry"),
+            offload: Arc::new(offload),
+            requests,
+            keys: SharedKeys(Arc::new(Mutex::new(keys))),
+        }
     }
 
-    /// Runs the program on a frame that came by a device; the frame as it is redirected.
-    fn run(&self, device: IfIndex, frame: &[u8]) -> Vec<u8> {
+    fn slots(&self) -> Vec<SlotState> {
+        let state = |slot| {
+            let flow = self.offload.flow(slot).expect("there are so many");
+            SlotState {
+                state: flow.state(),
+                epoch: flow.epoch.load(Ordering::Relaxed),
+                windows: flow.windows(),
+                carried: [Direction::Original, Direction::Reply].map(|direction| flow.carried(direction)),
+            }
+        };
+        (0..SLOTS).map(state).collect()
+    }
+
+    /// Runs the programs on a frame that came by a device.
+    fn run(&self, device: IfIndex, frame: &[u8], gso: Option<Gso>) -> Ran {
+        const XDP_DROP: u32 = 1;
+        const TC_ACT_UNSPEC: u32 = u32::MAX;
         const TC_ACT_REDIRECT: u32 = 7;
-        // struct __sk_buff, up to ingress_ifindex and ifindex.
-        let context = [0, 0, 0, 0, 0, 0, 0, 0, 0, device.0, device.0].map(u32::to_ne_bytes).concat();
+        let before = self.slots();
+        // What the uplink's first program found no socket for, and what it left to the second one.
+        let counters = || {
+            let counters = self.attachment.counters().unwrap();
+            [Counter::UplinkUnclaimedPassed, Counter::UplinkMerged].map(|counter| counters.get(counter))
+        };
+        let counters_before = if device == UPLINK { counters() } else { [0; 2] };
+        let link = if frame[..6] == mac_of(device).0 { LinkType::Host } else { LinkType::Other };
+        // No socket is there to take what it would give to a worker. What a device is still to cut was merged behind it.
+        if device == UPLINK
+            && cut(frame, gso).iter().any(|frame| run_xdp(&self.uplink_receive, frame, UPLINK.0, 0) == XDP_DROP)
+        {
+            assert_eq!(self.slots(), before);
+            return Ran::Left(link);
+        }
+        let (program, index) = match device {
+            IfIndex::HOST => (&self.host_send, self.attachment.trunk().kernel_end),
+            UPLINK => (&self.uplink_carry, UPLINK.0),
+            IfIndex(index) => (&self.workload_send, index),
+        };
+        // struct __sk_buff, up to gso_size.
+        let mut context = [0; 45];
+        (context[9], context[10]) = (index, index);
+        if let Some(gso) = gso {
+            context[44] = gso.size.into();
+            context[41] = if gso.tells_count { cut(frame, Some(gso)).len() as u32 } else { 0 };
+        }
+        let context = context.map(u32::to_ne_bytes).concat();
         let mut out = vec![0; 4096];
-        let result = self.program.test_run(TestRunOptions {
+        let result = program.test_run(TestRunOptions {
             data_in: Some(frame),
             data_out: Some(&mut out),
             ctx_in: Some(&context),
             ..TestRunOptions::new()
         });
         let result = result.expect("a test run");
-        assert_eq!(result.return_value, TC_ACT_REDIRECT);
         out.truncate(result.data_size_out as usize);
-        out
+        let action = result.return_value;
+
+        let mut after = self.slots();
+        for direction in [Direction::Original, Direction::Reply] {
+            let at = direction as usize;
+            let Some(slot) = (0..before.len()).find(|slot| after[*slot].carried[at] != before[*slot].carried[at])
+            else {
+                continue;
+            };
+            let ((packets, bytes), (packets_before, bytes_before)) =
+                (after[slot].carried[at], before[slot].carried[at]);
+            // Nothing else has changed, but for this flow's windows.
+            (after[slot].carried[at], after[slot].windows) = (before[slot].carried[at], before[slot].windows);
+            assert_eq!((after, action), (before, TC_ACT_REDIRECT));
+            let counted = (packets - packets_before, bytes - bytes_before);
+            return Ran::Carried { frame: out, slot: slot as u32, direction, counted };
+        }
+        assert_eq!(after, before, "the programs know of flows what they knew before");
+        match (device, action) {
+            (IfIndex::HOST, TC_ACT_UNSPEC) => {
+                assert_eq!(out, frame);
+                Ran::Left(LinkType::Host)
+            }
+            (UPLINK, TC_ACT_UNSPEC) => {
+                assert_eq!(out, frame);
+                let ([unclaimed, merged], [unclaimed_before, merged_before]) = (counters(), counters_before);
+                assert_eq!(merged, merged_before, "a worker's at least, and not the node's kernel's");
+                if unclaimed > unclaimed_before { Ran::Left(link) } else { Ran::Passed }
+            }
+            (_, action) => {
+                assert_eq!((action, origin(Mac(*out.first_chunk().unwrap()))), (TC_ACT_REDIRECT, (device, link)));
+                assert_eq!(out[6..], frame[6..], "a worker gets it as it came");
+                Ran::Left(link)
+            }
+        }
     }
 
     /// Nothing is left of the case before.
@@ -464,18 +414,23 @@ impl Kernel {
 }
 
 fn case_rules(is_open: bool, has_backend: bool) -> Rules {
-    let services = [(Protocol::TCP, "tcp"), (Protocol::UDP, "udp")].map(|(protocol, name)| {
-        let mut service = service(&format!("default/{name}"), protocol, VIPS, SERVER, None);
+    let all = [(Protocol::TCP, "tcp"), (Protocol::UDP, "udp")].map(|(protocol, name)| {
+        [("near", VIPS, SERVER, Some(NODE_PORT)), ("far", FAR_VIPS, REMOTE, None)].map(
+            |(place, vips, backends, port)| service(&format!("default/{place}-{name}"), protocol, vips, backends, port),
+        )
+    });
+    let services = all.into_iter().flatten().map(|mut service| {
         if !has_backend {
             service.endpoints.clear();
         }
         service
     });
-    rules(services.into(), is_open)
+    rules(services.collect(), is_open)
 }
 
 /// A flow of the case.
 struct Opened {
+    leads: Leads,
     protocol: u8,
     ends: [Ends; 2],
     /// Whether the program is to carry packets of a direction; `None`: not known, until a worker has seen one.
@@ -529,7 +484,7 @@ fn known(router: &mut Router, protocol: u8, [from, to]: [(IpAddr, u16); 2]) -> O
 }
 
 struct Twins<'k> {
-    kernel: &'k Kernel,
+    kernel: &'k Kernel<'k>,
     /// Workers see all.
     whole: Router,
     /// Workers see what the program leaves.
@@ -542,11 +497,11 @@ struct Twins<'k> {
 }
 
 impl<'k> Twins<'k> {
-    fn new(kernel: &'k Kernel, near: BTreeSet<u32>) -> Self {
+    fn new(kernel: &'k Kernel<'k>, near: BTreeSet<u32>) -> Self {
         kernel.clear();
         let rules = (true, true);
         let router = || {
-            let snat = SnatPorts::new(10_000..=20_000, []).unwrap();
+            let snat = SnatPorts::new(SNAT_PORTS, []).unwrap();
             let mut router = Router::new(case_rules(rules.0, rules.1), snat, 1024);
             router.now = now();
             router
@@ -564,22 +519,32 @@ impl<'k> Twins<'k> {
         Self { kernel, whole, split, keeper, graces: 0, carried: 0, rules, next_port: 40_000 }
     }
 
-    /// Sends a frame through both; whether the program carried it, and what left.
-    fn pass(&mut self, device: IfIndex, frame: &[u8]) -> (bool, Vec<(IfIndex, Vec<u8>)>) {
-        let expected = self.whole.one(device, frame);
-        let left = self.kernel.run(device, frame);
-        let (by, link) = origin(Mac(*left.first_chunk().expect("an Ethernet header")));
-        let is_carried = by == IfIndex::HOST;
-        let sent = if is_carried {
-            self.carried += 1;
-            // Where it was redirected to is not told: see `agrees`.
-            vec![(expected.first().expect("the worker drops what the program carries").0, left)]
-        } else {
-            assert_eq!((by, link), (device, LinkType::Host));
-            assert_eq!(left[6..], frame[6..], "a worker gets it as it came");
-            self.split.one(by, &left)
+    /// Sends a frame through both; whether the programs carried it, and what left.
+    fn pass(&mut self, device: IfIndex, frame: &[u8], gso: Option<Gso>) -> (bool, Vec<(IfIndex, Vec<u8>)>) {
+        let ran = self.kernel.run(device, frame, gso);
+        let segments = cut(frame, gso);
+        let through = |router: &mut Router| -> Vec<(IfIndex, Vec<u8>)> {
+            let sent = segments.iter().flat_map(|segment| router.one(device, segment));
+            sent.map(|(device, frame)| (device, without_tunnel_id(device, frame))).collect()
         };
-        assert_eq!(sent, expected, "carried: {is_carried}");
+        let (is_carried, sent) = match ran {
+            Ran::Passed => return (false, Vec::new()),
+            Ran::Left(link) => {
+                assert_eq!(link, LinkType::Host);
+                (false, through(&mut self.split))
+            }
+            Ran::Carried { frame, slot, direction, counted } => {
+                self.carried += 1;
+                let bytes = segments.iter().map(|segment| segment.len() as u64 - 14 - tunnel_bytes(segment));
+                assert_eq!(counted, (segments.len() as u64, bytes.sum()), "packets and bytes");
+                // The kernel does not tell where it was redirected to.
+                let way = &self.kernel.offload.flow(slot).unwrap().ways[direction as usize];
+                let to = IfIndex(way.device.load(Ordering::Relaxed));
+                let sent = cut(&frame, gso).into_iter().map(|frame| (to, without_tunnel_id(to, frame)));
+                (true, sent.collect())
+            }
+        };
+        assert_eq!(sent, through(&mut self.whole), "carried: {is_carried}");
         self.answer();
         (is_carried, sent)
     }
@@ -595,7 +560,8 @@ impl<'k> Twins<'k> {
         for (direction, l4) in handshake(isn, [None; 2]) {
             let ends = &flow.ends[direction];
             let packet = ip_packet(ends, flow.protocol, &USUAL, l4);
-            let (is_carried, _) = self.pass(ends.device, &frame(&packet, GATEWAY_MAC, ends.device));
+            let packet = if ends.in_tunnel { tunnelled(&packet, &USUAL, None) } else { packet };
+            let (is_carried, _) = self.pass(ends.device, &frame(&packet, mac_of(ends.device), ends.device), None);
             assert!(!is_carried || direction == 0, "a SYN");
         }
         (flow.ready, flow.waits) = ([None; 2], true);
@@ -625,17 +591,13 @@ impl<'k> Twins<'k> {
         let family = usize::from(flow.is_v6);
         let port = self.next_port;
         self.next_port += 1;
-        let (from, to, device) = match flow.leads {
-            Leads::Forth => (CLIENT, (SERVER[family], 80), CLIENT_POD),
-            Leads::Back => (SERVER, (CLIENT[family], 80), SERVER_POD),
-            Leads::ToService => (CLIENT, (VIPS[family], 53), CLIENT_POD),
-            Leads::ToItself => (SERVER, (VIPS[family], 53), SERVER_POD),
-        };
-        let arrives = [(ip(from[family]), port), (ip(to.0), to.1)];
+        let (from, to, device) = flow.leads.ends(family);
+        let arrives = [(from, port), to];
+        let in_tunnel = flow.leads == Leads::FromRemote && !flow.is_v6;
         // It is not translated; where it is, the first packet tells how.
         let mut ends = [
-            Ends { arrives, leaves: arrives, device },
-            Ends { arrives: [arrives[1], arrives[0]], leaves: [arrives[1], arrives[0]], device },
+            Ends { arrives, leaves: arrives, device, in_tunnel },
+            Ends { arrives: [arrives[1], arrives[0]], leaves: [arrives[1], arrives[0]], device, in_tunnel: false },
         ];
         let [a, b] = flow.isn;
         let acknowledgments = |a: u32, b: u32| {
@@ -659,17 +621,21 @@ impl<'k> Twins<'k> {
         for (nth, (direction, l4)) in rows.into_iter().enumerate() {
             let ends_now = &ends[direction];
             let packet = ip_packet(ends_now, flow.protocol, &USUAL, l4);
-            let (is_carried, sent) = self.pass(ends_now.device, &frame(&packet, GATEWAY_MAC, ends_now.device));
-            assert!(!is_carried && sent.len() == 1, "{sent:?}");
+            let packet = if ends_now.in_tunnel { tunnelled(&packet, &USUAL, None) } else { packet };
+            let (is_carried, sent) =
+                self.pass(ends_now.device, &frame(&packet, mac_of(ends_now.device), ends_now.device), None);
+            assert!(!is_carried && sent.len() == 1, "{flow:?}: {sent:?}");
             if nth == 0 {
                 let (device, left) = &sent[0];
-                let [from, to] = ends_of(&left[14..]);
+                let inner = tunnel_carries(&left[14..]);
+                let [from, to] = ends_of(inner.unwrap_or(&left[14..]));
                 ends[0].leaves = [from, to];
-                ends[1] = Ends { arrives: [to, from], device: *device, ..ends[1] };
+                ends[1] = Ends { arrives: [to, from], device: *device, in_tunnel: inner.is_some(), ..ends[1] };
             }
         }
         let identity = known(&mut self.whole, flow.protocol, arrives).expect("it is opened").identity;
         let opened = Opened {
+            leads: flow.leads,
             identity,
             protocol: flow.protocol,
             ends,
@@ -692,13 +658,9 @@ impl<'k> Twins<'k> {
         }
         let slot = self.kernel.offload.flow(split.slot.expect("it is handed over")).unwrap();
         assert_eq!(slot.state().1, Phase::Live);
-        for (direction, ends) in flow.ends.iter().enumerate() {
-            let to = if ends.leaves[1].0 == ip(SERVER[usize::from(ends.leaves[1].0.is_ipv6())]) {
-                SERVER_POD
-            } else {
-                CLIENT_POD
-            };
-            assert_eq!(slot.ways[direction].device.load(std::sync::atomic::Ordering::Relaxed), to.0);
+        // To where the other direction's come from.
+        for (way, opposite) in slot.ways.iter().zip(flow.ends.iter().rev()) {
+            assert_eq!(way.device.load(Ordering::Relaxed), opposite.device.0);
         }
         if let Some(windows) = whole.windows {
             assert_eq!(slot.windows(), windows.sides, "liberal: {}", windows.is_liberal);
@@ -712,10 +674,16 @@ impl<'k> Twins<'k> {
         if let Some(windows) = whole.as_ref().and_then(|known| known.windows) {
             flow.windows = windows.sides;
         }
-        // A packet to the node itself is never too big.
         let is_over = whole.is_none();
         let is_liberal = whole.and_then(|known| known.windows).is_some_and(|windows| windows.is_liberal);
-        let mut sent = sent.clone();
+        let (mut sent, mtu) = (sent.clone(), flow.ends[1 - way].mtu());
+        let may_be_merged = matches!(oddity, None | Some(Oddity::Ttl(_) | Oddity::UnknownPort | Oddity::OtherDevice));
+        if !may_be_merged || ends.in_tunnel || flow.ends[1 - way].in_tunnel {
+            sent.gso = None;
+        }
+        if sent.gso.is_some() && matches!(sent.checksum, Checksum::Fixed(_)) {
+            sent.checksum = Checksum::Right;
+        }
         match oddity {
             Some(Oddity::Flags(flags)) => sent.flags = flags,
             Some(Oddity::Ttl(ttl)) => sent.ttl = ttl,
@@ -731,10 +699,13 @@ impl<'k> Twins<'k> {
         };
         let header_bytes = if is_v6 { 40 } else { 20 } + if flow.protocol == TCP { 20 + options.len() } else { 8 };
         let payload_bytes = match oddity {
-            Some(Oddity::TooBig(by)) => MTU - header_bytes + usize::from(by),
+            Some(Oddity::TooBig(by)) => mtu.min(MTU) - header_bytes + usize::from(by),
+            _ if let Some(gso) = sent.gso => gso.bytes,
             _ => sent.payload_bytes.min(MTU - header_bytes),
         };
         let payload: Vec<u8> = (0..payload_bytes).map(|at| (at as u8).wrapping_mul(sent.fill)).collect();
+        let is_merged = sent.gso.is_some_and(|gso| usize::from(gso.size) < gso.bytes);
+        let mut is_outside = false;
         let l4 = if flow.protocol == TCP {
             let (mut seq, ack) = numbers(&flow.windows, way, sent.place, payload_bytes as u32);
             if sent.flags & RST != 0 {
@@ -745,19 +716,28 @@ impl<'k> Twins<'k> {
                 let is_exact = matches!(sent.place, Place::Inside { back: 0, .. });
                 seq = if is_exact { acknowledged } else { end.wrapping_add(1) };
             }
+            let first_and_last = match sent.gso.filter(|_| is_merged) {
+                Some(Gso { size, bytes, .. }) => {
+                    [u32::from(size), (bytes as u32 - 1) / u32::from(size) * u32::from(size)]
+                }
+                None => [payload_bytes as u32, 0],
+            };
+            let passes = is_inside(&flow.windows, way, seq, ack, first_and_last) || is_liberal && !is_merged;
+            is_outside = !passes;
             tcp(seq, ack, sent.flags, sent.window, &options, &payload)
         } else {
             udp(&payload)
         };
         let mut packet = ip_packet(&ends, flow.protocol, &sent, l4);
         let mut device = ends.device;
-        let mut destination = GATEWAY_MAC;
+        let mut destination = None;
         let l4_at = if is_v6 { 40 } else { 20 };
         let mut is_odd = oddity.is_some();
         match oddity {
             None | Some(Oddity::Ttl(_) | Oddity::UnknownPort) => {}
-            Some(Oddity::TooBig(_)) => is_odd = !is_over,
+            Some(Oddity::TooBig(_)) => is_odd = false,
             Some(Oddity::Flags(_)) => is_odd = flow.protocol == TCP,
+            Some(Oddity::Outer(_)) => is_odd = false,
             Some(Oddity::IpOptions) if is_v6 => {
                 packet.splice(40..40, [flow.protocol, 0, 1, 4, 0, 0, 0, 0]);
                 packet[6] = 60;
@@ -814,28 +794,35 @@ impl<'k> Twins<'k> {
             Some(Oddity::OtherDevice) => {
                 device = if device == CLIENT_POD { SERVER_POD } else { CLIENT_POD };
             }
-            Some(Oddity::OtherMac) => destination = Mac([10, 0, 0, 0, 0, 99]),
+            Some(Oddity::OtherMac) => destination = Some(Mac([10, 0, 0, 0, 0, 99])),
             Some(Oddity::IcmpError) => match &flow.got[1 - way] {
                 Some(got) => packet = icmp_error(&flow.ends[way], got),
                 None => is_odd = false,
             },
         }
-        let frame = frame(&packet, destination, device);
-        if matches!(oddity, Some(Oddity::OtherMac)) {
-            let left = self.kernel.run(device, &frame);
-            assert_eq!(origin(Mac(*left.first_chunk().unwrap())), (device, LinkType::Other));
+        let largest = sent.gso.map_or(packet.len(), |gso| header_bytes + gso.bytes.min(gso.size.into()));
+        is_odd |= largest > mtu && !is_over;
+        let outer = if let Some(Oddity::Outer(outer)) = oddity { Some(outer) } else { None };
+        if !is_v6 && ends.device == UPLINK && ends.in_tunnel != (outer == Some(Outer::Otherwise)) {
+            is_odd |= match outer {
+                Some(Outer::Twice) => {
+                    packet = tunnelled(&packet, &sent, None);
+                    true
+                }
+                // Where there is to be none, its header is as it may be.
+                outer => outer.is_some() || sent.outer_tos & 3 != 0 && (sent.outer_tos ^ packet[1]) & 3 != 0,
+            };
+            packet = tunnelled(&packet, &sent, outer);
+        }
+        is_odd |= ends.in_tunnel && outer == Some(Outer::Otherwise);
+        let frame = frame(&packet, destination.unwrap_or(mac_of(device)), device);
+        if destination.is_some() {
+            let ran = self.kernel.run(device, &frame, None);
+            assert!(matches!(ran, Ran::Left(LinkType::Other) | Ran::Passed) || device == IfIndex::HOST);
             return;
         }
 
-        let is_outside = flow.protocol == TCP && matches!(sent.place, Place::Outside { .. }) && !is_liberal;
-        let slot =
-            flow.known(&mut self.split).and_then(|known| known.slot).and_then(|slot| self.kernel.offload.flow(slot));
-        let before = slot.map(|slot| slot.carried(direction));
-        let (is_carried, left) = self.pass(device, &frame);
-        let counted = slot.map(|slot| slot.carried(direction)).zip(before);
-        if is_carried && let Some(((packets, bytes), (packets_before, bytes_before))) = counted {
-            assert_eq!((packets - packets_before, bytes - bytes_before), (1, packet.len() as u64));
-        }
+        let (is_carried, left) = self.pass(device, &frame, sent.gso);
         if is_odd || is_outside {
             assert!(!is_carried, "it is none of the program's");
         } else if let Some(ready) = flow.ready[way] {
@@ -851,7 +838,8 @@ impl<'k> Twins<'k> {
             flow.ready = [None; 2];
         } else if !is_odd && !is_outside && !left.is_empty() && !matches!(sent.checksum, Checksum::Fixed(_)) {
             flow.ready = [Some(true), whole.map(|known| known.seen_reply)];
-            flow.got[way] = Some(left[0].1[14..].to_vec());
+            let left = &left[0].1[14..];
+            flow.got[way] = Some(tunnel_carries(left).unwrap_or(left).to_vec());
         } else if whole.is_some_and(|known| known.seen_reply) {
             // What is unusual may settle a flow too.
             flow.ready = flow.ready.map(|ready| ready.filter(|ready| *ready));
@@ -860,35 +848,9 @@ impl<'k> Twins<'k> {
     }
 }
 
-/// Sequence and acknowledgment number of a segment of `side` in that place.
-fn numbers(windows: &[[u32; 4]; 2], side: usize, place: Place, length: u32) -> (u32, u32) {
-    let [sent, may_send, offered, _] = windows[side];
-    let [answers, _, receives, _] = windows[1 - side];
-    let late = offered.max(66_000);
-    // What is sent may lie beyond what may be: a segment may end there.
-    let beyond = sent.wrapping_sub(may_send);
-    let beyond = if (beyond as i32) > 0 { beyond } else { 0 };
-    let next = sent.wrapping_sub(beyond);
-    match place {
-        Place::Inside { back, lag } => {
-            let most = receives.saturating_sub(beyond);
-            (next.wrapping_sub(back % (most + 1)), answers.wrapping_sub(lag % (late + 1)))
-        }
-        Place::Outside { test: 0, by } => (may_send.wrapping_add(1 + by), answers),
-        Place::Outside { test: 1, by } => (next, answers.wrapping_add(1 + by)),
-        Place::Outside { test: 2, by } => (sent.wrapping_sub(receives).wrapping_sub(1 + by + length), answers),
-        Place::Outside { by, .. } => (next, answers.wrapping_sub(late).wrapping_sub(1 + by)),
-    }
-}
-
-/// An error from who gets the other direction's packets, about the packet that it got: too big.
-fn icmp_error(ends: &Ends, got: &[u8]) -> Vec<u8> {
-    let quote = &got[..got.len().min(60)];
-    let is_v6 = ends.arrives[0].0.is_ipv6();
-    let (protocol, kind) = if is_v6 { (58, [2, 0]) } else { (1, [3, 4]) };
-    let l4 = [&kind[..], &[0, 0, 0, 0, 5, 0], quote].concat();
-    let [(src, _), (dst, _)] = ends.arrives;
-    Packet { src, dst, protocol, ttl: 64, tos: 0, options: 0, l4 }.bytes()
+/// Bytes of a tunnel's header in a frame.
+fn tunnel_bytes(frame: &[u8]) -> u64 {
+    if frame[14] >> 4 == 4 && frame[23] == IPIP { 20 } else { 0 }
 }
 
 /// A table of either family.
@@ -902,23 +864,32 @@ impl<A: Address> HandsOver for weir_conntrack::Table<A> {
     }
 }
 
-#[test]
-fn a_program_does_what_a_worker_would_have_done() {
+/// Runs `work` with the programs attached on a node of its own.
+fn with_kernel(work: impl FnOnce(&Kernel<'_>) + Send) {
     if skipped() {
         return;
     }
     let node = Node::new();
-    let pods = [Namespace::new(), Namespace::new()];
+    let (pods, outside) = ([Namespace::new(), Namespace::new()], Namespace::new());
     node.run(|| {
+        Kernel::add_uplink(&outside);
         let settings = TrunkSettings { flows: Some(SLOTS), ..node.settings() };
         let mut attachment = Attachment::open(settings).expect("the trunk attaches");
         let kernel = Kernel::new(&mut attachment, &node, [&pods[0], &pods[1]]);
+        work(&kernel);
+        assert_eq!(kernel.attachment.counters().unwrap().get(Counter::OffloadFailed), 0);
+    });
+}
+
+#[test]
+fn a_program_does_what_a_worker_would_have_done() {
+    with_kernel(|kernel| {
         let near = proptest::collection::btree_set(prop_oneof![Just(CLIENT_POD.0), Just(SERVER_POD.0)], 0..=2);
         let cases = (near, proptest::collection::vec(flows(), 3), proptest::collection::vec(steps(), 1..60));
         let mut runner = TestRunner::new(Config { cases: 1000, failure_persistence: None, ..Config::default() });
         let carried = Cell::new(0);
         let result = runner.run(&cases, |(near, flows, steps)| {
-            let mut twins = Twins::new(&kernel, near);
+            let mut twins = Twins::new(kernel, near);
             let mut opened: Vec<Opened> = flows.iter().map(|flow| twins.open(flow)).collect();
             for step in steps {
                 match step {
@@ -944,7 +915,116 @@ fn a_program_does_what_a_worker_would_have_done() {
             Ok(())
         });
         result.unwrap_or_else(|error| panic!("{error}"));
-        let counters = attachment.counters().unwrap();
+        let counters = kernel.attachment.counters().unwrap();
         assert_eq!(counters.get(Counter::Offloaded), carried.get());
+    });
+}
+
+/// One flow of every kind, open, with large windows, after a plain packet of each direction, which was carried.
+fn each_flow(kernel: &Kernel<'_>, mut work: impl FnMut(&mut Twins<'_>, &mut Opened)) {
+    for leads in Leads::ALL {
+        for (is_v6, protocol) in [(false, TCP), (false, UDP), (true, TCP), (true, UDP)] {
+            let mut twins = Twins::new(kernel, BTreeSet::new());
+            let flow = Flow { protocol, is_v6, leads, is_half_seen: false, isn: [1000, 2000], scales: [Some(0); 2] };
+            let mut opened = twins.open(&flow);
+            for direction in DIRECTIONS {
+                twins.step(&mut opened, direction, &DATA, None);
+            }
+            assert_eq!(twins.carried, 2, "{flow:?}");
+            work(&mut twins, &mut opened);
+            twins.whole.finish();
+            twins.split.finish();
+        }
+    }
+}
+
+const DIRECTIONS: [Direction; 2] = [Direction::Original, Direction::Reply];
+const DATA: Sent = Sent { payload_bytes: 100, fill: 3, window: u16::MAX, ..USUAL };
+
+#[test]
+fn whatever_is_odd_about_a_packet_leaves_it_to_a_worker() {
+    let flags = [FIN | ACK, SYN, SYN | ACK, RST, RST | ACK, URG | ACK, 0, PSH].map(Oddity::Flags);
+    let outer = [
+        Outer::Otherwise,
+        Outer::Ttl(1),
+        Outer::Options,
+        Outer::Fragment,
+        Outer::BadChecksum,
+        Outer::Length(1),
+        Outer::Length(-1),
+        Outer::Padding(1),
+        Outer::From(1),
+        Outer::From(3),
+        Outer::From(100),
+        Outer::Twice,
+    ]
+    .map(Oddity::Outer);
+    let others = [
+        Oddity::Ttl(0),
+        Oddity::Ttl(1),
+        Oddity::IpOptions,
+        Oddity::FirstFragment,
+        Oddity::LaterFragment,
+        Oddity::BadHeaderChecksum,
+        Oddity::Length(1),
+        Oddity::Length(-1),
+        Oddity::UdpLength(1),
+        Oddity::UdpLength(-1),
+        Oddity::DataOffset(4),
+        Oddity::DataOffset(15),
+        Oddity::Padding(1),
+        Oddity::TooBig(1),
+        Oddity::NoChecksum,
+        Oddity::UnknownPort,
+        Oddity::OtherDevice,
+        Oddity::OtherMac,
+        Oddity::IcmpError,
+    ];
+    with_kernel(|kernel| {
+        for oddity in flags.into_iter().chain(outer).chain(others) {
+            for direction in DIRECTIONS {
+                each_flow(kernel, |twins, flow| twins.step(flow, direction, &DATA, Some(oddity)));
+            }
+        }
+    });
+}
+
+#[test]
+fn congestion_is_told_through_tunnels() {
+    with_kernel(|kernel| {
+        each_flow(kernel, |twins, flow| {
+            for direction in DIRECTIONS {
+                for both in 0..16 {
+                    let sent = Sent { tos: 0xb8 | both >> 2, outer_tos: 0x60 | both & 3, ..DATA };
+                    twins.step(flow, direction, &sent, None);
+                }
+            }
+        });
+    });
+}
+
+#[test]
+fn what_a_publication_denies_is_left_from_then_on_and_nothing_else() {
+    with_kernel(|kernel| {
+        let mut denied = BTreeSet::new();
+        each_flow(kernel, |twins, flow| {
+            twins.publish(false, true);
+            let stale = || kernel.attachment.counters().unwrap().get(Counter::OffloadStale);
+            for direction in DIRECTIONS {
+                flow.ready = [None; 2];
+                let (carried, before) = (twins.carried, stale());
+                twins.step(flow, direction, &DATA, None);
+                // A worker would have dropped what a program carries, or the other way round.
+                let is_carried = twins.carried > carried;
+                let is_denied = twins.whole.drops().contains_key(&DropReason::PolicyDeniedIngress);
+                assert_eq!((is_carried, stale() > before), (!is_denied, is_denied), "{:?}", flow.leads);
+                if is_denied {
+                    denied.insert(flow.leads);
+                }
+            }
+        });
+        let into_pods =
+            [Leads::Forth, Leads::Back, Leads::ToService, Leads::FromRemote, Leads::FromOutside, Leads::ToNodePort];
+        assert_eq!(denied, into_pods.into());
     });
 }
