@@ -383,7 +383,7 @@ INLINE int carry(struct __sk_buff *packet, int is_v6, int in_tunnel, __u32 devic
 {
 	void *data = (void *)(long)packet->data, *end = (void *)(long)packet->data_end;
 	__u32 header_bytes = is_v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr), offset = ETH_HLEN + header_bytes;
-	__u32 tunnel_bytes = in_tunnel ? sizeof(struct iphdr) : 0, tunnelled_from = 0, segments, limit;
+	__u32 tunnel_bytes = in_tunnel ? sizeof(struct iphdr) : 0, tunnelled_from = 0, size, segments = 1;
 	struct iphdr *v4 = data + ETH_HLEN;
 	struct ipv6hdr *v6;
 	struct found found = {};
@@ -398,11 +398,15 @@ INLINE int carry(struct __sk_buff *packet, int is_v6, int in_tunnel, __u32 devic
 	if (!find(data + ETH_HLEN + tunnel_bytes, end, is_v6, device, tunnelled_from, &found))
 		return -1;
 	way = found.way;
-	segments = packet->gso_segs ? packet->gso_segs : 1;
-	limit = packet->gso_size ? plain->headers + packet->gso_size : plain->bytes;
+	size = plain->bytes - plain->headers;
+	/* gso_segs is 0 where a virtual machine has sent the packet, or a tunnel was put around it. */
+	if (packet->gso_size && packet->gso_size < size) {
+		segments = (size + packet->gso_size - 1) / packet->gso_size;
+		size = packet->gso_size;
+	}
 	/* Ethernet padding, or a length that is no length (RFC 2675), is for those who look closer. What comes merged out of
 	 * a tunnel is still marked as tunnelled, so no device must cut it again. */
-	if (packet->len != plain->bytes + tunnel_bytes + ETH_HLEN || limit > way->mtu ||
+	if (packet->len != plain->bytes + tunnel_bytes + ETH_HLEN || plain->headers + size > way->mtu ||
 	    (in_tunnel && packet->gso_size && way->exit != EXIT_PEER) ||
 	    (found.flow->has_windows && !fits_windows(found.flow, found.way_number, plain->seq, plain->length,
 						      plain->ack, plain->window))) {

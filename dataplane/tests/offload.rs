@@ -990,6 +990,23 @@ fn whatever_is_odd_about_a_packet_leaves_it_to_a_worker() {
 }
 
 #[test]
+fn segments_to_be_cut_are_carried_together() {
+    with_kernel(|kernel| {
+        each_flow(kernel, |twins, flow| {
+            for direction in DIRECTIONS {
+                // Without their number, too, which a program must find out. The last are more than fits.
+                for (size, bytes, tells_count) in
+                    [(500, 1600, true), (500, 1500, false), (500, 400, false), (1400, 2900, true), (1490, 1491, true)]
+                {
+                    let gso = Some(Gso { size, bytes, tells_count });
+                    twins.step(flow, direction, &Sent { gso, flags: ACK | PSH, ..DATA }, None);
+                }
+            }
+        });
+    });
+}
+
+#[test]
 fn congestion_is_told_through_tunnels() {
     with_kernel(|kernel| {
         each_flow(kernel, |twins, flow| {
