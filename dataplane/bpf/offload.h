@@ -160,21 +160,39 @@ INLINE int is_before(__u32 a, __u32 b)
 	return (__s32)(a - b) < 0;
 }
 
+/* What a packet is, as far as a flow asks. */
+struct plain {
+	/* Bytes of the IP packet, and of all its headers. */
+	__u32 bytes;
+	__u32 headers;
+	/* Where in the header of layer 4 its checksum is; 0: it has none. */
+	__u32 checksum;
+	__u32 protocol;
+	__u32 seq;
+	__u32 length;
+	__u32 ack;
+	__u32 window;
+};
+
 /* The four tests of conntrack/src/tcp.rs, of a segment that is no more than data and acknowledgment; inside, it moves
- * the windows. Only `end` must not be lost by two processors at once. */
-INLINE int fits_windows(struct flow *flow, __u32 way, __u32 seq, __u32 length, __u32 ack, __u32 window)
+ * the windows. Only `end` must not be lost by two processors at once.
+ *
+ * Of several segments in one packet, all of which have `size` bytes of data but the last, each must be inside: the first
+ * is the oldest, and the last begins farthest ahead. */
+INLINE int fits_windows(struct flow *flow, __u32 way, const struct plain *plain, __u32 size, __u32 segments)
 {
 	struct side *sender = &flow->sides[way & 1], *receiver = &flow->sides[~way & 1];
 	__u32 sent = LOAD(sender->end), may_send = LOAD(sender->max_end), offered = LOAD(sender->max_win);
 	__u32 answered = LOAD(receiver->end), receives = LOAD(receiver->max_win);
-	__u32 end = seq + length, edge;
+	__u32 end = plain->seq + plain->length, ack = plain->ack, window = plain->window, edge;
 	__u32 late = offered > MIN_ACK_WINDOW ? offered : MIN_ACK_WINDOW;
-	int is_beyond = is_before(may_send, seq);
-	int is_amiss = is_before(answered, ack) || is_before(end, sent - receives) || is_before(ack, answered - late);
+	int is_beyond = is_before(may_send, plain->seq + (segments - 1) * size);
+	int is_amiss = is_before(answered, ack) || is_before(plain->seq + size, sent - receives) ||
+		       is_before(ack, answered - late);
 
 	window <<= flow->scales[way & 1] & 15;
 	if (is_beyond || is_amiss) {
-		if (!flow->is_liberal)
+		if (!flow->is_liberal || segments > 1)
 			return 0;
 		/* Beyond by less than a window: it counts as sent. */
 		if (!is_amiss && end - may_send < receives && is_before(sent, end))
@@ -194,20 +212,6 @@ INLINE int fits_windows(struct flow *flow, __u32 way, __u32 seq, __u32 length, _
 		STORE(receiver->max_end, window ? edge : edge + 1);
 	return 1;
 }
-
-/* What a packet is, as far as a flow asks. */
-struct plain {
-	/* Bytes of the IP packet, and of all its headers. */
-	__u32 bytes;
-	__u32 headers;
-	/* Where in the header of layer 4 its checksum is; 0: it has none. */
-	__u32 checksum;
-	__u32 protocol;
-	__u32 seq;
-	__u32 length;
-	__u32 ack;
-	__u32 window;
-};
 
 /* What a packet is found to be. */
 struct found {
@@ -408,8 +412,7 @@ INLINE int carry(struct __sk_buff *packet, int is_v6, int in_tunnel, __u32 devic
 	 * a tunnel is still marked as tunnelled, so no device must cut it again. */
 	if (packet->len != plain->bytes + tunnel_bytes + ETH_HLEN || plain->headers + size > way->mtu ||
 	    (in_tunnel && packet->gso_size && way->exit != EXIT_PEER) ||
-	    (found.flow->has_windows && !fits_windows(found.flow, found.way_number, plain->seq, plain->length,
-						      plain->ack, plain->window))) {
+	    (found.flow->has_windows && !fits_windows(found.flow, found.way_number, plain, size, segments))) {
 		count(COUNTER_OFFLOAD_UNUSUAL);
 		return -1;
 	}

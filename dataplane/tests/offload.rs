@@ -823,6 +823,10 @@ impl<'k> Twins<'k> {
         }
 
         let (is_carried, left) = self.pass(device, &frame, sent.gso);
+        if is_carried && matches!(sent.place, Place::Edge { .. }) {
+            // A whole window at once takes its time, in which the keeper looks.
+            self.keeper.look(&self.split.tables);
+        }
         if is_odd || is_outside {
             assert!(!is_carried, "it is none of the program's");
         } else if let Some(ready) = flow.ready[way] {
@@ -1000,6 +1004,27 @@ fn segments_to_be_cut_are_carried_together() {
                 {
                     let gso = Some(Gso { size, bytes, tells_count });
                     twins.step(flow, direction, &Sent { gso, flags: ACK | PSH, ..DATA }, None);
+                }
+            }
+        });
+    });
+}
+
+/// A worker gets them one by one: it would drop those that are outside, and only those.
+#[test]
+fn segments_to_be_cut_are_carried_only_if_each_is_inside_the_window() {
+    with_kernel(|kernel| {
+        each_flow(kernel, |twins, flow| {
+            for direction in DIRECTIONS {
+                for place in [
+                    Place::Old { by: 501 },
+                    Place::Old { by: 500 },
+                    Place::Edge { before: 1499 },
+                    Place::Edge { before: 1500 },
+                    Place::Edge { before: 0 },
+                ] {
+                    let gso = Some(Gso { size: 500, bytes: 1600, tells_count: true });
+                    twins.step(flow, direction, &Sent { gso, place, ..DATA }, None);
                 }
             }
         });

@@ -86,6 +86,16 @@ pub struct Gso {
     pub tells_count: bool,
 }
 
+impl Gso {
+    /// Bytes that BPF_PROG_RUN takes in one packet: less than a page.
+    const MOST: usize = 3400;
+
+    fn any() -> impl Strategy<Value = Self> {
+        let size = prop_oneof![4 => 200..1400u16, 2 => 1400..1500u16, 1 => 1500..1650u16];
+        (size, 1..Self::MOST, any::<bool>()).prop_map(|(size, bytes, tells_count)| Self { size, bytes, tells_count })
+    }
+}
+
 /// What makes a tunnel's header unusual.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Outer {
@@ -151,7 +161,7 @@ pub fn sents() -> impl Strategy<Value = Sent> {
     (
         (payload, any::<u8>(), place, window, flags, 0..=10usize),
         (any::<u8>(), 2..=255u8, any::<u16>(), any::<bool>(), checksum),
-        (any::<u8>(), proptest::bool::weighted(0.7), Just(None)),
+        (any::<u8>(), proptest::bool::weighted(0.7), proptest::option::weighted(0.2, Gso::any())),
     )
         .prop_map(|(of_segment, of_packet, (outer_tos, is_outer_plain, gso))| {
             let (payload_bytes, fill, place, window, flags, option_words) = of_segment;
