@@ -211,8 +211,11 @@ SECTION("classifier") int uplink_carry(struct __sk_buff *packet)
 		return TC_ACT_UNSPEC;
 	if (headers > packet->len)
 		headers = packet->len;
-	if ((void *)(long)packet->data + headers > (void *)(long)packet->data_end && skb_pull_data(packet, headers))
-		return TC_ACT_UNSPEC;
+	/* Without memory for the headers: it may be weir's, and the kernel could not read it either. */
+	if ((void *)(long)packet->data + headers > (void *)(long)packet->data_end && skb_pull_data(packet, headers)) {
+		count(COUNTER_OFFLOAD_FAILED);
+		return TC_ACT_SHOT;
+	}
 	cause = judge((void *)(long)packet->data, (void *)(long)packet->data_end);
 	switch (cause) {
 	case COUNTER_UPLINK_TAKEN_TUNNEL:
