@@ -383,10 +383,12 @@ impl<'t, A: Address> ConnRef<'t, A> {
 
     /// Takes over windows that somebody else has followed since ([`Self::windows`]): forward only. `last`: whose segments may have been
     /// the last. The timeout becomes what follows from them; whether they keep the connection alive is said by [`Self::touch`].
-    pub fn absorb(self, sides: &[[u32; 4]; 2], last: Direction) {
+    ///
+    /// `are_ahead`: they are known to be ahead. By more than half of sequence space, 2 GiB, the numbers alone do not tell that.
+    pub fn absorb(self, sides: &[[u32; 4]; 2], last: Direction, are_ahead: bool) {
         let line = self.table.tcp_line(self.id.0);
         let (settings, timeouts) = self.table.tcp_rules();
-        let Some(timeout) = line.absorb(sides, last, settings, timeouts) else { return };
+        let Some(timeout) = line.absorb(sides, last, are_ahead, settings, timeouts) else { return };
         self.update(|state| match state.tcp_state() {
             Some(TcpState::Established) => Some(state.in_timeout_class(timeout)),
             _ => None,

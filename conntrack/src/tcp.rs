@@ -452,25 +452,27 @@ impl TcpLine {
     }
 
     /// Moves the windows forward to `sides`, as if the last of the segments between had come from `last`; the timeout of an established
-    /// connection that follows, or `None` where nothing has moved.
+    /// connection that follows, or `None` where nothing has moved. `are_ahead`: that they are is known.
     pub(crate) fn absorb(
         &self,
         sides: &[[u32; SIDE_WORDS]; 2],
         last: Direction,
+        are_ahead: bool,
         settings: &TcpSettings,
         timeouts: &ByClass,
     ) -> Option<TimeoutClass> {
         let (_, old) = self.load();
         let mut new = old;
         for (at, (word, &number)) in new.iter_mut().zip(sides.as_flattened()).enumerate() {
-            if is_ahead(at % SIDE_WORDS, number, *word) {
+            let place = at % SIDE_WORDS;
+            if are_ahead && place != MAX_WIN || is_ahead(place, number, *word) {
                 *word = number;
             }
         }
         if new == old {
             return None;
         }
-        let mut tcp = Tcp::of(&new);
+        let mut tcp = Tcp { anew: [are_ahead; 2], ..Tcp::of(&new) };
         for side in 0..2 {
             let is_answered = tcp.sides[1 - side].max_ack == tcp.sides[side].end;
             let progress = &mut tcp.sides[side].progress;

@@ -30,7 +30,7 @@ use rand_chacha::{
     rand_core::{Rng, SeedableRng},
 };
 use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service};
-use weir_conntrack::OFFLOADED;
+use weir_conntrack::{OFFLOADED, Windows};
 use weir_dataplane::{
     forwarding::Forwarding,
     frame::IfIndex,
@@ -52,6 +52,7 @@ const CLIENT: &str = "10.1.1.10";
 const SERVER: &str = "10.1.1.20";
 const VIP: &str = "10.96.0.10";
 
+const FIN: u8 = 1;
 const SYN: u8 = 2;
 const ACK: u8 = 16;
 
@@ -567,6 +568,44 @@ fn a_renewed_flow_keeps_the_windows_that_the_programs_have_moved() {
     assert_eq!(slot.windows()[0][0], 300);
     // Its acknowledgment is none of what was never sent.
     assert!(bench.segment(5000, Direction::Reply, 1000, 300, ACK));
+}
+
+/// Programs have carried so much of a client's data, and the acknowledgments, in windows of 64 KiB.
+fn carry_far(flow: &Flow, bytes: u64) {
+    let window = 1 << 16;
+    let mut sides = flow.windows();
+    for (side, place) in [(0, 0), (0, 1), (1, 3)] {
+        sides[side][place] = sides[side][place].wrapping_add(bytes as u32);
+    }
+    flow.set_windows(&Windows { sides, scales: [0; 2], is_liberal: false });
+    flow.ways[0].packets.fetch_add(bytes / window, Ordering::Relaxed);
+    flow.ways[0].bytes.fetch_add(bytes, Ordering::Relaxed);
+}
+
+#[test]
+fn windows_are_known_however_far_they_have_moved() {
+    type Learn = fn(&mut Bench, &str);
+    let rows: [(&str, Learn); 3] = [
+        ("another process adopts it", |bench, name| assert_eq!(bench.restart(), 1, "{name}")),
+        ("another process does not", |bench, name| {
+            bench.offload.flow(0).unwrap().ways[0].device.store(99, Ordering::Relaxed);
+            assert_eq!(bench.restart(), 0, "{name}");
+        }),
+        ("the keeper looks", |bench, _| bench.look()),
+    ];
+    for (name, learn) in rows {
+        for bytes in [1 << 20, 1 << 31, (1 << 31) + 1, 3 << 30, (1 << 32) - 1, (1 << 32) + (7 << 29)] {
+            let mut bench = Bench::new(4);
+            let flow = bench.connect(5000);
+            bench.answer();
+            carry_far(bench.carries(flow).unwrap(), bytes);
+            learn(&mut bench, name);
+            let seq = 100_u32.wrapping_add(bytes as u32);
+            assert!(!bench.segment(5000, Direction::Original, seq.wrapping_add(1 << 20), 1000, FIN | ACK), "{name}");
+            assert!(bench.segment(5000, Direction::Original, seq, 1000, FIN | ACK), "{name}: {bytes} bytes");
+            assert!(bench.segment(5000, Direction::Reply, 1000, seq.wrapping_add(1), ACK), "{name}: {bytes} bytes");
+        }
+    }
 }
 
 #[test]

@@ -27,6 +27,8 @@ use crate::{
 pub const PATIENCE: Duration = Duration::from_millis(20);
 /// How often is looked what the programs have carried.
 pub const LOOK: Duration = Duration::from_millis(250);
+/// So many bytes, and the largest window, are half of sequence space: windows that are farther ahead look as if they were behind.
+const FAR: u64 = 1 << 30;
 /// Requests that are answered together: so many keep control from the keeper for less than a millisecond.
 const BATCH: usize = 256;
 /// Slots that are looked at in one turn.
@@ -275,10 +277,13 @@ impl Keeper {
                     counts.packets += new.0 - old.0;
                     counts.bytes += new.1 - old.1;
                 }
+                // While programs carry a flow, workers know nothing that its slot does not.
+                let is_far = carried.iter().zip(&held.carried).any(|(new, old)| new.1 - old.1 >= FAR);
+                let are_ahead = is_far && flow.state().1 == Phase::Live;
                 held.carried = carried;
                 let was_over = held.is_over;
                 held.is_over = flow.state().1 == Phase::Closed;
-                let windows = flow.has_windows().then(|| flow.windows());
+                let windows = flow.has_windows().then(|| (flow.windows(), are_ahead));
                 let lives = match held.request.is_v6 {
                     false => told(&tables.v4, held, moved, windows.as_ref(), was_over, now, &turn),
                     true => told(&tables.v6, held, moved, windows.as_ref(), was_over, now, &turn),
@@ -351,6 +356,10 @@ impl Slots {
         self.serials[at] = serial;
         self.counts.flows += 1;
         conn.change_flags(0, ASKED);
+        if flow.has_windows() {
+            // However much has passed since the last process ended.
+            conn.absorb(&flow.windows(), Direction::Reply, true);
+        }
         true
     }
 
@@ -361,9 +370,11 @@ impl Slots {
             && reply.is_of(&conn.reply())
             && let Some(flow) = self.offload.flow(slot)
         {
+            // Of one that was stopped before, workers may know more.
+            let is_live = flow.state().1 == Phase::Live;
             flow.close();
             if flow.has_windows() {
-                conn.absorb(&flow.windows(), Direction::Reply);
+                conn.absorb(&flow.windows(), Direction::Reply, is_live);
             }
         }
         conn.change_flags(0, ASKED | OFFLOADED);
@@ -555,12 +566,12 @@ fn carried(flow: &Flow) -> [(u64, u64); 2] {
     [Direction::Original, Direction::Reply].map(|direction| flow.carried(direction))
 }
 
-/// Tells a connection which of its directions were carried; whether it still is one.
+/// Tells a connection which of its directions were carried; whether it still is one. `windows`: and whether they are known to be ahead.
 fn told<A: Family>(
     table: &Table<A>,
     held: &Held,
     moved: [bool; 2],
-    windows: Option<&[[u32; 4]; 2]>,
+    windows: Option<&([[u32; 4]; 2], bool)>,
     is_over: bool,
     now: Tick,
     turn: &Turn<'_>,
@@ -576,10 +587,10 @@ fn told<A: Family>(
     true
 }
 
-fn heard<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, windows: Option<&[[u32; 4]; 2]>, now: Tick) {
+fn heard<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, windows: Option<&([[u32; 4]; 2], bool)>, now: Tick) {
     if conn.protocol() == Protocol::TCP {
-        if let Some(windows) = windows {
-            conn.absorb(windows, direction);
+        if let Some((windows, are_ahead)) = windows {
+            conn.absorb(windows, direction, *are_ahead);
         }
         conn.touch(now);
     } else {

@@ -137,7 +137,7 @@ impl Offload {
             && let Some(flow) = self.flow(conn.offload_slot())
             && flow.has_windows()
         {
-            conn.absorb(&flow.windows(), direction);
+            conn.absorb(&flow.windows(), direction, false);
         }
     }
 
