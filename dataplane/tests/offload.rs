@@ -720,6 +720,11 @@ impl<'k> Twins<'k> {
                 Some(Gso { size, bytes, .. }) => {
                     [u32::from(size), (bytes as u32 - 1) / u32::from(size) * u32::from(size)]
                 }
+                None if let Some(Oddity::DataOffset(words @ 5..)) = oddity => {
+                    // What it calls options is no data.
+                    let bytes = (20 + options.len() + payload_bytes).saturating_sub(4 * usize::from(words));
+                    [bytes as u32, 0]
+                }
                 None => [payload_bytes as u32, 0],
             };
             let passes = is_inside(&flow.windows, way, seq, ack, first_and_last) || is_liberal && !is_merged;
