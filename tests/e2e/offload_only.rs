@@ -124,6 +124,49 @@ fn every_way_is_carried_by_the_kernel_direct_routes_included() {
     every_way("Never");
 }
 
+/// Sends ten datagrams of 500 bytes at a time, for the device to cut (UDP_SEGMENT), and gets each back; until a file is there.
+const SEGMENTED: &str = "
+import os, socket, sys
+pod = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+pod.settimeout(10)
+pod.connect(('10.1.2.20', 5353))
+pod.setsockopt(17, 103, 500)
+number = 0
+while not os.path.exists(sys.argv[1]):
+    sent = [b'%04d' % (number + nth) * 125 for nth in range(10)]
+    pod.send(b''.join(sent))
+    got = sorted(pod.recv(2048) for _ in sent)
+    assert got == sent, got
+    number = (number + 10) % 10000
+print('done')
+";
+
+/// The one way of packets that BPF_PROG_TEST_RUN does not know: several in one, into a tunnel.
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn datagrams_to_be_cut_are_carried_together_and_counted_one_by_one() {
+    let site = site_with_offload("Always");
+    let _echo = Echo::new(&site, "default/remote", "0.0.0.0:5353");
+    let carried = |direction: &str| {
+        let listing = site.ask("node-a", "conntrack").unwrap();
+        let flow = listing.as_array().unwrap().iter().find(|one| one["proto"] == "udp").cloned().unwrap_or_default();
+        ["packets", "bytes"].map(|what| flow["offload"][direction][what].as_u64().unwrap_or(0))
+    };
+    let stop = site.lab.folder().join("stop").display().to_string();
+    let frames = program(&site, "node-a", "Offloaded");
+    let mut sender =
+        site.lab.spawn("default/client", "segmented", &["/usr/bin/python3", "-c", SEGMENTED, &stop]).unwrap();
+    wait_until("a thousand datagrams in the kernel", DEADLINE, || (carried("original")[0] >= 1000).then_some(()))
+        .unwrap_or_else(|error| panic!("{error}: {}", sender.log()));
+    site.write("stop", "");
+    sender.wait(DEADLINE).unwrap();
+    assert_eq!(sender.log(), "done\n");
+    let ([packets, bytes], [answers, _]) = (carried("original"), carried("reply"));
+    assert_eq!((packets % 10, bytes), (0, packets * (500 + 28)));
+    assert_eq!(program(&site, "node-a", "Offloaded") - frames, packets / 10 + answers, "none was cut before");
+    site.finish();
+}
+
 /// Many connections to one port, both ends of each.
 fn connections(site: &Site, from: &str, to: &str, address: &str, count: usize) -> Vec<(TcpStream, TcpStream)> {
     let listener = site.listen(to, &format!("0.0.0.0:{}", address.rsplit_once(':').unwrap().1));
