@@ -32,7 +32,7 @@ use tracing::{error, info, warn};
 use weir_conntrack::{Table, file::Restored};
 use weir_dataplane::{
     afxdp::{AfXdp, AfXdpError, AfXdpSettings, PortSettings, RingSizes},
-    attach::{self, AttachError, Attachment, OffloadMaps, Owned, SocketDevice, TrunkSettings},
+    attach::{self, AttachError, Attachment, OffloadMaps, Owned, SocketDevice, TrunkSettings, UplinkHook},
     counters::{COUNTERS, Totals},
     driver::PortId,
     forwarding::{Forwarding, is_link_local, local_workloads},
@@ -76,6 +76,8 @@ use crate::{
 const PORTS_INTERVAL: Duration = Duration::from_secs(30);
 /// Events that workers may have waiting for control.
 const EVENTS: usize = 4096;
+/// Entries of an rx ring that nothing is received by.
+const UNUSED_RING: u32 = 64;
 
 /// Why the router does not run, or not any more.
 #[derive(Debug, thiserror::Error)]
@@ -361,9 +363,13 @@ impl Router {
                 attachment.detach_uplink(left)?;
             }
         }
+        let mut hooks = Vec::with_capacity(uplinks.len());
         for uplink in &uplinks {
-            attachment.attach_uplink(uplink.index.0, &uplink.name)?;
+            let required = config.devices.iter().find(|d| d.name == uplink.name).and_then(|d| d.require);
+            let hook = required.map(|_| UplinkHook::Xdp);
+            hooks.push(attachment.attach_uplink(uplink.index.0, &uplink.name, hook)?);
         }
+        let uplinks: Vec<(Link, UplinkHook)> = uplinks.into_iter().zip(hooks).collect();
 
         let domain = Domain::new();
         let mut random = ChaCha8Rng::from_seed(seed()?);
@@ -448,7 +454,7 @@ impl Router {
         let plumbing = HostPlumbing::new(HostSettings {
             device: TRUNK_HOST.into(),
             gateway_mac: attach::ROUTER_END_MAC,
-            uplinks: uplinks.iter().map(|uplink| uplink.name.clone()).collect(),
+            uplinks: uplinks.iter().map(|(uplink, _)| uplink.name.clone()).collect(),
             snat_ports: config.snat.port_range,
             record: host_record(&config.node_name),
         })?;
@@ -1021,18 +1027,23 @@ fn check_uplinks(config: &RouterConfig, kernel: &KernelState, workers: u32) -> R
 }
 
 /// Worker `worker` owns its queue of the trunk and every `workers`-th queue of each uplink. The first queue of each uplink
-/// comes first, so that port numbers are those of the forwarding tables for all workers.
-fn worker_settings(worker: u32, workers: u32, trunk: u32, uplinks: &[Link]) -> AfXdpSettings {
-    let port = |uplink: &Link, queue: u32| PortSettings {
+/// comes first, so that port numbers are those of the forwarding tables for all workers. On an uplink whose packets come by the trunk it
+/// sends only, and needs one queue.
+fn worker_settings(worker: u32, workers: u32, trunk: u32, uplinks: &[(Link, UplinkHook)]) -> AfXdpSettings {
+    let port = |(uplink, hook): &(Link, UplinkHook), queue: u32| PortSettings {
         device: uplink.name.clone(),
         index: uplink.index,
         mac: uplink.mac.unwrap_or_default(),
         queue,
-        sizes: RingSizes::default(),
+        sizes: match hook {
+            UplinkHook::Xdp => RingSizes::default(),
+            UplinkHook::Tc => RingSizes { rx: UNUSED_RING, ..RingSizes::default() },
+        },
     };
     let first = uplinks.iter().map(|uplink| port(uplink, worker));
-    let further = uplinks.iter().flat_map(|uplink| {
-        (worker + workers..uplink.rx_queues).step_by(workers as usize).map(move |queue| port(uplink, queue))
+    let received_by = uplinks.iter().filter(|(_, hook)| *hook == UplinkHook::Xdp);
+    let further = received_by.flat_map(|uplink| {
+        (worker + workers..uplink.0.rx_queues).step_by(workers as usize).map(move |queue| port(uplink, queue))
     });
     AfXdpSettings {
         trunk: PortSettings {

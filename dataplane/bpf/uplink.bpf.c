@@ -9,7 +9,12 @@
  *   uplink -> uplink_receive -> kernel -> uplink_carry -> pod, if the packet is one of a flow that was handed over
  *
  * Between the two the kernel merges packets (GRO). What then is no packet of such a flow, after all, takes the trunk to a
- * worker. */
+ * worker.
+ *
+ * A device whose driver does not run XDP, or is better off without it, has one program for both:
+ *
+ *   uplink -> kernel -> uplink_take -> pod, likewise
+ *   uplink -> kernel -> uplink_take -> weir0 => weir1 -> trunk_receive -> AF_XDP socket */
 #include "offload.h"
 
 #include <linux/icmpv6.h>
@@ -199,35 +204,79 @@ SECTION("xdp") int uplink_receive(struct xdp_md *packet)
 	return action;
 }
 
-/* On the same device, after uplink_receive has let a packet pass. */
-SECTION("classifier") int uplink_carry(struct __sk_buff *packet)
+/* What a packet is that the kernel has received, and merged with others perhaps; -1: there is no memory for its headers. Then it may
+ * be weir's, and the kernel could not read it either. */
+INLINE int judge_received(struct __sk_buff *packet)
 {
 	/* Of IPv4 in IPv4, or of IPv6, and of TCP with options. */
 	__u32 headers = ETH_HLEN + sizeof(struct ipv6hdr) + sizeof(struct tcphdr) + 40;
-	enum counter cause;
-	int action = -1;
+
+	/* The kernel has taken the tag off: a VLAN's packets are not the device's own. */
+	if (packet->vlan_present)
+		return COUNTER_UPLINK_PASSED;
+	if (headers > packet->len)
+		headers = packet->len;
+	if ((void *)(long)packet->data + headers > (void *)(long)packet->data_end && skb_pull_data(packet, headers)) {
+		count(COUNTER_OFFLOAD_FAILED);
+		return -1;
+	}
+	return judge((void *)(long)packet->data, (void *)(long)packet->data_end);
+}
+
+/* Carries a packet that weir owns, if it is one of a flow that was handed over; -1: it is a worker's. */
+INLINE int carry_owned(struct __sk_buff *packet, int cause)
+{
+	if (!offload_is_on)
+		return -1;
+	switch (cause) {
+	case COUNTER_UPLINK_TAKEN_TUNNEL:
+		return packet->pkt_type == PACKET_HOST ? carry(packet, 0, 1, packet->ifindex) : -1;
+	case COUNTER_UPLINK_TAKEN_PREFIX:
+	case COUNTER_UPLINK_TAKEN_PORT:
+		return offload(packet, packet->ifindex);
+	default:
+		return -1;
+	}
+}
+
+/* On the same device, after uplink_receive has let a packet pass. */
+SECTION("classifier") int uplink_carry(struct __sk_buff *packet)
+{
+	int cause, action;
 
 	if (!offload_is_on)
 		return TC_ACT_UNSPEC;
-	if (headers > packet->len)
-		headers = packet->len;
-	/* Without memory for the headers: it may be weir's, and the kernel could not read it either. */
-	if ((void *)(long)packet->data + headers > (void *)(long)packet->data_end && skb_pull_data(packet, headers)) {
-		count(COUNTER_OFFLOAD_FAILED);
+	cause = judge_received(packet);
+	if (cause < 0)
 		return TC_ACT_SHOT;
-	}
-	cause = judge((void *)(long)packet->data, (void *)(long)packet->data_end);
 	switch (cause) {
 	case COUNTER_UPLINK_TAKEN_TUNNEL:
-		if (packet->pkt_type == PACKET_HOST)
-			action = carry(packet, 0, 1, packet->ifindex);
-		break;
 	case COUNTER_UPLINK_TAKEN_PREFIX:
 	case COUNTER_UPLINK_TAKEN_PORT:
-		action = offload(packet, packet->ifindex);
-		break;
+		action = carry_owned(packet, cause);
+		return action >= 0 ? action : to_worker(packet);
 	default:
 		return TC_ACT_UNSPEC;
 	}
-	return action >= 0 ? action : to_worker(packet);
+}
+
+/* On a device that has no uplink_receive. Its sockets are the trunk's. */
+SECTION("classifier") int uplink_take(struct __sk_buff *packet)
+{
+	int cause = judge_received(packet), action, may_pass;
+	__u32 first = 0;
+
+	if (cause < 0)
+		return TC_ACT_SHOT;
+	action = carry_owned(packet, cause);
+	if (action >= 0)
+		return action;
+	count(cause);
+	if (cause == COUNTER_UPLINK_PASSED || cause == COUNTER_UPLINK_PASSED_FAILSAFE)
+		return TC_ACT_UNSPEC;
+	if (map_lookup(&sockets, &first))
+		return to_worker(packet);
+	may_pass = cause == COUNTER_UPLINK_TAKEN_ICMP || cause == COUNTER_UPLINK_TAKEN_FRAGMENT;
+	count(may_pass ? COUNTER_UPLINK_UNCLAIMED_PASSED : COUNTER_UPLINK_UNCLAIMED_DROPPED);
+	return may_pass ? TC_ACT_UNSPEC : TC_ACT_SHOT;
 }

@@ -21,12 +21,12 @@ use std::{
 use aya::programs::loaded_links;
 use etherparse::PacketBuilder;
 use nix::net::if_::if_nametoindex;
-use node::{Namespace, Node, index_of, info_of, mac_of, run_xdp, shell, skipped, xdp_program};
+use node::{Namespace, Node, index_of, info_of, mac_of, run_tc, run_xdp, shell, skipped, tc_program, xdp_program};
 use weir_dataplane::{
     afxdp::trunk::{origin, target},
     attach::{
         AttachError, Attachment, Counter, KERNEL_END, KERNEL_END_MAC, Owned, ROUTER_END, ROUTER_END_MAC, SocketDevice,
-        TrunkSettings, detach,
+        TrunkSettings, UplinkHook, detach,
     },
     frame::{IfIndex, LinkType},
 };
@@ -434,6 +434,11 @@ fn extension(next: u8, units: u8, payload: &[u8]) -> Vec<u8> {
     header
 }
 
+fn tagged(mut frame: Vec<u8>) -> Vec<u8> {
+    frame.splice(12..12, [0x81, 0, 0, 5]);
+    frame
+}
+
 fn uplink_cases() -> Vec<(&'static str, Vec<u8>, Expected)> {
     let (tcp, udp, sctp, icmp, ipip, icmpv6) = (6, 17, 132, 1, 4, 58);
     let echo = [8, 0, 0, 0, 0, 1, 0, 1];
@@ -441,10 +446,6 @@ fn uplink_cases() -> Vec<(&'static str, Vec<u8>, Expected)> {
     options[14] = 0x47;
     let mut short_header = v4(NODE, tcp, 0, &to_port(30_000));
     short_header[14] = 0x41;
-    let tagged = |mut frame: Vec<u8>| {
-        frame.splice(12..12, [0x81, 0, 0, 5]);
-        frame
-    };
     let nd = |kind| [kind, 0, 0, 0, 0, 0, 0, 0];
     let four = (0..4).fold((tcp, to_port(30_000)), |(next, payload), _| (60, extension(next, 1, &payload)));
     let five = extension(four.0, 0, &four.1);
@@ -521,40 +522,121 @@ fn uplinks_give_up_what_weir_owns_and_nothing_else() {
         let mut attachment = node.open();
         let index = index_of("up0");
         attachment.set_owned(&node_owned()).unwrap();
-        let report = attachment.attach_uplink(index, "up0").unwrap();
-        assert_eq!((report.program, report.mode), ("uplink_receive", "native"));
-        assert!(attachment.modes().contains(&report));
-        assert_eq!(attachment.pinned_uplinks().unwrap(), [index]);
-        let link = node.pins.join(format!("uplink_{index}"));
-
-        let socket = xdp_socket();
-        for with_socket in [false, true] {
-            if with_socket {
-                attachment.register_socket(SocketDevice::Uplink(index), 0, socket.as_fd()).unwrap();
-            }
-            for (name, frame, Expected(taken, untaken, cause)) in uplink_cases() {
-                let before = attachment.counters().unwrap();
-                let action = test_run(&link, &frame, index, 0);
-                let after = attachment.counters().unwrap();
-                assert_eq!(action, if with_socket { taken } else { untaken }, "{name}, socket: {with_socket}");
-                let mut counted = vec![cause];
-                if taken == XDP_REDIRECT && !with_socket {
-                    counted.push(match untaken {
-                        XDP_DROP => Counter::UplinkUnclaimedDropped,
-                        _ => Counter::UplinkUnclaimedPassed,
-                    });
-                }
-                let gained: Vec<_> = after
-                    .iter()
-                    .filter(|(counter, _)| after.get(*counter) != before.get(*counter))
-                    .map(|(c, _)| c)
-                    .collect();
-                assert_eq!(gained, counted, "{name}, socket: {with_socket}");
-            }
+        // From one to the other and back, as when the configuration changes.
+        for (hook, program, mode, pin) in [
+            (UplinkHook::Xdp, "uplink_receive", "native", format!("uplink_{index}")),
+            (UplinkHook::Tc, "uplink_take", "tcx", format!("uplink_carry_{index}")),
+            (UplinkHook::Xdp, "uplink_receive", "native", format!("uplink_{index}")),
+        ] {
+            assert_eq!(attachment.attach_uplink(index, "up0", Some(hook)).unwrap(), hook);
+            let modes = attachment.modes();
+            let of_uplink: Vec<_> = modes.iter().filter(|m| m.device == "up0").map(|m| (m.program, m.mode)).collect();
+            assert_eq!(of_uplink, [(program, mode)]);
+            assert_eq!(attachment.pinned_uplinks().unwrap(), [index]);
+            assert_eq!(shell("ip link show dev up0").contains("xdp"), hook == UplinkHook::Xdp);
+            judges_all_cases(&mut attachment, index, hook, &node.pins.join(pin));
         }
         attachment.detach_uplink(index).unwrap();
         assert!(attachment.pinned_uplinks().unwrap().is_empty());
         assert!(!shell("ip link show dev up0").contains("xdp"), "detaching is done when it returns");
+    });
+}
+
+/// Runs the program at `link` on all cases, without and with a socket to take to.
+fn judges_all_cases(attachment: &mut Attachment, index: u32, hook: UplinkHook, link: &Path) {
+    // What XDP answers, and the tc program in its place.
+    let expected_of = |action: u32| match (hook, action) {
+        (UplinkHook::Xdp, action) => action,
+        // TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC: include/uapi/linux/pkt_cls.h.
+        (UplinkHook::Tc, XDP_REDIRECT) => 7,
+        (UplinkHook::Tc, XDP_DROP) => 2,
+        (UplinkHook::Tc, _) => u32::MAX,
+    };
+    let socket = xdp_socket();
+    let device = match hook {
+        UplinkHook::Xdp => SocketDevice::Uplink(index),
+        UplinkHook::Tc => SocketDevice::Trunk,
+    };
+    for with_socket in [false, true] {
+        if with_socket {
+            attachment.register_socket(device, 0, socket.as_fd()).unwrap();
+        }
+        for (name, frame, Expected(taken, untaken, cause)) in uplink_cases() {
+            // The kernel runs no tc program on part of an IP header.
+            let header_bytes = if frame[12..14] == [0x86, 0xdd] { 40 } else { 20 };
+            if hook == UplinkHook::Tc && frame.len() < 14 + header_bytes {
+                continue;
+            }
+            let before = attachment.counters().unwrap();
+            let action = match hook {
+                UplinkHook::Xdp => test_run(link, &frame, index, 0),
+                UplinkHook::Tc => run_tc(&tc_program(link), &frame),
+            };
+            let after = attachment.counters().unwrap();
+            let expected = expected_of(if with_socket { taken } else { untaken });
+            assert_eq!(action, expected, "{hook:?}, {name}, socket: {with_socket}");
+            let mut counted = vec![cause];
+            if taken == XDP_REDIRECT && !with_socket {
+                counted.push(match untaken {
+                    XDP_DROP => Counter::UplinkUnclaimedDropped,
+                    _ => Counter::UplinkUnclaimedPassed,
+                });
+            }
+            let gained: Vec<_> = after
+                .iter()
+                .filter(|(counter, _)| after.get(*counter) != before.get(*counter))
+                .map(|(c, _)| c)
+                .collect();
+            assert_eq!(gained, counted, "{hook:?}, {name}, socket: {with_socket}");
+        }
+    }
+}
+
+#[test]
+fn the_packets_of_a_vlan_are_not_the_uplinks_own() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let outside = Namespace::new();
+    node.connect("up0", &outside);
+    node.run(|| {
+        let mut attachment = node.open();
+        let index = index_of("up0");
+        attachment.set_owned(&node_owned()).unwrap();
+        let tap = outside.run(|| Tap::open("eth0"));
+        for hook in [UplinkHook::Xdp, UplinkHook::Tc] {
+            attachment.attach_uplink(index, "up0", Some(hook)).unwrap();
+            let before = attachment.counters().unwrap();
+            tap.send(&tagged(v4(POD, 6, 0, &to_port(80))));
+            // It comes behind the other, so both are judged when it is.
+            tap.send(&v4(POD, 6, 0, &to_port(80)));
+            let gained = |counter| attachment.counters().unwrap().get(counter) - before.get(counter);
+            let begin = Instant::now();
+            while gained(Counter::UplinkTakenPrefix) == 0 && begin.elapsed() < Duration::from_secs(5) {
+                thread::sleep(Duration::from_millis(5));
+            }
+            assert_eq!(gained(Counter::UplinkTakenPrefix), 1, "{hook:?}");
+            // The kernel's own neighbour discovery passes as well.
+            assert!(gained(Counter::UplinkPassed) >= 1, "{hook:?}");
+        }
+    });
+}
+
+#[test]
+fn a_device_without_xdp_is_an_uplink_too() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    node.run(|| {
+        let mut attachment = node.open();
+        attachment.set_owned(&node_owned()).unwrap();
+        shell("ip link add plain0 type bridge");
+        let index = index_of("plain0");
+        assert_eq!(attachment.attach_uplink(index, "plain0", None).unwrap(), UplinkHook::Tc);
+        let mode = attachment.modes().into_iter().find(|mode| mode.device == "plain0").expect("it is reported");
+        assert!(mode.reason.contains("no XDP of its own"), "{mode:?}");
     });
 }
 
@@ -578,7 +660,7 @@ fn without_a_router_the_node_stays_reachable_and_owned_ports_are_closed() {
                 ..Owned::default()
             })
             .unwrap();
-        attachment.attach_uplink(index_of("up0"), "up0").unwrap();
+        attachment.attach_uplink(index_of("up0"), "up0", None).unwrap();
         drop(attachment);
 
         outside.shell("ping -c 1 -W 2 192.0.2.1");
@@ -608,7 +690,7 @@ fn pins_outlive_the_router_and_the_next_one_adopts_them() {
         let mut first = node.open();
         first.set_owned(&node_owned()).unwrap();
         first.adopt_workload(workload, "calidddd", mac, true).unwrap();
-        first.attach_uplink(uplink, "up0").unwrap();
+        first.attach_uplink(uplink, "up0", None).unwrap();
         assert!(matches!(Attachment::open(node.settings()), Err(AttachError::InUse { .. })));
         assert!(matches!(detach(&node.pins), Err(AttachError::InUse { .. })));
         let pins = [
@@ -634,7 +716,7 @@ fn pins_outlive_the_router_and_the_next_one_adopts_them() {
         assert_eq!(second.pinned_workloads().unwrap(), [workload]);
         assert_eq!(second.pinned_uplinks().unwrap(), [uplink]);
         second.adopt_workload(workload, "calidddd", mac, true).unwrap();
-        second.attach_uplink(uplink, "up0").unwrap();
+        second.attach_uplink(uplink, "up0", None).unwrap();
         for (pin, (link, program)) in pins.iter().zip(links) {
             let (new_link, new_program) = info_of(pin);
             assert_eq!(new_link, link, "{pin:?}: the link is the same");
@@ -679,7 +761,7 @@ fn devices_that_are_gone_leave_nothing() {
             attachment.adopt_workload(index, host, Mac([2; 6]), true).unwrap();
         }
         let uplink = index_of("up0");
-        attachment.attach_uplink(uplink, "up0").unwrap();
+        attachment.attach_uplink(uplink, "up0", None).unwrap();
 
         // One goes while the router runs, the others while none does.
         shell("ip link delete calie0");
@@ -725,7 +807,7 @@ fn what_stays_owned_is_owned_at_every_moment() {
             failsafe_ports: vec![(Protocol::TCP, 22), (Protocol::TCP, 179)],
         };
         attachment.set_owned(&one).unwrap();
-        attachment.attach_uplink(index, "up0").unwrap();
+        attachment.attach_uplink(index, "up0", None).unwrap();
         let link = node.pins.join(format!("uplink_{index}"));
 
         let done = AtomicBool::new(false);
@@ -848,12 +930,16 @@ fn what_cannot_work_is_refused_with_a_reason() {
 
         let mut attachment = node.open();
         let lo = index_of("lo");
-        assert!(matches!(attachment.attach_uplink(lo, "lo"), Err(AttachError::Mtu { mtu: 65_536, .. })));
+        assert!(matches!(attachment.attach_uplink(lo, "lo", None), Err(AttachError::Mtu { mtu: 65_536, .. })));
         shell("ip link set lo mtu 1500");
-        assert!(matches!(attachment.attach_uplink(lo, "lo"), Err(AttachError::NoNativeMode { .. })));
-        assert!(matches!(attachment.attach_uplink(lo + 1000, "lo"), Err(AttachError::DeviceGone { .. })));
+        assert!(matches!(attachment.attach_uplink(lo, "lo", None), Err(AttachError::NotEthernet { .. })));
+        shell("ip link add plain0 type bridge");
+        let plain = index_of("plain0");
+        let xdp = Some(UplinkHook::Xdp);
+        assert!(matches!(attachment.attach_uplink(plain, "plain0", xdp), Err(AttachError::NoNativeMode { .. })));
+        assert!(matches!(attachment.attach_uplink(lo + 1000, "lo", None), Err(AttachError::DeviceGone { .. })));
         assert!(matches!(
-            attachment.attach_uplink(index_of(ROUTER_END), ROUTER_END),
+            attachment.attach_uplink(index_of(ROUTER_END), ROUTER_END, None),
             Err(AttachError::Occupied { .. })
         ));
         assert!(attachment.pinned_uplinks().unwrap().is_empty());

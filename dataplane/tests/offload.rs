@@ -55,7 +55,7 @@ use segments::{
 use weir_conntrack::{ConnRef, Identity, OFFLOADED, Windows};
 use weir_dataplane::{
     afxdp::trunk::origin,
-    attach::{Attachment, Counter, KernelKeys, OffloadMaps, Owned, TrunkSettings},
+    attach::{Attachment, Counter, KernelKeys, OffloadMaps, Owned, TrunkSettings, UplinkHook},
     frame::{IfIndex, LinkType},
     offload::{
         Offload, Request,
@@ -292,7 +292,7 @@ impl<'a> Kernel<'a> {
             failsafe_ports: Vec::new(),
         };
         attachment.set_owned(&owned).unwrap();
-        attachment.attach_uplink(UPLINK.0, "eth0").unwrap();
+        attachment.attach_uplink(UPLINK.0, "eth0", Some(UplinkHook::Xdp)).unwrap();
         let OffloadMaps { flows, epoch, keys } = attachment.take_offload().expect("there are to be flows");
         let (offload, requests) = Offload::new(flows, epoch, UDP_PACKETS);
         let classifier = |pin: &str, name: &'static str| {

@@ -137,9 +137,16 @@ pub enum AttachError {
     },
     /// The device's driver can run XDP in generic mode only, or not at all.
     #[error(
-        "{device}: its driver has no native XDP, and generic mode is not supported: use another device (or driver)"
+        "{device}: its driver has no native XDP, and generic mode is never used: use another device (or driver), or take \
+         `require` off: without it weir takes packets after the kernel has received them"
     )]
     NoNativeMode {
+        /// The device.
+        device: String,
+    },
+    /// A device without Ethernet headers.
+    #[error("{device} is no Ethernet device: weir's uplinks have MAC addresses")]
+    NotEthernet {
         /// The device.
         device: String,
     },

@@ -70,10 +70,11 @@ pub(super) fn load_trunk(pins: &Pins, weir0: u32, flows: Option<u32>) -> Result<
     load("trunk", object, pins, &pins.trunk_sockets(), weir0, flows)
 }
 
-/// The programs of one uplink, with that uplink's own sockets; after [`load_trunk`], with the same `weir0` and `flows`.
-pub(super) fn load_uplink(pins: &Pins, index: u32, weir0: u32, flows: Option<u32>) -> Result<Ebpf, AttachError> {
+/// The programs of one uplink, with the sockets that are pinned there: its own or the trunk's. After [`load_trunk`], with the same
+/// `weir0` and `flows`.
+pub(super) fn load_uplink(pins: &Pins, sockets: &Path, weir0: u32, flows: Option<u32>) -> Result<Ebpf, AttachError> {
     let object = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/uplink.bpf.o"));
-    load("uplink", object, pins, &pins.uplink_sockets(index), weir0, flows)
+    load("uplink", object, pins, sockets, weir0, flows)
 }
 
 /// Name, type, bytes of key and value, entries of the maps for so many flows in the kernel.

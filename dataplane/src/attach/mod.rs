@@ -12,6 +12,7 @@
 //! | `host_send` | tc egress of weir0, where flows are handed over | carries what the node's kernel sends to pods |
 //! | `uplink_receive` | XDP of each uplink | gives what weir owns to the socket of its queue, leaves the rest to the kernel |
 //! | `uplink_carry` | tc ingress of each uplink, where flows are handed over | gives packets of such flows, which `uplink_receive` leaves to the kernel's GRO, to their pods |
+//! | `uplink_take` | tc ingress of an uplink, in place of both ([`UplinkHook::Tc`]) | carries what was handed over; gives the rest of what weir owns to the sockets of the trunk, as `workload_send` does |
 //!
 //! *Encoding.* A frame that a worker receives on the trunk has the destination MAC `02:TT:II:II:II:II` if a workload
 //! sent it: TT is the kernel's `pkt_type` (0 to this device, 1 broadcast, 2 multicast, 3 to somebody else), II the
@@ -89,6 +90,7 @@ const WORKLOAD_SEND: &str = "workload_send";
 const HOST_SEND: &str = "host_send";
 const UPLINK_RECEIVE: &str = "uplink_receive";
 const UPLINK_CARRY: &str = "uplink_carry";
+const UPLINK_TAKE: &str = "uplink_take";
 
 /// How the trunk is to be, and where the pins are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -110,6 +112,16 @@ pub enum SocketDevice {
     Trunk,
     /// An attached uplink by its index.
     Uplink(u32),
+}
+
+/// Where what weir owns is taken from an uplink.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum UplinkHook {
+    /// In the driver, before the kernel makes a packet of a frame. The fastest way to workers.
+    Xdp,
+    /// Where the kernel has received the packet; it goes to the workers by the trunk. Any Ethernet device can do that, and one that copies
+    /// each packet for XDP's sake (a veth) carries flows in the kernel faster so.
+    Tc,
 }
 
 /// How a program is attached, and why so.
@@ -165,7 +177,8 @@ struct Workload {
 }
 
 struct Uplink {
-    sockets: XskMap<MapData>,
+    /// None: they are the trunk's.
+    sockets: Option<XskMap<MapData>>,
     mode: ModeReport,
 }
 
@@ -324,29 +337,69 @@ impl Attachment {
         self.pins.workloads()
     }
 
-    /// Attaches the uplink program in native mode, or renews it. Tell [`Attachment::set_owned`] first.
+    /// Attaches an uplink's programs, or renews them, at `hook`, else where they do best: in the driver, if it runs XDP and does not
+    /// copy each packet for that while flows are to be carried in the kernel. Tell [`Attachment::set_owned`] first.
     ///
     /// # Errors
-    /// Where the device is gone, has an MTU above [`MAX_MTU`], no native XDP, or a foreign program.
-    pub fn attach_uplink(&mut self, index: u32, name: &str) -> Result<ModeReport, AttachError> {
+    /// Where the device is gone, is no Ethernet device, has an MTU above [`MAX_MTU`] or a foreign XDP program; where `hook` is
+    /// [`UplinkHook::Xdp`], also where it has no native XDP.
+    pub fn attach_uplink(
+        &mut self,
+        index: u32,
+        name: &str,
+        hook: Option<UplinkHook>,
+    ) -> Result<UplinkHook, AttachError> {
         let link = existing(name, index)?;
         if link.mtu > MAX_MTU {
             return Err(AttachError::Mtu { device: name.to_owned(), mtu: link.mtu });
         }
-        let mut object = maps::load_uplink(&self.pins, index, self.trunk.kernel_end, self.flows)?;
-        // The one that carries is there before the other lets flows pass to it.
+        if !link.is_ethernet {
+            return Err(AttachError::NotEthernet { device: name.to_owned() });
+        }
+        match hook {
+            Some(UplinkHook::Xdp) => self.attach_uplink_xdp(index, name),
+            Some(UplinkHook::Tc) => self.attach_uplink_tc(index, name, "so it is wanted"),
+            None if link.kind == "veth" && self.flows.is_some() => {
+                let reason = "for XDP a veth copies each packet, also of the flows that the kernel carries";
+                self.attach_uplink_tc(index, name, reason)
+            }
+            None => match self.attach_uplink_xdp(index, name) {
+                Err(AttachError::NoNativeMode { .. }) => {
+                    self.attach_uplink_tc(index, name, "its driver has no XDP of its own; generic mode is never used")
+                }
+                result => result,
+            },
+        }
+    }
+
+    fn attach_uplink_xdp(&mut self, index: u32, name: &str) -> Result<UplinkHook, AttachError> {
+        let sockets = self.pins.uplink_sockets(index);
+        let mut object = maps::load_uplink(&self.pins, &sockets, self.trunk.kernel_end, self.flows)?;
+        // The one that carries is there before the other lets flows pass to it. It may come in place of one that takes.
         if self.flows.is_some() {
             let program = classifier(&mut object, UPLINK_CARRY)?;
-            pins::attach_tcx(program, UPLINK_CARRY, name, TcAttachType::Ingress, &self.pins.uplink_carry(index))?;
+            pins::attach_tcx(program, UPLINK_CARRY, name, TcAttachType::Ingress, &self.pins.uplink_tc(index))?;
         }
         let program = xdp(&mut object, UPLINK_RECEIVE)?;
-        pins::attach_xdp(program, UPLINK_RECEIVE, index, name, &self.pins.uplink(index))?;
+        pins::attach_xdp(program, UPLINK_RECEIVE, index, name, &self.pins.uplink_xdp(index))?;
         let mode = native(name, UPLINK_RECEIVE, &existing(name, index)?)?;
         if self.flows.is_none() {
-            pins::unpin_link(&self.pins.uplink_carry(index))?;
+            pins::unpin_link(&self.pins.uplink_tc(index))?;
         }
-        self.uplinks.insert(index, Uplink { sockets: maps::take_sockets(&mut object)?, mode: mode.clone() });
-        Ok(mode)
+        self.uplinks.insert(index, Uplink { sockets: Some(maps::take_sockets(&mut object)?), mode });
+        Ok(UplinkHook::Xdp)
+    }
+
+    fn attach_uplink_tc(&mut self, index: u32, name: &str, reason: &str) -> Result<UplinkHook, AttachError> {
+        let sockets = self.pins.trunk_sockets();
+        let mut object = maps::load_uplink(&self.pins, &sockets, self.trunk.kernel_end, self.flows)?;
+        let program = classifier(&mut object, UPLINK_TAKE)?;
+        pins::attach_tcx(program, UPLINK_TAKE, name, TcAttachType::Ingress, &self.pins.uplink_tc(index))?;
+        pins::unpin_link(&self.pins.uplink_xdp(index))?;
+        pins::unpin_map(&self.pins.uplink_sockets(index))?;
+        let mode = ModeReport { device: name.to_owned(), program: UPLINK_TAKE, mode: "tcx", reason: reason.to_owned() };
+        self.uplinks.insert(index, Uplink { sockets: None, mode });
+        Ok(UplinkHook::Tc)
     }
 
     /// Takes the program off an uplink, attached by this process or left by an earlier one; the device may be gone.
@@ -355,8 +408,8 @@ impl Attachment {
     /// Where a pin cannot be removed.
     pub fn detach_uplink(&mut self, index: u32) -> Result<(), AttachError> {
         self.uplinks.remove(&index);
-        pins::unpin_link(&self.pins.uplink(index))?;
-        pins::unpin_link(&self.pins.uplink_carry(index))?;
+        pins::unpin_link(&self.pins.uplink_xdp(index))?;
+        pins::unpin_link(&self.pins.uplink_tc(index))?;
         pins::unpin_map(&self.pins.uplink_sockets(index))
     }
 
@@ -369,7 +422,7 @@ impl Attachment {
     }
 
     /// Gives a queue's packets to an AF_XDP socket, which must be bound to that device and queue. When the socket is
-    /// closed, the kernel ends that by itself.
+    /// closed, the kernel ends that by itself. What is taken from an uplink at [`UplinkHook::Tc`] comes by the trunk's.
     ///
     /// # Errors
     /// Where the uplink is not attached, the device has no such queue, or the file descriptor is no AF_XDP socket.
@@ -382,7 +435,10 @@ impl Attachment {
         let sockets = match device {
             SocketDevice::Trunk => &mut self.trunk_sockets,
             SocketDevice::Uplink(index) => {
-                &mut self.uplinks.get_mut(&index).ok_or(AttachError::NoUplink(index))?.sockets
+                match &mut self.uplinks.get_mut(&index).ok_or(AttachError::NoUplink(index))?.sockets {
+                    Some(sockets) => sockets,
+                    None => return Ok(()),
+                }
             }
         };
         sockets.set(queue, socket, 0).map_err(map_error("sockets"))

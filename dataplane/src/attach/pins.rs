@@ -29,7 +29,8 @@ use super::{AttachError, maps::map_error};
 /// Where the BPF file system is mounted by custom.
 const BPF_MOUNT: &str = "/sys/fs/bpf";
 const WORKLOAD: &str = "workload_";
-const UPLINK: &str = "uplink_";
+const UPLINK_XDP: &str = "uplink_";
+const UPLINK_TC: &str = "uplink_carry_";
 const SOCKETS: &str = "sockets_";
 
 /// A pin folder that belongs to this process alone, while it lives.
@@ -98,12 +99,12 @@ impl Pins {
         self.dir.join(format!("{WORKLOAD}{index}"))
     }
 
-    pub(super) fn uplink(&self, index: u32) -> PathBuf {
-        self.dir.join(format!("{UPLINK}{index}"))
+    pub(super) fn uplink_xdp(&self, index: u32) -> PathBuf {
+        self.dir.join(format!("{UPLINK_XDP}{index}"))
     }
 
-    pub(super) fn uplink_carry(&self, index: u32) -> PathBuf {
-        self.dir.join(format!("{UPLINK}carry_{index}"))
+    pub(super) fn uplink_tc(&self, index: u32) -> PathBuf {
+        self.dir.join(format!("{UPLINK_TC}{index}"))
     }
 
     pub(super) fn trunk_sockets(&self) -> PathBuf {
@@ -121,7 +122,10 @@ impl Pins {
 
     /// Indexes of the devices that have an uplink's link.
     pub(super) fn uplinks(&self) -> Result<Vec<u32>, AttachError> {
-        self.indexes(UPLINK)
+        let mut indexes = [self.indexes(UPLINK_XDP)?, self.indexes(UPLINK_TC)?].concat();
+        indexes.sort_unstable();
+        indexes.dedup();
+        Ok(indexes)
     }
 
     fn indexes(&self, prefix: &str) -> Result<Vec<u32>, AttachError> {
@@ -165,7 +169,7 @@ impl Pins {
     /// Removes all pins; their names. Links are removed first and are off when this returns.
     pub(super) fn remove_all(&self) -> Result<Vec<String>, AttachError> {
         let names = self.names()?;
-        let is_link = |name: &&String| [WORKLOAD, UPLINK, "trunk_"].iter().any(|prefix| name.starts_with(prefix));
+        let is_link = |name: &&String| [WORKLOAD, UPLINK_XDP, "trunk_"].iter().any(|prefix| name.starts_with(prefix));
         for name in names.iter().filter(is_link) {
             unpin_link(&self.dir.join(name))?;
         }

@@ -45,7 +45,8 @@ pub(super) struct Link {
     pub(super) index: u32,
     pub(super) mtu: u32,
     pub(super) native_xdp: bool,
-    kind: String,
+    pub(super) is_ethernet: bool,
+    pub(super) kind: String,
     peer: String,
     mac: String,
     queues: (u32, u32),
@@ -71,6 +72,7 @@ pub(super) fn link(name: &str) -> Result<Option<Link>, AttachError> {
         mtu: number("mtu")?,
         // XDP_ATTACHED_DRV, include/uapi/linux/if_link.h
         native_xdp: link["xdp"]["mode"].as_u64() == Some(1),
+        is_ethernet: link["link_type"].as_str() == Some("ether"),
         kind: text(&link["linkinfo"]["info_kind"]),
         peer: text(&link["link"]),
         mac: text(&link["address"]),

@@ -10,7 +10,7 @@ use std::{
 
 use aya::{
     TestRun as _, TestRunOptions,
-    programs::{ProgramInfo, Xdp, links::PinnedLink, loaded_programs},
+    programs::{ProgramInfo, SchedClassifier, Xdp, links::PinnedLink, loaded_programs},
 };
 use aya_obj::programs::XdpAttachType;
 use nix::{
@@ -173,5 +173,16 @@ pub fn run_xdp(program: &Xdp, frame: &[u8], device: u32, queue: u32) -> u32 {
     // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
     let context = [0, frame.len() as u32, 0, device, queue, 0].map(u32::to_ne_bytes).concat();
     let options = TestRunOptions { data_in: Some(frame), ctx_in: Some(&context), ..TestRunOptions::new() };
+    program.test_run(options).expect("a test run").return_value
+}
+
+/// The tc program of a pinned link.
+pub fn tc_program(link: &Path) -> SchedClassifier {
+    SchedClassifier::from_program_info(program_info(link), "tc".into()).expect("it is a tc program")
+}
+
+/// What a program returns for a frame that has come in (BPF_PROG_TEST_RUN).
+pub fn run_tc(program: &SchedClassifier, frame: &[u8]) -> u32 {
+    let options = TestRunOptions { data_in: Some(frame), ..TestRunOptions::new() };
     program.test_run(options).expect("a test run").return_value
 }
