@@ -142,11 +142,11 @@ pub enum OffloadMode {
     Auto,
 }
 
-/// What a device's sockets must be able to do; otherwise the router does not start.
+/// What an uplink must be able to do; otherwise the router does not start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Require {
-    /// XDP runs in the driver. Always required: generic mode is never used.
+    /// XDP runs in the driver. Generic mode is never used; without this, packets may be taken at tc.
     Native,
     /// The device writes packets into weir's memory itself.
     ZeroCopy,

@@ -14,10 +14,16 @@ use crate::{
     site::{CLIENT, DEADLINE, Echo, Site, bulk, connection, offload_mode, passes, two_nodes},
 };
 
-/// Two nodes whose routers hand flows over.
-fn site_with_offload(ipip: &str) -> Site {
+/// Two nodes whose routers hand flows over. `in_driver`: their uplinks' packets are taken by XDP, and by tc only to be carried; else all by tc,
+/// as a veth does best.
+fn site_with_offload(ipip: &str, in_driver: bool) -> Site {
     assert_eq!(offload_mode(), "auto", "flow offload is off: leave this test out (--skip offload_only)");
     let mut site = Site::build(&two_nodes(), &cluster(ipip).text(), "");
+    if in_driver {
+        for node in ["node-a", "node-b"] {
+            site.reconfigure(node, "role: uplink", "role: uplink, require: native");
+        }
+    }
     site.start_all();
     site
 }
@@ -82,8 +88,8 @@ fn udp_is_carried(site: &Site, from: &str, to: &str, address: &str, nodes: &[&st
     }
 }
 
-fn every_way(ipip: &str) {
-    let site = site_with_offload(ipip);
+fn every_way(ipip: &str, in_driver: bool) {
+    let site = site_with_offload(ipip, in_driver);
     let both: &[&str] = &["node-a", "node-b"];
     for (from, to, tcp, udp, nodes) in [
         ("default/client", "default/server", "10.1.1.20:5000", "10.1.1.20:5353", &both[..1]),
@@ -109,19 +115,28 @@ fn every_way(ipip: &str) {
     // Both translated.
     tcp_is_carried(&site, "client", "default/server", &format!("192.168.10.1:{NODE_PORT}"), &both[..1]);
     assert_eq!(CLIENT, "192.168.10.100");
+    for node in both {
+        assert_eq!(program(&site, node, "UplinkMerged") > 0, in_driver, "{node}: whether XDP leaves flows to tc");
+    }
     site.finish();
 }
 
 #[test]
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn every_way_is_carried_by_the_kernel_tunnels_included() {
-    every_way("Always");
+    every_way("Always", false);
+}
+
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn every_way_is_carried_by_the_kernel_after_xdp_has_let_it_pass() {
+    every_way("Always", true);
 }
 
 #[test]
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn every_way_is_carried_by_the_kernel_direct_routes_included() {
-    every_way("Never");
+    every_way("Never", true);
 }
 
 /// Sends ten datagrams of 500 bytes at a time, for the device to cut (UDP_SEGMENT), and gets each back; until a file is there.
@@ -145,7 +160,7 @@ print('done')
 #[test]
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn datagrams_to_be_cut_are_carried_together_and_counted_one_by_one() {
-    let site = site_with_offload("Always");
+    let site = site_with_offload("Always", false);
     let _echo = Echo::new(&site, "default/remote", "0.0.0.0:5353");
     let carried = |direction: &str| {
         let listing = site.ask("node-a", "conntrack").unwrap();
@@ -189,7 +204,7 @@ const MANY: usize = 1000;
 #[test]
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn flows_in_the_kernel_go_on_without_the_router_and_the_next_one_rules_them() {
-    let mut site = site_with_offload("Always");
+    let mut site = site_with_offload("Always", false);
     let pairs = [("default/server", "10.1.1.20:5000"), ("default/remote", "10.1.2.20:5001")]
         .map(|(to, address)| connection(&site, "default/client", to, address));
     for (near, far) in &pairs {

@@ -153,6 +153,13 @@ impl Site {
         path
     }
 
+    /// Changes weir.yaml of a node, whose router does not run yet.
+    pub fn reconfigure(&self, node: &str, old: &str, new: &str) {
+        let text = fs::read_to_string(self.config(node)).unwrap();
+        assert!(text.contains(old), "{old:?} is in {text}");
+        fs::write(self.config(node), text.replace(old, new)).unwrap();
+    }
+
     /// weir.yaml of a node.
     pub fn config(&self, node: &str) -> &Path {
         &self.configs[node]

@@ -2,7 +2,7 @@
 
 use crate::{
     manifests::{Manifests, ServiceSpec},
-    site::{DEADLINE, Echo, NodePlan, Site, bulk, connection, two_nodes},
+    site::{DEADLINE, Echo, NodePlan, Site, bulk, connection, two_nodes, weir_binary},
 };
 use nix::sys::signal::Signal;
 
@@ -63,6 +63,43 @@ fn mode(ipip: &str) -> (usize, usize) {
 fn pool_mode_always_tunnels_between_nodes_of_one_subnet() {
     let (tunnelled, bare) = mode("Always");
     assert!(tunnelled > 100 && bare == 0, "{tunnelled} tunnelled, {bare} not");
+}
+
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn a_bridge_which_has_no_xdp_is_an_uplink_as_any_other() {
+    let mut manifests = Manifests::cluster("Always");
+    pods(&mut manifests);
+    let mut site = Site::build(&two_nodes(), &manifests.text(), "");
+    for command in [
+        "link add uplink0 type bridge",
+        "address flush dev eth0",
+        "link set eth0 master uplink0",
+        "link set uplink0 up",
+        "address add 192.168.10.1/24 dev uplink0",
+    ] {
+        site.lab.ip("node-a", command).unwrap();
+    }
+    site.reconfigure("node-a", "name: eth0", "name: uplink0");
+
+    // Who insists on XDP is told.
+    let (insisting, plain) = ("role: uplink, require: native", "role: uplink");
+    site.reconfigure("node-a", plain, insisting);
+    let (binary, config) = (weir_binary().display().to_string(), site.config("node-a").display().to_string());
+    let refused = site.lab.output_in("node-a", &[&binary, "run", "-c", &config]).unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(said.contains("uplink0: its driver has no native XDP"), "{said}");
+
+    site.reconfigure("node-a", insisting, plain);
+    site.serve("default/server", &[8080]);
+    site.start_all();
+    let (tunnelled, bare) = traffic(&mut site, "10.1.1.10");
+    assert!(tunnelled > 100 && bare == 0, "{tunnelled} tunnelled, {bare} not");
+    let modes = site.status("node-a")["modes"].clone();
+    let mode = modes.as_array().unwrap().iter().find(|mode| mode["device"] == "uplink0").expect("its mode");
+    assert_eq!((&mode["program"], &mode["mode"]), (&"uplink_take".into(), &"tcx".into()), "{mode}");
+    site.finish();
 }
 
 #[test]
