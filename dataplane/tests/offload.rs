@@ -48,9 +48,9 @@ use proptest::{
 };
 use router::{CLIENT_POD, GATEWAY_MAC, Router, SERVER_POD, UPLINK, UPLINK_MAC, ip, rules, service};
 use segments::{
-    ACK, Checksum, Ends, FIN, Gso, MTU, Oddity, Outer, PSH, Place, RST, SYN, Sent, URG, USUAL, cut, ends_of,
-    fix_header_checksum, frame, icmp_error, ip_packet, is_inside, mac_of, numbers, oddities, read16, sents, tcp,
-    tunnel_carries, tunnelled, udp, without_tunnel_id, write16,
+    ACK, Checksum, Ends, FIN, Gso, MTU, Oddity, Outer, PSH, Place, RST, SYN, Sent, URG, USUAL, cut, ends_of, frame,
+    icmp_error, ip_packet, is_inside, mac_of, numbers, oddities, put_into_tunnel, sents, tcp, tunnel_carries,
+    tunnelled, udp, without_tunnel_id,
 };
 use weir_conntrack::{ConnRef, Identity, OFFLOADED, Windows};
 use weir_dataplane::{
@@ -736,66 +736,8 @@ impl<'k> Twins<'k> {
         let mut packet = ip_packet(&ends, flow.protocol, &sent, l4);
         let mut device = ends.device;
         let mut destination = None;
-        let l4_at = if is_v6 { 40 } else { 20 };
-        let mut is_odd = oddity.is_some();
+        let mut is_odd = oddity.is_some_and(|oddity| oddity.spoil(&mut packet, flow.protocol));
         match oddity {
-            None | Some(Oddity::Ttl(_) | Oddity::UnknownPort) => {}
-            Some(Oddity::TooBig(_)) => is_odd = false,
-            Some(Oddity::Flags(_)) => is_odd = flow.protocol == TCP,
-            Some(Oddity::Outer(_)) => is_odd = false,
-            Some(Oddity::IpOptions) if is_v6 => {
-                packet.splice(40..40, [flow.protocol, 0, 1, 4, 0, 0, 0, 0]);
-                packet[6] = 60;
-                let payload_bytes = read16(&packet, 4) + 8;
-                write16(&mut packet, 4, payload_bytes);
-            }
-            Some(Oddity::IpOptions) => {
-                packet.splice(20..20, [1; 4]);
-                packet[0] = 0x46;
-                let total_bytes = read16(&packet, 2) + 4;
-                write16(&mut packet, 2, total_bytes);
-                fix_header_checksum(&mut packet);
-            }
-            Some(Oddity::FirstFragment | Oddity::LaterFragment) => {
-                let is_first = matches!(oddity, Some(Oddity::FirstFragment));
-                packet.resize(l4_at + 64, 7);
-                let (offset, more) = if is_first { (0, 1) } else { (64, 0) };
-                if is_v6 {
-                    packet.splice(40..40, [flow.protocol, 0, 0, offset | more, 0, 0, 0, 9]);
-                    packet[6] = 44;
-                    write16(&mut packet, 4, 72);
-                } else {
-                    write16(&mut packet, 2, 84);
-                    write16(&mut packet, 4, 9);
-                    write16(&mut packet, 6, (u16::from(more) << 13) | (u16::from(offset) / 8));
-                    fix_header_checksum(&mut packet);
-                }
-            }
-            Some(Oddity::BadHeaderChecksum) => {
-                packet[if is_v6 { 0 } else { 10 }] ^= 0x20;
-            }
-            Some(Oddity::Length(by)) => {
-                let at = if is_v6 { 4 } else { 2 };
-                let bytes = read16(&packet, at).saturating_add_signed(by.into());
-                write16(&mut packet, at, bytes);
-                fix_header_checksum(&mut packet);
-            }
-            Some(Oddity::UdpLength(by)) if flow.protocol == UDP => {
-                let bytes = read16(&packet, l4_at + 4).wrapping_add_signed(by.into());
-                write16(&mut packet, l4_at + 4, bytes);
-            }
-            Some(Oddity::DataOffset(words)) if flow.protocol == TCP => {
-                is_odd = words < 5 || l4_at + 60 > packet.len();
-                packet[l4_at + 12] = words << 4;
-            }
-            Some(Oddity::UdpLength(_) | Oddity::DataOffset(_)) => is_odd = false,
-            Some(Oddity::Padding(bytes)) => packet.resize(packet.len() + usize::from(bytes), 0),
-            Some(Oddity::NoChecksum) => {
-                is_odd = flow.protocol == UDP && is_v6;
-                if flow.protocol == UDP {
-                    write16(&mut packet, l4_at + 6, 0);
-                }
-            }
             Some(Oddity::OtherDevice) => {
                 device = if device == CLIENT_POD { SERVER_POD } else { CLIENT_POD };
             }
@@ -804,22 +746,14 @@ impl<'k> Twins<'k> {
                 Some(got) => packet = icmp_error(&flow.ends[way], got),
                 None => is_odd = false,
             },
+            _ => {}
         }
         let largest = sent.gso.map_or(packet.len(), |gso| header_bytes + gso.bytes.min(gso.size.into()));
         is_odd |= largest > mtu && !is_over;
         let outer = if let Some(Oddity::Outer(outer)) = oddity { Some(outer) } else { None };
-        if !is_v6 && ends.device == UPLINK && ends.in_tunnel != (outer == Some(Outer::Otherwise)) {
-            is_odd |= match outer {
-                Some(Outer::Twice) => {
-                    packet = tunnelled(&packet, &sent, None);
-                    true
-                }
-                // Where there is to be none, its header is as it may be.
-                outer => outer.is_some() || sent.outer_tos & 3 != 0 && (sent.outer_tos ^ packet[1]) & 3 != 0,
-            };
-            packet = tunnelled(&packet, &sent, outer);
+        if !is_v6 && ends.device == UPLINK {
+            is_odd |= put_into_tunnel(&mut packet, ends.in_tunnel, &sent, outer);
         }
-        is_odd |= ends.in_tunnel && outer == Some(Outer::Otherwise);
         let frame = frame(&packet, destination.unwrap_or(mac_of(device)), device);
         if destination.is_some() {
             let ran = self.kernel.run(device, &frame, None);

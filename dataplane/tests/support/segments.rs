@@ -141,6 +141,70 @@ pub enum Oddity {
     Outer(Outer),
 }
 
+impl Oddity {
+    /// Makes a packet odd, as far as its bytes are; whether it is then.
+    pub fn spoil(self, packet: &mut Vec<u8>, protocol: u8) -> bool {
+        let is_v6 = packet[0] >> 4 == 6;
+        let l4_at = if is_v6 { 40 } else { 20 };
+        match self {
+            Self::Ttl(_) | Self::UnknownPort | Self::OtherDevice | Self::OtherMac | Self::IcmpError => {}
+            Self::TooBig(_) | Self::Outer(_) => return false,
+            Self::Flags(_) => return protocol == TCP,
+            Self::IpOptions if is_v6 => {
+                packet.splice(40..40, [protocol, 0, 1, 4, 0, 0, 0, 0]);
+                packet[6] = 60;
+                let payload_bytes = read16(packet, 4) + 8;
+                write16(packet, 4, payload_bytes);
+            }
+            Self::IpOptions => {
+                packet.splice(20..20, [1; 4]);
+                packet[0] = 0x46;
+                let total_bytes = read16(packet, 2) + 4;
+                write16(packet, 2, total_bytes);
+                fix_header_checksum(packet);
+            }
+            Self::FirstFragment | Self::LaterFragment => {
+                packet.resize(l4_at + 64, 7);
+                let (offset, more) = if matches!(self, Self::FirstFragment) { (0, 1) } else { (64, 0) };
+                if is_v6 {
+                    packet.splice(40..40, [protocol, 0, 0, offset | more, 0, 0, 0, 9]);
+                    packet[6] = 44;
+                    write16(packet, 4, 72);
+                } else {
+                    write16(packet, 2, 84);
+                    write16(packet, 4, 9);
+                    write16(packet, 6, (u16::from(more) << 13) | (u16::from(offset) / 8));
+                    fix_header_checksum(packet);
+                }
+            }
+            Self::BadHeaderChecksum => packet[if is_v6 { 0 } else { 10 }] ^= 0x20,
+            Self::Length(by) => {
+                let at = if is_v6 { 4 } else { 2 };
+                let bytes = read16(packet, at).saturating_add_signed(by.into());
+                write16(packet, at, bytes);
+                fix_header_checksum(packet);
+            }
+            Self::UdpLength(by) if protocol == UDP => {
+                let bytes = read16(packet, l4_at + 4).wrapping_add_signed(by.into());
+                write16(packet, l4_at + 4, bytes);
+            }
+            Self::DataOffset(words) if protocol == TCP => {
+                packet[l4_at + 12] = words << 4;
+                return words < 5 || l4_at + 60 > packet.len();
+            }
+            Self::UdpLength(_) | Self::DataOffset(_) => return false,
+            Self::Padding(bytes) => packet.resize(packet.len() + usize::from(bytes), 0),
+            Self::NoChecksum => {
+                if protocol == UDP {
+                    write16(packet, l4_at + 6, 0);
+                }
+                return protocol == UDP && is_v6;
+            }
+        }
+        true
+    }
+}
+
 pub fn sents() -> impl Strategy<Value = Sent> {
     let distance = || prop_oneof![3 => Just(0u32), 1 => 0..2000u32, 1 => any::<u32>()];
     let place = prop_oneof![
@@ -388,6 +452,20 @@ pub fn tunnelled(ip: &[u8], sent: &Sent, oddity: Option<Outer>) -> Vec<u8> {
     }
     let padding = if let Some(Outer::Padding(bytes)) = oddity { bytes } else { 0 };
     [&outer[..], ip, &vec![0; padding.into()]].concat()
+}
+
+/// Puts a packet into a tunnel, if it is to come in one, or in none and the oddity is that it does; whether it is odd then.
+pub fn put_into_tunnel(packet: &mut Vec<u8>, in_tunnel: bool, sent: &Sent, oddity: Option<Outer>) -> bool {
+    if in_tunnel == (oddity == Some(Outer::Otherwise)) {
+        return in_tunnel;
+    }
+    // RFC 6040, figure 4: what says the same, or nothing, leaves the inner field as it is.
+    let is_odd = oddity.is_some() || sent.outer_tos & 3 != 0 && (sent.outer_tos ^ packet[1]) & 3 != 0;
+    if oddity == Some(Outer::Twice) {
+        *packet = tunnelled(packet, sent, None);
+    }
+    *packet = tunnelled(packet, sent, oddity);
+    is_odd
 }
 
 /// What a packet that leaves by an uplink carries, if it is a tunnel's; asserts that the tunnel's header is as it must be.
