@@ -6,7 +6,7 @@
 //! they must leave as it was, and what they know of flows too.
 //!
 //! Packets come from pods (`workload_send`), from the node's own kernel (`host_send`) and by an uplink, directly and in a tunnel
-//! (`uplink_receive`, then `uplink_carry`).
+//! (`uplink_receive`, then `uplink_carry`; or `uplink_take` alone).
 //!
 //! BPF_PROG_TEST_RUN makes packets with whole checksums only, and, with segments to cut, of no type, which the kernel lets into no tunnel
 //! and out of none. So what a sender left to its device (CHECKSUM_PARTIAL), and large packets in tunnels, is left to the end-to-end tests
@@ -148,6 +148,19 @@ impl Leads {
         (ip(from[family]), (ip(to[family]), port), device)
     }
 
+    /// Whether packets come by the uplink, of either direction.
+    fn is_by_uplink(self) -> bool {
+        matches!(
+            self,
+            Self::ToRemote
+                | Self::FromRemote
+                | Self::ToFarService
+                | Self::ToOutside
+                | Self::FromOutside
+                | Self::ToNodePort
+        )
+    }
+
     /// Whether a service claims it: it is not picked up in the middle then.
     fn is_claimed(self) -> bool {
         matches!(
@@ -238,6 +251,7 @@ struct Kernel<'a> {
     host_send: SchedClassifier,
     uplink_receive: Xdp,
     uplink_carry: SchedClassifier,
+    uplink_take: SchedClassifier,
     offload: Arc<Offload>,
     requests: Receiver<Request>,
     keys: SharedKeys<KernelKeys>,
@@ -292,18 +306,23 @@ impl<'a> Kernel<'a> {
             failsafe_ports: Vec::new(),
         };
         attachment.set_owned(&owned).unwrap();
-        attachment.attach_uplink(UPLINK.0, "eth0", Some(UplinkHook::Xdp)).unwrap();
-        let OffloadMaps { flows, epoch, keys } = attachment.take_offload().expect("there are to be flows");
-        let (offload, requests) = Offload::new(flows, epoch, UDP_PACKETS);
         let classifier = |pin: &str, name: &'static str| {
             SchedClassifier::from_program_info(program_info(&node.pins.join(pin)), name.into()).unwrap()
         };
+        let uplink_tc = format!("uplink_carry_{}", UPLINK.0);
+        // One after the other; whoever holds a program can run it.
+        attachment.attach_uplink(UPLINK.0, "eth0", Some(UplinkHook::Tc)).unwrap();
+        let uplink_take = classifier(&uplink_tc, "uplink_take");
+        attachment.attach_uplink(UPLINK.0, "eth0", Some(UplinkHook::Xdp)).unwrap();
+        let OffloadMaps { flows, epoch, keys } = attachment.take_offload().expect("there are to be flows");
+        let (offload, requests) = Offload::new(flows, epoch, UDP_PACKETS);
         Self {
             attachment,
             workload_send: classifier(&format!("workload_{}", CLIENT_POD.0), "workload_send"),
             host_send: classifier("trunk_host_send", "host_send"),
             uplink_receive: xdp_program(&node.pins.join(format!("uplink_{}", UPLINK.0))),
-            uplink_carry: classifier(&format!("uplink_carry_{}", UPLINK.0), "uplink_carry"),
+            uplink_carry: classifier(&uplink_tc, "uplink_carry"),
+            uplink_take,
             offload: Arc::new(offload),
             requests,
             keys: SharedKeys(Arc::new(Mutex::new(keys))),
@@ -323,10 +342,11 @@ impl<'a> Kernel<'a> {
         (0..SLOTS).map(state).collect()
     }
 
-    /// Runs the programs on a frame that came by a device.
-    fn run(&self, device: IfIndex, frame: &[u8], gso: Option<Gso>) -> Ran {
+    /// Runs the programs on a frame that came by a device, an uplink with these programs.
+    fn run(&self, device: IfIndex, hook: UplinkHook, frame: &[u8], gso: Option<Gso>) -> Ran {
         const XDP_DROP: u32 = 1;
         const TC_ACT_UNSPEC: u32 = u32::MAX;
+        const TC_ACT_SHOT: u32 = 2;
         const TC_ACT_REDIRECT: u32 = 7;
         let before = self.slots();
         // What the uplink's first program found no socket for, and what it left to the second one.
@@ -337,7 +357,7 @@ impl<'a> Kernel<'a> {
         let counters_before = if device == UPLINK { counters() } else { [0; 2] };
         let link = if frame[..6] == mac_of(device).0 { LinkType::Host } else { LinkType::Other };
         // No socket is there to take what it would give to a worker. What a device is still to cut was merged behind it.
-        if device == UPLINK
+        if (device, hook) == (UPLINK, UplinkHook::Xdp)
             && cut(frame, gso).iter().any(|frame| run_xdp(&self.uplink_receive, frame, UPLINK.0, 0) == XDP_DROP)
         {
             assert_eq!(self.slots(), before);
@@ -345,6 +365,7 @@ impl<'a> Kernel<'a> {
         }
         let (program, index) = match device {
             IfIndex::HOST => (&self.host_send, self.attachment.trunk().kernel_end),
+            UPLINK if hook == UplinkHook::Tc => (&self.uplink_take, UPLINK.0),
             UPLINK => (&self.uplink_carry, UPLINK.0),
             IfIndex(index) => (&self.workload_send, index),
         };
@@ -393,6 +414,11 @@ impl<'a> Kernel<'a> {
                 let ([unclaimed, merged], [unclaimed_before, merged_before]) = (counters(), counters_before);
                 assert_eq!(merged, merged_before, "a worker's at least, and not the node's kernel's");
                 if unclaimed > unclaimed_before { Ran::Left(link) } else { Ran::Passed }
+            }
+            // Nor is there one for this program.
+            (UPLINK, TC_ACT_SHOT) if hook == UplinkHook::Tc => {
+                assert_eq!(out, frame);
+                Ran::Left(link)
             }
             (_, action) => {
                 assert_eq!((action, origin(Mac(*out.first_chunk().unwrap()))), (TC_ACT_REDIRECT, (device, link)));
@@ -485,6 +511,8 @@ fn known(router: &mut Router, protocol: u8, [from, to]: [(IpAddr, u16); 2]) -> O
 
 struct Twins<'k> {
     kernel: &'k Kernel<'k>,
+    /// Which programs are on the uplink.
+    hook: UplinkHook,
     /// Workers see all.
     whole: Router,
     /// Workers see what the program leaves.
@@ -497,7 +525,7 @@ struct Twins<'k> {
 }
 
 impl<'k> Twins<'k> {
-    fn new(kernel: &'k Kernel<'k>, near: BTreeSet<u32>) -> Self {
+    fn new(kernel: &'k Kernel<'k>, hook: UplinkHook, near: BTreeSet<u32>) -> Self {
         kernel.clear();
         let rules = (true, true);
         let router = || {
@@ -516,12 +544,12 @@ impl<'k> Twins<'k> {
         let mut keeper = Keeper::new(kernel.offload.clone(), SLOTS, keys, &split.domain, first.clone());
         keeper.set_near(near);
         keeper.prepare(&first, &split.tables);
-        Self { kernel, whole, split, keeper, graces: 0, carried: 0, rules, next_port: 40_000 }
+        Self { kernel, hook, whole, split, keeper, graces: 0, carried: 0, rules, next_port: 40_000 }
     }
 
     /// Sends a frame through both; whether the programs carried it, and what left.
     fn pass(&mut self, device: IfIndex, frame: &[u8], gso: Option<Gso>) -> (bool, Vec<(IfIndex, Vec<u8>)>) {
-        let ran = self.kernel.run(device, frame, gso);
+        let ran = self.kernel.run(device, self.hook, frame, gso);
         let segments = cut(frame, gso);
         let through = |router: &mut Router| -> Vec<(IfIndex, Vec<u8>)> {
             let sent = segments.iter().flat_map(|segment| router.one(device, segment));
@@ -756,7 +784,7 @@ impl<'k> Twins<'k> {
         }
         let frame = frame(&packet, destination.unwrap_or(mac_of(device)), device);
         if destination.is_some() {
-            let ran = self.kernel.run(device, &frame, None);
+            let ran = self.kernel.run(device, self.hook, &frame, None);
             assert!(matches!(ran, Ran::Left(LinkType::Other) | Ran::Passed) || device == IfIndex::HOST);
             return;
         }
@@ -828,11 +856,12 @@ fn with_kernel(work: impl FnOnce(&Kernel<'_>) + Send) {
 fn a_program_does_what_a_worker_would_have_done() {
     with_kernel(|kernel| {
         let near = proptest::collection::btree_set(prop_oneof![Just(CLIENT_POD.0), Just(SERVER_POD.0)], 0..=2);
-        let cases = (near, proptest::collection::vec(flows(), 3), proptest::collection::vec(steps(), 1..60));
+        let hook = prop_oneof![Just(UplinkHook::Xdp), Just(UplinkHook::Tc)];
+        let cases = (near, hook, proptest::collection::vec(flows(), 3), proptest::collection::vec(steps(), 1..60));
         let mut runner = TestRunner::new(Config { cases: 1000, failure_persistence: None, ..Config::default() });
         let carried = Cell::new(0);
-        let result = runner.run(&cases, |(near, flows, steps)| {
-            let mut twins = Twins::new(kernel, near);
+        let result = runner.run(&cases, |(near, hook, flows, steps)| {
+            let mut twins = Twins::new(kernel, hook, near);
             let mut opened: Vec<Opened> = flows.iter().map(|flow| twins.open(flow)).collect();
             for step in steps {
                 match step {
@@ -866,17 +895,21 @@ fn a_program_does_what_a_worker_would_have_done() {
 /// One flow of every kind, open, with large windows, after a plain packet of each direction, which was carried.
 fn each_flow(kernel: &Kernel<'_>, mut work: impl FnMut(&mut Twins<'_>, &mut Opened)) {
     for leads in Leads::ALL {
-        for (is_v6, protocol) in [(false, TCP), (false, UDP), (true, TCP), (true, UDP)] {
-            let mut twins = Twins::new(kernel, BTreeSet::new());
-            let flow = Flow { protocol, is_v6, leads, is_half_seen: false, isn: [1000, 2000], scales: [Some(0); 2] };
-            let mut opened = twins.open(&flow);
-            for direction in DIRECTIONS {
-                twins.step(&mut opened, direction, &DATA, None);
+        let is_by_uplink = |hook: &UplinkHook| *hook == UplinkHook::Xdp || leads.is_by_uplink();
+        for hook in [UplinkHook::Xdp, UplinkHook::Tc].into_iter().filter(is_by_uplink) {
+            for (is_v6, protocol) in [(false, TCP), (false, UDP), (true, TCP), (true, UDP)] {
+                let mut twins = Twins::new(kernel, hook, BTreeSet::new());
+                let flow =
+                    Flow { protocol, is_v6, leads, is_half_seen: false, isn: [1000, 2000], scales: [Some(0); 2] };
+                let mut opened = twins.open(&flow);
+                for direction in DIRECTIONS {
+                    twins.step(&mut opened, direction, &DATA, None);
+                }
+                assert_eq!(twins.carried, 2, "{flow:?}");
+                work(&mut twins, &mut opened);
+                twins.whole.finish();
+                twins.split.finish();
             }
-            assert_eq!(twins.carried, 2, "{flow:?}");
-            work(&mut twins, &mut opened);
-            twins.whole.finish();
-            twins.split.finish();
         }
     }
 }
