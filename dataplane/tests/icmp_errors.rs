@@ -503,7 +503,7 @@ fn an_error_about_an_error_is_never_made() {
 }
 
 #[test]
-fn the_kernels_errors_reach_another_nodes_pod_as_its_answers_do() {
+fn the_kernels_errors_reach_other_nodes_pods_and_outside_as_its_answers_do() {
     for six in [false, true] {
         let family = usize::from(six);
         let mut router = router();
@@ -515,6 +515,12 @@ fn the_kernels_errors_reach_another_nodes_pod_as_its_answers_do() {
         let outcome = router.send((IfIndex::HOST, false), message.frame());
         let forwarded = Packet { ttl: 63, ..message.clone() };
         assert_eq!(received(&outcome), [((UPLINK, !six), &forwarded.bytes()[..])]);
+        // Outside too, whatever address of its own it has: an error about nothing known is never translated.
+        let own = ip(["10.1.1.99", "fd00:1:1::99"][family]);
+        let message = error(own, ip(OUTSIDE[family]), unreachable(six), &asked.bytes());
+        let outcome = router.send((IfIndex::HOST, false), message.frame());
+        let forwarded = Packet { ttl: 63, ..message.clone() };
+        assert_eq!(received(&outcome), [((UPLINK, false), &forwarded.bytes()[..])]);
         // But not this node's pods, of which it sees everything.
         let message = error(ip(NODE[family]), ip(SERVER[family]), unreachable(six), &asked.bytes());
         assert_eq!(router.send((IfIndex::HOST, false), message.frame()), []);
