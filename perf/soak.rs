@@ -32,7 +32,7 @@ use weir_dataplane::{
     counters::{COUNTERS, Totals},
     driver::Driver,
     forwarding::Forwarding,
-    frame::{IfIndex, LinkType, MAX_PACKET_BYTES},
+    frame::{IfIndex, LinkType, ONE_FRAME_BYTES},
     memory::MemoryDriver,
     model::Links,
     pipeline::{Context, Family, Pipeline, Tables, process_burst},
@@ -278,8 +278,8 @@ impl Worker {
         let mut burst = Vec::with_capacity(frames.len());
         for (device, bytes) in frames {
             let mut packet = self.driver.allocate().expect("frames for a burst");
-            packet.set_len(bytes.len().min(MAX_PACKET_BYTES));
-            packet.bytes_mut().copy_from_slice(&bytes[..bytes.len().min(MAX_PACKET_BYTES)]);
+            packet.set_len(bytes.len().min(ONE_FRAME_BYTES));
+            packet.bytes_mut().copy_from_slice(&bytes[..bytes.len().min(ONE_FRAME_BYTES)]);
             (packet.device, packet.link) = (*device, LinkType::Host);
             burst.push(packet);
         }

@@ -197,7 +197,8 @@ impl Forwarder {
                     sizes: RingSizes::default(),
                 },
                 uplinks: Vec::new(),
-                spare_frames: AfXdpSettings::DEFAULT_SPARE_FRAMES,
+                spare_frames: AfXdpSettings::default_spare_frames(1500),
+                mtu: 1500,
             })?;
             attachment.register_socket(SocketDevice::Trunk, 0, driver.socket(PortId::TRUNK))?;
             ready.send(())?;

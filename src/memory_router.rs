@@ -9,7 +9,7 @@ use weir_dataplane::{
     counters::{COUNTERS, Totals},
     driver::Driver,
     forwarding::Forwarding,
-    frame::{LinkType, Packet},
+    frame::{LinkType, MAX_MTU, Packet, frames_of_mtu},
     memory::{InjectError, MemoryDriver},
     model::{Cluster, Device, Links, Neighbor, Role},
     pipeline::{Context, Event, Pipeline, Tables, process_burst},
@@ -27,8 +27,8 @@ use crate::{
     translate::Loaded,
 };
 
-/// Frames of the memory driver: more than may be held, plus what one packet can make.
-const FRAMES: u32 = 1024;
+/// Frames of the memory driver: more than may be held of the longest packets of any MTU, plus what one packet can make.
+const FRAMES: u32 = 1024 * frames_of_mtu(MAX_MTU);
 /// Connections of each table that are looked at after each packet, to remove the expired.
 const SWEEP_SHARE: u32 = 64;
 

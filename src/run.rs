@@ -36,7 +36,7 @@ use weir_dataplane::{
     counters::{COUNTERS, Totals},
     driver::PortId,
     forwarding::{Forwarding, is_link_local, local_workloads},
-    frame::{IfIndex, MAX_MTU},
+    frame::{IfIndex, MAX_MTU, ONE_FRAME_MTU},
     hits::Hits,
     model::{Device, Links, Neighbor, Role, Route},
     pipeline::{Event, Family, Pipeline},
@@ -123,13 +123,23 @@ pub enum RunError {
     },
     /// An uplink's MTU is too large.
     #[error(
-        "the MTU of {device} is {mtu}, but weir carries at most {MAX_MTU} for now; lower it with `ip link set {device} mtu {MAX_MTU}`"
+        "the MTU of {device} is {mtu}, but weir carries at most {MAX_MTU}; lower it with `ip link set {device} mtu {MAX_MTU}`"
     )]
     Mtu {
         /// The device.
         device: String,
         /// Its MTU.
         mtu: u32,
+    },
+    /// An uplink's MTU has become larger than the frames in use were made for.
+    #[error("the MTU of {device} has become {mtu}, but weir was started with room for {room}; start it again")]
+    GrownMtu {
+        /// The device.
+        device: String,
+        /// Its MTU.
+        mtu: u32,
+        /// The largest MTU that there is room for.
+        room: u32,
     },
     /// A socket is bound in a lesser mode than required.
     #[error(
@@ -283,6 +293,8 @@ struct Router {
     watch: Watch,
     learned: BTreeMap<(IfIndex, IpAddr), Mac>,
     /// Adopted workload devices, with what their adoption depends on. Renewing a link costs an RCU grace period, some 10 ms.
+    /// The largest MTU of a device that there is room for.
+    max_mtu: u32,
     adopted: BTreeMap<IfIndex, (Option<Mac>, bool, u32)>,
     links: Links,
     generation: u32,
@@ -338,11 +350,12 @@ impl Router {
 
         let workers = config.workers.cores.len() as u32;
         let uplinks = check_uplinks(config, &kernel, workers)?;
-        let mtu =
-            kernel.links(&roles).devices.iter().map(|d| d.mtu).filter(|mtu| *mtu <= MAX_MTU).max().unwrap_or(1500);
+        let mtus = kernel.links(&roles).devices.into_iter().map(|device| device.mtu);
+        let trunk_mtu = mtus.filter(|mtu| *mtu <= MAX_MTU).fold(1500, u32::max);
+        let max_mtu = trunk_mtu.max(ONE_FRAME_MTU);
         let mut attachment = Attachment::open(TrunkSettings {
             queues: workers,
-            mtu: mtu.max(1500),
+            mtu: trunk_mtu,
             flows: (config.offload == OffloadMode::Auto).then_some(config.offload_max_flows),
             pin_dir: pin_folder(&config.node_name),
         })?;
@@ -354,7 +367,7 @@ impl Router {
         // What the process before had learned, and the programs go by.
         let learned: BTreeMap<(IfIndex, IpAddr), Mac> =
             maps.iter().flat_map(OffloadMaps::pods).map(|(device, address, mac)| ((device, address), mac)).collect();
-        let mut links = assemble_links(&kernel, &roles, &loaded, &listening, trunk_mac, &learned);
+        let mut links = assemble_links(&kernel, &roles, &loaded, &listening, trunk_mac, &learned, max_mtu);
         let forwarding = Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?;
         let owned = owned(&loaded, &rules, &snat, &forwarding);
         attachment.set_owned(&owned)?;
@@ -409,7 +422,7 @@ impl Router {
         let mut modes: Vec<Value> = Vec::new();
         let mut handles = Vec::new();
         for (worker, core) in config.workers.cores.iter().enumerate() {
-            let settings = worker_settings(worker as u32, workers, trunk.router_end, &uplinks);
+            let settings = worker_settings(worker as u32, workers, trunk.router_end, &uplinks, max_mtu);
             let driver = AfXdp::open(&settings)?;
             register(&mut attachment, &driver, &settings)?;
             for mode in driver.modes().map_err(system("cannot read a socket's mode"))? {
@@ -476,6 +489,7 @@ impl Router {
             plumbed: None,
             watch,
             learned,
+            max_mtu,
             adopted: BTreeMap::new(),
             links,
             generation,
@@ -629,7 +643,14 @@ impl Router {
                 Ok(()) if link.mtu > MAX_MTU => error!(
                     device = link.name,
                     mtu = link.mtu,
-                    "the workload stays closed: weir carries an MTU of at most {MAX_MTU} for now"
+                    "the workload stays closed: weir carries an MTU of at most {MAX_MTU}"
+                ),
+                Ok(()) if link.mtu > self.max_mtu => error!(
+                    device = link.name,
+                    mtu = link.mtu,
+                    "the workload stays closed: by the devices that it was started with, weir has room for an MTU of at most {}; \
+                     start weir again, or lower the MTU",
+                    self.max_mtu
                 ),
                 Ok(()) => info!(device = link.name, index = link.index.0, "workload device adopted"),
                 // Gone again already: the next change says so.
@@ -642,12 +663,18 @@ impl Router {
     /// Compiles and publishes forwarding, if anything that it depends on changed.
     async fn publish(&mut self, even_if_same: bool) -> Result<(), RunError> {
         let trunk_mac = self.trunk_mac();
-        let links = assemble_links(&self.kernel, &self.roles, &self.loaded, &self.listening, trunk_mac, &self.learned);
+        let Self { kernel, roles, loaded, listening, learned, max_mtu: room, .. } = self;
+        let links = assemble_links(kernel, roles, loaded, listening, trunk_mac, learned, *room);
         let uplinks = links.devices.iter().filter(|d| d.role == Role::Uplink).count();
         if let Some(missing) = self.roles.uplinks.iter().find(|name| !links.devices.iter().any(|d| d.name == **name))
             && uplinks < self.roles.uplinks.len()
         {
-            return Err(RunError::NoUplink(missing.clone()));
+            return Err(match kernel.link(missing) {
+                Some(link) if link.mtu > *room => {
+                    RunError::GrownMtu { device: missing.clone(), mtu: link.mtu, room: *room }
+                }
+                _ => RunError::NoUplink(missing.clone()),
+            });
         }
         if links == self.links && !even_if_same {
             return Ok(());
@@ -1029,7 +1056,7 @@ fn check_uplinks(config: &RouterConfig, kernel: &KernelState, workers: u32) -> R
 /// Worker `worker` owns its queue of the trunk and every `workers`-th queue of each uplink. The first queue of each uplink
 /// comes first, so that port numbers are those of the forwarding tables for all workers. On an uplink whose packets come by the trunk it
 /// sends only, and needs one queue.
-fn worker_settings(worker: u32, workers: u32, trunk: u32, uplinks: &[(Link, UplinkHook)]) -> AfXdpSettings {
+fn worker_settings(worker: u32, workers: u32, trunk: u32, uplinks: &[(Link, UplinkHook)], mtu: u32) -> AfXdpSettings {
     let port = |(uplink, hook): &(Link, UplinkHook), queue: u32| PortSettings {
         device: uplink.name.clone(),
         index: uplink.index,
@@ -1054,7 +1081,8 @@ fn worker_settings(worker: u32, workers: u32, trunk: u32, uplinks: &[(Link, Upli
             sizes: RingSizes::default(),
         },
         uplinks: first.chain(further).collect(),
-        spare_frames: AfXdpSettings::DEFAULT_SPARE_FRAMES,
+        spare_frames: AfXdpSettings::default_spare_frames(mtu),
+        mtu,
     }
 }
 
@@ -1113,7 +1141,7 @@ fn own_addresses(kernel: &KernelState, roles: &RoleRules) -> Vec<IpAddr> {
 }
 
 /// The devices, routes and neighbours that forwarding is compiled from: the kernel's, weir.yaml's, what workloads told, and the
-/// node's own kernel.
+/// node's own kernel. Devices with an MTU above `max_mtu` are left out.
 fn assemble_links(
     kernel: &KernelState,
     roles: &RoleRules,
@@ -1121,10 +1149,11 @@ fn assemble_links(
     listening: &Listening,
     trunk_mac: Mac,
     learned: &BTreeMap<(IfIndex, IpAddr), Mac>,
+    max_mtu: u32,
 ) -> Links {
     let config = &loaded.config;
     let mut links = kernel.links(roles);
-    links.devices.retain(|device| device.mtu <= MAX_MTU);
+    links.devices.retain(|device| device.mtu <= max_mtu);
     // Uplinks in the order of weir.yaml: that is the order of the workers' ports.
     let place = |name: &str| config.devices.iter().position(|d| d.name == name).unwrap_or(usize::MAX);
     links.devices.sort_by_key(|device| (device.role != Role::Uplink, place(&device.name), device.index));

@@ -64,7 +64,7 @@ fn bench(criterion: &mut Criterion) {
                 })
             });
             for packet in packets {
-                arena.give_back(packet.into_segment().frame);
+                arena.give_back(arena.split(packet).0.frame);
             }
         }
         group.finish();

@@ -14,7 +14,7 @@
 #include <linux/if_packet.h>
 #include <linux/pkt_cls.h>
 
-SECTION("xdp") int trunk_receive(struct xdp_md *packet)
+SECTION("xdp.frags") int trunk_receive(struct xdp_md *packet)
 {
 	long action = redirect_map(&sockets, packet->rx_queue_index, XDP_DROP);
 

@@ -182,7 +182,7 @@ INLINE int is_offloaded(const void *data, const void *end, __u32 device, enum co
 	}
 }
 
-SECTION("xdp") int uplink_receive(struct xdp_md *packet)
+SECTION("xdp.frags") int uplink_receive(struct xdp_md *packet)
 {
 	const void *data = (void *)(long)packet->data, *end = (void *)(long)packet->data_end;
 	enum counter cause = judge(data, end);

@@ -6,12 +6,19 @@
 //! memory driver a heap block. A [`Frame`] is the exclusive right to one chunk. It is move-only: whoever holds it may
 //! read and write the chunk, nobody else can. The kernel holds the frames that lie in its rings.
 //!
-//! *Invariants.* (1) For each chunk of an arena at most one `Frame` exists. (2) A `Frame` never outlives its arena's
-//! memory: drivers own their arena and all frames come back before it goes ([`Arena::outstanding`]). (3) An arena and its frames stay
-//! on one thread at a time; a worker owns both.
+//! A [`Packet`] has one frame, which begins with all of its headers, and, where it is longer than a frame holds, a *tail* of further ones.
+//! A packet is moved several times on its way, and nearly all have no tail. So the packet knows only the first chunk of its tail and the
+//! tail's bytes; how the tail goes on stands in the arena, in a link for each chunk.
 //!
-//! *Proof.* Frames are made only by [`Arena::take`] and end only in [`Arena::give_back`]. Debug builds keep a ledger with
-//! one flag per chunk: taking a frame twice or giving one back twice panics, and so does dropping a frame without giving it back.
+//! *Invariants.* (1) For each chunk of an arena there is at most one right: a `Frame`, or a place in the tail of one packet. (2) A
+//! `Frame` or a tail never outlives its arena's memory: drivers own their arena and all frames come back before it goes
+//! ([`Arena::outstanding`]). (3) An arena and its frames stay on one thread at a time; a worker owns both. (4) The link of a chunk means
+//! something only while it is in a tail. A tail has no empty part, and a packet no more than [`MAX_FRAMES`] frames.
+//!
+//! *Proof.* Frames are made by [`Arena::take`], and end in [`Arena::give_back`]. [`Arena::append`] makes one a tail's, and [`Arena::pop`]
+//! a frame again. A tail is read through its packet and its arena together, so nobody writes to it or takes it apart meanwhile. Debug
+//! builds keep a ledger with the state of each chunk: whoever takes one twice or gives one back twice panics, and so does who drops a
+//! frame or a tail without giving it back.
 //!
 //! *Layout.* A received packet begins [`HEADROOM_BYTES`] into its chunk (XDP_PACKET_HEADROOM), so 256 bytes in front of it
 //! are free: [`Packet::grow_front`] moves the packet's start for tunnel headers, without a copy.
@@ -23,9 +30,22 @@ pub const FRAME_BYTES: usize = 2048;
 /// Free bytes in front of a received packet (XDP_PACKET_HEADROOM, include/uapi/linux/bpf.h).
 pub const HEADROOM_BYTES: usize = 256;
 /// The longest packet that one frame holds, Ethernet header included.
-pub const MAX_PACKET_BYTES: usize = FRAME_BYTES - HEADROOM_BYTES;
+pub const ONE_FRAME_BYTES: usize = FRAME_BYTES - HEADROOM_BYTES;
 /// The largest device MTU that one frame can carry: room for the Ethernet header and one tunnel header remains.
-pub const MAX_MTU: u32 = (MAX_PACKET_BYTES - 14 - 20) as u32;
+pub const ONE_FRAME_MTU: u32 = (ONE_FRAME_BYTES - 14 - 20) as u32;
+/// The frames of one packet: what the kernel makes a packet of that is sent (MAX_SKB_FRAGS + 1, xsk_build_skb of net/xdp/xsk.c).
+pub const MAX_FRAMES: usize = 18;
+/// The longest packet, Ethernet header included.
+pub const MAX_PACKET_BYTES: usize = MAX_FRAMES * ONE_FRAME_BYTES;
+/// The largest device MTU: what switches carry as jumbo frames.
+pub const MAX_MTU: u32 = 9216;
+
+const _: () = assert!(MAX_PACKET_BYTES <= u16::MAX as usize);
+
+/// Frames that a packet of a device with this MTU takes, a VLAN tag included.
+pub const fn frames_of_mtu(mtu: u32) -> u32 {
+    (mtu + 14 + 4).div_ceil(ONE_FRAME_BYTES as u32)
+}
 
 /// The exclusive right to one chunk of an [`Arena`].
 #[derive(Debug)]
@@ -59,20 +79,57 @@ impl Drop for Frame {
     }
 }
 
+/// The frames of a packet behind its first one: the exclusive right to their chunks.
+#[derive(Debug)]
+pub struct Tail {
+    first: NonNull<u8>,
+}
+
+#[cfg(debug_assertions)]
+impl Drop for Tail {
+    fn drop(&mut self) {
+        assert!(std::thread::panicking(), "a tail was dropped without being given back to its arena");
+    }
+}
+
+/// The part of a packet that a chunk of its tail holds, and the number of the tail's next chunk.
+#[derive(Clone, Copy, Debug)]
+struct Link {
+    next: u32,
+    start: u16,
+    len: u16,
+}
+
+/// In place of a chunk's number: there is none.
+const NONE: u32 = u32::MAX;
+
+/// Who has the right to a chunk.
+#[cfg(debug_assertions)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Holder {
+    Nobody,
+    Frame,
+    Tail,
+}
+
 /// A region of memory cut into frames.
 #[derive(Debug)]
 pub struct Arena {
     base: NonNull<u8>,
     frames: u32,
     outstanding: u32,
+    links: Box<[Link]>,
     #[cfg(debug_assertions)]
-    taken: Vec<bool>,
+    holders: Vec<Holder>,
 }
 
 // SAFETY: the arena's memory is reached only through it and its frames, which are all exclusive handles.
 unsafe impl Send for Arena {}
 
 impl Arena {
+    /// Memory of a frame, with its link.
+    pub const BYTES_PER_FRAME: usize = FRAME_BYTES + size_of::<Link>();
+
     /// An arena over foreign memory, as a UMEM's.
     ///
     /// # Safety
@@ -83,8 +140,9 @@ impl Arena {
             base,
             frames,
             outstanding: 0,
+            links: vec![Link { next: NONE, start: 0, len: 0 }; frames as usize].into(),
             #[cfg(debug_assertions)]
-            taken: vec![false; frames as usize],
+            holders: vec![Holder::Nobody; frames as usize],
         }
     }
 
@@ -93,7 +151,7 @@ impl Arena {
         self.frames
     }
 
-    /// Frames that were taken and not given back.
+    /// Frames that were taken and not given back, those of tails included.
     pub fn outstanding(&self) -> u32 {
         self.outstanding
     }
@@ -111,8 +169,8 @@ impl Arena {
         assert!(index < self.frames as usize, "offset {offset} lies outside the arena of {} frames", self.frames);
         #[cfg(debug_assertions)]
         {
-            assert!(!self.taken[index], "frame {index} was taken twice");
-            self.taken[index] = true;
+            assert_eq!(self.holders[index], Holder::Nobody, "frame {index} was taken twice");
+            self.holders[index] = Holder::Frame;
         }
         self.outstanding += 1;
         // SAFETY: index < frames, so the chunk lies within the arena's memory.
@@ -126,12 +184,144 @@ impl Arena {
         #[cfg(debug_assertions)]
         {
             let index = offset / FRAME_BYTES;
-            assert!(self.taken[index], "frame {index} was given back twice");
-            self.taken[index] = false;
+            assert_eq!(self.holders[index], Holder::Frame, "frame {index} was given back twice");
+            self.holders[index] = Holder::Nobody;
         }
         self.outstanding -= 1;
         std::mem::forget(frame);
         offset as u64
+    }
+
+    /// The number of a chunk of this arena.
+    fn number(&self, chunk: NonNull<u8>) -> u32 {
+        let offset = (chunk.as_ptr() as usize).wrapping_sub(self.base.as_ptr() as usize);
+        let number = offset / FRAME_BYTES;
+        assert!(number < self.frames as usize, "a packet's frames are of the arena that it is asked for in");
+        number as u32
+    }
+
+    fn chunk(&self, number: u32) -> NonNull<u8> {
+        assert!(number < self.frames);
+        // SAFETY: the chunk lies within the arena's memory.
+        unsafe { self.base.add(number as usize * FRAME_BYTES) }
+    }
+
+    /// The numbers of the chunks in a packet's tail.
+    fn numbers(&self, packet: &Packet) -> impl Iterator<Item = u32> {
+        // The numbers mean something in the packet's own arena only.
+        let _ = self.number(packet.frame.chunk);
+        std::iter::successors(packet.has_tail().then_some(packet.tail), |number| {
+            let next = self.links[*number as usize].next;
+            (next != NONE).then_some(next)
+        })
+    }
+
+    /// The frames of a packet.
+    pub fn frames_of(&self, packet: &Packet) -> usize {
+        1 + self.numbers(packet).count()
+    }
+
+    /// Adds a segment at the end of a packet.
+    ///
+    /// # Panics
+    /// Where the segment is empty, or the packet has [`MAX_FRAMES`] frames already.
+    pub fn append(&mut self, packet: &mut Packet, segment: Segment) {
+        let Segment { frame, start, len } = segment;
+        assert!(len > 0 && usize::from(start) + usize::from(len) <= FRAME_BYTES, "a segment lies within its frame");
+        let number = self.number(frame.chunk);
+        let (count, last) = self.numbers(packet).fold((1, NONE), |(count, _), number| (count + 1, number));
+        assert!(count < MAX_FRAMES, "a packet has {MAX_FRAMES} frames at most");
+        #[cfg(debug_assertions)]
+        {
+            assert_eq!(self.holders[number as usize], Holder::Frame, "frame {number} is no frame");
+            self.holders[number as usize] = Holder::Tail;
+        }
+        std::mem::forget(frame);
+        self.links[number as usize] = Link { next: NONE, start, len };
+        match last {
+            NONE => packet.tail = number,
+            last => self.links[last as usize].next = number,
+        }
+        packet.tail_bytes += len;
+    }
+
+    /// The bytes of a packet behind its first frame, frame by frame.
+    pub fn tail<'a>(&'a self, packet: &'a Packet) -> impl Iterator<Item = &'a [u8]> {
+        self.numbers(packet).map(|number| {
+            let Link { start, len, .. } = self.links[number as usize];
+            // SAFETY: the part lies within its chunk (`append`), which is initialised memory. The chunk is in this packet's tail and in
+            // nothing else (invariant 1), and both borrows keep it there, where nobody writes.
+            unsafe {
+                let begin = self.chunk(number).add(usize::from(start));
+                std::slice::from_raw_parts(begin.as_ptr(), usize::from(len))
+            }
+        })
+    }
+
+    /// All bytes of a packet, in `buffer` where they are not in one frame.
+    #[inline]
+    pub fn whole<'a>(&self, packet: &'a Packet, buffer: &'a mut Vec<u8>) -> &'a [u8] {
+        if packet.has_tail() {
+            self.gather(packet, buffer);
+            return buffer;
+        }
+        packet.bytes()
+    }
+
+    #[cold]
+    fn gather(&self, packet: &Packet, buffer: &mut Vec<u8>) {
+        buffer.clear();
+        buffer.extend_from_slice(packet.bytes());
+        self.tail(packet).for_each(|part| buffer.extend_from_slice(part));
+    }
+
+    /// Takes a packet apart: what its first frame holds, and its tail.
+    #[inline]
+    pub fn split(&self, packet: Packet) -> (Segment, Option<Tail>) {
+        let tail = if packet.has_tail() { self.tail_of(&packet) } else { None };
+        let Packet { frame, start, len, .. } = packet;
+        (Segment { frame, start, len }, tail)
+    }
+
+    #[cold]
+    fn tail_of(&self, packet: &Packet) -> Option<Tail> {
+        self.numbers(packet).next().map(|first| Tail { first: self.chunk(first) })
+    }
+
+    /// Takes the first frame off a tail.
+    pub fn pop(&mut self, tail: Tail) -> (Segment, Option<Tail>) {
+        let number = self.number(tail.first);
+        let frame = Frame { chunk: tail.first };
+        std::mem::forget(tail);
+        #[cfg(debug_assertions)]
+        {
+            assert_eq!(self.holders[number as usize], Holder::Tail, "frame {number} is in no tail");
+            self.holders[number as usize] = Holder::Frame;
+        }
+        let Link { next, start, len } = self.links[number as usize];
+        let rest = (next != NONE).then(|| Tail { first: self.chunk(next) });
+        (Segment { frame, start, len }, rest)
+    }
+
+    /// Cuts a packet off after `bytes` bytes; the frames that it needs no more.
+    ///
+    /// # Panics
+    /// Where the packet is shorter.
+    #[cold]
+    pub fn cut(&mut self, packet: &mut Packet, bytes: usize) -> Option<Tail> {
+        assert!(bytes <= packet.total_bytes(), "a packet of {} bytes is cut after {bytes}", packet.total_bytes());
+        let first_bytes = packet.bytes().len().min(bytes);
+        let mut rest = bytes - first_bytes;
+        let mut cut = if packet.has_tail() { packet.tail } else { NONE };
+        packet.len = first_bytes as u16;
+        packet.tail_bytes = rest as u16;
+        while rest > 0 {
+            let link = &mut self.links[cut as usize];
+            link.len = rest.min(usize::from(link.len)) as u16;
+            rest -= usize::from(link.len);
+            cut = if rest > 0 { link.next } else { std::mem::replace(&mut link.next, NONE) };
+        }
+        (cut != NONE).then(|| Tail { first: self.chunk(cut) })
     }
 }
 
@@ -168,12 +358,17 @@ pub struct Segment {
     pub len: u16,
 }
 
-/// A packet, in one frame.
+/// A packet: a frame, and further ones behind it where it is longer than one holds.
 ///
 /// Three words, without anything to drop in a release build: it is moved several times on its way.
 #[derive(Debug)]
 pub struct Packet {
-    segment: Segment,
+    frame: Frame,
+    start: u16,
+    len: u16,
+    /// The number of the tail's first chunk, where there is a tail.
+    tail: u32,
+    tail_bytes: u16,
     /// The device that it came from; the driver sets it.
     pub device: IfIndex,
     /// How it was addressed at the link layer; the driver sets it.
@@ -195,59 +390,67 @@ impl Packet {
             usize::from(segment.start) + usize::from(segment.len) <= FRAME_BYTES,
             "a segment lies within its frame"
         );
-        Self { segment, device, link, through_tunnel: false }
+        let Segment { frame, start, len } = segment;
+        Self { frame, start, len, tail: 0, tail_bytes: 0, device, link, through_tunnel: false }
     }
 
-    /// Its bytes, from the Ethernet header on.
+    /// Its bytes in its first frame, from the Ethernet header on: all of them, if it has no tail.
     #[inline]
     pub fn bytes(&self) -> &[u8] {
-        let start = usize::from(self.segment.start);
-        &self.segment.frame.bytes()[start..start + usize::from(self.segment.len)]
+        let start = usize::from(self.start);
+        &self.frame.bytes()[start..start + usize::from(self.len)]
     }
 
-    /// Its bytes, writable.
+    /// Its bytes in its first frame, writable.
     #[inline]
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        let start = usize::from(self.segment.start);
-        &mut self.segment.frame.bytes_mut()[start..start + usize::from(self.segment.len)]
+        let start = usize::from(self.start);
+        &mut self.frame.bytes_mut()[start..start + usize::from(self.len)]
+    }
+
+    /// Whether it goes on in further frames.
+    #[inline]
+    pub fn has_tail(&self) -> bool {
+        self.tail_bytes != 0
+    }
+
+    /// Number of its bytes, those of its tail included.
+    #[inline]
+    pub fn total_bytes(&self) -> usize {
+        usize::from(self.len) + usize::from(self.tail_bytes)
     }
 
     /// Adds `count` bytes in front, with whatever the frame holds there. False, and no change, where the frame has no such room.
     #[inline]
     #[must_use]
     pub fn grow_front(&mut self, count: u16) -> bool {
-        if self.segment.start < count {
+        if self.start < count {
             return false;
         }
-        self.segment.start -= count;
-        self.segment.len += count;
+        self.start -= count;
+        self.len += count;
         true
     }
 
     /// Removes `count` bytes from the front.
     ///
     /// # Panics
-    /// Where the packet is shorter.
+    /// Where its first frame holds less of it.
     #[inline]
     pub fn shrink_front(&mut self, count: u16) {
-        self.segment.len = self.segment.len.checked_sub(count).expect("the packet is longer than what is cut off");
-        self.segment.start += count;
+        self.len = self.len.checked_sub(count).expect("the packet is longer than what is cut off");
+        self.start += count;
     }
 
-    /// Makes the packet `len` bytes long: cut at the end, or grown into what the frame holds there.
+    /// Makes a packet without a tail `len` bytes long: cut at the end, or grown into what the frame holds there.
     ///
     /// # Panics
-    /// Where the frame has no such room.
+    /// Where the frame has no such room, or the packet has a tail ([`Arena::cut`]).
     #[inline]
     pub fn set_len(&mut self, len: usize) {
-        assert!(usize::from(self.segment.start) + len <= FRAME_BYTES, "a packet of {len} bytes does not fit its frame");
-        self.segment.len = len as u16;
-    }
-
-    /// Its part of a frame, to give that back.
-    #[inline]
-    pub fn into_segment(self) -> Segment {
-        self.segment
+        assert!(!self.has_tail(), "a packet with a tail is cut by its arena");
+        assert!(usize::from(self.start) + len <= FRAME_BYTES, "a packet of {len} bytes does not fit its frame");
+        self.len = len as u16;
     }
 }
 
@@ -281,9 +484,151 @@ mod tests {
             packet.set_len(1);
             assert_eq!(packet.bytes(), b"b");
             assert_eq!(arena.outstanding(), 1);
-            assert_eq!(arena.give_back(packet.into_segment().frame), FRAME_BYTES as u64);
+            let (segment, tail) = arena.split(packet);
+            assert!(tail.is_none());
+            assert_eq!(arena.give_back(segment.frame), FRAME_BYTES as u64);
             assert_eq!(arena.outstanding(), 0);
         });
+    }
+
+    /// A frame with `len` bytes that count up from `first`, `start` bytes into its chunk.
+    fn segment(arena: &mut Arena, number: u64, start: u16, len: u16, first: u8) -> Segment {
+        // SAFETY: the tests take each chunk once.
+        let mut frame = unsafe { arena.take(number * FRAME_BYTES as u64) };
+        for (place, byte) in frame.bytes_mut()[usize::from(start)..].iter_mut().take(len.into()).enumerate() {
+            *byte = first.wrapping_add(place as u8);
+        }
+        Segment { frame, start, len }
+    }
+
+    fn whole(arena: &Arena, packet: &Packet) -> Vec<u8> {
+        arena.whole(packet, &mut Vec::new()).to_vec()
+    }
+
+    /// Gives all frames of a tail back; their numbers.
+    fn give_back(arena: &mut Arena, mut tail: Option<Tail>) -> Vec<u64> {
+        let mut numbers = Vec::new();
+        while let Some(rest) = tail {
+            let (segment, next) = arena.pop(rest);
+            numbers.push(arena.give_back(segment.frame) / FRAME_BYTES as u64);
+            tail = next;
+        }
+        numbers
+    }
+
+    /// A packet of 100 bytes in chunk 3, 1792 in chunk 0, 1 in chunk 4 and 50 in chunk 1.
+    fn chain(arena: &mut Arena) -> Packet {
+        let first = segment(arena, 3, 256, 100, 0);
+        let mut packet = Packet::new(first, IfIndex(7), LinkType::Host);
+        for (number, start, len) in [(0, 256, 1792), (4, 2047, 1), (1, 0, 50)] {
+            let next = segment(arena, number, start, len, packet.total_bytes() as u8);
+            arena.append(&mut packet, next);
+        }
+        packet
+    }
+
+    #[test]
+    fn a_tail_is_read_in_order_and_given_back_whole() {
+        with_arena(5, |arena| {
+            let mut packet = chain(arena);
+            let bytes: Vec<u8> = (0..1943).map(|place| place as u8).collect();
+            assert_eq!((packet.total_bytes(), arena.frames_of(&packet)), (1943, 4));
+            assert_eq!(whole(arena, &packet), bytes);
+            // The front moves as that of any packet.
+            packet.shrink_front(10);
+            assert_eq!(whole(arena, &packet), bytes[10..]);
+            assert!(packet.grow_front(10));
+            assert_eq!((whole(arena, &packet), packet.total_bytes()), (bytes, 1943));
+            let (first, tail) = arena.split(packet);
+            assert_eq!(arena.outstanding(), 4);
+            assert_eq!(give_back(arena, tail), [0, 4, 1]);
+            arena.give_back(first.frame);
+            assert_eq!(arena.outstanding(), 0);
+        });
+    }
+
+    #[test]
+    fn a_cut_frees_what_lies_behind_it() {
+        let cases: [(usize, &[u64]); 8] = [
+            (1943, &[]),
+            (1894, &[]),
+            (1893, &[1]),
+            (1892, &[4, 1]),
+            (101, &[4, 1]),
+            (100, &[0, 4, 1]),
+            (99, &[0, 4, 1]),
+            (0, &[0, 4, 1]),
+        ];
+        for (bytes, freed) in cases {
+            with_arena(5, |arena| {
+                let mut packet = chain(arena);
+                let before = whole(arena, &packet);
+                let tail = arena.cut(&mut packet, bytes);
+                assert_eq!(give_back(arena, tail), freed, "{bytes}");
+                assert_eq!(whole(arena, &packet), before[..bytes]);
+                assert_eq!(packet.total_bytes(), bytes);
+                // What is left can be appended to again.
+                if bytes > 100 && !freed.is_empty() {
+                    let more = segment(arena, freed[0], 9, 3, 77);
+                    arena.append(&mut packet, more);
+                    assert_eq!(whole(arena, &packet), [&before[..bytes], &[77, 78, 79]].concat());
+                }
+                let (first, tail) = arena.split(packet);
+                give_back(arena, tail);
+                arena.give_back(first.frame);
+                assert_eq!(arena.outstanding(), 0);
+            });
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "18 frames at most")]
+    fn a_packet_has_no_more_frames_than_the_kernel_takes() {
+        with_arena(19, |arena| {
+            let first = segment(arena, 0, 0, 1, 0);
+            let mut packet = Packet::new(first, IfIndex(7), LinkType::Host);
+            for number in 1..19 {
+                let next = segment(arena, number, 0, 1, 0);
+                arena.append(&mut packet, next);
+            }
+        });
+    }
+
+    #[test]
+    #[should_panic(expected = "of the arena")]
+    fn a_tail_is_not_looked_for_in_another_arena() {
+        with_arena(5, |arena| {
+            let packet = std::mem::ManuallyDrop::new(chain(arena));
+            with_arena(5, |other| other.tail(&packet).count());
+        });
+    }
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "without being given back")]
+    fn a_lost_tail_is_found() {
+        with_arena(5, |arena| {
+            let packet = chain(arena);
+            let (first, tail) = arena.split(packet);
+            arena.give_back(first.frame);
+            drop(tail);
+        });
+    }
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "taken twice")]
+    fn a_frame_of_a_tail_is_taken() {
+        with_arena(5, |arena| {
+            let _kept = std::mem::ManuallyDrop::new(chain(arena));
+            // SAFETY: wrong on purpose: it panics before a Frame exists beside the tail.
+            let _ = unsafe { arena.take(0) };
+        });
+    }
+
+    #[test]
+    fn jumbo_packets_take_some_frames() {
+        assert_eq!([1500, ONE_FRAME_MTU, 9000, MAX_MTU].map(frames_of_mtu), [1, 1, 6, 6]);
     }
 
     #[test]

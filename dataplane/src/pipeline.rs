@@ -34,7 +34,7 @@ use crate::{
     driver::{Driver, PortId},
     forwarding::{Adjacency, AdjacencyId, DeviceId, Encapsulation, Forwarding, Route, RouteKind, Routed},
     fragments::{self, Fate, Fragments, Lead, Slot},
-    frame::{IfIndex, LinkType, Packet},
+    frame::{IfIndex, LinkType, MAX_PACKET_BYTES, ONE_FRAME_BYTES, Packet},
     held::{Held, HeldPacket, PATIENCE},
     host_policy,
     offload::{self, Offload},
@@ -47,8 +47,8 @@ const IPIP_HEADER_BYTES: u16 = 20;
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 /// "No next hop" in a connection; adjacencies have smaller numbers ([`crate::forwarding::MAX_ADJACENCIES`]).
 const NO_HOP: u16 = u16::MAX;
-/// Pieces that one packet is split into at most: a frame's worth of packet over the smallest IPv6 and a small IPv4 MTU.
-const MAX_FRAGMENTS: usize = 8;
+/// Pieces that one packet is split into at most: one of the largest MTU over a small IPv4 one (324).
+const MAX_FRAGMENTS: usize = 32;
 
 /// How often ports are tried for a connection: once more where another worker came in between when one was to be displaced.
 const SNAT_ROUNDS: u32 = 2;
@@ -120,6 +120,10 @@ impl Family for Ipv4Addr {
     /// Routers between nodes tell the node about its tunnel packets, but only who sent what they carried can mend it.
     #[cold]
     fn about_tunnelled(packet: &mut Packet, view: &View<Self>, forwarding: &Forwarding) -> Option<View<Self>> {
+        // Of several frames: no router quotes that much (RFC 1812, 4.3.2.3).
+        if packet.has_tail() {
+            return None;
+        }
         let quoted = parse::parse_embedded::<Self>(view.quote(packet.bytes()))?;
         let is_ours = quoted.key.protocol == Protocol::IPIP
             && quoted.key.src == view.key.dst
@@ -273,6 +277,8 @@ pub struct Pipeline {
     pending4: Vec<Pending<Ipv4Addr>>,
     pending6: Vec<Pending<Ipv6Addr>>,
     egress: Vec<Vec<Packet>>,
+    /// Where a packet of several frames is put together for what needs all of its bytes.
+    whole: Vec<u8>,
 }
 
 impl Pipeline {
@@ -303,6 +309,7 @@ impl Pipeline {
             pending6: Vec::with_capacity(burst),
             // Every packet of a burst may have been answered, and held packets may be set free with it.
             egress: (0..ports).map(|_| Vec::with_capacity(4 * burst + 512)).collect(),
+            whole: Vec::with_capacity(MAX_PACKET_BYTES),
         }
     }
 
@@ -324,7 +331,7 @@ impl Pipeline {
         &self.counters
     }
 
-    /// Counts a packet that no frame could hold: received and dropped.
+    /// Counts a packet that was longer than a packet can be: received and dropped.
     pub fn count_oversized(&mut self) {
         self.count(Counter::Rx);
         self.counters.add(drop_index(DropReason::Truncated), 1);
@@ -474,7 +481,7 @@ impl Pipeline {
         if packet.link == LinkType::Other {
             return self.end(driver, packet, End::Drop(DropReason::WrongMac));
         }
-        match parse::parse(packet.bytes()) {
+        match parse::parse_start(packet.bytes(), packet.total_bytes()) {
             Ok(Parsed::V4(view)) if view.key.protocol == Protocol::IPIP && origin == Origin::Uplink => {
                 match decapsulate(&mut packet, &view, forwarding) {
                     Ok(inner) => self.admit_ip(driver, packet, inner, origin, device_id, context),
@@ -518,7 +525,7 @@ impl Pipeline {
             };
         }
         // Ethernet padding is none of the packet's.
-        packet.set_len(usize::from(view.end));
+        driver.truncate(&mut packet, usize::from(view.end));
         let hash = A::table(context.tables).hash(&view.key);
         A::table(context.tables).prefetch(hash);
         A::pending(self).push(Pending { packet, view, origin, hash });
@@ -603,12 +610,12 @@ impl Pipeline {
             let read;
             let segment = match view.key.protocol {
                 Protocol::TCP | Protocol::SCTP => {
-                    read = observed(&packet, view);
+                    read = self.observed(driver, &packet, view);
                     &read
                 }
                 _ => &Observed::NOTHING,
             };
-            if may_change_state(&conn, hit.direction, segment) && !parse::l4_checksum_ok(packet.bytes(), view) {
+            if may_change_state(&conn, hit.direction, segment) && !self.checksum_ok(driver, &packet, view) {
                 // It stays bad, so its receiver drops it.
                 return self.established(driver, packet, view, &conn, hit.direction, context);
             }
@@ -654,15 +661,13 @@ impl Pipeline {
         let snapshot = context.snapshot;
         let forwarding = &*snapshot.forwarding;
         self.learn(&packet, view, origin, context);
-        let Self { random, .. } = self;
-        let random = &mut || random.next_u64();
         let arrival = Arrival::by(origin, packet.device, packet.through_tunnel, forwarding);
-        let mut decision = decide::decide(snapshot, arrival, &view.key, context.affinity, context.now, random);
+        let mut decision = self.decide(arrival, &view.key, context);
 
         if decision.untracked {
             return self.untracked(driver, packet, view, &decision, context);
         }
-        let answers = answers_node(&packet, view, &decision, context);
+        let answers = self.answers_node(driver, &packet, view, &decision, context);
         // To the node itself and no service's: the kernel's business, whatever it is.
         if origin == Origin::Uplink && (decision.verdict == Verdict::Local || answers) {
             return self.punt(packet, forwarding);
@@ -682,10 +687,10 @@ impl Pipeline {
                 _ => {}
             }
         }
-        if !parse::l4_checksum_ok(packet.bytes(), view) {
+        if !self.checksum_ok(driver, &packet, view) {
             return self.end(driver, packet, End::Drop(DropReason::Invalid));
         }
-        let segment = observed(&packet, view);
+        let segment = self.observed(driver, &packet, view);
         match segment.opening(&view.key) {
             Opening::Opens => {}
             Opening::MidStream if context.tcp_loose && !claimed => {}
@@ -695,7 +700,7 @@ impl Pipeline {
             && !context.affinity.clients().remember(choice, context.now)
         {
             // Another worker has chosen for this client since: its choice holds for this connection too.
-            decision = decide::decide(snapshot, arrival, &view.key, context.affinity, context.now, random);
+            decision = self.decide(arrival, &view.key, context);
         }
         match decision.verdict {
             Verdict::Forward | Verdict::Local => {}
@@ -735,6 +740,11 @@ impl Pipeline {
             }
             Err(reason) => self.end(driver, packet, End::Drop(reason)),
         }
+    }
+
+    fn decide<'c, A: Family>(&mut self, arrival: Arrival, key: &FlowKey<A>, context: &Context<'c>) -> Decision<'c, A> {
+        let random = &mut || self.random.next_u64();
+        decide::decide(context.snapshot, arrival, key, context.affinity, context.now, random)
     }
 
     /// A packet that untracked policy lets go: nothing is remembered of it, and the next one is judged as it was.
@@ -914,7 +924,7 @@ impl Pipeline {
         if view.is_later_fragment() || A::fragments(self).fate(slot) != Fate::Unknown {
             return self.follow(driver, packet, view, slot, context);
         }
-        let segment = observed(&packet, view);
+        let segment = self.observed(driver, &packet, view);
         self.outcome = Outcome::Sent;
         self.track(driver, packet, view, origin, hash, context);
         let table = A::table(context.tables);
@@ -1202,25 +1212,25 @@ impl Pipeline {
         context: &Context<'_>,
     ) {
         let mtu = context.snapshot.forwarding.adjacency(adjacency).mtu as usize;
-        let Ok(Parsed::V4(view)) = parse::parse_ip(packet.bytes(), ETHERNET_BYTES, Ipv4Addr::ETHERTYPE) else {
+        // Taken and put back: the pieces are made of it while they are allocated.
+        let mut buffer = std::mem::take(&mut self.whole);
+        let frame = driver.arena().whole(&packet, &mut buffer);
+        let Ok(Parsed::V4(view)) = parse::parse_ip(frame, ETHERNET_BYTES, Ipv4Addr::ETHERTYPE) else {
+            self.whole = buffer;
             return self.end(driver, packet, End::Drop(DropReason::TooBig));
         };
         // All pieces or none: a receiver that gets a part waits for the rest in vain.
         let mut pieces: [Option<Packet>; MAX_FRAGMENTS] = [const { None }; MAX_FRAGMENTS];
         let mut next = pieces.iter_mut();
         let mut complete = true;
-        let made = build::fragment_ipv4(packet.bytes(), &view, mtu, |header, payload| {
-            match next.next().map(|place| (place, driver.allocate())) {
-                Some((place, Some(mut piece))) => {
-                    piece.set_len(ETHERNET_BYTES + header.len() + payload.len());
-                    let (to_header, to_payload) = piece.bytes_mut()[ETHERNET_BYTES..].split_at_mut(header.len());
-                    to_header.copy_from_slice(header);
-                    to_payload.copy_from_slice(payload);
-                    *place = Some(piece);
-                }
-                _ => complete = false,
-            }
+        let made = build::fragment_ipv4(frame, &view, mtu, |header, payload| {
+            let piece = next.next().and_then(|place| {
+                *place = Some(driver.packet_of(&[&[0; ETHERNET_BYTES], header, payload])?);
+                Some(())
+            });
+            complete &= piece.is_some();
         });
+        self.whole = buffer;
         let complete = complete && made > 0;
         for piece in pieces.into_iter().flatten() {
             if complete {
@@ -1299,7 +1309,9 @@ impl Pipeline {
         if let Some(workload) = device.workload.filter(|w| forwarding.local_workload(view.key.src) == Some(*w)) {
             self.learn(&packet, view, Origin::Workload(workload), context);
         }
-        let Some(target) = build::solicited_target(packet.bytes(), view) else {
+        // Of several frames: no neighbour has so much to tell.
+        let target = if packet.has_tail() { None } else { build::solicited_target(packet.bytes(), view) };
+        let Some(target) = target else {
             return self.end(driver, packet, End::Drop(DropReason::LinkScope));
         };
         // Without a link-local address of its own, the device answers for any that the pod takes for its gateway.
@@ -1323,7 +1335,7 @@ impl Pipeline {
         write: impl FnOnce(&mut [u8]) -> Option<usize>,
     ) {
         let Some(mut answer) = driver.allocate() else { return };
-        answer.set_len(crate::frame::MAX_PACKET_BYTES);
+        answer.set_len(ONE_FRAME_BYTES);
         match write(answer.bytes_mut()) {
             Some(length) => {
                 answer.set_len(length);
@@ -1351,7 +1363,9 @@ impl Pipeline {
         };
         if view.key.protocol == Protocol::TCP && error == IcmpError::PortUnreachable {
             if self.resets.take(context.now) {
-                self.generate(driver, view.key.src, context, |out, _| build::tcp_reset(out, packet.bytes(), view));
+                self.generate(driver, &packet, view.key.src, context, |out, frame, _| {
+                    build::tcp_reset(out, frame, view)
+                });
             }
             return self.end(driver, packet, End::Drop(reason));
         }
@@ -1369,26 +1383,29 @@ impl Pipeline {
         context: &Context<'_>,
     ) {
         if self.errors.take(context.now) {
-            self.generate(driver, view.key.src, context, |out, source| {
-                build::icmp_error(out, packet.bytes(), view, source?, error)
+            self.generate(driver, &packet, view.key.src, context, |out, frame, source| {
+                build::icmp_error(out, frame, view, source?, error)
             });
         }
         self.end(driver, packet, End::Drop(reason));
     }
 
-    /// Makes a packet for `destination` and routes it there. `write` gets this node's address on the way there.
+    /// Answers `packet` by one to `destination`, and routes that there. `write` gets the whole frame that it is an answer to, and
+    /// this node's address on the way there.
     fn generate<A: Family, D: Driver>(
         &mut self,
         driver: &mut D,
+        packet: &Packet,
         destination: A,
         context: &Context<'_>,
-        write: impl FnOnce(&mut [u8], Option<A>) -> Option<usize>,
+        write: impl FnOnce(&mut [u8], &[u8], Option<A>) -> Option<usize>,
     ) {
         let forwarding = &*context.snapshot.forwarding;
         let Route::Via(adjacency) = forwarding.route(destination) else { return };
         let Some(mut answer) = driver.allocate() else { return };
-        answer.set_len(crate::frame::MAX_PACKET_BYTES);
-        let Some(length) = write(answer.bytes_mut(), forwarding.address_towards(adjacency)) else {
+        answer.set_len(ONE_FRAME_BYTES);
+        let frame = driver.arena().whole(packet, &mut self.whole);
+        let Some(length) = write(answer.bytes_mut(), frame, forwarding.address_towards(adjacency)) else {
             return driver.release(answer);
         };
         answer.set_len(length);
@@ -1398,6 +1415,85 @@ impl Pipeline {
         } else {
             self.send(driver, answer, destination, adjacency, context);
         }
+    }
+}
+
+// What needs all bytes of a packet, which may lie in several frames.
+impl Pipeline {
+    /// Whether the layer-4 checksum is right, or there is none to judge.
+    #[inline]
+    fn checksum_ok<A: Address>(&mut self, driver: &impl Driver, packet: &Packet, view: &View<A>) -> bool {
+        parse::l4_checksum_ok(driver.arena().whole(packet, &mut self.whole), view)
+    }
+
+    /// What conntrack needs to know of a packet.
+    #[inline]
+    fn observed<A: Address>(&mut self, driver: &impl Driver, packet: &Packet, view: &View<A>) -> Observed {
+        match view.key.protocol {
+            Protocol::TCP => {
+                let frame = packet.bytes();
+                let tcp = view.tcp(frame);
+                let options = TcpOptions::read(view.tcp_options(frame), &tcp);
+                Observed {
+                    tcp_flags: tcp.flags,
+                    tcp_seq: tcp.seq,
+                    tcp_ack: tcp.ack,
+                    tcp_window: tcp.window,
+                    tcp_options: options,
+                    payload_bytes: tcp.payload_bytes,
+                    ..Observed::default()
+                }
+            }
+            // Its chunks lie anywhere in the packet.
+            Protocol::SCTP => {
+                let frame = driver.arena().whole(packet, &mut self.whole);
+                Observed { sctp: SctpPacket::read(view.l4_slice(frame)), ..Observed::default() }
+            }
+            _ => Observed::default(),
+        }
+    }
+
+    /// Whether a packet to or from the node itself that a host endpoint's policy for first packets denies may be an answer: to what the
+    /// node's kernel asked, or of it to who asked. One half of such a connection passes without weir, so nothing remembers it; but what
+    /// opens nothing can only be such an answer, or dies at its receiver. A TCP segment to a port that the node listens on is none: the
+    /// kernel asks from other ports. So what is open to the node is cut when a policy forbids it.
+    #[inline]
+    fn answers_node<A: Family>(
+        &mut self,
+        driver: &impl Driver,
+        packet: &Packet,
+        view: &View<A>,
+        decision: &Decision<'_, A>,
+        context: &Context<'_>,
+    ) -> bool {
+        let denied = decision.verdict == Verdict::Drop(DropReason::PolicyDeniedHostEndpoint);
+        denied && decision.service.is_none() && self.may_answer(driver, packet, view, decision, context)
+    }
+
+    #[cold]
+    fn may_answer<A: Family>(
+        &mut self,
+        driver: &impl Driver,
+        packet: &Packet,
+        view: &View<A>,
+        decision: &Decision<'_, A>,
+        context: &Context<'_>,
+    ) -> bool {
+        let (key, forwarding) = (&view.key, &context.snapshot.forwarding);
+        match decision.host.denied_at() {
+            Some(HostStage::Local) => {}
+            // Denied before services were looked at.
+            Some(HostStage::PreDnat)
+                if forwarding.is_local(key.dst) && !context.snapshot.rules.services.services::<A>().claims(key) => {}
+            _ => return false,
+        }
+        if matches!(self.observed(driver, packet, view).opening(key), Opening::Opens) {
+            return host_policy::may_answer_failsafe(context.snapshot, key);
+        }
+        let is_listened_to = key.protocol == Protocol::TCP
+            && forwarding.is_local(key.dst)
+            && forwarding.listens(key.ports.destination());
+        !is_listened_to
     }
 }
 
@@ -1424,57 +1520,6 @@ fn decapsulate(
     packet.through_tunnel = true;
     let moved = inner.moved_up(outer_bytes).ok_or(DropReason::TunnelNested)?;
     Ok(View { tos, ..moved })
-}
-
-/// What conntrack needs to know of a packet.
-#[inline]
-fn observed<A: Address>(packet: &Packet, view: &View<A>) -> Observed {
-    let frame = packet.bytes();
-    match view.key.protocol {
-        Protocol::TCP => {
-            let tcp = view.tcp(frame);
-            let options = TcpOptions::read(view.tcp_options(frame), &tcp);
-            Observed {
-                tcp_flags: tcp.flags,
-                tcp_seq: tcp.seq,
-                tcp_ack: tcp.ack,
-                tcp_window: tcp.window,
-                tcp_options: options,
-                payload_bytes: tcp.payload_bytes,
-                ..Observed::default()
-            }
-        }
-        Protocol::SCTP => Observed { sctp: SctpPacket::read(view.l4_slice(frame)), ..Observed::default() },
-        _ => Observed::default(),
-    }
-}
-
-/// Whether a packet to or from the node itself that a host endpoint's policy for first packets denies may be an answer: to what the node's
-/// kernel asked, or of it to who asked. One half of such a connection passes without weir, so nothing remembers it; but what opens nothing
-/// can only be such an answer, or dies at its receiver. A TCP segment to a port that the node listens on is none: the kernel asks from other
-/// ports. So what is open to the node is cut when a policy forbids it.
-#[inline]
-fn answers_node<A: Family>(packet: &Packet, view: &View<A>, decision: &Decision<'_, A>, context: &Context<'_>) -> bool {
-    let denied = decision.verdict == Verdict::Drop(DropReason::PolicyDeniedHostEndpoint);
-    denied && decision.service.is_none() && may_answer(packet, view, decision, context)
-}
-
-#[cold]
-fn may_answer<A: Family>(packet: &Packet, view: &View<A>, decision: &Decision<'_, A>, context: &Context<'_>) -> bool {
-    let (key, forwarding) = (&view.key, &context.snapshot.forwarding);
-    match decision.host.denied_at() {
-        Some(HostStage::Local) => {}
-        // Denied before services were looked at.
-        Some(HostStage::PreDnat)
-            if forwarding.is_local(key.dst) && !context.snapshot.rules.services.services::<A>().claims(key) => {}
-        _ => return false,
-    }
-    if matches!(observed(packet, view).opening(key), Opening::Opens) {
-        return host_policy::may_answer_failsafe(context.snapshot, key);
-    }
-    let is_listened_to =
-        key.protocol == Protocol::TCP && forwarding.is_local(key.dst) && forwarding.listens(key.ports.destination());
-    !is_listened_to
 }
 
 /// The port at the translated source's end: where replies go to.

@@ -40,15 +40,39 @@ impl Lab {
     fn settings(&self, queue: u32, sizes: RingSizes) -> AfXdpSettings {
         let port =
             |veth: &Veth| PortSettings { device: veth.near.clone(), index: veth.index, mac: veth.mac, queue, sizes };
-        AfXdpSettings { trunk: port(&self.trunk), uplinks: vec![port(&self.uplink)], spare_frames: 128 }
+        AfXdpSettings { trunk: port(&self.trunk), uplinks: vec![port(&self.uplink)], spare_frames: 128, mtu: 1500 }
+    }
+
+    /// With an MTU of 9000.
+    fn jumbo() -> Self {
+        let lab = Self::new(1);
+        for veth in [&lab.trunk, &lab.uplink] {
+            ip(&format!("link set {} mtu 9000", veth.near));
+            ip(&format!("link set {} mtu 9000", veth.far));
+        }
+        lab
     }
 
     fn open(&mut self, queue: u32, sizes: RingSizes) -> AfXdp {
-        let driver = AfXdp::open(&self.settings(queue, sizes)).unwrap();
+        self.open_for(AfXdpSettings { mtu: 1500, ..self.settings(queue, sizes) })
+    }
+
+    fn open_jumbo(&mut self, sizes: RingSizes) -> AfXdp {
+        self.open_for(AfXdpSettings { mtu: 9000, ..self.settings(0, sizes) })
+    }
+
+    fn open_for(&mut self, settings: AfXdpSettings) -> AfXdp {
+        let queue = settings.trunk.queue;
+        let driver = AfXdp::open(&settings).unwrap();
         self.trunk.redirect(queue, driver.socket(TRUNK));
         self.uplink.redirect(queue, driver.socket(UPLINK));
         driver
     }
+}
+
+/// All bytes of a packet.
+fn whole(driver: &AfXdp, packet: &Packet) -> Vec<u8> {
+    driver.arena().whole(packet, &mut Vec::new()).to_vec()
 }
 
 /// Receives until there are `count` packets.
@@ -248,6 +272,166 @@ fn a_hundred_thousand_frames_pass_whole_and_in_order_between_two_ports() {
         );
         assert_eq!((statistics.rx_invalid_descs, statistics.tx_invalid_descs), (0, 0));
     }
+}
+
+/// Bytes behind the header and the number of a jumbo test's frame: from none to all that an MTU of 9000 carries.
+fn jumbo_payload(number: u32) -> usize {
+    match number % 4 {
+        0 => 9000 - 4,
+        // Around whole frames.
+        1 => 1792 * (number as usize / 4 % 5 + 1) - 18 + number as usize / 20 % 3 - 1,
+        2 => number as usize % 700,
+        _ => number as usize * 37 % 8997,
+    }
+}
+
+#[test]
+fn jumbo_frames_pass_whole_and_in_order_both_ways() {
+    if skipped() {
+        return;
+    }
+    const COUNT: u32 = 3000;
+    let mut lab = Lab::jumbo();
+    let mut driver = lab.open_jumbo(RingSizes { rx: 256, tx: 256 });
+    let wires = [lab.trunk.wire(), lab.uplink.wire()];
+    let devices = [IfIndex(7), lab.uplink.index];
+    let (to_trunk, to_uplink) = (Mac([2, 0, 0, 0, 0, 7]), UPLINK_MAC);
+    let mut packets = Vec::with_capacity(BURST);
+    for number in (0..COUNT).step_by(16) {
+        let from = (number / 16 % 2) as usize;
+        let (ports, to) = ([TRUNK, UPLINK], 1 - from);
+        let destination = [to_trunk, to_uplink][from];
+        for number in number..number + 16 {
+            wires[from].send(&frame(destination, FAR_MAC, number, jumbo_payload(number)));
+        }
+        let mut forwarded = 0;
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while forwarded < 16 {
+            assert!(Instant::now() < deadline, "frame {} does not arrive", number + forwarded);
+            forwarded += driver.receive(ports[from], &mut packets, 5) as u32;
+            packets.iter_mut().for_each(|packet| packet.device = devices[to]);
+            send(&mut driver, ports[to], &mut packets);
+        }
+        let source = [to_trunk, FAR_MAC][to];
+        for number in number..number + 16 {
+            let expected = frame(destination, source, number, jumbo_payload(number));
+            assert!(wires[to].receive().unwrap() == expected, "frame {number}");
+        }
+    }
+    assert_accounted(&mut driver, 0);
+    for port in [TRUNK, UPLINK] {
+        let statistics = driver.statistics(port).unwrap();
+        assert_eq!((statistics.rx_dropped, statistics.rx_ring_full, statistics.tx_refused), (0, 0, 0));
+        assert_eq!((statistics.rx_invalid_descs, statistics.tx_invalid_descs), (0, 0));
+    }
+}
+
+#[test]
+fn a_jumbo_frame_leaves_with_a_header_before_it_or_without_one() {
+    if skipped() {
+        return;
+    }
+    let mut lab = Lab::jumbo();
+    let mut driver = lab.open_jumbo(SMALL);
+    let wire = lab.uplink.wire();
+    let sent = frame(UPLINK_MAC, FAR_MAC, 1, 8976);
+    wire.send(&sent);
+    let mut packets = receive(&mut driver, UPLINK, 1);
+    assert_eq!((packets[0].total_bytes(), driver.arena().frames_of(&packets[0])), (sent.len(), 6));
+    assert!(whole(&driver, &packets[0]) == sent);
+    assert!(packets[0].grow_front(20));
+    packets[0].bytes_mut()[..20].fill(0xa0);
+    send(&mut driver, UPLINK, &mut packets);
+    assert!(wire.receive().unwrap() == [&[0xa0; 20][..], &sent].concat());
+
+    wire.send(&[&[0xa0; 20][..], &sent].concat());
+    let mut packets = receive(&mut driver, UPLINK, 1);
+    packets[0].shrink_front(20);
+    // And padding that is cut off, whole frames of it.
+    driver.truncate(&mut packets[0], 2000);
+    assert_accounted(&mut driver, 2);
+    send(&mut driver, UPLINK, &mut packets);
+    assert!(wire.receive().unwrap() == sent[..2000]);
+    assert_accounted(&mut driver, 0);
+}
+
+#[test]
+fn a_storm_of_jumbo_frames_fills_the_rings_and_loses_no_frame() {
+    if skipped() {
+        return;
+    }
+    let mut lab = Lab::jumbo();
+    let mut driver = lab.open_jumbo(SMALL);
+    let before = driver.frames();
+    let wire = lab.uplink.wire();
+    let jumbo = |number| frame(UPLINK_MAC, FAR_MAC, number, 8996);
+    let mut last = None;
+    for round in 0..50 {
+        // 10 packets of 6 descriptors fit the rx ring.
+        (0..30).for_each(|number| wire.send(&jumbo(round * 30 + number)));
+        wire.send(&frame(UPLINK_MAC, FAR_MAC, round * 30, 46));
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let mut packets = Vec::with_capacity(2 * BURST);
+        while packets.len() < 10 {
+            assert!(Instant::now() < deadline, "{} of round {round}", packets.len());
+            driver.receive(UPLINK, &mut packets, BURST);
+        }
+        // The rest of them, as far as there was room.
+        thread::sleep(Duration::from_millis(1));
+        driver.receive(UPLINK, &mut packets, BURST);
+        for packet in &packets {
+            let bytes = whole(&driver, packet);
+            let number = u32::from_be_bytes(*bytes[14..].first_chunk().unwrap());
+            let expected = if packet.has_tail() { jumbo(number) } else { frame(UPLINK_MAC, FAR_MAC, number, 46) };
+            assert!(bytes == expected, "{number}");
+            assert!(!packet.has_tail() || last.replace(number).is_none_or(|last| last < number), "{number} in order");
+        }
+        packets.into_iter().for_each(|packet| driver.release(packet));
+    }
+    assert!(driver.statistics(UPLINK).unwrap().rx_ring_full > 0, "{:?}", driver.statistics(UPLINK));
+    assert_accounted(&mut driver, 0);
+
+    // The tx ring takes whole packets only.
+    ip(&format!("link set {} down", lab.uplink.near));
+    let made = |number| frame(FAR_MAC, UPLINK_MAC, number, 8996);
+    let mut packets: Vec<Packet> = (0..15).map(|number| driver.packet_of(&[&made(number)]).unwrap()).collect();
+    driver.transmit(UPLINK, &mut packets);
+    assert_eq!((packets.len(), driver.frames().sending), (5, 60));
+    // Four descriptors of room: one for a short packet, though a long one waits before it.
+    let short = driver.packet_of(&[&frame(FAR_MAC, UPLINK_MAC, 99, 46)]).unwrap();
+    driver.transmit(UPLINK, &mut vec![short]);
+    packets.into_iter().for_each(|packet| driver.release(packet));
+    ip(&format!("link set {} up", lab.uplink.near));
+    let wire = lab.uplink.wire();
+    assert!(wire.is_silent(Duration::from_millis(100)));
+    driver.transmit(UPLINK, &mut vec![]);
+    (0..10).for_each(|number| assert!(wire.receive().unwrap() == made(number), "{number}"));
+    assert_eq!(wire.receive().unwrap(), frame(FAR_MAC, UPLINK_MAC, 99, 46));
+
+    // What the device refuses is counted in packets.
+    ip(&format!("link set {} down", lab.uplink.far));
+    let mut packets: Vec<Packet> = (0..10).map(|number| driver.packet_of(&[&made(number)]).unwrap()).collect();
+    send(&mut driver, UPLINK, &mut packets);
+    assert_accounted(&mut driver, 0);
+    assert_eq!((driver.frames().sending, driver.statistics(UPLINK).unwrap().tx_refused), (0, 10));
+    assert_eq!(driver.frames(), before);
+}
+
+#[test]
+fn sockets_for_short_packets_drop_and_count_jumbo_frames() {
+    if skipped() {
+        return;
+    }
+    let mut lab = Lab::jumbo();
+    let mut driver = lab.open(0, SMALL);
+    let wire = lab.uplink.wire();
+    wire.send(&frame(UPLINK_MAC, FAR_MAC, 1, 8996));
+    wire.send(&frame(UPLINK_MAC, FAR_MAC, 2, 1700));
+    let packet = receive(&mut driver, UPLINK, 1).pop().unwrap();
+    assert!(packet.bytes() == frame(UPLINK_MAC, FAR_MAC, 2, 1700));
+    driver.release(packet);
+    assert_eq!(driver.statistics(UPLINK).unwrap().rx_dropped, 1);
+    assert_accounted(&mut driver, 0);
 }
 
 #[test]
@@ -557,8 +741,8 @@ fn memory_and_modes_are_as_stated() {
     let mut settings = lab.settings(0, RingSizes { rx: 512, tx: 128 });
     settings.trunk.sizes = RingSizes { rx: 1024, tx: 2048 };
     let driver = AfXdp::open(&settings).unwrap();
-    let free_list_bytes = settings.frames() as usize * 8;
-    assert_eq!(driver.mapped_bytes() + free_list_bytes, settings.memory_bytes());
+    let list_bytes = settings.frames() as usize * 16;
+    assert_eq!(driver.mapped_bytes() + list_bytes, settings.memory_bytes());
     let counts = driver.frames();
     assert_eq!(counts.total, 2 * 1024 + 2048 + 2 * 512 + 128 + 128);
     assert_eq!((counts.receiving, counts.in_rings, counts.sending), (2048 + 1024, 2048 + 1024, 0));

@@ -915,7 +915,7 @@ fn what_cannot_work_is_refused_with_a_reason() {
             refused(TrunkSettings { queues: 0, ..settings.clone() }),
             AttachError::Queues { queues: 0, .. }
         ));
-        assert!(matches!(refused(TrunkSettings { mtu: 9000, ..settings.clone() }), AttachError::Mtu { mtu: 9000, .. }));
+        assert!(matches!(refused(TrunkSettings { mtu: 9217, ..settings.clone() }), AttachError::Mtu { mtu: 9217, .. }));
         let ordinary = env::temp_dir().join(&node.namespace.name);
         assert!(matches!(
             refused(TrunkSettings { pin_dir: ordinary.clone(), ..settings.clone() }),

@@ -10,7 +10,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use weir_dataplane::{
-    frame::{IfIndex, MAX_PACKET_BYTES},
+    frame::{IfIndex, MAX_MTU},
     snapshot::Rules,
 };
 use weir_nat::SnatPorts;
@@ -27,7 +27,10 @@ mod packets;
 mod router;
 
 use packets::{IPIP, Packet, SCTP, TCP, UDP};
-use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service, sum, tunnelled};
+use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service, sum, tunnelled};
+
+/// The longest frame of a device with the largest MTU, without a tag.
+const MAX_FRAME_BYTES: usize = MAX_MTU as usize + 14;
 
 /// One step of a worker's life.
 #[derive(Arbitrary, Debug)]
@@ -254,13 +257,13 @@ impl Arrival {
             let checksum = !sum(&frame[14..14 + header_bytes]);
             frame[24..26].copy_from_slice(&checksum.to_be_bytes());
         }
-        if self.is_tunnelled && frame.len() >= 14 && frame.len() + 20 <= MAX_PACKET_BYTES {
+        if self.is_tunnelled && frame.len() >= 14 && frame.len() + 20 <= MAX_FRAME_BYTES {
             frame = tunnelled(&frame);
         }
         if let Some(cut) = self.cut {
             frame.truncate(usize::from(cut));
         }
-        frame.truncate(MAX_PACKET_BYTES);
+        frame.truncate(MAX_FRAME_BYTES);
         Some((device.unwrap_or(pick(&DEVICES, self.device)), frame))
     }
 }
@@ -285,7 +288,9 @@ fn check_sent(device: IfIndex, frame: &[u8], of_kernel: &BTreeSet<IpAddr>) {
 
 fuzz_target!(|steps: Vec<Step>| {
     let snat = SnatPorts::new(10000..=10003, [30053]).expect("ports");
-    let mut router = Router::new(all_rules(true, true), snat, 16);
+    let mut links = links();
+    links.devices.iter_mut().filter(|device| device.index == UPLINK).for_each(|uplink| uplink.mtu = MAX_MTU);
+    let mut router = Router::between(&cluster(), &links, all_rules(true, true), snat, 16);
     let mut sent: Vec<(IfIndex, Vec<u8>)> = Vec::new();
     let mut of_kernel = BTreeSet::new();
     for step in steps {

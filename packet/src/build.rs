@@ -61,7 +61,7 @@ fn write_arp(out: &mut [u8], arp: &Arp, to: Mac) -> Option<usize> {
 /// 7.1.1 says to discard.
 ///
 /// # Panics
-/// Where `frame` is shorter than the one that was parsed.
+/// Where `frame` is not the whole one.
 pub fn solicited_target(frame: &[u8], view: &View<Ipv6Addr>) -> Option<Ipv6Addr> {
     let message = view.l4_slice(frame);
     if view.kind != Kind::Control
@@ -108,7 +108,7 @@ fn group_mac(group: Ipv6Addr) -> Mac {
 /// The caller asks [`solicited_target`] first whether the target is its own.
 ///
 /// # Panics
-/// Where `frame` is shorter than the one that was parsed.
+/// Where `frame` is not the whole one.
 pub fn neighbor_advertisement(out: &mut [u8], frame: &[u8], view: &View<Ipv6Addr>, mac: Mac) -> Option<usize> {
     const ROUTER: u8 = 0x80;
     const SOLICITED: u8 = 0x40;
@@ -242,7 +242,7 @@ impl<'o, A: Address> Builder<'o, A> {
 /// Never an answer to a RST, to a segment with a wrong checksum, to a fragment, or to a group.
 ///
 /// # Panics
-/// Where `frame` is shorter than the one that was parsed.
+/// Where `frame` is not the whole one.
 pub fn tcp_reset<A: Address>(out: &mut [u8], frame: &[u8], view: &View<A>) -> Option<usize> {
     let key = &view.key;
     let segment = view.tcp(frame);
@@ -332,7 +332,7 @@ impl IcmpError {
 /// in a frame to a group, or from a source that is not one host (RFC 1812, 4.3.2.7).
 ///
 /// # Panics
-/// Where `frame` is shorter than the one that was parsed.
+/// Where `frame` is not the whole one.
 pub fn icmp_error<A: Address>(
     out: &mut [u8],
     frame: &[u8],
@@ -375,7 +375,7 @@ pub fn icmp_error<A: Address>(
 /// Returns their number; 0 where the packet must not be fragmented, or `mtu` has no room for 8 bytes of payload.
 ///
 /// # Panics
-/// Where `frame` is shorter than the one that was parsed.
+/// Where `frame` is not the whole one.
 pub fn fragment_ipv4(frame: &[u8], view: &View<Ipv4Addr>, mtu: usize, mut emit: impl FnMut(&[u8], &[u8])) -> usize {
     let packet = &frame[usize::from(view.l3)..usize::from(view.end)];
     let (whole_header, payload) = packet.split_at(usize::from(view.l4 - view.l3));

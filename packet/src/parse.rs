@@ -4,10 +4,14 @@
 //! flow key, the offsets of the headers, and the [`Kind`] that says how the packet is to be tracked. A view does not
 //! borrow the frame, so that the frame may be rewritten through it; the accessors that read more take the frame again.
 //!
+//! A long frame may be in memory in parts. [`parse_start`] takes the first of them, which must hold all headers, and the
+//! length of the whole. Whoever needs the rest (checksums, fragments) takes the whole frame in one piece.
+//!
 //! What a view promises, and every later stage relies on:
-//! - `l3 + header <= l4 <= end <= frame.len() <= 65535`; bytes from `end` on are Ethernet padding.
+//! - `l3 + header <= l4 <= end <= length of the frame <= 65535`; bytes from `end` on are Ethernet padding. What was parsed
+//!   reaches to `l4` at least.
 //! - Unless it is a later fragment, the layer-4 header of TCP (with its options), UDP, SCTP, ICMP and ICMPv6 lies whole
-//!   between `l4` and `end`, and a TCP header's flags are a combination that some TCP may send.
+//!   between `l4` and `end`, in what was parsed, and a TCP header's flags are a combination that some TCP may send.
 //! - Addresses are none that may not appear on the wire.
 //!
 //! Layer-4 checksums are not verified here: they are updated incrementally, which never repairs a bad one. What changes
@@ -142,13 +146,13 @@ impl<A: Address> View<A> {
         self.end - self.l4
     }
 
-    /// The layer-4 header and its payload.
+    /// The layer-4 header and its payload, as far as they lie in `frame`.
     ///
     /// # Panics
-    /// Where `frame` is shorter than the one that was parsed.
+    /// Where `frame` is shorter than what was parsed.
     #[inline]
     pub fn l4_slice<'f>(&self, frame: &'f [u8]) -> &'f [u8] {
-        &frame[usize::from(self.l4)..usize::from(self.end)]
+        &frame[usize::from(self.l4)..usize::from(self.end).min(frame.len())]
     }
 
     /// The TCP header's fields; zeros for other protocols and later fragments.
@@ -164,7 +168,7 @@ impl<A: Address> View<A> {
                 seq: u32::from_be_bytes([header[4], header[5], header[6], header[7]]),
                 ack: u32::from_be_bytes([header[8], header[9], header[10], header[11]]),
                 window: u16::from_be_bytes([header[14], header[15]]),
-                payload_bytes: (segment.len() as u32).saturating_sub(u32::from(header[12] >> 4) * 4),
+                payload_bytes: u32::from(self.l4_bytes()).saturating_sub(u32::from(header[12] >> 4) * 4),
             },
             _ => TcpFields::default(),
         }
@@ -197,7 +201,8 @@ impl<A: Address> View<A> {
         }
     }
 
-    /// What an ICMP error quotes: the start of another IP packet. Empty where it is no ICMP error.
+    /// What an ICMP error quotes, as far as it lies in `frame`: the start of another IP packet. Empty where it is no ICMP
+    /// error.
     ///
     /// # Panics
     /// Where `frame` is shorter than the one that was parsed.
@@ -275,8 +280,17 @@ impl Arp {
 /// `FragmentTiny`, `Invalid` or `Unsupported` (source routes).
 #[inline]
 pub fn parse(frame: &[u8]) -> Result<Parsed, DropReason> {
-    let header = frame.first_chunk::<ETHERNET_BYTES>().ok_or(DropReason::Truncated)?;
-    parse_ip(frame, ETHERNET_BYTES, u16::from_be_bytes([header[12], header[13]]))
+    parse_start(frame, frame.len())
+}
+
+/// Reads an Ethernet frame of `frame_bytes` bytes, of which `start` has the first, all headers among them.
+///
+/// # Errors
+/// As [`parse`]; headers that do not lie in `start` are not whole.
+#[inline]
+pub fn parse_start(start: &[u8], frame_bytes: usize) -> Result<Parsed, DropReason> {
+    let header = start.first_chunk::<ETHERNET_BYTES>().ok_or(DropReason::Truncated)?;
+    parse_network_layer(start, frame_bytes, ETHERNET_BYTES, u16::from_be_bytes([header[12], header[13]]))
 }
 
 /// Reads the packet of type `ethertype` that begins at offset `l3` and may reach to the end of `frame`.
@@ -285,38 +299,43 @@ pub fn parse(frame: &[u8]) -> Result<Parsed, DropReason> {
 /// As [`parse`].
 #[inline]
 pub fn parse_ip(frame: &[u8], l3: usize, ethertype: u16) -> Result<Parsed, DropReason> {
+    parse_network_layer(frame, frame.len(), l3, ethertype)
+}
+
+#[inline]
+fn parse_network_layer(start: &[u8], frame_bytes: usize, l3: usize, ethertype: u16) -> Result<Parsed, DropReason> {
     match ethertype {
-        Ipv4Addr::ETHERTYPE => match usual_ipv4(frame, l3) {
+        Ipv4Addr::ETHERTYPE => match usual_ipv4(start, l3) {
             Some(view) => Ok(Parsed::V4(view)),
-            None => parse_ipv4(frame, l3).map(Parsed::V4),
+            None => parse_ipv4(start, frame_bytes, l3).map(Parsed::V4),
         },
-        Ipv6Addr::ETHERTYPE => match usual_ipv6(frame, l3) {
+        Ipv6Addr::ETHERTYPE => match usual_ipv6(start, l3) {
             Some(view) => Ok(Parsed::V6(view)),
-            None => parse_ipv6(frame, l3).map(Parsed::V6),
+            None => parse_ipv6(start, frame_bytes, l3).map(Parsed::V6),
         },
-        ETHERTYPE_ARP => parse_arp(frame, l3).map(Parsed::Arp),
+        ETHERTYPE_ARP => parse_arp(start, l3).map(Parsed::Arp),
         ethertype => Ok(Parsed::Other { ethertype }),
     }
 }
 
 /// The bytes from `l3` on, of a frame whose offsets fit a view's.
 #[inline]
-fn network_layer(frame: &[u8], l3: usize) -> Result<&[u8], DropReason> {
-    if frame.len() > usize::from(u16::MAX) {
+fn network_layer(start: &[u8], frame_bytes: usize, l3: usize) -> Result<&[u8], DropReason> {
+    if frame_bytes > usize::from(u16::MAX) {
         return Err(DropReason::Truncated);
     }
-    frame.get(l3..).ok_or(DropReason::Truncated)
+    start.get(l3..).ok_or(DropReason::Truncated)
 }
 
-/// Whole TCP and UDP packets without options: nearly all there are. What is not one, or not right, is left to
-/// [`parse_ipv4`], which reads everything and knows the reasons.
+/// Whole TCP and UDP packets without options: nearly all there are. What is not one, or not right, or in memory in parts,
+/// is left to [`parse_ipv4`], which reads everything and knows the reasons.
 ///
 /// The view is made in one place from values in registers. Anything that is put together in memory on several paths (an
 /// enum with fields, a `Result` that is mapped) is read back wider than it was written, which stalls for longer than all the
 /// checks take.
 #[inline(always)]
 fn usual_ipv4(frame: &[u8], l3: usize) -> Option<View<Ipv4Addr>> {
-    let packet = network_layer(frame, l3).ok()?;
+    let packet = network_layer(frame, frame.len(), l3).ok()?;
     let header = packet.first_chunk::<20>()?;
     let is_plain = header[0] == 0x45 && u16::from_be_bytes([header[6], header[7]]) & 0x3fff == 0;
     if !is_plain || !Sum::ZERO.bytes(header).is_valid() {
@@ -330,33 +349,42 @@ fn usual_ipv4(frame: &[u8], l3: usize) -> Option<View<Ipv4Addr>> {
 
 /// Any IPv4 packet.
 #[inline(never)]
-fn parse_ipv4(frame: &[u8], l3: usize) -> Result<View<Ipv4Addr>, DropReason> {
-    let packet = network_layer(frame, l3)?;
+fn parse_ipv4(start: &[u8], frame_bytes: usize, l3: usize) -> Result<View<Ipv4Addr>, DropReason> {
+    let packet = network_layer(start, frame_bytes, l3)?;
     let header = packet.first_chunk::<20>().ok_or(DropReason::Truncated)?;
     let header_bytes = usize::from(header[0] & 0xf) * 4;
     let total_bytes = usize::from(u16::from_be_bytes([header[2], header[3]]));
     if header[0] >> 4 != 4 || header_bytes < 20 || total_bytes < header_bytes {
         return Err(DropReason::MalformedHeader);
     }
-    let packet = packet.get(..total_bytes).ok_or(DropReason::Truncated)?;
-    if !Sum::ZERO.bytes(&packet[..header_bytes]).is_valid() {
+    let packet = start_of(packet, total_bytes, frame_bytes - l3)?;
+    let (header_and_options, l4) = packet.split_at_checked(header_bytes).ok_or(DropReason::Truncated)?;
+    if !Sum::ZERO.bytes(header_and_options).is_valid() {
         return Err(DropReason::BadHeaderChecksum);
     }
     if is_martian_ipv4(Ipv4Addr::read(&header[12..16]), Ipv4Addr::read(&header[16..20])) {
         return Err(DropReason::MartianAddress);
     }
-    check_ipv4_options(&packet[20..header_bytes])?;
+    check_ipv4_options(&header_and_options[20..])?;
     let protocol = Protocol(header[9]);
     let fragment = u16::from_be_bytes([header[6], header[7]]);
-    let l4 = &packet[header_bytes..];
+    let l4_bytes = total_bytes - header_bytes;
     let (ports, kind) = if fragment & 0x3fff == 0 {
-        upper_layer::<Ipv4Addr>(l4, protocol, DropReason::MalformedHeader)?
+        upper_layer::<Ipv4Addr>(l4, l4_bytes, protocol, DropReason::MalformedHeader)?
     } else {
         let id = u32::from(u16::from_be_bytes([header[4], header[5]]));
         let offset = (fragment & 0x1fff) * 8;
-        fragment_kind::<Ipv4Addr>(l4, l4, protocol, id, offset, fragment & 0x2000 != 0)?
+        fragment_kind::<Ipv4Addr>(l4_bytes, l4, l4_bytes, protocol, id, offset, fragment & 0x2000 != 0)?
     };
     Ok(ipv4_view(header, l3, header_bytes, total_bytes, ports, kind))
+}
+
+/// What `start` has of a packet of `total_bytes` bytes, for which the frame has room of `room` bytes.
+fn start_of(start: &[u8], total_bytes: usize, room: usize) -> Result<&[u8], DropReason> {
+    match total_bytes <= room {
+        true => Ok(&start[..total_bytes.min(start.len())]),
+        false => Err(DropReason::Truncated),
+    }
 }
 
 #[inline(always)]
@@ -415,7 +443,7 @@ fn check_ipv4_options(mut options: &[u8]) -> Result<(), DropReason> {
 /// Whole TCP and UDP packets without extension headers; what is not one, or not right, is left to [`parse_ipv6`].
 #[inline(always)]
 fn usual_ipv6(frame: &[u8], l3: usize) -> Option<View<Ipv6Addr>> {
-    let packet = network_layer(frame, l3).ok()?;
+    let packet = network_layer(frame, frame.len(), l3).ok()?;
     let header = packet.first_chunk::<40>()?;
     if header[0] >> 4 != 6 {
         return None;
@@ -429,21 +457,21 @@ fn usual_ipv6(frame: &[u8], l3: usize) -> Option<View<Ipv6Addr>> {
 
 /// Any IPv6 packet.
 #[inline(never)]
-fn parse_ipv6(frame: &[u8], l3: usize) -> Result<View<Ipv6Addr>, DropReason> {
-    let packet = network_layer(frame, l3)?;
+fn parse_ipv6(start: &[u8], frame_bytes: usize, l3: usize) -> Result<View<Ipv6Addr>, DropReason> {
+    let packet = network_layer(start, frame_bytes, l3)?;
     let header = packet.first_chunk::<40>().ok_or(DropReason::Truncated)?;
     if header[0] >> 4 != 6 {
         return Err(DropReason::MalformedHeader);
     }
     let total_bytes = 40 + usize::from(u16::from_be_bytes([header[4], header[5]]));
-    let packet = packet.get(..total_bytes).ok_or(DropReason::Truncated)?;
+    let packet = start_of(packet, total_bytes, frame_bytes - l3)?;
     let chain = extension_headers(packet, header[6])?;
     let l4 = &packet[chain.l4..];
+    let l4_bytes = total_bytes - chain.l4;
     let (ports, kind) = match chain.fragment {
-        None => upper_layer::<Ipv6Addr>(l4, chain.protocol, DropReason::MalformedHeader)?,
-        Some(fragment) => {
-            let data = &packet[fragment.data..];
-            fragment_kind::<Ipv6Addr>(data, l4, chain.protocol, fragment.id, fragment.offset, fragment.more)?
+        None => upper_layer::<Ipv6Addr>(l4, l4_bytes, chain.protocol, DropReason::MalformedHeader)?,
+        Some(FragmentHeader { id, offset, more, data }) => {
+            fragment_kind::<Ipv6Addr>(total_bytes - data, l4, l4_bytes, chain.protocol, id, offset, more)?
         }
     };
     let view = ipv6_view(header, l3, chain.l4, total_bytes, ports, chain.protocol, kind);
@@ -556,24 +584,25 @@ fn extension_headers(packet: &[u8], first: u8) -> Result<Chain, DropReason> {
     Err(DropReason::MalformedHeader)
 }
 
-/// Ports and kind of a fragment: `data` is what it carries of the packet's fragmentable part, `l4` (for the first one)
-/// what of it follows further extension headers.
+/// Ports and kind of a fragment: it carries `data_bytes` of the packet's fragmentable part; `l4`, of `l4_bytes` bytes, is
+/// (for the first one) what of it follows further extension headers.
 #[cold]
 fn fragment_kind<A: Address>(
-    data: &[u8],
+    data_bytes: usize,
     l4: &[u8],
+    l4_bytes: usize,
     protocol: Protocol,
     id: u32,
     offset: u16,
     more: bool,
 ) -> Result<(Ports, Kind), DropReason> {
-    let bytes = data.len() as u16;
+    let bytes = data_bytes as u16;
     // RFC 8200, 4.5: all but the last carry a multiple of 8 bytes; no packet is larger than 65535 bytes.
-    if bytes == 0 || (more && !bytes.is_multiple_of(8)) || usize::from(offset) + data.len() > usize::from(u16::MAX) {
+    if bytes == 0 || (more && !bytes.is_multiple_of(8)) || usize::from(offset) + data_bytes > usize::from(u16::MAX) {
         return Err(DropReason::FragmentMalformed);
     }
     if offset == 0 {
-        return match upper_layer::<A>(l4, protocol, DropReason::FragmentTiny)? {
+        return match upper_layer::<A>(l4, l4_bytes, protocol, DropReason::FragmentTiny)? {
             (ports, Kind::Flow) => Ok((ports, Kind::FirstFragment { id, bytes })),
             // RFC 6980 for ND; an ICMP error fits every link.
             _ => Err(DropReason::FragmentMalformed),
@@ -591,17 +620,22 @@ fn fragment_kind<A: Address>(
 fn usual_ports(l4: &[u8], protocol: Protocol) -> Option<Ports> {
     match protocol {
         Protocol::TCP => tcp_ports(l4, DropReason::MalformedHeader).ok(),
-        Protocol::UDP => udp_ports(l4, DropReason::MalformedHeader).ok(),
+        Protocol::UDP => udp_ports(l4, l4.len(), DropReason::MalformedHeader).ok(),
         _ => None,
     }
 }
 
 /// Ports and kind by the layer-4 header, which must be whole: else `short` is the reason (`FragmentTiny` in a first fragment,
-/// whose payload may also be shorter than the header says).
-fn upper_layer<A: Address>(l4: &[u8], protocol: Protocol, short: DropReason) -> Result<(Ports, Kind), DropReason> {
+/// whose payload may also be shorter than the header says). `l4` has the start of `l4_bytes` bytes.
+fn upper_layer<A: Address>(
+    l4: &[u8],
+    l4_bytes: usize,
+    protocol: Protocol,
+    short: DropReason,
+) -> Result<(Ports, Kind), DropReason> {
     match protocol {
         Protocol::TCP => Ok((tcp_ports(l4, short)?, Kind::Flow)),
-        Protocol::UDP => Ok((udp_ports(l4, short)?, Kind::Flow)),
+        Protocol::UDP => Ok((udp_ports(l4, l4_bytes, short)?, Kind::Flow)),
         Protocol::SCTP => Ok((first_ports(l4.first_chunk::<12>().ok_or(short)?), Kind::Flow)),
         Protocol::ICMP | Protocol::ICMPV6 if protocol != A::ICMP => Err(DropReason::Invalid),
         Protocol::ICMP | Protocol::ICMPV6 => Ok(icmp_kind::<A>(l4.first_chunk::<ICMP_HEADER_BYTES>().ok_or(short)?)),
@@ -627,10 +661,10 @@ fn tcp_ports(l4: &[u8], short: DropReason) -> Result<Ports, DropReason> {
 }
 
 #[inline(always)]
-fn udp_ports(l4: &[u8], short: DropReason) -> Result<Ports, DropReason> {
+fn udp_ports(l4: &[u8], l4_bytes: usize, short: DropReason) -> Result<Ports, DropReason> {
     let header = l4.first_chunk::<8>().ok_or(short)?;
     let bytes = usize::from(u16::from_be_bytes([header[4], header[5]]));
-    if bytes < 8 || (bytes > l4.len() && short != DropReason::FragmentTiny) {
+    if bytes < 8 || (bytes > l4_bytes && short != DropReason::FragmentTiny) {
         return Err(DropReason::MalformedHeader);
     }
     Ok(first_ports(header))
@@ -708,18 +742,18 @@ fn parse_arp(frame: &[u8], l3: usize) -> Result<Arp, DropReason> {
     })
 }
 
-/// The packet inside an IPIP packet, as a view into the same frame.
+/// The packet inside an IPIP packet, as a view into the same frame, of which `start` has what was parsed.
 ///
 /// # Errors
 /// `TunnelNested` where another tunnel packet or nothing valid is inside; `Unsupported` where `outer` is a fragment (weir and Linux set
 /// DF on what they put into a tunnel); `FragmentMalformed`, `FragmentTiny`, `Invalid` or `Unsupported` where the inner header is sane but
 /// [`parse`] would drop the packet for one of these.
-pub fn inner_of_ipip(frame: &[u8], outer: &View<Ipv4Addr>) -> Result<View<Ipv4Addr>, DropReason> {
+pub fn inner_of_ipip(start: &[u8], outer: &View<Ipv4Addr>) -> Result<View<Ipv4Addr>, DropReason> {
     if outer.is_fragment() {
         return Err(DropReason::Unsupported);
     }
-    let frame = frame.get(..usize::from(outer.end)).ok_or(DropReason::Truncated)?;
-    match parse_ipv4(frame, usize::from(outer.l4)) {
+    let end = usize::from(outer.end);
+    match parse_ipv4(&start[..end.min(start.len())], end, usize::from(outer.l4)) {
         Ok(inner) if !matches!(inner.key.protocol, Protocol::IPIP | Protocol::IPV6) => Ok(inner),
         // Found behind a sane header: the inner packet's own fault, not the tunnel's.
         Err(
@@ -806,14 +840,14 @@ pub fn parse_embedded<A: Address>(quote: &[u8]) -> Option<Embedded<A>> {
 /// True where there is none to judge: other protocols, fragments (it covers the whole packet), UDP without one.
 ///
 /// # Panics
-/// Where `frame` is shorter than the one that was parsed.
+/// Where `frame` is not the whole one.
 pub fn l4_checksum_ok<A: Address>(frame: &[u8], view: &View<A>) -> bool {
     if view.is_fragment() {
         return true;
     }
     let addresses = usize::from(view.l3) + A::HEADER_BYTES - 2 * A::BYTES;
     let (src, dst) = (A::read(&frame[addresses..]), A::read(&frame[addresses + A::BYTES..]));
-    let l4 = view.l4_slice(frame);
+    let l4 = &frame[usize::from(view.l4)..usize::from(view.end)];
     let with_pseudo_header = |covered: &[u8], length: usize| {
         pseudo_header(src, dst, view.key.protocol, length as u32).plus(Sum::ZERO.bytes(covered)).is_valid()
     };
@@ -901,10 +935,10 @@ mod tests {
                 kind == Kind::Flow && matches!(key_protocol, Protocol::TCP | Protocol::UDP)
             };
             let four = frame(&IPV4, 9);
-            let long = parse_ipv4(&four, 14).ok().filter(|view| is_usual(view.kind, view.key.protocol) && view.l4 == 34);
+            let long = parse_ipv4(&four, four.len(), 14).ok().filter(|view| is_usual(view.kind, view.key.protocol) && view.l4 == 34);
             prop_assert_eq!(usual_ipv4(&four, 14), long);
             let six = frame(&IPV6, 6);
-            let long = parse_ipv6(&six, 14).ok().filter(|view| is_usual(view.kind, view.key.protocol) && view.l4 == 54);
+            let long = parse_ipv6(&six, six.len(), 14).ok().filter(|view| is_usual(view.kind, view.key.protocol) && view.l4 == 54);
             prop_assert_eq!(usual_ipv6(&six, 14), long);
         }
     }

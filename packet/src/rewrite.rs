@@ -1,6 +1,6 @@
 //! Packets changed in place: addresses, ports, TTL, tunnel headers.
 //!
-//! Every function takes the whole frame and a [`View`] of it. Checksums are only ever changed by the difference
+//! Every function takes the frame, or the start of it that was parsed, and a [`View`] of it. Checksums are only ever changed by the difference
 //! (RFC 1624), so a bad one stays bad. A view keeps saying what was parsed: after [`translate`] the caller knows the new
 //! key, and offsets stay as they are.
 
@@ -50,9 +50,8 @@ pub fn translate<A: Address>(frame: &mut [u8], view: &View<A>, to: &FlowKey<A>) 
     }
     let addresses = write_addresses(&mut frame[usize::from(view.l3)..l4_at], from, to);
     if !view.is_later_fragment() {
-        let l4 = &mut frame[l4_at..usize::from(view.end)];
-        let length = l4.len();
-        let _ = rewrite_l4(l4, length, addresses, from, to);
+        let end = usize::from(view.end).min(frame.len());
+        let _ = rewrite_l4(&mut frame[l4_at..end], usize::from(view.l4_bytes()), addresses, from, to);
     }
     Ok(())
 }
@@ -193,7 +192,8 @@ pub fn translate_icmp_error<A: Address>(
     let outer_to = FlowKey { src: outer_src, dst: outer_dst, ..view.key };
     let outer = write_addresses(&mut frame[usize::from(view.l3)..l4_at], &view.key, &outer_to);
 
-    let message = &mut frame[l4_at..usize::from(view.end)];
+    let end = usize::from(view.end).min(frame.len());
+    let message = &mut frame[l4_at..end];
     let quote = &mut message[ICMP_HEADER_BYTES..];
     let (quoted_header, quoted_l4) = quote.split_at_mut(usize::from(embedded.l4));
     let old_checksum = [quoted_header[10], quoted_header[11]];
@@ -218,7 +218,7 @@ pub fn translate_icmp_error<A: Address>(
 /// quote that is too short to tell whom, and for a wrong ICMP checksum.
 ///
 /// # Panics
-/// Where `frame` or the quote is shorter than what was parsed.
+/// Where `frame` is not the whole one.
 pub fn error_about_inner(
     frame: &mut [u8],
     view: &View<Ipv4Addr>,

@@ -453,7 +453,7 @@ impl RouterConfig {
             match device.mtu {
                 Some(mtu) if mtu > MAX_MTU => problems.error(
                     within(node, "mtu"),
-                    format!("device {name} has an MTU of {mtu}: a frame of weir holds {MAX_MTU} so far"),
+                    format!("device {name} has an MTU of {mtu}: weir carries at most {MAX_MTU}"),
                     format!("lower it: ip link set {name} mtu {MAX_MTU}"),
                 ),
                 Some(mtu) if mtu < MIN_MTU => {

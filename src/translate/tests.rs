@@ -129,12 +129,12 @@ fn faults_of_weir_yaml() {
         ),
         (
             "nodeName: a\nmanifests: []\ndevices:\n- {name: eth0, role: uplnk, mtu: 1500}\n- {name: eth1, role: \
-             uplink, mtu: 9000}\n- {name: eth1, role: uplink, mac: x, mut: 2}\n",
+             uplink, mtu: 9217}\n- {name: eth1, role: uplink, mac: x, mut: 2}\n",
             &[
                 "weir.yaml:4:22: error: devices[0].role: \"uplnk\" is none of: uplink, workload, host [did you mean \
                  uplink?]",
-                "weir.yaml:5:35: error: device eth1 has an MTU of 9000: a frame of weir holds 1758 so far [lower it: \
-                 ip link set eth1 mtu 1758]",
+                "weir.yaml:5:35: error: device eth1 has an MTU of 9217: weir carries at most 9216 [lower it: \
+                 ip link set eth1 mtu 9216]",
                 "weir.yaml:6:10: error: device eth1 is given twice [keep one]",
                 "weir.yaml:6:35: error: devices[2].mac: \"x\" is not a MAC address [a MAC address is six pairs of hex \
                  digits, like 02:00:00:00:00:01]",

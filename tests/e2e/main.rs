@@ -14,6 +14,7 @@ mod hits;
 mod host_endpoints;
 mod hostile;
 mod ipv6;
+mod jumbo;
 mod kernel;
 mod lifecycle;
 mod load_balancer;

@@ -3,12 +3,15 @@
 use std::io;
 
 use super::settings::MAX_RING_ENTRIES;
+use crate::frame::MAX_MTU;
 
 /// Why a worker's sockets could not be opened, or do not work any more.
 #[derive(Debug, thiserror::Error)]
 pub enum AfXdpError {
     /// A ring's size is not allowed.
-    #[error("{device}: the {ring} ring cannot have {entries} entries; give a power of two up to {MAX_RING_ENTRIES}")]
+    #[error(
+        "{device}: the {ring} ring cannot have {entries} entries; give a power of two from {least} to {MAX_RING_ENTRIES}"
+    )]
     RingSize {
         /// The device.
         device: String,
@@ -16,6 +19,14 @@ pub enum AfXdpError {
         ring: &'static str,
         /// The size that was asked for.
         entries: u32,
+        /// The least size.
+        least: u32,
+    },
+    /// An MTU above [`MAX_MTU`].
+    #[error("the MTU is {mtu}, but weir carries {MAX_MTU} at most")]
+    Mtu {
+        /// The largest of the devices' MTUs.
+        mtu: u32,
     },
     /// Two ports of one worker are the same queue.
     #[error("queue {queue} of {device} is given twice to one worker; give each queue once")]

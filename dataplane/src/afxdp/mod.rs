@@ -11,6 +11,10 @@
 //! at most twice its rx ring's entries are in fill and rx ring together, and at most its tx ring's entries are on their way
 //! through tx and completion ring. The UMEM has all of these and the spare ones, so that a fill ring never starves because another ring is full.
 //!
+//! *Long packets.* What is longer than a frame holds takes several descriptors, all but the last with XDP_PKT_CONTD
+//! ([`AfXdpSettings::long_packets`]). A packet is received when all of its descriptors have come, until when they stay in the rx ring, and
+//! it is sent when there is room for all of them: the kernel would take what a cut packet's rest is followed by for a part of it.
+//!
 //! *Invariant.* free + in packets + receiving + sending = all frames ([`AfXdp::frames`]), at any time.
 //!
 //! *Thread safety.* Nothing is shared: a driver is used by one thread at a time, and a queue has one driver.
@@ -42,10 +46,10 @@ use self::{
 };
 use crate::{
     driver::{Driver, PortId},
-    frame::{HEADROOM_BYTES, IfIndex, LinkType, Packet, Segment},
+    frame::{Arena, Frame, HEADROOM_BYTES, IfIndex, LinkType, MAX_FRAMES, Packet, Segment, frames_of_mtu},
 };
 
-/// Descriptors that one sendto may handle: two bursts, so that one call is enough unless something was left over.
+/// Descriptors of packets of one frame that one sendto may handle: two bursts, so that one call is enough unless something was left over.
 const SEND_BUDGET: u32 = 128;
 /// How often a sendto that achieves nothing is repeated.
 const IDLE_SENDS: u32 = 3;
@@ -64,6 +68,25 @@ enum Role {
     Uplink { index: IfIndex, mac: Mac },
 }
 
+impl Role {
+    /// A packet that came by the port, or the first part of one.
+    #[inline]
+    fn packet(self, segment: Segment) -> Packet {
+        match self {
+            Self::Trunk => {
+                let mut packet = Packet::new(segment, IfIndex::HOST, LinkType::Host);
+                (packet.device, packet.link) = trunk::origin(destination(&packet));
+                packet
+            }
+            Self::Uplink { index, mac } => {
+                let mut packet = Packet::new(segment, index, LinkType::Other);
+                packet.link = link_type(destination(&packet), mac);
+                packet
+            }
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Port {
     rings: Rings,
@@ -76,6 +99,8 @@ struct Port {
     queue: u32,
     /// Packets that the kernel took and the device refused.
     refused: u64,
+    /// Received packets of more descriptors than can be sent.
+    too_long: u64,
     /// The error that ended the port's life.
     failure: Option<Errno>,
 }
@@ -95,8 +120,9 @@ impl Port {
         }
         let entries = settings.ring_entries(port);
         let error = |source| AfXdpError::of_socket(source, device, *index, *queue, settings.memory_bytes());
-        let (socket, rings) = Socket::open(frames, device, *queue, entries).map_err(error)?;
-        sys::set_send_budget(socket.fd(), SEND_BUDGET.min(sizes.tx)).map_err(error)?;
+        let (socket, rings) = Socket::open(frames, device, *queue, entries, settings.long_packets()).map_err(error)?;
+        let budget = SEND_BUDGET * frames_of_mtu(settings.mtu);
+        sys::set_send_budget(socket.fd(), budget.min(sizes.tx)).map_err(error)?;
         let mut port = Self {
             rings,
             socket,
@@ -106,6 +132,7 @@ impl Port {
             device: device.clone(),
             queue: *queue,
             refused: 0,
+            too_long: 0,
             failure: None,
         };
         port.refill(&mut frames.free);
@@ -125,12 +152,63 @@ impl Port {
         }
     }
 
-    /// How many of `wanted` packets can be pushed to the tx ring.
+    /// How many of `packets`, from the first on, can be pushed to the tx ring.
     #[inline]
-    fn room(&mut self, wanted: usize) -> usize {
+    fn room(&mut self, frames: &Frames, packets: &[Packet]) -> usize {
         let unused = self.sending_limit - self.rings.sending();
-        let wanted = unused.min(u32::try_from(wanted).unwrap_or(u32::MAX));
+        if packets.iter().any(Packet::has_tail) {
+            let mut room = self.rings.tx.room(unused) as usize;
+            let fits = |packet: &&Packet| {
+                let rest = room.checked_sub(frames.arena.frames_of(packet));
+                room = rest.unwrap_or(room);
+                rest.is_some()
+            };
+            return packets.iter().take_while(fits).count();
+        }
+        let wanted = unused.min(u32::try_from(packets.len()).unwrap_or(u32::MAX));
         self.rings.tx.room(wanted) as usize
+    }
+
+    /// Pushes a packet to the tx ring, which has room for it.
+    #[inline]
+    fn push(&mut self, frames: &mut Frames, packet: Packet) {
+        let (Segment { frame, start, len }, mut tail) = frames.arena.split(packet);
+        self.rings.tx.push(frames.chunk(frame), start, len, tail.is_some());
+        while let Some(rest) = tail {
+            let (Segment { frame, start, len }, next) = frames.arena.pop(rest);
+            self.rings.tx.push(frames.chunk(frame), start, len, next.is_some());
+            tail = next;
+        }
+    }
+
+    /// Appends up to `limit` received packets, which may have several descriptors, to `into`; how many.
+    fn receive_long(&mut self, frames: &mut Frames, into: &mut Vec<Packet>, limit: usize) -> usize {
+        let (mut received, mut seen) = (0, false);
+        while received < limit {
+            let descriptors = self.rings.rx.next_packet();
+            if descriptors == 0 {
+                break;
+            }
+            seen = true;
+            if descriptors > MAX_FRAMES as u32 {
+                // Nothing that a device with the MTU that the settings say receives.
+                frames.free.extend((0..descriptors).map(|_| self.rings.rx.read().chunk));
+                self.too_long += 1;
+                continue;
+            }
+            let first = frames.segment(self.rings.rx.read());
+            let mut packet = self.role.packet(first);
+            for _ in 1..descriptors {
+                let next = frames.segment(self.rings.rx.read());
+                frames.arena.append(&mut packet, next);
+            }
+            into.push(packet);
+            received += 1;
+        }
+        if seen {
+            self.rings.rx.release();
+        }
+        received
     }
 
     /// Sends packets that are long enough to be sent; those that the tx ring has no room for stay in the list.
@@ -138,19 +216,17 @@ impl Port {
     fn transmit(&mut self, frames: &mut Frames, packets: &mut Vec<Packet>) {
         self.rings.completion.drain(&mut frames.free);
         while self.failure.is_none() {
-            let count = self.room(packets.len());
+            let count = self.room(frames, packets);
             for mut packet in packets.drain(..count) {
                 if matches!(self.role, Role::Trunk) && packet.device != IfIndex::HOST {
                     let source = trunk::target(packet.device);
                     packet.bytes_mut()[6..12].copy_from_slice(&source.0);
                 }
-                let Segment { frame, start, len } = packet.into_segment();
-                let chunk = frames.chunk(frame);
-                self.rings.tx.push(chunk, start, len);
+                self.push(frames, packet);
             }
             self.rings.tx.publish();
             self.send(&mut frames.free);
-            if packets.is_empty() || self.room(1) == 0 {
+            if packets.is_empty() || self.room(frames, &packets[..1]) == 0 {
                 return;
             }
         }
@@ -206,6 +282,7 @@ pub struct AfXdp {
     // In this order: sockets are closed before the memory that they use is unmapped.
     ports: Vec<Port>,
     frames: Frames,
+    long_packets: bool,
 }
 
 /// Where a driver's frames are.
@@ -288,7 +365,7 @@ impl AfXdp {
             let role = Role::Uplink { index: uplink.index, mac: uplink.mac };
             ports.push(Port::open(settings, uplink, role, &mut frames)?);
         }
-        Ok(Self { ports, frames })
+        Ok(Self { ports, frames, long_packets: settings.long_packets() })
     }
 
     /// The socket of a port, for the XSKMAP of its device (under its queue's number).
@@ -332,7 +409,7 @@ impl AfXdp {
         let port = &self.ports[usize::from(port.0)];
         let kernel = sys::statistics(port.socket.fd())?;
         Ok(RingStatistics {
-            rx_dropped: kernel.rx_dropped,
+            rx_dropped: kernel.rx_dropped + port.too_long,
             rx_invalid_descs: kernel.rx_invalid_descs,
             tx_invalid_descs: kernel.tx_invalid_descs,
             rx_ring_full: kernel.rx_ring_full,
@@ -355,7 +432,7 @@ impl AfXdp {
         }
     }
 
-    /// Bytes of UMEM and rings as they are mapped. [`AfXdpSettings::memory_bytes`] tells them beforehand, with the free list.
+    /// Bytes of UMEM and rings as they are mapped. [`AfXdpSettings::memory_bytes`] tells them beforehand, with the lists beside it.
     pub fn mapped_bytes(&self) -> usize {
         let rings: usize = self.ports.iter().map(|port| port.rings.mapped_bytes()).sum();
         self.frames.total() as usize * crate::frame::FRAME_BYTES + rings
@@ -413,32 +490,20 @@ impl Driver for AfXdp {
         if self.frames.free.len() < (target - self.ports[number].rings.receiving()) as usize {
             self.reap();
         }
-        let Self { ports, frames } = self;
+        let Self { ports, frames, long_packets } = self;
         let port = &mut ports[number];
         port.refill(&mut frames.free);
+        if *long_packets {
+            return port.receive_long(frames, into, limit);
+        }
         let limit = u32::try_from(limit).unwrap_or(u32::MAX);
-        let received = match port.role {
-            Role::Trunk => port.rings.rx.receive(limit, |received| {
-                let frame = frames.frame(received.chunk);
-                let segment = Segment { frame, start: received.start, len: received.len };
-                let mut packet = Packet::new(segment, IfIndex::HOST, LinkType::Host);
-                (packet.device, packet.link) = trunk::origin(destination(&packet));
-                into.push(packet);
-            }),
-            Role::Uplink { index, mac } => port.rings.rx.receive(limit, |received| {
-                let frame = frames.frame(received.chunk);
-                let segment = Segment { frame, start: received.start, len: received.len };
-                let mut packet = Packet::new(segment, index, LinkType::Other);
-                packet.link = link_type(destination(&packet), mac);
-                into.push(packet);
-            }),
-        };
-        received as usize
+        let role = port.role;
+        port.rings.rx.receive(limit, |received| into.push(role.packet(frames.segment(received)))) as usize
     }
 
     #[inline]
     fn transmit(&mut self, port: PortId, packets: &mut Vec<Packet>) {
-        let Self { ports, frames } = self;
+        let Self { ports, frames, .. } = self;
         let port = &mut ports[usize::from(port.0)];
         let sendable = |packet: &Packet| packet.bytes().len() >= ETHERNET_HEADER_BYTES;
         if packets.iter().all(sendable) {
@@ -459,9 +524,17 @@ impl Driver for AfXdp {
         Some(Packet::new(segment, IfIndex::HOST, LinkType::Host))
     }
 
+    fn arena(&self) -> &Arena {
+        &self.frames.arena
+    }
+
+    fn arena_mut(&mut self) -> &mut Arena {
+        &mut self.frames.arena
+    }
+
     #[inline]
-    fn release(&mut self, packet: Packet) {
-        self.frames.give_back(packet.into_segment().frame);
+    fn free(&mut self, frame: Frame) {
+        self.frames.give_back(frame);
     }
 }
 

@@ -134,6 +134,15 @@ impl<T: Copy> Ring<T> {
         entry
     }
 
+    /// As consumer: the entry that is read after `ahead` others. `available` has said that there is one.
+    #[inline]
+    fn peek(&self, ahead: u32) -> T {
+        let index = self.cached_consumer.wrapping_add(ahead);
+        debug_assert!(self.cached_producer.wrapping_sub(index).wrapping_sub(1) < self.size, "the entry is not there");
+        // SAFETY: as in `read`.
+        unsafe { self.entry(index).read() }
+    }
+
     #[inline]
     fn release(&mut self) {
         self.shared(self.consumer).store(self.cached_consumer, Release);
@@ -296,7 +305,7 @@ impl CompletionRing {
     }
 }
 
-/// A received packet: `len` bytes from `start` in a chunk.
+/// What was received into a chunk, a packet or a part of one: `len` bytes from `start`.
 #[derive(Debug)]
 pub(super) struct Received {
     pub chunk: Chunk,
@@ -304,7 +313,7 @@ pub(super) struct Received {
     pub len: u16,
 }
 
-/// Received packets: ours to consume.
+/// Received packets, each of one descriptor, or of several that lie one after the other: ours to consume.
 #[derive(Debug)]
 pub(super) struct RxRing {
     ring: Ring<libc::xdp_desc>,
@@ -312,7 +321,7 @@ pub(super) struct RxRing {
 }
 
 impl RxRing {
-    /// Hands up to `limit` received packets to `each`; how many.
+    /// Hands up to `limit` received packets, which have one descriptor each, to `each`; how many.
     #[inline]
     pub fn receive(&mut self, limit: u32, mut each: impl FnMut(Received)) -> u32 {
         let count = self.ring.available(limit);
@@ -320,14 +329,38 @@ impl RxRing {
             return 0;
         }
         for _ in 0..count {
-            let descriptor = self.ring.read();
-            // SAFETY: the kernel is done with it, and names each chunk once that we have pushed to the fill ring (invariant 4).
-            let chunk = unsafe { Chunk::at(descriptor.addr) };
-            let start = (descriptor.addr % FRAME_BYTES as u64) as u16;
-            each(Received { chunk, start, len: descriptor.len as u16 });
+            each(self.read());
         }
         self.ring.release();
         count
+    }
+
+    /// How many descriptors the next packet has; 0 where not all of it has come.
+    #[inline]
+    pub fn next_packet(&mut self) -> u32 {
+        let mut count = 1;
+        while self.ring.available(count) == count {
+            if self.ring.peek(count - 1).options & libc::XDP_PKT_CONTD == 0 {
+                return count;
+            }
+            count += 1;
+        }
+        0
+    }
+
+    /// The next descriptor's; [`Self::next_packet`] has said that there is one. The kernel gets its place back after [`Self::release`].
+    #[inline]
+    pub fn read(&mut self) -> Received {
+        let descriptor = self.ring.read();
+        // SAFETY: the kernel is done with it, and names each chunk once that we have pushed to the fill ring (invariant 4).
+        let chunk = unsafe { Chunk::at(descriptor.addr) };
+        let start = (descriptor.addr % FRAME_BYTES as u64) as u16;
+        Received { chunk, start, len: descriptor.len as u16 }
+    }
+
+    #[inline]
+    pub fn release(&mut self) {
+        self.ring.release();
     }
 }
 
@@ -339,23 +372,24 @@ pub(super) struct TxRing {
 }
 
 impl TxRing {
-    /// How many of `wanted` packets the ring has room for.
+    /// How many of `wanted` descriptors the ring has room for.
     #[inline]
     pub fn room(&mut self, wanted: u32) -> u32 {
         self.ring.free_slots(wanted).min(wanted)
     }
 
-    /// Adds the packet of `len` bytes from `start` in `chunk`; the kernel sees it after [`Self::publish`]. [`Self::room`] has said
-    /// that it fits.
+    /// Adds a packet's next part, `len` bytes from `start` in `chunk`, after which there may be `more`; the kernel sees it after
+    /// [`Self::publish`], and no packet may be cut in two by that. [`Self::room`] has said that it fits.
     #[inline]
-    pub fn push(&mut self, chunk: Chunk, start: u16, len: u16) {
+    pub fn push(&mut self, chunk: Chunk, start: u16, len: u16, more: bool) {
         // The kernel skips an invalid descriptor without completing it: its chunk would be lost.
         debug_assert!(
             len > 0 && usize::from(start) + usize::from(len) <= FRAME_BYTES,
             "a descriptor lies within its chunk"
         );
         let addr = chunk.into_address() + u64::from(start);
-        self.ring.write(libc::xdp_desc { addr, len: u32::from(len), options: 0 });
+        let options = if more { libc::XDP_PKT_CONTD } else { 0 };
+        self.ring.write(libc::xdp_desc { addr, len: u32::from(len), options });
     }
 
     #[inline]
@@ -363,7 +397,7 @@ impl TxRing {
         self.ring.publish();
     }
 
-    /// Published packets that the kernel has not taken yet.
+    /// Published descriptors that the kernel has not taken yet.
     #[inline]
     pub fn untaken(&mut self) -> u32 {
         self.ring.size - self.ring.free_slots(self.ring.size)
@@ -498,8 +532,8 @@ mod tests {
         let mut tx = TxRing { ring, memory };
         let mut packets = chunks(4..6);
         assert_eq!(tx.room(1), 1);
-        tx.push(packets.pop().unwrap(), 236, 1514);
-        tx.push(packets.pop().unwrap(), 0, 2048);
+        tx.push(packets.pop().unwrap(), 236, 1514, false);
+        tx.push(packets.pop().unwrap(), 0, 2048, false);
         assert_eq!(tx.room(1), 0);
         tx.publish();
         assert_eq!(tx.untaken(), 2);
@@ -509,6 +543,45 @@ mod tests {
         kernels.release();
         assert_eq!((tx.room(1), tx.room(9)), (1, 2));
         assert_eq!(tx.untaken(), 0);
+    }
+
+    #[test]
+    fn a_packet_of_several_descriptors_is_received_when_all_have_come() {
+        for first in FIRST_INDICES {
+            let (mut kernels, ring, memory) = both_sides::<libc::xdp_desc>(8, first);
+            let mut rx = RxRing { ring, memory };
+            let mut came = |number: u64, options| {
+                kernels.write(libc::xdp_desc { addr: number * 2048 + 256, len: number as u32, options });
+                kernels.publish();
+            };
+            assert_eq!(rx.next_packet(), 0);
+            came(1, libc::XDP_PKT_CONTD);
+            assert_eq!(rx.next_packet(), 0);
+            came(2, libc::XDP_PKT_CONTD);
+            came(3, 0);
+            came(4, 0);
+            came(5, libc::XDP_PKT_CONTD);
+            assert_eq!(rx.next_packet(), 3);
+            assert_eq!([rx.read(), rx.read(), rx.read()].map(|part| part.len), [1, 2, 3]);
+            assert_eq!((rx.next_packet(), rx.read().len, rx.next_packet()), (1, 4, 0));
+            came(6, 0);
+            assert_eq!(rx.next_packet(), 2);
+            rx.release();
+            assert_eq!(kernels.free_slots(8), 6, "the last packet was not read");
+        }
+    }
+
+    #[test]
+    fn all_but_the_last_descriptor_say_that_the_packet_goes_on() {
+        let (ring, mut kernels, memory) = both_sides::<libc::xdp_desc>(4, u32::MAX);
+        let mut tx = TxRing { ring, memory };
+        assert_eq!(tx.room(9), 4);
+        for (chunk, more) in chunks(0..3).into_iter().zip([true, false, false]) {
+            tx.push(chunk, 256, 60, more);
+        }
+        tx.publish();
+        assert_eq!(kernels.available(4), 3);
+        assert_eq!([kernels.read(), kernels.read(), kernels.read()].map(|d| d.options), [libc::XDP_PKT_CONTD, 0, 0]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::num::NonZeroU32;
 use weir_packet::Mac;
 
 use super::{error::AfXdpError, ring::RingEntries};
-use crate::frame::{FRAME_BYTES, IfIndex};
+use crate::frame::{Arena, IfIndex, MAX_FRAMES, MAX_MTU, ONE_FRAME_MTU, frames_of_mtu};
 
 /// The largest rx or tx ring: a slip in a configuration must not ask for gigabytes.
 pub const MAX_RING_ENTRIES: u32 = 1 << 15;
@@ -16,7 +16,8 @@ const RING_HEADER_BYTES: usize = 320;
 /// The pages that rings are mapped in.
 pub(super) const PAGE_BYTES: usize = 4096;
 
-/// Entries of the rx and tx rings of a port; powers of two up to [`MAX_RING_ENTRIES`].
+/// Entries of the rx and tx rings of a port; powers of two up to [`MAX_RING_ENTRIES`]. A packet takes one for each frame, so a ring
+/// holds about as many bytes of long packets as of short ones.
 ///
 /// The fill ring has twice the entries of the rx ring, so that the kernel has frames to receive into while a worker is held up; the
 /// completion ring has as many as the tx ring.
@@ -69,11 +70,21 @@ pub struct AfXdpSettings {
     pub uplinks: Vec<PortSettings>,
     /// Frames beyond those that the rings can hold: for the packets in the worker's hands (bursts, and packets that it holds back or makes).
     pub spare_frames: u32,
+    /// The largest MTU of these devices. Above [`ONE_FRAME_MTU`] a packet takes several frames and ring entries, which the kernel
+    /// must be able to (Linux 6.6).
+    pub mtu: u32,
 }
 
 impl AfXdpSettings {
-    /// Enough spare frames for several bursts and some hundred packets held back.
-    pub const DEFAULT_SPARE_FRAMES: u32 = 1024;
+    /// Enough spare frames for several bursts and some hundred packets held back, on devices with an MTU of `mtu` at most.
+    pub const fn default_spare_frames(mtu: u32) -> u32 {
+        1024 * frames_of_mtu(mtu)
+    }
+
+    /// Whether packets may take several frames.
+    pub fn long_packets(&self) -> bool {
+        self.mtu > ONE_FRAME_MTU
+    }
 
     pub(super) fn ports(&self) -> impl Iterator<Item = &PortSettings> {
         std::iter::once(&self.trunk).chain(&self.uplinks)
@@ -84,12 +95,12 @@ impl AfXdpSettings {
         self.ports().fold(self.spare_frames, |sum, port| sum.saturating_add(port.sizes.frames()))
     }
 
-    /// Memory that the driver takes: UMEM, rings and free list, in bytes. It is locked. The kernel's own notes come on top,
+    /// Memory that the driver takes: UMEM, rings, links and free list, in bytes. Nearly all of it is locked. The kernel's own notes come on top,
     /// about 200 bytes for each frame and port.
     pub fn memory_bytes(&self) -> usize {
         let frames = self.frames() as usize;
         let rings: usize = self.ports().map(|port| self.ring_entries(port).bytes()).sum();
-        frames * (FRAME_BYTES + size_of::<u64>()) + rings
+        frames * (Arena::BYTES_PER_FRAME + size_of::<u64>()) + rings
     }
 
     /// The sizes of a port's rings as they are made. libxdp gives the fill and completion rings of all sockets of one UMEM the same sizes,
@@ -108,10 +119,15 @@ impl AfXdpSettings {
         if self.uplinks.len() + 1 > MAX_PORTS {
             return Err(AfXdpError::TooManyPorts { ports: self.uplinks.len() + 1 });
         }
+        if self.mtu > MAX_MTU {
+            return Err(AfXdpError::Mtu { mtu: self.mtu });
+        }
         for (number, port) in self.ports().enumerate() {
+            // A ring must hold the longest packet whole.
+            let least = if self.long_packets() { (MAX_FRAMES as u32).next_power_of_two() } else { 1 };
             for (ring, entries) in [("rx", port.sizes.rx), ("tx", port.sizes.tx)] {
-                if !entries.is_power_of_two() || entries > MAX_RING_ENTRIES {
-                    return Err(AfXdpError::RingSize { device: port.device.clone(), ring, entries });
+                if !entries.is_power_of_two() || !(least..=MAX_RING_ENTRIES).contains(&entries) {
+                    return Err(AfXdpError::RingSize { device: port.device.clone(), ring, entries, least });
                 }
             }
             if self.ports().take(number).any(|earlier| earlier.index == port.index && earlier.queue == port.queue) {
@@ -153,30 +169,41 @@ mod tests {
             trunk: port("weir1", 3, 512, 256),
             uplinks: vec![port("eth0", 2, 64, 64)],
             spare_frames: 128,
+            mtu: 1500,
         };
         assert_eq!(settings.check().unwrap().get(), 2 * 512 + 256 + 2 * 64 + 64 + 128);
         let uplink = settings.ring_entries(&settings.uplinks[0]);
         assert_eq!(uplink, RingEntries { fill: 1024, completion: 256, rx: 64, tx: 64 });
         // Trunk: 8,512, 2,368, 8,512 and 4,416 bytes; uplink: 8,512, 2,368, 1,344 and 1,344.
         let ring_pages = (3 + 1 + 3 + 2) + (3 + 1 + 1 + 1);
-        assert_eq!(settings.memory_bytes(), 1600 * (2048 + 8) + ring_pages * 4096);
+        assert_eq!(settings.memory_bytes(), 1600 * (2048 + 8 + 8) + ring_pages * 4096);
     }
 
     #[test]
     fn bad_settings_are_named() {
-        let good = AfXdpSettings { trunk: port("weir1", 3, 64, 64), uplinks: vec![], spare_frames: 0 };
+        let good = AfXdpSettings { trunk: port("weir1", 3, 64, 64), uplinks: vec![], spare_frames: 0, mtu: 1758 };
         assert_eq!(good.check().unwrap().get(), 192);
-        for (uplink, message) in [
-            (port("eth0", 2, 100, 64), "eth0: the rx ring cannot have 100 entries; give a power of two up to 32768"),
-            (port("eth0", 2, 64, 0), "eth0: the tx ring cannot have 0 entries; give a power of two up to 32768"),
+        let ring = |ring, entries, least| {
+            format!("eth0: the {ring} ring cannot have {entries} entries; give a power of two from {least} to 32768")
+        };
+        for (mtu, uplink, message) in [
+            (1758, port("eth0", 2, 100, 64), ring("rx", 100, 1)),
+            (1758, port("eth0", 2, 64, 0), ring("tx", 0, 1)),
+            (1758, port("eth0", 2, 65536, 64), ring("rx", 65536, 1)),
+            (1759, port("eth0", 2, 32, 16), ring("tx", 16, 32)),
             (
-                port("eth0", 2, 65536, 64),
-                "eth0: the rx ring cannot have 65536 entries; give a power of two up to 32768",
+                1758,
+                port("weir1", 3, 64, 64),
+                "queue 0 of weir1 is given twice to one worker; give each queue once".to_owned(),
             ),
-            (port("weir1", 3, 64, 64), "queue 0 of weir1 is given twice to one worker; give each queue once"),
+            (9217, port("eth0", 2, 64, 64), "the MTU is 9217, but weir carries 9216 at most".to_owned()),
         ] {
-            let bad = AfXdpSettings { uplinks: vec![uplink], ..good.clone() };
+            let bad = AfXdpSettings { uplinks: vec![uplink], mtu, ..good.clone() };
             assert_eq!(bad.check().unwrap_err().to_string(), message);
+        }
+        for (mtu, sizes) in [(1758, 1), (9216, 32)] {
+            let least = AfXdpSettings { uplinks: vec![port("eth0", 2, sizes, sizes)], mtu, ..good.clone() };
+            assert!(least.check().is_ok(), "{mtu}");
         }
     }
 }

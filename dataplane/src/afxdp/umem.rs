@@ -26,8 +26,8 @@ use xsk_rs::{
     },
 };
 
-use super::ring::{RingEntries, Rings};
-use crate::frame::{Arena, FRAME_BYTES, Frame, HEADROOM_BYTES};
+use super::ring::{Received, RingEntries, Rings};
+use crate::frame::{Arena, FRAME_BYTES, Frame, HEADROOM_BYTES, Segment};
 
 const _: () = assert!(FRAME_BYTES == XDP_UMEM_MIN_CHUNK_SIZE as usize);
 
@@ -55,7 +55,7 @@ impl Chunk {
 /// A UMEM and those of its frames that are not in the kernel's hands.
 #[derive(Debug)]
 pub(super) struct Frames {
-    arena: Arena,
+    pub arena: Arena,
     /// Free chunks, the one freed last at the end: its memory is likely to be in a cache.
     pub free: Vec<Chunk>,
     umem: Umem,
@@ -108,6 +108,12 @@ impl Frames {
         unsafe { self.arena.take(chunk.into_address()) }
     }
 
+    /// What was received.
+    #[inline]
+    pub fn segment(&mut self, received: Received) -> Segment {
+        Segment { frame: self.frame(received.chunk), start: received.start, len: received.len }
+    }
+
     /// The chunk of a frame, to be sent.
     ///
     /// # Panics
@@ -149,13 +155,22 @@ pub(super) struct Socket {
 
 impl Socket {
     /// Binds a socket to queue `queue` of `device`, in copy mode, with the memory of `frames`; loads no XDP program. `entries`
-    /// has the sizes of the UMEM's fill and completion rings.
-    pub fn open(frames: &Frames, device: &str, queue: u32, entries: RingEntries) -> io::Result<(Self, Rings)> {
+    /// has the sizes of the UMEM's fill and completion rings. `long_packets`: a packet may have several descriptors; libxdp
+    /// binds all sockets of a UMEM as the first of them.
+    pub fn open(
+        frames: &Frames,
+        device: &str,
+        queue: u32,
+        entries: RingEntries,
+        long_packets: bool,
+    ) -> io::Result<(Self, Rings)> {
+        let flags = BindFlags::XDP_COPY | BindFlags::XDP_USE_NEED_WAKEUP;
+        let flags = if long_packets { flags | BindFlags::XDP_USE_SG } else { flags };
         let config = SocketConfig::builder()
             .rx_queue_size(QueueSize::new(entries.rx).map_err(invalid)?)
             .tx_queue_size(QueueSize::new(entries.tx).map_err(invalid)?)
             .libxdp_flags(LibxdpFlags::XSK_LIBXDP_FLAGS_INHIBIT_PROG_LOAD)
-            .bind_flags(BindFlags::XDP_COPY | BindFlags::XDP_USE_NEED_WAKEUP)
+            .bind_flags(flags)
             .build();
         let interface: Interface = device.parse().map_err(invalid)?;
         // SAFETY: the flag that sockets sharing a queue would need is set, and no program is loaded.

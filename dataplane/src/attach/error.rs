@@ -26,8 +26,8 @@ pub enum AttachError {
         /// The largest possible number.
         max: u32,
     },
-    /// A packet does not fit a frame, or the MTU is too small for IPv6.
-    #[error("{device}: the MTU is {mtu}, but must be 1280 to {MAX_MTU}, so that a packet fits one frame")]
+    /// The MTU is larger than weir carries, or too small for IPv6.
+    #[error("{device}: the MTU is {mtu}, but must be 1280 to {MAX_MTU}")]
     Mtu {
         /// The device.
         device: String,

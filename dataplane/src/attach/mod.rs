@@ -33,8 +33,9 @@
 //! with the process: enter with `nsenter --net=/run/netns/NAME`. A container needs the machine's /sys/fs/bpf mounted
 //! into it for the same reason.
 //!
-//! *Limits.* The XDP programs take frames of one buffer: MTUs up to [`crate::frame::MAX_MTU`] (the kernel's own limit
-//! for veth is 3506). The NIC of an uplink must leave VLAN tags in the frame (`ethtool -K DEV rxvlan off`): XDP does
+//! *Limits.* MTUs up to [`crate::frame::MAX_MTU`]. The XDP programs are loaded as ones that know packets of several
+//! buffers (`xdp.frags`): all headers lie in the first, which is all that they read. Others are refused where the MTU is
+//! larger than a buffer (on a veth 3506). The NIC of an uplink must leave VLAN tags in the frame (`ethtool -K DEV rxvlan off`): XDP does
 //! not see a tag that was taken off.
 //!
 //! # References

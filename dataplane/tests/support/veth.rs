@@ -109,7 +109,7 @@ fn redirect_program() -> &'static [u8] {
             __u32 *value;
         } sockets SECTION(".maps");
         static long (*redirect_map)(void *map, __u64 key, __u64 flags) = (void *)BPF_FUNC_redirect_map;
-        SECTION("xdp") int redirect(struct xdp_md *context) {
+        SECTION("xdp.frags") int redirect(struct xdp_md *context) {
             return redirect_map(&sockets, context->rx_queue_index, XDP_DROP);
         }
         char license_text[] SECTION("license") = "Dual MIT/GPL";
@@ -185,7 +185,7 @@ impl Wire {
 
     /// The next frame, waiting for it up to a second.
     pub fn receive(&self) -> Option<Vec<u8>> {
-        let mut buffer = [0; 4096];
+        let mut buffer = [0; 16384];
         let len = recv(self.socket.as_fd().as_raw_fd(), &mut buffer, MsgFlags::empty()).ok()?;
         Some(buffer[..len].to_vec())
     }

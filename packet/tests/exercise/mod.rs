@@ -11,7 +11,7 @@ use weir_packet::{
         IcmpError, MAX_BUILT_BYTES, arp_reply, fragment_ipv4, icmp_error, neighbor_advertisement, solicited_target,
         tcp_reset,
     },
-    parse::{Kind, Parsed, View, inner_of_ipip, l4_checksum_ok, parse, parse_embedded},
+    parse::{Kind, Parsed, View, inner_of_ipip, l4_checksum_ok, parse, parse_embedded, parse_start},
     rewrite::{apply_tos, decrement_ttl, translate, translate_icmp_error},
 };
 
@@ -79,12 +79,37 @@ fn exercise<A: Family>(frame: &[u8], view: &View<A>) {
     }
 }
 
+/// What works on the start of a frame works there as on the whole.
+fn exercise_start<A: Family>(start: &[u8], frame: &[u8], view: &View<A>) {
+    assert_eq!((view.tcp(start), view.tcp_options(start)), (view.tcp(frame), view.tcp_options(frame)));
+    assert_eq!(view.icmp(start), view.icmp(frame));
+    let to = FlowKey { src: view.key.dst, dst: view.key.src, ports: Ports::new(1, 2), ..view.key };
+    let (mut part, mut whole) = (start.to_vec(), frame.to_vec());
+    assert_eq!(translate(&mut part, view, &to), translate(&mut whole, view, &to));
+    decrement_ttl(&mut part, view);
+    decrement_ttl(&mut whole, view);
+    assert_eq!(part, whole[..part.len()]);
+}
+
 /// Parses a frame that may hold anything, and does with it all that is done with parsed frames.
 ///
 /// # Panics
 /// Where something does not hold that a view promises, or etherparse reads the frame differently.
 pub fn exercise_frame(frame: &[u8]) {
-    match parse(frame) {
+    let parsed = parse(frame);
+    // What is in memory in parts is read by its first one, if that has the headers, as the whole is.
+    for bytes in [14, 42, 54, 75, frame.len() / 2].into_iter().filter(|bytes| *bytes < frame.len()) {
+        let start = &frame[..bytes];
+        if let Ok(start_parsed) = parse_start(start, frame.len()) {
+            assert_eq!(Ok(start_parsed), parsed);
+            match start_parsed {
+                Parsed::V4(view) => exercise_start(start, frame, &view),
+                Parsed::V6(view) => exercise_start(start, frame, &view),
+                _ => {}
+            }
+        }
+    }
+    match parsed {
         Ok(Parsed::V4(view)) => {
             exercise(frame, &view);
             let _ = inner_of_ipip(frame, &view).map(|inner| exercise(frame, &inner));
