@@ -471,7 +471,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
     /// Not for the packet that a connection was inserted for, which [`Table::insert`] has followed. Of a connection
     /// that another worker has just removed every packet is accepted: it came before.
     #[inline]
-    pub fn track(self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
+    pub fn track(&self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
         let state = self.state();
         match state.protocol() {
             Protocol::TCP => return self.track_tcp(direction, observed, now),
@@ -488,7 +488,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
 
     /// Once for each direction: the compiler then knows whose numbers are whose, and keeps them in registers.
     #[inline(never)]
-    fn track_tcp(self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
+    fn track_tcp(&self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
         match direction {
             Direction::Original => self.track_segment(Direction::Original, observed, now),
             Direction::Reply => self.track_segment(Direction::Reply, observed, now),
@@ -496,7 +496,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
     }
 
     #[inline(always)]
-    fn track_segment(self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
+    fn track_segment(&self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
         let line = self.table.tcp_line(self.id.0);
         let (settings, timeouts) = self.table.tcp_rules();
         let mut word = self.state();
@@ -518,7 +518,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
     }
 
     #[cold]
-    fn track_sctp(self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
+    fn track_sctp(&self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
         let line = self.table.tcp_line(self.id.0);
         let mut word = self.state();
         loop {
