@@ -90,6 +90,7 @@ fuzz: setup ## Every fuzz target for FUZZ_SECONDS (60); finds lie in fuzz/artifa
 
 miri: ## The unsafe and lock-free parts under miri (needs a nightly toolchain with miri).
 	$(CARGO) +nightly miri test -p weir-sync -p weir-conntrack --lib
+	$(CARGO) +nightly miri test -p weir-dataplane --lib -- frame:: memory::
 
 install: release ## Installs weir to /usr/local/bin.
 	install -m 755 target/release/weir /usr/local/bin/weir
