@@ -318,7 +318,7 @@ impl Lab {
     pub fn remove_pod(&mut self, pod: &str) -> Result<(), LabError> {
         let full = self.namespace_name(pod);
         self.namespaces.retain(|n| *n != full);
-        run("ip", &["netns", "delete", &full]).map(drop)
+        remove_namespace(&full)
     }
 
     /// Runs `ip` with blank-separated `arguments` in a namespace.
@@ -483,11 +483,20 @@ impl Drop for Lab {
             let _ = fs::remove_file(Path::new(crate::control::RUN_FOLDER).join(format!("{node}.host.json")));
         }
         for namespace in &self.namespaces {
-            if let Err(error) = run("ip", &["netns", "delete", namespace]) {
+            if let Err(error) = remove_namespace(namespace) {
                 eprintln!("could not remove the namespace {namespace}: {error}");
             }
         }
     }
+}
+
+/// Removes a namespace and ends what still runs in it: a server's children outlive the server, and with them the namespace would.
+fn remove_namespace(namespace: &str) -> Result<(), LabError> {
+    for id in run("ip", &["netns", "pids", namespace])?.split_whitespace().filter_map(|id| id.parse().ok()) {
+        // It may have ended by itself.
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), nix::sys::signal::Signal::SIGKILL);
+    }
+    run("ip", &["netns", "delete", namespace]).map(drop)
 }
 
 /// Waits until `look` finds something.
