@@ -16,6 +16,7 @@ use weir_dataplane::{
         Offload, Request,
         flow::wait_for_programs,
         keeper::{Keeper, Keys, keep},
+        recipe::Key,
     },
     pipeline::Tables,
     snapshot::Snapshot,
@@ -28,6 +29,8 @@ pub struct Offloading {
     shared: Arc<Offload>,
     requests: Receiver<Request>,
     keys: Box<dyn Keys>,
+    /// The keys that the process before has left.
+    left: Vec<(Key, u32, u32)>,
     capacity: u32,
 }
 
@@ -39,8 +42,9 @@ pub struct Offloader {
 }
 
 impl Offloading {
-    /// Over these maps, if there are to be flows in the kernel, and the kernel can tell when its programs have ended.
-    pub fn prepare(maps: Option<OffloadMaps>, udp_packets: u8) -> Option<Self> {
+    /// Over these maps, if there are to be flows in the kernel, and the kernel can tell when its programs have ended. `left`: all keys that
+    /// they have.
+    pub fn prepare(maps: Option<OffloadMaps>, left: Vec<(Key, u32, u32)>, udp_packets: u8) -> Option<Self> {
         let OffloadMaps { flows, epoch, keys } = maps?;
         if let Err(error) = wait_for_programs() {
             warn!(%error, "no flow is handed over to the kernel: it does not tell when its programs have ended (membarrier(2); nohz_full?)");
@@ -48,7 +52,7 @@ impl Offloading {
         }
         let capacity = flows.len() as u32;
         let (offload, requests) = Offload::new(flows, epoch, udp_packets);
-        Some(Self { shared: Arc::new(offload), requests, keys: Box::new(keys), capacity })
+        Some(Self { shared: Arc::new(offload), requests, keys: Box::new(keys), left, capacity })
     }
 
     /// The number of the first publication: after those of the process before.
@@ -57,27 +61,18 @@ impl Offloading {
     }
 
     /// Takes over what the process before has handed over, as far as `first` agrees. Before workers run.
-    ///
-    /// # Errors
-    /// Where the kernel does not tell what there is.
-    pub fn begin(
-        self,
-        tables: &Tables,
-        domain: &Arc<Domain>,
-        first: &Arc<Snapshot>,
-        near: BTreeSet<u32>,
-    ) -> io::Result<Offloader> {
-        let Self { shared, requests, keys, capacity } = self;
+    pub fn begin(self, tables: &Tables, domain: &Arc<Domain>, first: &Arc<Snapshot>, near: BTreeSet<u32>) -> Offloader {
+        let Self { shared, requests, keys, left, capacity } = self;
         tables.v4.offload_to(shared.clone());
         tables.v6.offload_to(shared.clone());
         let mut keeper = Keeper::new(shared.clone(), capacity, keys, domain, first.clone());
         keeper.set_near(near);
-        let flows = keeper.adopt(tables)?;
+        let flows = keeper.adopt(left, tables);
         if flows > 0 {
             info!(flows, "flows in the kernel go on");
         }
         keeper.prepare(first, tables);
-        Ok(Offloader { shared, requests, keeper: Arc::new(Mutex::new(keeper)) })
+        Offloader { shared, requests, keeper: Arc::new(Mutex::new(keeper)) }
     }
 }
 

@@ -32,13 +32,14 @@ use tracing::{error, info, warn};
 use weir_conntrack::{Table, file::Restored};
 use weir_dataplane::{
     afxdp::{AfXdp, AfXdpError, AfXdpSettings, PortSettings, RingSizes},
-    attach::{self, AttachError, Attachment, OffloadMaps, Owned, SocketDevice, TrunkSettings, UplinkHook},
+    attach::{self, AttachError, Attachment, Owned, SocketDevice, TrunkSettings, UplinkHook},
     counters::{COUNTERS, Totals},
     driver::PortId,
     forwarding::{Forwarding, is_link_local, local_workloads},
     frame::{IfIndex, MAX_MTU, ONE_FRAME_MTU},
     hits::Hits,
     model::{Device, Links, Neighbor, Role, Route},
+    offload::keeper::Keys as _,
     pipeline::{Event, Family, Pipeline},
     snapshot::{Rules, Snapshot},
     worker::{Mode, Shared, Worker, now},
@@ -364,9 +365,12 @@ impl Router {
         let trunk = attachment.trunk();
         let trunk_mac = attach::KERNEL_END_MAC;
         let maps = attachment.take_offload();
+        let left = maps.as_ref().map_or(Ok(Vec::new()), |maps| maps.keys.all());
+        let left = left.map_err(system("cannot tell which flows are in the kernel"))?;
         // What the process before had learned, and the programs go by.
+        let pods = maps.iter().flat_map(|maps| maps.pods(&left));
         let learned: BTreeMap<(IfIndex, IpAddr), Mac> =
-            maps.iter().flat_map(OffloadMaps::pods).map(|(device, address, mac)| ((device, address), mac)).collect();
+            pods.map(|(device, address, mac)| ((device, address), mac)).collect();
         let mut links = assemble_links(&kernel, &roles, &loaded, &listening, trunk_mac, &learned, max_mtu);
         let forwarding = Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?;
         let owned = owned(&loaded, &rules, &snat, &forwarding);
@@ -395,7 +399,7 @@ impl Router {
         }
         let notes = [opened.notes, attachment.notes().to_vec()].concat();
         notes.iter().for_each(|note| warn!("{note}"));
-        let offload = Offloading::prepare(maps, config.offload_udp_packets);
+        let offload = Offloading::prepare(maps, left, config.offload_udp_packets);
         let generation = offload.as_ref().map_or(1, Offloading::next_generation);
         let first = Arc::new(Snapshot {
             generation,
@@ -403,10 +407,7 @@ impl Router {
             snat: snat.clone(),
             forwarding: Arc::new(forwarding),
         });
-        let offload = offload
-            .map(|offload| offload.begin(&opened.tables, &domain, &first, near_devices(&kernel)))
-            .transpose()
-            .map_err(system("cannot take over the flows in the kernel"))?;
+        let offload = offload.map(|offload| offload.begin(&opened.tables, &domain, &first, near_devices(&kernel)));
         let shared = Arc::new(Shared {
             snapshot: Published::new(&domain, first),
             offload: offload.as_ref().map(Offloader::shared),

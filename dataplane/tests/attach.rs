@@ -6,6 +6,7 @@
 mod node;
 
 use std::{
+    collections::HashSet,
     env, fs,
     io::ErrorKind,
     mem::zeroed,
@@ -29,6 +30,7 @@ use weir_dataplane::{
         TrunkSettings, UplinkHook, detach,
     },
     frame::{IfIndex, LinkType},
+    offload::{keeper::Keys, recipe::Key},
 };
 use weir_packet::{Mac, Protocol};
 
@@ -742,6 +744,37 @@ fn pins_outlive_the_router_and_the_next_one_adopts_them() {
             assert!(!alive.contains(&link), "{pin:?} is detached");
         }
         assert!(detach(&node.pins).unwrap().is_empty(), "again: nothing");
+    });
+}
+
+#[test]
+fn all_keys_of_flows_are_listed() {
+    const FLOWS: u32 = 3000;
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    node.run(|| {
+        let mut attachment = Attachment::open(TrunkSettings { flows: Some(FLOWS), ..node.settings() }).unwrap();
+        let mut keys = attachment.take_offload().expect("there are to be flows").keys;
+        assert!(keys.all().unwrap().is_empty());
+        let entries = (0..FLOWS).map(|flow| {
+            let mut bytes = [0; 44];
+            bytes[..4].copy_from_slice(&flow.to_ne_bytes());
+            let key = if flow % 3 == 0 { Key::V6(bytes) } else { Key::V4(*bytes.first_chunk().unwrap()) };
+            (key, flow, flow ^ 0x1234_5678)
+        });
+        let mut expected: HashSet<_> = entries.collect();
+        expected.iter().for_each(|(key, way, serial)| keys.insert(key, *way, *serial).unwrap());
+        let listed = keys.all().unwrap();
+        assert_eq!(listed.len(), expected.len());
+        assert_eq!(HashSet::from_iter(listed), expected);
+        // What leads elsewhere stays.
+        for (key, way, serial) in expected.extract_if(|(_, way, _)| way % 2 == 0) {
+            keys.remove(&key, way, serial);
+        }
+        expected.iter().for_each(|(key, way, serial)| keys.remove(key, *way, serial + 1));
+        assert_eq!(HashSet::from_iter(keys.all().unwrap()), expected);
     });
 }
 

@@ -106,7 +106,7 @@ impl<K: Keys + Default + 'static> Bench<K> {
     /// Another process's keeper takes over; how many flows it adopts.
     fn restart(&mut self) -> usize {
         self.keeper = keeper(&self.router, &self.offload, self.capacity, &self.keys);
-        let adopted = self.keeper.adopt(&self.router.tables).unwrap();
+        let adopted = self.keeper.adopt(self.keys.all().unwrap(), &self.router.tables);
         let current = self.router.published.current();
         self.keeper.prepare(&current, &self.router.tables);
         adopted

@@ -257,7 +257,7 @@ impl Attachment {
             uplinks: BTreeMap::new(),
             owned: OwnedMaps::take(&mut object)?,
             counters: maps::take(&mut object, "counters")?,
-            offload: flows.map(|flows| OffloadMaps::take(&mut object, flows)).transpose()?,
+            offload: flows.map(|flows| OffloadMaps::take(&mut object, flows, &pins)).transpose()?,
             flows,
             notes,
             trunk_object: object,

@@ -196,14 +196,11 @@ impl Keeper {
     }
 
     /// What an earlier process has handed over goes on, as far as the connections were taken over and the first tables agree; the rest is
-    /// taken back. To be called once, before workers run.
-    ///
-    /// # Errors
-    /// Where the kernel does not tell the keys.
-    pub fn adopt(&mut self, tables: &Tables) -> io::Result<usize> {
+    /// taken back. `keys`: all that the process has left ([`Keys::all`]). To be called once, before workers run; how many flows go on.
+    pub fn adopt(&mut self, keys: Vec<(Key, u32, u32)>, tables: &Tables) -> usize {
         let Self { participant, slots } = self;
         let mut left = Left::new();
-        for (key, way, serial) in slots.keys.all()? {
+        for (key, way, serial) in keys {
             left.entry(way >> 1).or_default()[way as usize & 1] = Some((key, serial));
         }
         slots.adopt_family(&tables.v4, &mut left, participant);
@@ -218,7 +215,7 @@ impl Keeper {
                 key.iter().for_each(|(key, serial)| slots.keys.remove(key, way, *serial));
             }
         }
-        Ok(slots.counts.flows)
+        slots.counts.flows
     }
 
     /// Before `next` is published: flows that it does not change get its epoch, all others are stopped when this returns. Those for which
