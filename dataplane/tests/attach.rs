@@ -748,7 +748,7 @@ fn pins_outlive_the_router_and_the_next_one_adopts_them() {
 }
 
 #[test]
-fn all_keys_of_flows_are_listed() {
+fn keys_of_flows_are_inserted_and_listed_at_once() {
     const FLOWS: u32 = 3000;
     if skipped() {
         return;
@@ -764,8 +764,11 @@ fn all_keys_of_flows_are_listed() {
             let key = if flow % 3 == 0 { Key::V6(bytes) } else { Key::V4(*bytes.first_chunk().unwrap()) };
             (key, flow, flow ^ 0x1234_5678)
         });
-        let mut expected: HashSet<_> = entries.collect();
-        expected.iter().for_each(|(key, way, serial)| keys.insert(key, *way, *serial).unwrap());
+        let entries: Vec<_> = entries.collect();
+        let (many, single) = entries.split_at(2000);
+        keys.insert_all(many).unwrap();
+        single.iter().for_each(|(key, way, serial)| keys.insert(key, *way, *serial).unwrap());
+        let mut expected: HashSet<_> = HashSet::from_iter(entries);
         let listed = keys.all().unwrap();
         assert_eq!(listed.len(), expected.len());
         assert_eq!(HashSet::from_iter(listed), expected);
@@ -775,6 +778,11 @@ fn all_keys_of_flows_are_listed() {
         }
         expected.iter().for_each(|(key, way, serial)| keys.remove(key, *way, serial + 1));
         assert_eq!(HashSet::from_iter(keys.all().unwrap()), expected);
+        // There are two for each flow, of either family.
+        let too_many: Vec<_> = (0..=2 * FLOWS)
+            .map(|key| (Key::V4([key.to_ne_bytes(); 5].as_flattened().try_into().unwrap()), 0, 0))
+            .collect();
+        assert!(keys.insert_all(&[]).is_ok() && keys.insert_all(&too_many).is_err());
     });
 }
 

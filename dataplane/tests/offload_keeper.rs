@@ -540,7 +540,7 @@ fn a_request_that_was_made_twice_changes_nothing() {
     let flow = bench.connect(5000);
     let requests = bench.pending();
     assert_eq!(requests.len(), 1);
-    bench.answer_these(&requests);
+    bench.answer_these(&requests.repeat(2));
     let slot = bench.carries(flow).expect("it is handed over");
     let state = slot.state();
     slot.advance(&[[300, 70_000, 65_535, 1000], [1000, 66_000, 65_535, 300]]);
@@ -677,13 +677,13 @@ fn refusals_are_counted_by_their_reason() {
     assert_eq!(bench.keeper.counts(), Counts { unheard: 1, ..none });
 }
 
-/// Room for one key.
+/// Room for three keys.
 #[derive(Debug, Default)]
-struct OneKey(MemoryKeys);
+struct ThreeKeys(MemoryKeys);
 
-impl Keys for OneKey {
+impl Keys for ThreeKeys {
     fn insert(&mut self, key: &Key, way: u32, serial: u32) -> io::Result<()> {
-        match self.0.is_empty() {
+        match self.0.len() < 3 || self.0.contains_key(key) {
             true => Keys::insert(&mut self.0, key, way, serial),
             false => Err(io::ErrorKind::StorageFull.into()),
         }
@@ -698,14 +698,14 @@ impl Keys for OneKey {
 
 #[test]
 fn a_flow_whose_keys_the_kernel_refuses_is_not_handed_over() {
-    let mut bench = Bench::<OneKey>::new(4);
-    let flow = bench.open(CLIENT_POD, 5000, (SERVER, 80));
+    let mut bench = Bench::<ThreeKeys>::new(4);
+    let flows = [5000, 5001].map(|port| bench.open(CLIENT_POD, port, (SERVER, 80)));
     bench.answer();
-    assert_eq!((bench.keeper.counts().failed, bench.slot(flow)), (1, None));
-    assert_eq!(bench.offload.flow(0).unwrap().state().1, Phase::Closed);
+    assert_eq!((bench.keeper.counts().failed, flows.map(|flow| bench.slot(flow))), (1, [Some(0), None]));
+    let phases = [0, 1].map(|slot| bench.offload.flow(slot).unwrap().state().1);
+    assert_eq!(phases, [Phase::Live, Phase::Closed]);
     bench.look();
-    assert!(bench.keys.all().unwrap().is_empty());
-    assert_eq!(bench.keeper.counts().flows, 0);
+    assert_eq!((bench.keys.all().unwrap().len(), bench.keeper.counts().flows), (2, 1));
 }
 
 // --- all at once

@@ -87,6 +87,16 @@ impl<const BYTES: usize> FamilyKeys<BYTES> {
         Ok(Self { map: maps::take(object, name)?, batches: batches.map_err(failed(name))? })
     }
 
+    fn insert_all<'k>(&self, keys: impl Iterator<Item = (&'k [u8; BYTES], FlowName)>) -> io::Result<()> {
+        let (keys, names): (Vec<_>, Vec<_>) = keys.map(|(key, name)| (*key, name.map(u32::to_ne_bytes))).unzip();
+        let (count, names) = (keys.len() as u32, names.as_flattened().as_flattened());
+        match count {
+            0 => Ok(()),
+            _ => self.batches.update_batch(keys.as_flattened(), names, count, MapFlags::ANY, MapFlags::ANY),
+        }
+        .map_err(io::Error::other)
+    }
+
     fn all(&self) -> io::Result<Vec<([u8; BYTES], FlowName)>> {
         // libbpf-rs takes a batch that is not full for the last one, while the kernel ends each with a bucket of its hash map. So there
         // is one only, with room for all.
@@ -116,6 +126,17 @@ impl Keys for KernelKeys {
             Key::V6(key) => self.v6.map.insert(key, [way, serial], 0),
         }
         .map_err(io_error)
+    }
+
+    fn insert_all(&mut self, keys: &[(Key, u32, u32)]) -> io::Result<()> {
+        self.v4.insert_all(keys.iter().filter_map(|(key, way, serial)| match key {
+            Key::V4(key) => Some((key, [*way, *serial])),
+            Key::V6(_) => None,
+        }))?;
+        self.v6.insert_all(keys.iter().filter_map(|(key, way, serial)| match key {
+            Key::V6(key) => Some((key, [*way, *serial])),
+            Key::V4(_) => None,
+        }))
     }
 
     fn remove(&mut self, key: &Key, way: u32, serial: u32) {

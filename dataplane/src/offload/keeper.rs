@@ -1,7 +1,7 @@
 //! The keeper: writes what the programs read, and tells the table what they have carried.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     io,
     sync::Arc,
     time::{Duration, Instant},
@@ -47,6 +47,13 @@ pub trait Keys: Send {
     /// # Errors
     /// Where there is no room, or the kernel refuses.
     fn insert(&mut self, key: &Key, way: u32, serial: u32) -> io::Result<()>;
+    /// Does so for many.
+    ///
+    /// # Errors
+    /// As for one; some of them may have been inserted.
+    fn insert_all(&mut self, keys: &[(Key, u32, u32)]) -> io::Result<()> {
+        keys.iter().try_for_each(|(key, way, serial)| self.insert(key, *way, *serial))
+    }
     /// Takes a key away, if it is there and leads to that way and use of it: it may be another flow's by now.
     fn remove(&mut self, key: &Key, way: u32, serial: u32);
     /// All keys, with what they lead to.
@@ -119,14 +126,14 @@ struct Held {
 }
 
 impl Held {
-    fn insert_keys(&self, slot: u32, keys: &mut dyn Keys) -> io::Result<()> {
-        (2 * slot..).zip(&self.recipe.keys).try_for_each(|(way, key)| keys.insert(key, way, self.serial))
+    /// The keys, with what they lead to.
+    fn keys(&self, slot: u32) -> [(Key, u32, u32); 2] {
+        let [forth, back] = self.recipe.keys;
+        [(forth, 2 * slot, self.serial), (back, 2 * slot + 1, self.serial)]
     }
 
     fn remove_keys(&self, slot: u32, keys: &mut dyn Keys) {
-        for (way, key) in (2 * slot..).zip(&self.recipe.keys) {
-            keys.remove(key, way, self.serial);
-        }
+        self.keys(slot).iter().for_each(|(key, way, serial)| keys.remove(key, *way, *serial));
     }
 }
 
@@ -248,11 +255,21 @@ impl Keeper {
     pub fn answer(&mut self, requests: &[Request], graces: u64, tables: &Tables) {
         let Self { participant, slots } = self;
         slots.graces = slots.graces.max(graces);
-        for request in requests {
-            let turn = participant.enter();
-            match request.is_v6 {
+        let (turn, mut seen, mut written) = (participant.enter(), HashSet::new(), Vec::new());
+        for request in requests.iter().filter(|request| seen.insert(**request)) {
+            written.extend(match request.is_v6 {
                 false => slots.answer(&tables.v4, *request, &turn),
                 true => slots.answer(&tables.v6, *request, &turn),
+            });
+        }
+        let keys: Vec<_> = written.iter().flat_map(|(slot, held): &(u32, Held)| held.keys(*slot)).collect();
+        // What the keys lead to says no until it is released. Where there is not room for all of them, there may be for some.
+        let are_inserted = slots.keys.insert_all(&keys).is_ok();
+        for (slot, held) in written {
+            let is_inserted = are_inserted || slots.keys.insert_all(&held.keys(slot)).is_ok();
+            match held.request.is_v6 {
+                false => slots.release(&tables.v4, slot, &held, is_inserted, &turn),
+                true => slots.release(&tables.v6, slot, &held, is_inserted, &turn),
             }
         }
     }
@@ -410,15 +427,19 @@ impl Slots {
         conn.is_some_and(|conn| self.changed(&conn, Some(slot)) == Ok(None))
     }
 
-    fn answer<A: Family>(&mut self, table: &Table<A>, request: Request, turn: &Turn<'_>) {
-        let Some(conn) = table.identified(request.identity, turn) else { return };
+    /// Refuses or renews what is asked for, or writes it into a slot, which [`Self::release`] is to let go then.
+    fn answer<A: Family>(&mut self, table: &Table<A>, request: Request, turn: &Turn<'_>) -> Option<(u32, Held)> {
+        let conn = table.identified(request.identity, turn)?;
         let before = (conn.flags() & OFFLOADED != 0).then(|| conn.offload_slot());
         match (self.changed(&conn, before), before.or_else(|| self.free_slot())) {
             (Err(stays), _) => self.refuse(&conn, before, stays),
             (Ok(_), None) => self.refuse_for_room(&conn),
             (Ok(None), Some(slot)) => self.renew(&conn, slot),
-            (Ok(Some(recipe)), Some(slot)) => self.hand_over(&conn, slot, recipe, before.is_some()),
+            (Ok(Some(recipe)), Some(slot)) => {
+                return Some((slot, self.write(&conn, slot, recipe, before.is_some())?));
+            }
         }
+        None
     }
 
     fn refuse<A: Family>(&mut self, conn: &ConnRef<'_, A>, before: Option<u32>, stays: Stays) {
@@ -462,8 +483,8 @@ impl Slots {
         conn.change_flags(0, ASKED);
     }
 
-    /// Lets the programs do what they are to do with a connection's packets. `is_again`: the slot is the connection's already.
-    fn hand_over<A: Family>(&mut self, conn: &ConnRef<'_, A>, slot: u32, recipe: Recipe, is_again: bool) {
+    /// Writes what the programs are to do with a connection's packets into a slot. `is_again`: it is the connection's already.
+    fn write<A: Family>(&mut self, conn: &ConnRef<'_, A>, slot: u32, recipe: Recipe, is_again: bool) -> Option<Held> {
         let at = slot as usize;
         let serial = self.serials[at].wrapping_add(1) & (u32::MAX >> 2);
         if !is_again {
@@ -472,7 +493,7 @@ impl Slots {
         } else if !self.flow(slot).begin_anew(self.serials[at], serial) {
             // It asked twice, and programs read the slot; or it was taken back since.
             conn.change_flags(0, ASKED);
-            return;
+            return None;
         }
         self.serials[at] = serial;
         let earlier = self.held[at];
@@ -487,30 +508,30 @@ impl Slots {
             self.counts.flows += 1;
             self.counts.handed_over += 1;
         }
+        recipe.write(self.flow(slot));
+        self.flow(slot).epoch.store(self.current.generation, Ordering::Relaxed);
         let carried = earlier.map_or([(0, 0); 2], |earlier| earlier.carried);
         let held = Held { request: Request::of(conn), serial, recipe, carried, since: now(), is_over: false };
         self.held[at] = Some(held);
-        recipe.write(self.flow(slot));
-        self.flow(slot).epoch.store(self.current.generation, Ordering::Relaxed);
-        let is_inserted = held.insert_keys(slot, &mut *self.keys).is_ok();
-        self.release(conn, slot, is_inserted, is_again);
+        Some(held)
     }
 
-    /// Lets the programs find a flow whose slot is written.
-    fn release<A: Family>(&mut self, conn: &ConnRef<'_, A>, slot: u32, is_inserted: bool, is_again: bool) {
+    /// Lets the programs have a flow that is written, if its keys are.
+    fn release<A: Family>(&mut self, table: &Table<A>, slot: u32, held: &Held, is_inserted: bool, turn: &Turn<'_>) {
         let flow = self.flow(slot);
+        let Some(conn) = table.identified(held.request.identity, turn) else { return flow.close() };
         // A worker that finds the connection marked takes the windows over, so they are there before. Whoever removes it from then on
         // takes the flow back; only then it is live.
         let windows = conn.windows();
         match &windows {
-            Some(windows) if is_again => flow.advance(&windows.sides),
+            Some(windows) if conn.flags() & OFFLOADED != 0 => flow.advance(&windows.sides),
             Some(windows) => flow.set_windows(windows),
             None => {}
         }
         conn.set_offload_slot(slot);
         let is_marked = is_inserted && conn.change_flags(OFFLOADED, ASKED);
         if is_marked && windows.is_some() == (conn.protocol() == Protocol::TCP) {
-            flow.change(self.serials[slot as usize], Phase::Pending, Phase::Live);
+            flow.change(held.serial, Phase::Pending, Phase::Live);
         }
         // What a worker has seen meanwhile, who did not find it marked: more of the same, or its end.
         match conn.windows() {

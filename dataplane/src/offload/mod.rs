@@ -18,7 +18,7 @@
 //! # When a program carries a packet
 //! 1. *The flow is the one that was meant.* A key's value has the serial number of the slot's use; the slot's state has the same and says
 //!    that it is live. Taking a flow back is one store to the state, whoever does it: [`weir_conntrack::Table`] before it removes a
-//!    connection, the keeper before it uses the slot otherwise. The keys may go later.
+//!    connection, the keeper before it uses the slot otherwise. The keys may come before it is live, and go later.
 //! 2. *Nothing was published that might change the verdict.* The slot's epoch is not before the one in force. Before control publishes,
 //!    it works out for every flow by the new tables what the programs are to do ([`recipe::of_connection`], which judges it as a worker
 //!    would). Where that is what they do already, the slot gets the new epoch. Then the new epoch is put in force, then the tables
@@ -82,7 +82,7 @@ const ANSWERED_PACKETS: u8 = 5;
 const REQUESTS: usize = 4096;
 
 /// A connection of either family.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Request {
     /// Whether it is of IPv6.
     pub is_v6: bool,

@@ -20,6 +20,9 @@ impl<K: Keys> Keys for SharedKeys<K> {
     fn insert(&mut self, key: &Key, way: u32, serial: u32) -> io::Result<()> {
         self.0.lock().unwrap().insert(key, way, serial)
     }
+    fn insert_all(&mut self, keys: &[(Key, u32, u32)]) -> io::Result<()> {
+        self.0.lock().unwrap().insert_all(keys)
+    }
     fn remove(&mut self, key: &Key, way: u32, serial: u32) {
         self.0.lock().unwrap().remove(key, way, serial);
     }
