@@ -516,6 +516,52 @@ fn what_is_idle_makes_way() {
 }
 
 #[test]
+fn who_was_refused_for_room_asks_again_when_there_is_some() {
+    let mut bench = Bench::new(1);
+    let flows = [5000, 5001, 5002].map(|port| bench.open(CLIENT_POD, port, (SERVER, 80)));
+    bench.answer();
+    let asks = |bench: &mut Bench| {
+        flows[1..].iter().for_each(|flow| assert!(bench.again(*flow)));
+        bench.pending()
+    };
+    bench.look();
+    assert_eq!(asks(&mut bench), [], "there is no room");
+    bench.remove(flows[0]);
+    bench.look();
+    let identity = bench.router.connection(&flows[2].key, |conn, _| conn.identity()).unwrap();
+    let requests = asks(&mut bench);
+    assert_eq!(requests, [Request { is_v6: false, identity }], "as many may wait as there are slots");
+    bench.answer_these(&requests);
+    assert!(bench.carries(flows[2]).is_some());
+}
+
+#[test]
+fn who_was_refused_for_room_gets_that_of_somebody_idle() {
+    // More than are looked at when somebody is refused.
+    const SLOTS: u16 = 65;
+    let mut bench = Bench::new(u32::from(SLOTS));
+    bench.router.now = Tick(now().0.wrapping_sub(6000));
+    let flows: Vec<_> = (0..SLOTS).map(|number| bench.connect(5000 + number)).collect();
+    bench.answer();
+    bench.router.now = now();
+    assert_eq!(bench.restart(), usize::from(SLOTS));
+    for flow in &flows[..64] {
+        bench.carries(*flow).unwrap().ways[0].packets.fetch_add(1, Ordering::Relaxed);
+    }
+    bench.look();
+    let refused = bench.open(CLIENT_POD, 6000, (SERVER, 80));
+    bench.answer();
+    assert_eq!((bench.keeper.counts().full, bench.keeper.counts().handed_over), (1, 0));
+    // One look to take the idle one back, two to free its slot.
+    bench.look();
+    bench.look();
+    assert!(bench.again(refused));
+    bench.answer();
+    assert!(bench.carries(refused).is_some());
+    assert_eq!(bench.keeper.counts().evicted, 1);
+}
+
+#[test]
 fn who_is_refused_costs_nobody_else_a_slot() {
     let mut bench = Bench::new(2);
     let first = bench.open(CLIENT_POD, 5000, (SERVER, 80));

@@ -8,12 +8,12 @@ use std::{
 };
 
 use crossbeam::channel::{Receiver, RecvTimeoutError};
-use weir_conntrack::{ConnRef, OFFLOADED, Observed, Offloader as _, Table};
+use weir_conntrack::{ConnRef, Identity, OFFLOADED, Observed, Offloader as _, Table};
 use weir_packet::{Direction, Protocol, Tick};
 use weir_sync::{Domain, Epoch, Mutex, Participant, Turn, atomic::Ordering, lock};
 
 use super::{
-    ASKED, CANDIDATE, Offload, Request,
+    ASKED, CANDIDATE, Offload, REQUESTS, Request,
     flow::{Flow, Phase, wait_for_programs},
     recipe::{self, Key, Recipe, Stays},
 };
@@ -96,7 +96,7 @@ pub struct Counts {
     pub evicted: u64,
     /// Flows for which publications had no time: until the keeper comes to them, their packets visit workers.
     pub unconfirmed: u64,
-    /// Requests refused: all slots are used.
+    /// Requests refused: all slots are used. Most ask again when there is room.
     pub full: u64,
     /// Requests refused: an end is not where the programs can send to.
     pub elsewhere: u64,
@@ -156,6 +156,8 @@ struct Slots {
     /// Slots that were freed: when all turns of that time are over, and so many grace periods have passed.
     resting: VecDeque<(Epoch, u64, u32)>,
     graces: u64,
+    /// Who was refused because all slots are used, the longest waiting first; no more than there are slots.
+    waiting: VecDeque<Request>,
     counts: Counts,
     /// Slots below this one were compared with the tables in force.
     confirmed: usize,
@@ -184,6 +186,7 @@ impl Keeper {
             serials: vec![0; capacity as usize],
             resting: VecDeque::new(),
             graces: 0,
+            waiting: VecDeque::new(),
             counts: Counts { capacity: capacity as usize, ..Counts::default() },
             confirmed: 0,
             cursor: 0,
@@ -278,7 +281,7 @@ impl Keeper {
     pub fn look(&mut self, tables: &Tables) {
         let Self { participant, slots } = self;
         let now = now();
-        let mut freed = Vec::new();
+        let (mut freed, mut leaving) = (Vec::new(), 0);
         for start in (0..slots.held.len()).step_by(CHUNK) {
             let Slots { offload, held, counts, .. } = &mut *slots;
             let turn = participant.enter();
@@ -313,6 +316,8 @@ impl Keeper {
                     *place = None;
                     counts.taken_back += 1;
                     counts.flows -= 1;
+                } else if held.is_over {
+                    leaving += 1;
                 }
             }
         }
@@ -320,6 +325,7 @@ impl Keeper {
             held.remove_keys(slot, &mut *slots.keys);
             slots.resting.push_back((slots.domain.retire_epoch(), slots.graces, slot));
         }
+        slots.let_ask(leaving, tables, now, &participant.enter());
     }
 }
 
@@ -433,7 +439,7 @@ impl Slots {
         let before = (conn.flags() & OFFLOADED != 0).then(|| conn.offload_slot());
         match (self.changed(&conn, before), before.or_else(|| self.free_slot())) {
             (Err(stays), _) => self.refuse(&conn, before, stays),
-            (Ok(_), None) => self.refuse_for_room(&conn),
+            (Ok(_), None) => self.refuse_for_room(request),
             (Ok(None), Some(slot)) => self.renew(&conn, slot),
             (Ok(Some(recipe)), Some(slot)) => {
                 return Some((slot, self.write(&conn, slot, recipe, before.is_some())?));
@@ -460,11 +466,36 @@ impl Slots {
         }
     }
 
-    fn refuse_for_room<A: Family>(&mut self, conn: &ConnRef<'_, A>) {
+    /// It stays marked as asking, until [`Self::let_ask`] has room for it.
+    fn refuse_for_room(&mut self, request: Request) {
         self.counts.full += 1;
-        conn.change_flags(0, ASKED | CANDIDATE);
+        // Who has waited longest is over, most likely; if not, it stays with the workers.
+        if self.waiting.len() == self.serials.len() {
+            self.waiting.pop_front();
+        }
+        self.waiting.push_back(request);
         if self.resting.is_empty() {
             self.evict(now());
+        }
+    }
+
+    /// Lets those who were refused ask again with their next packet, as many as there are free slots for. Where there are none, and there will
+    /// be none soon, somebody makes way.
+    fn let_ask(&mut self, leaving: usize, tables: &Tables, now: Tick, turn: &Turn<'_>) {
+        let mut free = self.resting.len() + self.serials.len() - self.held.len();
+        if free + leaving == 0 && !self.waiting.is_empty() {
+            self.evict(now);
+        }
+        for _ in 0..REQUESTS.min(self.waiting.len()) {
+            if free == 0 {
+                break;
+            }
+            let Some(Request { is_v6, identity }) = self.waiting.pop_front() else { break };
+            let goes_on = match is_v6 {
+                false => may_ask(&tables.v4, identity, now, turn),
+                true => may_ask(&tables.v6, identity, now, turn),
+            };
+            free -= usize::from(goes_on);
         }
     }
 
@@ -582,6 +613,12 @@ impl Slots {
 
 fn carried(flow: &Flow) -> [(u64, u64); 2] {
     [Direction::Original, Direction::Reply].map(|direction| flow.carried(direction))
+}
+
+/// Lets a connection ask again to be handed over; whether it has a packet now and then to do so with.
+fn may_ask<A: Family>(table: &Table<A>, identity: Identity, now: Tick, turn: &Turn<'_>) -> bool {
+    let Some(conn) = table.identified(identity, turn) else { return false };
+    conn.change_flags(0, ASKED) && now.since(conn.last_seen()) < IDLE
 }
 
 /// Tells a connection which of its directions were carried; whether it still is one. `windows`: and whether they are known to be ahead.

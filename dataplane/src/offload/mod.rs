@@ -7,7 +7,8 @@
 //!
 //! # Who does what
 //! A *worker* asks for a flow to be handed over, once ([`Offload::consider`]), and takes its packets back when one comes that is not plain.
-//! The *keeper* ([`keeper`]), a thread of its own, writes what the programs read, tells the table what they have carried, and cleans up.
+//! The *keeper* ([`keeper`]), a thread of its own, writes what the programs read, tells the table what they have carried, and cleans up. Whom it
+//! refuses for want of slots may ask again when some are free.
 //! *Control* lets the keeper prepare each publication ([`keeper::Keeper::prepare`]).
 //!
 //! # Layout
