@@ -374,7 +374,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
     }
 
     /// The windows of an established TCP connection that has proved itself, for somebody else to follow them: `None` of any other, and
-    /// where a side was not heard yet.
+    /// where a side was not heard yet, or the last segment was a SYN.
     pub fn windows(self) -> Option<Windows> {
         let state = self.state();
         let is_settled = state.is_live() && state.tcp_state() == Some(TcpState::Established) && state.assured();

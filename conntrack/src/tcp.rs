@@ -440,11 +440,13 @@ impl TcpLine {
         &self.words[WORDS]
     }
 
-    /// The windows, if both sides were heard and have answered.
+    /// The windows, if both sides were heard and have answered, and no SYN was let through just now: what follows one is looked at
+    /// with other eyes ([`Tcp::judge_rst`]).
     pub(crate) fn windows(&self) -> Option<Windows> {
         let (tcp, words) = self.load();
         let is_known = |side: &Side| side.max_win != 0 && side.progress & ACK_KNOWN != 0;
-        tcp.sides.iter().all(is_known).then(|| Windows {
+        let is_settled = tcp.last.event != Event::Syn && tcp.sides.iter().all(is_known);
+        is_settled.then(|| Windows {
             sides: std::array::from_fn(|side| std::array::from_fn(|word| words[side * SIDE_WORDS + word])),
             scales: tcp.sides.map(|side| side.scale),
             is_liberal: tcp.sides.iter().all(|side| side.options & LIBERAL != 0),

@@ -616,6 +616,25 @@ fn a_renewed_flow_keeps_the_windows_that_the_programs_have_moved() {
     assert!(bench.segment(5000, Direction::Reply, 1000, 300, ACK));
 }
 
+#[test]
+fn a_syn_that_is_let_through_brings_the_flow_back_until_it_is_answered() {
+    let mut bench = Bench::new(4);
+    let flow = bench.connect(5000);
+    bench.answer();
+    assert!(bench.carries(flow).is_some());
+    // Of a client that has forgotten the connection; the server's acknowledgment will tell it. A RST counts differently until then, and only
+    // who sees that acknowledgment knows that it has come.
+    assert!(bench.segment(5000, Direction::Original, 7_000_000, 0, SYN));
+    assert!(bench.carries(flow).is_none());
+    bench.look();
+    assert!(bench.segment(5000, Direction::Reply, 1000, 100, ACK));
+    for _ in 0..8 {
+        assert!(bench.segment(5000, Direction::Original, 100, 1000, ACK));
+    }
+    bench.answer();
+    assert!(bench.carries(flow).is_some(), "it is handed over again");
+}
+
 /// Programs have carried so much of a client's data, and the acknowledgments, in windows of 64 KiB.
 fn carry_far(flow: &Flow, bytes: u64) {
     let window = 1 << 16;
