@@ -31,11 +31,12 @@
 //!
 //! # TCP
 //! The slot has both sides' windows, and the programs hold every segment against them, and move them, as
-//! [`weir_conntrack::tcp`] does, but for SACK: what only fits with its help goes to a worker. Of a packet of several segments, merged by
-//! the kernel or to be cut by a device, each must fit: a worker gets them one by one. A segment with FIN, SYN, RST or URG, or outside of a
-//! window, goes to a worker, which first takes the windows over from the slot ([`ConnRef::absorb`]), so that it knows what has passed, and
-//! afterwards gives back what it has moved. All move forward only, so that it does not matter who comes first. A RST is thus judged by the
-//! windows of this moment. Where both ends begin anew, with other numbers, the slot's are taken over no more.
+//! [`weir_conntrack::tcp`] does, but for SACK: what only fits with its help goes to a worker, and a block beyond what was sent, for which a
+//! worker drops a segment, is not seen. Of a packet of several segments, merged by the kernel or to be cut by a device, each must fit: a worker
+//! gets them one by one. A segment with FIN, SYN, RST or URG, or outside of a window, goes to a worker, which first takes the windows over from
+//! the slot ([`ConnRef::absorb`]), so that it knows what has passed, and afterwards gives back what it has moved. All move forward only, so that
+//! it does not matter who comes first. A RST is thus judged by the windows of this moment. Where both ends begin anew, with other numbers, the
+//! slot's are taken over no more.
 //!
 //! # Reuse of a slot
 //! A slot is written while its state is not live. A program may have found it live a moment before, and still be reading: so it is
