@@ -380,13 +380,13 @@ impl Router {
                 attachment.detach_uplink(left)?;
             }
         }
-        let mut hooks = Vec::with_capacity(uplinks.len());
-        for uplink in &uplinks {
-            let required = config.devices.iter().find(|d| d.name == uplink.name).and_then(|d| d.require);
-            let hook = required.map(|_| UplinkHook::Xdp);
-            hooks.push(attachment.attach_uplink(uplink.index.0, &uplink.name, hook)?);
-        }
-        let uplinks: Vec<(Link, UplinkHook)> = uplinks.into_iter().zip(hooks).collect();
+        let required = |device: &str| config.devices.iter().find(|d| d.name == device).and_then(|d| d.require);
+        let attach = |uplink: Link| {
+            let hook = required(&uplink.name).map(|_| UplinkHook::Xdp);
+            let hook = attachment.attach_uplink(uplink.index.0, &uplink.name, hook)?;
+            Ok((uplink, hook))
+        };
+        let uplinks: Vec<(Link, UplinkHook)> = uplinks.into_iter().map(attach).collect::<Result<_, RunError>>()?;
 
         let domain = Domain::new();
         let mut random = ChaCha8Rng::from_seed(seed()?);
@@ -435,8 +435,7 @@ impl Router {
                     reason = mode.reason,
                     "socket"
                 );
-                let required = config.devices.iter().find(|d| d.name == mode.device).and_then(|d| d.require);
-                if required == Some(Require::ZeroCopy) && mode.mode != "zero-copy" {
+                if required(&mode.device) == Some(Require::ZeroCopy) && mode.mode != "zero-copy" {
                     return Err(RunError::Require { device: mode.device, mode: mode.mode, reason: mode.reason });
                 }
                 modes.push(json!({

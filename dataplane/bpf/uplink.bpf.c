@@ -157,6 +157,18 @@ INLINE enum counter judge(const struct ethhdr *ethernet, const void *end)
 	}
 }
 
+/* Whether weir leaves a packet to the kernel. */
+INLINE int is_the_kernels(enum counter cause)
+{
+	return cause == COUNTER_UPLINK_PASSED || cause == COUNTER_UPLINK_PASSED_FAILSAFE;
+}
+
+/* Whether the kernel may have what weir owns where no router runs: the node stays reachable by that. */
+INLINE int passes_unclaimed(enum counter cause)
+{
+	return cause == COUNTER_UPLINK_TAKEN_ICMP || cause == COUNTER_UPLINK_TAKEN_FRAGMENT;
+}
+
 /* Whether uplink_carry would carry a packet that weir owns. */
 INLINE int is_offloaded(const void *data, const void *end, __u32 device, enum counter cause)
 {
@@ -194,9 +206,9 @@ SECTION("xdp.frags") int uplink_receive(struct xdp_md *packet)
 		return XDP_PASS;
 	}
 	count(cause);
-	if (cause == COUNTER_UPLINK_PASSED || cause == COUNTER_UPLINK_PASSED_FAILSAFE)
+	if (is_the_kernels(cause))
 		return XDP_PASS;
-	if (cause == COUNTER_UPLINK_TAKEN_ICMP || cause == COUNTER_UPLINK_TAKEN_FRAGMENT)
+	if (passes_unclaimed(cause))
 		fallback = XDP_PASS;
 	action = redirect_map(&sockets, packet->rx_queue_index, fallback);
 	if (action != XDP_REDIRECT)
@@ -272,11 +284,11 @@ SECTION("classifier") int uplink_take(struct __sk_buff *packet)
 	if (action >= 0)
 		return action;
 	count(cause);
-	if (cause == COUNTER_UPLINK_PASSED || cause == COUNTER_UPLINK_PASSED_FAILSAFE)
+	if (is_the_kernels(cause))
 		return TC_ACT_UNSPEC;
 	if (map_lookup(&sockets, &first))
 		return to_worker(packet);
-	may_pass = cause == COUNTER_UPLINK_TAKEN_ICMP || cause == COUNTER_UPLINK_TAKEN_FRAGMENT;
+	may_pass = passes_unclaimed(cause);
 	count(may_pass ? COUNTER_UPLINK_UNCLAIMED_PASSED : COUNTER_UPLINK_UNCLAIMED_DROPPED);
 	return may_pass ? TC_ACT_UNSPEC : TC_ACT_SHOT;
 }
