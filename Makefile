@@ -12,7 +12,9 @@ FUZZ_SANITIZER ?= none
 WITHOUT_OFFLOAD = --skip offload_only
 LOOM_FLAGS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=2
 
-.PHONY: help setup build release demo demo-memory test lint unit loom e2e storm cases bench bench-tables bench-reload perf perf-offload soak properties fuzz miri install clean
+CLUSTER_TARGETS = cluster cluster-build cluster-status cluster-shell cluster-e2e cluster-down cluster-test
+
+.PHONY: $(CLUSTER_TARGETS) help setup build release demo demo-memory test lint unit loom e2e storm cases bench bench-tables bench-reload perf perf-offload soak properties fuzz miri install clean
 
 help: ## Lists the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -91,6 +93,27 @@ fuzz: setup ## Every fuzz target for FUZZ_SECONDS (60); finds lie in fuzz/artifa
 miri: ## The unsafe and lock-free parts under miri (needs a nightly toolchain with miri).
 	$(CARGO) +nightly miri test -p weir-sync -p weir-conntrack --lib
 	$(CARGO) +nightly miri test -p weir-dataplane --lib -- frame:: memory::
+
+cluster: release cni ## A real Kubernetes cluster of NODES (2) on this machine, weir its network (FAMILY, ENCAP, OFFLOAD, WITH=kube-proxy). Needs root and Go.
+	@./scripts/lab.sh up
+
+cluster-build: ## Builds Kubernetes and the images for the cluster, once.
+	@./scripts/lab.sh build
+
+cluster-status: ## What runs of the cluster.
+	@./scripts/lab.sh status
+
+cluster-shell: ## A shell in a node of the cluster: NODE=a, b, ... or outside.
+	@./scripts/lab.sh shell
+
+cluster-e2e: ## Kubernetes' own tests on the cluster: SUITE=conformance|netpol|services|cnp|rolling|all, FOCUS=, PROCS=.
+	@./scripts/lab.sh e2e
+
+cluster-down: ## Takes the cluster away, whatever is left of it.
+	@./scripts/lab.sh down
+
+cluster-test: ## The tests of the lab's own code. Needs root and Go.
+	cd lab/kubernetes && CGO_ENABLED=0 go test ./internal/... ./cmd/...
 
 install: release ## Installs weir to /usr/local/bin.
 	install -m 755 target/release/weir /usr/local/bin/weir

@@ -21,9 +21,6 @@ import (
 // Kubernetes is the version that is built and tested.
 const Kubernetes = "1.37.2"
 
-// Etcd is a module of its own: Kubernetes' modules want an older one than its server runs best with.
-const Etcd = "go.etcd.io/etcd/server/v3@v3.7.3"
-
 // minimumGo is what Kubernetes' modules ask for.
 const minimumGo = 26
 
@@ -120,7 +117,7 @@ func (b *Builder) steps() []step {
 	program("regression-issue-74839", ".", "k8s.io/kubernetes/test/images/regression-issue-74839", "-s -w")
 	program("ginkgo", ".", "github.com/onsi/ginkgo/v2/ginkgo", "-s -w")
 	test("e2e.test", ".", "./e2e", versions, "e2e")
-	steps = append(steps, step{"etcd", nil, b.etcd})
+	program("etcd", "etcd", ".", "-s -w", "etcd")
 	program("coredns", "coredns", ".", "-s -w", "coredns")
 	test("cnp.test", "cnp", ".", "-s -w", "cnp")
 	program("pause", ".", "./cmd/pause", "-s -w", "cmd/pause")
@@ -135,7 +132,7 @@ func (b *Builder) steps() []step {
 // stamp is a hash over what a step is made from.
 func (b *Builder) stamp(step step) (string, error) {
 	hash := sha256.New()
-	fmt.Fprintln(hash, Kubernetes, Etcd, step.name)
+	fmt.Fprintln(hash, Kubernetes, step.name)
 	for _, input := range step.inputs {
 		err := filepath.WalkDir(filepath.Join(b.Source, input), func(path string, entry fs.DirEntry, err error) error {
 			if err != nil || entry.IsDir() {
@@ -159,21 +156,6 @@ func (b *Builder) goTool(ctx context.Context, module string, arguments ...string
 	command.Dir = filepath.Join(b.Source, module)
 	command.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-mod=readonly -buildvcs=false")
 	return quiet(command)
-}
-
-func (b *Builder) etcd(ctx context.Context, target string) error {
-	folder, err := os.MkdirTemp(b.Folder, "etcd-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(folder)
-	command := exec.CommandContext(ctx, "go", "install", "-trimpath", "-ldflags", "-s -w", Etcd)
-	command.Dir = folder
-	command.Env = append(os.Environ(), "CGO_ENABLED=0", "GOBIN="+folder, "GOFLAGS=")
-	if err := quiet(command); err != nil {
-		return err
-	}
-	return os.Rename(filepath.Join(folder, "server"), target)
 }
 
 // policyKinds writes the kinds of the ClusterNetworkPolicy API, experimental fields included, as its module has them.
