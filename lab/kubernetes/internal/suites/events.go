@@ -2,7 +2,6 @@ package suites
 
 import (
 	"bufio"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -94,14 +93,4 @@ func (p *progress) line(what string) {
 	p.last = time.Now()
 	took := time.Since(p.began).Round(time.Second)
 	fmt.Fprintf(p.out, "%-11s %3d of %d, %d failed, %d:%02d  %s\n", p.suite, p.done, p.total, p.failed, int(took.Minutes()), int(took.Seconds())%60, what)
-}
-
-// wait sleeps, or ends early with ctx.
-func wait(ctx context.Context, d time.Duration) error {
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-time.After(d):
-		return nil
-	}
 }
