@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -227,7 +228,7 @@ func (s *suite) happened(format string, args ...any) {
 func (s *suite) deletions() map[string]time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.deleted
+	return maps.Clone(s.deleted)
 }
 
 func (s *suite) kubectl(ctx context.Context, args ...string) *exec.Cmd {

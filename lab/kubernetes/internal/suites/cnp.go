@@ -3,11 +3,13 @@ package suites
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -60,6 +62,12 @@ func (r *runner) cnp(ctx context.Context) (*SuiteResult, error) {
 	if err := r.applyDefinition(ctx); err != nil {
 		return nil, err
 	}
+	before, err := r.policies(ctx)
+	if err != nil {
+		return nil, err
+	}
+	// The program cleans up after itself unless it is interrupted, and a policy of this kind that stays denies whatever comes later.
+	defer r.removePolicies(before)
 	log, err := os.Create(filepath.Join(folder, "cnp.log"))
 	if err != nil {
 		return nil, err
@@ -94,7 +102,7 @@ func (r *runner) cnp(ctx context.Context) (*SuiteResult, error) {
 	writer.Close()
 	tests := <-parsed
 	if ctx.Err() != nil {
-		return nil, fmt.Errorf("%s was interrupted; what ran is in %s. Its namespaces are network-policy-conformance-*", CNP, folder)
+		return nil, fmt.Errorf("%s was interrupted; what ran is in %s", CNP, folder)
 	}
 	if tests.outcome == "" {
 		return nil, fmt.Errorf("%s ended in the middle (%v); its log ends with:\n%s", CNP, ran, lastLines(log.Name(), 20))
@@ -117,6 +125,45 @@ func (r *runner) cnp(ctx context.Context) (*SuiteResult, error) {
 	result.Seconds = time.Since(began).Seconds()
 	result.count()
 	return result, nil
+}
+
+const (
+	cnpNamespaces  = "network-policy-conformance-"
+	removalTimeout = time.Minute
+)
+
+// policies are the names of the ClusterNetworkPolicies that there are.
+func (r *runner) policies(ctx context.Context) ([]string, error) {
+	names, err := r.Cluster.Command(ctx, r.node, "kubectl", "get", cnpResource, "-o", "name").Output()
+	if err != nil {
+		return nil, fmt.Errorf("the policies before the tests: %w", withOutput(err))
+	}
+	return strings.Fields(string(names)), nil
+}
+
+// removePolicies removes the policies that came since, and the namespaces of the tests.
+func (r *runner) removePolicies(before []string) {
+	ctx, cancel := context.WithTimeout(context.Background(), removalTimeout)
+	defer cancel()
+	remove := []string{"delete", "--ignore-not-found", "--wait=false"}
+	now, err := r.policies(ctx)
+	for _, name := range now {
+		if !slices.Contains(before, name) {
+			remove = append(remove, name)
+		}
+	}
+	namespaces, listed := r.Cluster.Command(ctx, r.node, "kubectl", "get", "namespaces", "-o", "name").Output()
+	for name := range strings.FieldsSeq(string(namespaces)) {
+		if strings.HasPrefix(name, "namespace/"+cnpNamespaces) {
+			remove = append(remove, name)
+		}
+	}
+	if err = errors.Join(err, listed); err == nil && len(remove) > 3 {
+		_, err = r.Cluster.Command(ctx, r.node, "kubectl", remove...).Output()
+	}
+	if err != nil {
+		fmt.Fprintf(r.Out, "%-11s what the tests left stays: %v\n", CNP, withOutput(err))
+	}
 }
 
 // applyDefinition makes ClusterNetworkPolicy known to the API server.
