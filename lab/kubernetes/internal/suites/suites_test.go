@@ -236,7 +236,7 @@ func TestSelection(t *testing.T) {
 	}{
 		{Conformance, "", false, []int{0, 1}, nil},
 		{Netpol, "", false, []int{2, 3}, []int{4}},
-		{Services, "", false, []int{6}, []int{5}},
+		{Services, "", false, []int{6, 7}, []int{5}},
 		{Services, "HostPort|mount", false, []int{1, 8}, nil},
 		{Services, "HostPort|serve", true, []int{6}, []int{5}},
 		{Netpol, "Disruptive", false, []int{7}, nil},
