@@ -136,21 +136,22 @@ func (c *Cluster) inside(ctx context.Context, holder Holder, all bool, name stri
 	return command
 }
 
-// RestartWeir kills weir on a node without warning; the node's holder starts it again. It returns when another process runs.
-func (c *Cluster) RestartWeir(ctx context.Context, node string) error {
-	service := filepath.Join(c.Dir, node, "services", "weir")
+// Kill kills a service of a node without warning ("weir", "kube-proxy"); the node's holder starts it again. It returns when another process runs.
+func (c *Cluster) Kill(ctx context.Context, node, name string) error {
+	service := filepath.Join(c.Dir, node, "services", name)
 	before, err := runningPID(service)
 	if err != nil {
-		return fmt.Errorf("weir on %s: %w", node, err)
+		return fmt.Errorf("%s on %s: %w", name, node, err)
 	}
 	if err := kill(before); err != nil {
-		return err
+		return fmt.Errorf("%s on %s: %w", name, node, err)
 	}
-	return until(ctx, 20*time.Second, "weir on "+node+" to be started again", func() error {
-		if now, err := runningPID(service); err != nil || now == before {
-			return fmt.Errorf("the process is still %d: %w", before, err)
+	return until(ctx, 20*time.Second, name+" on "+node+" to be started again", func() error {
+		now, err := runningPID(service)
+		if err == nil && now == before {
+			err = fmt.Errorf("the process is still %d", before)
 		}
-		return nil
+		return err
 	})
 }
 
