@@ -59,9 +59,7 @@ func ginkgoSuiteOf(name string) *ginkgoSuite {
 
 // selection is what a run of a ginkgo suite consists of.
 type selection struct {
-	// focus and skip are the expressions that ginkgo gets.
-	focus, skip string
-	// run are the names of the specs that ginkgo will take.
+	// run are the names of the specs that ginkgo is to take.
 	run []string
 	// skipped are those of the suite that the list in the tree leaves out.
 	skipped []Spec
@@ -84,50 +82,30 @@ func (s *ginkgoSuite) choose(specs []string, focus string, narrow bool, list *Li
 	}
 	replaced := focus != "" && !narrow
 	chosen := &selection{}
-	var names, left []string
 	for _, name := range specs {
 		if !wanted.MatchString(name) || (!replaced && (!own.MatchString(name) || without.MatchString(name))) {
 			continue
 		}
 		if reason, skip := list.skips(name, on); skip {
 			chosen.skipped = append(chosen.skipped, Spec{Name: name, Outcome: Skipped, Reason: reason})
-			left = append(left, exactly(name))
 		} else {
 			chosen.run = append(chosen.run, name)
-			names = append(names, exactly(name))
 		}
 	}
-	if len(names) == 0 {
-		return chosen, nil
-	}
-	// Names say it shortest where there are few, and expressions where there are many.
-	if focus != "" && len(names) < 20 {
-		chosen.focus = strings.Join(names, "|")
-		return chosen, nil
-	}
-	if focus != "" {
-		chosen.focus = focus
-		// Go's expressions have no "and", so what the focus takes beyond the suite is left out by name.
-		taken := map[string]bool{}
-		for _, name := range chosen.run {
-			taken[name] = true
-		}
-		left = nil
-		for _, name := range specs {
-			if wanted.MatchString(name) && !taken[name] {
-				left = append(left, exactly(name))
-			}
-		}
-		chosen.skip = strings.Join(left, "|")
-		return chosen, nil
-	}
-	chosen.focus = s.focus
-	chosen.skip = strings.Join(append([]string{cmp.Or(s.without, nothing)}, left...), "|")
 	return chosen, nil
 }
 
 // nothing is an expression that no name matches.
 const nothing = `^$`
+
+// focus is the expression that makes ginkgo take exactly what was chosen: all names, since Go's expressions have no "and not".
+func (s *selection) focus() string {
+	names := make([]string, len(s.run))
+	for i, name := range s.run {
+		names[i] = exactly(name)
+	}
+	return strings.Join(names, "|")
+}
 
 // exactly is an expression for one spec's name: ginkgo writes the suite's description before it.
 func exactly(name string) string {

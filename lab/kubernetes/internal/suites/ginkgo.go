@@ -96,7 +96,7 @@ func (r *runner) ginkgo(ctx context.Context, suite *ginkgoSuite) (*SuiteResult, 
 	fmt.Fprintf(r.Out, "%-11s %d specs, %d at a time; the log is %s\n", suite.name, len(chosen.run), procs, log.Name())
 	cmd := r.Cluster.Command(ctx, r.node, filepath.Join(r.Cluster.Binaries, "ginkgo"),
 		"--no-color", "-v", "--procs="+strconv.Itoa(procs), "--timeout=3h", "--grace-period=60s",
-		"--focus="+chosen.focus, "--skip="+chosen.skip, filepath.Join(r.Cluster.Binaries, "e2e.test"), "--",
+		"--focus="+chosen.focus(), filepath.Join(r.Cluster.Binaries, "e2e.test"), "--",
 		"--kubeconfig="+r.Cluster.Kubeconfig, "--provider=skeleton", "--num-nodes="+strconv.Itoa(len(r.Cluster.Nodes)),
 		"--report-dir="+folder, "--disable-log-dump")
 	cmd.Env = append(cmd.Env, "WEIR_LAB_EVENTS="+events)
