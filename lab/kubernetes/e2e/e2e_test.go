@@ -11,8 +11,8 @@ import (
 	"k8s.io/kubernetes/test/e2e/framework"
 	"k8s.io/kubernetes/test/e2e/framework/config"
 	"k8s.io/kubernetes/test/e2e/framework/testfiles"
-	fixtures "k8s.io/kubernetes/test/fixtures"
 	manifests "k8s.io/kubernetes/test/e2e/testing-manifests"
+	fixtures "k8s.io/kubernetes/test/fixtures"
 
 	_ "k8s.io/kubernetes/test/e2e/common"
 	_ "k8s.io/kubernetes/test/e2e/framework/debug/init"

@@ -121,11 +121,11 @@ func (b *Builder) steps() []step {
 	program("coredns", "coredns", ".", "-s -w", "coredns")
 	test("cnp.test", "cnp", ".", "-s -w", "cnp")
 	program("pause", ".", "./cmd/pause", "-s -w", "cmd/pause")
-	program("rollclient", ".", "./cmd/rollclient", "-s -w", "cmd/rollclient", "internal/rolling")
+	program("rollclient", ".", "./cmd/rollclient", "-s -w", "cmd/rollclient", "internal/rollclient")
 	steps = append(steps,
 		step{"cnp-crds.yaml", append([]string{"cnp/go.mod"}, modules...), b.policyKinds},
 		step{"base.tar", nil, b.baseImage},
-		step{"images.tar", append([]string{"internal/build", "cmd/pause", "cmd/rollclient", "internal/rolling", "coredns"}, modules...), b.images})
+		step{"images.tar", append([]string{"internal/build", "cmd/pause", "cmd/rollclient", "internal/rollclient", "coredns"}, modules...), b.images})
 	return steps
 }
 
