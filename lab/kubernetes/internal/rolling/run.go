@@ -349,6 +349,9 @@ func (s *suite) group(ctx context.Context, g group) ([]*Scenario, error) {
 		s.mu.Lock()
 		scenario := newScenario(one.scenario, one.what, result, slices.Clone(s.events))
 		s.mu.Unlock()
+		if one.pod != "" {
+			scenario.Source = namespace + "/" + one.pod
+		}
 		if one.judge != nil {
 			one.judge(s, scenario, result)
 		}

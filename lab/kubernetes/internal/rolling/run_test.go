@@ -147,6 +147,9 @@ func TestRunWithoutACluster(t *testing.T) {
 	if len(failed) != 1 || !strings.Contains(failed["node-port-outside"], "refused") {
 		t.Errorf("%q", failed)
 	}
+	if s := byName["tcp"]; s.Source != namespace+"/"+clientOne || s.Target != address+":80" || s.Protocol != "tcp" {
+		t.Errorf("%s asked %s by %s", s.Source, s.Target, s.Protocol)
+	}
 	if s := byName["tcp"]; len(s.Events) != 5 || s.Seconds < 1.5 || s.Seconds > 10 {
 		t.Errorf("%.1f s, events %+v", s.Seconds, s.Events)
 	}

@@ -34,7 +34,11 @@ type Bulk struct {
 type Scenario struct {
 	Name string `json:"name"`
 	// What says what was done, for a person.
-	What     string         `json:"what"`
+	What string `json:"what"`
+	// Source is the pod that asked, namespace/name, or empty: from outside. Target is what it asked, ADDRESS:PORT.
+	Source   string         `json:"source,omitempty"`
+	Target   string         `json:"target"`
+	Protocol string         `json:"protocol"`
 	Seconds  float64        `json:"seconds"`
 	Attempts int            `json:"attempts"`
 	OK       int            `json:"ok"`
@@ -96,7 +100,7 @@ const (
 // newScenario is what a client's result says, judged by the bar that nothing is lost.
 func newScenario(name, what string, r *rollclient.Result, events []Event) *Scenario {
 	s := &Scenario{
-		Name: name, What: what, Seconds: r.Seconds, Attempts: r.Attempts, OK: r.OK, Lost: r.Lost, P50Ms: r.P50Ms, P99Ms: r.P99Ms, MaxMs: r.MaxMs,
+		Name: name, What: what, Target: r.Target, Protocol: protocol(r.Mode), Seconds: r.Seconds, Attempts: r.Attempts, OK: r.OK, Lost: r.Lost, P50Ms: r.P50Ms, P99Ms: r.P99Ms, MaxMs: r.MaxMs,
 		Events: events, Losses: r.Losses[:min(len(r.Losses), summedLosses)],
 	}
 	if lost := s.LostTotal(); lost > 0 {
@@ -110,6 +114,14 @@ func newScenario(name, what string, r *rollclient.Result, events []Event) *Scena
 	}
 	s.Pass = len(s.Problems) == 0
 	return s
+}
+
+func protocol(mode string) string {
+	switch mode {
+	case rollclient.UDP, rollclient.UDPOne, rollclient.DNS:
+		return "udp"
+	}
+	return "tcp"
 }
 
 func (s *Scenario) problem(format string, args ...any) {

@@ -26,7 +26,7 @@ const (
 )
 
 // diagnose collects, into a folder of its own, what is needed to understand a failure, and returns the folder's path.
-func (r *runner) diagnose(ctx context.Context, folder, name, output string) string {
+func (r *runner) diagnose(ctx context.Context, folder, name, output string, known ...pair) string {
 	r.failures++
 	if r.failures > mostDiagnostics {
 		return ""
@@ -36,7 +36,7 @@ func (r *runner) diagnose(ctx context.Context, folder, name, output string) stri
 		fmt.Fprintln(r.Out, err)
 		return ""
 	}
-	found := pairs(output)
+	found := append(known, pairs(output)...)
 	r.write(filepath.Join(dir, "failure.txt"), name+"\n\n"+output)
 	Diagnose(ctx, r.Cluster, dir, found)
 	return dir

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
@@ -111,7 +112,11 @@ func (r *runner) rolling(ctx context.Context) (*SuiteResult, error) {
 	scenarios, err := rolling.Run(ctx, rolling.Options{
 		Cluster: r.Cluster, Focus: r.Focus, Results: folder, Durations: r.Options.Rolling, Out: r.Out,
 		Failed: func(s *rolling.Scenario) {
-			s.Diagnostics = r.diagnose(ctx, folder, rollingPrefix+s.Name, s.Why())
+			var known []pair
+			if target, err := netip.ParseAddrPort(s.Target); err == nil && s.Source != "" {
+				known = append(known, pair{Source: s.Source, Destination: target.Addr().String(), Protocol: s.Protocol, Port: int(target.Port())})
+			}
+			s.Diagnostics = r.diagnose(ctx, folder, rollingPrefix+s.Name, s.Why(), known...)
 		},
 	})
 	if err != nil {
