@@ -305,7 +305,7 @@ kind: ConfigMap
 metadata: {name: coredns, namespace: kube-system}
 data:
   Corefile: |
-    .:53 {
+    cluster.local in-addr.arpa ip6.arpa {
         errors
         health {
             lameduck 5s
@@ -313,14 +313,16 @@ data:
         ready
         kubernetes cluster.local in-addr.arpa ip6.arpa {
             pods insecure
-            fallthrough in-addr.arpa ip6.arpa
             ttl 30
-        }
-        template ANY ANY . {
-            rcode NXDOMAIN
         }
         cache 30
         reload
+    }
+    . {
+        errors
+        template ANY ANY {
+            rcode NXDOMAIN
+        }
     }
 ---
 apiVersion: apps/v1

@@ -348,11 +348,8 @@ func (u *up) controlPlane(ctx context.Context) error {
 	}
 	// Those two end where the roles that the API server makes at its start are not there yet.
 	if err := kubectl("the API server's roles (its log: "+u.log(name, "kube-apiserver")+")",
-		"get", "clusterrole", "system:kube-scheduler", "system:kube-controller-manager", "system:coredns", "-o", "name"); err != nil {
-		// system:coredns is made by installers, not by the API server.
-		if err := kubectl("the API server's roles", "get", "clusterrole", "system:kube-scheduler", "system:kube-controller-manager", "-o", "name"); err != nil {
-			return err
-		}
+		"get", "clusterrole", "system:kube-scheduler", "system:kube-controller-manager", "-o", "name"); err != nil {
+		return err
 	}
 	if err := kubectl("the API server's role bindings", "get", "rolebinding", "-n", "kube-system", "system::extension-apiserver-authentication-reader",
 		"system::leader-locking-kube-scheduler"); err != nil {
@@ -418,10 +415,7 @@ func (u *up) importImages(ctx context.Context, node Node) error {
 
 func (u *up) kubelet(node Node) error {
 	folder := filepath.Join(u.Dir, node.Name)
-	var addresses string
-	for _, dns := range byFamily(u.Family, dnsV4, dnsV6)[:1] {
-		addresses = dns
-	}
+	dns := byFamily(u.Family, dnsV4, dnsV6)[0]
 	resolv := filepath.Join(folder, "resolv.conf")
 	// Nobody listens there: names outside of the cluster fail at once instead of in seconds.
 	if err := os.WriteFile(resolv, []byte("nameserver "+byFamily(u.Family, bridgeV4, bridgeV6)[0]+"\n"), 0o644); err != nil {
@@ -447,7 +441,7 @@ evictionHard: {memory.available: 100Mi}
 registerNode: true
 maxPods: 250
 serializeImagePulls: false
-`, u.keys.path("ca.crt"), u.keys.path(node.Name+"-serving.crt"), u.keys.path(node.Name+"-serving.key"), addresses, resolv)
+`, u.keys.path("ca.crt"), u.keys.path(node.Name+"-serving.crt"), u.keys.path(node.Name+"-serving.key"), dns, resolv)
 	path := filepath.Join(folder, "kubelet.yaml")
 	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
 		return err
@@ -486,13 +480,15 @@ func (u *up) ready(ctx context.Context) error {
 	if err != nil {
 		return errors.New("dig is missing; as root: apt-get install bind9-dnsutils")
 	}
-	for _, server := range byFamily(u.Family, dnsV4, dnsV6)[:1] {
-		what := "DNS at " + server + " from each node"
+	kinds := byFamily(u.Family, "A", "AAAA")
+	expected := byFamily(u.Family, firstV4, firstV6)
+	for i, server := range byFamily(u.Family, dnsV4, dnsV6) {
 		for _, node := range u.Nodes {
-			err := until(ctx, 30*time.Second, what, func() error {
-				out, err := u.Command(ctx, node.Name, "dig", "+short", "+time=1", "+tries=1", "@"+server, "kubernetes.default.svc.cluster.local", "ANY").CombinedOutput()
-				if err == nil && !strings.HasPrefix(string(out), "10.96.") && !strings.HasPrefix(string(out), "fd00:96:") {
-					err = fmt.Errorf("the answer is %q", out)
+			err := until(ctx, 30*time.Second, "DNS at "+server+" from "+node.Name, func() error {
+				// The default service has one family alone: the first.
+				out, err := u.Command(ctx, node.Name, "dig", "+short", "+time=1", "+tries=1", "@"+server, "kubernetes.default.svc.cluster.local", kinds[0]).CombinedOutput()
+				if answer := strings.TrimSpace(string(out)); err == nil && answer != expected[0] {
+					err = fmt.Errorf("query %d: the answer is %q instead of %s", i, answer, expected[0])
 				}
 				return err
 			})
