@@ -105,7 +105,7 @@ impl PodName {
                 && text.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, b'-' | b'.'))
                 && !text.starts_with(['-', '.'])
         };
-        ok(&self.namespace) && ok(&self.name) && self.uid.as_ref().is_none_or(|uid| uid.len() <= 128)
+        ok(&self.namespace) && ok(&self.name) && self.uid.as_ref().is_none_or(|uid| uid.len() <= 253)
     }
 }
 

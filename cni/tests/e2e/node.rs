@@ -17,7 +17,10 @@ use std::{
 use nix::sched::{CloneFlags, setns};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
-use weir_node::pods::{Ask, InForce, LocalPod, NodeRanges, Pods, Settings, device_name};
+use weir_node::{
+    ipam::explain::Report,
+    pods::{Ask, InForce, LocalPod, NodeRanges, Pods, Settings, device_name},
+};
 
 static COUNT: AtomicU32 = AtomicU32::new(0);
 
@@ -99,6 +102,8 @@ pub struct Behaviour {
     pub put: Option<String>,
     /// Put is answered after this time.
     pub slow: Duration,
+    /// It does not look at devices, which takes it some milliseconds.
+    pub blind: bool,
     /// The router ends at the next question of this kind ("close", "put").
     pub ends_at: Option<&'static str>,
 }
@@ -137,14 +142,15 @@ impl Control {
                 let behaviour: Behaviour = told.lock().unwrap().clone();
                 match ask {
                     Ask::Close { device, answer } => {
-                        seen.lock().unwrap().push(Asked::Close(device.clone(), is_up(&device) == Some(false)));
+                        let down = !behaviour.blind && is_up(&device) == Some(false);
+                        seen.lock().unwrap().push(Asked::Close(device, down));
                         if behaviour.ends_at == Some("close") {
                             return;
                         }
                         let _ = answer.send(behaviour.close.map_or(Ok(()), Err));
                     }
                     Ask::Put { pod, answer, .. } => {
-                        let up = is_up(&pod.device) == Some(true);
+                        let up = !behaviour.blind && is_up(&pod.device) == Some(true);
                         seen.lock().unwrap().push(Asked::Put(pod, up));
                         if behaviour.ends_at == Some("put") {
                             return;
@@ -256,6 +262,11 @@ impl Node {
         names
     }
 
+    /// What the router says of its addresses.
+    pub fn explain(&self) -> Report {
+        self.namespace.within(|| self.pods().explain().unwrap())
+    }
+
     /// Host ends that there are.
     pub fn devices(&self) -> Vec<String> {
         let links = self.namespace.ip_json("link show");
@@ -270,7 +281,7 @@ impl Node {
         assert_eq!(self.devices(), [""; 0]);
         assert_eq!(self.state_files("pods"), [""; 0]);
         assert_eq!(self.pods().kept(), []);
-        let report = self.pods().explain().unwrap();
+        let report = self.explain();
         assert_eq!(report.leaks, []);
         assert!(report.ranges.iter().all(|range| range.in_use == 0), "{report:?}");
     }

@@ -326,7 +326,10 @@ impl Keeper {
     }
 
     fn make(&self, record: &Record, namespace: Namespace<'_>) -> Result<(), CniError> {
-        let kernel = |error: KernelError| failure(CniError::TRY_AGAIN, error);
+        let kernel = |error: KernelError| match error {
+            KernelError::Namespace(_) => failure(CniError::INVALID_ENVIRONMENT, error),
+            _ => failure(CniError::TRY_AGAIN, error),
+        };
         // It need not outlive a power cut yet: neither does the device.
         self.keep(record, Sync::Later).map_err(|error| self.disk_failure(&error))?;
         let pair = pair(record);
@@ -716,8 +719,14 @@ impl Keeper {
     /// # Errors
     /// Where the state folder cannot be read.
     pub fn explain(&self) -> io::Result<explain::Report> {
-        let ends = self.kernel.host_ends().ok();
-        explain::report(&*self.disk, ends.as_deref(), &self.boot, (self.clock)())
+        // Only a thread of the node's namespace sees the devices.
+        let here = fs::metadata("/proc/thread-self/ns/net")?.ino() == self.netns;
+        let ends = if here { self.kernel.host_ends().ok() } else { None };
+        let mut report = explain::report(&*self.disk, ends.as_deref(), &self.boot, (self.clock)())?;
+        if ends.is_none() {
+            report.notes.push("devices were not looked at".to_owned());
+        }
+        Ok(report)
     }
 }
 

@@ -210,6 +210,11 @@ impl Kernel for NodeKernel {
         };
         match made {
             Err(error) if is(&error, libc::EEXIST) => return Err(KernelError::Occupied(pair.interface.clone())),
+            // That is all it says of a descriptor that is no network namespace.
+            Err(error) if is(&error, libc::EINVAL) => {
+                in_namespace(namespace, || Ok(())).map_err(KernelError::Namespace)?;
+                return Err(error);
+            }
             other => other?,
         }
         let prepared = host_sysctls(pair).and_then(|()| {
