@@ -241,7 +241,8 @@ impl Keeper {
 
         let known = self.state().records.get(&attachment).cloned();
         if let Some(mut known) = known {
-            let same = known.phase == Phase::Made && of_pod(&known) && known.pod.netns == Some(netns);
+            let same =
+                known.phase == Phase::Made && of_pod(&known) && known.pod.netns.is_none_or(|known| known == netns);
             if same && matches!(self.kernel.difference(&pair(&known), namespace), Ok(None)) {
                 if known.pod.host_ports != host_ports {
                     known.pod.host_ports = host_ports;
