@@ -229,6 +229,26 @@ pub fn status_text(status: &Value) -> String {
     } else {
         let _ = writeln!(text, "offload     off");
     }
+    if let Some(pods) = status["pods"].as_object() {
+        let list = |key: &str| pods[key].as_array().map_or(&[][..], Vec::as_slice);
+        let _ = writeln!(
+            text,
+            "pods        {} made by weir; {} closed until their object comes, {} requests wait",
+            pods["known"],
+            list("closedUntilObject").len(),
+            list("waiting").len()
+        );
+        for pod in list("closedUntilObject") {
+            let _ = writeln!(text, "pods        {} is closed until its object comes", word(pod));
+        }
+        for waiting in list("waiting") {
+            let [pod, what] = ["pod", "waitsFor"].map(|key| word(&waiting[key]));
+            let _ = writeln!(text, "pods        {pod} has waited {} ms for {what}", waiting["waitedMs"]);
+        }
+        for (key, value) in pods["maker"].as_object().into_iter().flatten() {
+            let _ = writeln!(text, "pods        {key}: {}", word(value));
+        }
+    }
     for mode in status["modes"].as_array().into_iter().flatten() {
         let _ = writeln!(
             text,

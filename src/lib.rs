@@ -11,6 +11,7 @@
 //! - [`flow`], [`explain`]: what traces are asked, and how they tell of services.
 //! - [`control`]: asking a running router; [`report`]: what is printed alike.
 //! - [`health`]: what load balancers ask of the node.
+//! - `pods`: the pods that weir itself makes on its node, as control keeps them.
 //! - [`kernel`]: the node's kernel, followed and set up.
 //! - [`watch`]: when to reload.
 //! - [`lab`]: clusters in network namespaces, for the demo and the end-to-end tests.
@@ -33,7 +34,9 @@ pub mod manifests;
 pub mod memory_demo;
 pub mod memory_router;
 mod offload;
+mod pods;
 pub mod policy;
+mod prefixes;
 pub mod prepare;
 pub mod replay;
 pub mod report;
