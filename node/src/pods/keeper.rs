@@ -1,0 +1,855 @@
+//! Keeps records, devices and addresses in agreement.
+//!
+//! Order of an ADD: address (in memory), record "making", pair, closed, up, record "made" on the disk while control publishes, answer. Order of a
+//! DEL: control, pair, address to the disk as given back, record. Whoever ends in between leaves a record; what it stands for is then looked
+//! up in the kernel ([`Keeper::open`]). What fails in between is undone at once; where that fails too, the record stays, marked as half
+//! made, and is looked at again ([`Keeper::tend`]).
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    fs::{self, File},
+    io,
+    net::IpAddr,
+    os::unix::fs::MetadataExt,
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde_json::{Value, json};
+use sha1::{Digest, Sha1};
+use tokio::sync::mpsc;
+use weir_cni::{
+    CniError,
+    queue::Queue,
+    wire::{Attachment, Command, HostPort, Made, PodName},
+};
+use weir_packet::Mac;
+
+use super::{
+    Ask, InForce, LocalPod, NodeRanges, PodsError, Settings,
+    control::{Control, ControlError},
+    device_name,
+    kernel::{Alias, HostEnd, Kernel, KernelError, Namespace, NodeKernel, Pair},
+};
+use crate::ipam::{
+    Given, Pool,
+    disk::{Disk, Folder, StateFolder, Sync},
+    explain,
+    record::{Freed, NodeFile, Phase, Record, VERSION},
+};
+
+/// How long a request waits for another of the same pod.
+const TURN: Duration = Duration::from_secs(15);
+/// How long control may take to close a device, to publish beyond the patience for an object, and to take note that a pod goes.
+const CONTROL: Duration = Duration::from_secs(8);
+/// The file of the folder `node`.
+pub const NODE_FILE: &str = "node.json";
+/// Ends a record's file name.
+const SUFFIX: &str = ".json";
+
+/// A clock: milliseconds since 1970 that never go back while a process runs, whatever is done to the node's time.
+pub type Clock = Box<dyn Fn() -> u64 + Send + std::marker::Sync>;
+
+/// Everything about pods that does not concern sockets.
+pub struct Keeper {
+    settings: Settings,
+    disk: Box<dyn Disk>,
+    kernel: Box<dyn Kernel>,
+    control: Control,
+    clock: Clock,
+    boot: String,
+    netns: u64,
+    queue: Queue,
+    turns: Turns,
+    state: Mutex<State>,
+    /// Held as long as this process uses the state folder.
+    _lock: Option<Flock<File>>,
+}
+
+struct State {
+    records: BTreeMap<Attachment, Record>,
+    pool: Pool,
+    ranges: Option<NodeRanges>,
+    added: u64,
+    deleted: u64,
+    failed: u64,
+    mended: u64,
+    last_error: Option<String>,
+}
+
+/// What a keeper runs on.
+pub struct Parts {
+    /// Where records are kept.
+    pub disk: Box<dyn Disk>,
+    /// Where pods are made.
+    pub kernel: Box<dyn Kernel>,
+    /// The time.
+    pub clock: Clock,
+    /// The kernel's boot id.
+    pub boot: String,
+    /// When it booted, in the clock's milliseconds.
+    pub booted: u64,
+    /// The inode of the node's network namespace.
+    pub netns: u64,
+}
+
+impl Keeper {
+    /// Opens the state folder and puts it in agreement with the kernel.
+    ///
+    /// # Errors
+    /// Where the folder or the kernel cannot be used.
+    pub fn open(settings: Settings, asks: mpsc::Sender<Ask>) -> Result<Self, PodsError> {
+        let failed = |source| PodsError::State { path: settings.state.clone(), source };
+        let disk = StateFolder::create(&settings.state).map_err(failed)?;
+        let lock = lock(&settings)?;
+        let system = |what| move |source| PodsError::System { what, source };
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(system("the kernel's boot id"))?;
+        let netns = fs::metadata("/proc/thread-self/ns/net").map_err(system("this network namespace"))?.ino();
+        let clock = clock();
+        let up = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+            .map_err(|errno| PodsError::System { what: "the time since boot", source: errno.into() })?;
+        let up = Duration::from(up).as_millis() as u64;
+        let parts = Parts {
+            booted: clock().saturating_sub(up),
+            disk: Box::new(disk),
+            kernel: Box::new(NodeKernel),
+            clock,
+            boot: boot.trim().to_owned(),
+            netns,
+        };
+        Self::with(settings, asks, parts, Some(lock))
+    }
+
+    /// The same on other parts.
+    ///
+    /// # Errors
+    /// Where they fail.
+    pub fn with(
+        settings: Settings,
+        asks: mpsc::Sender<Ask>,
+        parts: Parts,
+        lock: Option<Flock<File>>,
+    ) -> Result<Self, PodsError> {
+        let Parts { disk, kernel, clock, boot, booted, netns } = parts;
+        let keeper = Self {
+            control: Control::new(asks),
+            queue: Queue::beside(&settings.socket),
+            turns: Turns::default(),
+            state: Mutex::new(State {
+                records: BTreeMap::new(),
+                pool: Pool::new(settings.cool_down),
+                ranges: None,
+                added: 0,
+                deleted: 0,
+                failed: 0,
+                mended: 0,
+                last_error: None,
+            }),
+            settings,
+            disk,
+            kernel,
+            clock,
+            boot,
+            netns,
+            _lock: lock,
+        };
+        keeper.load(booted)?;
+        keeper.drain();
+        Ok(keeper)
+    }
+
+    /// The pods that control has to know, ordered.
+    pub fn pods(&self) -> Vec<LocalPod> {
+        let state = self.state();
+        let made = state.records.values().filter(|record| record.phase == Phase::Made && !record.pod.name.is_empty());
+        let mut pods: Vec<_> = made.map(|record| record.pod.clone()).collect();
+        pods.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+        pods
+    }
+
+    /// See [`super::Pods::configure`].
+    pub fn configure(&self, ranges: NodeRanges) -> bool {
+        {
+            let mut state = self.state();
+            if state.ranges.as_ref() == Some(&ranges) {
+                return false;
+            }
+            state.pool.set_ranges(&ranges.pod_cidrs, ranges.left_out.iter().copied());
+            state.ranges = Some(ranges.clone());
+        }
+        let file = NodeFile {
+            version: VERSION,
+            node_name: self.settings.node_name.clone(),
+            boot: self.boot.clone(),
+            netns: self.netns,
+            pod_cidrs: ranges.pod_cidrs,
+            left_out: ranges.left_out,
+            cool_down: self.settings.cool_down.as_millis() as u64,
+        };
+        // Only explanations need it.
+        if let Err(error) = self.disk.write(Folder::Node, NODE_FILE, &text(&file), Sync::Later) {
+            tracing::warn!("{}: {error}", self.settings.state.display());
+        }
+        true
+    }
+
+    /// Does what a runtime asks; `None` where there is nothing to say but that it is done.
+    ///
+    /// # Errors
+    /// In the words and numbers of the CNI specification.
+    pub fn serve(&self, command: Command, namespace: Option<&File>) -> Result<Option<Made>, CniError> {
+        let needed = || namespace.ok_or_else(|| failure(CniError::INVALID_ENVIRONMENT, "CNI_NETNS did not come along"));
+        let outcome = match command {
+            Command::Add { attachment, pod, host_ports } => self.add(attachment, pod, host_ports, needed()?).map(Some),
+            Command::Del { attachment, pod } => self.delete(&attachment, pod.as_ref()).map(|()| None),
+            Command::Check { attachment } => self.check(&attachment, needed()?).map(Some),
+            Command::Status => self.ready().map(|()| None),
+            Command::Gc { valid } => self.collect(&valid).map(|()| None),
+            Command::Drain => {
+                self.drain();
+                Ok(None)
+            }
+        };
+        if let Err(error) = &outcome {
+            let mut state = self.state();
+            state.failed += 1;
+            state.last_error = Some(error.to_string());
+        }
+        outcome
+    }
+
+    fn add(
+        &self,
+        attachment: Attachment,
+        pod: PodName,
+        host_ports: Vec<HostPort>,
+        namespace: Namespace<'_>,
+    ) -> Result<Made, CniError> {
+        if !pod.is_valid() {
+            return Err(failure(
+                CniError::INVALID_ENVIRONMENT,
+                "CNI_ARGS: the pod's name is none that Kubernetes gives",
+            ));
+        }
+        let netns = namespace.metadata().map_err(|error| failure(CniError::IO, "CNI_NETNS").with(error))?.ino();
+        if netns == self.netns {
+            return Err(failure(CniError::INVALID_ENVIRONMENT, KernelError::OwnNamespace));
+        }
+        let _turn = self.turn(&attachment, Some(&pod))?;
+        let of_pod = |record: &Record| record.pod.namespace == pod.namespace && record.pod.name == pod.name;
+
+        let known = self.state().records.get(&attachment).cloned();
+        if let Some(mut known) = known {
+            let same = known.phase == Phase::Made && of_pod(&known) && known.pod.netns == Some(netns);
+            if same && matches!(self.kernel.difference(&pair(&known), namespace), Ok(None)) {
+                if known.pod.host_ports != host_ports {
+                    known.pod.host_ports = host_ports;
+                    self.keep(&known, Sync::Now).map_err(|error| self.disk_failure(&error))?;
+                    self.state().records.insert(attachment, known.clone());
+                }
+                // Its answer may have been lost, and so may what control knew.
+                self.put(&known.pod)?;
+                return Ok(known.made());
+            }
+            self.take_away(&known)?;
+        }
+        let others: Vec<_> = {
+            let state = self.state();
+            state.records.values().filter(|record| of_pod(record)).cloned().collect()
+        };
+        if others.iter().any(|record| record.pod.sandbox == attachment.sandbox) {
+            return Err(failure(
+                CniError::INVALID_ENVIRONMENT,
+                "CNI_IFNAME: weir gives a pod one interface, and this sandbox has it under another name",
+            ));
+        }
+        // A sandbox of this pod from before: the name and the device are the new one's.
+        for record in &others {
+            self.take_away(record)?;
+        }
+
+        let (record, given) = self.begin(&attachment, &pod, host_ports, netns)?;
+        match self.make(&record, namespace) {
+            Ok(()) => {
+                let mut made = record;
+                made.phase = Phase::Made;
+                let answer = made.made();
+                let mut state = self.state();
+                state.records.insert(attachment, made);
+                state.added += 1;
+                Ok(answer)
+            }
+            Err(error) => {
+                self.undo(&record, &given);
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes addresses and remembers that a pod is being made with them. With what is to be restored if it is not.
+    fn begin(
+        &self,
+        attachment: &Attachment,
+        pod: &PodName,
+        host_ports: Vec<HostPort>,
+        netns: u64,
+    ) -> Result<(Record, Vec<Given>), CniError> {
+        let now = (self.clock)();
+        let mut state = self.state();
+        let Some(mtu) = state.ranges.as_ref().filter(|ranges| !ranges.pod_cidrs.is_empty()).map(|ranges| ranges.mtu)
+        else {
+            return Err(no_ranges(CniError::TRY_AGAIN, &self.settings.node_name));
+        };
+        let given = state.pool.allocate(now).map_err(|exhausted| failure(CniError::TRY_AGAIN, exhausted))?;
+        let record = Record {
+            version: VERSION,
+            phase: Phase::Making,
+            interface: attachment.interface.clone(),
+            boot: self.boot.clone(),
+            since: now,
+            mtu,
+            pod: LocalPod {
+                namespace: pod.namespace.clone(),
+                name: pod.name.clone(),
+                uid: pod.uid.clone(),
+                sandbox: attachment.sandbox.clone(),
+                netns: Some(netns),
+                device: device_name(&pod.namespace, &pod.name),
+                mac: mac(attachment),
+                addresses: given.iter().map(|given| given.address).collect(),
+                host_ports,
+            },
+        };
+        state.records.insert(attachment.clone(), record.clone());
+        Ok((record, given))
+    }
+
+    fn make(&self, record: &Record, namespace: Namespace<'_>) -> Result<(), CniError> {
+        let kernel = |error: KernelError| failure(CniError::TRY_AGAIN, error);
+        // It need not outlive a power cut yet: neither does the device.
+        self.keep(record, Sync::Later).map_err(|error| self.disk_failure(&error))?;
+        let pair = pair(record);
+        self.kernel.create(&pair, namespace).map_err(kernel)?;
+        let device = pair.device.clone();
+        let closed = self.control.ask(|answer| Ask::Close { device, answer }, CONTROL);
+        closed.and_then(|pending| pending.wait(CONTROL)).map_err(control_failure)?.map_err(|why| {
+            failure(CniError::TRY_AGAIN, format!("the pod's device {} cannot be closed: {why}", pair.device))
+        })?;
+        self.kernel.bring_up(&pair, namespace).map_err(kernel)?;
+
+        let patience = self.settings.patience.min(Settings::MAX_PATIENCE);
+        let pod = record.pod.clone();
+        let pending =
+            self.control.ask(|answer| Ask::Put { pod, patience, answer }, CONTROL).map_err(control_failure)?;
+        let mut made = record.clone();
+        made.phase = Phase::Made;
+        // On the disk while control publishes.
+        self.keep(&made, Sync::Now).map_err(|error| self.disk_failure(&error))?;
+        in_force(pending.wait(patience + CONTROL))?;
+        for address in &record.pod.addresses {
+            // A file that stays says less than the record of who has the address.
+            let _ = self.disk.remove(Folder::Freed, &address.to_string(), Sync::Later);
+        }
+        Ok(())
+    }
+
+    /// Tells control about a pod that is made, and waits until it is in force.
+    fn put(&self, pod: &LocalPod) -> Result<(), CniError> {
+        let patience = self.settings.patience.min(Settings::MAX_PATIENCE);
+        let pod = pod.clone();
+        let pending = self.control.ask(|answer| Ask::Put { pod, patience, answer }, CONTROL);
+        in_force(pending.and_then(|pending| pending.wait(patience + CONTROL)))
+    }
+
+    /// Takes back what a failed ADD has done so far. Nobody ever had the addresses, so they are as they were.
+    fn undo(&self, record: &Record, given: &[Given]) {
+        let attachment = record.attachment();
+        self.gone(&record.pod);
+        let removed = self.kernel.remove(&record.pod.device).map_err(|error| error.to_string()).and_then(|_| {
+            let name = file_name(&attachment);
+            self.disk.remove(Folder::Pods, &name, Sync::Later).map_err(|error| error.to_string())
+        });
+        let mut state = self.state();
+        match removed {
+            Ok(()) => {
+                state.records.remove(&attachment);
+                for given in given {
+                    state.pool.give_back(*given);
+                }
+            }
+            // Its addresses stay taken until it can be taken away.
+            Err(error) => tracing::error!("what is half made of pod {} cannot be taken back yet: {error}", record.pod),
+        }
+    }
+
+    fn delete(&self, attachment: &Attachment, pod: Option<&PodName>) -> Result<(), CniError> {
+        // Whose it is, is known from the record at the latest; an ADD of it may be under way.
+        let of_record = self.state().records.get(attachment).map(|record| PodName {
+            namespace: record.pod.namespace.clone(),
+            name: record.pod.name.clone(),
+            uid: None,
+        });
+        let _turn = self.turn(attachment, of_record.as_ref().or(pod))?;
+        let known = self.state().records.get(attachment).cloned();
+        // None: deleted before, never added, or another sandbox has the pod's name by now.
+        let Some(record) = known else { return Ok(()) };
+        self.take_away(&record)?;
+        self.state().deleted += 1;
+        Ok(())
+    }
+
+    /// Takes a pod away, with its turn held.
+    fn take_away(&self, record: &Record) -> Result<(), CniError> {
+        self.gone(&record.pod);
+        self.remove_device(record).map_err(|error| failure(CniError::TRY_AGAIN, error))?;
+        self.release(record, (self.clock)()).map_err(|error| self.disk_failure(&error))
+    }
+
+    /// Removes a record's device, unless another sandbox has it.
+    fn remove_device(&self, record: &Record) -> Result<(), KernelError> {
+        let end = self.kernel.host_end(&record.pod.device)?;
+        match end {
+            Some(end) if is_of(&end, record) => self.kernel.remove(&record.pod.device).map(drop),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives a record's addresses back and forgets it.
+    fn release(&self, record: &Record, at: u64) -> io::Result<()> {
+        for address in &record.pod.addresses {
+            if let Err(error) = self.write_freed(address, at, &record.pod) {
+                tracing::warn!("that {address} was given back is not kept, only remembered: {error}");
+            }
+        }
+        let attachment = record.attachment();
+        self.disk.remove(Folder::Pods, &file_name(&attachment), Sync::Now)?;
+        let forgotten = {
+            let mut state = self.state();
+            state.records.remove(&attachment);
+            for address in &record.pod.addresses {
+                // Two records with one address can only be a hand's work; it stays with the other.
+                if !state.records.values().any(|other| other.pod.addresses.contains(address)) {
+                    state.pool.free(*address, at);
+                }
+            }
+            state.pool.forget((self.clock)())
+        };
+        for address in forgotten {
+            let _ = self.disk.remove(Folder::Freed, &address.to_string(), Sync::Later);
+        }
+        Ok(())
+    }
+
+    fn check(&self, attachment: &Attachment, namespace: Namespace<'_>) -> Result<Made, CniError> {
+        let _turn = self.turn(attachment, None)?;
+        let known = self.state().records.get(attachment).cloned();
+        let Some(record) = known.filter(|record| record.phase == Phase::Made) else {
+            return Err(failure(CniError::UNKNOWN_CONTAINER, format!("weir has made no interface {attachment}")));
+        };
+        match self.kernel.difference(&pair(&record), namespace) {
+            Ok(None) => Ok(record.made()),
+            Ok(Some(difference)) => Err(failure(
+                CniError::NOT_AS_MADE,
+                format!("the network of pod {} is not as it was made: {difference}", record.pod),
+            )),
+            Err(error) => Err(failure(CniError::TRY_AGAIN, error)),
+        }
+    }
+
+    fn ready(&self) -> Result<(), CniError> {
+        if !self.control.is_there() {
+            return Err(failure(CniError::UNAVAILABLE, ControlError::Ends));
+        }
+        let ranges = self.state().ranges.as_ref().is_some_and(|ranges| !ranges.pod_cidrs.is_empty());
+        // An exhausted pool is no reason: a node that is full is not broken.
+        if ranges { Ok(()) } else { Err(no_ranges(CniError::UNAVAILABLE, &self.settings.node_name)) }
+    }
+
+    /// GC: takes away what is not listed, and works off the queue.
+    fn collect(&self, valid: &[Attachment]) -> Result<(), CniError> {
+        self.drain();
+        let valid: BTreeSet<_> = valid.iter().collect();
+        let stale: Vec<_> = {
+            let state = self.state();
+            state.records.keys().filter(|attachment| !valid.contains(attachment)).cloned().collect()
+        };
+        let mut failed = Vec::new();
+        for attachment in stale {
+            tracing::info!("the runtime does not know {attachment} any more");
+            if let Err(error) = self.delete(&attachment, None) {
+                failed.push(format!("{attachment}: {error}"));
+            }
+        }
+        if failed.is_empty() {
+            return Ok(());
+        }
+        Err(failure(CniError::TRY_AGAIN, format!("{} sandboxes could not be taken away", failed.len()))
+            .with(failed.join("; ")))
+    }
+
+    /// Works off the queue of DELs.
+    pub fn drain(&self) {
+        let entries = match self.queue.entries() {
+            Ok(entries) => entries,
+            Err(error) => return tracing::warn!("the queue of DELs cannot be read: {error}"),
+        };
+        for attachment in entries {
+            let done = self.delete(&attachment, None).map_err(|error| error.to_string());
+            if let Err(error) = done.and_then(|()| self.queue.remove(&attachment).map_err(|error| error.to_string())) {
+                tracing::warn!("the DEL of {attachment} stays in the queue: {error}");
+            }
+        }
+    }
+
+    /// To be called now and then: takes away pods whose device went with its namespace and of which no DEL came, what is half made and nobody
+    /// works at, and what the queue holds.
+    pub fn tend(&self) {
+        self.drain();
+        let records: Vec<_> = self.state().records.values().cloned().collect();
+        for record in records {
+            let outcome = self.tend_to(&record);
+            if let Err(error) = outcome {
+                tracing::warn!("pod {}: {error}", record.pod);
+            }
+        }
+    }
+
+    fn tend_to(&self, record: &Record) -> Result<(), CniError> {
+        let attachment = record.attachment();
+        let end = self.kernel.host_end(&record.pod.device).map_err(|error| failure(CniError::TRY_AGAIN, error))?;
+        if record.phase == Phase::Made && end.is_some_and(|end| is_of(&end, record)) {
+            return Ok(());
+        }
+        let pod = PodName { namespace: record.pod.namespace.clone(), name: record.pod.name.clone(), uid: None };
+        let _turn = self.turn(&attachment, Some(&pod))?;
+        // Still so, now that nobody works at it?
+        let end = self.kernel.host_end(&record.pod.device).map_err(|error| failure(CniError::TRY_AGAIN, error))?;
+        let there = end.is_some_and(|end| is_of(&end, record));
+        let known = self.state().records.get(&attachment).cloned();
+        match known {
+            Some(known) if known.since == record.since && !(known.phase == Phase::Made && there) => {
+                tracing::info!("pod {} went without a DEL ({attachment}); its addresses are given back", known.pod);
+                self.state().mended += 1;
+                self.take_away(&known)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts files and devices in agreement when a process starts. Control is not asked: it learns of what is left.
+    fn load(&self, booted: u64) -> Result<(), PodsError> {
+        let failed = |source| PodsError::State { path: self.settings.state.clone(), source };
+        let now = (self.clock)();
+        let ends: BTreeMap<String, HostEnd> =
+            self.kernel.host_ends()?.into_iter().map(|end| (end.name.clone(), end)).collect();
+        for (name, bytes) in self.disk.read(Folder::Freed).map_err(failed)? {
+            match (name.parse::<IpAddr>(), serde_json::from_slice::<Freed>(&bytes)) {
+                // A clock that was set back must not keep an address for years.
+                (Ok(address), Ok(freed)) if freed.version == VERSION => {
+                    self.state().pool.free(address, freed.at.min(now))
+                }
+                // That somebody had it just now is the careful reading.
+                (Ok(address), _) => self.state().pool.free(address, now),
+                _ => self.disk.remove(Folder::Freed, &name, Sync::Later).map_err(failed)?,
+            }
+        }
+        let mut records = Vec::new();
+        for (name, bytes) in self.disk.read(Folder::Pods).map_err(failed)? {
+            let attachment = name.strip_suffix(SUFFIX).and_then(Attachment::from_file_name);
+            let record = serde_json::from_slice::<Record>(&bytes).ok().filter(|record| record.version == VERSION);
+            match (record, attachment) {
+                (Some(record), Some(attachment)) if record.attachment() == attachment => records.push(record),
+                _ => {
+                    tracing::error!(
+                        "{name} in {} is no record; its device, if any, says what it was",
+                        self.settings.state.display()
+                    );
+                    self.disk.remove(Folder::Pods, &name, Sync::Later).map_err(failed)?;
+                }
+            }
+        }
+        // Of two that claim a device or an address, the younger has it.
+        records.sort_by_key(|record| std::cmp::Reverse(record.since));
+        let mut lost = Vec::new();
+        for record in records {
+            let end = ends.get(&record.pod.device);
+            let lives =
+                record.boot == self.boot && record.phase == Phase::Made && end.is_some_and(|end| is_of(end, &record));
+            let mut state = self.state();
+            let claimed = state.records.values().any(|other| {
+                other.pod.device == record.pod.device
+                    || other.pod.addresses.iter().any(|address| record.pod.addresses.contains(address))
+            });
+            if lives && !claimed {
+                for address in &record.pod.addresses {
+                    state.pool.take(*address);
+                }
+                state.records.insert(record.attachment(), record);
+            } else {
+                lost.push(record);
+            }
+        }
+        for record in lost {
+            let another_boot = record.boot != self.boot;
+            let why = match record.phase {
+                _ if another_boot => "is of an earlier boot",
+                Phase::Making => "was half made",
+                Phase::Made => "has no device any more",
+            };
+            tracing::info!("pod {} ({}) {why}; its addresses are given back", record.pod, record.attachment());
+            let owned = self.state().records.values().any(|other| other.pod.device == record.pod.device);
+            if !owned {
+                self.remove_device(&record)?;
+            }
+            // Since when nobody has had them is known after a reboot: full nodes need not wait once more.
+            self.release(&record, if another_boot { booted.max(record.since).min(now) } else { now })
+                .map_err(failed)?;
+            self.state().mended += 1;
+        }
+        for end in ends.values() {
+            let Some(alias) = &end.alias else { continue };
+            if !self.state().records.contains_key(&alias.attachment) && self.kernel.host_end(&end.name)?.is_some() {
+                self.recover(end, alias, now).map_err(failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the record anew that a device must have had: it was lost, the pod lives.
+    fn recover(&self, end: &HostEnd, alias: &Alias, now: u64) -> io::Result<()> {
+        tracing::error!(
+            "{} is of {} and has no record in {}; it is taken over as it says it is",
+            end.name,
+            alias.attachment,
+            self.settings.state.display()
+        );
+        let (namespace, name) = alias.pod.clone().unwrap_or_default();
+        let record = Record {
+            version: VERSION,
+            phase: Phase::Made,
+            interface: alias.attachment.interface.clone(),
+            boot: self.boot.clone(),
+            since: now,
+            mtu: end.mtu,
+            pod: LocalPod {
+                namespace,
+                name,
+                uid: None,
+                sandbox: alias.attachment.sandbox.clone(),
+                netns: None,
+                device: end.name.clone(),
+                mac: alias.mac,
+                addresses: alias.addresses.clone(),
+                host_ports: Vec::new(),
+            },
+        };
+        self.keep(&record, Sync::Now)?;
+        let mut state = self.state();
+        for address in &record.pod.addresses {
+            state.pool.take(*address);
+        }
+        state.mended += 1;
+        state.records.insert(alias.attachment.clone(), record);
+        Ok(())
+    }
+
+    fn gone(&self, pod: &LocalPod) {
+        let (namespace, name, sandbox) = (pod.namespace.clone(), pod.name.clone(), pod.sandbox.clone());
+        let asked = self.control.ask(|answer| Ask::Gone { namespace, name, sandbox, answer }, CONTROL);
+        // A pod must go also while the router ends; the next one never hears of it.
+        if let Err(ControlError::Silent) = asked.and_then(|pending| pending.wait(CONTROL)) {
+            tracing::warn!("control does not answer that pod {pod} goes; it goes all the same");
+        }
+    }
+
+    fn keep(&self, record: &Record, sync: Sync) -> io::Result<()> {
+        self.disk.write(Folder::Pods, &file_name(&record.attachment()), &text(record), sync)
+    }
+
+    fn write_freed(&self, address: &IpAddr, at: u64, pod: &LocalPod) -> io::Result<()> {
+        let freed = Freed { version: VERSION, at, pod: pod.to_string(), sandbox: pod.sandbox.clone() };
+        self.disk.write(Folder::Freed, &address.to_string(), &text(&freed), Sync::Now)
+    }
+
+    fn turn(&self, attachment: &Attachment, pod: Option<&PodName>) -> Result<Turn<'_>, CniError> {
+        let mut keys = vec![format!("sandbox {}", attachment.sandbox)];
+        keys.extend(pod.map(|pod| format!("pod {}/{}", pod.namespace, pod.name)));
+        self.turns.take(keys, TURN).ok_or_else(|| {
+            failure(CniError::TRY_AGAIN, format!("another request for {attachment} or its pod is still under way"))
+        })
+    }
+
+    fn disk_failure(&self, error: &io::Error) -> CniError {
+        failure(CniError::TRY_AGAIN, format!("the state folder {} cannot be written", self.settings.state.display()))
+            .with(error)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// See [`super::Pods::status`].
+    pub fn status(&self) -> Value {
+        let state = self.state();
+        let cooling =
+            state.pool.freed().filter(|(_, at)| at.saturating_add(self.cool_down_ms()) > (self.clock)()).count();
+        json!({
+            "pods": state.records.len(),
+            "podCIDRs": state.pool.ranges().collect::<Vec<_>>(),
+            "addresses": {"inUse": state.records.values().map(|record| record.pod.addresses.len()).sum::<usize>(), "cooling": cooling},
+            "mtu": state.ranges.as_ref().map(|ranges| ranges.mtu),
+            "added": state.added,
+            "deleted": state.deleted,
+            "failed": state.failed,
+            "mended": state.mended,
+            "lastError": state.last_error,
+        })
+    }
+
+    fn cool_down_ms(&self) -> u64 {
+        self.settings.cool_down.as_millis() as u64
+    }
+
+    /// See [`super::Pods::explain`].
+    ///
+    /// # Errors
+    /// Where the state folder cannot be read.
+    pub fn explain(&self) -> io::Result<explain::Report> {
+        let ends = self.kernel.host_ends().ok();
+        explain::report(&*self.disk, ends.as_deref(), &self.boot, (self.clock)())
+    }
+}
+
+/// Whether a host end is a record's: what says nothing of itself was not brought up yet.
+fn is_of(end: &HostEnd, record: &Record) -> bool {
+    match &end.alias {
+        Some(alias) => alias.attachment == record.attachment(),
+        None => true,
+    }
+}
+
+fn pair(record: &Record) -> Pair {
+    let pod = &record.pod;
+    Pair {
+        device: pod.device.clone(),
+        interface: record.interface.clone(),
+        mac: pod.mac,
+        mtu: record.mtu,
+        addresses: pod.addresses.clone(),
+        alias: Alias {
+            attachment: record.attachment(),
+            mac: pod.mac,
+            addresses: pod.addresses.clone(),
+            pod: Some((pod.namespace.clone(), pod.name.clone())),
+        },
+    }
+}
+
+/// A MAC address of the pod's own: the same for the same sandbox, another for the next of that name.
+fn mac(attachment: &Attachment) -> Mac {
+    let digest = Sha1::digest(attachment.file_name());
+    let mut bytes = [0; 6];
+    bytes.copy_from_slice(&digest[..6]);
+    // Locally administered, not a group (IEEE 802-2014, 8.2.2).
+    bytes[0] = bytes[0] & !1 | 2;
+    Mac(bytes)
+}
+
+fn file_name(attachment: &Attachment) -> String {
+    attachment.file_name() + SUFFIX
+}
+
+fn text(value: &impl serde::Serialize) -> Vec<u8> {
+    let mut bytes = serde_json::to_vec_pretty(value).unwrap_or_default();
+    bytes.push(b'\n');
+    bytes
+}
+
+fn failure(code: u32, what: impl ToString) -> CniError {
+    CniError::new(code, what.to_string())
+}
+
+fn control_failure(error: ControlError) -> CniError {
+    failure(CniError::TRY_AGAIN, error)
+}
+
+fn in_force(outcome: Result<InForce, ControlError>) -> Result<(), CniError> {
+    match outcome {
+        Ok(InForce::WithObject | InForce::DeniedUntilObject) => Ok(()),
+        Ok(InForce::Refused(why)) => Err(failure(CniError::TRY_AGAIN, format!("the router refuses the pod: {why}"))),
+        Err(error) => Err(control_failure(error)),
+    }
+}
+
+fn no_ranges(code: u32, node: &str) -> CniError {
+    failure(code, format!("weir knows no pod CIDR of node {node} yet")).with(
+        "Node.spec.podCIDRs is set by the controller manager (--allocate-node-cidrs), and read from the manifests",
+    )
+}
+
+fn lock(settings: &Settings) -> Result<Flock<File>, PodsError> {
+    let path = settings.state.join("lock");
+    let open = || File::options().create(true).truncate(false).write(true).open(&path);
+    // The process before this one may be ending.
+    let end = Instant::now() + Duration::from_secs(5);
+    let mut file = open().map_err(|source| PodsError::State { path: path.clone(), source })?;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() >= end => {
+                return Err(PodsError::Locked { path: settings.state.clone() });
+            }
+            Err((back, nix::errno::Errno::EWOULDBLOCK | nix::errno::Errno::EINTR)) => file = back,
+            Err((_, errno)) => return Err(PodsError::State { path, source: errno.into() }),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The node's clock as it was at the start, counted on by one that nobody can set.
+fn clock() -> Clock {
+    let start = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let begin = Instant::now();
+    Box::new(move || (start + begin.elapsed()).as_millis() as u64)
+}
+
+/// Who works at what.
+#[derive(Default)]
+struct Turns {
+    held: Mutex<HashSet<String>>,
+    changed: Condvar,
+}
+
+/// Held while one works.
+struct Turn<'t> {
+    turns: &'t Turns,
+    keys: Vec<String>,
+}
+
+impl Turns {
+    /// Takes all the keys at once, when nobody holds any of them.
+    fn take(&self, keys: Vec<String>, limit: Duration) -> Option<Turn<'_>> {
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let busy = |held: &mut HashSet<String>| keys.iter().any(|key| held.contains(key));
+        let (mut held, timeout) =
+            self.changed.wait_timeout_while(held, limit, busy).unwrap_or_else(PoisonError::into_inner);
+        if timeout.timed_out() {
+            return None;
+        }
+        held.extend(keys.iter().cloned());
+        drop(held);
+        Some(Turn { turns: self, keys })
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut held = self.turns.held.lock().unwrap_or_else(PoisonError::into_inner);
+        for key in &self.keys {
+            held.remove(key);
+        }
+        drop(held);
+        self.turns.changed.notify_all();
+    }
+}
