@@ -12,6 +12,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use weir_node::ipam::explain::Report;
 use weir_policy::RuleIdentity;
 
 use crate::{
@@ -36,6 +37,8 @@ pub enum Request {
     Services(services::Query),
     /// Hits per policy rule.
     PolicyHits,
+    /// The addresses of pods that weir makes.
+    Ipam,
 }
 
 /// Why there is no answer.
@@ -96,6 +99,14 @@ pub fn status(config: &Path) -> Result<Value, AskError> {
 pub fn policy_hits(config: &Path) -> Result<HashMap<RuleIdentity, u64>, AskError> {
     let answer: PolicyHits = serde_json::from_value(ask(config, &Request::PolicyHits)?)?;
     Ok(answer.hits.into_iter().map(|(rule, hits)| (RuleIdentity(rule), hits)).collect())
+}
+
+/// The addresses of pods that the router that runs with `config` has given.
+///
+/// # Errors
+/// Where it does not run or does not answer.
+pub fn ipam(config: &Path) -> Result<Report, AskError> {
+    Ok(serde_json::from_value(ask(config, &Request::Ipam)?)?)
 }
 
 /// The answer to [`Request::PolicyHits`].

@@ -10,6 +10,7 @@
 //! - `action_log`: the lines that Log rules write.
 //! - [`flow`], [`explain`]: what traces are asked, and how they tell of services.
 //! - [`control`]: asking a running router; [`report`]: what is printed alike.
+//! - [`ipam`]: the addresses of this node's pods.
 //! - [`health`]: what load balancers ask of the node.
 //! - `pods`: the pods that weir itself makes on its node, as control keeps them.
 //! - [`kernel`]: the node's kernel, followed and set up.
@@ -28,6 +29,7 @@ pub mod demo;
 pub mod explain;
 pub mod flow;
 pub mod health;
+pub mod ipam;
 pub mod kernel;
 pub mod lab;
 pub mod manifests;

@@ -41,7 +41,7 @@ pub struct Pods {
     all: Arc<LocalPods>,
     /// Pods that were answered for before their object was there.
     denied: BTreeSet<String>,
-    server: Server,
+    server: Arc<Server>,
 }
 
 /// A pod whose maker waits.
@@ -94,7 +94,7 @@ impl Pods {
             all.insert(Arc::new(local_pod(&made)));
         }
         let (puts, gones, denied) = Default::default();
-        Ok(Some(Self { asks, puts, gones, all: Arc::new(all), denied, server }))
+        Ok(Some(Self { asks, puts, gones, all: Arc::new(all), denied, server: Arc::new(server) }))
     }
 
     /// All that there are, in force or about to be.
@@ -107,7 +107,7 @@ impl Pods {
         let mut pod = Arc::new(local_pod(made));
         if let Err(why) = self.check(&pod) {
             warn!(pod = pod.name, why, "a pod is refused");
-            drop(answer.send(InForce::Refused(why)));
+            let _ = answer.send(InForce::Refused(why));
             return false;
         }
         let known = self.all.get(&pod.name).filter(|known| **known == pod);
@@ -142,7 +142,7 @@ impl Pods {
     /// Forgets a pod that is taken away; nothing where its name has another sandbox by now. `false`: nothing is to be prepared for it.
     pub fn gone(&mut self, name: &str, sandbox: &str, answer: oneshot::Sender<()>) -> bool {
         let Some(pod) = self.all.get(name).filter(|pod| pod.sandbox == sandbox).cloned() else {
-            drop(answer.send(()));
+            let _ = answer.send(());
             return false;
         };
         Arc::make_mut(&mut self.all).remove(name);
@@ -160,7 +160,7 @@ impl Pods {
         for gone in self.gones.extract_if(.., |gone| !is(&gone.pod, in_force)) {
             let LocalPod { name, addresses, device, .. } = &*gone.pod;
             info!(pod = name, ?addresses, device, took_ms = ms(gone.since), "pod deleted");
-            drop(gone.answer.send(()));
+            let _ = gone.answer.send(());
         }
         self.denied.retain(|name| {
             let is_denied = loaded.undescribed.contains(name);
@@ -177,7 +177,7 @@ impl Pods {
             }
             if !is(&put.pod, &self.all) {
                 let why = format!("pod {} was taken away or made again meanwhile", put.pod.name);
-                drop(put.answer.send(InForce::Refused(why)));
+                let _ = put.answer.send(InForce::Refused(why));
                 continue;
             }
             let standing = match () {
@@ -209,7 +209,7 @@ impl Pods {
                     continue;
                 }
             };
-            drop(put.answer.send(answer));
+            let _ = put.answer.send(answer);
         }
         changed
     }
@@ -225,11 +225,11 @@ impl Pods {
             if self.all.get(&put.pod.name).is_some_and(|known| Arc::ptr_eq(known, &put.pod)) {
                 Arc::make_mut(&mut self.all).remove(&put.pod.name);
             }
-            drop(put.answer.send(InForce::Refused(why.to_owned())));
+            let _ = put.answer.send(InForce::Refused(why.to_owned()));
         }
         // What was made of them goes with the next configuration that can be in force.
         for gone in self.gones.drain(..) {
-            drop(gone.answer.send(()));
+            let _ = gone.answer.send(());
         }
     }
 
@@ -239,6 +239,11 @@ impl Pods {
             let NodeRanges { pod_cidrs, mtu, .. } = ranges;
             info!(?pod_cidrs, mtu, "what new pods get");
         }
+    }
+
+    /// Who knows all about addresses.
+    pub fn server(&self) -> &Arc<Server> {
+        &self.server
     }
 
     /// For `weir status`.

@@ -19,9 +19,9 @@ impl Prefixes {
     /// Whether one of them holds `address`.
     pub fn hold(&self, address: IpAddr) -> bool {
         let is_v6 = address.is_ipv6();
-        self.lengths.range((is_v6, 0)..=(is_v6, u8::MAX)).any(|(_, length)| {
-            IpNet::new(address, *length).is_ok_and(|net| self.nets.contains(&net.trunc()))
-        })
+        self.lengths
+            .range((is_v6, 0)..=(is_v6, u8::MAX))
+            .any(|(_, length)| IpNet::new(address, *length).is_ok_and(|net| self.nets.contains(&net.trunc())))
     }
 }
 
@@ -40,9 +40,8 @@ mod tests {
     #[test]
     fn an_address_is_held_by_a_prefix_of_its_family_at_any_length() {
         let nets = ["10.1.2.3/16", "192.0.2.7/32", "fd00::/64", "::/0"].map(|text| text.parse().unwrap());
-        let held = |nets: &[IpNet], address: &str| {
-            nets.iter().copied().collect::<Prefixes>().hold(address.parse().unwrap())
-        };
+        let held =
+            |nets: &[IpNet], address: &str| nets.iter().copied().collect::<Prefixes>().hold(address.parse().unwrap());
         for (address, expected) in
             [("10.1.255.1", true), ("10.2.0.0", false), ("192.0.2.7", true), ("192.0.2.8", false), ("fd00::1", true)]
         {

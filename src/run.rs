@@ -44,8 +44,8 @@ use weir_dataplane::{
     snapshot::{Rules, Snapshot},
     worker::{Mode, Shared, Worker, now},
 };
-use weir_node::pods::{Ask, PodsError};
 use weir_nat::{Affinity, Clients, Model, SnatPorts};
+use weir_node::pods::{Ask, PodsError};
 use weir_packet::{Mac, Protocol};
 use weir_policy::Compiler;
 use weir_sync::{Counters, Domain, Published};
@@ -386,9 +386,9 @@ impl Router {
         let left = maps.as_ref().map_or(Ok(Vec::new()), |maps| maps.keys.all());
         let left = left.map_err(system("cannot tell which flows are in the kernel"))?;
         // What the process before had learned, and the programs go by.
-        let pods = maps.iter().flat_map(|maps| maps.pods(&left));
+        let known = maps.iter().flat_map(|maps| maps.pods(&left));
         let learned: BTreeMap<(IfIndex, IpAddr), Mac> =
-            pods.map(|(device, address, mac)| ((device, address), mac)).collect();
+            known.map(|(device, address, mac)| ((device, address), mac)).collect();
         let mut links = assemble_links(&kernel, &roles, &loaded, &listening, trunk_mac, &learned, max_mtu);
         let forwarding = Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?;
         let owned = owned(&loaded, &rules, &snat, &forwarding);
@@ -425,7 +425,8 @@ impl Router {
             snat: snat.clone(),
             forwarding: Arc::new(forwarding),
         });
-        let offload = offload.map(|offload| offload.begin(&opened.tables, &domain, &first, near_devices(&kernel, pods.as_ref())));
+        let offload =
+            offload.map(|offload| offload.begin(&opened.tables, &domain, &first, near_devices(&kernel, pods.as_ref())));
         let shared = Arc::new(Shared {
             snapshot: Published::new(&domain, first),
             offload: offload.as_ref().map(Offloader::shared),
@@ -750,7 +751,8 @@ impl Router {
         let Some(pods) = &mut self.pods else { return };
         pods.configure(pods::ranges(&self.loaded, &self.links, &own_addresses(&self.kernel, &self.roles)));
         let adopted = &self.adopted;
-        let knows_device = |name: &str| attach::index_of(name).is_some_and(|index| adopted.contains_key(&IfIndex(index)));
+        let knows_device =
+            |name: &str| attach::index_of(name).is_some_and(|index| adopted.contains_key(&IfIndex(index)));
         if pods.settle(&self.loaded, &self.links, knows_device) {
             self.begin_reload(Scope::LocalPods);
         }
@@ -1018,6 +1020,24 @@ impl Router {
                 })?;
                 return Ok(());
             }
+            Ok(Request::Ipam) => {
+                let Some(pods) = &self.pods else {
+                    let answer = json!({"error": "this router makes no pods: its weir.yaml had no section cni"});
+                    return writeln_to(stream.get_mut(), &answer).await;
+                };
+                let mut stream = stream.into_inner().into_std()?;
+                stream.set_nonblocking(false)?;
+                let server = Arc::clone(pods.server());
+                // It reads files, and asks the kernel for devices.
+                thread::Builder::new().name("weir-ipam".into()).spawn(move || {
+                    let answer = match server.explain() {
+                        Ok(report) => json!(report),
+                        Err(error) => json!({"error": error.to_string()}),
+                    };
+                    drop(writeln!(stream, "{answer}"));
+                })?;
+                return Ok(());
+            }
             Ok(Request::Conntrack(query)) => {
                 let stream = stream.into_inner().into_std()?;
                 stream.set_nonblocking(false)?;
@@ -1043,9 +1063,7 @@ impl Router {
             }
             Err(error) => json!({"error": error.to_string()}),
         };
-        let mut text = answer.to_string();
-        text.push('\n');
-        stream.get_mut().write_all(text.as_bytes()).await
+        writeln_to(stream.get_mut(), &answer).await
     }
 
     fn status(&self) -> Value {
@@ -1097,6 +1115,12 @@ impl Router {
             "notes": self.notes,
         })
     }
+}
+
+async fn writeln_to(stream: &mut UnixStream, answer: &Value) -> io::Result<()> {
+    let mut text = answer.to_string();
+    text.push('\n');
+    stream.write_all(text.as_bytes()).await
 }
 
 /// What became of changed configurations.

@@ -30,9 +30,9 @@ use crate::{
     manifests::{Library, Manifests, ObjectId, Objects, Substitute, library::Texts},
 };
 
+use cluster::Described;
 pub use cluster::workload_device;
 pub use local_pods::{LocalPod, LocalPods};
-use cluster::Described;
 use ports::Publishers;
 
 /// A configuration that was read and translated without an error.
@@ -226,11 +226,7 @@ impl Loader {
         outcome
     }
 
-    fn translate_again(
-        &mut self,
-        read: &Read,
-        previous: &Objects,
-    ) -> Result<(Loaded, Option<Problems>), Problems> {
+    fn translate_again(&mut self, read: &Read, previous: &Objects) -> Result<(Loaded, Option<Problems>), Problems> {
         let begin = Instant::now();
         let all = match self.attempt(read, None) {
             Ok(loaded) => return Ok((read.timed(loaded, begin), None)),

@@ -168,11 +168,8 @@ fn what_is_kept_from_load_to_load_changes_no_outcome() {
         // After a refusal the files say something else than what is in force.
         let unread = only_pods && !is_refused;
         of_pods += usize::from(unread);
-        let kept = if unread {
-            keeping.reload_local_pods(&previous.objects)
-        } else {
-            keeping.reload(&previous.objects)
-        };
+        let kept =
+            if unread { keeping.reload_local_pods(&previous.objects) } else { keeping.reload(&previous.objects) };
         let afresh = keeping.afresh().reload(&previous_afresh.objects);
         let (kept_outcome, afresh_outcome) = (outcome(&kept), outcome(&afresh));
         let differing = kept_outcome.lines().zip(afresh_outcome.lines()).find(|(kept, afresh)| kept != afresh);

@@ -5,8 +5,7 @@ use weir_dataplane::model::Workload;
 use super::*;
 use crate::trace::Tracer;
 
-const NODE: &str =
-    "apiVersion: v1\nkind: Node\nmetadata: {name: node-a}\nspec: {podCIDRs: [10.1.0.0/24]}\n---\napiVersion: v1\nkind: \
+const NODE: &str = "apiVersion: v1\nkind: Node\nmetadata: {name: node-a}\nspec: {podCIDRs: [10.1.0.0/24]}\n---\napiVersion: v1\nkind: \
      Node\nmetadata: {name: node-b}\nspec: {podCIDRs: [10.1.1.0/24]}\nstatus: {addresses: [{type: InternalIP, address: \
      192.0.2.2}]}\n";
 
@@ -66,10 +65,15 @@ fn an_object_is_a_pods_own_by_its_uid() {
         ("on the host", None, object("web-0", a, ", uid: u1", ", hostNetwork: true", ""), false),
         ("another pod", Some("u1"), object("web-1", a, ", uid: u1", "", ""), false),
     ] {
-        let loaded = load_with_pods(&format!("{NODE}{text}"), &[web_0(uid)]).unwrap_or_else(|problems| panic!("{problems}"));
+        let loaded =
+            load_with_pods(&format!("{NODE}{text}"), &[web_0(uid)]).unwrap_or_else(|problems| panic!("{problems}"));
         let [workload] = named(&loaded, "x/web-0")[..] else { panic!("{case}: {:?}", loaded.cluster.workloads) };
         let pod = web_0(uid);
-        assert_eq!((&workload.addresses, &workload.device, workload.mac), (&pod.addresses, &pod.device, Some(pod.mac)), "{case}");
+        assert_eq!(
+            (&workload.addresses, &workload.device, workload.mac),
+            (&pod.addresses, &pod.device, Some(pod.mac)),
+            "{case}"
+        );
         assert_eq!(workload.node.as_deref(), Some("node-a"), "{case}");
         let expected = if described { vec![local.to_owned()] } else { Vec::new() };
         assert_eq!(endpoints(&loaded), expected, "{case}");
@@ -116,8 +120,10 @@ fn addresses_are_those_of_pods_that_are_there() {
     assert_eq!(owners, ["x/web-0 [10.1.0.5]", "x/wrong [fd00::1]", "x/leaving [10.1.1.1]", "x/new [10.1.1.2]"]);
     assert_eq!(
         lines_of(&Ok(loaded)),
-        ["cluster.yaml:21:1: warning: Pod x/wrong: 10.1.0.5 is the address of x/web-0 too [one of the two is probably \
-          gone: take it out]"]
+        [
+            "cluster.yaml:21:1: warning: Pod x/wrong: 10.1.0.5 is the address of x/web-0 too [one of the two is probably \
+          gone: take it out]"
+        ]
     );
 }
 
@@ -141,7 +147,8 @@ fn a_pod_without_an_object_is_denied_in_both_directions() {
     let peer = object("peer", "node-a", "", "", "podIP: 10.1.0.6");
     let mut all = web_0(Some("u1"));
     all.addresses = vec!["10.1.0.5".parse().unwrap(), "fd00::5".parse().unwrap()];
-    let weir_knows = |object: &str| load_with_pods(&format!("{NODE}{object}{peer}"), std::slice::from_ref(&all)).unwrap();
+    let weir_knows =
+        |object: &str| load_with_pods(&format!("{NODE}{object}{peer}"), std::slice::from_ref(&all)).unwrap();
     let verdict = |loaded: &Loaded, flow: &str| {
         let mut answer = Vec::new();
         Tracer::new(loaded).unwrap().run(flow.as_bytes(), &mut answer, false).unwrap();
