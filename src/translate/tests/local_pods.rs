@@ -121,7 +121,7 @@ fn addresses_are_those_of_pods_that_are_there() {
     assert_eq!(
         lines_of(&Ok(loaded)),
         [
-            "cluster.yaml:21:1: warning: Pod x/wrong: 10.1.0.5 is the address of x/web-0 too [one of the two is probably \
+            "cluster.yaml:28:1: warning: Pod x/wrong: 10.1.0.5 is the address of x/web-0 too [one of the two is probably \
           gone: take it out]"
         ]
     );
