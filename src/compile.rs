@@ -89,6 +89,7 @@ pub fn links_of(config: &RouterConfig) -> Links {
         routes: routes.collect(),
         neighbors: neighbors.collect(),
         loopback_sources: Vec::new(),
+        complete: false,
         listening: BTreeSet::new(),
     }
 }

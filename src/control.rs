@@ -12,6 +12,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use weir_node::ipam::explain::Report;
 use weir_policy::RuleIdentity;
 
 use crate::{
@@ -36,6 +37,8 @@ pub enum Request {
     Services(services::Query),
     /// Hits per policy rule.
     PolicyHits,
+    /// The addresses of pods that weir makes.
+    Ipam,
 }
 
 /// Why there is no answer.
@@ -96,6 +99,14 @@ pub fn status(config: &Path) -> Result<Value, AskError> {
 pub fn policy_hits(config: &Path) -> Result<HashMap<RuleIdentity, u64>, AskError> {
     let answer: PolicyHits = serde_json::from_value(ask(config, &Request::PolicyHits)?)?;
     Ok(answer.hits.into_iter().map(|(rule, hits)| (RuleIdentity(rule), hits)).collect())
+}
+
+/// The addresses of pods that the router that runs with `config` has given.
+///
+/// # Errors
+/// Where it does not run or does not answer.
+pub fn ipam(config: &Path) -> Result<Report, AskError> {
+    Ok(serde_json::from_value(ask(config, &Request::Ipam)?)?)
 }
 
 /// The answer to [`Request::PolicyHits`].
@@ -228,6 +239,26 @@ pub fn status_text(status: &Value) -> String {
         );
     } else {
         let _ = writeln!(text, "offload     off");
+    }
+    if let Some(pods) = status["pods"].as_object() {
+        let list = |key: &str| pods[key].as_array().map_or(&[][..], Vec::as_slice);
+        let _ = writeln!(
+            text,
+            "pods        {} made by weir; {} closed until their object comes, {} requests wait",
+            pods["known"],
+            list("closedUntilObject").len(),
+            list("waiting").len()
+        );
+        for pod in list("closedUntilObject") {
+            let _ = writeln!(text, "pods        {} is closed until its object comes", word(pod));
+        }
+        for waiting in list("waiting") {
+            let [pod, what] = ["pod", "waitsFor"].map(|key| word(&waiting[key]));
+            let _ = writeln!(text, "pods        {pod} has waited {} ms for {what}", waiting["waitedMs"]);
+        }
+        for (key, value) in pods["maker"].as_object().into_iter().flatten() {
+            let _ = writeln!(text, "pods        {key}: {}", word(value));
+        }
     }
     for mode in status["modes"].as_array().into_iter().flatten() {
         let _ = writeln!(

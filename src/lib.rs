@@ -10,7 +10,9 @@
 //! - `action_log`: the lines that Log rules write.
 //! - [`flow`], [`explain`]: what traces are asked, and how they tell of services.
 //! - [`control`]: asking a running router; [`report`]: what is printed alike.
+//! - [`ipam`]: the addresses of this node's pods.
 //! - [`health`]: what load balancers ask of the node.
+//! - `pods`: the pods that weir itself makes on its node, as control keeps them.
 //! - [`kernel`]: the node's kernel, followed and set up.
 //! - [`watch`]: when to reload.
 //! - [`lab`]: clusters in network namespaces, for the demo and the end-to-end tests.
@@ -27,13 +29,16 @@ pub mod demo;
 pub mod explain;
 pub mod flow;
 pub mod health;
+pub mod ipam;
 pub mod kernel;
 pub mod lab;
 pub mod manifests;
 pub mod memory_demo;
 pub mod memory_router;
 mod offload;
+mod pods;
 pub mod policy;
+mod prefixes;
 pub mod prepare;
 pub mod replay;
 pub mod report;

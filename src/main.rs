@@ -14,6 +14,7 @@ use weir::{
     config::Problems,
     conntrack::{Action, Query},
     control::{self, AskError},
+    ipam,
     policy::{
         grid,
         groups::Groups,
@@ -58,6 +59,9 @@ enum Command {
     Policy(Policy),
     /// List the services and backends of a running router: which are used, why not, and how many connections each got.
     Services(Services),
+    /// Explain the addresses of the pods that weir makes on this node, with or without a running router.
+    #[command(subcommand)]
+    Ipam(Ipam),
     /// Take everything off the node that a router attached: programs, maps, the trunk, routes.
     Detach(Detach),
 }
@@ -255,6 +259,14 @@ struct Services {
     output: Output,
 }
 
+#[derive(Subcommand)]
+enum Ipam {
+    /// Show the ranges, and each address that a pod has or had.
+    Show(Ask),
+    /// List what keeps an address from being given, or lets it be given twice; exit status 1 if there is anything.
+    Check(Ask),
+}
+
 #[derive(Args)]
 struct Detach {
     #[command(flatten)]
@@ -343,6 +355,11 @@ fn main() -> ExitCode {
         },
         Command::Services(args) => match run_services(args, &mut io::BufWriter::new(io::stdout().lock())) {
             Ok(()) => ExitCode::SUCCESS,
+            Err(message) => failed(&message),
+        },
+        Command::Ipam(command) => match run_ipam(&command, &mut io::BufWriter::new(io::stdout().lock())) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::FAILURE,
             Err(message) => failed(&message),
         },
         Command::Detach(args) => match weir::run::detach(&args.config.config) {
@@ -442,6 +459,19 @@ fn run_services(args: Services, out: &mut impl io::Write) -> Result<(), String> 
         Output::Text => services.iter().try_for_each(|service| write!(out, "{}", weir::services::text(service))),
     };
     written(printed.and_then(|()| out.flush()))
+}
+
+/// Whether there is nothing to complain of.
+fn run_ipam(command: &Ipam, out: &mut impl io::Write) -> Result<bool, String> {
+    let (Ipam::Show(args) | Ipam::Check(args)) = command;
+    let report = ipam::report(&args.config.config).map_err(|error| error.to_string())?;
+    let text = match (command, args.output) {
+        (_, Output::Json) => as_json(&report)?,
+        (Ipam::Show(_), Output::Text) => report.text(ipam::now_ms()),
+        (Ipam::Check(_), Output::Text) => report.leaks_text(),
+    };
+    written(out.write_all(text.as_bytes()).and_then(|()| out.flush()))?;
+    Ok(matches!(command, Ipam::Show(_)) || report.leaks.is_empty())
 }
 
 fn run_conntrack(args: &Conntrack, out: &mut impl io::Write) -> Result<(), String> {

@@ -21,14 +21,37 @@ use crate::{
     config::{Problems, Severity},
     kernel::Listening,
     manifests::Objects,
-    translate::{LoadTimes, Loaded, Loader},
+    translate::{LoadTimes, Loaded, Loader, LocalPods},
 };
 
 /// Errors of a refused reload that are kept to be shown; the log has all.
 const SHOWN_ERRORS: usize = 20;
 
+/// How much of a configuration may have changed.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Scope {
+    /// The pods that this node's CNI plugin made.
+    LocalPods,
+    /// The files too.
+    Files,
+}
+
+/// What is in force and what is known, when the next configuration begins to be prepared.
+pub struct Basis {
+    /// The objects of the configuration in force.
+    pub in_force: Arc<Objects>,
+    /// The node's addresses.
+    pub own_addresses: Vec<IpAddr>,
+    /// The pods that this node's CNI plugin has made.
+    pub local_pods: Arc<LocalPods>,
+    /// Ports that sockets of the node listen on, as they were looked at last.
+    pub listening: Listening,
+}
+
 /// A configuration that is ready to be taken over.
 pub struct Prepared {
+    /// How much may be another than before.
+    pub scope: Scope,
     /// What was read and translated.
     pub loaded: Loaded,
     /// All problems, where an object is at fault and another stands for it.
@@ -102,14 +125,14 @@ struct Tools {
 pub struct Preparer {
     /// Not there while it is at work.
     tools: Option<Tools>,
-    at_work: Option<JoinHandle<(Tools, Result<Prepared, Refused>)>>,
-    once_more: bool,
+    at_work: Option<JoinHandle<(Tools, Result<Prepared, (Scope, Refused)>)>>,
+    once_more: Option<Scope>,
 }
 
 impl Preparer {
     /// With the loader and the compiler of the configuration that is in force.
     pub fn new(loader: Loader, policy: Compiler) -> Self {
-        Self { tools: Some(Tools { loader, policy }), at_work: None, once_more: false }
+        Self { tools: Some(Tools { loader, policy }), at_work: None, once_more: None }
     }
 
     /// The compiler of policy, while nothing is prepared.
@@ -117,24 +140,23 @@ impl Preparer {
         self.tools.as_mut().map(|tools| &mut tools.policy)
     }
 
-    /// Begins to prepare what the files say now; where that is under way, sees to it that it is done once more, as files that were read
-    /// already may have changed. `in_force` are the objects of the configuration in force, `own_addresses` the node's. Needs a tokio
-    /// runtime.
-    pub fn begin(&mut self, in_force: &Arc<Objects>, own_addresses: Vec<IpAddr>) {
+    /// Begins to prepare what the files say now, or, by `scope`, what they said and the pods that there are now; where that is under way,
+    /// sees to it that it is done once more, as what was read already may have changed. Needs a tokio runtime.
+    pub fn begin(&mut self, scope: Scope, basis: impl FnOnce() -> Basis) {
+        let scope = self.once_more.take().map_or(scope, |due| due.max(scope));
         let Some(mut tools) = self.tools.take() else {
-            self.once_more = true;
+            self.once_more = Some(scope);
             return;
         };
-        self.once_more = false;
-        let in_force = Arc::clone(in_force);
+        let basis = basis();
         self.at_work = Some(spawn_blocking(move || {
-            let prepared = prepare(&mut tools, &in_force, &own_addresses);
+            let prepared = prepare(&mut tools, scope, basis).map_err(|refused| (scope, refused));
             (tools, prepared)
         }));
     }
 
-    /// Waits until what was begun is done; for ever where nothing was. Cancel-safe.
-    pub async fn done(&mut self) -> Result<Prepared, Refused> {
+    /// Waits until what was begun is done; for ever where nothing was. Cancel-safe. A refusal comes with what was tried.
+    pub async fn done(&mut self) -> Result<Prepared, (Scope, Refused)> {
         let Some(at_work) = &mut self.at_work else { return pending().await };
         let finished = at_work.await;
         self.at_work = None;
@@ -147,26 +169,36 @@ impl Preparer {
         prepared
     }
 
-    /// Whether to begin again, now that it is done.
-    pub fn is_due(&self) -> bool {
-        self.once_more && self.at_work.is_none()
+    /// Whether, and with what, to begin again, now that it is done.
+    pub fn due(&self) -> Option<Scope> {
+        self.once_more.filter(|_| self.at_work.is_none())
     }
 
     /// Asks for one more after the one that is done.
     pub fn once_more(&mut self) {
-        self.once_more = true;
+        self.once_more = Some(Scope::Files);
     }
 }
 
-fn prepare(tools: &mut Tools, in_force: &Objects, own_addresses: &[IpAddr]) -> Result<Prepared, Refused> {
-    let (mut loaded, problems) = tools.loader.reload(in_force).map_err(Refused::Config)?;
-    loaded.add_local_addresses(own_addresses);
+fn prepare(tools: &mut Tools, scope: Scope, basis: Basis) -> Result<Prepared, Refused> {
+    let Basis { in_force, own_addresses, local_pods, listening: looked_at } = basis;
+    tools.loader.set_local_pods(local_pods);
+    let outcome = match scope {
+        Scope::Files => tools.loader.reload(&in_force),
+        Scope::LocalPods => tools.loader.reload_local_pods(&in_force),
+    };
+    let (mut loaded, problems) = outcome.map_err(Refused::Config)?;
+    loaded.add_local_addresses(&own_addresses);
     let begin = Instant::now();
     let rules = compile::rules(&loaded, &mut tools.policy).map_err(Refused::Compile)?;
-    let listening = listening(&loaded);
+    let listening = match scope {
+        Scope::Files => listening(&loaded),
+        // Where there are many sockets, to list them takes longer than all else.
+        Scope::LocalPods => looked_at,
+    };
     let snat = compile::snat_ports(&loaded, &rules, &listening).map_err(Refused::Compile)?;
     let times = Times { load: loaded.times, compile: begin.elapsed(), publish: Duration::ZERO };
-    Ok(Prepared { loaded, problems, rules, listening, snat, times })
+    Ok(Prepared { scope, loaded, problems, rules, listening, snat, times })
 }
 
 /// The ports that the node listens on, as far as they matter to this configuration.
@@ -179,11 +211,21 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::translate::LocalPod;
 
     fn service(name: &str, last: u8) -> String {
         format!(
             "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: 10.96.0.{last}, ports: [{{port: 80}}]}}\n"
         )
+    }
+
+    fn basis(objects: &Arc<Objects>, local_pods: &Arc<LocalPods>) -> Basis {
+        Basis {
+            in_force: Arc::clone(objects),
+            own_addresses: Vec::new(),
+            local_pods: Arc::clone(local_pods),
+            listening: Listening::default(),
+        }
     }
 
     fn names(prepared: &Prepared) -> Vec<&str> {
@@ -205,36 +247,92 @@ mod tests {
             write("m.yaml", &service("one", 1));
             let mut loader = Loader::new(&folder.path().join("weir.yaml"));
             let first = loader.load().unwrap();
+            let none = Arc::default();
             let mut preparer = Preparer::new(loader, Compiler::default());
-            assert!(!preparer.is_due());
+            assert_eq!(preparer.due(), None);
 
             write("m.yaml", &(service("one", 1) + &service("two", 2)));
-            preparer.begin(&first.objects, Vec::new());
+            preparer.begin(Scope::Files, || basis(&first.objects, &none));
             // It has read the file, or not yet.
             write("m.yaml", &(service("one", 1) + &service("three", 3)));
             for _ in 0..3 {
-                preparer.begin(&first.objects, Vec::new());
-                assert!(!preparer.is_due(), "it is still at work");
+                preparer.begin(Scope::Files, || basis(&first.objects, &none));
+                assert_eq!(preparer.due(), None, "it is still at work");
             }
             let prepared = preparer.done().await.ok().unwrap();
             assert!(["default/two", "default/three"].contains(&names(&prepared)[1]), "{:?}", names(&prepared));
-            assert!(preparer.is_due());
-            preparer.begin(&prepared.loaded.objects, Vec::new());
+            assert_eq!(preparer.due(), Some(Scope::Files));
+            preparer.begin(Scope::Files, || basis(&prepared.loaded.objects, &none));
             let prepared = preparer.done().await.ok().unwrap();
             assert_eq!(names(&prepared), ["default/one", "default/three"]);
-            assert!(!preparer.is_due());
+            assert_eq!(preparer.due(), None);
 
             // A refusal leaves it as able as before, with the last good objects.
             write("weir.yaml", "nodeName: a\nmanifests: [m.yaml]\ntypo: 1\n");
-            preparer.begin(&prepared.loaded.objects, Vec::new());
-            let refused = preparer.done().await.err().unwrap();
+            preparer.begin(Scope::Files, || basis(&prepared.loaded.objects, &none));
+            let (_, refused) = preparer.done().await.err().unwrap();
             assert!(refused.lines()[0].ends_with("weir.yaml:3:1: unknown field typo"), "{:?}", refused.lines());
             write("weir.yaml", "nodeName: a\nmanifests: [m.yaml]\n");
             write("m.yaml", "---\napiVersion: [\n");
-            preparer.begin(&prepared.loaded.objects, Vec::new());
+            preparer.begin(Scope::Files, || basis(&prepared.loaded.objects, &none));
             let prepared = preparer.done().await.ok().unwrap();
             assert_eq!(names(&prepared), ["default/one", "default/three"]);
             assert_eq!(prepared.loaded.faulty.len(), 2);
+        });
+    }
+
+    #[test]
+    fn pods_are_prepared_without_the_files_and_also_where_those_are_refused() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let folder = tempfile::tempdir().unwrap();
+            let (weir, manifests) = (folder.path().join("weir.yaml"), folder.path().join("m.yaml"));
+            fs::write(&weir, "nodeName: a\nmanifests: [m.yaml]\n").unwrap();
+            fs::write(&manifests, service("one", 1)).unwrap();
+            let mut loader = Loader::new(&weir);
+            let first = loader.load().unwrap();
+            let mut preparer = Preparer::new(loader, Compiler::default());
+            let pods = |names: &[&str]| {
+                let mut pods = LocalPods::default();
+                for (name, last) in names.iter().zip(1..) {
+                    pods.insert(Arc::new(LocalPod {
+                        name: format!("x/{name}"),
+                        uid: None,
+                        sandbox: String::new(),
+                        device: format!("cali{name}"),
+                        mac: weir_packet::Mac([2, 0, 0, 0, 0, last]),
+                        addresses: vec![IpAddr::from([10, 0, 0, last])],
+                    }));
+                }
+                Arc::new(pods)
+            };
+            let workloads = |prepared: &Prepared| {
+                let all = prepared.loaded.cluster.workloads.iter().map(|workload| workload.name.clone());
+                (all.collect::<Vec<_>>(), names(prepared).len())
+            };
+            let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+
+            // The files have changed, but nobody has said so yet.
+            fs::write(&manifests, service("one", 1) + &service("two", 2)).unwrap();
+            preparer.begin(Scope::LocalPods, || basis(&first.objects, &pods(&["p"])));
+            // One more comes meanwhile, and then a file: all that is asked for is done.
+            preparer.begin(Scope::LocalPods, || unreachable!("it is at work"));
+            preparer.begin(Scope::Files, || unreachable!("it is at work"));
+            preparer.begin(Scope::LocalPods, || unreachable!("it is at work"));
+            let prepared = preparer.done().await.ok().unwrap();
+            assert_eq!((prepared.scope, workloads(&prepared)), (Scope::LocalPods, (names(&["x/p"]), 1)));
+            assert_eq!(preparer.due(), Some(Scope::Files));
+            preparer.begin(Scope::Files, || basis(&prepared.loaded.objects, &pods(&["p", "q"])));
+            let prepared = preparer.done().await.ok().unwrap();
+            assert_eq!((prepared.scope, workloads(&prepared)), (Scope::Files, (names(&["x/p", "x/q"]), 2)));
+
+            fs::write(&weir, "nodeName: a\nmanifests: [m.yaml]\ntypo: 1\n").unwrap();
+            preparer.begin(Scope::Files, || basis(&prepared.loaded.objects, &pods(&["q"])));
+            assert_eq!(preparer.done().await.err().unwrap().0, Scope::Files);
+            preparer.begin(Scope::LocalPods, || basis(&prepared.loaded.objects, &pods(&["q"])));
+            let prepared = preparer.done().await.ok().unwrap();
+            assert_eq!((prepared.scope, workloads(&prepared)), (Scope::LocalPods, (names(&["x/q"]), 2)));
+            assert_eq!(prepared.loaded.local_pods, pods(&["q"]));
         });
     }
 }

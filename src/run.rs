@@ -45,6 +45,7 @@ use weir_dataplane::{
     worker::{Mode, Shared, Worker, now},
 };
 use weir_nat::{Affinity, Clients, Model, SnatPorts};
+use weir_node::pods::{Ask, PodsError};
 use weir_packet::{Mac, Protocol};
 use weir_policy::Compiler;
 use weir_sync::{Counters, Domain, Published};
@@ -54,7 +55,7 @@ use crate::{
     compile::{self, CompileError},
     config::{
         Problems, RouterConfig, Severity,
-        router::{OffloadMode, Require, WorkerMode},
+        router::{Cni, OffloadMode, Require, WorkerMode},
     },
     connections::{self, TablesError},
     conntrack,
@@ -66,7 +67,9 @@ use crate::{
     },
     manifests::Substitute,
     offload::{Offloader, Offloading},
-    prepare::{self, Prepared, Preparer, Refused, Times},
+    pods::{self, Pods},
+    prefixes::Prefixes,
+    prepare::{self, Basis, Prepared, Preparer, Refused, Scope, Times},
     report::counters_json,
     services, snat_use,
     translate::{Faulty, Loaded, Loader},
@@ -104,6 +107,9 @@ pub enum RunError {
     /// Watched files.
     #[error(transparent)]
     Watch(#[from] WatchError),
+    /// The pods that weir makes.
+    #[error(transparent)]
+    Pods(#[from] PodsError),
     /// An uplink of weir.yaml does not exist.
     #[error(
         "weir.yaml names the uplink {0}, but there is no such device in this network namespace (`ip link` lists them)"
@@ -288,15 +294,17 @@ struct Router {
     owned: Owned,
     plumbing: HostPlumbing,
     health: HealthChecks,
+    /// Where weir makes the pods of this node.
+    pods: Option<Pods>,
     hits: Hits,
     /// What the plumbing was told last.
     plumbed: Option<Wanted>,
     watch: Watch,
     learned: BTreeMap<(IfIndex, IpAddr), Mac>,
-    /// Adopted workload devices, with what their adoption depends on. Renewing a link costs an RCU grace period, some 10 ms.
     /// The largest MTU of a device that there is room for.
     max_mtu: u32,
-    adopted: BTreeMap<IfIndex, (Option<Mac>, bool, u32)>,
+    /// Adopted workload devices.
+    adopted: BTreeMap<IfIndex, Adopted>,
     links: Links,
     generation: u32,
     shared: Arc<Shared>,
@@ -317,6 +325,17 @@ impl Router {
         let config_path = fs::canonicalize(path).unwrap_or_else(|_| path.into());
         let watch = Watch::new([config_path.clone()])?;
         let mut loader = Loader::new(&config_path);
+        // What is wrong is told by the whole load.
+        let mut problems = Problems::default();
+        let config = RouterConfig::read(&config_path, &mut problems).filter(|_| !problems.has_errors());
+        let mut pods = None;
+        if let Some((config, _)) = config {
+            check_alone(&config.node_name).await?;
+            pods = Pods::start(&config)?;
+        }
+        if let Some(pods) = &pods {
+            loader.set_local_pods(Arc::clone(pods.all()));
+        }
         let mut loaded = loader.load().map_err(|problems| RunError::Config(Box::new(problems)))?;
         let roles = role_rules(&loaded);
         let kernel = KernelState::follow(FollowSettings::default()).await?;
@@ -345,13 +364,12 @@ impl Router {
         }
         fs::create_dir_all(RUN_FOLDER).map_err(system(format!("cannot make {RUN_FOLDER}")))?;
         let socket = control::socket_path(&config.node_name);
-        if UnixStream::connect(&socket).await.is_ok() {
-            return Err(RunError::AlreadyRunning(socket));
-        }
+        check_alone(&config.node_name).await?;
 
         let workers = config.workers.cores.len() as u32;
         let uplinks = check_uplinks(config, &kernel, workers)?;
         let mtus = kernel.links(&roles).devices.into_iter().map(|device| device.mtu);
+        let mtus = mtus.chain(config.cni.as_ref().and_then(|cni| cni.mtu));
         let trunk_mtu = mtus.filter(|mtu| *mtu <= MAX_MTU).fold(1500, u32::max);
         let max_mtu = trunk_mtu.max(ONE_FRAME_MTU);
         let mut attachment = Attachment::open(TrunkSettings {
@@ -368,9 +386,9 @@ impl Router {
         let left = maps.as_ref().map_or(Ok(Vec::new()), |maps| maps.keys.all());
         let left = left.map_err(system("cannot tell which flows are in the kernel"))?;
         // What the process before had learned, and the programs go by.
-        let pods = maps.iter().flat_map(|maps| maps.pods(&left));
+        let known = maps.iter().flat_map(|maps| maps.pods(&left));
         let learned: BTreeMap<(IfIndex, IpAddr), Mac> =
-            pods.map(|(device, address, mac)| ((device, address), mac)).collect();
+            known.map(|(device, address, mac)| ((device, address), mac)).collect();
         let mut links = assemble_links(&kernel, &roles, &loaded, &listening, trunk_mac, &learned, max_mtu);
         let forwarding = Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?;
         let owned = owned(&loaded, &rules, &snat, &forwarding);
@@ -407,7 +425,8 @@ impl Router {
             snat: snat.clone(),
             forwarding: Arc::new(forwarding),
         });
-        let offload = offload.map(|offload| offload.begin(&opened.tables, &domain, &first, near_devices(&kernel)));
+        let offload =
+            offload.map(|offload| offload.begin(&opened.tables, &domain, &first, near_devices(&kernel, pods.as_ref())));
         let shared = Arc::new(Shared {
             snapshot: Published::new(&domain, first),
             offload: offload.as_ref().map(Offloader::shared),
@@ -486,6 +505,7 @@ impl Router {
             owned,
             plumbing,
             health: HealthChecks::start().map_err(system("cannot start the health checks"))?,
+            pods,
             plumbed: None,
             watch,
             learned,
@@ -556,9 +576,13 @@ impl Router {
                     if trigger? == Trigger::Signal {
                         self.plumbed = None;
                     }
-                    self.begin_reload();
+                    self.begin_reload(Scope::Files);
                 }
                 prepared = self.preparer.done() => self.reload(prepared).await?,
+                ask = pods::next(&mut self.pods) => match ask {
+                    Some(ask) => self.asked(ask).await,
+                    None => self.settle_pods(),
+                },
                 connection = self.listener.accept() => {
                     if let Ok((stream, _)) = connection
                         && let Err(error) = self.answer(stream).await
@@ -572,6 +596,8 @@ impl Router {
 
     /// Ends the workers. What is attached stays: pods are closed until the next router adopts them.
     fn stop(&mut self) -> Result<(), RunError> {
+        // Nobody is told that a pod is in force that is not served any more.
+        self.pods = None;
         self.shared.stop.store(true, Ordering::Relaxed);
         let mut result = Ok(());
         for (number, worker) in self.workers.drain(..).enumerate() {
@@ -602,8 +628,24 @@ impl Router {
             self.attachment.forget_workload(gone.index.0)?;
             info!(device = gone.name, "workload device gone");
         }
-        self.adopt(changes.appeared.iter().chain(&changes.altered));
-        self.publish(first).await
+        self.forget_adopted()?;
+        self.adopt_all(changes.appeared.iter().chain(&changes.altered));
+        self.publish(first).await?;
+        self.settle_pods();
+        Ok(())
+    }
+
+    /// Forgets devices that are gone and were no workloads' by then, or not yet.
+    fn forget_adopted(&mut self) -> Result<(), RunError> {
+        let followed: BTreeSet<IfIndex> = self.kernel.all().map(|link| link.index).collect();
+        // What was adopted a moment ago may not have been followed yet.
+        let is_gone = |index: &&IfIndex| !followed.contains(index) && attach::is_gone(index.0);
+        let gone: Vec<IfIndex> = self.adopted.keys().filter(is_gone).copied().collect();
+        for index in gone {
+            self.adopted.remove(&index);
+            self.attachment.forget_workload(index.0)?;
+        }
+        Ok(())
     }
 
     /// Opens node ports on addresses that the node did not have before; whether there are such. While a configuration is prepared, they wait
@@ -623,40 +665,96 @@ impl Router {
     }
 
     /// Attaches workload devices, where what that depends on is not as it was.
-    fn adopt<'l>(&mut self, links: impl IntoIterator<Item = &'l Link>) {
+    fn adopt_all<'l>(&mut self, links: impl IntoIterator<Item = &'l Link>) {
         for link in links {
-            let facts = (link.mac, link.peer_elsewhere, link.mtu);
-            if self.adopted.get(&link.index) == Some(&facts) {
-                continue;
-            }
-            self.adopted.insert(link.index, facts);
-            let adopted = self.attachment.adopt_workload(
-                link.index.0,
-                &link.name,
-                link.mac.unwrap_or_default(),
-                link.peer_elsewhere,
-            );
-            if adopted.is_err() {
-                self.adopted.remove(&link.index);
-            }
-            match adopted {
-                Ok(()) if link.mtu > MAX_MTU => error!(
-                    device = link.name,
-                    mtu = link.mtu,
-                    "the workload stays closed: weir carries an MTU of at most {MAX_MTU}"
-                ),
-                Ok(()) if link.mtu > self.max_mtu => error!(
-                    device = link.name,
-                    mtu = link.mtu,
-                    "the workload stays closed: by the devices that it was started with, weir has room for an MTU of at most {}; \
-                     start weir again, or lower the MTU",
-                    self.max_mtu
-                ),
-                Ok(()) => info!(device = link.name, index = link.index.0, "workload device adopted"),
+            match self.adopt(link) {
                 // Gone again already: the next change says so.
-                Err(AttachError::DeviceGone { .. }) => {}
+                Ok(()) | Err(AttachError::DeviceGone { .. }) => {}
                 Err(error) => error!(device = link.name, %error, "the workload cannot be adopted"),
             }
+        }
+    }
+
+    fn adopt(&mut self, link: &Link) -> Result<(), AttachError> {
+        // The kernel tells late where the other end is, but those that weir makes are pods'.
+        let peer_elsewhere = link.peer_elsewhere || self.pods.as_ref().is_some_and(|pods| pods.own_device(&link.name));
+        let facts = Adopted { mac: link.mac, peer_elsewhere, mtu: link.mtu };
+        let before = self.adopted.insert(link.index, facts);
+        if before == Some(facts) {
+            return Ok(());
+        }
+        // Renewing a link costs an RCU grace period, some 10 ms.
+        if before.is_none_or(|before| Adopted { mtu: facts.mtu, ..before } != facts) {
+            let mac = link.mac.unwrap_or_default();
+            if let Err(error) = self.attachment.adopt_workload(link.index.0, &link.name, mac, peer_elsewhere) {
+                self.adopted.remove(&link.index);
+                return Err(error);
+            }
+        }
+        if link.mtu > MAX_MTU {
+            error!(
+                device = link.name,
+                mtu = link.mtu,
+                "the workload stays closed: weir carries an MTU of at most {MAX_MTU}"
+            );
+        } else if link.mtu > self.max_mtu {
+            error!(
+                device = link.name,
+                mtu = link.mtu,
+                "the workload stays closed: by the devices that it was started with, weir has room for an MTU of at most {}; start weir \
+                 again, or lower the MTU",
+                self.max_mtu
+            );
+        } else {
+            info!(device = link.name, index = link.index.0, "workload device adopted");
+        }
+        Ok(())
+    }
+
+    /// Does what the maker of pods asks.
+    async fn asked(&mut self, ask: Ask) {
+        let Some(pods) = &mut self.pods else { return };
+        let is_new = match ask {
+            Ask::Close { device, answer } => {
+                let closed = self.close(&device).await;
+                if let Err(why) = &closed {
+                    warn!(device, why, "a new pod's device cannot be closed");
+                }
+                drop(answer.send(closed));
+                return;
+            }
+            Ask::Put { pod, patience, answer } => pods.put(&pod, patience, answer),
+            Ask::Gone { namespace, name, sandbox, answer } => {
+                pods.gone(&format!("{namespace}/{name}"), &sandbox, answer)
+            }
+        };
+        if is_new {
+            self.begin_reload(Scope::LocalPods);
+        } else {
+            self.settle_pods();
+        }
+    }
+
+    /// Attaches the program to a device that is about to become a pod's, and which may not have been followed yet.
+    async fn close(&mut self, device: &str) -> Result<(), String> {
+        let link = self.kernel.ask(device).await.map_err(|error| error.to_string())?;
+        let link = link.ok_or_else(|| format!("there is no device {device} in the router's network namespace"))?;
+        if self.roles.uplinks.contains(device) || self.roles.trunk.iter().any(|end| end == device) {
+            return Err(format!("{device} is no pod's device"));
+        }
+        let link = Link { peer_elsewhere: true, ..link };
+        self.adopt(&link).map_err(|error| error.to_string())
+    }
+
+    /// Answers for pods that are in force by now.
+    fn settle_pods(&mut self) {
+        let Some(pods) = &mut self.pods else { return };
+        pods.configure(pods::ranges(&self.loaded, &self.links, &own_addresses(&self.kernel, &self.roles)));
+        let adopted = &self.adopted;
+        let knows_device =
+            |name: &str| attach::index_of(name).is_some_and(|index| adopted.contains_key(&IfIndex(index)));
+        if pods.settle(&self.loaded, &self.links, knows_device) {
+            self.begin_reload(Scope::LocalPods);
         }
     }
 
@@ -680,6 +778,11 @@ impl Router {
             return Ok(());
         }
         let devices_differ = links.devices != self.links.devices;
+        // The kernel's way to pods does not depend on their devices.
+        let nodes_own = |links: &Links| -> Vec<Device> {
+            links.devices.iter().filter(|device| device.role != Role::Workload).cloned().collect()
+        };
+        let other_devices_differ = devices_differ && nodes_own(&links) != nodes_own(&self.links);
         let forwarding = Forwarding::compile(&self.loaded.cluster, &links).map_err(CompileError::from)?;
         if devices_differ || even_if_same {
             let owned = owned(&self.loaded, &self.rules, &self.snat, &forwarding);
@@ -697,14 +800,14 @@ impl Router {
             forwarding: Arc::new(forwarding),
         });
         if let Some(offload) = &self.offload {
-            offload.prepare(&next, &self.shared.tables, near_devices(&self.kernel));
+            offload.prepare(&next, &self.shared.tables, near_devices(&self.kernel, self.pods.as_ref()));
         }
         self.shared.snapshot.publish(next);
         self.hits.follow(&self.rules);
         if devices_differ || even_if_same {
             let wanted = self.wanted();
             // Listing the kernel's routes takes its time where there are many.
-            if devices_differ || self.plumbed.as_ref() != Some(&wanted) {
+            if other_devices_differ || self.plumbed.as_ref() != Some(&wanted) {
                 let report = self.plumbing.apply(&wanted).await?;
                 self.tell(report);
                 self.plumbed = Some(wanted);
@@ -734,7 +837,7 @@ impl Router {
         let cluster = &self.loaded.cluster;
         let mut through: Vec<IpNet> = cluster.nodes.iter().flat_map(|n| n.pod_cidrs.iter().copied()).collect();
         through.extend(cluster.pools.iter().map(|p| p.cidr));
-        through.extend(cluster.workloads.iter().flat_map(|w| w.addresses.iter().map(|ip| IpNet::from(*ip))));
+        let ranges: Prefixes = through.iter().copied().collect();
         through.extend(&cluster.service_cidrs);
         through.extend(self.rules.services.owned_addresses().map(IpNet::from));
         let own = cluster.nodes.iter().find(|n| n.name == cluster.node_name);
@@ -742,6 +845,11 @@ impl Router {
         let mut wanted = Wanted::new(&self.links, through, internal);
         // Other nodes are reached as ever, also where a prefix of pods covers them.
         wanted.except.extend(cluster.nodes.iter().flat_map(|n| n.internal_ips.iter().map(|ip| IpNet::from(*ip))));
+        // What a range of pods holds needs no route of its own, but where an exception comes between.
+        let except: Prefixes = wanted.except.iter().copied().collect();
+        let pods = cluster.workloads.iter().flat_map(|w| &w.addresses);
+        let pods = pods.filter(|ip| !ranges.hold(**ip) || except.hold(**ip));
+        wanted.through.extend(pods.map(|ip| IpNet::from(*ip)));
         wanted
     }
 
@@ -787,43 +895,64 @@ impl Router {
         self.publish(true).await
     }
 
-    fn begin_reload(&mut self) {
-        self.preparer.begin(&self.loaded.objects, own_addresses(&self.kernel, &self.roles));
+    fn begin_reload(&mut self, scope: Scope) {
+        let Self { preparer, loaded, kernel, roles, pods, listening, .. } = self;
+        preparer.begin(scope, || Basis {
+            in_force: Arc::clone(&loaded.objects),
+            own_addresses: own_addresses(kernel, roles),
+            local_pods: pods.as_ref().map(|pods| Arc::clone(pods.all())).unwrap_or_default(),
+            listening: listening.clone(),
+        });
     }
 
     /// Takes over a configuration that is ready. A bad one changes nothing.
-    async fn reload(&mut self, prepared: Result<Prepared, Refused>) -> Result<(), RunError> {
+    async fn reload(&mut self, prepared: Result<Prepared, (Scope, Refused)>) -> Result<(), RunError> {
+        let mut due = None;
         match prepared {
             Ok(prepared) => self.take_over(prepared).await?,
-            Err(refused) => {
+            Err((Scope::LocalPods, refused)) => {
+                error!("pods cannot be put in force:\n{refused}");
+                if let Some(pods) = &mut self.pods {
+                    pods.refuse(&self.loaded.local_pods, &refused.to_string());
+                }
+            }
+            Err((Scope::Files, refused)) => {
                 error!("reload refused, the last good configuration stays:\n{refused}");
                 self.reloads.refused += 1;
                 self.reloads.problems = refused.lines();
                 if self.follow_own_addresses()? {
                     self.publish(true).await?;
                 }
+                // Pods do not wait for who mends the files.
+                let is_in_force = |pods: &Pods| Arc::ptr_eq(pods.all(), &self.loaded.local_pods);
+                due = self.pods.as_ref().filter(|pods| !is_in_force(pods)).map(|_| Scope::LocalPods);
             }
         }
-        if self.preparer.is_due() {
-            self.begin_reload();
+        if let Some(scope) = self.preparer.due().max(due) {
+            self.begin_reload(scope);
         }
         Ok(())
     }
 
     async fn take_over(&mut self, prepared: Prepared) -> Result<(), RunError> {
         let begin = Instant::now();
-        let Prepared { loaded, problems, rules, listening, snat, times } = prepared;
-        if let Some(problems) = problems {
+        let Prepared { scope, loaded, problems, rules, listening, snat, times } = prepared;
+        let has_new_files = scope == Scope::Files;
+        if let Some(problems) = problems.filter(|_| has_new_files) {
             warn!("objects are faulty, and others stand for them:\n{}", problems.render(false));
-        }
-        for Faulty { object, substitute, .. } in &loaded.faulty {
-            match substitute {
-                Substitute::LastGood => warn!(object, "its last good version stays"),
-                Substitute::Nothing => warn!(object, "left out; a policy denies what it selects"),
+            for Faulty { object, substitute, .. } in &loaded.faulty {
+                match substitute {
+                    Substitute::LastGood => warn!(object, "its last good version stays"),
+                    Substitute::Nothing => warn!(object, "left out; a policy denies what it selects"),
+                }
             }
         }
         if loaded.config.workers != self.loaded.config.workers || role_rules(&loaded).uplinks != self.roles.uplinks {
             warn!("changed workers, uplinks or nodeName take effect at the next start only");
+        }
+        let apart_from_mtu = |config: &RouterConfig| config.cni.clone().map(|cni| Cni { mtu: None, ..cni });
+        if apart_from_mtu(&loaded.config) != apart_from_mtu(&self.loaded.config) {
+            warn!("a changed section cni takes effect at the next start only, but for its mtu");
         }
         let other_files = loaded.config.manifests != self.loaded.config.manifests;
         self.roles.workloads = role_rules(&loaded).workloads;
@@ -841,11 +970,16 @@ impl Router {
             // Still there, but no workload any more: it stays closed.
             self.learned.retain(|(device, _), _| *device != gone.index);
         }
-        self.adopt(&changes.appeared);
+        self.adopt_all(&changes.appeared);
         self.publish(true).await?;
+        self.settle_pods();
+        let times = Times { publish: begin.elapsed(), ..times };
+        if !has_new_files {
+            self.reloads.pods = Some(times);
+            return Ok(());
+        }
         self.shared.affinity.forget_gone(&self.rules.services);
         self.health.follow(health::wanted(&self.loaded.services));
-        let times = Times { publish: begin.elapsed(), ..times };
         info!(generation = self.generation, took_ms = %times.to_json(), "reloaded");
         self.reloads.taken_over(times);
         Ok(())
@@ -886,6 +1020,24 @@ impl Router {
                 })?;
                 return Ok(());
             }
+            Ok(Request::Ipam) => {
+                let Some(pods) = &self.pods else {
+                    let answer = json!({"error": "this router makes no pods: its weir.yaml had no section cni"});
+                    return writeln_to(stream.get_mut(), &answer).await;
+                };
+                let mut stream = stream.into_inner().into_std()?;
+                stream.set_nonblocking(false)?;
+                let server = Arc::clone(pods.server());
+                // It reads files, and asks the kernel for devices.
+                thread::Builder::new().name("weir-ipam".into()).spawn(move || {
+                    let answer = match server.explain() {
+                        Ok(report) => json!(report),
+                        Err(error) => json!({"error": error.to_string()}),
+                    };
+                    drop(writeln!(stream, "{answer}"));
+                })?;
+                return Ok(());
+            }
             Ok(Request::Conntrack(query)) => {
                 let stream = stream.into_inner().into_std()?;
                 stream.set_nonblocking(false)?;
@@ -911,9 +1063,7 @@ impl Router {
             }
             Err(error) => json!({"error": error.to_string()}),
         };
-        let mut text = answer.to_string();
-        text.push('\n');
-        stream.get_mut().write_all(text.as_bytes()).await
+        writeln_to(stream.get_mut(), &answer).await
     }
 
     fn status(&self) -> Value {
@@ -960,10 +1110,17 @@ impl Router {
                 "problem": faulty.problem,
             })).collect::<Vec<_>>(),
             "healthChecks": self.health.status(),
+            "pods": self.pods.as_ref().map(|pods| pods.status(&self.loaded)),
             "programs": kernel,
             "notes": self.notes,
         })
     }
+}
+
+async fn writeln_to(stream: &mut UnixStream, answer: &Value) -> io::Result<()> {
+    let mut text = answer.to_string();
+    text.push('\n');
+    stream.write_all(text.as_bytes()).await
 }
 
 /// What became of changed configurations.
@@ -973,6 +1130,8 @@ struct Reloads {
     start: Times,
     /// The last reload's.
     last: Option<Times>,
+    /// The last one's for the sake of pods that weir made.
+    pods: Option<Times>,
     taken_over: u64,
     refused: u64,
     /// Why the newest one is refused; empty where it is in force.
@@ -991,6 +1150,7 @@ impl Reloads {
             "newestInForce": self.problems.is_empty(), "problems": self.problems,
             "reloads": self.taken_over, "refused": self.refused,
             "startMs": self.start.to_json(), "lastReloadMs": self.last.map(Times::to_json),
+            "lastPodsMs": self.pods.map(Times::to_json),
         })
     }
 }
@@ -1012,9 +1172,27 @@ fn affinity_json<A: Family>(clients: &Clients<A>) -> Value {
     json!({"clients": clients.count(now()), "capacity": clients.capacity(), "evicted": clients.evicted()})
 }
 
-/// Devices whose other end is in this network namespace too.
-fn near_devices(kernel: &KernelState) -> BTreeSet<u32> {
-    kernel.all().filter(|link| !link.peer_elsewhere).map(|link| link.index.0).collect()
+/// What the adoption of a device depends on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Adopted {
+    mac: Option<Mac>,
+    peer_elsewhere: bool,
+    mtu: u32,
+}
+
+/// Devices whose other end is in this network namespace too; those of pods that weir makes never are.
+fn near_devices(kernel: &KernelState, pods: Option<&Pods>) -> BTreeSet<u32> {
+    let is_near = |link: &&Link| !link.peer_elsewhere && !pods.is_some_and(|pods| pods.own_device(&link.name));
+    kernel.all().filter(is_near).map(|link| link.index.0).collect()
+}
+
+/// Nothing if no router of that node answers.
+async fn check_alone(node_name: &str) -> Result<(), RunError> {
+    let socket = control::socket_path(node_name);
+    match UnixStream::connect(&socket).await {
+        Ok(_) => Err(RunError::AlreadyRunning(socket)),
+        Err(_) => Ok(()),
+    }
 }
 
 fn core_ids() -> Vec<usize> {
@@ -1169,6 +1347,7 @@ fn assemble_links(
         }
     }
     links.loopback_sources = LOOPBACK_SOURCES.to_vec();
+    links.complete = true;
     links.listening.clone_from(&listening.tcp);
     for ((device, address), mac) in learned {
         links.neighbors.push(Neighbor { address: *address, mac: *mac, device: *device });
@@ -1192,7 +1371,10 @@ fn owned(loaded: &Loaded, rules: &Rules, snat: &SnatPorts, forwarding: &Forwardi
     let cluster = &loaded.cluster;
     let own = cluster.nodes.iter().filter(|n| n.name == cluster.node_name);
     let mut prefixes: Vec<IpNet> = own.flat_map(|n| n.pod_cidrs.iter().copied()).collect();
-    prefixes.extend(local_workloads(cluster).flat_map(|(_, w)| w.addresses.iter().map(|ip| IpNet::from(*ip))));
+    // Within this node's pod range a pod more is nothing new.
+    let ranges: Prefixes = prefixes.iter().copied().collect();
+    let pods = local_workloads(cluster).flat_map(|(_, w)| &w.addresses).filter(|ip| !ranges.hold(**ip));
+    prefixes.extend(pods.map(|ip| IpNet::from(*ip)));
     prefixes.extend(rules.services.owned_addresses().map(IpNet::from));
     prefixes.extend(&cluster.service_cidrs);
     // What the node listens on stays its kernel's, so that it is reached without weir too.

@@ -114,7 +114,7 @@ pub enum RouteKind {
 pub enum Route {
     /// There.
     Via(AdjacencyId),
-    /// An address of this node's own pod range that no pod has.
+    /// An address of this node's own pod range that no pod has, or a pod's of this node that has no device (any more).
     NoSuchPod,
     /// Nowhere that weir knows.
     None,
@@ -169,6 +169,7 @@ pub struct Forwarding {
     cluster_workloads: Vec<String>,
     host_endpoints: HostEndpoints,
     listening: BTreeSet<u16>,
+    knows_all_devices: bool,
 }
 
 /// Next hops that one node can have: pods of its own, other nodes (twice: directly and by tunnel), gateways and neighbours.
@@ -326,7 +327,10 @@ impl Forwarding {
         }
         let via = |id: Option<&AdjacencyId>| id.map_or(Route::None, |id| Route::Via(*id));
         match family.pods.get(&destination).or_else(|| family.ranges.get(destination)) {
-            Some(Owner::Local(workload)) => via(family.workloads.get(&workload.0)),
+            Some(Owner::Local(workload)) => match family.workloads.get(&workload.0) {
+                None if self.knows_all_devices => Route::NoSuchPod,
+                known => via(known),
+            },
             Some(Owner::OwnRange) => Route::NoSuchPod,
             Some(Owner::Node(node)) => {
                 let tunnelled = match family.pools.get(destination).map_or(TunnelMode::Never, |p| p.ipip) {
@@ -505,6 +509,7 @@ impl<'a> Compiler<'a> {
             cluster_workloads: self.cluster.workloads.iter().map(|w| w.name.clone()).collect(),
             host_endpoints: self.host_endpoints,
             listening: self.links.listening.clone(),
+            knows_all_devices: self.links.complete,
         }
     }
 
@@ -655,9 +660,9 @@ impl<'a> Compiler<'a> {
                 let device = device_by_name.get(&workload.device).copied();
                 for (position, address) in addresses.enumerate() {
                     pods.insert(address, Owner::Local(id));
-                    if position == 0
-                        && (device.is_some() || !self.links.devices.iter().any(|d| d.role == Role::Workload))
-                    {
+                    let may_be_unknown =
+                        || !self.links.complete && !self.links.devices.iter().any(|d| d.role == Role::Workload);
+                    if position == 0 && (device.is_some() || may_be_unknown()) {
                         let adjacency = self.adjacency(device, address.to_ip(), Encapsulation::None);
                         self.adjacencies[adjacency.0 as usize].kind = RouteKind::Workload;
                         workloads.insert(index as u32, adjacency);

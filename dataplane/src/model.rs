@@ -217,4 +217,6 @@ pub struct Links {
     pub loopback_sources: Vec<IpAddr>,
     /// TCP ports that sockets of the node listen on, where host endpoints' policy asks for them.
     pub listening: BTreeSet<u16>,
+    /// Whether these devices are all that there are: a pod of this node whose device is not among them is not there.
+    pub complete: bool,
 }

@@ -8,7 +8,8 @@ mod packets;
 mod router;
 
 use packets::{Packet, SCTP, TCP, UDP};
-use router::{CLIENT_POD, Router, ip, rules, service, sum};
+use router::{CLIENT_POD, Router, SERVER_POD, ip, rules, service, sum};
+use weir_dataplane::{frame::IfIndex, model::Links};
 use weir_nat::{ServicePort, SnatPorts};
 use weir_packet::{DropReason, Protocol};
 
@@ -89,6 +90,28 @@ fn a_flood_of_one_kind_of_answer_takes_nothing_from_the_other() {
             assert_eq!(told(&mut router, &other, TURN), PER_TICK);
             router.wait(1_000_000);
             assert_eq!(told(&mut router, &other, BURST + TURN), BURST);
+            router.finish();
+        }
+    }
+}
+
+/// What the manifests still say of a pod that is gone must not send its packets to the node's kernel, and out by its default route.
+#[test]
+fn a_pod_of_this_node_without_a_device_is_unreachable_where_all_devices_are_known() {
+    const SERVER: [&str; 2] = ["10.1.1.20", "fd00:1:1::20"];
+    for family in 0..2 {
+        for complete in [true, false] {
+            let mut links = Links { complete, ..router::links() };
+            links.devices.retain(|device| device.index != SERVER_POD);
+            let (rules, snat) = (rules(Vec::new(), true), SnatPorts::new(10000..=20000, []).unwrap());
+            let mut router = Router::between(&router::cluster(), &links, rules, snat, 1024);
+            let asked = Packet { dst: ip(SERVER[family]), ..first(family, UDP) };
+            let sent = router.one(CLIENT_POD, &asked.frame());
+            let told: Vec<IfIndex> = sent.iter().map(|(device, _)| *device).collect();
+            let drops = router.drops().get(&DropReason::NoSuchPod).copied();
+            // Else the manifests alone do not tell that it is not somewhere else.
+            let expected = if complete { (vec![CLIENT_POD], Some(1)) } else { (vec![IfIndex::HOST], None) };
+            assert_eq!((told, drops), expected, "family {family}, complete: {complete}");
             router.finish();
         }
     }

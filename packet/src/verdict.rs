@@ -100,7 +100,7 @@ drop_reasons! {
     PolicyDeniedHostEndpoint,
     /// DefaultEndpointToHostAction denied a workload's packet to its own node.
     PolicyDeniedEndpointToHost,
-    /// The workload's policy is not compiled yet.
+    /// The workload's policy is not compiled yet, or its pod's object has not come yet, so that nobody knows which policy it has.
     PolicyNotReady,
     /// A connection whose backend is gone.
     BackendGone,
@@ -114,7 +114,7 @@ drop_reasons! {
     TooBig,
     /// There is no route to the destination.
     NoRoute,
-    /// The destination is an address of this node's own pod range that no pod has.
+    /// The destination is an address of this node's own pod range that no pod has, or that of a pod of this node that has no device.
     NoSuchPod,
     /// The next hop's MAC address is not known, and too many packets wait for it, or waited for too long.
     NeighborUnresolved,

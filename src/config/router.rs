@@ -3,6 +3,7 @@
 use std::{
     net::IpAddr,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use ipnet::IpNet;
@@ -14,7 +15,7 @@ use super::{
     address::{parse_cidr, parse_ip},
     problem::{Problems, Severity, nearest},
     source::{Source, Span},
-    tree::{self, Node},
+    tree::{self, Node, Value},
     typed,
 };
 
@@ -62,6 +63,8 @@ pub struct RouterConfig {
     pub offload_max_flows: u32,
     /// After how many packets a UDP flow is handed over that nobody answers.
     pub offload_udp_packets: u8,
+    /// Where it is given, this router makes the pods of its node: weir-cni asks it.
+    pub cni: Option<Cni>,
 }
 
 impl Default for RouterConfig {
@@ -85,8 +88,46 @@ impl Default for RouterConfig {
             offload: OffloadMode::Auto,
             offload_max_flows: 65_536,
             offload_udp_packets: 8,
+            cni: None,
         }
     }
+}
+
+/// `cni`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Cni {
+    /// The socket where weir-cni asks.
+    pub socket: PathBuf,
+    /// The folder with what was allocated and made.
+    pub state: PathBuf,
+    /// Where pods' addresses come from.
+    pub ipam: Ipam,
+    /// MTU of the pods. `None`: what fits through every uplink, in a tunnel where there may be one.
+    pub mtu: Option<u32>,
+    /// How long a new pod waits for its object.
+    #[serde(deserialize_with = "patience")]
+    pub patience: Duration,
+}
+
+impl Default for Cni {
+    fn default() -> Self {
+        Self {
+            socket: "/run/weir/cni.sock".into(),
+            state: "/var/lib/weir/cni".into(),
+            ipam: Ipam::PodCidr,
+            mtu: None,
+            patience: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Where pods' addresses come from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+pub enum Ipam {
+    /// This node's Node.spec.podCIDRs.
+    #[serde(rename = "podCIDR")]
+    PodCidr,
 }
 
 /// `snat`.
@@ -321,6 +362,10 @@ const MAX_CONNECTIONS: usize = weir_conntrack::MAX_ENTRIES as usize / 2;
 const MAX_OFFLOADED_FLOWS: u32 = 1 << 22;
 /// The smallest MTU that IPv4 allows (RFC 791).
 const MIN_MTU: u32 = 68;
+/// Longest path of a Unix socket: sockaddr_un's sun_path less the final zero (unix(7)).
+const MAX_SOCKET_PATH_BYTES: usize = 107;
+/// weir-cni waits for the whole ADD, and runtimes wait for it.
+const MAX_PATIENCE_SECONDS: u64 = 20;
 
 impl RouterConfig {
     /// Reads weir.yaml. Its text becomes a source of `problems`, and what is wrong is reported there; `None` where it
@@ -359,11 +404,19 @@ impl RouterConfig {
             problems.error(extra.span, "weir.yaml holds more than one document", "keep the first one only".to_owned());
         }
         let mut config: Self = typed::read(root, "", |_| Severity::Error, problems)?;
+        // A value that is left out is as good as no key, but here the key says it.
+        if root.entry("cni").is_some_and(|(_, node)| matches!(node.value, Value::Null)) {
+            config.cni = Some(Cni::default());
+        }
         config.validate(root, problems);
         let entries: Vec<Span> =
             root.get("manifests").map_or(Vec::new(), |list| list.items().map(|entry| entry.span).collect());
         for manifest in &mut config.manifests {
             *manifest = folder.join(&*manifest);
+        }
+        if let Some(cni) = &mut config.cni {
+            cni.socket = folder.join(&cni.socket);
+            cni.state = folder.join(&cni.state);
         }
         Some((config, entries))
     }
@@ -466,6 +519,9 @@ impl RouterConfig {
                 _ => {}
             }
         }
+        if let Some(cni) = &self.cni {
+            self.check_cni(cni, root.get("cni").unwrap_or(root), problems);
+        }
         for (route, node) in self.routes.iter().zip(items("routes")) {
             if let Some(via) = route.via.filter(|via| via.is_ipv4() != route.to.addr().is_ipv4()) {
                 let help = "the next hop must be of the destination's family".to_owned();
@@ -479,6 +535,22 @@ impl RouterConfig {
                 let help = "a neighbour has a MAC address of its own, with an even first byte".to_owned();
                 problems.error(within(node, "mac"), format!("{} is a group address", neighbor.mac), help);
             }
+        }
+    }
+
+    fn check_cni(&self, cni: &Cni, node: &Node, problems: &mut Problems) {
+        let within = |key: &str| node.get(key).map_or(node.span, |value| value.span);
+        let paths = [("socket", &cni.socket), ("state", &cni.state)];
+        for (key, _) in paths.into_iter().filter(|(_, path)| path.as_os_str().is_empty()) {
+            problems.error(within(key), format!("cni.{key} is empty"), "leave it out for the default".to_owned());
+        }
+        if cni.socket.as_os_str().len() > MAX_SOCKET_PATH_BYTES {
+            let message = format!("cni.socket is longer than the {MAX_SOCKET_PATH_BYTES} bytes of a socket's path");
+            problems.error(within("socket"), message, "choose a shorter one".to_owned());
+        }
+        if let Some(mtu) = cni.mtu.filter(|mtu| !(MIN_MTU..=MAX_MTU).contains(mtu)) {
+            let message = format!("cni.mtu is {mtu}: pods may have {MIN_MTU} to {MAX_MTU}");
+            problems.error(within("mtu"), message, "leave it out for what fits through the uplinks".to_owned());
         }
     }
 
@@ -580,6 +652,16 @@ fn port_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(u16, u16), 
             "write FIRST-LAST, like 10000-29999, with FIRST from 1 and at most LAST",
         )
     })
+}
+
+/// How long a new pod waits for its object.
+fn patience<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let seconds = u64::deserialize(deserializer)?;
+    if seconds > MAX_PATIENCE_SECONDS {
+        let help = format!("write 0 to {MAX_PATIENCE_SECONDS}");
+        return Err(advised(format_args!("{seconds} seconds are longer than a runtime waits"), help));
+    }
+    Ok(Duration::from_secs(seconds))
 }
 
 /// A time for which fragments are followed.

@@ -25,7 +25,7 @@ use weir_dataplane::{frame::IfIndex, model::Links};
 use super::{
     KernelError,
     netlink::Requests,
-    picture::{Link, Picture, RoleRules, TABLE_DEFAULT, TABLE_MAIN},
+    picture::{Link, Picture, RoleRules, TABLE_DEFAULT, TABLE_MAIN, link_of},
 };
 
 /// Bytes of the multicast socket's receive buffer: a message about a link costs it some 4 KiB, and 250 pods may come at
@@ -185,6 +185,14 @@ impl KernelState {
     /// The device of that name.
     pub fn link(&self, name: &str) -> Option<&Link> {
         self.all().find(|link| link.name == name)
+    }
+
+    /// The device of that name as the kernel describes it now, which may be ahead of what was followed.
+    ///
+    /// # Errors
+    /// Where the kernel refuses or the connection to it ended.
+    pub async fn ask(&self, name: &str) -> Result<Option<Link>, KernelError> {
+        Ok(self.requests.link(name).await?.and_then(|message| link_of(message, 0)))
     }
 
     /// Every address of this node that others could use: no loopback, no link-local IPv6, none of the trunk's.

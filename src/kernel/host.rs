@@ -43,7 +43,6 @@ use rtnetlink::{
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope},
-        link::{LinkAttribute, LinkMessage},
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
         route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
         rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage},
@@ -363,15 +362,7 @@ fn tolerate(result: Result<(), KernelError>, expected: &[i32]) -> Result<(), Ker
 }
 
 async fn device_index(requests: &Requests, name: &str) -> Result<Option<u32>, KernelError> {
-    let links = requests.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()), "links", &[]).await?;
-    Ok(links.into_iter().find_map(|message| match message {
-        RouteNetlinkMessage::NewLink(link)
-            if link.attributes.iter().any(|a| matches!(a, LinkAttribute::IfName(known) if known == name)) =>
-        {
-            Some(link.header.index)
-        }
-        _ => None,
-    }))
+    Ok(requests.link(name).await?.map(|link| link.header.index))
 }
 
 /// The node's addresses that can be a source: not the IPv6 ones whose uniqueness is not settled.

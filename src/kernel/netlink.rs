@@ -9,7 +9,10 @@ use futures::StreamExt;
 use rtnetlink::{
     Handle,
     packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
-    packet_route::RouteNetlinkMessage,
+    packet_route::{
+        RouteNetlinkMessage,
+        link::{LinkAttribute, LinkMessage},
+    },
     sys::AsyncSocket,
 };
 use tokio::task::JoinSet;
@@ -55,6 +58,31 @@ impl Requests {
                     None => Ok(()),
                     Some(_) => Err(KernelError::Refused { action: action(), source: error.to_io() }),
                 };
+            }
+        }
+        Err(KernelError::Closed)
+    }
+
+    /// The device of that name, if there is one.
+    pub(super) async fn link(&self, name: &str) -> Result<Option<LinkMessage>, KernelError> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetLink(message));
+        request.header.flags = NLM_F_REQUEST | NLM_F_ACK;
+        let mut answers = self.handle.clone().request(request).map_err(|_| KernelError::Closed)?;
+        let mut link = None;
+        while let Some(answer) = answers.next().await {
+            match answer.payload {
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(message)) => link = Some(message),
+                NetlinkPayload::Error(error) => match error.code {
+                    None => return Ok(link),
+                    Some(_) if error.raw_code() == -libc::ENODEV => return Ok(None),
+                    Some(_) => {
+                        let action = format!("describe the device {name}");
+                        return Err(KernelError::Refused { action, source: error.to_io() });
+                    }
+                },
+                _ => {}
             }
         }
         Err(KernelError::Closed)

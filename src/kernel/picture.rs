@@ -227,41 +227,8 @@ impl Picture {
         }
         let index = message.header.index;
         let known = self.links.get(&index);
-        let mut link = Link {
-            index: IfIndex(index),
-            name: String::new(),
-            mac: None,
-            mtu: 0,
-            up: message.header.flags.contains(LinkFlags::Up),
-            kind: None,
-            peer: None,
-            peer_elsewhere: false,
-            rx_queues: 1,
-            tx_queues: 1,
-            incarnation: known.map_or(self.incarnations + 1, |known| known.incarnation),
-        };
-        for attribute in message.attributes {
-            match attribute {
-                LinkAttribute::IfName(name) => link.name = name,
-                LinkAttribute::Address(bytes) => link.mac = bytes.try_into().ok().map(Mac),
-                LinkAttribute::Mtu(mtu) => link.mtu = mtu,
-                LinkAttribute::NumRxQueues(queues) => link.rx_queues = queues,
-                LinkAttribute::NumTxQueues(queues) => link.tx_queues = queues,
-                LinkAttribute::Link(peer) => link.peer = Some(peer),
-                LinkAttribute::LinkNetNsId(_) => link.peer_elsewhere = true,
-                LinkAttribute::LinkInfo(infos) => {
-                    link.kind = infos.into_iter().find_map(|info| match info {
-                        LinkInfo::Kind(InfoKind::Other(kind)) => Some(kind),
-                        LinkInfo::Kind(kind) => Some(kind.to_string()),
-                        _ => None,
-                    });
-                }
-                _ => {}
-            }
-        }
-        if link.name.is_empty() {
-            return;
-        }
+        let incarnation = known.map_or(self.incarnations + 1, |known| known.incarnation);
+        let Some(link) = link_of(message, incarnation) else { return };
         if known == Some(&link) {
             return;
         }
@@ -469,7 +436,7 @@ impl Picture {
             .filter(|((device, _), _)| roles.contains_key(device))
             .map(|(&(device, address), &mac)| Neighbor { address, mac, device: IfIndex(device) })
             .collect();
-        Links { devices, routes, neighbors, loopback_sources: Vec::new(), listening: BTreeSet::new() }
+        Links { devices, routes, neighbors, ..Links::default() }
     }
 
     /// The node's own kernel as a device: there once the trunk is, with the node's addresses that no uplink or workload
@@ -523,6 +490,43 @@ impl Picture {
         }
         notes
     }
+}
+
+/// The device that a message is about; `None` for one without a name.
+pub(super) fn link_of(message: LinkMessage, incarnation: u64) -> Option<Link> {
+    let mut link = Link {
+        index: IfIndex(message.header.index),
+        name: String::new(),
+        mac: None,
+        mtu: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
+        kind: None,
+        peer: None,
+        peer_elsewhere: false,
+        rx_queues: 1,
+        tx_queues: 1,
+        incarnation,
+    };
+    for attribute in message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name = name,
+            LinkAttribute::Address(bytes) => link.mac = bytes.try_into().ok().map(Mac),
+            LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+            LinkAttribute::NumRxQueues(queues) => link.rx_queues = queues,
+            LinkAttribute::NumTxQueues(queues) => link.tx_queues = queues,
+            LinkAttribute::Link(peer) => link.peer = Some(peer),
+            LinkAttribute::LinkNetNsId(_) => link.peer_elsewhere = true,
+            LinkAttribute::LinkInfo(infos) => {
+                link.kind = infos.into_iter().find_map(|info| match info {
+                    LinkInfo::Kind(InfoKind::Other(kind)) => Some(kind),
+                    LinkInfo::Kind(kind) => Some(kind.to_string()),
+                    _ => None,
+                });
+            }
+            _ => {}
+        }
+    }
+    (!link.name.is_empty()).then_some(link)
 }
 
 fn address_of(message: &AddressMessage) -> Option<(Address, bool)> {

@@ -1,12 +1,16 @@
 //! Nodes, pods and pools.
 
-use std::{collections::HashMap, net::IpAddr};
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use sha1::{Digest, Sha1};
 use weir_dataplane::model::{Cluster, Node, Pool, TunnelMode, Workload};
 
+use super::LocalPods;
 use crate::{
     config::{
         Problems, RouterConfig, Span,
@@ -15,7 +19,7 @@ use crate::{
     },
     manifests::{
         Manifests, Object,
-        at::At,
+        at::{At, Reporter},
         calico::{EncapsulationMode, IpPool, WorkloadEndpoint},
     },
 };
@@ -30,9 +34,37 @@ pub fn workload_device(namespace: &str, pod: &str) -> String {
 
 /// Whether a pod has an end of its own: it is not on the host's network, and it has not ended.
 pub(super) fn is_workload(pod: &core::Pod) -> bool {
-    let on_host = pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or(false);
+    !is_on_host_network(pod) && !has_ended(pod)
+}
+
+pub(super) fn is_on_host_network(pod: &core::Pod) -> bool {
+    pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or(false)
+}
+
+/// Whether none of its containers will run again.
+pub(super) fn has_ended(pod: &core::Pod) -> bool {
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-    !on_host && !matches!(phase, Some("Succeeded" | "Failed"))
+    matches!(phase, Some("Succeeded" | "Failed"))
+}
+
+fn is_terminating(pod: &core::Pod) -> bool {
+    pod.metadata.deletion_timestamp.is_some()
+}
+
+/// The node that a pod is on.
+fn node_of(pod: &core::Pod) -> Option<&str> {
+    pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref())
+}
+
+/// The object that says what a workload is.
+#[derive(Clone, Copy)]
+pub(super) enum Described<'m> {
+    /// Its Pod.
+    Pod(&'m Object<core::Pod>),
+    /// Its WorkloadEndpoint, without a Pod.
+    Endpoint,
+    /// None yet: a pod that this node's CNI plugin made.
+    NotYet,
 }
 
 /// The WorkloadEndpoint of each pod, by "namespace/pod".
@@ -53,7 +85,13 @@ pub(super) fn endpoint_name(endpoint: &Object<WorkloadEndpoint>) -> String {
     format!("{}/{workload}", endpoint.namespace)
 }
 
-pub(super) fn translate(config: &RouterConfig, manifests: &Manifests, problems: &mut Problems) -> Cluster {
+/// The cluster, and what describes each of its workloads.
+pub(super) fn translate<'m>(
+    config: &RouterConfig,
+    manifests: &'m Manifests,
+    local_pods: &LocalPods,
+    problems: &mut Problems,
+) -> (Cluster, Vec<Described<'m>>) {
     let mut cluster = Cluster {
         node_name: config.node_name.clone(),
         service_cidrs: config.service_cidrs.clone(),
@@ -66,13 +104,13 @@ pub(super) fn translate(config: &RouterConfig, manifests: &Manifests, problems: 
     }
     check_node_name(config, manifests, problems);
     pools(manifests, &mut cluster, problems);
-    workloads(manifests, &mut cluster, problems);
+    let described = Workloads::of(manifests, local_pods, &mut cluster, problems);
     cluster.pod_cidrs = match &config.pod_cidrs {
         Some(given) => given.clone(),
         None if !cluster.pools.is_empty() => cluster.pools.iter().map(|pool| pool.cidr).collect(),
         None => cluster.nodes.iter().flat_map(|node| node.pod_cidrs.iter().copied()).collect(),
     };
-    cluster
+    (cluster, described)
 }
 
 fn check_node_name(config: &RouterConfig, manifests: &Manifests, problems: &mut Problems) {
@@ -187,59 +225,147 @@ fn pool(object: &Object<IpPool>, problems: &mut Problems) -> Option<Pool> {
     Some(Pool { cidr, ipip, nat_outgoing: spec.nat_outgoing.unwrap_or(false) })
 }
 
-fn workloads(manifests: &Manifests, cluster: &mut Cluster, problems: &mut Problems) {
-    let endpoints = endpoints_of_pods(manifests);
-    let mut owners: HashMap<IpAddr, String> = HashMap::new();
-    let mut add = |workload: Workload, at: At<'_>, report: &mut crate::manifests::at::Reporter<'_>| {
-        for address in &workload.addresses {
-            if let Some(owner) = owners.insert(*address, workload.name.clone()) {
-                let help = "one of the two is probably gone: take it out".to_owned();
-                report.warning(at, format_args!("{address} is the address of {owner} too"), help);
+/// Workloads as they are gathered, and who owns which address.
+struct Workloads<'m, 'c> {
+    cluster: &'c mut Cluster,
+    described: Vec<Described<'m>>,
+    owners: HashMap<IpAddr, String>,
+}
+
+impl<'m, 'c> Workloads<'m, 'c> {
+    fn of(
+        manifests: &'m Manifests,
+        local_pods: &LocalPods,
+        cluster: &'c mut Cluster,
+        problems: &mut Problems,
+    ) -> Vec<Described<'m>> {
+        let mut workloads = Self { cluster, described: Vec::new(), owners: HashMap::new() };
+        workloads.add_local_pods(manifests, local_pods);
+        workloads.add_pods(manifests, local_pods, problems);
+        workloads.add_endpoints(manifests, local_pods, problems);
+        workloads.described
+    }
+
+    /// First come those that are certain to be there. Their addresses are theirs, whatever objects say.
+    fn add_local_pods(&mut self, manifests: &'m Manifests, local_pods: &LocalPods) {
+        let node_name = self.cluster.node_name.clone();
+        let mut objects: HashMap<&str, &Object<core::Pod>> = HashMap::new();
+        let here = |object: &&Object<core::Pod>| node_of(&object.value) == Some(node_name.as_str());
+        for object in manifests.pods.iter().filter(here) {
+            let named = local_pods.get(&object.full_name());
+            if let Some(pod) = named.filter(|pod| pod.is_described_by(&object.value)) {
+                objects.insert(&pod.name, object);
             }
         }
-        cluster.workloads.push(workload);
+        for pod in local_pods.iter() {
+            self.owners.extend(pod.addresses.iter().map(|address| (*address, pod.name.clone())));
+            self.cluster.workloads.push(Workload {
+                name: pod.name.clone(),
+                node: Some(node_name.clone()),
+                addresses: pod.addresses.clone(),
+                device: pod.device.clone(),
+                mac: Some(pod.mac),
+            });
+            let object = objects.get(pod.name.as_str());
+            self.described.push(object.map_or(Described::NotYet, |object| Described::Pod(object)));
+        }
+    }
+
+    fn add_pods(&mut self, manifests: &'m Manifests, local_pods: &LocalPods, problems: &mut Problems) {
+        let endpoints = endpoints_of_pods(manifests);
+        let lost = lost_addresses(manifests);
+        for object in &manifests.pods {
+            let facts = object.made(problems, pod);
+            let node = node_of(&object.value);
+            if !facts.is_workload || self.is_made_here(&facts.name, node, local_pods) {
+                continue;
+            }
+            let endpoint = endpoints.get(&facts.name).map(|endpoint| endpoint.made(problems, workload_endpoint));
+            let given = endpoint.map(|read| &read.addresses).filter(|addresses| !addresses.is_empty());
+            let mut addresses = given.unwrap_or(&facts.addresses).clone();
+            let mut report = object.reporter(problems);
+            if addresses.is_empty() {
+                report.note(object.at().key("metadata").key("name"), "it has no address yet and is left out");
+                continue;
+            }
+            if facts.is_terminating {
+                addresses.retain(|address| !lost.contains(address) && !self.owners.contains_key(address));
+                if addresses.is_empty() {
+                    continue;
+                }
+            }
+            let device = endpoint.and_then(|read| read.device.as_ref()).unwrap_or(&facts.device).clone();
+            let mac = endpoint.and_then(|read| read.mac);
+            let node = node.map(str::to_owned);
+            let workload = Workload { name: facts.name.clone(), node, addresses, device, mac };
+            self.add(workload, Described::Pod(object), local_pods, object.at().key("status"), &mut report);
+        }
+    }
+
+    fn add_endpoints(&mut self, manifests: &'m Manifests, local_pods: &LocalPods, problems: &mut Problems) {
+        let pods: HashSet<String> = match manifests.workload_endpoints.as_slice() {
+            [] => return,
+            _ => manifests.pods.iter().map(|object| object.full_name()).collect(),
+        };
+        for object in &manifests.workload_endpoints {
+            let name = endpoint_name(object);
+            let node = object.value.spec.node.clone();
+            if pods.contains(&name) || self.is_made_here(&name, node.as_deref(), local_pods) {
+                continue;
+            }
+            let read = object.made(problems, workload_endpoint);
+            let mut report = object.reporter(problems);
+            let Some(device) = read.device.clone() else {
+                let help = "write the name of the host's end of its veth pair".to_owned();
+                report.error(object.at().key("spec"), "spec.interfaceName is missing", help);
+                continue;
+            };
+            let workload = Workload { name, node, addresses: read.addresses.clone(), device, mac: read.mac };
+            self.add(workload, Described::Endpoint, local_pods, object.at(), &mut report);
+        }
+    }
+
+    /// Whether a workload of that name on that node is, or was before, what the CNI plugin has made on this one: no two of a node have one
+    /// name at once.
+    fn is_made_here(&self, name: &str, node: Option<&str>, local_pods: &LocalPods) -> bool {
+        node == Some(self.cluster.node_name.as_str()) && local_pods.get(name).is_some()
+    }
+
+    /// Adds a workload that objects tell of, without what the pods have that this node made.
+    fn add(
+        &mut self,
+        mut workload: Workload,
+        described: Described<'m>,
+        local_pods: &LocalPods,
+        at: At<'_>,
+        report: &mut Reporter<'_>,
+    ) {
+        let had_any = !workload.addresses.is_empty();
+        workload.addresses.retain(|address| {
+            let Some(owner) = self.owners.get(address) else { return true };
+            let help = "one of the two is probably gone: take it out".to_owned();
+            report.warning(at, format_args!("{address} is the address of {owner} too"), help);
+            !local_pods.get(owner).is_some_and(|pod| pod.addresses.contains(address))
+        });
+        if had_any && workload.addresses.is_empty() {
+            return;
+        }
+        self.owners.extend(workload.addresses.iter().map(|address| (*address, workload.name.clone())));
+        self.cluster.workloads.push(workload);
+        self.described.push(described);
+    }
+}
+
+/// Addresses of terminating pods that living ones have by now.
+fn lost_addresses(manifests: &Manifests) -> HashSet<IpAddr> {
+    let of = |terminating: bool| {
+        let pods = manifests.pods.iter().filter(move |object| is_terminating(&object.value) == terminating);
+        // What is wrong with them is told where they become workloads.
+        let facts = pods.map(|object| object.made(&mut Problems::default(), pod)).filter(|facts| facts.is_workload);
+        facts.flat_map(|facts| facts.addresses.iter().copied())
     };
-    let mut pods_seen = std::collections::HashSet::new();
-    for object in &manifests.pods {
-        let facts = object.made(problems, pod);
-        pods_seen.insert(facts.name.as_str());
-        if !facts.is_workload {
-            continue;
-        }
-        let endpoint = endpoints.get(&facts.name).map(|endpoint| endpoint.made(problems, workload_endpoint));
-        let given = endpoint.map(|read| &read.addresses).filter(|addresses| !addresses.is_empty());
-        let addresses = given.unwrap_or(&facts.addresses);
-        let mut report = object.reporter(problems);
-        if addresses.is_empty() {
-            report.note(object.at().key("metadata").key("name"), "it has no address yet and is left out");
-            continue;
-        }
-        let device = endpoint.and_then(|read| read.device.as_ref()).unwrap_or(&facts.device);
-        let workload = Workload {
-            name: facts.name.clone(),
-            node: object.value.spec.as_ref().and_then(|spec| spec.node_name.clone()),
-            addresses: addresses.clone(),
-            device: device.clone(),
-            mac: endpoint.and_then(|read| read.mac),
-        };
-        add(workload, object.at().key("status"), &mut report);
-    }
-    for object in &manifests.workload_endpoints {
-        let name = endpoint_name(object);
-        if pods_seen.contains(name.as_str()) {
-            continue;
-        }
-        let read = object.made(problems, workload_endpoint);
-        let mut report = object.reporter(problems);
-        let Some(device) = read.device.clone() else {
-            let help = "write the name of the host's end of its veth pair".to_owned();
-            report.error(object.at().key("spec"), "spec.interfaceName is missing", help);
-            continue;
-        };
-        let node = object.value.spec.node.clone();
-        let addresses = read.addresses.clone();
-        add(Workload { name, node, addresses, device, mac: read.mac }, object.at(), &mut report);
-    }
+    let of_terminating: HashSet<IpAddr> = of(true).collect();
+    if of_terminating.is_empty() { of_terminating } else { of(false).filter(|a| of_terminating.contains(a)).collect() }
 }
 
 /// What forwarding takes from a Pod.
@@ -248,6 +374,7 @@ struct PodFacts {
     name: String,
     addresses: Vec<IpAddr>,
     is_workload: bool,
+    is_terminating: bool,
     /// By Calico's rule.
     device: String,
 }
@@ -257,6 +384,7 @@ fn pod(object: &Object<core::Pod>, problems: &mut Problems) -> PodFacts {
         name: object.full_name(),
         addresses: pod_addresses(object, problems),
         is_workload: is_workload(&object.value),
+        is_terminating: is_terminating(&object.value),
         device: workload_device(&object.namespace, &object.name),
     }
 }

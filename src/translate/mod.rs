@@ -5,6 +5,7 @@
 
 mod cluster;
 mod host;
+mod local_pods;
 mod policy;
 mod ports;
 #[cfg(test)]
@@ -29,7 +30,9 @@ use crate::{
     manifests::{Library, Manifests, ObjectId, Objects, Substitute, library::Texts},
 };
 
+use cluster::Described;
 pub use cluster::workload_device;
+pub use local_pods::{LocalPod, LocalPods};
 use ports::Publishers;
 
 /// A configuration that was read and translated without an error.
@@ -53,6 +56,10 @@ pub struct Loaded {
     pub files: Vec<PathBuf>,
     /// Objects whose newest version is faulty, and what stands for them; only after [`Loader::reload`].
     pub faulty: Vec<Faulty>,
+    /// The pods that this node's CNI plugin had made.
+    pub local_pods: Arc<LocalPods>,
+    /// Names of those whose objects are not there yet. They are workloads that no policy lets anything through to or from.
+    pub undescribed: BTreeSet<String>,
     publishers: Publishers,
     /// How long it took.
     pub times: LoadTimes,
@@ -121,6 +128,9 @@ pub struct Loader {
     /// Whether what is valid is looked through for what is probably not meant so.
     reviews: bool,
     kept: Kept,
+    local_pods: Arc<LocalPods>,
+    /// What was read for the last load that succeeded.
+    read: Option<Read>,
 }
 
 /// What was made of several objects at the load before.
@@ -131,6 +141,7 @@ struct Kept {
 }
 
 /// What was read: weir.yaml and the texts of the manifests, with the problems of reading.
+#[derive(Debug)]
 struct Read {
     config: RouterConfig,
     texts: Texts,
@@ -148,7 +159,19 @@ impl Read {
 impl Loader {
     /// For the weir.yaml at `path`.
     pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), library: Library::default(), reviews: false, kept: Kept::default() }
+        Self {
+            path: path.to_owned(),
+            library: Library::default(),
+            reviews: false,
+            kept: Kept::default(),
+            local_pods: Arc::default(),
+            read: None,
+        }
+    }
+
+    /// The pods that this node's CNI plugin has made, for the loads from now on.
+    pub fn set_local_pods(&mut self, pods: Arc<LocalPods>) {
+        self.local_pods = pods;
     }
 
     /// From now on for another weir.yaml, of the same cluster.
@@ -159,7 +182,7 @@ impl Loader {
     /// One that has loaded nothing yet, with the numbers of this one's objects.
     #[cfg(test)]
     fn afresh(&self) -> Self {
-        Self { path: self.path.clone(), library: self.library.afresh(), reviews: false, kept: Kept::default() }
+        Self { library: self.library.afresh(), local_pods: Arc::clone(&self.local_pods), ..Self::new(&self.path) }
     }
 
     /// Reads and translates everything.
@@ -170,7 +193,9 @@ impl Loader {
         let read = self.read()?;
         let begin = Instant::now();
         let loaded = self.attempt(&read, None).map_err(|failed| failed.problems)?;
-        Ok(read.timed(loaded, begin))
+        let loaded = read.timed(loaded, begin);
+        self.read = Some(read);
+        Ok(loaded)
     }
 
     /// As [`Loader::load`], but an object at fault does not stop the rest: its last good version stands for it, or, where there is none,
@@ -181,8 +206,29 @@ impl Loader {
     /// All problems, where one is not an object's but of weir.yaml itself.
     pub fn reload(&mut self, previous: &Objects) -> Result<(Loaded, Option<Problems>), Problems> {
         let read = self.read()?;
+        let outcome = self.translate_again(&read, previous);
+        if outcome.is_ok() {
+            self.read = Some(read);
+        }
+        outcome
+    }
+
+    /// As [`Loader::reload`], but without a look at the files: with what the last load that succeeded has read. What changed is
+    /// [`Loader::set_local_pods`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn reload_local_pods(&mut self, previous: &Objects) -> Result<(Loaded, Option<Problems>), Problems> {
+        let Some(mut read) = self.read.take() else { return self.reload(previous) };
+        read.took = Duration::ZERO;
+        let outcome = self.translate_again(&read, previous);
+        self.read = Some(read);
+        outcome
+    }
+
+    fn translate_again(&mut self, read: &Read, previous: &Objects) -> Result<(Loaded, Option<Problems>), Problems> {
         let begin = Instant::now();
-        let all = match self.attempt(&read, None) {
+        let all = match self.attempt(read, None) {
             Ok(loaded) => return Ok((read.timed(loaded, begin), None)),
             Err(failed) => failed.problems,
         };
@@ -191,7 +237,7 @@ impl Loader {
         // Each round substitutes for an object that the one before did not, or takes a substitute out, so there is a last one.
         loop {
             let substitutes = faulty.iter().map(|(id, (substitute, _))| (id.clone(), *substitute)).collect();
-            let Failed { problems, manifests } = match self.attempt(&read, Some((&substitutes, previous))) {
+            let Failed { problems, manifests } = match self.attempt(read, Some((&substitutes, previous))) {
                 Ok(mut loaded) => {
                     let named = faulty.into_iter().map(|(id, (substitute, problem))| Faulty {
                         object: id.to_string(),
@@ -270,7 +316,9 @@ impl Loader {
             }
             manifests.add_last_good(previous, &wanted, &mut problems);
         }
-        match translate(read.config.clone(), &self.path, &mut manifests, &mut self.kept, self.reviews, problems) {
+        let config = read.config.clone();
+        let pods = &self.local_pods;
+        match translate(config, &self.path, &mut manifests, pods, &mut self.kept, self.reviews, problems) {
             Ok(loaded) => Ok(Loaded { faulty, ..loaded }),
             Err(problems) => Err(Box::new(Failed { problems, manifests })),
         }
@@ -288,14 +336,18 @@ fn translate(
     config: RouterConfig,
     path: &Path,
     manifests: &mut Manifests,
+    local_pods: &Arc<LocalPods>,
     kept: &mut Kept,
     reviews: bool,
     mut problems: Problems,
 ) -> Result<Loaded, Problems> {
-    let mut cluster = cluster::translate(&config, manifests, &mut problems);
+    let (mut cluster, described) = cluster::translate(&config, manifests, local_pods, &mut problems);
     host::translate(&config, manifests, &mut cluster, &mut problems);
     let services = services::translate(&config, manifests, &cluster, &mut kept.services, &mut problems);
-    let policy = policy::translate(&config, manifests, &cluster, &mut kept.policy, &mut problems);
+    let policy = policy::translate(&config, manifests, &cluster, &described, &mut kept.policy, &mut problems);
+    let undescribed = cluster.workloads.iter().zip(&described);
+    let undescribed = undescribed.filter(|(_, by)| matches!(by, Described::NotYet)).map(|(pod, _)| pod.name.clone());
+    let undescribed = undescribed.collect();
     if reviews {
         review::review(&config, manifests, &cluster, &mut problems);
     }
@@ -317,6 +369,8 @@ fn translate(
         notes: problems,
         files,
         faulty: Vec::new(),
+        local_pods: Arc::clone(local_pods),
+        undescribed,
         publishers: Publishers::take(manifests),
         times: LoadTimes::default(),
     })

@@ -17,6 +17,7 @@ fn outcome(loaded: &Result<(Loaded, Option<Problems>), Problems>) -> String {
         Err(problems) => return format!("refused:\n{}", lines(problems)),
     };
     let mut text = format!("{:#?}\n{:#?}\n{:?}\n{:?}\n", loaded.cluster, loaded.faulty, loaded.counts, loaded.files);
+    writeln!(text, "{:?}", loaded.undescribed).expect("a String takes it");
     let origin = |number: u32| loaded.objects.get(number).map(|origin| format!("{origin:?}"));
     let mut services = loaded.services.clone();
     for service in services.services.iter_mut().map(std::sync::Arc::make_mut) {
@@ -62,8 +63,12 @@ impl Editor {
                 if bad { "IPv7" } else { "IPv4" }
             ),
             2 => format!(
-                "apiVersion: v1\nkind: Pod\nmetadata: {{name: p{name}, namespace: x, labels: {{app: a{other}}}}}\nspec:\n  nodeName: \
-                 node-a\n  containers: [{{name: c, ports: [{{name: web, containerPort: {}}}]}}]\nstatus: {{podIP: 10.1.0.{number}}}\n",
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: p{name}, namespace: x, labels: {{app: a{other}}}, uid: u{}{}}}\nspec:\n  \
+                 nodeName: node-{}\n  containers: [{{name: c, ports: [{{name: web, containerPort: {}}}]}}]\nstatus: {{podIP: \
+                 10.1.0.{number}}}\n",
+                number % 2,
+                if number % 5 == 0 { ", deletionTimestamp: '2026-01-01T00:00:00Z'" } else { "" },
+                if number % 7 == 0 { "b" } else { "a" },
                 if bad { 0 } else { 8080 }
             ),
             3 => format!(
@@ -101,6 +106,22 @@ impl Editor {
         }
     }
 
+    /// A pod made, made again, or taken away; addresses meet those of objects.
+    fn edit_pods(&mut self, pods: &mut LocalPods) {
+        let (name, number) = (format!("x/p{}", self.below(6)), self.below(200));
+        if self.below(3) == 0 {
+            return pods.remove(&name);
+        }
+        pods.insert(Arc::new(LocalPod {
+            uid: [None, Some("u0"), Some("u1")][self.below(3)].map(str::to_owned),
+            sandbox: number.to_string(),
+            device: format!("cali{number}"),
+            mac: weir_packet::Mac([2, 0, 0, 0, 0, number as u8]),
+            addresses: vec![format!("10.1.0.{number}").parse().unwrap()],
+            name,
+        }));
+    }
+
     fn text(&self) -> String {
         if !self.as_list {
             return self.documents.join("---\n");
@@ -131,12 +152,24 @@ fn what_is_kept_from_load_to_load_changes_no_outcome() {
     let mut keeping = Loader::new(&path);
     let mut previous = keeping.load().unwrap();
     let mut previous_afresh = keeping.afresh().load().unwrap();
-    let (mut refused, mut with_faults) = (0, 0);
-    for step in 0..400 {
+    let (mut refused, mut with_faults, mut of_pods) = (0, 0, 0);
+    let (mut pods, mut is_refused) = (LocalPods::default(), false);
+    for step in 0..600 {
         let which = usize::from(step % 3 == 0);
-        editors[which].edit();
-        write(&editors[which], ["one.yaml", "two.yaml"][which]);
-        let kept = keeping.reload(&previous.objects);
+        let only_pods = step % 4 == 1;
+        if only_pods || step % 8 == 2 {
+            editors[which].edit_pods(&mut pods);
+            keeping.set_local_pods(Arc::new(pods.clone()));
+        }
+        if !only_pods {
+            editors[which].edit();
+            write(&editors[which], ["one.yaml", "two.yaml"][which]);
+        }
+        // After a refusal the files say something else than what is in force.
+        let unread = only_pods && !is_refused;
+        of_pods += usize::from(unread);
+        let kept =
+            if unread { keeping.reload_local_pods(&previous.objects) } else { keeping.reload(&previous.objects) };
         let afresh = keeping.afresh().reload(&previous_afresh.objects);
         let (kept_outcome, afresh_outcome) = (outcome(&kept), outcome(&afresh));
         let differing = kept_outcome.lines().zip(afresh_outcome.lines()).find(|(kept, afresh)| kept != afresh);
@@ -145,6 +178,7 @@ fn what_is_kept_from_load_to_load_changes_no_outcome() {
             "step {step}: {differing:?}\n{}",
             editors.each_ref().map(Editor::text).join("\n=====\n")
         );
+        is_refused = kept.is_err();
         match (kept, afresh) {
             (Ok((kept, all)), Ok((afresh, _))) => {
                 with_faults += usize::from(all.is_some());
@@ -154,6 +188,7 @@ fn what_is_kept_from_load_to_load_changes_no_outcome() {
         }
     }
     assert!(with_faults > 40 && refused < 300, "{with_faults} with faults, {refused} refused");
+    assert!(of_pods > 100, "{of_pods} without a look at the files");
 }
 
 /// The documents of a list that kubectl wrote and those of a stream are read to the same objects, each by itself.

@@ -18,6 +18,7 @@ use super::*;
 use crate::config::Source;
 
 mod host;
+mod local_pods;
 mod policy;
 mod review;
 
@@ -28,8 +29,19 @@ fn load_texts(weir: &str, cluster: &str) -> Result<Loaded, Problems> {
     read_texts(weir, cluster, false)
 }
 
+/// The same, with pods that the CNI plugin has made.
+fn load_with_pods(cluster: &str, pods: &[LocalPod]) -> Result<Loaded, Problems> {
+    let mut all = LocalPods::default();
+    pods.iter().for_each(|pod| all.insert(Arc::new(pod.clone())));
+    read_all(WEIR, cluster, &Arc::new(all), false)
+}
+
 /// The same, perhaps as [`load_with_review`].
 fn read_texts(weir: &str, cluster: &str, reviews: bool) -> Result<Loaded, Problems> {
+    read_all(weir, cluster, &Arc::default(), reviews)
+}
+
+fn read_all(weir: &str, cluster: &str, pods: &Arc<LocalPods>, reviews: bool) -> Result<Loaded, Problems> {
     let mut problems = Problems::default();
     let file = problems.add_source(Source::new("weir.yaml", weir.to_owned()));
     let Some((config, _)) = RouterConfig::from_source(file, Path::new(""), &mut problems) else {
@@ -39,7 +51,7 @@ fn read_texts(weir: &str, cluster: &str, reviews: bool) -> Result<Loaded, Proble
     let mut texts = Texts::default();
     Library::default().add_text("cluster.yaml", cluster.to_owned(), &mut texts, &mut problems);
     let mut manifests = Manifests::of(&texts, &BTreeMap::new(), &mut problems);
-    translate(config, Path::new("weir.yaml"), &mut manifests, &mut Kept::default(), reviews, problems)
+    translate(config, Path::new("weir.yaml"), &mut manifests, pods, &mut Kept::default(), reviews, problems)
 }
 
 /// "place: severity: message [help]" of everything that is said.
@@ -175,6 +187,48 @@ fn faults_of_weir_yaml() {
     for (weir, expected) in cases {
         assert_said(weir, "", expected);
     }
+}
+
+#[test]
+fn a_cni_section_is_given_also_where_it_is_empty() {
+    use std::{path::PathBuf, time::Duration};
+
+    use crate::config::router::{Cni, Ipam};
+    assert_eq!(loaded(WEIR, "").config.cni, None);
+    let defaults = Cni {
+        socket: PathBuf::from("/run/weir/cni.sock"),
+        state: PathBuf::from("/var/lib/weir/cni"),
+        ipam: Ipam::PodCidr,
+        mtu: None,
+        patience: Duration::from_secs(5),
+    };
+    for text in ["cni:\n", "cni: {}\n", "cni: {ipam: podCIDR}\n"] {
+        assert_eq!(loaded(&format!("{WEIR}{text}"), "").config.cni.as_ref(), Some(&defaults), "{text}");
+    }
+    let given = loaded(&format!("{WEIR}cni: {{socket: s, state: /x, mtu: 1440, patience: 0}}\n"), "").config.cni;
+    let (socket, state) = (PathBuf::from("s"), PathBuf::from("/x"));
+    assert_eq!(given, Some(Cni { socket, state, mtu: Some(1440), patience: Duration::ZERO, ..defaults }));
+    assert_said(
+        &format!(
+            "{WEIR}cni:\n  scoket: x\n  ipam: pool\n  mtu: 10000\n  patience: 21\n  socket: ''\n  state: /{}\n",
+            "x".repeat(200)
+        ),
+        "",
+        &[
+            "weir.yaml:4:3: error: unknown field cni.scoket [did you mean socket?]",
+            "weir.yaml:5:9: error: cni.ipam: \"pool\" is none of: podCIDR",
+            "weir.yaml:6:8: error: cni.mtu is 10000: pods may have 68 to 9216 [leave it out for what fits through the \
+             uplinks]",
+            "weir.yaml:7:13: error: cni.patience: 21 seconds are longer than a runtime waits [write 0 to 20]",
+            "weir.yaml:8:11: error: cni.socket is empty [leave it out for the default]",
+        ],
+    );
+    let long = format!("{WEIR}cni: {{socket: /{}}}\n", "x".repeat(107));
+    assert_said(
+        &long,
+        "",
+        &["weir.yaml:3:15: error: cni.socket is longer than the 107 bytes of a socket's path [choose a shorter one]"],
+    );
 }
 
 #[test]

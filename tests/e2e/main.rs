@@ -24,6 +24,7 @@ mod offload_only;
 mod one_node;
 mod own_node;
 mod path_mtu;
+mod pods;
 mod policy;
 mod scale;
 mod services;

@@ -102,6 +102,24 @@ impl Manifests {
         }));
     }
 
+    /// A pod as it is before it runs, with the label `app`.
+    pub fn new_pod(&mut self, node: &str, pod: &str, app: &str, uid: &str) {
+        let (namespace, name) = pod.split_once('/').expect("namespace/name");
+        self.add(json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"namespace": namespace, "name": name, "uid": uid, "labels": {"app": app}},
+            "spec": {"nodeName": node, "containers": [{"name": "c"}]},
+            "status": {"phase": "Pending"},
+        }));
+    }
+
+    /// Makes a pod's object another one's of its name.
+    pub fn replace_uid(&mut self, pod: &str, uid: &str) {
+        let (_, name) = pod.split_once('/').expect("namespace/name");
+        let is_it = |resource: &&mut Value| resource["kind"] == "Pod" && resource["metadata"]["name"] == name;
+        self.0.iter_mut().find(is_it).expect("a pod with that name")["metadata"]["uid"] = uid.into();
+    }
+
     /// Gives the pod that was added last a service account.
     pub fn service_account(&mut self, name: &str) {
         self.0.last_mut().expect("a pod")["spec"]["serviceAccountName"] = name.into();

@@ -486,16 +486,16 @@ impl Attachment {
 
     /// Forgets what an earlier process left on devices that do not exist any longer.
     fn forget_gone(&mut self) -> Result<(), AttachError> {
-        for index in self.pins.workloads()?.into_iter().filter(is_gone) {
+        for index in self.pins.workloads()?.into_iter().filter(|index| is_gone(*index)) {
             self.forget_workload(index)?;
             info!(index, "forgot a workload device that is gone");
         }
-        for index in self.pins.uplinks()?.into_iter().filter(is_gone) {
+        for index in self.pins.uplinks()?.into_iter().filter(|index| is_gone(*index)) {
             self.detach_uplink(index)?;
             warn!(index, "forgot an uplink that is gone");
         }
         let entries: Vec<u32> = self.workload_map.keys().collect::<Result<_, _>>().map_err(map_error("workloads"))?;
-        for index in entries.into_iter().filter(is_gone) {
+        for index in entries.into_iter().filter(|index| is_gone(*index)) {
             self.forget_workload(index)?;
         }
         Ok(())
@@ -523,10 +523,15 @@ pub fn detach(pin_dir: &Path) -> Result<DetachReport, AttachError> {
     Ok(report)
 }
 
+/// The index of a device of the calling thread's network namespace.
+pub fn index_of(name: &str) -> Option<u32> {
+    if_nametoindex(name).ok()
+}
+
 /// Whether no device of the calling thread's network namespace has that index. Any other error is no proof of that, and
 /// taking a link off a device that lives would open it.
-fn is_gone(index: &u32) -> bool {
-    match if_indextoname(*index) {
+pub fn is_gone(index: u32) -> bool {
+    match if_indextoname(index) {
         // nix 0.31 takes the null pointer for success.
         Ok(name) => name.is_empty(),
         Err(errno) => matches!(errno, Errno::ENXIO | Errno::ENODEV),

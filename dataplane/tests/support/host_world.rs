@@ -171,6 +171,7 @@ fn links() -> Links {
         ],
         neighbors: [neighbor(ROUTER, first), neighbor(OTHER_NODE, first)].concat(),
         loopback_sources: Vec::new(),
+        complete: false,
         listening: Default::default(),
     }
 }

@@ -93,6 +93,7 @@ pub fn links() -> Links {
             metric: 0,
         }],
         loopback_sources: Vec::new(),
+        complete: false,
         listening: [9090].into(),
         neighbors: ["192.168.10.2", "192.168.10.100", "fd00:10::2", "fd00:10::100"].map(neighbor).into(),
     }

@@ -1,6 +1,6 @@
 //! Everything that has labels and addresses: workloads, host endpoints, network sets.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::util::intstr::IntOrString};
@@ -20,7 +20,7 @@ use crate::{
         calico::{EndpointPort, WorkloadEndpoint},
     },
     translate::{
-        cluster::{endpoint_name, endpoints_of_pods},
+        cluster::{Described, endpoint_name, endpoints_of_pods},
         services::{port_number, protocol},
     },
 };
@@ -37,19 +37,20 @@ pub(in crate::translate) struct Kept {
 struct Parts {
     pod: Option<Same<Content<Pod>>>,
     calico: Option<Same<Content<WorkloadEndpoint>>>,
+    /// They may be told by others than these two, or be lost to others.
+    addresses: Vec<IpAddr>,
     is_local: bool,
 }
 
+/// The workloads' endpoints; none of what nothing describes yet.
 pub(super) fn workloads(
-    config: &RouterConfig,
     manifests: &Manifests,
     inherited: &Inherited<'_>,
     cluster: &Cluster,
+    described: &[Described<'_>],
     kept: &mut Kept,
     problems: &mut Problems,
 ) -> Vec<Arc<Endpoint>> {
-    let pods: HashMap<String, &Object<Pod>> =
-        manifests.pods.iter().map(|object| (object.full_name(), object)).collect();
     let of_pods = endpoints_of_pods(manifests);
     let others: HashMap<String, &Object<WorkloadEndpoint>> =
         manifests.workload_endpoints.iter().map(|object| (endpoint_name(object), object)).collect();
@@ -59,8 +60,12 @@ pub(super) fn workloads(
         *kept = Kept { sources, ..Kept::default() };
     }
     let mut endpoints = Vec::with_capacity(cluster.workloads.len());
-    for workload in &cluster.workloads {
-        let pod = pods.get(&workload.name).copied();
+    for (workload, described) in cluster.workloads.iter().zip(described) {
+        let pod = match described {
+            Described::Pod(pod) => Some(*pod),
+            Described::Endpoint => None,
+            Described::NotYet => continue,
+        };
         let calico = of_pods.get(&workload.name).or_else(|| others.get(&workload.name)).copied();
         let Some(namespace) = pod.map(|pod| &pod.namespace).or(calico.map(|object| &object.namespace)) else {
             continue;
@@ -71,7 +76,8 @@ pub(super) fn workloads(
         let parts = Parts {
             pod: pod.map(|pod| Same(Arc::clone(pod.content()))),
             calico: calico.map(|calico| Same(Arc::clone(calico.content()))),
-            is_local: workload.node.as_deref() == Some(config.node_name.as_str()),
+            addresses: workload.addresses.clone(),
+            is_local: workload.node.as_deref() == Some(cluster.node_name.as_str()),
         };
         endpoints.push(kept.endpoints.get(number, parts, |parts| {
             let spec = pod.and_then(|pod| pod.value.spec.as_ref());
@@ -96,7 +102,7 @@ pub(super) fn workloads(
                 local: parts.is_local,
                 namespace: Some(namespace.clone()),
                 labels: inherited.of_workload(namespace, account, orchestrator, &profiles, &own),
-                nets: workload.addresses.iter().map(|address| IpNet::from(*address)).collect(),
+                nets: parts.addresses.iter().map(|address| IpNet::from(*address)).collect(),
                 ports: pod_ports.into_iter().chain(calico_ports).flatten().cloned().collect(),
                 profiles,
             })

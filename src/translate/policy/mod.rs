@@ -23,17 +23,19 @@ use self::{labels::Inherited, rules::RuleReader, services::ServiceEndpoints, tie
 use crate::{
     config::{Problems, RouterConfig},
     manifests::{Content, Manifests, Object, ObjectId, calico::policy::Rule as CalicoRule},
+    translate::cluster::Described,
 };
 
 pub(super) fn translate(
     config: &RouterConfig,
     manifests: &Manifests,
     cluster: &Cluster,
+    described: &[Described<'_>],
     kept: &mut Kept,
     problems: &mut Problems,
 ) -> Model {
     let inherited = Inherited::new(manifests);
-    let mut endpoints = endpoints::workloads(config, manifests, &inherited, cluster, kept, problems);
+    let mut endpoints = endpoints::workloads(manifests, &inherited, cluster, described, kept, problems);
     endpoints.extend(endpoints::host_endpoints(config, manifests, &inherited, problems));
     endpoints.extend(endpoints::network_sets(manifests, &inherited, problems));
     let services = ServiceEndpoints::new(manifests);

@@ -1,0 +1,328 @@
+//! The pods that weir itself makes on this node, as control keeps them: what weir-cni's side asks for, and who waits for it to be in force.
+//!
+//! A pod is a local workload from the moment it is put here: [`Pods::all`] is an input of each preparation of a configuration, beside the
+//! files. Nothing here waits. Who asked for a pod is answered by [`Pods::settle`] once what is in force knows it, after whatever
+//! publication that comes to be; whoever has waited as long as they wanted to for the pod's object is answered without it.
+
+use std::{
+    collections::BTreeSet,
+    future::pending,
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use ipnet::IpNet;
+use serde_json::{Value, json};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::sleep_until,
+};
+use tracing::{info, warn};
+use weir_dataplane::model::{Links, Role, TunnelMode};
+use weir_node::pods::{Ask, InForce, LocalPod as Made, NodeRanges, Pods as Server, PodsError, Settings};
+
+use crate::{
+    config::RouterConfig,
+    translate::{Loaded, LocalPod, LocalPods, workload_device},
+};
+
+/// Asks that may wait for control.
+const ASKS: usize = 1024;
+/// What IPIP puts before a packet: an IPv4 header (RFC 2003).
+const TUNNEL_BYTES: u32 = 20;
+
+/// The pods of this node, and their maker.
+pub struct Pods {
+    // Before the server, whose end waits for what is under way: it ends at once where nobody will answer.
+    asks: mpsc::Receiver<Ask>,
+    puts: Vec<Put>,
+    gones: Vec<Gone>,
+    all: Arc<LocalPods>,
+    /// Pods that were answered for before their object was there.
+    denied: BTreeSet<String>,
+    server: Arc<Server>,
+}
+
+/// A pod whose maker waits.
+struct Put {
+    pod: Arc<LocalPod>,
+    since: Instant,
+    /// `None`: it has passed.
+    deadline: Option<Instant>,
+    answer: oneshot::Sender<InForce>,
+}
+
+/// A pod whose remover waits.
+struct Gone {
+    pod: Arc<LocalPod>,
+    since: Instant,
+    answer: oneshot::Sender<()>,
+}
+
+/// What is in force of a pod.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Standing {
+    /// It is not known yet.
+    Unknown,
+    /// It is known, but its device is not.
+    NoDevice,
+    /// It is known with its device, and closed for want of its object.
+    Undescribed,
+    /// All of it.
+    Whole,
+}
+
+impl Pods {
+    /// Starts the server, where weir.yaml has a section `cni`.
+    ///
+    /// # Errors
+    /// Where the state cannot be read or the socket cannot be had.
+    pub fn start(config: &RouterConfig) -> Result<Option<Self>, PodsError> {
+        let Some(cni) = &config.cni else { return Ok(None) };
+        let (sender, asks) = mpsc::channel(ASKS);
+        let settings = Settings {
+            node_name: config.node_name.clone(),
+            socket: cni.socket.clone(),
+            state: cni.state.clone(),
+            cool_down: Settings::COOL_DOWN,
+            patience: cni.patience,
+        };
+        let server = Server::start(settings, sender)?;
+        let mut all = LocalPods::default();
+        for made in server.kept() {
+            all.insert(Arc::new(local_pod(&made)));
+        }
+        let (puts, gones, denied) = Default::default();
+        Ok(Some(Self { asks, puts, gones, all: Arc::new(all), denied, server: Arc::new(server) }))
+    }
+
+    /// All that there are, in force or about to be.
+    pub fn all(&self) -> &Arc<LocalPods> {
+        &self.all
+    }
+
+    /// Notes a pod that was made. `false`: nothing is to be prepared for it.
+    pub fn put(&mut self, made: &Made, patience: Duration, answer: oneshot::Sender<InForce>) -> bool {
+        let mut pod = Arc::new(local_pod(made));
+        if let Err(why) = self.check(&pod) {
+            warn!(pod = pod.name, why, "a pod is refused");
+            let _ = answer.send(InForce::Refused(why));
+            return false;
+        }
+        let known = self.all.get(&pod.name).filter(|known| **known == pod);
+        let is_new = known.is_none();
+        match known {
+            Some(known) => pod = Arc::clone(known),
+            None => Arc::make_mut(&mut self.all).insert(Arc::clone(&pod)),
+        }
+        let since = Instant::now();
+        self.puts.push(Put { pod, since, deadline: Some(since + patience), answer });
+        is_new
+    }
+
+    /// What keeps a pod from being one of this node's.
+    fn check(&self, pod: &LocalPod) -> Result<(), String> {
+        let (namespace, name) = pod.name.split_once('/').unwrap_or_default();
+        let device = workload_device(namespace, name);
+        if pod.device != device {
+            return Err(format!("the device of pod {} is {device}, not {}", pod.name, pod.device));
+        }
+        if pod.addresses.is_empty() {
+            return Err(format!("pod {} has no address", pod.name));
+        }
+        let others = self.all.iter().filter(|other| other.name != pod.name);
+        let mut taken = others.flat_map(|other| other.addresses.iter().map(move |address| (address, &other.name)));
+        match taken.find(|(address, _)| pod.addresses.contains(address)) {
+            Some((address, other)) => Err(format!("{address} is the address of pod {other}")),
+            None => Ok(()),
+        }
+    }
+
+    /// Forgets a pod that is taken away; nothing where its name has another sandbox by now. `false`: nothing is to be prepared for it.
+    pub fn gone(&mut self, name: &str, sandbox: &str, answer: oneshot::Sender<()>) -> bool {
+        let Some(pod) = self.all.get(name).filter(|pod| pod.sandbox == sandbox).cloned() else {
+            let _ = answer.send(());
+            return false;
+        };
+        Arc::make_mut(&mut self.all).remove(name);
+        self.denied.remove(name);
+        self.gones.push(Gone { pod, since: Instant::now(), answer });
+        true
+    }
+
+    /// Answers those for whom what is in force is enough: after each publication of `loaded` with `links`. `knows_device` tells whether the
+    /// programs know the device of that name. `true`: something is to be prepared again.
+    pub fn settle(&mut self, loaded: &Loaded, links: &Links, knows_device: impl Fn(&str) -> bool) -> bool {
+        let mut changed = false;
+        let in_force = &loaded.local_pods;
+        let is = |pod: &Arc<LocalPod>, pods: &LocalPods| pods.get(&pod.name).is_some_and(|one| Arc::ptr_eq(one, pod));
+        for gone in self.gones.extract_if(.., |gone| !is(&gone.pod, in_force)) {
+            let LocalPod { name, addresses, device, .. } = &*gone.pod;
+            info!(pod = name, ?addresses, device, took_ms = ms(gone.since), "pod deleted");
+            let _ = gone.answer.send(());
+        }
+        self.denied.retain(|name| {
+            let is_denied = loaded.undescribed.contains(name);
+            if !is_denied && in_force.get(name).is_some() {
+                info!(pod = name, "the pod's object has come: its policy is in force");
+            }
+            is_denied
+        });
+        let has_device =
+            |name: &str| links.devices.iter().any(|device| device.role == Role::Workload && device.name == name);
+        for put in std::mem::take(&mut self.puts) {
+            if put.answer.is_closed() {
+                continue;
+            }
+            if !is(&put.pod, &self.all) {
+                let why = format!("pod {} was taken away or made again meanwhile", put.pod.name);
+                let _ = put.answer.send(InForce::Refused(why));
+                continue;
+            }
+            let standing = match () {
+                () if !is(&put.pod, in_force) => Standing::Unknown,
+                () if !has_device(&put.pod.device) || !knows_device(&put.pod.device) => Standing::NoDevice,
+                () if loaded.undescribed.contains(&put.pod.name) => Standing::Undescribed,
+                () => Standing::Whole,
+            };
+            let LocalPod { name, addresses, device, .. } = &*put.pod;
+            let took_ms = ms(put.since);
+            let answer = match (standing, put.deadline) {
+                (Standing::Whole, _) => {
+                    info!(pod = name, ?addresses, device, took_ms, "pod added");
+                    InForce::WithObject
+                }
+                (Standing::Undescribed, None) => {
+                    warn!(pod = name, ?addresses, device, took_ms, "pod added; it is closed until its object comes");
+                    self.denied.insert(name.clone());
+                    InForce::DeniedUntilObject
+                }
+                (Standing::NoDevice, None) => {
+                    warn!(pod = name, ?addresses, device, took_ms, "a pod is refused: there is no such device");
+                    Arc::make_mut(&mut self.all).remove(name);
+                    changed = true;
+                    InForce::Refused(format!("there is no device {device} on this node"))
+                }
+                _ => {
+                    self.puts.push(put);
+                    continue;
+                }
+            };
+            let _ = put.answer.send(answer);
+        }
+        changed
+    }
+
+    /// Whether this is the device of one of them.
+    pub fn own_device(&self, name: &str) -> bool {
+        self.all.iter().any(|pod| pod.device == name)
+    }
+
+    /// The pods that are known cannot be put in force.
+    pub fn refuse(&mut self, in_force: &LocalPods, why: &str) {
+        for put in self.puts.extract_if(.., |put| in_force.get(&put.pod.name) != Some(&put.pod)) {
+            if self.all.get(&put.pod.name).is_some_and(|known| Arc::ptr_eq(known, &put.pod)) {
+                Arc::make_mut(&mut self.all).remove(&put.pod.name);
+            }
+            let _ = put.answer.send(InForce::Refused(why.to_owned()));
+        }
+        // What was made of them goes with the next configuration that can be in force.
+        for gone in self.gones.drain(..) {
+            let _ = gone.answer.send(());
+        }
+    }
+
+    /// Tells the server what it may give to pods, where that is not as before.
+    pub fn configure(&mut self, ranges: NodeRanges) {
+        if self.server.configure(ranges.clone()) {
+            let NodeRanges { pod_cidrs, mtu, .. } = ranges;
+            info!(?pod_cidrs, mtu, "what new pods get");
+        }
+    }
+
+    /// Who knows all about addresses.
+    pub fn server(&self) -> &Arc<Server> {
+        &self.server
+    }
+
+    /// For `weir status`.
+    pub fn status(&self, loaded: &Loaded) -> Value {
+        let waiting = self.puts.iter().map(|put| {
+            let is_known = loaded.local_pods.get(&put.pod.name).is_some_and(|pod| Arc::ptr_eq(pod, &put.pod));
+            json!({
+                "pod": put.pod.name, "waitedMs": ms(put.since),
+                "waitsFor": if is_known { "its object" } else { "its rules" },
+            })
+        });
+        json!({
+            "known": loaded.local_pods.iter().count(), "closedUntilObject": loaded.undescribed,
+            "waiting": waiting.collect::<Vec<_>>(), "maker": self.server.status(),
+        })
+    }
+}
+
+/// The next thing that is asked, or `None` when somebody has waited long enough and [`Pods::settle`] is due; for ever nothing where weir
+/// makes no pods. Cancel-safe.
+pub async fn next(pods: &mut Option<Pods>) -> Option<Ask> {
+    let Some(Pods { asks, puts, .. }) = pods else { return pending().await };
+    let deadline = puts.iter().filter_map(|put| put.deadline).min();
+    let patience_ends = async {
+        match deadline {
+            Some(deadline) => sleep_until(deadline.into()).await,
+            None => pending().await,
+        }
+    };
+    let asked = async {
+        match asks.recv().await {
+            Some(ask) => ask,
+            // The server's thread has ended, which its status says.
+            None => pending().await,
+        }
+    };
+    tokio::select! {
+        ask = asked => Some(ask),
+        () = patience_ends => {
+            for put in puts {
+                put.deadline = put.deadline.filter(|its| Some(*its) > deadline);
+            }
+            None
+        }
+    }
+}
+
+/// What this node's pods may have. `own_addresses` are the node's.
+pub fn ranges(loaded: &Loaded, links: &Links, own_addresses: &[IpAddr]) -> NodeRanges {
+    let cluster = &loaded.cluster;
+    let own = cluster.nodes.iter().find(|node| node.name == cluster.node_name);
+    let pod_cidrs: Vec<IpNet> = own.map_or(Vec::new(), |node| node.pod_cidrs.clone());
+    let mut left_out: BTreeSet<IpAddr> = own_addresses.iter().copied().collect();
+    if let Some(own) = own {
+        left_out.extend(own.internal_ips.iter().chain(&own.other_ips));
+        left_out.extend(own.tunnel_address.map(IpAddr::V4));
+        left_out.extend(own.ipv4_address.map(|net| IpAddr::V4(net.addr())));
+    }
+    // What is no pod's address in any case is not worth telling of.
+    left_out.retain(|address| pod_cidrs.iter().any(|net| net.contains(address)));
+    let smallest = links.devices.iter().filter(|device| device.role == Role::Uplink).map(|device| device.mtu).min();
+    let tunnels = cluster.pools.iter().any(|pool| pool.ipip != TunnelMode::Never);
+    let fits = smallest.unwrap_or(1500).saturating_sub(if tunnels { TUNNEL_BYTES } else { 0 });
+    let given = loaded.config.cni.as_ref().and_then(|cni| cni.mtu);
+    NodeRanges { pod_cidrs, mtu: given.unwrap_or(fits), left_out: left_out.into_iter().collect() }
+}
+
+fn local_pod(made: &Made) -> LocalPod {
+    LocalPod {
+        name: format!("{}/{}", made.namespace, made.name),
+        uid: made.uid.clone().filter(|uid| !uid.is_empty()),
+        sandbox: made.sandbox.clone(),
+        device: made.device.clone(),
+        mac: made.mac,
+        addresses: made.addresses.clone(),
+    }
+}
+
+/// Milliseconds since then, to a tenth.
+fn ms(since: Instant) -> f64 {
+    (since.elapsed().as_secs_f64() * 1e4).round() / 10.0
+}
