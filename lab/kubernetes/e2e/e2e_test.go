@@ -37,5 +37,6 @@ func TestMain(m *testing.M) {
 }
 
 func TestE2E(t *testing.T) {
+	emitEvents()
 	e2e.RunE2ETests(t)
 }

@@ -62,15 +62,31 @@ func warn(err error) {
 	}
 }
 
-var _ = ginkgo.ReportBeforeSuite(func(report ginkgo.Report) {
-	warn(emit(event{Event: "start", Specs: report.PreRunStats.SpecsThatWillRun}))
-})
+// emitEvents makes the suite tell its events. It is called after the flags were read, when ginkgo has been asked for a preview of the specs: a
+// preview forgets nodes of the top level that were there before it.
+func emitEvents() {
+	ginkgo.ReportBeforeSuite(func(report ginkgo.Report) {
+		warn(emit(event{Event: "start", Specs: report.PreRunStats.SpecsThatWillRun}))
+	})
+	// It runs before the AfterEach nodes and deferred cleanups: the pods of the failed spec are still there.
+	ginkgo.JustAfterEach(func() {
+		if spec := ginkgo.CurrentSpecReport(); spec.Failed() {
+			awaitResume(spec)
+		}
+	})
+	ginkgo.ReportAfterEach(func(spec ginkgo.SpecReport) {
+		// Those that the focus leaves out are reported too.
+		if spec.NumAttempts == 0 || spec.State.Is(types.SpecStatePending) {
+			return
+		}
+		warn(emit(event{Event: "spec", Name: spec.FullText(), State: spec.State.String(), Seconds: spec.RunTime.Seconds(), Message: spec.FailureMessage()}))
+	})
+}
 
-// It runs before the AfterEach nodes and deferred cleanups: the pods of the failed spec are still there.
-var _ = ginkgo.JustAfterEach(func() {
-	spec := ginkgo.CurrentSpecReport()
+// awaitResume tells of a failure and waits until the runner has looked at it, or for a while.
+func awaitResume(spec ginkgo.SpecReport) {
 	path := os.Getenv(eventsVariable)
-	if path == "" || !spec.Failed() {
+	if path == "" {
 		return
 	}
 	output := spec.CapturedGinkgoWriterOutput
@@ -87,12 +103,4 @@ var _ = ginkgo.JustAfterEach(func() {
 			return
 		}
 	}
-})
-
-var _ = ginkgo.ReportAfterEach(func(spec ginkgo.SpecReport) {
-	// Those that the focus leaves out are reported too.
-	if spec.NumAttempts == 0 || spec.State.Is(types.SpecStatePending) {
-		return
-	}
-	warn(emit(event{Event: "spec", Name: spec.FullText(), State: spec.State.String(), Seconds: spec.RunTime.Seconds(), Message: spec.FailureMessage()}))
-})
+}

@@ -105,6 +105,7 @@ func (r *runner) ginkgo(ctx context.Context, suite *ginkgoSuite) (*SuiteResult, 
 
 	progress := newProgress(r.Out, suite.name, len(chosen.run))
 	diagnostics := map[string]string{}
+	told := 0
 	done := make(chan struct{})
 	followed := make(chan error, 1)
 	go func() {
@@ -120,6 +121,7 @@ func (r *runner) ginkgo(ctx context.Context, suite *ginkgoSuite) (*SuiteResult, 
 					fmt.Fprintln(r.Out, err)
 				}
 			case "spec":
+				told++
 				outcome := e.State
 				if outcome != Passed && outcome != Skipped {
 					outcome = Failed
@@ -147,6 +149,9 @@ func (r *runner) ginkgo(ctx context.Context, suite *ginkgoSuite) (*SuiteResult, 
 		spec.Diagnostics = diagnostics[spec.Name]
 		result.Specs = append(result.Specs, spec)
 		seen[spec.Name] = true
+	}
+	if told == 0 && len(specs) > 0 {
+		result.Wrong = append(result.Wrong, "no spec told that it ended, so nothing was looked at when one failed: e2e.test is of other sources")
 	}
 	for _, name := range chosen.run {
 		if !seen[name] {
