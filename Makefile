@@ -102,7 +102,7 @@ miri: ## The unsafe and lock-free parts under miri (needs a nightly toolchain wi
 	$(CARGO) +nightly miri test -p weir-dataplane --lib -- frame:: memory::
 
 cluster: release cni ## A real Kubernetes cluster of NODES (2) on this machine, weir its network (FAMILY, ENCAP, OFFLOAD, WITH=kube-proxy). Needs root and Go.
-	@./scripts/lab.sh up
+	@WEIR_CNI=$(abspath $(CNI_FOLDER)/$(HOST)/release/weir-cni) ./scripts/lab.sh up
 
 cluster-build: ## Builds Kubernetes and the images for the cluster, once.
 	@./scripts/lab.sh build

@@ -26,6 +26,5 @@ mkdir -p "$target"
 (cd lab/kubernetes && CGO_ENABLED=0 GOFLAGS=-buildvcs=false go build -trimpath -o "$root/$target/lab" ./cmd/lab)
 export WEIR_LAB_SOURCE="$root/lab/kubernetes"
 export WEIR="${WEIR:-$root/$target/release/weir}"
-export WEIR_CNI="${WEIR_CNI:-$root/$target/cni/x86_64-unknown-linux-gnu/release/weir-cni}"
 # A cluster goes on when this ends, and must not depend on a file that the next build replaces.
 exec "$root/$target/lab" "$@"
