@@ -252,6 +252,7 @@ func output(cmd *exec.Cmd, what string) (string, error) {
 
 func (s *suite) setUp(ctx context.Context) error {
 	began := time.Now()
+	s.say("setting up ...")
 	// What a run that was killed has left.
 	if _, err := s.run(ctx, "delete", "namespace", namespace, "--ignore-not-found", "--timeout=90s"); err != nil {
 		return err
