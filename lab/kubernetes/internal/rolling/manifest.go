@@ -53,7 +53,7 @@ spec:
         ports:
         - {containerPort: 8080}
         - {containerPort: 8081, protocol: UDP}
-        readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
+        readinessProbe: {httpGet: {path: /healthz, port: 8080}, initialDelaySeconds: 1, periodSeconds: 1}
         lifecycle: {preStop: {sleep: {seconds: %[5]d}}}
 `, namespace, plain, replicas, agnhost, int(preStop.Seconds()))
 	for name, rest := range map[string]string{plain: "", affine: "  sessionAffinity: ClientIP\n", nodePorts: "  type: NodePort\n"} {

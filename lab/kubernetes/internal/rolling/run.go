@@ -56,7 +56,7 @@ type Options struct {
 	Results   string
 	Durations Durations
 	Out       io.Writer
-	// Failed, if there is one, is called for a scenario that did not pass, while its pods still run.
+	// Failed, if there is one, is called for a scenario that did not pass or could not be run, while its pods still run.
 	Failed func(*Scenario)
 }
 
@@ -197,13 +197,13 @@ func Run(ctx context.Context, o Options) ([]Scenario, error) {
 	}
 	defer s.takeDown()
 	if err := s.setUp(ctx); err != nil {
-		return nil, err
+		return nil, s.broken("set-up", err)
 	}
 	var scenarios []Scenario
 	for _, g := range chosen {
 		results, err := s.group(ctx, g)
 		if err != nil {
-			return scenarios, err
+			return scenarios, s.broken(g.clients[0].scenario, err)
 		}
 		for _, one := range results {
 			if !one.Pass && o.Failed != nil {
@@ -213,6 +213,14 @@ func Run(ctx context.Context, o Options) ([]Scenario, error) {
 		}
 	}
 	return scenarios, nil
+}
+
+// broken lets what kept a scenario from being run be looked at.
+func (s *suite) broken(name string, err error) error {
+	if s.Failed != nil {
+		s.Failed(&Scenario{Name: name, Problems: []string{err.Error()}})
+	}
+	return err
 }
 
 func (s *suite) say(format string, args ...any) {
@@ -252,6 +260,7 @@ func output(cmd *exec.Cmd, what string) (string, error) {
 
 func (s *suite) setUp(ctx context.Context) error {
 	began := time.Now()
+	s.say("setting up ...")
 	// What a run that was killed has left.
 	if _, err := s.run(ctx, "delete", "namespace", namespace, "--ignore-not-found", "--timeout=90s"); err != nil {
 		return err

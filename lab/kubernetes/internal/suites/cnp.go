@@ -84,11 +84,11 @@ func (r *runner) cnp(ctx context.Context) (*SuiteResult, error) {
 	go func() {
 		// The number of subtests is not known before they ran: what is counted is the tests.
 		progress := newProgress(r.Out, CNP, total)
+		defer progress.end()
 		tests := newGoTests(cnpTest)
 		tests.handle = func(spec *Spec, output string, subtest bool) {
 			if spec.Outcome == Failed && subtest {
-				progress.failed++
-				progress.line("failed: " + spec.Name)
+				progress.failure(spec.Name)
 				spec.Diagnostics = r.diagnose(ctx, folder, spec.Name, output)
 			}
 			if !subtest {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"time"
 )
 
@@ -60,25 +61,54 @@ func follow(path string, done <-chan struct{}, handle func(event)) error {
 	}
 }
 
-// progress prints how far a suite is.
+// progress prints how far a suite is: at each failure, and now and then.
 type progress struct {
-	out    io.Writer
-	suite  string
-	began  time.Time
-	total  int
+	out   io.Writer
+	suite string
+	began time.Time
+	total int
+
+	mu     sync.Mutex
 	done   int
 	failed int
 	last   time.Time
+	over   chan struct{}
 }
 
-// At least this long lies between two lines without a failure.
-const progressInterval = 10 * time.Second
+const (
+	// At least this long lies between two lines without a failure, and at most that long.
+	progressInterval = 10 * time.Second
+	silenceInterval  = time.Minute
+)
 
 func newProgress(out io.Writer, suite string, total int) *progress {
-	return &progress{out: out, suite: suite, began: time.Now(), total: total, last: time.Now()}
+	p := &progress{out: out, suite: suite, began: time.Now(), total: total, last: time.Now(), over: make(chan struct{})}
+	go func() {
+		ticker := time.NewTicker(progressInterval)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-p.over:
+				return
+			case <-ticker.C:
+				p.mu.Lock()
+				if time.Since(p.last) >= silenceInterval {
+					p.line("")
+				}
+				p.mu.Unlock()
+			}
+		}
+	}()
+	return p
 }
 
+// end stops the lines.
+func (p *progress) end() { close(p.over) }
+
+// spec counts one that ended.
 func (p *progress) spec(outcome, name string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	p.done++
 	switch {
 	case outcome == Failed:
@@ -87,6 +117,14 @@ func (p *progress) spec(outcome, name string) {
 	case time.Since(p.last) >= progressInterval || p.done == p.total:
 		p.line("")
 	}
+}
+
+// failure counts a part of one that goes on.
+func (p *progress) failure(name string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.failed++
+	p.line("failed: " + name)
 }
 
 func (p *progress) line(what string) {

@@ -104,6 +104,7 @@ func (r *runner) ginkgo(ctx context.Context, suite *ginkgoSuite) (*SuiteResult, 
 	inGroup(cmd)
 
 	progress := newProgress(r.Out, suite.name, len(chosen.run))
+	defer progress.end()
 	diagnostics := map[string]string{}
 	told := 0
 	done := make(chan struct{})
