@@ -116,6 +116,10 @@ cni: {}
 		}); err != nil {
 			return err
 		}
+		// The container runtime asks it of every network.
+		if err := copyFile(filepath.Join(u.options.Plugins, "loopback"), filepath.Join(u.Dir, node.Name, "root/opt/cni/bin/loopback")); err != nil {
+			return fmt.Errorf("the reference plugin loopback: %w; as root: apt-get install containernetworking-plugins", err)
+		}
 	}
 	for _, node := range u.Nodes {
 		if err := u.waitFor(ctx, 30*time.Second, "weir on "+node.Name+" (its log: "+u.log(node.Name, "weir")+")", node.Name,

@@ -49,6 +49,7 @@ func Run(ctx context.Context, kubeconfig, folder string) error {
 	if err != nil {
 		return err
 	}
+	complete := filepath.Join(folder, "complete")
 	followed := map[schema.GroupVersionResource]bool{}
 	for {
 		served, err := names.ServerPreferredResources()
@@ -71,8 +72,11 @@ func Run(ctx context.Context, kubeconfig, folder string) error {
 				}
 			}
 		}
-		if err := os.WriteFile(filepath.Join(folder, "complete"), nil, 0o600); err != nil {
-			return err
+		// Once: a router that watches the folder would take each time for a change.
+		if _, err := os.Stat(complete); err != nil {
+			if err := os.WriteFile(complete, nil, 0o600); err != nil {
+				return err
+			}
 		}
 		select {
 		case <-ctx.Done():
