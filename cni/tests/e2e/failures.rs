@@ -71,6 +71,27 @@ fn a_host_end_that_another_plugin_left_goes() {
 
 #[test]
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn a_pod_whose_name_has_the_hash_of_anothers_does_not_take_its_device() {
+    let mut node = Node::new(&[V4]);
+    let pod = Sandbox::new("web-0");
+    let result = pod.add(&node);
+    node.stop();
+    // Names that collide take long to find: the record says another name instead.
+    let record = node.settings.state.join("pods").join(format!("{}@eth0.json", pod.id));
+    let text = fs::read_to_string(&record).unwrap();
+    fs::write(&record, text.replace("\"web-0\"", "\"victim\"")).unwrap();
+    node.start();
+    let aimed = Sandbox::new("web-0");
+    let answer = aimed.command("ADD").run(&node.config());
+    assert_eq!(answer.code(), 11);
+    assert!(answer.message().contains("would be that of pod default/victim"), "{}", answer.message());
+    aimed.del(&node);
+    let check = pod.check(&node, &result);
+    assert!(check.success, "{}", check.output);
+}
+
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn namespaces_that_are_none_or_the_nodes_own_are_refused() {
     let node = Node::new(&[V4]);
     let pod = Sandbox::new("web-0");

@@ -270,6 +270,24 @@ impl Keeper {
             self.take_away(record)?;
         }
 
+        // Its name is a hash, which somebody may have aimed at another pod's.
+        let device = device_name(&pod.namespace, &pod.name);
+        let taken = self
+            .state()
+            .records
+            .values()
+            .find(|record| record.pod.device == device)
+            .map(|record| record.pod.to_string());
+        if let Some(other) = taken {
+            return Err(failure(
+                CniError::TRY_AGAIN,
+                format!(
+                    "the device {device} of pod {}/{} would be that of pod {other}; give it another name",
+                    pod.namespace, pod.name
+                ),
+            ));
+        }
+
         let (record, given) = self.begin(&attachment, &pod, host_ports, netns)?;
         match self.make(&record, namespace) {
             Ok(()) => {
