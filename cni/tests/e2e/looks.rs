@@ -246,7 +246,8 @@ type Spoil<'f> = &'f dyn Fn(&Sandbox, &Node);
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn check_finds_what_was_changed() {
     let node = Node::new(&[V4, V6]);
-    let spoil: [(&str, Spoil<'_>); 7] = [
+    let spoil: [(&str, Spoil<'_>); 8] = [
+        ("MTU of eth0", &|pod, _| drop(pod.namespace.ip("link set eth0 mtu 1300"))),
         ("does not have 10.244.7.", &|pod, _| drop(pod.namespace.ip("-4 address flush dev eth0"))),
         ("does not have fd00:", &|pod, _| drop(pod.namespace.ip("-6 address flush dev eth0 scope global"))),
         ("default route by 169.254.1.1", &|pod, _| drop(pod.namespace.ip("route del default"))),

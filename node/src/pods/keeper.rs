@@ -28,7 +28,7 @@ use weir_packet::Mac;
 
 use super::{
     Ask, InForce, LocalPod, NodeRanges, PodsError, Settings,
-    control::{Control, ControlError},
+    control::{Control, ControlError, Pending},
     device_name,
     kernel::{Alias, HostEnd, Kernel, KernelError, Namespace, NodeKernel, Pair},
 };
@@ -39,10 +39,13 @@ use crate::ipam::{
     record::{Freed, NodeFile, Phase, Record, VERSION},
 };
 
+// All these together, as an ADD may meet them, are less than what weir-cni waits (weir_cni::client::PATIENCE).
 /// How long a request waits for another of the same pod.
 const TURN: Duration = Duration::from_secs(15);
 /// How long control may take to close a device, to publish beyond the patience for an object, and to take note that a pod goes.
 const CONTROL: Duration = Duration::from_secs(8);
+/// How long control may leave its queue full.
+const QUEUE: Duration = Duration::from_secs(2);
 /// The file of the folder `node`.
 pub const NODE_FILE: &str = "node.json";
 /// Ends a record's file name.
@@ -289,21 +292,19 @@ impl Keeper {
         }
 
         let (record, given) = self.begin(&attachment, &pod, host_ports, netns)?;
-        match self.make(&record, namespace) {
-            Ok(()) => {
-                let mut made = record;
-                made.phase = Phase::Made;
-                let answer = made.made();
-                let mut state = self.state();
-                state.records.insert(attachment, made);
-                state.added += 1;
-                Ok(answer)
-            }
-            Err(error) => {
-                self.undo(&record, &given);
-                Err(error)
-            }
+        let built = self.build(&record, namespace).map_err(|error| (error, false));
+        let announced = built.and_then(|()| self.announce(&record).map_err(|error| (error, true)));
+        if let Err((error, control_knows)) = announced {
+            self.undo(&record, &given, control_knows);
+            return Err(error);
         }
+        let mut made = record;
+        made.phase = Phase::Made;
+        let answer = made.made();
+        let mut state = self.state();
+        state.records.insert(attachment, made);
+        state.added += 1;
+        Ok(answer)
     }
 
     /// Takes addresses and remembers that a pod is being made with them. With what is to be restored if it is not.
@@ -344,7 +345,8 @@ impl Keeper {
         Ok((record, given))
     }
 
-    fn make(&self, record: &Record, namespace: Namespace<'_>) -> Result<(), CniError> {
+    /// Makes a pod's pair, closed, then up.
+    fn build(&self, record: &Record, namespace: Namespace<'_>) -> Result<(), CniError> {
         let kernel = |error: KernelError| match error {
             KernelError::Namespace(_) => failure(CniError::INVALID_ENVIRONMENT, error),
             _ => failure(CniError::TRY_AGAIN, error),
@@ -354,21 +356,21 @@ impl Keeper {
         let pair = pair(record);
         self.kernel.create(&pair, namespace).map_err(kernel)?;
         let device = pair.device.clone();
-        let closed = self.control.ask(|answer| Ask::Close { device, answer }, CONTROL);
+        let closed = self.control.ask(|answer| Ask::Close { device, answer }, QUEUE);
         closed.and_then(|pending| pending.wait(CONTROL)).map_err(control_failure)?.map_err(|why| {
             failure(CniError::TRY_AGAIN, format!("the pod's device {} cannot be closed: {why}", pair.device))
         })?;
-        self.kernel.bring_up(&pair, namespace).map_err(kernel)?;
+        self.kernel.bring_up(&pair, namespace).map_err(kernel)
+    }
 
-        let patience = self.settings.patience.min(Settings::MAX_PATIENCE);
-        let pod = record.pod.clone();
-        let pending =
-            self.control.ask(|answer| Ask::Put { pod, patience, answer }, CONTROL).map_err(control_failure)?;
+    /// Tells control about a pod that was built, and keeps that it is made.
+    fn announce(&self, record: &Record) -> Result<(), CniError> {
+        let pending = self.ask_to_put(&record.pod)?;
         let mut made = record.clone();
         made.phase = Phase::Made;
         // On the disk while control publishes.
         self.keep(&made, Sync::Now).map_err(|error| self.disk_failure(&error))?;
-        in_force(pending.wait(patience + CONTROL))?;
+        in_force(pending.wait(self.put_limit()))?;
         for address in &record.pod.addresses {
             // A file that stays says less than the record of who has the address.
             let _ = self.disk.remove(Folder::Freed, &address.to_string(), Sync::Later);
@@ -378,16 +380,28 @@ impl Keeper {
 
     /// Tells control about a pod that is made, and waits until it is in force.
     fn put(&self, pod: &LocalPod) -> Result<(), CniError> {
-        let patience = self.settings.patience.min(Settings::MAX_PATIENCE);
-        let pod = pod.clone();
-        let pending = self.control.ask(|answer| Ask::Put { pod, patience, answer }, CONTROL);
-        in_force(pending.and_then(|pending| pending.wait(patience + CONTROL)))
+        in_force(self.ask_to_put(pod)?.wait(self.put_limit()))
+    }
+
+    fn ask_to_put(&self, pod: &LocalPod) -> Result<Pending<InForce>, CniError> {
+        let (pod, patience) = (pod.clone(), self.patience());
+        self.control.ask(|answer| Ask::Put { pod, patience, answer }, QUEUE).map_err(control_failure)
+    }
+
+    fn patience(&self) -> Duration {
+        self.settings.patience.min(Settings::MAX_PATIENCE)
+    }
+
+    fn put_limit(&self) -> Duration {
+        self.patience() + CONTROL
     }
 
     /// Takes back what a failed ADD has done so far. Nobody ever had the addresses, so they are as they were.
-    fn undo(&self, record: &Record, given: &[Given]) {
+    fn undo(&self, record: &Record, given: &[Given], control_knows: bool) {
         let attachment = record.attachment();
-        self.gone(&record.pod);
+        if control_knows {
+            self.gone(&record.pod);
+        }
         let removed = self.kernel.remove(&record.pod.device).map_err(|error| error.to_string()).and_then(|_| {
             let name = file_name(&attachment);
             self.disk.remove(Folder::Pods, &name, Sync::Later).map_err(|error| error.to_string())
@@ -678,7 +692,7 @@ impl Keeper {
 
     fn gone(&self, pod: &LocalPod) {
         let (namespace, name, sandbox) = (pod.namespace.clone(), pod.name.clone(), pod.sandbox.clone());
-        let asked = self.control.ask(|answer| Ask::Gone { namespace, name, sandbox, answer }, CONTROL);
+        let asked = self.control.ask(|answer| Ask::Gone { namespace, name, sandbox, answer }, QUEUE);
         // A pod must go also while the router ends; the next one never hears of it.
         if let Err(ControlError::Silent) = asked.and_then(|pending| pending.wait(CONTROL)) {
             tracing::warn!("control does not answer that pod {pod} goes; it goes all the same");

@@ -305,6 +305,9 @@ impl Kernel for NodeKernel {
         if !link.header.flags.contains(LinkFlags::Up) {
             return Ok(Some(format!("{interface} is down")));
         }
+        if !link.attributes.contains(&LinkAttribute::Mtu(pair.mtu)) {
+            return Ok(Some(format!("the MTU of {interface} is not {}", pair.mtu)));
+        }
         let addresses =
             list(&mut pod, RouteNetlinkMessage::GetAddress(AddressMessage::default()), "the pod's addresses")?;
         let routes = list(&mut pod, RouteNetlinkMessage::GetRoute(RouteMessage::default()), "the pod's routes")?;
