@@ -5,13 +5,15 @@
 //! up in the kernel ([`Keeper::open`]). What fails in between is undone at once; where that fails too, the record stays, marked as half
 //! made, and is looked at again ([`Keeper::tend`]).
 
+mod mend;
+
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io,
     net::IpAddr,
     os::unix::fs::MetadataExt,
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -31,6 +33,7 @@ use super::{
     control::{Control, ControlError, Pending},
     device_name,
     kernel::{Alias, HostEnd, Kernel, KernelError, Namespace, NodeKernel, Pair},
+    turns::{Turn, Turns},
 };
 use crate::ipam::{
     Given, Pool,
@@ -538,158 +541,6 @@ impl Keeper {
         }
     }
 
-    /// To be called now and then: takes away pods whose device went with its namespace and of which no DEL came, what is half made and nobody
-    /// works at, and what the queue holds.
-    pub fn tend(&self) {
-        self.drain();
-        let records: Vec<_> = self.state().records.values().cloned().collect();
-        for record in records {
-            let outcome = self.tend_to(&record);
-            if let Err(error) = outcome {
-                tracing::warn!("pod {}: {error}", record.pod);
-            }
-        }
-    }
-
-    fn tend_to(&self, record: &Record) -> Result<(), CniError> {
-        let attachment = record.attachment();
-        let end = self.kernel.host_end(&record.pod.device).map_err(|error| failure(CniError::TRY_AGAIN, error))?;
-        if record.phase == Phase::Made && end.is_some_and(|end| is_of(&end, record)) {
-            return Ok(());
-        }
-        let pod = PodName { namespace: record.pod.namespace.clone(), name: record.pod.name.clone(), uid: None };
-        let _turn = self.turn(&attachment, Some(&pod))?;
-        // Still so, now that nobody works at it?
-        let end = self.kernel.host_end(&record.pod.device).map_err(|error| failure(CniError::TRY_AGAIN, error))?;
-        let there = end.is_some_and(|end| is_of(&end, record));
-        let known = self.state().records.get(&attachment).cloned();
-        match known {
-            Some(known) if known.since == record.since && !(known.phase == Phase::Made && there) => {
-                tracing::info!("pod {} went without a DEL ({attachment}); its addresses are given back", known.pod);
-                self.state().mended += 1;
-                self.take_away(&known)
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Puts files and devices in agreement when a process starts. Control is not asked: it learns of what is left.
-    fn load(&self, booted: u64) -> Result<(), PodsError> {
-        let failed = |source| PodsError::State { path: self.settings.state.clone(), source };
-        let now = (self.clock)();
-        let ends: BTreeMap<String, HostEnd> =
-            self.kernel.host_ends()?.into_iter().map(|end| (end.name.clone(), end)).collect();
-        for (name, bytes) in self.disk.read(Folder::Freed).map_err(failed)? {
-            match (name.parse::<IpAddr>(), serde_json::from_slice::<Freed>(&bytes)) {
-                // A clock that was set back must not keep an address for years.
-                (Ok(address), Ok(freed)) if freed.version == VERSION => {
-                    self.state().pool.free(address, freed.at.min(now))
-                }
-                // That somebody had it just now is the careful reading.
-                (Ok(address), _) => self.state().pool.free(address, now),
-                _ => self.disk.remove(Folder::Freed, &name, Sync::Later).map_err(failed)?,
-            }
-        }
-        let mut records = Vec::new();
-        for (name, bytes) in self.disk.read(Folder::Pods).map_err(failed)? {
-            let attachment = name.strip_suffix(SUFFIX).and_then(Attachment::from_file_name);
-            let record = serde_json::from_slice::<Record>(&bytes).ok().filter(|record| record.version == VERSION);
-            match (record, attachment) {
-                (Some(record), Some(attachment)) if record.attachment() == attachment => records.push(record),
-                _ => {
-                    tracing::error!(
-                        "{name} in {} is no record; its device, if any, says what it was",
-                        self.settings.state.display()
-                    );
-                    self.disk.remove(Folder::Pods, &name, Sync::Later).map_err(failed)?;
-                }
-            }
-        }
-        // Of two that claim a device or an address, the younger has it.
-        records.sort_by_key(|record| std::cmp::Reverse(record.since));
-        let mut lost = Vec::new();
-        for record in records {
-            let end = ends.get(&record.pod.device);
-            let lives =
-                record.boot == self.boot && record.phase == Phase::Made && end.is_some_and(|end| is_of(end, &record));
-            let mut state = self.state();
-            let claimed = state.records.values().any(|other| {
-                other.pod.device == record.pod.device
-                    || other.pod.addresses.iter().any(|address| record.pod.addresses.contains(address))
-            });
-            if lives && !claimed {
-                for address in &record.pod.addresses {
-                    state.pool.take(*address);
-                }
-                state.records.insert(record.attachment(), record);
-            } else {
-                lost.push(record);
-            }
-        }
-        for record in lost {
-            let another_boot = record.boot != self.boot;
-            let why = match record.phase {
-                _ if another_boot => "is of an earlier boot",
-                Phase::Making => "was half made",
-                Phase::Made => "has no device any more",
-            };
-            tracing::info!("pod {} ({}) {why}; its addresses are given back", record.pod, record.attachment());
-            let owned = self.state().records.values().any(|other| other.pod.device == record.pod.device);
-            if !owned {
-                self.remove_device(&record)?;
-            }
-            // Since when nobody has had them is known after a reboot: full nodes need not wait once more.
-            self.release(&record, if another_boot { booted.max(record.since).min(now) } else { now })
-                .map_err(failed)?;
-            self.state().mended += 1;
-        }
-        for end in ends.values() {
-            let Some(alias) = &end.alias else { continue };
-            if !self.state().records.contains_key(&alias.attachment) && self.kernel.host_end(&end.name)?.is_some() {
-                self.recover(end, alias, now).map_err(failed)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes the record anew that a device must have had: it was lost, the pod lives.
-    fn recover(&self, end: &HostEnd, alias: &Alias, now: u64) -> io::Result<()> {
-        tracing::error!(
-            "{} is of {} and has no record in {}; it is taken over as it says it is",
-            end.name,
-            alias.attachment,
-            self.settings.state.display()
-        );
-        let (namespace, name) = alias.pod.clone().unwrap_or_default();
-        let record = Record {
-            version: VERSION,
-            phase: Phase::Made,
-            interface: alias.attachment.interface.clone(),
-            boot: self.boot.clone(),
-            since: now,
-            mtu: end.mtu,
-            pod: LocalPod {
-                namespace,
-                name,
-                uid: None,
-                sandbox: alias.attachment.sandbox.clone(),
-                netns: None,
-                device: end.name.clone(),
-                mac: alias.mac,
-                addresses: alias.addresses.clone(),
-                host_ports: Vec::new(),
-            },
-        };
-        self.keep(&record, Sync::Now)?;
-        let mut state = self.state();
-        for address in &record.pod.addresses {
-            state.pool.take(*address);
-        }
-        state.mended += 1;
-        state.records.insert(alias.attachment.clone(), record);
-        Ok(())
-    }
-
     fn gone(&self, pod: &LocalPod) {
         let (namespace, name, sandbox) = (pod.namespace.clone(), pod.name.clone(), pod.sandbox.clone());
         let asked = self.control.ask(|answer| Ask::Gone { namespace, name, sandbox, answer }, QUEUE);
@@ -854,44 +705,4 @@ fn clock() -> Clock {
     let start = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let begin = Instant::now();
     Box::new(move || (start + begin.elapsed()).as_millis() as u64)
-}
-
-/// Who works at what.
-#[derive(Default)]
-struct Turns {
-    held: Mutex<HashSet<String>>,
-    changed: Condvar,
-}
-
-/// Held while one works.
-struct Turn<'t> {
-    turns: &'t Turns,
-    keys: Vec<String>,
-}
-
-impl Turns {
-    /// Takes all the keys at once, when nobody holds any of them.
-    fn take(&self, keys: Vec<String>, limit: Duration) -> Option<Turn<'_>> {
-        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let busy = |held: &mut HashSet<String>| keys.iter().any(|key| held.contains(key));
-        let (mut held, timeout) =
-            self.changed.wait_timeout_while(held, limit, busy).unwrap_or_else(PoisonError::into_inner);
-        if timeout.timed_out() {
-            return None;
-        }
-        held.extend(keys.iter().cloned());
-        drop(held);
-        Some(Turn { turns: self, keys })
-    }
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        let mut held = self.turns.held.lock().unwrap_or_else(PoisonError::into_inner);
-        for key in &self.keys {
-            held.remove(key);
-        }
-        drop(held);
-        self.turns.changed.notify_all();
-    }
 }
