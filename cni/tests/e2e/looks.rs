@@ -263,6 +263,10 @@ fn check_finds_what_was_changed() {
         assert!(good.success, "{}", good.output);
         spoil(&pod, &node);
         let bad = pod.check(&node, &result);
+        // A pod without its device may have been given up meanwhile, by a look after all pods.
+        if expected == &"is not there" && bad.code() == 3 {
+            continue;
+        }
         assert_eq!(bad.code(), 100, "{expected}");
         assert!(bad.message().contains(expected), "{expected}: {}", bad.message());
         pod.del(&node);

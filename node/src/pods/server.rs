@@ -35,8 +35,9 @@ use super::{PodsError, keeper::Keeper};
 const MAX_REQUESTS: usize = 512;
 /// How long a request may take to arrive, and its answer to be taken.
 const ARRIVAL: Duration = Duration::from_secs(5);
-/// How often what went without a DEL is looked for.
+/// How often what went without a DEL is looked for; and when first: a DEL that found nobody while this was starting lies in the queue.
 const TENDING: Duration = Duration::from_secs(30);
+const FIRST_TENDING: Duration = Duration::from_secs(3);
 /// How long the end of the server waits for requests under way.
 const ENDING: Duration = Duration::from_secs(5);
 
@@ -130,22 +131,25 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 
 fn accept(listener: &UnixListener, stopped: &UnixStream, keeper: &Arc<Keeper>, requests: &Arc<Requests>) {
     let tending = Arc::new(AtomicBool::new(false));
-    let mut tended = Instant::now();
+    let mut due = Instant::now() + FIRST_TENDING;
     loop {
         let mut waiting =
             [PollFd::new(listener.as_fd(), PollFlags::POLLIN), PollFd::new(stopped.as_fd(), PollFlags::POLLIN)];
-        let left = TENDING.saturating_sub(tended.elapsed());
+        // Rounded up, so that it is due then.
+        let left = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         let _ = poll(&mut waiting, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
         if waiting[1].revents().is_none_or(|events| !events.is_empty()) {
             return;
         }
-        if tended.elapsed() >= TENDING && !tending.swap(true, Ordering::AcqRel) {
-            tended = Instant::now();
-            let (keeper, busy) = (keeper.clone(), tending.clone());
-            spawn("weir-pods-tend", requests.begin(), move || {
-                keeper.tend();
-                busy.store(false, Ordering::Release);
-            });
+        if Instant::now() >= due {
+            due = Instant::now() + TENDING;
+            if !tending.swap(true, Ordering::AcqRel) {
+                let (keeper, busy) = (keeper.clone(), tending.clone());
+                spawn("weir-pods-tend", requests.begin(), move || {
+                    keeper.tend();
+                    busy.store(false, Ordering::Release);
+                });
+            }
         }
         match listener.accept() {
             Ok((stream, _)) => {
