@@ -145,10 +145,11 @@ fn accept(listener: &UnixListener, stopped: &UnixStream, keeper: &Arc<Keeper>, r
             due = Instant::now() + TENDING;
             if !tending.swap(true, Ordering::AcqRel) {
                 let (keeper, busy) = (keeper.clone(), tending.clone());
-                spawn("weir-pods-tend", requests.begin(), move || {
+                let spawned = spawn("weir-pods-tend", requests.begin(), move || {
                     keeper.tend();
                     busy.store(false, Ordering::Release);
                 });
+                tending.fetch_and(spawned, Ordering::AcqRel);
             }
         }
         match listener.accept() {
@@ -170,14 +171,15 @@ fn accept(listener: &UnixListener, stopped: &UnixStream, keeper: &Arc<Keeper>, r
     }
 }
 
-fn spawn(name: &str, request: Option<UnderWay>, action: impl FnOnce() + Send + 'static) {
+fn spawn(name: &str, request: Option<UnderWay>, action: impl FnOnce() + Send + 'static) -> bool {
     let spawned = thread::Builder::new().name(name.into()).spawn(move || {
         action();
         drop(request);
     });
-    if let Err(error) = spawned {
+    if let Err(error) = &spawned {
         tracing::warn!("no thread for a request of weir-cni: {error}");
     }
+    spawned.is_ok()
 }
 
 fn refuse(mut stream: &UnixStream, why: &str) {
