@@ -33,7 +33,7 @@ release: setup ## Builds weir as it is to be run: target/release/weir.
 cni: ## Builds the CNI plugin, static: target/cni/HOST/release/weir-cni.
 	@# A folder of its own: with other flags everything in target/ would be built again, and then once more. With a target named, the flags
 	@# are for the program alone and not for the compiler's own plugins, which cannot be static.
-	RUSTFLAGS="-C target-feature=+crt-static" CARGO_TARGET_DIR=$(CNI_FOLDER) $(CARGO) build --release -p weir-cni --target $(HOST)
+	RUSTFLAGS="-C target-feature=+crt-static -C strip=symbols" CARGO_TARGET_DIR=$(CNI_FOLDER) $(CARGO) build --release -p weir-cni --target $(HOST)
 
 demo: build ## Builds a cluster of network namespaces, runs two routers in it, sends real traffic. Needs root.
 	./target/debug/weir demo

@@ -25,7 +25,7 @@ use nix::{
 use crate::wire::{self, Answer, Command, PROTOCOL, Request};
 
 /// How long a router may take: longer than it lets itself (it waits for control and for the pod's object), shorter than runtimes wait.
-pub const PATIENCE: Duration = Duration::from_secs(45);
+pub const PATIENCE: Duration = Duration::from_secs(75);
 /// The same where nothing has to be made.
 pub const SHORT_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -69,7 +69,8 @@ pub fn open_namespace(path: &Path) -> io::Result<File> {
 /// Connecting waits where too many others do, so the limit has to be set before.
 fn connected(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     let socket: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    let limit = TimeVal::new(patience.as_secs() as i64, 0);
+    // Zero would be no limit.
+    let limit = TimeVal::new(patience.as_secs() as i64, i64::from(patience.subsec_micros().max(1)));
     setsockopt(&socket, sockopt::SendTimeout, &limit)?;
     connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(socket.into())

@@ -175,7 +175,9 @@ impl Raw {
     fn valid(&self) -> Result<Option<Vec<Attachment>>, CniError> {
         const FIELD: &str = "cni.dev/valid-attachments";
         let list = match self.fields.get(FIELD) {
-            None | Some(Value::Null) => return Ok(None),
+            None => return Ok(None),
+            // How libcni writes an empty list.
+            Some(Value::Null) => return Ok(Some(Vec::new())),
             Some(Value::Array(list)) => list,
             Some(_) => return Err(invalid(&format!("{FIELD} must be a list"))),
         };

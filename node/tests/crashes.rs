@@ -201,3 +201,44 @@ proptest! {
         prop_assert!(none.contains("14 in use, 0 cooling"), "{}", none);
     }
 }
+
+/// Requests at once, of which many are of one pod: whoever comes first, what is left agrees, and in the end nothing is.
+#[test]
+fn requests_at_once_leave_what_agrees() {
+    for round in 0..40u64 {
+        let mut world = World::new(&["10.244.7.0/26", "fd00:7::/122"]);
+        let sandboxes: Vec<_> = (0..12u8).map(|index| (world.new_sandbox(), index % 4)).collect();
+        std::thread::scope(|scope| {
+            for (index, (sandbox, pod)) in sandboxes.iter().enumerate() {
+                let world = &world;
+                scope.spawn(move || {
+                    // Each in its own order; what an ADD says is only what was then.
+                    let mut random = (round << 8 | index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                    for _ in 0..8 {
+                        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                        match random >> 61 {
+                            0..3 => drop(world.add(sandbox, *pod)),
+                            3..6 => assert_eq!(world.del(sandbox), Ok(())),
+                            6 => world.keeper().tend(),
+                            _ => world.keeper().drain(),
+                        }
+                    }
+                });
+            }
+        });
+        let left = |world: &World| -> BTreeMap<String, Told> {
+            let told = |pod: weir_node::pods::LocalPod| {
+                let number = pod.name.strip_prefix("pod-").unwrap().parse().unwrap();
+                (pod.sandbox, Told { pod: number, addresses: pod.addresses })
+            };
+            world.keeper().pods().into_iter().map(told).collect()
+        };
+        let living = left(&world);
+        assert!(living.values().map(|told| told.pod).collect::<BTreeSet<_>>().len() == living.len(), "{living:?}");
+        assert_eq!(world.compare(&living), [""; 0]);
+        for (sandbox, _) in &sandboxes {
+            assert_eq!(world.del(sandbox), Ok(()));
+        }
+        assert_eq!(world.compare(&BTreeMap::new()), [""; 0]);
+    }
+}

@@ -115,6 +115,19 @@ fn each_address_and_each_leak_is_explained() {
     // A minute later it is free.
     assert!(explain(&state, now + 61_000).unwrap().text(now + 61_000).contains("10.244.7.2  free "));
 
+    // While pods come and go nothing looks like a leak.
+    std::thread::scope(|scope| {
+        let busy = scope.spawn(|| {
+            for index in 0..20 {
+                let other = Sandbox::new(&format!("busy-{index}"));
+                other.add(&node);
+                other.del(&node);
+            }
+        });
+        while !busy.is_finished() {
+            assert_eq!(node.explain().leaks, []);
+        }
+    });
     node.stop();
     crate::node::ip(&["-n", &node.namespace.name, "link", "del", &leaking.device()]);
     let report = node.namespace.within(|| explain(&state, now).unwrap());

@@ -71,6 +71,27 @@ fn a_host_end_that_another_plugin_left_goes() {
 
 #[test]
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn a_pod_whose_name_has_the_hash_of_anothers_does_not_take_its_device() {
+    let mut node = Node::new(&[V4]);
+    let pod = Sandbox::new("web-0");
+    let result = pod.add(&node);
+    node.stop();
+    // Names that collide take long to find: the record says another name instead.
+    let record = node.settings.state.join("pods").join(format!("{}@eth0.json", pod.id));
+    let text = fs::read_to_string(&record).unwrap();
+    fs::write(&record, text.replace("\"web-0\"", "\"victim\"")).unwrap();
+    node.start();
+    let aimed = Sandbox::new("web-0");
+    let answer = aimed.command("ADD").run(&node.config());
+    assert_eq!(answer.code(), 11);
+    assert!(answer.message().contains("would be that of pod default/victim"), "{}", answer.message());
+    aimed.del(&node);
+    let check = pod.check(&node, &result);
+    assert!(check.success, "{}", check.output);
+}
+
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn namespaces_that_are_none_or_the_nodes_own_are_refused() {
     let node = Node::new(&[V4]);
     let pod = Sandbox::new("web-0");
@@ -178,11 +199,29 @@ fn without_a_router_adds_wait_and_dels_are_kept() {
     other.del(&node);
     node.assert_empty();
 
-    // A DEL that came when the router had looked into the queue already: the next GC does it, or a look every half minute.
+    // A DEL that came when the router had looked into the queue already: the next GC does it, or the next look.
     pod.add(&node);
     fs::write(queue.join(format!("{}@eth0", pod.id)), "").unwrap();
     config["cni.dev/valid-attachments"] = json!([{"containerID": pod.id, "ifname": "eth0"}]);
     assert!(Cni::new("GC").run(&config).success);
+    node.assert_empty();
+}
+
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn a_router_looks_after_its_pods_by_itself() {
+    let node = Node::new(&[V4]);
+    let (queued, dead) = (Sandbox::new("web-0"), Sandbox::new("web-1"));
+    for pod in [&queued, &dead] {
+        pod.add(&node);
+    }
+    let queue = node.folder.path().join("run/cni.sock.queue");
+    fs::create_dir(&queue).unwrap();
+    fs::write(queue.join(format!("{}@eth0", queued.id)), "").unwrap();
+    crate::node::ip(&["netns", "del", &dead.namespace.name]);
+    eventually("the end of both", || node.pods().kept().is_empty());
+    let gone = node.control().take_asked().into_iter().filter(|asked| matches!(asked, Asked::Gone(..))).count();
+    assert_eq!(gone, 2);
     node.assert_empty();
 }
 

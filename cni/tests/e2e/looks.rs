@@ -239,11 +239,15 @@ fn results_have_the_form_of_the_version_asked_for() {
     assert_eq!(nothing.output, json!({"cniVersion": "1.1.0", "supportedVersions": versions}));
 }
 
+/// Changes something of a pod.
+type Spoil<'f> = &'f dyn Fn(&Sandbox, &Node);
+
 #[test]
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn check_finds_what_was_changed() {
     let node = Node::new(&[V4, V6]);
-    let spoil: [(&str, &dyn Fn(&Sandbox, &Node)); 7] = [
+    let spoil: [(&str, Spoil<'_>); 8] = [
+        ("MTU of eth0", &|pod, _| drop(pod.namespace.ip("link set eth0 mtu 1300"))),
         ("does not have 10.244.7.", &|pod, _| drop(pod.namespace.ip("-4 address flush dev eth0"))),
         ("does not have fd00:", &|pod, _| drop(pod.namespace.ip("-6 address flush dev eth0 scope global"))),
         ("default route by 169.254.1.1", &|pod, _| drop(pod.namespace.ip("route del default"))),
@@ -259,6 +263,10 @@ fn check_finds_what_was_changed() {
         assert!(good.success, "{}", good.output);
         spoil(&pod, &node);
         let bad = pod.check(&node, &result);
+        // A pod without its device may have been given up meanwhile, by a look after all pods.
+        if expected == &"is not there" && bad.code() == 3 {
+            continue;
+        }
         assert_eq!(bad.code(), 100, "{expected}");
         assert!(bad.message().contains(expected), "{expected}: {}", bad.message());
         pod.del(&node);

@@ -125,6 +125,16 @@ fn the_socket_bears_nonsense() {
     }
     let other = message(&Request { protocol: PROTOCOL + 1, command: Command::Status });
     assert!(failed(ask(&other)).msg.contains("protocol"));
+    // Names that would lead out of the state folder.
+    for command in ["del", "check", "add"] {
+        let hostile = json!({"protocol": PROTOCOL, "command": {command: {
+            "attachment": {"sandbox": "../../etc", "interface": "eth0"},
+            "pod": {"namespace": "default", "name": "web-0"}, "hostPorts": [],
+        }}});
+        let mut bytes = Vec::new();
+        write_message(&mut bytes, &hostile).unwrap();
+        assert!(failed(ask(&bytes)).msg.contains("CNI_CONTAINERID"), "{hostile}");
+    }
     // What needs a namespace does not do without.
     let attachment = weir_cni::wire::Attachment { sandbox: "a".into(), interface: "eth0".into() };
     let without = message(&Request { protocol: PROTOCOL, command: Command::Check { attachment } });

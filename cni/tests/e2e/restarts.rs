@@ -98,7 +98,11 @@ fn what_was_half_made_is_taken_away() {
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn lost_and_spoilt_records_are_written_anew_from_the_devices() {
     let mut node = Node::new(&[V4, V6]);
-    let (lost, spoilt, nameless) = (Sandbox::new("web-0"), Sandbox::new("web-1"), Sandbox::new(&"n".repeat(200)));
+    // The second has just room for its name, the third has none.
+    let (lost, nameless) = (Sandbox::new("web-0"), Sandbox::new(&"n".repeat(200)));
+    let addresses_length = "10.244.7.2,fd00:244:0:7::2".len();
+    let before_name = "weir-cni  eth0 02:00:00:00:00:00  default/".len() + lost.id.len() + addresses_length;
+    let spoilt = Sandbox::new(&format!("web-{}", "m".repeat(254 - before_name - 4)));
     let results = [&lost, &spoilt, &nameless].map(|pod| pod.add(&node));
     let before = node.pods().kept();
     node.stop();

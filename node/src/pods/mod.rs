@@ -26,6 +26,7 @@ pub mod keeper;
 pub mod kernel;
 mod netlink;
 mod server;
+mod turns;
 
 use std::{fmt, io, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 

@@ -35,8 +35,9 @@ use super::{PodsError, keeper::Keeper};
 const MAX_REQUESTS: usize = 512;
 /// How long a request may take to arrive, and its answer to be taken.
 const ARRIVAL: Duration = Duration::from_secs(5);
-/// How often what went without a DEL is looked for.
+/// How often what went without a DEL is looked for; and when first: a DEL that found nobody while this was starting lies in the queue.
 const TENDING: Duration = Duration::from_secs(30);
+const FIRST_TENDING: Duration = Duration::from_secs(3);
 /// How long the end of the server waits for requests under way.
 const ENDING: Duration = Duration::from_secs(5);
 
@@ -130,22 +131,26 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 
 fn accept(listener: &UnixListener, stopped: &UnixStream, keeper: &Arc<Keeper>, requests: &Arc<Requests>) {
     let tending = Arc::new(AtomicBool::new(false));
-    let mut tended = Instant::now();
+    let mut due = Instant::now() + FIRST_TENDING;
     loop {
         let mut waiting =
             [PollFd::new(listener.as_fd(), PollFlags::POLLIN), PollFd::new(stopped.as_fd(), PollFlags::POLLIN)];
-        let left = TENDING.saturating_sub(tended.elapsed());
+        // Rounded up, so that it is due then.
+        let left = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         let _ = poll(&mut waiting, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
         if waiting[1].revents().is_none_or(|events| !events.is_empty()) {
             return;
         }
-        if tended.elapsed() >= TENDING && !tending.swap(true, Ordering::AcqRel) {
-            tended = Instant::now();
-            let (keeper, busy) = (keeper.clone(), tending.clone());
-            spawn("weir-pods-tend", requests.begin(), move || {
-                keeper.tend();
-                busy.store(false, Ordering::Release);
-            });
+        if Instant::now() >= due {
+            due = Instant::now() + TENDING;
+            if !tending.swap(true, Ordering::AcqRel) {
+                let (keeper, busy) = (keeper.clone(), tending.clone());
+                let spawned = spawn("weir-pods-tend", requests.begin(), move || {
+                    keeper.tend();
+                    busy.store(false, Ordering::Release);
+                });
+                tending.fetch_and(spawned, Ordering::AcqRel);
+            }
         }
         match listener.accept() {
             Ok((stream, _)) => {
@@ -166,14 +171,15 @@ fn accept(listener: &UnixListener, stopped: &UnixStream, keeper: &Arc<Keeper>, r
     }
 }
 
-fn spawn(name: &str, request: Option<UnderWay>, action: impl FnOnce() + Send + 'static) {
+fn spawn(name: &str, request: Option<UnderWay>, action: impl FnOnce() + Send + 'static) -> bool {
     let spawned = thread::Builder::new().name(name.into()).spawn(move || {
         action();
         drop(request);
     });
-    if let Err(error) = spawned {
+    if let Err(error) = &spawned {
         tracing::warn!("no thread for a request of weir-cni: {error}");
     }
+    spawned.is_ok()
 }
 
 fn refuse(mut stream: &UnixStream, why: &str) {
@@ -202,7 +208,7 @@ fn serve(stream: &UnixStream, keeper: &Keeper) {
         );
         return refuse(stream, &what);
     }
-    let what = format!("{:?}", request.command);
+    let what = request.command.to_string();
     let outcome = keeper.serve(request.command, namespace.as_ref());
     let took = begin.elapsed().as_secs_f64() * 1e3;
     match &outcome {

@@ -139,7 +139,7 @@ fn host_end(device: &Device) -> HostEnd {
         up: device.up,
         mtu: device.pair.mtu,
         // Through its text, as the kernel keeps it.
-        alias: device.up.then(|| device.pair.alias.to_string().parse().unwrap()),
+        alias: device.up.then(|| device.pair.alias.text().unwrap().parse().unwrap()),
     }
 }
 

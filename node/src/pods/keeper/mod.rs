@@ -5,13 +5,16 @@
 //! up in the kernel ([`Keeper::open`]). What fails in between is undone at once; where that fails too, the record stays, marked as half
 //! made, and is looked at again ([`Keeper::tend`]).
 
+mod mend;
+
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io,
     net::IpAddr,
     os::unix::fs::MetadataExt,
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -28,9 +31,10 @@ use weir_packet::Mac;
 
 use super::{
     Ask, InForce, LocalPod, NodeRanges, PodsError, Settings,
-    control::{Control, ControlError},
+    control::{Control, ControlError, Pending},
     device_name,
     kernel::{Alias, HostEnd, Kernel, KernelError, Namespace, NodeKernel, Pair},
+    turns::{Turn, Turns},
 };
 use crate::ipam::{
     Given, Pool,
@@ -39,10 +43,15 @@ use crate::ipam::{
     record::{Freed, NodeFile, Phase, Record, VERSION},
 };
 
+// All these together, as an ADD may meet them, are less than what weir-cni waits (weir_cni::client::PATIENCE).
 /// How long a request waits for another of the same pod.
 const TURN: Duration = Duration::from_secs(15);
 /// How long control may take to close a device, to publish beyond the patience for an object, and to take note that a pod goes.
 const CONTROL: Duration = Duration::from_secs(8);
+/// How long control may leave its queue full.
+const QUEUE: Duration = Duration::from_secs(2);
+/// After which a leak is looked at again.
+const SECOND_LOOK: Duration = Duration::from_millis(700);
 /// The file of the folder `node`.
 pub const NODE_FILE: &str = "node.json";
 /// Ends a record's file name.
@@ -270,22 +279,38 @@ impl Keeper {
             self.take_away(record)?;
         }
 
-        let (record, given) = self.begin(&attachment, &pod, host_ports, netns)?;
-        match self.make(&record, namespace) {
-            Ok(()) => {
-                let mut made = record;
-                made.phase = Phase::Made;
-                let answer = made.made();
-                let mut state = self.state();
-                state.records.insert(attachment, made);
-                state.added += 1;
-                Ok(answer)
-            }
-            Err(error) => {
-                self.undo(&record, &given);
-                Err(error)
-            }
+        // Its name is a hash, which somebody may have aimed at another pod's.
+        let device = device_name(&pod.namespace, &pod.name);
+        let taken = self
+            .state()
+            .records
+            .values()
+            .find(|record| record.pod.device == device)
+            .map(|record| record.pod.to_string());
+        if let Some(other) = taken {
+            return Err(failure(
+                CniError::TRY_AGAIN,
+                format!(
+                    "the device {device} of pod {}/{} would be that of pod {other}; give it another name",
+                    pod.namespace, pod.name
+                ),
+            ));
         }
+
+        let (record, given) = self.begin(&attachment, &pod, host_ports, netns)?;
+        let built = self.build(&record, namespace).map_err(|error| (error, false));
+        let announced = built.and_then(|()| self.announce(&record).map_err(|error| (error, true)));
+        if let Err((error, control_knows)) = announced {
+            self.undo(&record, &given, control_knows);
+            return Err(error);
+        }
+        let mut made = record;
+        made.phase = Phase::Made;
+        let answer = made.made();
+        let mut state = self.state();
+        state.records.insert(attachment, made);
+        state.added += 1;
+        Ok(answer)
     }
 
     /// Takes addresses and remembers that a pod is being made with them. With what is to be restored if it is not.
@@ -326,7 +351,8 @@ impl Keeper {
         Ok((record, given))
     }
 
-    fn make(&self, record: &Record, namespace: Namespace<'_>) -> Result<(), CniError> {
+    /// Makes a pod's pair, closed, then up.
+    fn build(&self, record: &Record, namespace: Namespace<'_>) -> Result<(), CniError> {
         let kernel = |error: KernelError| match error {
             KernelError::Namespace(_) => failure(CniError::INVALID_ENVIRONMENT, error),
             _ => failure(CniError::TRY_AGAIN, error),
@@ -336,21 +362,21 @@ impl Keeper {
         let pair = pair(record);
         self.kernel.create(&pair, namespace).map_err(kernel)?;
         let device = pair.device.clone();
-        let closed = self.control.ask(|answer| Ask::Close { device, answer }, CONTROL);
+        let closed = self.control.ask(|answer| Ask::Close { device, answer }, QUEUE);
         closed.and_then(|pending| pending.wait(CONTROL)).map_err(control_failure)?.map_err(|why| {
             failure(CniError::TRY_AGAIN, format!("the pod's device {} cannot be closed: {why}", pair.device))
         })?;
-        self.kernel.bring_up(&pair, namespace).map_err(kernel)?;
+        self.kernel.bring_up(&pair, namespace).map_err(kernel)
+    }
 
-        let patience = self.settings.patience.min(Settings::MAX_PATIENCE);
-        let pod = record.pod.clone();
-        let pending =
-            self.control.ask(|answer| Ask::Put { pod, patience, answer }, CONTROL).map_err(control_failure)?;
+    /// Tells control about a pod that was built, and keeps that it is made.
+    fn announce(&self, record: &Record) -> Result<(), CniError> {
+        let pending = self.ask_to_put(&record.pod)?;
         let mut made = record.clone();
         made.phase = Phase::Made;
         // On the disk while control publishes.
         self.keep(&made, Sync::Now).map_err(|error| self.disk_failure(&error))?;
-        in_force(pending.wait(patience + CONTROL))?;
+        in_force(pending.wait(self.put_limit()))?;
         for address in &record.pod.addresses {
             // A file that stays says less than the record of who has the address.
             let _ = self.disk.remove(Folder::Freed, &address.to_string(), Sync::Later);
@@ -360,16 +386,28 @@ impl Keeper {
 
     /// Tells control about a pod that is made, and waits until it is in force.
     fn put(&self, pod: &LocalPod) -> Result<(), CniError> {
-        let patience = self.settings.patience.min(Settings::MAX_PATIENCE);
-        let pod = pod.clone();
-        let pending = self.control.ask(|answer| Ask::Put { pod, patience, answer }, CONTROL);
-        in_force(pending.and_then(|pending| pending.wait(patience + CONTROL)))
+        in_force(self.ask_to_put(pod)?.wait(self.put_limit()))
+    }
+
+    fn ask_to_put(&self, pod: &LocalPod) -> Result<Pending<InForce>, CniError> {
+        let (pod, patience) = (pod.clone(), self.patience());
+        self.control.ask(|answer| Ask::Put { pod, patience, answer }, QUEUE).map_err(control_failure)
+    }
+
+    fn patience(&self) -> Duration {
+        self.settings.patience.min(Settings::MAX_PATIENCE)
+    }
+
+    fn put_limit(&self) -> Duration {
+        self.patience() + CONTROL
     }
 
     /// Takes back what a failed ADD has done so far. Nobody ever had the addresses, so they are as they were.
-    fn undo(&self, record: &Record, given: &[Given]) {
+    fn undo(&self, record: &Record, given: &[Given], control_knows: bool) {
         let attachment = record.attachment();
-        self.gone(&record.pod);
+        if control_knows {
+            self.gone(&record.pod);
+        }
         let removed = self.kernel.remove(&record.pod.device).map_err(|error| error.to_string()).and_then(|_| {
             let name = file_name(&attachment);
             self.disk.remove(Folder::Pods, &name, Sync::Later).map_err(|error| error.to_string())
@@ -506,161 +544,9 @@ impl Keeper {
         }
     }
 
-    /// To be called now and then: takes away pods whose device went with its namespace and of which no DEL came, what is half made and nobody
-    /// works at, and what the queue holds.
-    pub fn tend(&self) {
-        self.drain();
-        let records: Vec<_> = self.state().records.values().cloned().collect();
-        for record in records {
-            let outcome = self.tend_to(&record);
-            if let Err(error) = outcome {
-                tracing::warn!("pod {}: {error}", record.pod);
-            }
-        }
-    }
-
-    fn tend_to(&self, record: &Record) -> Result<(), CniError> {
-        let attachment = record.attachment();
-        let end = self.kernel.host_end(&record.pod.device).map_err(|error| failure(CniError::TRY_AGAIN, error))?;
-        if record.phase == Phase::Made && end.is_some_and(|end| is_of(&end, record)) {
-            return Ok(());
-        }
-        let pod = PodName { namespace: record.pod.namespace.clone(), name: record.pod.name.clone(), uid: None };
-        let _turn = self.turn(&attachment, Some(&pod))?;
-        // Still so, now that nobody works at it?
-        let end = self.kernel.host_end(&record.pod.device).map_err(|error| failure(CniError::TRY_AGAIN, error))?;
-        let there = end.is_some_and(|end| is_of(&end, record));
-        let known = self.state().records.get(&attachment).cloned();
-        match known {
-            Some(known) if known.since == record.since && !(known.phase == Phase::Made && there) => {
-                tracing::info!("pod {} went without a DEL ({attachment}); its addresses are given back", known.pod);
-                self.state().mended += 1;
-                self.take_away(&known)
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Puts files and devices in agreement when a process starts. Control is not asked: it learns of what is left.
-    fn load(&self, booted: u64) -> Result<(), PodsError> {
-        let failed = |source| PodsError::State { path: self.settings.state.clone(), source };
-        let now = (self.clock)();
-        let ends: BTreeMap<String, HostEnd> =
-            self.kernel.host_ends()?.into_iter().map(|end| (end.name.clone(), end)).collect();
-        for (name, bytes) in self.disk.read(Folder::Freed).map_err(failed)? {
-            match (name.parse::<IpAddr>(), serde_json::from_slice::<Freed>(&bytes)) {
-                // A clock that was set back must not keep an address for years.
-                (Ok(address), Ok(freed)) if freed.version == VERSION => {
-                    self.state().pool.free(address, freed.at.min(now))
-                }
-                // That somebody had it just now is the careful reading.
-                (Ok(address), _) => self.state().pool.free(address, now),
-                _ => self.disk.remove(Folder::Freed, &name, Sync::Later).map_err(failed)?,
-            }
-        }
-        let mut records = Vec::new();
-        for (name, bytes) in self.disk.read(Folder::Pods).map_err(failed)? {
-            let attachment = name.strip_suffix(SUFFIX).and_then(Attachment::from_file_name);
-            let record = serde_json::from_slice::<Record>(&bytes).ok().filter(|record| record.version == VERSION);
-            match (record, attachment) {
-                (Some(record), Some(attachment)) if record.attachment() == attachment => records.push(record),
-                _ => {
-                    tracing::error!(
-                        "{name} in {} is no record; its device, if any, says what it was",
-                        self.settings.state.display()
-                    );
-                    self.disk.remove(Folder::Pods, &name, Sync::Later).map_err(failed)?;
-                }
-            }
-        }
-        // Of two that claim a device or an address, the younger has it.
-        records.sort_by_key(|record| std::cmp::Reverse(record.since));
-        let mut lost = Vec::new();
-        for record in records {
-            let end = ends.get(&record.pod.device);
-            let lives =
-                record.boot == self.boot && record.phase == Phase::Made && end.is_some_and(|end| is_of(end, &record));
-            let mut state = self.state();
-            let claimed = state.records.values().any(|other| {
-                other.pod.device == record.pod.device
-                    || other.pod.addresses.iter().any(|address| record.pod.addresses.contains(address))
-            });
-            if lives && !claimed {
-                for address in &record.pod.addresses {
-                    state.pool.take(*address);
-                }
-                state.records.insert(record.attachment(), record);
-            } else {
-                lost.push(record);
-            }
-        }
-        for record in lost {
-            let another_boot = record.boot != self.boot;
-            let why = match record.phase {
-                _ if another_boot => "is of an earlier boot",
-                Phase::Making => "was half made",
-                Phase::Made => "has no device any more",
-            };
-            tracing::info!("pod {} ({}) {why}; its addresses are given back", record.pod, record.attachment());
-            let owned = self.state().records.values().any(|other| other.pod.device == record.pod.device);
-            if !owned {
-                self.remove_device(&record)?;
-            }
-            // Since when nobody has had them is known after a reboot: full nodes need not wait once more.
-            self.release(&record, if another_boot { booted.max(record.since).min(now) } else { now })
-                .map_err(failed)?;
-            self.state().mended += 1;
-        }
-        for end in ends.values() {
-            let Some(alias) = &end.alias else { continue };
-            if !self.state().records.contains_key(&alias.attachment) && self.kernel.host_end(&end.name)?.is_some() {
-                self.recover(end, alias, now).map_err(failed)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes the record anew that a device must have had: it was lost, the pod lives.
-    fn recover(&self, end: &HostEnd, alias: &Alias, now: u64) -> io::Result<()> {
-        tracing::error!(
-            "{} is of {} and has no record in {}; it is taken over as it says it is",
-            end.name,
-            alias.attachment,
-            self.settings.state.display()
-        );
-        let (namespace, name) = alias.pod.clone().unwrap_or_default();
-        let record = Record {
-            version: VERSION,
-            phase: Phase::Made,
-            interface: alias.attachment.interface.clone(),
-            boot: self.boot.clone(),
-            since: now,
-            mtu: end.mtu,
-            pod: LocalPod {
-                namespace,
-                name,
-                uid: None,
-                sandbox: alias.attachment.sandbox.clone(),
-                netns: None,
-                device: end.name.clone(),
-                mac: alias.mac,
-                addresses: alias.addresses.clone(),
-                host_ports: Vec::new(),
-            },
-        };
-        self.keep(&record, Sync::Now)?;
-        let mut state = self.state();
-        for address in &record.pod.addresses {
-            state.pool.take(*address);
-        }
-        state.mended += 1;
-        state.records.insert(alias.attachment.clone(), record);
-        Ok(())
-    }
-
     fn gone(&self, pod: &LocalPod) {
         let (namespace, name, sandbox) = (pod.namespace.clone(), pod.name.clone(), pod.sandbox.clone());
-        let asked = self.control.ask(|answer| Ask::Gone { namespace, name, sandbox, answer }, CONTROL);
+        let asked = self.control.ask(|answer| Ask::Gone { namespace, name, sandbox, answer }, QUEUE);
         // A pod must go also while the router ends; the next one never hears of it.
         if let Err(ControlError::Silent) = asked.and_then(|pending| pending.wait(CONTROL)) {
             tracing::warn!("control does not answer that pod {pod} goes; it goes all the same");
@@ -715,11 +601,23 @@ impl Keeper {
         self.settings.cool_down.as_millis() as u64
     }
 
-    /// See [`super::Pods::explain`].
+    /// See [`super::Pods::explain`]. A request under way leaves a pod without a device for a moment: a leak is what is there when looked at
+    /// twice.
     ///
     /// # Errors
     /// Where the state folder cannot be read.
     pub fn explain(&self) -> io::Result<explain::Report> {
+        let first = self.look()?;
+        if first.leaks.is_empty() {
+            return Ok(first);
+        }
+        thread::sleep(SECOND_LOOK);
+        let mut second = self.look()?;
+        second.leaks.retain(|leak| first.leaks.contains(leak));
+        Ok(second)
+    }
+
+    fn look(&self) -> io::Result<explain::Report> {
         // Only a thread of the node's namespace sees the devices.
         let here = fs::metadata("/proc/thread-self/ns/net")?.ino() == self.netns;
         let ends = if here { self.kernel.host_ends().ok() } else { None };
@@ -813,7 +711,7 @@ fn lock(settings: &Settings) -> Result<Flock<File>, PodsError> {
             Err((back, nix::errno::Errno::EWOULDBLOCK | nix::errno::Errno::EINTR)) => file = back,
             Err((_, errno)) => return Err(PodsError::State { path, source: errno.into() }),
         }
-        std::thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -822,44 +720,4 @@ fn clock() -> Clock {
     let start = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let begin = Instant::now();
     Box::new(move || (start + begin.elapsed()).as_millis() as u64)
-}
-
-/// Who works at what.
-#[derive(Default)]
-struct Turns {
-    held: Mutex<HashSet<String>>,
-    changed: Condvar,
-}
-
-/// Held while one works.
-struct Turn<'t> {
-    turns: &'t Turns,
-    keys: Vec<String>,
-}
-
-impl Turns {
-    /// Takes all the keys at once, when nobody holds any of them.
-    fn take(&self, keys: Vec<String>, limit: Duration) -> Option<Turn<'_>> {
-        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let busy = |held: &mut HashSet<String>| keys.iter().any(|key| held.contains(key));
-        let (mut held, timeout) =
-            self.changed.wait_timeout_while(held, limit, busy).unwrap_or_else(PoisonError::into_inner);
-        if timeout.timed_out() {
-            return None;
-        }
-        held.extend(keys.iter().cloned());
-        drop(held);
-        Some(Turn { turns: self, keys })
-    }
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        let mut held = self.turns.held.lock().unwrap_or_else(PoisonError::into_inner);
-        for key in &self.keys {
-            held.remove(key);
-        }
-        drop(held);
-        self.turns.changed.notify_all();
-    }
 }
