@@ -10,9 +10,11 @@ PERF_SECONDS ?= 1
 FUZZ_SANITIZER ?= none
 # Tests of flow offload itself test nothing where it is off: the summary of such a run counts them as filtered out.
 WITHOUT_OFFLOAD = --skip offload_only
+CNI_FOLDER = $(or $(CARGO_TARGET_DIR),target)/cni
+HOST = $(shell rustc -vV | sed -n 's/host: //p')
 LOOM_FLAGS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=2
 
-.PHONY: help setup build release demo demo-memory test lint unit loom e2e storm cases bench bench-tables bench-reload perf perf-offload soak properties fuzz miri install clean
+.PHONY: help setup build release cni demo demo-memory test lint unit loom e2e storm cases bench bench-tables bench-reload perf perf-offload soak properties fuzz miri install clean
 
 help: ## Lists the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +27,11 @@ build: setup ## Builds weir with debug assertions.
 
 release: setup ## Builds weir as it is to be run: target/release/weir.
 	$(CARGO) build --release
+
+cni: ## Builds the CNI plugin, static: target/cni/HOST/release/weir-cni.
+	@# A folder of its own: with other flags everything in target/ would be built again, and then once more. With a target named, the flags
+	@# are for the program alone and not for the compiler's own plugins, which cannot be static.
+	RUSTFLAGS="-C target-feature=+crt-static" CARGO_TARGET_DIR=$(CNI_FOLDER) $(CARGO) build --release -p weir-cni --target $(HOST)
 
 demo: build ## Builds a cluster of network namespaces, runs two routers in it, sends real traffic. Needs root.
 	./target/debug/weir demo
@@ -92,8 +99,9 @@ miri: ## The unsafe and lock-free parts under miri (needs a nightly toolchain wi
 	$(CARGO) +nightly miri test -p weir-sync -p weir-conntrack --lib
 	$(CARGO) +nightly miri test -p weir-dataplane --lib -- frame:: memory::
 
-install: release ## Installs weir to /usr/local/bin.
+install: release cni ## Installs weir to /usr/local/bin, weir-cni to /opt/cni/bin.
 	install -m 755 target/release/weir /usr/local/bin/weir
+	install -D -m 755 $(CNI_FOLDER)/$(HOST)/release/weir-cni /opt/cni/bin/weir-cni
 
 clean: ## Removes what was built.
 	$(CARGO) clean

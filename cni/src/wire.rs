@@ -28,11 +28,27 @@ pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0xecee, 0xeeff, 
 
 /// A sandbox's interface: what a runtime adds and deletes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "Unchecked")]
 pub struct Attachment {
     /// CNI_CONTAINERID.
     pub sandbox: String,
     /// CNI_IFNAME.
     pub interface: String,
+}
+
+/// An attachment as it comes in.
+#[derive(Deserialize)]
+struct Unchecked {
+    sandbox: String,
+    interface: String,
+}
+
+impl TryFrom<Unchecked> for Attachment {
+    type Error = String;
+
+    fn try_from(read: Unchecked) -> Result<Self, String> {
+        Self::new(&read.sandbox, &read.interface)
+    }
 }
 
 impl Attachment {
@@ -105,7 +121,7 @@ impl PodName {
                 && text.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, b'-' | b'.'))
                 && !text.starts_with(['-', '.'])
         };
-        ok(&self.namespace) && ok(&self.name) && self.uid.as_ref().is_none_or(|uid| uid.len() <= 128)
+        ok(&self.namespace) && ok(&self.name) && self.uid.as_ref().is_none_or(|uid| uid.len() <= 253)
     }
 }
 
@@ -180,6 +196,21 @@ pub enum Command {
     },
     /// Do what is in the queue of DELs.
     Drain,
+}
+
+impl fmt::Display for Command {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Add { attachment, pod, .. } => {
+                write!(f, "ADD of {attachment} for pod {}/{}", pod.namespace, pod.name)
+            }
+            Self::Del { attachment, .. } => write!(f, "DEL of {attachment}"),
+            Self::Check { attachment } => write!(f, "CHECK of {attachment}"),
+            Self::Status => f.write_str("STATUS"),
+            Self::Gc { valid } => write!(f, "GC with {} valid attachments", valid.len()),
+            Self::Drain => f.write_str("the queue of DELs"),
+        }
+    }
 }
 
 /// A device that was made.

@@ -193,11 +193,6 @@ impl Pool {
         self.freed.iter().map(|(address, at)| (*address, *at))
     }
 
-    /// Whether a pod has it.
-    pub fn is_used(&self, address: &IpAddr) -> bool {
-        self.used.contains(address)
-    }
-
     /// Forgets what is remembered in excess of [`REMEMBERED`] and has cooled down: the oldest, which are returned.
     pub fn forget(&mut self, now: u64) -> Vec<IpAddr> {
         let mut forgotten = Vec::new();

@@ -241,7 +241,8 @@ impl Keeper {
 
         let known = self.state().records.get(&attachment).cloned();
         if let Some(mut known) = known {
-            let same = known.phase == Phase::Made && of_pod(&known) && known.pod.netns == Some(netns);
+            let same =
+                known.phase == Phase::Made && of_pod(&known) && known.pod.netns.is_none_or(|known| known == netns);
             if same && matches!(self.kernel.difference(&pair(&known), namespace), Ok(None)) {
                 if known.pod.host_ports != host_ports {
                     known.pod.host_ports = host_ports;
@@ -267,6 +268,24 @@ impl Keeper {
         // A sandbox of this pod from before: the name and the device are the new one's.
         for record in &others {
             self.take_away(record)?;
+        }
+
+        // Its name is a hash, which somebody may have aimed at another pod's.
+        let device = device_name(&pod.namespace, &pod.name);
+        let taken = self
+            .state()
+            .records
+            .values()
+            .find(|record| record.pod.device == device)
+            .map(|record| record.pod.to_string());
+        if let Some(other) = taken {
+            return Err(failure(
+                CniError::TRY_AGAIN,
+                format!(
+                    "the device {device} of pod {}/{} would be that of pod {other}; give it another name",
+                    pod.namespace, pod.name
+                ),
+            ));
         }
 
         let (record, given) = self.begin(&attachment, &pod, host_ports, netns)?;
@@ -326,7 +345,10 @@ impl Keeper {
     }
 
     fn make(&self, record: &Record, namespace: Namespace<'_>) -> Result<(), CniError> {
-        let kernel = |error: KernelError| failure(CniError::TRY_AGAIN, error);
+        let kernel = |error: KernelError| match error {
+            KernelError::Namespace(_) => failure(CniError::INVALID_ENVIRONMENT, error),
+            _ => failure(CniError::TRY_AGAIN, error),
+        };
         // It need not outlive a power cut yet: neither does the device.
         self.keep(record, Sync::Later).map_err(|error| self.disk_failure(&error))?;
         let pair = pair(record);
@@ -716,8 +738,14 @@ impl Keeper {
     /// # Errors
     /// Where the state folder cannot be read.
     pub fn explain(&self) -> io::Result<explain::Report> {
-        let ends = self.kernel.host_ends().ok();
-        explain::report(&*self.disk, ends.as_deref(), &self.boot, (self.clock)())
+        // Only a thread of the node's namespace sees the devices.
+        let here = fs::metadata("/proc/thread-self/ns/net")?.ino() == self.netns;
+        let ends = if here { self.kernel.host_ends().ok() } else { None };
+        let mut report = explain::report(&*self.disk, ends.as_deref(), &self.boot, (self.clock)())?;
+        if ends.is_none() {
+            report.notes.push("devices were not looked at".to_owned());
+        }
+        Ok(report)
     }
 }
 

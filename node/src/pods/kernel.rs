@@ -12,7 +12,7 @@
 //!   kernel does that later, and drops what the pod sends until then.
 
 use std::{
-    fmt, fs, io,
+    fs, io,
     net::IpAddr,
     os::fd::{AsFd, AsRawFd},
     path::{Path, PathBuf},
@@ -41,8 +41,8 @@ use super::{
 const PREFIX: &str = "cali";
 /// What weir's aliases begin with.
 const ALIAS: &str = "weir-cni";
-/// A device's alias has at most this many bytes (IFALIASZ of include/uapi/linux/if.h, with its end).
-const MAX_ALIAS: usize = 255;
+/// A device's alias is shorter than IFALIASZ, 256 bytes (include/uapi/linux/if.h), the zero that netlink sends behind it included.
+const MAX_ALIAS: usize = 254;
 
 /// Why the kernel did not make a pod's network.
 #[derive(Debug, thiserror::Error)]
@@ -109,18 +109,14 @@ pub struct Alias {
     pub pod: Option<(String, String)>,
 }
 
-impl fmt::Display for Alias {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Alias {
+    /// As it is written on the device; `None` where not even the addresses find room.
+    pub fn text(&self) -> Option<String> {
         let addresses = self.addresses.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(",");
         let Attachment { sandbox, interface } = &self.attachment;
-        let mut text = format!("{ALIAS} {sandbox} {interface} {} {addresses}", self.mac);
-        if let Some((namespace, name)) = &self.pod
-            && text.len() + namespace.len() + name.len() + 2 <= MAX_ALIAS
-        {
-            text += &format!(" {namespace}/{name}");
-        }
-        text.truncate(MAX_ALIAS);
-        f.write_str(&text)
+        let short = format!("{ALIAS} {sandbox} {interface} {} {addresses}", self.mac);
+        let long = self.pod.as_ref().map(|(namespace, name)| format!("{short} {namespace}/{name}"));
+        long.into_iter().chain([short]).find(|text| text.len() <= MAX_ALIAS)
     }
 }
 
@@ -210,6 +206,11 @@ impl Kernel for NodeKernel {
         };
         match made {
             Err(error) if is(&error, libc::EEXIST) => return Err(KernelError::Occupied(pair.interface.clone())),
+            // That is all it says of a descriptor that is no network namespace.
+            Err(error) if is(&error, libc::EINVAL) => {
+                in_namespace(namespace, || Ok(())).map_err(KernelError::Namespace)?;
+                return Err(error);
+            }
             other => other?,
         }
         let prepared = host_sysctls(pair).and_then(|()| {
@@ -233,8 +234,8 @@ impl Kernel for NodeKernel {
         up.header.flags = LinkFlags::Up;
         up.header.change_mask = LinkFlags::Up;
         let mut host_up = up.clone();
-        host_up.attributes =
-            vec![LinkAttribute::IfName(device.clone()), LinkAttribute::IfAlias(pair.alias.to_string())];
+        host_up.attributes = vec![LinkAttribute::IfName(device.clone())];
+        host_up.attributes.extend(pair.alias.text().map(LinkAttribute::IfAlias));
         change(&mut node, RouteNetlinkMessage::SetLink(host_up), 0, || format!("bring up {device}"))?;
 
         let interface = &pair.interface;
@@ -527,4 +528,42 @@ fn v6_sysctls(of: &str, settings: &[(&str, &str)], needed: bool) -> Result<(), K
         written.map_err(|source| KernelError::Sysctl { path, source })?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn alias(sandbox: usize, name: usize) -> Alias {
+        Alias {
+            attachment: Attachment::new(&"s".repeat(sandbox), "eth0").unwrap(),
+            mac: Mac([2, 0, 0, 0, 0, 1]),
+            addresses: vec!["10.244.7.1".parse().unwrap(), "fd00:244::7:1".parse().unwrap()],
+            pod: Some(("default".into(), "n".repeat(name))),
+        }
+    }
+
+    #[test]
+    fn an_alias_is_read_as_it_was_written_and_leaves_out_what_has_no_room() {
+        for name in 1..253 {
+            let alias = alias(64, name);
+            let text = alias.text().unwrap();
+            assert!(text.len() <= MAX_ALIAS);
+            let read: Alias = text.parse().unwrap();
+            // 9 + 64 + 1 + 4 + 1 + 17 + 1 + 24 + 1 + 8 = 130 characters stand before the name.
+            let expected = if name <= MAX_ALIAS - 130 { alias } else { Alias { pod: None, ..alias } };
+            assert_eq!(read, expected, "{text}");
+        }
+        assert_eq!(alias(200, 1).text(), None, "a part of it would be read as something else");
+        for other in [
+            "",
+            "weir-cni",
+            "weir-cni a eth0",
+            "weir-cni a eth0 02:00:00:00:00:01",
+            "weir-cni a eth0 02:00:00:00:00:01 10.0.0.",
+            "to the switch",
+        ] {
+            assert_eq!(other.parse::<Alias>(), Err(()), "{other}");
+        }
+    }
 }

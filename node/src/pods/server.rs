@@ -202,7 +202,7 @@ fn serve(stream: &UnixStream, keeper: &Keeper) {
         );
         return refuse(stream, &what);
     }
-    let what = format!("{:?}", request.command);
+    let what = request.command.to_string();
     let outcome = keeper.serve(request.command, namespace.as_ref());
     let took = begin.elapsed().as_secs_f64() * 1e3;
     match &outcome {
