@@ -748,12 +748,16 @@ impl Router {
 
     /// Answers for pods that are in force by now.
     fn settle_pods(&mut self) {
-        let Some(pods) = &mut self.pods else { return };
-        pods.configure(pods::ranges(&self.loaded, &self.links, &own_addresses(&self.kernel, &self.roles)));
-        let adopted = &self.adopted;
-        let knows_device =
-            |name: &str| attach::index_of(name).is_some_and(|index| adopted.contains_key(&IfIndex(index)));
-        if pods.settle(&self.loaded, &self.links, knows_device) {
+        let Self { pods: Some(pods), loaded, links, kernel, roles, adopted, .. } = self else { return };
+        pods.configure(pods::ranges(loaded, links, &own_addresses(kernel, roles)));
+        // The device before may still be known by the same name.
+        let has_device = |name: &str| {
+            attach::index_of(name).map(IfIndex).is_some_and(|index| {
+                let is_it = |device: &Device| device.index == index && device.role == Role::Workload;
+                adopted.contains_key(&index) && links.devices.iter().any(is_it)
+            })
+        };
+        if pods.settle(loaded, has_device) {
             self.begin_reload(Scope::LocalPods);
         }
     }
