@@ -644,6 +644,7 @@ impl Router {
         for index in gone {
             self.adopted.remove(&index);
             self.attachment.forget_workload(index.0)?;
+            info!(index = index.0, "a device that was a workload's is gone");
         }
         Ok(())
     }
