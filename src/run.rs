@@ -69,7 +69,7 @@ use crate::{
     offload::{Offloader, Offloading},
     pods::{self, Pods},
     prefixes::Prefixes,
-    prepare::{self, Basis, Prepared, Preparer, Refused, Scope, Times},
+    prepare::{self, Basis, Outcome, Prepared, Preparer, Scope, Times},
     report::counters_json,
     services, snat_use,
     translate::{Faulty, Loaded, Loader},
@@ -911,7 +911,7 @@ impl Router {
     }
 
     /// Takes over a configuration that is ready. A bad one changes nothing.
-    async fn reload(&mut self, prepared: Result<Prepared, (Scope, Refused)>) -> Result<(), RunError> {
+    async fn reload(&mut self, prepared: Outcome) -> Result<(), RunError> {
         let mut due = None;
         match prepared {
             Ok(prepared) => self.take_over(prepared).await?,
