@@ -1,5 +1,5 @@
-//! From a changed file to compiled tables: how long a load takes, and a reload after a change of one file of a hundred documents, at growing
-//! numbers of services with ten endpoints each.
+//! From a changed file to compiled tables: how long a load takes, a reload after a change of one file of a hundred documents, and one for a pod
+//! that the CNI plugin has made, at growing numbers of services with ten endpoints each.
 //!
 //! The cluster is one of 50 Services and 50 EndpointSlices per file, as many files as that takes. A change gives every slice of one file another
 //! endpoint. What a reload costs beyond this (the kernel's maps and routes, waiting for further changes) is in the router's log.
@@ -8,12 +8,13 @@ use std::{
     fmt::Write as _,
     fs, io,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use weir::{
     compile,
-    translate::{Loaded, Loader},
+    translate::{Loaded, Loader, LocalPod, LocalPods, workload_device},
 };
 use weir_dataplane::{forwarding::Forwarding, snapshot::Rules};
 use weir_policy::Compiler;
@@ -27,9 +28,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let sizes = if sizes.is_empty() { vec![10, 100, 1000, 10_000, 50_000] } else { sizes };
     println!("times in ms; a change is of one file of 100 documents; medians of {ROUNDS}");
     println!(
-        "| services | load: read | translate | compile | change: read | translate | compile | forwarding | MB of text | table | held |"
+        "| services | load: read | translate | compile | change: read | translate | compile | forwarding | pod: translate | compile | \
+         MB of text | table | held |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     for services in sizes {
         measure(services)?;
     }
@@ -61,13 +63,27 @@ fn measure(services: u32) -> Result<(), Box<dyn std::error::Error>> {
         steps.iter_mut().zip(took).for_each(|(step, took)| step.push(took));
         loaded = next;
     }
-    let [read, translate, compile, forwarding] = steps.map(|mut step| {
+    let mut pod_steps: [Vec<Duration>; 2] = Default::default();
+    let mut pods = LocalPods::default();
+    for round in 1..=ROUNDS {
+        pods.insert(Arc::new(pod(round as u8)));
+        loader.set_local_pods(Arc::new(pods.clone()));
+        let (next, _) = loader.reload_local_pods(&loaded.objects).map_err(|problems| problems.render(false))?;
+        assert_eq!(next.cluster.workloads.len(), round as usize, "one more");
+        let (rules, compile) = compiled(&next, &mut policy)?;
+        drop(rules);
+        pod_steps.iter_mut().zip([next.times.translate, compile]).for_each(|(step, took)| step.push(took));
+        loaded = next;
+    }
+    let median = |mut step: Vec<Duration>| {
         step.sort_unstable();
         ms(step[step.len() / 2])
-    });
+    };
+    let [read, translate, compile, forwarding] = steps.map(median);
+    let [pod_translate, pod_compile] = pod_steps.map(median);
     let mb = |bytes: usize| format!("{:.1} MB", bytes as f64 / 1e6);
     println!(
-        "| {services} | {} | {} | {} | {read} | {translate} | {compile} | {forwarding} | {} | {} | {} |",
+        "| {services} | {} | {} | {} | {read} | {translate} | {compile} | {forwarding} | {pod_translate} | {pod_compile} | {} | {} | {} |",
         ms(load_read),
         ms(load_translate),
         ms(load_compile),
@@ -76,6 +92,18 @@ fn measure(services: u32) -> Result<(), Box<dyn std::error::Error>> {
         mb(resident_bytes()?.saturating_sub(held_before)),
     );
     Ok(())
+}
+
+/// A pod of this node without an object.
+fn pod(number: u8) -> LocalPod {
+    LocalPod {
+        name: format!("namespace-1/pod-{number}"),
+        uid: None,
+        sandbox: String::new(),
+        device: workload_device("namespace-1", &format!("pod-{number}")),
+        mac: weir_packet::Mac([2, 0, 0, 0, 0, number]),
+        addresses: vec![[10, 200, 0, number].into()],
+    }
 }
 
 fn compiled(loaded: &Loaded, policy: &mut Compiler) -> Result<(Rules, Duration), compile::CompileError> {

@@ -151,9 +151,9 @@ impl Pods {
         true
     }
 
-    /// Answers those for whom what is in force is enough: after each publication of `loaded` with `links`. `knows_device` tells whether the
-    /// programs know the device of that name. `true`: something is to be prepared again.
-    pub fn settle(&mut self, loaded: &Loaded, links: &Links, knows_device: impl Fn(&str) -> bool) -> bool {
+    /// Answers those for whom what is in force is enough: after each publication of `loaded`. `has_device` tells whether what was published,
+    /// and the programs, know the device that has that name now. `true`: something is to be prepared again.
+    pub fn settle(&mut self, loaded: &Loaded, has_device: impl Fn(&str) -> bool) -> bool {
         let mut changed = false;
         let in_force = &loaded.local_pods;
         let is = |pod: &Arc<LocalPod>, pods: &LocalPods| pods.get(&pod.name).is_some_and(|one| Arc::ptr_eq(one, pod));
@@ -169,8 +169,6 @@ impl Pods {
             }
             is_denied
         });
-        let has_device =
-            |name: &str| links.devices.iter().any(|device| device.role == Role::Workload && device.name == name);
         for put in std::mem::take(&mut self.puts) {
             if put.answer.is_closed() {
                 continue;
@@ -182,7 +180,7 @@ impl Pods {
             }
             let standing = match () {
                 () if !is(&put.pod, in_force) => Standing::Unknown,
-                () if !has_device(&put.pod.device) || !knows_device(&put.pod.device) => Standing::NoDevice,
+                () if !has_device(&put.pod.device) => Standing::NoDevice,
                 () if loaded.undescribed.contains(&put.pod.name) => Standing::Undescribed,
                 () => Standing::Whole,
             };
@@ -199,10 +197,12 @@ impl Pods {
                     InForce::DeniedUntilObject
                 }
                 (Standing::NoDevice, None) => {
-                    warn!(pod = name, ?addresses, device, took_ms, "a pod is refused: there is no such device");
+                    warn!(pod = name, ?addresses, device, took_ms, "a pod is refused: its device is not served");
                     Arc::make_mut(&mut self.all).remove(name);
                     changed = true;
-                    InForce::Refused(format!("there is no device {device} on this node"))
+                    InForce::Refused(format!(
+                        "the router does not serve the device {device}: it is not there, or its MTU is more than there is room for"
+                    ))
                 }
                 _ => {
                     self.puts.push(put);

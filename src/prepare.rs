@@ -74,6 +74,9 @@ pub enum Refused {
     Compile(CompileError),
 }
 
+/// What became of a preparation; a refusal with what was tried.
+pub type Outcome = Result<Prepared, (Scope, Refused)>;
+
 impl Refused {
     /// The errors, a line each.
     pub fn lines(&self) -> Vec<String> {
@@ -125,7 +128,7 @@ struct Tools {
 pub struct Preparer {
     /// Not there while it is at work.
     tools: Option<Tools>,
-    at_work: Option<JoinHandle<(Tools, Result<Prepared, (Scope, Refused)>)>>,
+    at_work: Option<JoinHandle<(Tools, Outcome)>>,
     once_more: Option<Scope>,
 }
 
@@ -155,8 +158,8 @@ impl Preparer {
         }));
     }
 
-    /// Waits until what was begun is done; for ever where nothing was. Cancel-safe. A refusal comes with what was tried.
-    pub async fn done(&mut self) -> Result<Prepared, (Scope, Refused)> {
+    /// Waits until what was begun is done; for ever where nothing was. Cancel-safe.
+    pub async fn done(&mut self) -> Outcome {
         let Some(at_work) = &mut self.at_work else { return pending().await };
         let finished = at_work.await;
         self.at_work = None;

@@ -69,7 +69,7 @@ use crate::{
     offload::{Offloader, Offloading},
     pods::{self, Pods},
     prefixes::Prefixes,
-    prepare::{self, Basis, Prepared, Preparer, Refused, Scope, Times},
+    prepare::{self, Basis, Outcome, Prepared, Preparer, Scope, Times},
     report::counters_json,
     services, snat_use,
     translate::{Faulty, Loaded, Loader},
@@ -644,6 +644,7 @@ impl Router {
         for index in gone {
             self.adopted.remove(&index);
             self.attachment.forget_workload(index.0)?;
+            info!(index = index.0, "a device that was a workload's is gone");
         }
         Ok(())
     }
@@ -748,12 +749,16 @@ impl Router {
 
     /// Answers for pods that are in force by now.
     fn settle_pods(&mut self) {
-        let Some(pods) = &mut self.pods else { return };
-        pods.configure(pods::ranges(&self.loaded, &self.links, &own_addresses(&self.kernel, &self.roles)));
-        let adopted = &self.adopted;
-        let knows_device =
-            |name: &str| attach::index_of(name).is_some_and(|index| adopted.contains_key(&IfIndex(index)));
-        if pods.settle(&self.loaded, &self.links, knows_device) {
+        let Self { pods: Some(pods), loaded, links, kernel, roles, adopted, .. } = self else { return };
+        pods.configure(pods::ranges(loaded, links, &own_addresses(kernel, roles)));
+        // The device before may still be known by the same name.
+        let has_device = |name: &str| {
+            attach::index_of(name).map(IfIndex).is_some_and(|index| {
+                let is_it = |device: &Device| device.index == index && device.role == Role::Workload;
+                adopted.contains_key(&index) && links.devices.iter().any(is_it)
+            })
+        };
+        if pods.settle(loaded, has_device) {
             self.begin_reload(Scope::LocalPods);
         }
     }
@@ -906,7 +911,7 @@ impl Router {
     }
 
     /// Takes over a configuration that is ready. A bad one changes nothing.
-    async fn reload(&mut self, prepared: Result<Prepared, (Scope, Refused)>) -> Result<(), RunError> {
+    async fn reload(&mut self, prepared: Outcome) -> Result<(), RunError> {
         let mut due = None;
         match prepared {
             Ok(prepared) => self.take_over(prepared).await?,
