@@ -62,14 +62,14 @@ use crate::{
     health::{self, HealthChecks},
     kernel::{
         DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState,
-        LOOPBACK_SOURCES, Link, Listening, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted,
+        LOOPBACK_SOURCES, Link, Listening, PortSet, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted,
     },
     manifests::Substitute,
     offload::{Offloader, Offloading},
     prepare::{self, Prepared, Preparer, Refused, Times},
     report::counters_json,
     services, snat_use,
-    translate::{Faulty, Loaded, Loader},
+    translate::{Faulty, Loaded, Loader, Unserved},
     watch::{Trigger, Watch, WatchError},
 };
 
@@ -742,6 +742,7 @@ impl Router {
         let mut wanted = Wanted::new(&self.links, through, internal);
         // Other nodes are reached as ever, also where a prefix of pods covers them.
         wanted.except.extend(cluster.nodes.iter().flat_map(|n| n.internal_ips.iter().map(|ip| IpNet::from(*ip))));
+        wanted.ports = PortSet::of(self.rules.services.node_ports().map(|(_, port)| port));
         wanted
     }
 
@@ -824,6 +825,12 @@ impl Router {
         }
         if loaded.config.workers != self.loaded.config.workers || role_rules(&loaded).uplinks != self.roles.uplinks {
             warn!("changed workers, uplinks or nodeName take effect at the next start only");
+        }
+        let before = &self.loaded.unserved_host_ports;
+        for Unserved { pod, protocol, port, why } in
+            loaded.unserved_host_ports.iter().filter(|unserved| !before.contains(unserved))
+        {
+            warn!(pod, %protocol, port, "its hostPort is not served: {why}");
         }
         let other_files = loaded.config.manifests != self.loaded.config.manifests;
         self.roles.workloads = role_rules(&loaded).workloads;
@@ -958,6 +965,10 @@ impl Router {
                     Substitute::Nothing => "nothing; a policy denies what it selects",
                 },
                 "problem": faulty.problem,
+            })).collect::<Vec<_>>(),
+            "unservedHostPorts": self.loaded.unserved_host_ports.iter().map(|unserved| json!({
+                "pod": unserved.pod, "proto": unserved.protocol.to_string().to_lowercase(), "hostPort": unserved.port,
+                "why": unserved.why,
             })).collect::<Vec<_>>(),
             "healthChecks": self.health.status(),
             "programs": kernel,
@@ -1187,7 +1198,7 @@ fn assemble_links(
     links
 }
 
-/// What the uplinks' programs take from the node's kernel.
+/// What the programs take from the node's kernel.
 fn owned(loaded: &Loaded, rules: &Rules, snat: &SnatPorts, forwarding: &Forwarding) -> Owned {
     let cluster = &loaded.cluster;
     let own = cluster.nodes.iter().filter(|n| n.name == cluster.node_name);
@@ -1214,5 +1225,6 @@ fn owned(loaded: &Loaded, rules: &Rules, snat: &SnatPorts, forwarding: &Forwardi
         node_addresses: forwarding.local_addresses(),
         ports: node_ports.chain(snat).chain(all_ports).collect(),
         failsafe_ports: failsafes.map(|failsafe| (failsafe.protocol, failsafe.port)).collect(),
+        own_ports: rules.services.own_frontends().to_vec(),
     }
 }

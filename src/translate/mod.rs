@@ -5,6 +5,7 @@
 
 mod cluster;
 mod host;
+mod host_ports;
 mod policy;
 mod ports;
 #[cfg(test)]
@@ -30,6 +31,7 @@ use crate::{
 };
 
 pub use cluster::workload_device;
+pub use host_ports::Unserved;
 use ports::Publishers;
 
 /// A configuration that was read and translated without an error.
@@ -53,6 +55,8 @@ pub struct Loaded {
     pub files: Vec<PathBuf>,
     /// Objects whose newest version is faulty, and what stands for them; only after [`Loader::reload`].
     pub faulty: Vec<Faulty>,
+    /// Host ports that are not served, or not on all their addresses.
+    pub unserved_host_ports: Vec<Unserved>,
     publishers: Publishers,
     /// How long it took.
     pub times: LoadTimes,
@@ -294,7 +298,8 @@ fn translate(
 ) -> Result<Loaded, Problems> {
     let mut cluster = cluster::translate(&config, manifests, &mut problems);
     host::translate(&config, manifests, &mut cluster, &mut problems);
-    let services = services::translate(&config, manifests, &cluster, &mut kept.services, &mut problems);
+    let mut services = services::translate(&config, manifests, &cluster, &mut kept.services, &mut problems);
+    let unserved_host_ports = host_ports::translate(&config, manifests, &cluster, &mut services, &mut problems);
     let policy = policy::translate(&config, manifests, &cluster, &mut kept.policy, &mut problems);
     if reviews {
         review::review(&config, manifests, &cluster, &mut problems);
@@ -317,6 +322,7 @@ fn translate(
         notes: problems,
         files,
         faulty: Vec::new(),
+        unserved_host_ports,
         publishers: Publishers::take(manifests),
         times: LoadTimes::default(),
     })
