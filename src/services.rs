@@ -255,6 +255,29 @@ mod tests {
              \x20 10.1.0.4:8080  here          0 connections  not used: not serving\n\
              \x20 10.1.0.5:8080  here          0 connections  not used: terminating, and others are ready\n"
         );
+        let host_port = ServicePort {
+            name: "shop/ingress:hostPort/8443".into(),
+            protocol: weir_packet::Protocol::UDP,
+            port: 8443,
+            host_port: Some(HostAddresses::All),
+            endpoints: service.endpoints[..1].to_vec(),
+            ..ServicePort::default()
+        };
+        let value = describe(&model, &host_port, &hits);
+        assert_eq!(
+            text(&value),
+            "shop/ingress:hostPort/8443  udp all addresses of this node, host port 8443\n\
+             \x20 10.1.0.1:8080  here         0 connections  used\n"
+        );
+        for (on, told) in [
+            (HostAddresses::Ipv4, "0.0.0.0"),
+            (HostAddresses::Ipv6, "::"),
+            (HostAddresses::One("192.0.2.1".parse().unwrap()), "192.0.2.1"),
+        ] {
+            let value = describe(&model, &ServicePort { host_port: Some(on), ..host_port.clone() }, &hits);
+            assert_eq!((&value["hostIP"], &value["kind"]), (&json!(told), &json!("HostPort")));
+        }
+        assert_eq!(value["hostPort"], 8443);
         let gone = ServicePort { endpoints: service.endpoints[3..4].to_vec(), ..service };
         assert!(text(&describe(&model, &gone, &hits)).ends_with("no backend can be used: connections are rejected\n"));
     }

@@ -239,16 +239,16 @@ fn policy_and_status_see_the_pod_of_a_host_port() {
     site.set_policies("");
     assert_eq!(site.answered("client", &url).0, "default/web");
 
-    // A second pod that wants the same port does not get it, and status names it.
+    // A second pod that wants the same port, as old as the first, does not get it, and status names it.
     let mut rival = Manifests::default();
-    rival.pod("node-a", "default/rival", "server", &["10.1.1.99"]);
+    rival.pod("node-a", "default/web-2", "server", &["10.1.1.99"]);
     rival.host_port("", "TCP", HTTP, 80);
     site.set_policies(&site.with_node_names(&rival.text(), &["node-a"]));
     assert_eq!(site.answered("client", &url).0, "default/web");
     let why = "pod default/web has it, and keeps it where both would be open";
     assert_eq!(
         site.status("node-a")["unservedHostPorts"],
-        json!([{"pod": "default/rival", "proto": "tcp", "hostPort": HTTP, "why": why}])
+        json!([{"pod": "default/web-2", "proto": "tcp", "hostPort": HTTP, "why": why}])
     );
     let services = site.ask("node-a", "services").unwrap();
     let port = services.as_array().unwrap().iter().find(|one| one["service"] == "default/web:hostPort/8080").unwrap();

@@ -258,6 +258,12 @@ impl Attachment {
                 reason: "transmit checksum, segmentation and VLAN offload are off: XDP on weir1 sees whole frames only"
                     .to_owned(),
             },
+            ModeReport {
+                device: LOOPBACK.to_owned(),
+                program: LOOPBACK_SEND,
+                mode: "tcx",
+                reason: "what the node sends to node ports and host ports of its own leaves by no route".to_owned(),
+            },
         ];
 
         let mut attachment = Self {

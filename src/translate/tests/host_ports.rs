@@ -3,7 +3,7 @@
 use weir_nat::HostAddresses;
 
 use super::{WEIR, assert_said, loaded, policy::trace_lines};
-use crate::translate::Loaded;
+use crate::{trace::Tracer, translate::Loaded};
 
 const NODE: &str = "apiVersion: v1\nkind: Node\nmetadata: {name: node-a}\nspec: {podCIDR: 10.0.0.0/16}\nstatus: {addresses: \
                     [{type: InternalIP, address: 192.0.2.1}, {type: InternalIP, address: 2001:db8::1}]}\n";
@@ -188,4 +188,22 @@ fn policy_sees_the_pod_behind_a_host_port() {
             "local - - - false".to_owned(),
         ]
     );
+}
+
+#[test]
+fn a_trace_for_a_person_names_the_host_port() {
+    let text = NODE.to_owned() + &plain("a", "10.0.0.1", "{containerPort: 80, hostPort: 8080}");
+    let loaded = loaded(WEIR, &text);
+    let mut output = Vec::new();
+    let flow = r#"{"src": "203.0.113.7", "dst": "192.0.2.1", "proto": "tcp", "dport": 8080}"#;
+    Tracer::new(&loaded).unwrap().run(flow.as_bytes(), &mut output, true).unwrap();
+    let output = String::from_utf8(output).unwrap();
+    for part in [
+        "x/a:hostPort/8080 (cluster.yaml:6), by its host port\n",
+        "its one backend is the pod\n",
+        "picked 10.0.0.1:80, the pod itself\n",
+        "not masqueraded: the backend sees the source itself\n",
+    ] {
+        assert!(output.contains(part), "{part}\n{output}");
+    }
 }
