@@ -99,15 +99,15 @@ impl HostAddresses {
         }
     }
 
-    /// Whether it may be open on an address.
+    /// Whether it is open on an address of this node.
     pub fn includes(self, address: IpAddr) -> bool {
         match self {
             Self::One(one) => one == address,
-            _ => self.has_family(address.is_ipv6()),
+            _ => self.has_family(address.is_ipv6()) && !address.is_loopback(),
         }
     }
 
-    /// Whether some address may be of both.
+    /// Whether some address of this node may be of both.
     pub fn overlaps(self, other: Self) -> bool {
         match (self, other) {
             (Self::One(address), on) | (on, Self::One(address)) => on.includes(address),

@@ -471,6 +471,29 @@ fn rule_22b_whose_port_it_is<A: Carried>() {
     assert_eq!(tcp::<A>(&model, OUTSIDE, (SECOND_NODE_ADDRESS, 3001)), forward(&["10.66.0.1:8080"], true));
 }
 
+#[test]
+fn rule_22b_where_host_ports_meet() {
+    use HostAddresses::{All, Ipv4, Ipv6, One};
+    let one = |text: &str| One(text.parse().expect("an address"));
+    let [v4, v6, loopback] = ["192.0.2.1", "2001:db8::1", "127.0.0.1"].map(one);
+    for (a, b, meet) in [
+        (All, All, true),
+        (All, Ipv4, true),
+        (Ipv4, Ipv6, false),
+        (All, v4, true),
+        (Ipv6, v4, false),
+        (Ipv6, v6, true),
+        (v4, v4, true),
+        (v4, one("192.0.2.2"), false),
+        (All, loopback, false),
+        (loopback, loopback, true),
+    ] {
+        assert_eq!((a.overlaps(b), b.overlaps(a)), (meet, meet), "{a:?} {b:?}");
+    }
+    let of = |text: Option<&str>| HostAddresses::of_host_ip(text.map(|text| text.parse().expect("an address")));
+    assert_eq!([of(None), of(Some("0.0.0.0")), of(Some("::")), of(Some("192.0.2.1"))], [All, Ipv4, Ipv6, v4]);
+}
+
 fn rule_22b_connections_end_with_the_pod<A: Carried>() {
     let still = |model: &Model, protocol| {
         let table = ServiceTable::compile(&carried::<A>(model)).expect("the model compiles");

@@ -157,22 +157,37 @@ fn is_failsafe(port: &HostPort, cluster: &Cluster) -> bool {
 /// Who has which ports of the node already.
 #[derive(Default)]
 struct Taken {
-    by: HashMap<(Protocol, u16), Vec<(HostAddresses, String)>>,
+    by: HashMap<(Protocol, u16), Vec<Claim>>,
+}
+
+struct Claim {
+    on: HostAddresses,
+    /// The address is none of this node's, as far as is known: only who names it meets it.
+    is_elsewhere: bool,
+    owner: String,
+}
+
+impl Claim {
+    fn meets(&self, on: HostAddresses) -> bool {
+        if self.is_elsewhere { self.on == on } else { self.on.overlaps(on) }
+    }
 }
 
 impl Taken {
     fn of_services(model: &Model) -> Self {
         let mut taken = Self::default();
         for service in &model.services {
-            let mut add = |port: u16, on: HostAddresses| {
-                taken.by.entry((service.protocol, port)).or_default().push((on, format!("service {}", service.name)));
+            let mut add = |port: u16, on: HostAddresses, is_elsewhere: bool| {
+                let claim = Claim { on, is_elsewhere, owner: format!("service {}", service.name) };
+                taken.by.entry((service.protocol, port)).or_default().push(claim);
             };
-            let external = service.external_ips.iter().chain(&service.load_balancer_ips).chain(&service.cluster_ips);
-            external.for_each(|address| add(service.port, HostAddresses::One(*address)));
+            for address in service.external_ips.iter().chain(&service.load_balancer_ips).chain(&service.cluster_ips) {
+                add(service.port, HostAddresses::One(*address), !model.local_addresses.contains(address));
+            }
             for is_ipv6 in [false, true] {
                 let Some(node_port) = service.node_port else { continue };
                 if service.cluster_ips.iter().any(|address| address.is_ipv6() == is_ipv6) {
-                    add(node_port, if is_ipv6 { HostAddresses::Ipv6 } else { HostAddresses::Ipv4 });
+                    add(node_port, if is_ipv6 { HostAddresses::Ipv6 } else { HostAddresses::Ipv4 }, false);
                 }
             }
         }
@@ -180,12 +195,13 @@ impl Taken {
     }
 
     fn by(&self, port: &HostPort) -> Option<&str> {
-        let owners = self.by.get(&(port.protocol, port.port))?;
-        owners.iter().find(|(on, _)| on.overlaps(port.on())).map(|(_, owner)| owner.as_str())
+        let claims = self.by.get(&(port.protocol, port.port))?;
+        claims.iter().find(|claim| claim.meets(port.on())).map(|claim| claim.owner.as_str())
     }
 
     fn add(&mut self, port: &HostPort, pod: &str) {
-        self.by.entry((port.protocol, port.port)).or_default().push((port.on(), format!("pod {pod}")));
+        let claim = Claim { on: port.on(), is_elsewhere: false, owner: format!("pod {pod}") };
+        self.by.entry((port.protocol, port.port)).or_default().push(claim);
     }
 }
 

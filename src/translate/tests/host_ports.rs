@@ -107,11 +107,23 @@ fn conflicts_are_told_and_the_older_pod_keeps_the_port() {
         "{containerPort: 80, hostPort: 8081}",
         "{containerPort: 80, hostPort: 8080, hostIP: '::'}",
         "{containerPort: 80, hostPort: 8080, hostIP: 192.0.2.2}",
+        "{containerPort: 80, hostPort: 8080, hostIP: 127.0.0.1}",
     ] {
         let first = plain("a", "10.0.0.1", on_one);
         let text = NODE.to_owned() + &first + &plain("b", "10.0.0.2", other);
         assert_eq!(loaded(WEIR, &text).unserved_host_ports, [], "{other}");
     }
+    let loopback = "{containerPort: 80, hostPort: 8080, hostIP: 127.0.0.1}";
+    let text = NODE.to_owned() + &plain("a", "10.0.0.1", port) + &plain("b", "10.0.0.2", loopback);
+    assert_eq!(loaded(WEIR, &text).unserved_host_ports, [], "on all addresses is not on loopback");
+    // A service's own port is at its own address, which is none of the node's.
+    let elsewhere = "---\napiVersion: v1\nkind: Service\nmetadata: {name: s, namespace: x}\nspec: {clusterIP: 10.96.0.1, externalIPs: \
+                     [203.0.113.1], ports: [{port: 8080}]}\n";
+    let text = NODE.to_owned() + elsewhere + &plain("a", "10.0.0.1", port);
+    assert_eq!(loaded(WEIR, &text).unserved_host_ports, []);
+    let on_external = "{containerPort: 80, hostPort: 8080, hostIP: 203.0.113.1}";
+    let text = NODE.to_owned() + elsewhere + &plain("a", "10.0.0.1", on_external);
+    assert_eq!(loaded(WEIR, &text).unserved_host_ports.len(), 1);
     // Services come first, whatever their kind of address; and failsafe ports are the node's.
     let service = "---\napiVersion: v1\nkind: Service\nmetadata: {name: s, namespace: x}\nspec: {type: NodePort, clusterIP: \
                    10.96.0.1, externalIPs: [192.0.2.1], ports: [{port: 8443, nodePort: 30080}]}\n";
