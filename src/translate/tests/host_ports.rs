@@ -23,10 +23,11 @@ fn plain(name: &str, address: &str, ports: &str) -> String {
 /// Name, protocol, port, addresses and backends of each host port, in the order of the table.
 fn host_ports(loaded: &Loaded) -> Vec<(String, String, u16, HostAddresses, Vec<String>)> {
     let host_ports = loaded.services.services.iter().filter_map(|port| {
+        let on = port.host_port?;
         let backends = port.endpoints.iter().map(|one| format!("{} {}", one.address, one.port)).collect();
         assert!(port.cluster_ips.is_empty() && port.endpoints.iter().all(|one| one.ready && one.serving));
         assert!(port.endpoints.iter().all(|one| one.node_name.as_deref() == Some("node-a")));
-        Some((port.name.clone(), port.protocol.to_string(), port.port, port.host_port?, backends))
+        Some((port.name.clone(), port.protocol.to_string(), port.port, on, backends))
     });
     host_ports.collect()
 }
@@ -211,7 +212,7 @@ fn a_trace_for_a_person_names_the_host_port() {
     Tracer::new(&loaded).unwrap().run(flow.as_bytes(), &mut output, true).unwrap();
     let output = String::from_utf8(output).unwrap();
     for part in [
-        "x/a:hostPort/8080 (cluster.yaml:6), by its host port\n",
+        "x/a:hostPort/8080 (cluster.yaml:7), by its host port\n",
         "its one backend is the pod\n",
         "picked 10.0.0.1:80, the pod itself\n",
         "not masqueraded: the backend sees the source itself\n",
