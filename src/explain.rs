@@ -41,6 +41,7 @@ enum Frontend {
     LoadBalancerIp,
     ExternalIp,
     NodePort,
+    HostPort,
 }
 
 impl Facts<'_> {
@@ -52,6 +53,7 @@ impl Facts<'_> {
             Frontend::LoadBalancerIp => "load balancer IP",
             Frontend::ExternalIp => "external IP",
             Frontend::NodePort => "node port",
+            Frontend::HostPort => "host port",
         };
         let mut lines = vec![format!("{} ({}), by its {by}", self.service.name, self.place)];
         match self.refused {
@@ -69,7 +71,13 @@ impl Facts<'_> {
         }
         lines.extend(self.unused(frontend));
         if let Some((address, port)) = self.picked {
-            let how = if self.remembered { "which this client had before (ClientIP affinity)" } else { "at random" };
+            let how = if frontend == Frontend::HostPort {
+                "the pod itself"
+            } else if self.remembered {
+                "which this client had before (ClientIP affinity)"
+            } else {
+                "at random"
+            };
             lines.push(format!("picked {}, {how}", address_port(address, port)));
             lines.push(self.masquerade_words(frontend));
         }
@@ -79,7 +87,9 @@ impl Facts<'_> {
     fn frontend(&self) -> Frontend {
         let (address, port) = self.destination;
         let service = self.service;
-        if service.cluster_ips.contains(&address) {
+        if service.host_port.is_some() {
+            Frontend::HostPort
+        } else if service.cluster_ips.contains(&address) {
             Frontend::ClusterIp
         } else if service.port == port && service.load_balancer_ips.contains(&address) {
             Frontend::LoadBalancerIp
@@ -100,6 +110,9 @@ impl Facts<'_> {
 
     /// Which backends could be picked, and why these.
     fn list(&self, frontend: Frontend) -> String {
+        if frontend == Frontend::HostPort {
+            return "its one backend is the pod".to_owned();
+        }
         let count = match self.candidates {
             0 => "no backend can be used".to_owned(),
             1 => "1 usable backend".to_owned(),
@@ -150,7 +163,7 @@ impl Facts<'_> {
             _ if !self.masquerade => return "not masqueraded: the backend sees the source itself".to_owned(),
             Frontend::ClusterIp if self.model.masquerade_all => "masqueradeAll is on",
             Frontend::ClusterIp if !hairpin || !self.is_from_pod() => "the source is outside podCIDRs",
-            Frontend::ClusterIp => "the backend is the source itself",
+            Frontend::ClusterIp | Frontend::HostPort => "the backend is the source itself",
             _ if self.service.external_policy == TrafficPolicy::Cluster => "externalTrafficPolicy is Cluster",
             _ if hairpin => "the backend is the source itself",
             _ => "the source is this node",

@@ -63,7 +63,7 @@ use crate::{
     health::{self, HealthChecks},
     kernel::{
         DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState,
-        LOOPBACK_SOURCES, Link, Listening, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted,
+        LOOPBACK_SOURCES, Link, Listening, PortSet, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted,
     },
     manifests::Substitute,
     offload::{Offloader, Offloading},
@@ -72,7 +72,7 @@ use crate::{
     prepare::{self, Basis, Outcome, Prepared, Preparer, Scope, Times},
     report::counters_json,
     services, snat_use,
-    translate::{Faulty, Loaded, Loader},
+    translate::{Faulty, Loaded, Loader, Unserved},
     watch::{Trigger, Watch, WatchError},
 };
 
@@ -855,6 +855,7 @@ impl Router {
         let pods = cluster.workloads.iter().flat_map(|w| &w.addresses);
         let pods = pods.filter(|ip| !ranges.hold(**ip) || except.hold(**ip));
         wanted.through.extend(pods.map(|ip| IpNet::from(*ip)));
+        wanted.ports = PortSet::of(self.rules.services.node_ports().map(|(_, port)| port));
         wanted
     }
 
@@ -958,6 +959,12 @@ impl Router {
         let apart_from_mtu = |config: &RouterConfig| config.cni.clone().map(|cni| Cni { mtu: None, ..cni });
         if apart_from_mtu(&loaded.config) != apart_from_mtu(&self.loaded.config) {
             warn!("a changed section cni takes effect at the next start only, but for its mtu");
+        }
+        let before = &self.loaded.unserved_host_ports;
+        for Unserved { pod, protocol, port, why } in
+            loaded.unserved_host_ports.iter().filter(|unserved| !before.contains(unserved))
+        {
+            warn!(pod, %protocol, port, "its hostPort is not served: {why}");
         }
         let other_files = loaded.config.manifests != self.loaded.config.manifests;
         self.roles.workloads = role_rules(&loaded).workloads;
@@ -1113,6 +1120,10 @@ impl Router {
                     Substitute::Nothing => "nothing; a policy denies what it selects",
                 },
                 "problem": faulty.problem,
+            })).collect::<Vec<_>>(),
+            "unservedHostPorts": self.loaded.unserved_host_ports.iter().map(|unserved| json!({
+                "pod": unserved.pod, "proto": unserved.protocol.to_string().to_lowercase(), "hostPort": unserved.port,
+                "why": unserved.why,
             })).collect::<Vec<_>>(),
             "healthChecks": self.health.status(),
             "pods": self.pods.as_ref().map(|pods| pods.status(&self.loaded)),
@@ -1371,7 +1382,7 @@ fn assemble_links(
     links
 }
 
-/// What the uplinks' programs take from the node's kernel.
+/// What the programs take from the node's kernel.
 fn owned(loaded: &Loaded, rules: &Rules, snat: &SnatPorts, forwarding: &Forwarding) -> Owned {
     let cluster = &loaded.cluster;
     let own = cluster.nodes.iter().filter(|n| n.name == cluster.node_name);
@@ -1401,5 +1412,6 @@ fn owned(loaded: &Loaded, rules: &Rules, snat: &SnatPorts, forwarding: &Forwardi
         node_addresses: forwarding.local_addresses(),
         ports: node_ports.chain(snat).chain(all_ports).collect(),
         failsafe_ports: failsafes.map(|failsafe| (failsafe.protocol, failsafe.port)).collect(),
+        own_ports: rules.services.own_frontends().to_vec(),
     }
 }

@@ -1,5 +1,5 @@
 //! `weir services`: the services of a running router with their backends as the dataplane sees them: which lists a backend is in, why
-//! not, and how many connections it got.
+//! not, and how many connections it got. Host ports of this node's pods stand among them.
 //!
 //! The router answers on a thread of its own, a line of JSON for each service port.
 
@@ -13,7 +13,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use weir_nat::{BackendIdentity, Model, ServicePort, TrafficPolicy, Usage, WhyNot, usage};
+use weir_nat::{BackendIdentity, HostAddresses, Model, ServicePort, TrafficPolicy, Usage, WhyNot, usage};
 
 use crate::{
     compile::address_port,
@@ -97,6 +97,9 @@ fn describe(model: &Model, service: &ServicePort, hits: &HashMap<BackendIdentity
         "loadBalancerIPs": service.load_balancer_ips,
         "loadBalancerSourceRanges": service.source_ranges,
         "nodePort": service.node_port,
+        "kind": if service.host_port.is_some() { "HostPort" } else { "Service" },
+        "hostPort": service.host_port.map(|_| service.port),
+        "hostIP": service.host_port.map(host_ip),
         "healthCheckNodePort": service.health_check_node_port,
         "internalTrafficPolicy": policy(service.internal_policy),
         "externalTrafficPolicy": policy(service.external_policy),
@@ -110,17 +113,26 @@ fn describe(model: &Model, service: &ServicePort, hits: &HashMap<BackendIdentity
     })
 }
 
+/// The `hostIP` of a host port, in full.
+fn host_ip(on: HostAddresses) -> String {
+    match on {
+        HostAddresses::All => "all addresses of this node".to_owned(),
+        HostAddresses::Ipv4 => "0.0.0.0".to_owned(),
+        HostAddresses::Ipv6 => "::".to_owned(),
+        HostAddresses::One(address) => address.to_string(),
+    }
+}
+
 /// A service port for a person: a line for itself, and one for each backend.
 pub fn text(service: &Value) -> String {
     let word = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     let list = |value: &Value| value.as_array().into_iter().flatten().map(word).collect::<Vec<_>>().join(", ");
-    let mut text = format!(
-        "{}  {} {}, port {}",
-        word(&service["service"]),
-        word(&service["proto"]),
-        list(&service["clusterIPs"]),
-        service["port"]
-    );
+    let open = if service["hostPort"].is_null() {
+        format!("{}, port {}", list(&service["clusterIPs"]), service["port"])
+    } else {
+        format!("{}, host port {}", word(&service["hostIP"]), service["hostPort"])
+    };
+    let mut text = format!("{}  {} {open}", word(&service["service"]), word(&service["proto"]));
     for (key, label) in [
         ("externalIPs", "external IPs"),
         ("loadBalancerIPs", "load balancer IPs"),
@@ -243,6 +255,29 @@ mod tests {
              \x20 10.1.0.4:8080  here          0 connections  not used: not serving\n\
              \x20 10.1.0.5:8080  here          0 connections  not used: terminating, and others are ready\n"
         );
+        let host_port = ServicePort {
+            name: "shop/ingress:hostPort/8443".into(),
+            protocol: weir_packet::Protocol::UDP,
+            port: 8443,
+            host_port: Some(HostAddresses::All),
+            endpoints: service.endpoints[..1].to_vec(),
+            ..ServicePort::default()
+        };
+        let value = describe(&model, &host_port, &hits);
+        assert_eq!(
+            text(&value),
+            "shop/ingress:hostPort/8443  udp all addresses of this node, host port 8443\n\
+             \x20 10.1.0.1:8080  here         0 connections  used\n"
+        );
+        for (on, told) in [
+            (HostAddresses::Ipv4, "0.0.0.0"),
+            (HostAddresses::Ipv6, "::"),
+            (HostAddresses::One("192.0.2.1".parse().unwrap()), "192.0.2.1"),
+        ] {
+            let value = describe(&model, &ServicePort { host_port: Some(on), ..host_port.clone() }, &hits);
+            assert_eq!((&value["hostIP"], &value["kind"]), (&json!(told), &json!("HostPort")));
+        }
+        assert_eq!(value["hostPort"], 8443);
         let gone = ServicePort { endpoints: service.endpoints[3..4].to_vec(), ..service };
         assert!(text(&describe(&model, &gone, &hits)).ends_with("no backend can be used: connections are rejected\n"));
     }

@@ -22,8 +22,8 @@ use nix::{
 };
 use weir::{
     kernel::{
-        Changed, DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelState, ROUTE_TABLE,
-        RULE_PRIORITY, RoleRules, Wanted,
+        Changed, DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelState, PortSet,
+        ROUTE_TABLE, RULE_PRIORITY, RoleRules, Wanted,
     },
     watch::{Trigger, Watch},
 };
@@ -555,6 +555,28 @@ fn a_changed_port_range_keeps_what_others_reserved() {
         HostPlumbing::undo("weir0", &record).await.unwrap();
         assert_eq!(ports(), "30000");
         assert!(!record.exists());
+    });
+}
+
+#[test]
+fn a_long_list_of_reserved_ports_is_kept_whole_beside_weirs_own() {
+    in_namespace(|| async {
+        trunk_and_uplink();
+        let reserved = "/proc/sys/net/ipv4/ip_local_reserved_ports";
+        // The kernel has nothing for a second read.
+        let ports = || run(&format!("cat {reserved}")).trim().to_owned();
+        let others: Vec<String> = (0..1000).map(|number| (40_000 + 2 * number).to_string()).collect();
+        fs::write(reserved, others.join(",")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let (mut host, record) = plumbing(folder.path());
+        let wanted = Wanted { ports: PortSet::of([8080, 30_080, 30_081, 40_000]), ..Wanted::default() };
+        host.apply(&wanted).await.unwrap();
+        let [first, rest] = [&others[..1], &others[1..]].map(|some| some.join(","));
+        assert_eq!(ports(), format!("8080,10000-29999,30080-30081,{first},{rest}"));
+        host.apply(&Wanted { ports: PortSet::of([8081]), ..Wanted::default() }).await.unwrap();
+        assert_eq!(ports(), format!("8081,10000-29999,{first},{rest}"), "what is not wanted any more goes");
+        HostPlumbing::undo("weir0", &record).await.unwrap();
+        assert_eq!(ports(), format!("{first},{rest}"));
     });
 }
 

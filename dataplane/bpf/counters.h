@@ -32,4 +32,6 @@ enum counter {
 	COUNTER_UPLINK_MERGED,
 	/* Packets of such flows lost: the kernel had no memory to change them. */
 	COUNTER_OFFLOAD_FAILED,
+	/* lo: what the node sent to ports of its own that are weir's. */
+	COUNTER_LOOPBACK_TAKEN,
 };

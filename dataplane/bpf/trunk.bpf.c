@@ -5,6 +5,7 @@
  *   pod -> its veth -> workload_send ----> weir0 => weir1 -> trunk_receive -> AF_XDP socket
  *          node's kernel (routes) -> host_send -> pod, likewise
  *          node's kernel (routes) -> host_send ->  weir0
+ *          node's kernel -> lo -> loopback_send -> weir0, to ports of the node that are weir's
  *   pod <- its veth <- trunk_deliver <---  weir0 <= weir1 <-------------------AF_XDP socket
  *          node's kernel <-- (pass) <----
  *
@@ -12,7 +13,13 @@
 #include "offload.h"
 
 #include <linux/if_packet.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
+
+#define IPV4_FRAGMENT 0x3fff /* more fragments, or an offset */
+/* The index of lo is the same in every network namespace (LOOPBACK_IFINDEX, include/net/net_namespace.h). */
+#define LOOPBACK_DEVICE 1
 
 SECTION("xdp.frags") int trunk_receive(struct xdp_md *packet)
 {
@@ -45,16 +52,92 @@ SECTION("classifier") int host_send(struct __sk_buff *packet)
 	return action >= 0 ? action : TC_ACT_UNSPEC;
 }
 
+/* Whether a packet goes to a port of the node itself that is weir's. TCP, UDP and SCTP begin with the source and destination port; those of
+ * other protocols are in no map. Fragments and extension headers the node has no cause to send itself: its own MTU is 64 KiB. */
+INLINE int is_own_port(const struct ethhdr *ethernet, const void *end)
+{
+	const void *header = ethernet + 1;
+
+	switch (from_network16(ethernet->h_proto)) {
+	case ETH_P_IP: {
+		const struct iphdr *ip = header;
+		struct own_port_v4 key = {};
+		const __be16 *port;
+
+		if ((const void *)(ip + 1) > end || from_network16(ip->frag_off) & IPV4_FRAGMENT)
+			return 0;
+		port = header + ip->ihl * 4;
+		if ((const void *)(port + 2) > end)
+			return 0;
+		__builtin_memcpy(key.address, &ip->daddr, sizeof(key.address));
+		key.port = port[1];
+		key.protocol = ip->protocol;
+		return map_lookup(&own_ports_v4, &key) != 0;
+	}
+	case ETH_P_IPV6: {
+		const struct ipv6hdr *ip = header;
+		struct own_port_v6 key = {};
+		const __be16 *port = (const void *)(ip + 1);
+
+		if ((const void *)(port + 2) > end)
+			return 0;
+		__builtin_memcpy(key.address, &ip->daddr, sizeof(key.address));
+		key.port = port[1];
+		key.protocol = ip->nexthdr;
+		return map_lookup(&own_ports_v6, &key) != 0;
+	}
+	default:
+		return 0;
+	}
+}
+
+/* On lo, of what leaves by it: all that the node sends to its own addresses, which no route can lead elsewhere. Its frames have the MAC
+ * address zero on both sides, which says on the trunk that they are the kernel's. */
+SECTION("classifier") int loopback_send(struct __sk_buff *packet)
+{
+	const struct ethhdr *ethernet = (void *)(long)packet->data;
+	const void *end = (void *)(long)packet->data_end;
+
+	if ((const void *)(ethernet + 1) > end || !is_own_port(ethernet, end))
+		return TC_ACT_UNSPEC;
+	count(COUNTER_LOOPBACK_TAKEN);
+	return redirect(trunk_device, 0);
+}
+
+/* Whether it is an IPv6 packet with the source ::1: an answer, by way of a host port. */
+INLINE int is_from_loopback_v6(const struct ethhdr *ethernet, const void *end)
+{
+	const struct ipv6hdr *ip = (const void *)(ethernet + 1);
+	const __u32 *source;
+
+	if (ethernet->h_proto != from_network16(ETH_P_IPV6) || (const void *)(ip + 1) > end)
+		return 0;
+	source = ip->saddr.in6_u.u6_addr32;
+	return !source[0] && !source[1] && !source[2] && source[3] == from_network32(1);
+}
+
+/* Hands a packet to the kernel on lo: from no other device does it take ::1 (RFC 4291, 2.5.3). For IPv4 it has a sysctl. */
+INLINE int to_loopback(struct __sk_buff *packet)
+{
+	__u8 nobody[ETH_ALEN] = {};
+
+	if (skb_store_bytes(packet, 0, nobody, sizeof(nobody), 0))
+		return TC_ACT_SHOT;
+	return redirect(LOOPBACK_DEVICE, BPF_F_INGRESS);
+}
+
 /* On weir0. */
 SECTION("classifier") int trunk_deliver(struct __sk_buff *packet)
 {
 	struct ethhdr *ethernet = (void *)(long)packet->data;
 	struct workload *workload;
+	int from_loopback;
 	__u8 *source;
 	__u32 device;
 
 	if ((void *)(ethernet + 1) > (void *)(long)packet->data_end)
 		return TC_ACT_SHOT;
+	from_loopback = is_from_loopback_v6(ethernet, (void *)(long)packet->data_end);
 	/* weir1's peer has a MAC of its own, so the kernel took the frame for somebody else's. */
 	if (skb_change_type(packet, PACKET_HOST))
 		return TC_ACT_SHOT;
@@ -62,7 +145,7 @@ SECTION("classifier") int trunk_deliver(struct __sk_buff *packet)
 	device = (__u32)source[2] << 24 | (__u32)source[3] << 16 | (__u32)source[4] << 8 | source[5];
 	if (source[0] != ENCODED || source[1] || !device) {
 		count(COUNTER_DELIVERED_HOST);
-		return TC_ACT_OK;
+		return from_loopback ? to_loopback(packet) : TC_ACT_OK;
 	}
 	workload = map_lookup(&workloads, &device);
 	if (!workload) {

@@ -69,10 +69,26 @@ enum port_set { PORTS_OWNED, PORTS_FAILSAFE, PORT_SETS };
 enum port_protocol { PORTS_TCP, PORTS_UDP, PORTS_SCTP, PORT_PROTOCOLS };
 #define PORT_WORDS (65536 / 64)
 
+/* A port of one of the node's own addresses, both in network order. */
+struct own_port_v4 {
+	__u8 address[4];
+	__be16 port;
+	__u8 protocol;
+	__u8 zero;
+};
+
+struct own_port_v6 {
+	__u8 address[16];
+	__be16 port;
+	__u8 protocol;
+	__u8 zero;
+};
+
 #define MAX_QUEUES 256
 #define MAX_WORKLOADS 4096
 #define MAX_NODE_ADDRESSES 4096
 #define MAX_PREFIXES 262144
+#define MAX_OWN_PORTS 262144
 /* More than are used, so that a counter can be added without a new map. */
 #define COUNTER_SLOTS 64
 
@@ -145,6 +161,25 @@ struct {
 	NUMBER(max_entries, PORT_SETS * PORT_PROTOCOLS * PORT_WORDS);
 	PIN_BY_NAME;
 } ports SECTION(".maps");
+
+/* Ports of the node's own addresses, loopback ones too, that are weir's also where the node asks for them. */
+struct {
+	NUMBER(type, BPF_MAP_TYPE_HASH);
+	TYPE(key, struct own_port_v4);
+	TYPE(value, __u32);
+	NUMBER(max_entries, MAX_OWN_PORTS);
+	NUMBER(map_flags, BPF_F_NO_PREALLOC);
+	PIN_BY_NAME;
+} own_ports_v4 SECTION(".maps");
+
+struct {
+	NUMBER(type, BPF_MAP_TYPE_HASH);
+	TYPE(key, struct own_port_v6);
+	TYPE(value, __u32);
+	NUMBER(max_entries, MAX_OWN_PORTS);
+	NUMBER(map_flags, BPF_F_NO_PREALLOC);
+	PIN_BY_NAME;
+} own_ports_v6 SECTION(".maps");
 
 /* Slot 0: the inode number of the network namespace that the pins belong to. No program reads it. */
 struct {

@@ -481,7 +481,14 @@ impl Pipeline {
         if packet.link == LinkType::Other {
             return self.end(driver, packet, End::Drop(DropReason::WrongMac));
         }
-        match parse::parse_start(packet.bytes(), packet.total_bytes()) {
+        let parsed = match parse::parse_start(packet.bytes(), packet.total_bytes()) {
+            // To a host port on a loopback address, which only the node's own kernel can ask for.
+            Err(DropReason::MartianAddress) if origin == Origin::Host => {
+                parse::parse_start_of_own(packet.bytes(), packet.total_bytes())
+            }
+            parsed => parsed,
+        };
+        match parsed {
             Ok(Parsed::V4(view)) if view.key.protocol == Protocol::IPIP && origin == Origin::Uplink => {
                 match decapsulate(&mut packet, &view, forwarding) {
                     Ok(inner) => self.admit_ip(driver, packet, inner, origin, device_id, context),
@@ -1577,6 +1584,10 @@ fn next_hop<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, context: &Co
 }
 
 fn adjacency_to<A: Family>(snapshot: &Snapshot, destination: A) -> Option<AdjacencyId> {
+    // Who asked from a loopback address is the node itself; no route leads there.
+    if destination.is_loopback() {
+        return Some(snapshot.forwarding.host());
+    }
     match snapshot.forwarding.route(destination) {
         Route::Via(adjacency) => Some(adjacency),
         Route::NoSuchPod | Route::None => None,

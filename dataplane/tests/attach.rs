@@ -129,7 +129,59 @@ fn node_owned() -> Owned {
             (Protocol::TCP, 22..=22),
         ],
         failsafe_ports: vec![(Protocol::TCP, 22), (Protocol::UDP, 68)],
+        own_ports: vec![
+            (Ipv4Addr::from(NODE).into(), Protocol::TCP, 30_000),
+            (Ipv4Addr::from(NODE).into(), Protocol::TCP, 22),
+            (Ipv4Addr::LOCALHOST.into(), Protocol::UDP, 30_053),
+            (Ipv6Addr::from(NODE_V6).into(), Protocol::SCTP, 31_000),
+        ],
     }
+}
+
+#[test]
+fn what_the_node_sends_to_ports_of_its_own_that_are_weirs_leaves_lo_by_the_trunk() {
+    const TC_ACT_UNSPEC: u32 = u32::MAX;
+    const TC_ACT_REDIRECT: u32 = 7;
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    node.run(|| {
+        let mut attachment = node.open();
+        attachment.set_owned(&node_owned()).unwrap();
+        let program = tc_program(&node.pins.join("trunk_loopback_send"));
+        let loopback = [127, 0, 0, 1];
+        let cut = |mut frame: Vec<u8>, bytes: usize| {
+            frame.truncate(bytes);
+            frame
+        };
+        let mut with_options = v4(NODE, 6, 0, &[&[1; 4][..], &to_port(30_000)].concat());
+        with_options[14] = 0x46;
+        for (name, frame, is_taken) in [
+            ("TCP to its port", v4(NODE, 6, 0, &to_port(30_000)), true),
+            ("with IP options", with_options, true),
+            ("UDP to that of loopback", v4(loopback, 17, 0, &to_port(30_053)), true),
+            ("SCTP by IPv6", v6(NODE_V6, 132, 64, &to_port(31_000)), true),
+            ("a failsafe port", v4(NODE, 6, 0, &to_port(22)), false),
+            ("another port", v4(NODE, 6, 0, &to_port(30_001)), false),
+            ("another protocol", v4(NODE, 17, 0, &to_port(30_000)), false),
+            ("another address", v4(loopback, 6, 0, &to_port(30_000)), false),
+            ("another family", v6(NODE_V6, 6, 64, &to_port(30_000)), false),
+            ("somebody else's address", v4(OUTSIDER, 6, 0, &to_port(30_000)), false),
+            ("a later fragment", v4(NODE, 6, 1, &to_port(30_000)), false),
+            ("a header without ports", cut(v4(NODE, 6, 0, &to_port(30_000)), 34), false),
+            ("ARP", [&MACS.0[..], &MACS.1, &[8, 6], &[0; 40]].concat(), false),
+        ] {
+            let before = attachment.counters().unwrap().get(Counter::LoopbackTaken);
+            let action = run_tc(&program, &frame);
+            assert_eq!(action, if is_taken { TC_ACT_REDIRECT } else { TC_ACT_UNSPEC }, "{name}");
+            let after = attachment.counters().unwrap().get(Counter::LoopbackTaken);
+            assert_eq!(after - before, u64::from(is_taken), "{name}");
+        }
+        // What is weir's no longer is the kernel's again.
+        attachment.set_owned(&Owned { own_ports: Vec::new(), ..node_owned() }).unwrap();
+        assert_eq!(run_tc(&program, &v4(NODE, 6, 0, &to_port(30_000))), TC_ACT_UNSPEC);
+    });
 }
 
 #[test]
@@ -162,7 +214,8 @@ fn the_trunk_has_a_queue_per_worker_and_is_adopted_or_made_anew() {
             [
                 ("weir1".to_owned(), "trunk_receive", "native"),
                 ("weir0".to_owned(), "trunk_deliver", "tcx"),
-                ("weir0".to_owned(), "-", "no-offload")
+                ("weir0".to_owned(), "-", "no-offload"),
+                ("lo".to_owned(), "loopback_send", "tcx")
             ]
         );
         drop(attachment);
@@ -850,6 +903,7 @@ fn what_stays_owned_is_owned_at_every_moment() {
             node_addresses: vec![Ipv4Addr::from(NODE).into(), "198.51.100.1".parse().unwrap()],
             ports: vec![(Protocol::TCP, 30_000..=30_000), (Protocol::TCP, 40_000..=50_000)],
             failsafe_ports: vec![(Protocol::TCP, 22), (Protocol::TCP, 179)],
+            own_ports: Vec::new(),
         };
         attachment.set_owned(&one).unwrap();
         attachment.attach_uplink(index, "up0", None).unwrap();

@@ -304,6 +304,7 @@ impl<'a> Kernel<'a> {
                 .flat_map(|protocol| [(protocol, SNAT_PORTS), (protocol, NODE_PORT..=NODE_PORT)])
                 .collect(),
             failsafe_ports: Vec::new(),
+            own_ports: Vec::new(),
         };
         attachment.set_owned(&owned).unwrap();
         let classifier = |pin: &str, name: &'static str| {

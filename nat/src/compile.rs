@@ -7,7 +7,7 @@ use thiserror::Error;
 use weir_packet::{Address, Protocol};
 
 use crate::{
-    Endpoint, Model, ServicePort,
+    Endpoint, HostAddresses, Model, ServicePort,
     ranges::{self, AddressRange},
     table::{Backend, Claim, Conflict, Frontend, Kind, Names, Record, ServiceId, ServiceTable, Services, Target},
 };
@@ -55,17 +55,20 @@ impl ServiceTable {
     pub fn compile(model: &Model) -> Result<Self, CompileError> {
         check(model)?;
         let mut node_ports = Vec::new();
+        let mut own_frontends = Vec::new();
         let mut conflicts = Vec::new();
-        let v4 = compile_family(model, &mut node_ports, &mut conflicts);
-        let v6 = compile_family(model, &mut node_ports, &mut conflicts);
+        let v4 = compile_family(model, &mut node_ports, &mut own_frontends, &mut conflicts);
+        let v6 = compile_family(model, &mut node_ports, &mut own_frontends, &mut conflicts);
         node_ports.sort_unstable();
         node_ports.dedup();
+        own_frontends.sort_unstable();
         Ok(Self {
             v4,
             v6,
             names: Names::new(model.services.iter().map(|service| service.name.as_str())),
             origins: model.services.iter().map(|service| service.origin).collect(),
             node_ports: node_ports.into_boxed_slice(),
+            own_frontends: own_frontends.into_boxed_slice(),
             conflicts: conflicts.into_boxed_slice(),
         })
     }
@@ -105,6 +108,7 @@ fn of_family<A: Address>(addresses: &[IpAddr]) -> impl Iterator<Item = A> + '_ {
 fn compile_family<A: Address>(
     model: &Model,
     node_ports: &mut Vec<(Protocol, u16)>,
+    own_frontends: &mut Vec<(IpAddr, Protocol, u16)>,
     conflicts: &mut Vec<Conflict>,
 ) -> Services<A> {
     let mut locals = of_family(&model.local_addresses).map(AddressRange::of_address).collect();
@@ -112,7 +116,7 @@ fn compile_family<A: Address>(
     let served: Vec<(ServiceId, &ServicePort)> = (0..)
         .map(ServiceId)
         .zip(model.services.iter().map(|service| &**service))
-        .filter(|(_, service)| of_family::<A>(&service.cluster_ips).next().is_some())
+        .filter(|(_, service)| service.serves(A::BITS == 128))
         .collect();
 
     let mut backends = Vec::with_capacity(served.iter().map(|(_, service)| service.endpoints.len()).sum());
@@ -131,7 +135,7 @@ fn compile_family<A: Address>(
         })
         .collect();
 
-    let frontends = Frontends::compile(model, &served, &locals, node_ports, conflicts);
+    let frontends = Frontends::compile(model, &served, &locals, node_ports, own_frontends, conflicts);
     Services {
         frontends: frontends.frontends,
         addresses: frontends.addresses,
@@ -169,6 +173,7 @@ struct Frontends<'a, A> {
     served: &'a [(ServiceId, &'a ServicePort)],
     locals: &'a [AddressRange<A>],
     node_ports: &'a mut Vec<(Protocol, u16)>,
+    own_frontends: &'a mut Vec<(IpAddr, Protocol, u16)>,
     conflicts: &'a mut Vec<Conflict>,
 }
 
@@ -178,21 +183,22 @@ impl<'a, A: Address> Frontends<'a, A> {
         served: &'a [(ServiceId, &'a ServicePort)],
         locals: &'a [AddressRange<A>],
         node_ports: &'a mut Vec<(Protocol, u16)>,
+        own_frontends: &'a mut Vec<(IpAddr, Protocol, u16)>,
         conflicts: &'a mut Vec<Conflict>,
     ) -> Self {
         let open_networks = ranges::of_networks::<A>(&model.node_port_addresses);
-        let mut open: Vec<A> = of_family::<A>(&model.local_addresses)
-            .filter(|address| !address.is_loopback())
-            .filter(|&address| open_networks.is_empty() || ranges::contains(&open_networks, address))
-            .collect();
-        open.sort_unstable();
-        open.dedup();
+        let mut own: Vec<A> = of_family::<A>(&model.local_addresses).filter(|address| !address.is_loopback()).collect();
+        own.sort_unstable();
+        own.dedup();
+        let is_open = |address| open_networks.is_empty() || ranges::contains(&open_networks, address);
+        let open: Vec<A> = own.iter().copied().filter(|&address| is_open(address)).collect();
 
         let count = |addresses: &[IpAddr]| of_family::<A>(addresses).count();
         let (mut whole, mut node) = (0, 0);
         for (_, service) in served {
             whole += count(&service.cluster_ips) + count(&service.external_ips) + count(&service.load_balancer_ips);
             node += service.node_port.map_or(0, |_| open.len());
+            node += service.host_port.map_or(0, |_| own.len());
         }
         let mut this = Self {
             frontends: HashMap::with_capacity(whole + node),
@@ -200,6 +206,7 @@ impl<'a, A: Address> Frontends<'a, A> {
             served,
             locals,
             node_ports,
+            own_frontends,
             conflicts,
         };
         // In the order of the kinds: who comes first has the frontend.
@@ -215,6 +222,14 @@ impl<'a, A: Address> Frontends<'a, A> {
         for (record, (_, service)) in served.iter().enumerate() {
             for &address in service.node_port.iter().flat_map(|_| &open) {
                 this.add(record, Kind::NodePort, service.node_port.unwrap_or_default(), address);
+            }
+        }
+        for (record, (_, service)) in served.iter().enumerate() {
+            match service.host_port {
+                None => {}
+                // A loopback address only where it is asked for, and by the node's own processes only: nobody else can send to one.
+                Some(HostAddresses::One(one)) => this.add_all(record, Kind::HostPort, service.port, &[one]),
+                Some(_) => own.iter().for_each(|&address| this.add(record, Kind::HostPort, service.port, address)),
             }
         }
         this.frontends.shrink_to_fit();
@@ -233,6 +248,9 @@ impl<'a, A: Address> Frontends<'a, A> {
         match self.frontends.entry(Frontend { address, port, protocol: service.protocol }) {
             Entry::Vacant(vacant) => {
                 vacant.insert(Target::new(record, kind));
+                if address.is_loopback() || ranges::contains(self.locals, address) {
+                    self.own_frontends.push((address.to_ip(), service.protocol, port));
+                }
             }
             Entry::Occupied(occupied) => {
                 let winner = self.served[occupied.get().record()].0;
@@ -249,6 +267,7 @@ impl<'a, A: Address> Frontends<'a, A> {
             Kind::LoadBalancer | Kind::External if !ranges::contains(self.locals, address) => {
                 self.addresses.entry(address).or_insert(Claim::External);
             }
+            _ if address.is_loopback() => {}
             _ => self.node_ports.push((service.protocol, port)),
         }
     }

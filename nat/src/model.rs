@@ -38,6 +38,9 @@ pub struct ServicePort {
     pub port: u16,
     /// The cluster IPs; a service exists in the families that it has a cluster IP of. Empty: not proxied.
     pub cluster_ips: Vec<IpAddr>,
+    /// Not a service's port but the `hostPort` of a pod's container: `port` is open on these addresses of this node, for everybody, and
+    /// the one endpoint of each family is the pod. It has no other frontends.
+    pub host_port: Option<HostAddresses>,
     /// The port on this node's addresses; not zero.
     pub node_port: Option<u16>,
     /// `spec.externalIPs`.
@@ -58,6 +61,68 @@ pub struct ServicePort {
     pub endpoints: Vec<Endpoint>,
     /// The loader's number of the object that this comes from, for messages; opaque here.
     pub origin: u32,
+}
+
+impl ServicePort {
+    /// Whether it has frontends of the family of IPv6, or of IPv4.
+    pub(crate) fn serves(&self, is_ipv6: bool) -> bool {
+        match self.host_port {
+            None => self.cluster_ips.iter().any(|address| address.is_ipv6() == is_ipv6),
+            Some(on) => {
+                on.has_family(is_ipv6) && self.endpoints.iter().any(|endpoint| endpoint.address.is_ipv6() == is_ipv6)
+            }
+        }
+    }
+}
+
+/// Where a host port is open. On a loopback address only if it is that one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HostAddresses {
+    /// On all addresses of this node.
+    All,
+    /// On all IPv4 addresses of this node.
+    Ipv4,
+    /// On all IPv6 addresses of this node.
+    Ipv6,
+    /// On this one.
+    One(IpAddr),
+}
+
+impl HostAddresses {
+    /// What `hostIP` means: an unspecified address stands for its whole family.
+    pub fn of_host_ip(host_ip: Option<IpAddr>) -> Self {
+        match host_ip {
+            None => Self::All,
+            Some(address) if !address.is_unspecified() => Self::One(address),
+            Some(IpAddr::V4(_)) => Self::Ipv4,
+            Some(IpAddr::V6(_)) => Self::Ipv6,
+        }
+    }
+
+    /// Whether it is open on an address of this node.
+    pub fn includes(self, address: IpAddr) -> bool {
+        match self {
+            Self::One(one) => one == address,
+            _ => self.has_family(address.is_ipv6()) && !address.is_loopback(),
+        }
+    }
+
+    /// Whether some address of this node may be of both.
+    pub fn overlaps(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::One(address), on) | (on, Self::One(address)) => on.includes(address),
+            _ => [false, true].into_iter().any(|is_ipv6| self.has_family(is_ipv6) && other.has_family(is_ipv6)),
+        }
+    }
+
+    fn has_family(self, is_ipv6: bool) -> bool {
+        match self {
+            Self::All => true,
+            Self::Ipv4 => !is_ipv6,
+            Self::Ipv6 => is_ipv6,
+            Self::One(address) => address.is_ipv6() == is_ipv6,
+        }
+    }
 }
 
 /// Which backends a kind of frontend may use.

@@ -189,6 +189,7 @@ pub(crate) enum Kind {
     LoadBalancer,
     External,
     NodePort,
+    HostPort,
 }
 
 /// A record's number and the kind of address, in one word.
@@ -197,24 +198,25 @@ pub(crate) struct Target(u32);
 
 impl Target {
     /// The most records that a target can tell apart.
-    pub(crate) const MAX_RECORDS: usize = 1 << 30;
+    pub(crate) const MAX_RECORDS: usize = 1 << 29;
 
     pub(crate) fn new(record: usize, kind: Kind) -> Self {
-        Self((record as u32) << 2 | kind as u32)
+        Self((record as u32) << 3 | kind as u32)
     }
 
     #[inline]
     pub(crate) fn record(self) -> usize {
-        (self.0 >> 2) as usize
+        (self.0 >> 3) as usize
     }
 
     #[inline]
     pub(crate) fn kind(self) -> Kind {
-        match self.0 & 3 {
+        match self.0 & 7 {
             0 => Kind::Cluster,
             1 => Kind::LoadBalancer,
             2 => Kind::External,
-            _ => Kind::NodePort,
+            3 => Kind::NodePort,
+            _ => Kind::HostPort,
         }
     }
 }
@@ -285,16 +287,16 @@ impl<A: Address> Services<A> {
         if cluster.is_empty() {
             return Decision::Reject { reason: DropReason::NoBackend, service };
         }
-        let (policy, masquerade) = if target.kind() == Kind::Cluster {
-            (record.internal_policy, self.masquerades_to_cluster_ip(key.src))
-        } else if record.external_policy == TrafficPolicy::Cluster {
-            (TrafficPolicy::Cluster, true)
-        } else {
-            match self.source(key.src) {
+        let (policy, masquerade) = match target.kind() {
+            Kind::Cluster => (record.internal_policy, self.masquerades_to_cluster_ip(key.src)),
+            // Its one backend is on this node, by which the answers come back.
+            Kind::HostPort => (TrafficPolicy::Cluster, false),
+            _ if record.external_policy == TrafficPolicy::Cluster => (TrafficPolicy::Cluster, true),
+            _ => match self.source(key.src) {
                 Source::Pod => (TrafficPolicy::Cluster, false),
                 Source::Local => (TrafficPolicy::Cluster, true),
                 Source::Other => (TrafficPolicy::Local, false),
-            }
+            },
         };
         let candidates = self.list(record, policy);
         if candidates.is_empty() {
@@ -501,6 +503,7 @@ pub struct ServiceTable {
     pub(crate) names: Names,
     pub(crate) origins: Box<[u32]>,
     pub(crate) node_ports: Box<[(Protocol, u16)]>,
+    pub(crate) own_frontends: Box<[(IpAddr, Protocol, u16)]>,
     pub(crate) conflicts: Box<[Conflict]>,
 }
 
@@ -564,10 +567,15 @@ impl ServiceTable {
         v4.chain(self.v6.owned_addresses().map(IpAddr::V6))
     }
 
-    /// The ports that services have on this node's own addresses, sorted: node ports, and the ports of external and load
-    /// balancer IPs that are addresses of this node. SNAT must not use them.
+    /// The ports that services and host ports have on this node's own addresses, sorted: node ports, host ports, and the ports of
+    /// external and load balancer IPs that are addresses of this node. SNAT must not use them.
     pub fn node_ports(&self) -> impl Iterator<Item = (Protocol, u16)> + '_ {
         self.node_ports.iter().copied()
+    }
+
+    /// The frontends on addresses of this node, loopback ones among them, sorted: what the node's own kernel must not keep to itself.
+    pub fn own_frontends(&self) -> &[(IpAddr, Protocol, u16)] {
+        &self.own_frontends
     }
 
     /// The frontends that more than one service port claims.
@@ -583,6 +591,7 @@ impl ServiceTable {
             + self.names.memory_bytes()
             + size_of_val(&*self.origins)
             + size_of_val(&*self.node_ports)
+            + size_of_val(&*self.own_frontends)
             + size_of_val(&*self.conflicts)
     }
 }
@@ -622,7 +631,7 @@ mod tests {
 
     #[test]
     fn targets_pack_record_and_kind() {
-        for kind in [Kind::Cluster, Kind::LoadBalancer, Kind::External, Kind::NodePort] {
+        for kind in [Kind::Cluster, Kind::LoadBalancer, Kind::External, Kind::NodePort, Kind::HostPort] {
             for record in [0, 1, 77, Target::MAX_RECORDS - 1] {
                 let target = Target::new(record, kind);
                 assert_eq!((target.record(), target.kind()), (record, kind));

@@ -56,14 +56,13 @@ pub struct Usage<'m> {
     pub local: Option<WhyNot>,
 }
 
-/// Each backend of `service` once, IPv4 before IPv6, by address and port. Of those families only that the service has a cluster IP of.
+/// Each backend of `service` once, IPv4 before IPv6, by address and port. Of those families only that the service has frontends of.
 pub fn usage<'m>(model: &'m Model, service: &'m ServicePort) -> Vec<Usage<'m>> {
-    let has = |is_ipv6: bool| service.cluster_ips.iter().any(|address| address.is_ipv6() == is_ipv6);
     let mut all = Vec::new();
-    if has(false) {
+    if service.serves(false) {
         of_family::<Ipv4Addr>(model, service, &mut all);
     }
-    if has(true) {
+    if service.serves(true) {
         of_family::<Ipv6Addr>(model, service, &mut all);
     }
     all

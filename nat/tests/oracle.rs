@@ -11,7 +11,9 @@ use std::{
 use common::*;
 use ipnet::IpNet;
 use proptest::{collection::vec, prelude::*, sample::select};
-use weir_nat::{Affinity, Decision, Endpoint, Family, Model, ServicePort, ServiceTable, TrafficPolicy, usage};
+use weir_nat::{
+    Affinity, Decision, Endpoint, Family, HostAddresses, Model, ServicePort, ServiceTable, TrafficPolicy, usage,
+};
 use weir_packet::{DropReason, FlowKey, Ports, Protocol, Tick};
 
 /// What the rules say: the decision, with all backends that may be picked.
@@ -86,22 +88,38 @@ enum Kind {
     LoadBalancer,
     External,
     NodePort,
+    HostPort,
+}
+
+/// Whether a service, or a host port, has frontends of a family.
+fn exists(service: &ServicePort, family: IpAddr) -> bool {
+    match service.host_port {
+        None => service.cluster_ips.iter().any(|&one| same_family(one, family)),
+        Some(HostAddresses::Ipv4) if family.is_ipv6() => false,
+        Some(HostAddresses::Ipv6) if family.is_ipv4() => false,
+        Some(HostAddresses::One(address)) if !same_family(address, family) => false,
+        Some(_) => service.endpoints.iter().any(|one| same_family(one.address, family)),
+    }
 }
 
 /// Who is served at a destination.
 fn service_at(model: &Model, protocol: Protocol, dst: IpAddr, port: u16) -> Option<(&ServicePort, Kind)> {
     let open = family_nets(&model.node_port_addresses, dst);
     let local = model.local_addresses.contains(&dst) && !dst.is_loopback() && (open.is_empty() || inside(&open, dst));
-    for kind in [Kind::Cluster, Kind::LoadBalancer, Kind::External, Kind::NodePort] {
+    for kind in [Kind::Cluster, Kind::LoadBalancer, Kind::External, Kind::NodePort, Kind::HostPort] {
         for service in &model.services {
-            let exists = service.cluster_ips.iter().any(|&address| same_family(address, dst));
             let claims = match kind {
                 Kind::Cluster => service.port == port && service.cluster_ips.contains(&dst),
                 Kind::LoadBalancer => service.port == port && service.load_balancer_ips.contains(&dst),
                 Kind::External => service.port == port && service.external_ips.contains(&dst),
                 Kind::NodePort => service.node_port == Some(port) && local,
+                Kind::HostPort => match service.host_port {
+                    Some(HostAddresses::One(address)) => service.port == port && address == dst,
+                    Some(_) => service.port == port && model.local_addresses.contains(&dst) && !dst.is_loopback(),
+                    None => false,
+                },
             };
-            if exists && claims && service.protocol == protocol {
+            if exists(service, dst) && claims && service.protocol == protocol {
                 return Some((service, kind));
             }
         }
@@ -143,6 +161,7 @@ fn judge(model: &Model, protocol: Protocol, src: IpAddr, dst: IpAddr, port: u16)
             let masquerade = model.masquerade_all || (!pods.is_empty() && !from_pod);
             (if internal == TrafficPolicy::Local { local } else { cluster }, masquerade)
         }
+        (Kind::HostPort, ..) => (cluster, false),
         (_, _, TrafficPolicy::Cluster) => (cluster, true),
         (_, _, TrafficPolicy::Local) if from_pod || from_node => (cluster, from_node),
         (_, _, TrafficPolicy::Local) => (local, false),
@@ -268,6 +287,28 @@ prop_compose! {
 }
 
 prop_compose! {
+    /// Its pod may have addresses of both families.
+    fn host_port()(
+        protocol in protocol(),
+        port in select(vec![80, 81, 3001]),
+        host_ip in prop::option::of(address([&NODES[..], &ELSEWHERE[..], &["0.0.0.0"][..]].concat())),
+        anywhere in prop::bool::weighted(0.3),
+        endpoints in vec(address(PODS.to_vec()), 0..3),
+    ) -> ServicePort {
+        // The IPv6 twin of 0.0.0.0 is no unspecified address.
+        let host_ip = match host_ip {
+            Some(IpAddr::V6(_)) if anywhere => Some(Ipv6Addr::UNSPECIFIED.into()),
+            other => other,
+        };
+        let endpoints = endpoints.into_iter().map(|address| Endpoint { address, ..on("node-a", "10.0.0.1") });
+        ServicePort {
+            protocol, port, host_port: Some(HostAddresses::of_host_ip(host_ip)), endpoints: endpoints.collect(),
+            ..ServicePort::default()
+        }
+    }
+}
+
+prop_compose! {
     fn model()(
         zone in select(vec![None, Some("zone-a")]),
         pod_cidrs in vec(net(), 0..3),
@@ -275,7 +316,7 @@ prop_compose! {
         node_port_addresses in vec(net(), 0..3),
         local_addresses in vec(address(NODES.to_vec()), 0..5),
         service_cidrs in vec(net(), 0..2),
-        services in vec((service(), prop::bool::weighted(0.3)), 0..5),
+        services in vec((prop_oneof![3 => service(), 1 => host_port()], prop::bool::weighted(0.3)), 0..6),
     ) -> Model {
         let services = services.into_iter().enumerate().map(|(number, (service, sticky))| {
             Arc::new(ServicePort { name: format!("test/service-{number}"), affinity: sticky.then_some(10_800), ..service })
@@ -322,8 +363,7 @@ proptest! {
             }
             let families = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
             let expected = families.into_iter().flat_map(|family| {
-                let is_served = service.cluster_ips.iter().any(|&address| same_family(address, family));
-                let lists = if is_served { lists(&model, service, family) } else { [Vec::new(), Vec::new()] };
+                let lists = if exists(service, family) { lists(&model, service, family) } else { [Vec::new(), Vec::new()] };
                 lists.map(|list| list.iter().map(|one| (one.address, one.port)).collect::<BTreeSet<_>>())
             });
             prop_assert_eq!(told.to_vec(), expected.collect::<Vec<_>>());
@@ -337,6 +377,16 @@ proptest! {
         let owned = tables.each_ref().map(|table| table.owned_addresses().collect::<BTreeSet<_>>());
         prop_assert_eq!(&owned[0], &owned[1]);
         prop_assert_eq!(tables[0].conflicts(), tables[1].conflicts());
+        prop_assert_eq!(tables[0].own_frontends(), tables[1].own_frontends());
+        // What the node's own kernel asks for at its own addresses is what the rules serve there.
+        for (address, protocol) in model.local_addresses.iter().flat_map(|address| {
+            [Protocol::TCP, Protocol::UDP, Protocol::SCTP].map(|protocol| (*address, protocol))
+        }) {
+            for port in [80, 81, 3001, 22] {
+                let is_served = service_at(&model, protocol, address, port).is_some();
+                prop_assert_eq!(tables[0].own_frontends().contains(&(address, protocol, port)), is_served);
+            }
+        }
         prop_assert_eq!(tables[0].memory_bytes(), tables[1].memory_bytes());
         for address in &owned[0] {
             let claimed = model.services.iter().any(|service| {

@@ -5,7 +5,9 @@ mod common;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use common::*;
-use weir_nat::{CompileError, Decision, Endpoint, Model, ServiceId, ServicePort, ServiceTable, Source, TrafficPolicy};
+use weir_nat::{
+    CompileError, Decision, Endpoint, HostAddresses, Model, ServiceId, ServicePort, ServiceTable, Source, TrafficPolicy,
+};
 use weir_packet::{DropReason, FlowKey, Ports, Protocol};
 
 use TrafficPolicy::{Cluster, Local};
@@ -40,6 +42,9 @@ in_both_families! {
     rule_18_source_ranges_are_judged_before_backends,
     rule_19_the_load_balancer_ip_itself_passes_with_the_node,
     rule_22_node_ports_are_open_on_chosen_local_addresses,
+    rule_22b_host_ports_are_open_on_the_nodes_addresses,
+    rule_22b_whose_port_it_is,
+    rule_22b_connections_end_with_the_pod,
     rule_24_other_ports_and_unallocated_addresses,
     rule_24_packets_without_ports,
     rule_25_without_cluster_ip_nothing_is_proxied,
@@ -388,6 +393,123 @@ fn rule_22_families_are_judged_by_their_own_entries() {
         protocol: Protocol::TCP,
     };
     assert!(matches!(decide(&table, &key, &mut || 1 << 62), Decision::Translate { masquerade: true, .. }));
+}
+
+/// A host port of the pod 10.1.0.1.
+fn with_host_port(on: HostAddresses) -> Model {
+    let mut model = world(Vec::new());
+    model.services = vec![host_port("shop/ingress", 8443, on, "10.1.0.1")];
+    model
+}
+
+fn rule_22b_host_ports_are_open_on_the_nodes_addresses<A: Carried>() {
+    let pod = || forward(&["10.1.0.1:8080"], false);
+    let one = |address: &str| HostAddresses::One(v4(address).into());
+    for (on, first, second) in [
+        (HostAddresses::All, true, true),
+        (HostAddresses::Ipv4, true, true),
+        (one(NODE), true, false),
+        (one(SECOND_NODE_ADDRESS), false, true),
+        (one("127.0.0.1"), false, false),
+    ] {
+        // nodePortAddresses are about node ports.
+        for node_port_addresses in [nets(&[]), nets(&["10.0.0.0/8"])] {
+            let model = Model { node_port_addresses, ..with_host_port(on) };
+            let expect = |open| if open { pod() } else { Outcome::Pass };
+            for source in SOURCES {
+                assert_eq!(tcp::<A>(&model, source, (NODE, 8443)), expect(first), "{on:?} from {source}");
+                assert_eq!(tcp::<A>(&model, source, (SECOND_NODE_ADDRESS, 8443)), expect(second), "{on:?}");
+                assert_eq!(tcp::<A>(&model, source, (NODE, 8080)), Outcome::Pass, "the container's own port");
+                assert_eq!(tcp::<A>(&model, source, ("192.168.0.3", 8443)), Outcome::Pass, "another node's");
+            }
+            let on_loopback = expect(on == one("127.0.0.1"));
+            assert_eq!(tcp::<A>(&model, "127.0.0.1", ("127.0.0.1", 8443)), on_loopback, "{on:?}");
+            let table = ServiceTable::compile(&carried::<A>(&model)).expect("the model compiles");
+            assert_eq!(outcome(&table, &key::<A>(Protocol::UDP, OUTSIDE, NODE, 8443)), Outcome::Pass);
+            let hairpin = decide::<A>(&table, &key(Protocol::TCP, "10.1.0.1", NODE, 8443), &mut || 0);
+            let is_masqueraded = matches!(hairpin, Decision::Translate { masquerade: true, .. });
+            assert_eq!(is_masqueraded, first, "{on:?}: {hairpin:?}");
+            let taken = if on == one("127.0.0.1") { vec![] } else { vec![(Protocol::TCP, 8443)] };
+            assert_eq!(table.node_ports().collect::<Vec<_>>(), taken);
+            assert_eq!(table.owned_addresses().count(), 0, "the node's own addresses stay its own");
+            let own = [(NODE, first), (SECOND_NODE_ADDRESS, second), ("127.0.0.1", on == one("127.0.0.1"))];
+            let mut own: Vec<_> =
+                own.into_iter().filter(|(_, open)| *open).map(|(at, _)| ip::<A>(at).to_ip()).collect();
+            own.sort_unstable();
+            assert_eq!(table.own_frontends(), own.iter().map(|at| (*at, Protocol::TCP, 8443)).collect::<Vec<_>>());
+        }
+    }
+    // Of the other family, or of one that the pod has no address of.
+    let other = |v6: HostAddresses| ServiceTable::compile(&with_host_port(v6)).expect("the model compiles");
+    for on in [HostAddresses::Ipv6, HostAddresses::One("fd00::1".parse().expect("an address"))] {
+        assert_eq!(outcome(&other(on), &key::<Ipv4Addr>(Protocol::TCP, OUTSIDE, NODE, 8443)), Outcome::Pass);
+    }
+    assert_eq!(
+        outcome(&other(HostAddresses::All), &key::<Ipv6Addr>(Protocol::TCP, OUTSIDE, NODE, 8443)),
+        Outcome::Pass
+    );
+}
+
+fn rule_22b_whose_port_it_is<A: Carried>() {
+    // A service's node port comes before host ports, wherever they stand; of two host ports the first has it.
+    let mut model = world(vec![on("node-b", "10.66.0.1")]);
+    let older = host_port("shop/older", 3001, HostAddresses::All, "10.1.0.1");
+    model.services.insert(0, older);
+    model.services.push(host_port("shop/older", 8443, HostAddresses::One(v4(NODE).into()), "10.1.0.1"));
+    model.services.push(host_port("shop/younger", 8443, HostAddresses::All, "10.1.0.2"));
+    assert_eq!(tcp::<A>(&model, OUTSIDE, (NODE, 3001)), forward(&["10.66.0.1:8080"], true));
+    assert_eq!(tcp::<A>(&model, OUTSIDE, (NODE, 8443)), forward(&["10.1.0.1:8080"], false));
+    assert_eq!(tcp::<A>(&model, OUTSIDE, (SECOND_NODE_ADDRESS, 8443)), forward(&["10.1.0.2:8080"], false));
+    let table = ServiceTable::compile(&carried::<A>(&model)).expect("the model compiles");
+    let mut lost: Vec<_> = table.conflicts().iter().map(|one| (one.address, one.winner, one.loser)).collect();
+    lost.sort_unstable();
+    let at = |address, winner, loser| (ip::<A>(address).to_ip(), ServiceId(winner), ServiceId(loser));
+    assert_eq!(lost, [at(NODE, 1, 0), at(NODE, 2, 3), at(SECOND_NODE_ADDRESS, 1, 0)]);
+    // Where the node port is not open, the host port is.
+    model.node_port_addresses = nets(&["192.168.1.2/32"]);
+    assert_eq!(tcp::<A>(&model, OUTSIDE, (NODE, 3001)), forward(&["10.1.0.1:8080"], false));
+    assert_eq!(tcp::<A>(&model, OUTSIDE, (SECOND_NODE_ADDRESS, 3001)), forward(&["10.66.0.1:8080"], true));
+}
+
+#[test]
+fn rule_22b_where_host_ports_meet() {
+    use HostAddresses::{All, Ipv4, Ipv6, One};
+    let one = |text: &str| One(text.parse().expect("an address"));
+    let [v4, v6, loopback] = ["192.0.2.1", "2001:db8::1", "127.0.0.1"].map(one);
+    for (a, b, meet) in [
+        (All, All, true),
+        (All, Ipv4, true),
+        (Ipv4, Ipv6, false),
+        (All, v4, true),
+        (Ipv6, v4, false),
+        (Ipv6, v6, true),
+        (v4, v4, true),
+        (v4, one("192.0.2.2"), false),
+        (All, loopback, false),
+        (loopback, loopback, true),
+    ] {
+        assert_eq!((a.overlaps(b), b.overlaps(a)), (meet, meet), "{a:?} {b:?}");
+    }
+    let of = |text: Option<&str>| HostAddresses::of_host_ip(text.map(|text| text.parse().expect("an address")));
+    assert_eq!([of(None), of(Some("0.0.0.0")), of(Some("::")), of(Some("192.0.2.1"))], [All, Ipv4, Ipv6, v4]);
+}
+
+fn rule_22b_connections_end_with_the_pod<A: Carried>() {
+    let still = |model: &Model, protocol| {
+        let table = ServiceTable::compile(&carried::<A>(model)).expect("the model compiles");
+        table.services::<A>().still_backend(&key(protocol, OUTSIDE, NODE, 8443), ip("10.1.0.1"), 8080)
+    };
+    for protocol in [Protocol::TCP, Protocol::UDP, Protocol::SCTP] {
+        let mut model = with_host_port(HostAddresses::All);
+        port(&mut model, 0).protocol = protocol;
+        assert!(still(&model, protocol));
+        let mut successor = model.clone();
+        successor.services = vec![host_port("shop/next", 8443, HostAddresses::All, "10.1.0.2")];
+        port(&mut successor, 0).protocol = protocol;
+        assert!(!still(&successor, protocol), "another pod has the port");
+        model.services.clear();
+        assert!(!still(&model, protocol), "nobody has the port");
+    }
 }
 
 fn rule_24_other_ports_and_unallocated_addresses<A: Carried>() {

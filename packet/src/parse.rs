@@ -293,6 +293,20 @@ pub fn parse_start(start: &[u8], frame_bytes: usize) -> Result<Parsed, DropReaso
     parse_network_layer(start, frame_bytes, ETHERNET_BYTES, u16::from_be_bytes([header[12], header[13]]))
 }
 
+/// As [`parse_start`], for what a node's own kernel sends to itself: loopback addresses may stand on either side.
+///
+/// # Errors
+/// As [`parse`].
+#[cold]
+pub fn parse_start_of_own(start: &[u8], frame_bytes: usize) -> Result<Parsed, DropReason> {
+    let header = start.first_chunk::<ETHERNET_BYTES>().ok_or(DropReason::Truncated)?;
+    match u16::from_be_bytes([header[12], header[13]]) {
+        Ipv4Addr::ETHERTYPE => parse_ipv4(start, frame_bytes, ETHERNET_BYTES, true).map(Parsed::V4),
+        Ipv6Addr::ETHERTYPE => parse_ipv6(start, frame_bytes, ETHERNET_BYTES, true).map(Parsed::V6),
+        ethertype => parse_network_layer(start, frame_bytes, ETHERNET_BYTES, ethertype),
+    }
+}
+
 /// Reads the packet of type `ethertype` that begins at offset `l3` and may reach to the end of `frame`.
 ///
 /// # Errors
@@ -307,11 +321,11 @@ fn parse_network_layer(start: &[u8], frame_bytes: usize, l3: usize, ethertype: u
     match ethertype {
         Ipv4Addr::ETHERTYPE => match usual_ipv4(start, l3) {
             Some(view) => Ok(Parsed::V4(view)),
-            None => parse_ipv4(start, frame_bytes, l3).map(Parsed::V4),
+            None => parse_ipv4(start, frame_bytes, l3, false).map(Parsed::V4),
         },
         Ipv6Addr::ETHERTYPE => match usual_ipv6(start, l3) {
             Some(view) => Ok(Parsed::V6(view)),
-            None => parse_ipv6(start, frame_bytes, l3).map(Parsed::V6),
+            None => parse_ipv6(start, frame_bytes, l3, false).map(Parsed::V6),
         },
         ETHERTYPE_ARP => parse_arp(start, l3).map(Parsed::Arp),
         ethertype => Ok(Parsed::Other { ethertype }),
@@ -344,12 +358,12 @@ fn usual_ipv4(frame: &[u8], l3: usize) -> Option<View<Ipv4Addr>> {
     let total_bytes = usize::from(u16::from_be_bytes([header[2], header[3]]));
     let ports = usual_ports(packet.get(20..total_bytes)?, Protocol(header[9]))?;
     let view = ipv4_view(header, l3, 20, total_bytes, ports, Kind::Flow);
-    (!is_martian_ipv4(view.key.src, view.key.dst)).then_some(view)
+    (!is_martian_ipv4(view.key.src, view.key.dst, false)).then_some(view)
 }
 
 /// Any IPv4 packet.
 #[inline(never)]
-fn parse_ipv4(start: &[u8], frame_bytes: usize, l3: usize) -> Result<View<Ipv4Addr>, DropReason> {
+fn parse_ipv4(start: &[u8], frame_bytes: usize, l3: usize, of_own: bool) -> Result<View<Ipv4Addr>, DropReason> {
     let packet = network_layer(start, frame_bytes, l3)?;
     let header = packet.first_chunk::<20>().ok_or(DropReason::Truncated)?;
     let header_bytes = usize::from(header[0] & 0xf) * 4;
@@ -362,7 +376,7 @@ fn parse_ipv4(start: &[u8], frame_bytes: usize, l3: usize) -> Result<View<Ipv4Ad
     if !Sum::ZERO.bytes(header_and_options).is_valid() {
         return Err(DropReason::BadHeaderChecksum);
     }
-    if is_martian_ipv4(Ipv4Addr::read(&header[12..16]), Ipv4Addr::read(&header[16..20])) {
+    if is_martian_ipv4(Ipv4Addr::read(&header[12..16]), Ipv4Addr::read(&header[16..20]), of_own) {
         return Err(DropReason::MartianAddress);
     }
     check_ipv4_options(&header_and_options[20..])?;
@@ -413,16 +427,15 @@ fn ipv4_view(
     }
 }
 
-/// RFC 1812, 4.2.2.11 and 5.3.7: sources that are groups, and "this host" or loopback on either side.
+/// RFC 1812, 4.2.2.11 and 5.3.7: sources that are groups, and "this host" or (unless `of_own`) loopback on either side.
 #[inline(always)]
-fn is_martian_ipv4(src: Ipv4Addr, dst: Ipv4Addr) -> bool {
+fn is_martian_ipv4(src: Ipv4Addr, dst: Ipv4Addr, of_own: bool) -> bool {
     let (src, dst) = (src.to_bits(), dst.to_bits());
     (src >> 28 == 0xe)
         | (src == u32::MAX)
         | (src >> 24 == 0)
-        | (src >> 24 == 127)
         | (dst >> 24 == 0)
-        | (dst >> 24 == 127)
+        | (!of_own & ((src >> 24 == 127) | (dst >> 24 == 127)))
 }
 
 /// Walks the options (RFC 791, 3.1), which must be whole; source routes would take a packet around policy.
@@ -452,12 +465,12 @@ fn usual_ipv6(frame: &[u8], l3: usize) -> Option<View<Ipv6Addr>> {
     let protocol = Protocol(header[6]);
     let ports = usual_ports(packet.get(40..total_bytes)?, protocol)?;
     let view = ipv6_view(header, l3, 40, total_bytes, ports, protocol, Kind::Flow);
-    (!is_martian_ipv6(view.key.src, view.key.dst, Kind::Flow)).then_some(view)
+    (!is_martian_ipv6(view.key.src, view.key.dst, Kind::Flow, false)).then_some(view)
 }
 
 /// Any IPv6 packet.
 #[inline(never)]
-fn parse_ipv6(start: &[u8], frame_bytes: usize, l3: usize) -> Result<View<Ipv6Addr>, DropReason> {
+fn parse_ipv6(start: &[u8], frame_bytes: usize, l3: usize, of_own: bool) -> Result<View<Ipv6Addr>, DropReason> {
     let packet = network_layer(start, frame_bytes, l3)?;
     let header = packet.first_chunk::<40>().ok_or(DropReason::Truncated)?;
     if header[0] >> 4 != 6 {
@@ -475,7 +488,7 @@ fn parse_ipv6(start: &[u8], frame_bytes: usize, l3: usize) -> Result<View<Ipv6Ad
         }
     };
     let view = ipv6_view(header, l3, chain.l4, total_bytes, ports, chain.protocol, kind);
-    if is_martian_ipv6(view.key.src, view.key.dst, kind) {
+    if is_martian_ipv6(view.key.src, view.key.dst, kind, of_own) {
         return Err(DropReason::MartianAddress);
     }
     Ok(view)
@@ -503,16 +516,17 @@ fn ipv6_view(
     }
 }
 
-/// RFC 4291, 2.5.2, 2.5.3, 2.7: groups as source, loopback and unspecified on either side, groups of reserved or
+/// RFC 4291, 2.5.2, 2.5.3, 2.7: groups as source, loopback (unless `of_own`) and unspecified on either side, groups of reserved or
 /// interface-local scope; and IPv4-mapped addresses, which stand for IPv4 inside a host and never on the wire.
 /// Duplicate address detection and MLD speak from the unspecified address.
 #[inline(always)]
-fn is_martian_ipv6(src: Ipv6Addr, dst: Ipv6Addr, kind: Kind) -> bool {
+fn is_martian_ipv6(src: Ipv6Addr, dst: Ipv6Addr, kind: Kind, of_own: bool) -> bool {
     let (src, dst) = (src.to_bits(), dst.to_bits());
     let mapped = 0xffff;
     (src >> 120 == 0xff)
-        | (src <= 1 && !(src == 0 && kind == Kind::Control))
-        | (dst <= 1)
+        | (src == 0 && kind != Kind::Control)
+        | (dst == 0)
+        | (!of_own & ((src == 1) | (dst == 1)))
         | (src >> 32 == mapped)
         | (dst >> 32 == mapped)
         | (dst >> 120 == 0xff && (dst >> 112) & 0xf <= 1)
@@ -753,7 +767,7 @@ pub fn inner_of_ipip(start: &[u8], outer: &View<Ipv4Addr>) -> Result<View<Ipv4Ad
         return Err(DropReason::Unsupported);
     }
     let end = usize::from(outer.end);
-    match parse_ipv4(&start[..end.min(start.len())], end, usize::from(outer.l4)) {
+    match parse_ipv4(&start[..end.min(start.len())], end, usize::from(outer.l4), false) {
         Ok(inner) if !matches!(inner.key.protocol, Protocol::IPIP | Protocol::IPV6) => Ok(inner),
         // Found behind a sane header: the inner packet's own fault, not the tunnel's.
         Err(
@@ -935,10 +949,10 @@ mod tests {
                 kind == Kind::Flow && matches!(key_protocol, Protocol::TCP | Protocol::UDP)
             };
             let four = frame(&IPV4, 9);
-            let long = parse_ipv4(&four, four.len(), 14).ok().filter(|view| is_usual(view.kind, view.key.protocol) && view.l4 == 34);
+            let long = parse_ipv4(&four, four.len(), 14, false).ok().filter(|view| is_usual(view.kind, view.key.protocol) && view.l4 == 34);
             prop_assert_eq!(usual_ipv4(&four, 14), long);
             let six = frame(&IPV6, 6);
-            let long = parse_ipv6(&six, six.len(), 14).ok().filter(|view| is_usual(view.kind, view.key.protocol) && view.l4 == 54);
+            let long = parse_ipv6(&six, six.len(), 14, false).ok().filter(|view| is_usual(view.kind, view.key.protocol) && view.l4 == 54);
             prop_assert_eq!(usual_ipv6(&six, 14), long);
         }
     }

@@ -31,7 +31,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
-    fs, io,
+    fs,
+    io::{self, Read as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
 };
@@ -102,6 +103,9 @@ pub struct Wanted {
     pub source_v4: Option<Ipv4Addr>,
     /// Source address for IPv6.
     pub source_v6: Option<Ipv6Addr>,
+    /// Ports of the node's addresses that are weir's, kept away from the kernel's own automatic choice: what answers a process of the
+    /// node there would be taken for a new connection.
+    pub ports: PortSet,
 }
 
 impl Wanted {
@@ -123,6 +127,7 @@ impl Wanted {
                 IpAddr::V6(address) => Some(*address),
                 IpAddr::V4(_) => None,
             }),
+            ports: PortSet::default(),
         }
     }
 }
@@ -183,7 +188,8 @@ impl HostPlumbing {
         device_sysctls(&self.settings.device, v6, &mut report)?;
         uplink_warnings(&self.settings.uplinks, &mut report)?;
         let (first, last) = self.settings.snat_ports;
-        reserve_ports(&PortSet::range(first, last), &self.settings.record, &mut report)?;
+        let ports = PortSet::range(first, last).union(&wanted.ports);
+        reserve_ports(&ports, &self.settings.record, &mut report)?;
         let routes = self.reconcile(wanted).await?;
         report.changed.extend(routes.changed);
         report.warnings.extend(routes.warnings);
@@ -564,6 +570,17 @@ fn read(path: &Path) -> Result<String, KernelError> {
     fs::read_to_string(path).map_err(|source| KernelError::File { path: path.to_owned(), source })
 }
 
+/// The reserved ports. The kernel writes such a list into the first read's buffer, as far as it fits, and has nothing for a second one
+/// (proc_do_large_bitmap, kernel/sysctl.c), so the buffer is larger than any list.
+fn reserved_ports() -> Result<PortSet, KernelError> {
+    let path = Path::new(RESERVED_PORTS);
+    let mut text = vec![0; 1 << 19];
+    let length = fs::File::open(path)
+        .and_then(|mut file| file.read(&mut text))
+        .map_err(|source| KernelError::File { path: path.to_owned(), source })?;
+    read_ports(path, String::from_utf8_lossy(&text[..length]).trim())
+}
+
 fn write(path: &Path, text: &str) -> Result<(), KernelError> {
     fs::write(path, text).map_err(|source| KernelError::File { path: path.to_owned(), source })
 }
@@ -657,7 +674,7 @@ fn remember(record: &Path, ports: &PortSet) -> Result<(), KernelError> {
 /// Adds `ports` to the reserved ones; those that weir added before and no longer wants go.
 fn reserve_ports(ports: &PortSet, record: &Path, report: &mut HostReport) -> Result<(), KernelError> {
     let path = Path::new(RESERVED_PORTS);
-    let current = read_ports(path, read(path)?.trim())?;
+    let current = reserved_ports()?;
     let ours = recorded(record)?;
     let others = current.minus(&ours);
     let adding = ports.minus(&others);
@@ -669,7 +686,7 @@ fn reserve_ports(ports: &PortSet, record: &Path, report: &mut HostReport) -> Res
     }
     if next != current {
         write(path, &format!("{next}\n"))?;
-        report.changed.push(format!("{RESERVED_PORTS} set to {next}, was {current}: weir's source ports"));
+        report.changed.push(format!("{RESERVED_PORTS} set to {next}, was {current}: weir's own ports"));
     }
     if adding != ours {
         remember(record, &adding)?;
@@ -681,7 +698,7 @@ fn release_ports(record: &Path, report: &mut HostReport) -> Result<(), KernelErr
     let ours = recorded(record)?;
     if !ours.is_empty() {
         let path = Path::new(RESERVED_PORTS);
-        let current = read_ports(path, read(path)?.trim())?;
+        let current = reserved_ports()?;
         let next = current.minus(&ours);
         if next != current {
             write(path, &format!("{next}\n"))?;

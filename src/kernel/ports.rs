@@ -19,6 +19,13 @@ impl PortSet {
         Self(if first <= last { vec![(first, last)] } else { Vec::new() })
     }
 
+    /// These ports.
+    pub fn of(ports: impl IntoIterator<Item = u16>) -> Self {
+        let mut ranges: Vec<(u16, u16)> = ports.into_iter().map(|port| (port, port)).collect();
+        ranges.sort_unstable();
+        Self::default().union(&Self(ranges))
+    }
+
     /// Whether no port is in it.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -176,6 +183,7 @@ mod tests {
 
     #[test]
     fn text_is_read_and_written_as_the_kernel_does() {
+        assert_eq!(PortSet::of([7, 65535, 5, 6, 7, 0]).to_string(), "0,5-7,65535");
         for (text, written) in [
             ("", ""),
             ("\n", ""),

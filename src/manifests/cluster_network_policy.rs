@@ -1,4 +1,4 @@
-//! ClusterNetworkPolicy (policy.networking.k8s.io/v1alpha2).
+//! ClusterNetworkPolicy (policy.networking.k8s.io/v1beta1, and v1alpha2, which has the same schema).
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::Deserialize;
@@ -104,8 +104,8 @@ pub struct EgressPeer {
     pub namespaces: Option<LabelSelector>,
     /// These pods.
     pub pods: Option<NamespacedPods>,
-    /// These nodes.
-    pub nodes: Option<Unread>,
+    /// The addresses of the nodes with these labels.
+    pub nodes: Option<LabelSelector>,
     /// Addresses in these CIDRs.
     pub networks: Option<Vec<String>>,
     /// What these names stand for.

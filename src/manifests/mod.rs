@@ -14,7 +14,7 @@ mod piece;
 pub mod subject;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     path::PathBuf,
     sync::Arc,
 };
@@ -110,7 +110,7 @@ pub struct Manifests {
     pub staged_network_policies: Vec<Object<policy::NetworkPolicy>>,
     /// projectcalico.org/v3 StagedKubernetesNetworkPolicy.
     pub staged_kubernetes_network_policies: Vec<Object<StagedKubernetesNetworkPolicy>>,
-    /// policy.networking.k8s.io/v1alpha2 ClusterNetworkPolicy.
+    /// policy.networking.k8s.io/v1beta1 ClusterNetworkPolicy.
     pub cluster_network_policies: Vec<Object<ClusterNetworkPolicy>>,
     /// projectcalico.org/v3 Tier.
     pub tiers: Vec<Object<Tier>>,
@@ -214,9 +214,11 @@ pub enum Substitute {
 }
 
 /// A kind that the contract names.
+#[derive(Debug)]
 struct Kind {
     groups: &'static [&'static str],
-    version: &'static str,
+    /// The versions that are read, the newest first: they have one schema, and one object may be given in several.
+    versions: &'static [&'static str],
     name: &'static str,
     namespaced: bool,
     /// What a field of its spec that weir does not know is: a rule with such a part may let more through than it says.
@@ -230,7 +232,8 @@ impl Kind {
     }
 
     fn api_version(&self, group: &str) -> String {
-        if group.is_empty() { self.version.to_owned() } else { format!("{group}/{}", self.version) }
+        let newest = self.versions[0];
+        if group.is_empty() { newest.to_owned() } else { format!("{group}/{newest}") }
     }
 }
 
@@ -240,40 +243,42 @@ const CORE: &[&str] = &[""];
 const KUBERNETES_POLICY: &[&str] = &["networking.k8s.io"];
 const CALICO: &[&str] = &[CALICO_GROUP, "crd.projectcalico.org"];
 const CLUSTER_POLICY: &[&str] = &["policy.networking.k8s.io"];
+const V1: &[&str] = &["v1"];
+const V3: &[&str] = &["v3"];
 
 const fn kind(
     groups: &'static [&'static str],
-    version: &'static str,
+    versions: &'static [&'static str],
     name: &'static str,
     namespaced: bool,
     unknown: Severity,
 ) -> Kind {
-    Kind { groups, version, name, namespaced, unknown }
+    Kind { groups, versions, name, namespaced, unknown }
 }
 
 /// The kinds of the contract (the design, "Contract: the configuration file").
 const KINDS: &[Kind] = &[
-    kind(CORE, "v1", "Node", false, Severity::Warning),
-    kind(CORE, "v1", "Namespace", false, Severity::Warning),
-    kind(CORE, "v1", "Pod", true, Severity::Warning),
-    kind(CORE, "v1", "Service", true, Severity::Warning),
-    kind(CORE, "v1", "ServiceAccount", true, Severity::Warning),
-    kind(&["discovery.k8s.io"], "v1", "EndpointSlice", true, Severity::Warning),
-    kind(KUBERNETES_POLICY, "v1", "NetworkPolicy", true, Severity::Error),
-    kind(CALICO, "v3", "IPPool", false, Severity::Warning),
-    kind(CALICO, "v3", "WorkloadEndpoint", true, Severity::Warning),
-    kind(CALICO, "v3", "GlobalNetworkPolicy", false, Severity::Error),
-    kind(CALICO, "v3", "NetworkPolicy", true, Severity::Error),
-    kind(CALICO, "v3", "Tier", false, Severity::Error),
-    kind(CALICO, "v3", "GlobalNetworkSet", false, Severity::Error),
-    kind(CALICO, "v3", "NetworkSet", true, Severity::Error),
-    kind(CALICO, "v3", "HostEndpoint", false, Severity::Error),
-    kind(CALICO, "v3", "Profile", false, Severity::Error),
-    kind(CALICO, "v3", "StagedGlobalNetworkPolicy", false, Severity::Error),
-    kind(CALICO, "v3", "StagedNetworkPolicy", true, Severity::Error),
-    kind(CALICO, "v3", "StagedKubernetesNetworkPolicy", true, Severity::Error),
-    kind(CALICO, "v3", "FelixConfiguration", false, Severity::Note),
-    kind(CLUSTER_POLICY, "v1alpha2", "ClusterNetworkPolicy", false, Severity::Error),
+    kind(CORE, V1, "Node", false, Severity::Warning),
+    kind(CORE, V1, "Namespace", false, Severity::Warning),
+    kind(CORE, V1, "Pod", true, Severity::Warning),
+    kind(CORE, V1, "Service", true, Severity::Warning),
+    kind(CORE, V1, "ServiceAccount", true, Severity::Warning),
+    kind(&["discovery.k8s.io"], V1, "EndpointSlice", true, Severity::Warning),
+    kind(KUBERNETES_POLICY, V1, "NetworkPolicy", true, Severity::Error),
+    kind(CALICO, V3, "IPPool", false, Severity::Warning),
+    kind(CALICO, V3, "WorkloadEndpoint", true, Severity::Warning),
+    kind(CALICO, V3, "GlobalNetworkPolicy", false, Severity::Error),
+    kind(CALICO, V3, "NetworkPolicy", true, Severity::Error),
+    kind(CALICO, V3, "Tier", false, Severity::Error),
+    kind(CALICO, V3, "GlobalNetworkSet", false, Severity::Error),
+    kind(CALICO, V3, "NetworkSet", true, Severity::Error),
+    kind(CALICO, V3, "HostEndpoint", false, Severity::Error),
+    kind(CALICO, V3, "Profile", false, Severity::Error),
+    kind(CALICO, V3, "StagedGlobalNetworkPolicy", false, Severity::Error),
+    kind(CALICO, V3, "StagedNetworkPolicy", true, Severity::Error),
+    kind(CALICO, V3, "StagedKubernetesNetworkPolicy", true, Severity::Error),
+    kind(CALICO, V3, "FelixConfiguration", false, Severity::Note),
+    kind(CLUSTER_POLICY, &["v1beta1", "v1alpha2"], "ClusterNetworkPolicy", false, Severity::Error),
 ];
 
 /// The version under which kubectl dumps Calico's kinds.
@@ -283,9 +288,17 @@ impl Manifests {
     /// All objects of the texts but for those in `passed_over`.
     pub fn of(texts: &Texts, passed_over: &BTreeMap<ObjectId, Substitute>, problems: &mut Problems) -> Self {
         let mut manifests = Self { files: texts.files.clone(), ..Self::default() };
+        let newest = newest_versions(texts);
         for (base, source, piece) in texts.pieces() {
             replay(&piece.findings, base, problems);
             for item in &piece.items {
+                if let Some(newest) = newest.get(item.identity.id()).filter(|newest| **newest < item.version) {
+                    let [counts, passed_over] = [*newest, item.version].map(|version| item.kind.versions[version]);
+                    let id = item.identity.id();
+                    let message = format!("{id}: its {passed_over} is passed over, as its {counts} is here too");
+                    problems.note(base.place(item.name), message);
+                    continue;
+                }
                 let substitute = passed_over.get(item.identity.id()).copied();
                 manifests.place(item, source, base, substitute, problems);
             }
@@ -351,6 +364,16 @@ impl Manifests {
             body.place(base, number, self);
         }
     }
+}
+
+/// The newest version of each object of a kind that is read in several.
+fn newest_versions(texts: &Texts) -> HashMap<&ObjectId, usize> {
+    let mut newest: HashMap<&ObjectId, usize> = HashMap::new();
+    for item in texts.pieces().flat_map(|(_, _, piece)| &piece.items).filter(|item| item.kind.versions.len() > 1) {
+        let version = newest.entry(item.identity.id()).or_insert(item.version);
+        *version = item.version.min(*version);
+    }
+    newest
 }
 
 /// Reports what was found in a piece of text, at the place where it is now.

@@ -54,6 +54,9 @@ pub(super) struct Piece {
 #[derive(Debug)]
 pub(super) struct Item {
     pub(super) identity: Arc<Identity>,
+    pub(super) kind: &'static Kind,
+    /// Which of the kind's versions it is given in.
+    pub(super) version: usize,
     /// The object with all that is in it.
     pub(super) extent: Span,
     /// Where it begins.
@@ -210,14 +213,15 @@ impl Reading<'_> {
                 None => problems.note(kind_span, format!("{kind_name} of {api_version} is skipped")),
             };
         };
-        if version != kind.version && (group, version) != CALICO_CRD {
+        let known = kind.versions.iter().position(|known| *known == version);
+        let Some(version) = known.or((group, version).eq(&CALICO_CRD).then_some(0)) else {
             let help = format!("write apiVersion: {}", kind.api_version(group));
             return problems.error(version_span, format!("{kind_name} of {api_version} is not read"), help);
-        }
-        self.add_object(kind, node);
+        };
+        self.add_object(kind, version, node);
     }
 
-    fn add_object(&mut self, kind: &'static Kind, node: Node) {
+    fn add_object(&mut self, kind: &'static Kind, version: usize, node: Node) {
         let metadata = At::root(&node).key("metadata");
         let field = |key: &str| node.get("metadata").and_then(|metadata| metadata.get(key));
         let Some(name) = field("name").and_then(Node::as_str).filter(|name| !name.is_empty()) else {
@@ -241,6 +245,8 @@ impl Reading<'_> {
         let body = Body::read(kind, Untyped { id: &id, node, unknown: kind.unknown, problems: &mut problems });
         let item = Item {
             identity: self.identities.of(id),
+            kind,
+            version,
             extent,
             start,
             name,

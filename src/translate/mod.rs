@@ -5,6 +5,7 @@
 
 mod cluster;
 mod host;
+mod host_ports;
 mod local_pods;
 mod policy;
 mod ports;
@@ -32,6 +33,7 @@ use crate::{
 
 use cluster::Described;
 pub use cluster::workload_device;
+pub use host_ports::Unserved;
 pub use local_pods::{LocalPod, LocalPods};
 use ports::Publishers;
 
@@ -60,6 +62,8 @@ pub struct Loaded {
     pub local_pods: Arc<LocalPods>,
     /// Names of those whose objects are not there yet. They are workloads that no policy lets anything through to or from.
     pub undescribed: BTreeSet<String>,
+    /// Host ports that are not served, or not on all their addresses.
+    pub unserved_host_ports: Vec<Unserved>,
     publishers: Publishers,
     /// How long it took.
     pub times: LoadTimes,
@@ -343,7 +347,8 @@ fn translate(
 ) -> Result<Loaded, Problems> {
     let (mut cluster, described) = cluster::translate(&config, manifests, local_pods, &mut problems);
     host::translate(&config, manifests, &mut cluster, &mut problems);
-    let services = services::translate(&config, manifests, &cluster, &mut kept.services, &mut problems);
+    let mut services = services::translate(&config, manifests, &cluster, &mut kept.services, &mut problems);
+    let unserved_host_ports = host_ports::translate(&config, manifests, &cluster, &mut services, &mut problems);
     let policy = policy::translate(&config, manifests, &cluster, &described, &mut kept.policy, &mut problems);
     let undescribed = cluster.workloads.iter().zip(&described);
     let undescribed = undescribed.filter(|(_, by)| matches!(by, Described::NotYet)).map(|(pod, _)| pod.name.clone());
@@ -371,6 +376,7 @@ fn translate(
         faulty: Vec::new(),
         local_pods: Arc::clone(local_pods),
         undescribed,
+        unserved_host_ports,
         publishers: Publishers::take(manifests),
         times: LoadTimes::default(),
     })

@@ -24,7 +24,8 @@ fn outcome(loaded: &Result<(Loaded, Option<Problems>), Problems>) -> String {
         writeln!(text, "{}: {:?}", service.name, origin(service.origin)).expect("a String takes it");
         service.origin = 0;
     }
-    writeln!(text, "{services:#?}\n{:#?}", loaded.policy.endpoints).expect("a String takes it");
+    writeln!(text, "{services:#?}\n{:#?}\n{:?}", loaded.policy.endpoints, loaded.unserved_host_ports)
+        .expect("a String takes it");
     for policy in loaded.policy.tiers.iter().flat_map(|tier| &tier.policies) {
         let parts = (&policy.selector, &policy.ingress, &policy.egress, origin(policy.origin));
         writeln!(text, "{}: {parts:#?}", policy.name).expect("a String takes it");
@@ -48,7 +49,21 @@ impl Editor {
     fn document(&mut self) -> String {
         let (name, other, number) = (self.below(6), self.below(6), self.below(200));
         let bad = self.below(12) == 0;
-        match self.below(7) {
+        match self.below(9) {
+            7 => format!(
+                "apiVersion: policy.networking.k8s.io/{}\nkind: ClusterNetworkPolicy\nmetadata: {{name: c{name}}}\nspec:\n  tier: Admin\n  \
+                 priority: {number}\n  subject: {{namespaces: {{}}}}\n  egress:\n  - action: {}\n    to: [{{nodes: {{matchLabels: {{l: \
+                 v{}}}}}}}]\n",
+                ["v1alpha2", "v1beta1"][number % 2],
+                if bad { "Maybe" } else { "Deny" },
+                other % 3
+            ),
+            8 => format!(
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: p{name}, namespace: x}}\nspec:\n  nodeName: node-a\n  containers: [{{name: \
+                 c, ports: [{{containerPort: 80, hostPort: {}, hostIP: '{}'}}]}}]\nstatus: {{podIP: 10.1.0.{number}}}\n",
+                8000 + number % 3,
+                if bad { "here" } else { ["", "0.0.0.0", "192.168.0.1"][other % 3] }
+            ),
             0 => format!(
                 "apiVersion: v1\nkind: Service\nmetadata: {{name: s{name}, namespace: x}}\nspec:\n  clusterIP: 10.96.{name}.{}\n  \
                  ports:\n  - {{name: a, port: {}, nodePort: {}}}\n  type: NodePort\n",
@@ -84,8 +99,9 @@ impl Editor {
                     .to_owned()
             }
             _ => format!(
-                "apiVersion: v1\nkind: Node\nmetadata: {{name: node-a}}\nstatus:\n  addresses: [{{type: InternalIP, address: \
-                 192.168.0.{number}}}]\n"
+                "apiVersion: v1\nkind: Node\nmetadata: {{name: node-a, labels: {{l: v{}}}}}\nstatus:\n  addresses: [{{type: InternalIP, address: \
+                 192.168.0.{number}}}]\n",
+                other % 3
             ),
         }
     }

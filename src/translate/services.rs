@@ -337,6 +337,7 @@ fn service_ports(
         protocol: port.protocol,
         port: port.port,
         cluster_ips: facts.cluster_ips.iter().map(|(address, _)| *address).collect(),
+        host_port: None,
         node_port: port.node_port,
         external_ips: facts.external_ips.clone(),
         load_balancer_ips: facts.load_balancer_ips.clone(),

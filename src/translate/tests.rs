@@ -18,6 +18,7 @@ use super::*;
 use crate::config::Source;
 
 mod host;
+mod host_ports;
 mod local_pods;
 mod policy;
 mod review;

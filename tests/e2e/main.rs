@@ -12,6 +12,7 @@ mod errors;
 mod fragments;
 mod hits;
 mod host_endpoints;
+mod host_ports;
 mod hostile;
 mod ipv6;
 mod jumbo;

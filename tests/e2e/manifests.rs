@@ -120,6 +120,19 @@ impl Manifests {
         self.0.iter_mut().find(is_it).expect("a pod with that name")["metadata"]["uid"] = uid.into();
     }
 
+    /// Gives the pod that was added last a port of the node: `hostIP` (empty: none), protocol, the node's port and the pod's own.
+    pub fn host_port(&mut self, host_ip: &str, protocol: &str, host_port: u16, port: u16) {
+        let container = &mut self.0.last_mut().expect("a pod")["spec"]["containers"][0];
+        let mut value = json!({"containerPort": port, "hostPort": host_port, "protocol": protocol});
+        if !host_ip.is_empty() {
+            value["hostIP"] = host_ip.into();
+        }
+        match container["ports"].as_array_mut() {
+            Some(ports) => ports.push(value),
+            None => container["ports"] = json!([value]),
+        }
+    }
+
     /// Gives the pod that was added last a service account.
     pub fn service_account(&mut self, name: &str) {
         self.0.last_mut().expect("a pod")["spec"]["serviceAccountName"] = name.into();

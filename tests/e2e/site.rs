@@ -223,8 +223,18 @@ impl Site {
 
     /// Changes the policies, and waits until every router has taken them over.
     pub fn set_policies(&self, text: &str) {
+        self.set_file("policies.yaml", text);
+    }
+
+    /// Changes the cluster, likewise.
+    pub fn set_cluster(&self, text: &str) {
+        let nodes: Vec<&str> = self.configs.keys().map(String::as_str).collect();
+        self.set_file("cluster.yaml", &self.with_node_names(text, &nodes));
+    }
+
+    fn set_file(&self, name: &str, text: &str) {
         let before: Vec<usize> = self.routers.values().map(|r| r.log().matches("reloaded").count()).collect();
-        self.write("policies.yaml", text);
+        self.write(name, text);
         for (router, before) in self.routers.values().zip(before) {
             wait_until("the reload", DEADLINE, || (router.log().matches("reloaded").count() > before).then_some(()))
                 .unwrap();

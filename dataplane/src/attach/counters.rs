@@ -50,11 +50,13 @@ pub enum Counter {
     UplinkMerged,
     /// Packets of such flows lost: the kernel had no memory to change them.
     OffloadFailed,
+    /// What the node's own processes sent to node ports and host ports of the node itself, put into the trunk.
+    LoopbackTaken,
 }
 
 impl Counter {
     /// All of them, in the order of their slots.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::TrunkTaken,
         Self::TrunkUnclaimed,
         Self::WorkloadSent,
@@ -75,6 +77,7 @@ impl Counter {
         Self::OffloadStale,
         Self::UplinkMerged,
         Self::OffloadFailed,
+        Self::LoopbackTaken,
     ];
 
     /// Its name in metrics, in snake case.
@@ -100,6 +103,7 @@ impl Counter {
             Self::OffloadStale => "offload_stale",
             Self::UplinkMerged => "uplink_merged",
             Self::OffloadFailed => "offload_failed",
+            Self::LoopbackTaken => "loopback_taken",
         }
     }
 }

@@ -21,16 +21,22 @@ pub(super) const MAX_WORKLOADS: u32 = 4096;
 pub(super) const MAX_NODE_ADDRESSES: u32 = 4096;
 /// Owned prefixes, of each family.
 pub(super) const MAX_PREFIXES: u32 = 262_144;
+/// Ports of the node's own addresses, of each family.
+pub(super) const MAX_OWN_PORTS: u32 = 262_144;
 /// Words of the port bitmaps: two sets, three protocols.
 pub(super) const PORT_WORDS: u32 = 2 * 3 * 65_536 / 64;
 
 /// A workload's entry: the MAC address of its host end, whether its peer lies in another namespace, and a zero.
 pub(super) type WorkloadEntry = [u8; 8];
 
+/// A port of one of the node's addresses: the address, the port, both in network order, the protocol, and a zero.
+pub(super) type OwnPortV4 = [u8; 8];
+pub(super) type OwnPortV6 = [u8; 20];
+
 const SOCKETS: &str = "sockets";
 
 /// Name, type, bytes of key and value, entries of each shared map. A pinned map that differs is of another version.
-const LAYOUT: [(&str, MapType, u32, u32, u32); 8] = [
+const LAYOUT: [(&str, MapType, u32, u32, u32); 10] = [
     ("counters", MapType::PerCpuArray, 4, 8, 64),
     ("workloads", MapType::Hash, 4, size_of::<WorkloadEntry>() as u32, MAX_WORKLOADS),
     ("prefixes_v4", MapType::LpmTrie, 8, 4, MAX_PREFIXES),
@@ -38,6 +44,8 @@ const LAYOUT: [(&str, MapType, u32, u32, u32); 8] = [
     ("node_v4", MapType::Hash, 4, 4, MAX_NODE_ADDRESSES),
     ("node_v6", MapType::Hash, 16, 4, MAX_NODE_ADDRESSES),
     ("ports", MapType::Array, 4, 8, PORT_WORDS),
+    ("own_ports_v4", MapType::Hash, size_of::<OwnPortV4>() as u32, 4, MAX_OWN_PORTS),
+    ("own_ports_v6", MapType::Hash, size_of::<OwnPortV6>() as u32, 4, MAX_OWN_PORTS),
     ("identity", MapType::Array, 4, 8, 1),
 ];
 

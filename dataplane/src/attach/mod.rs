@@ -10,6 +10,7 @@
 //! | `trunk_receive` | XDP of weir1 | gives everything to the socket of its queue |
 //! | `trunk_deliver` | tc ingress of weir0 | gives what weir sends to the device in the source MAC, else to the node's kernel |
 //! | `host_send` | tc egress of weir0, where flows are handed over | carries what the node's kernel sends to pods |
+//! | `loopback_send` | tc egress of lo | redirects what the node's processes send to node ports and host ports of the node itself to weir0 |
 //! | `uplink_receive` | XDP of each uplink | gives what weir owns to the socket of its queue, leaves the rest to the kernel |
 //! | `uplink_carry` | tc ingress of each uplink, where flows are handed over | gives packets of such flows, which `uplink_receive` leaves to the kernel's GRO, to their pods |
 //! | `uplink_take` | tc ingress of an uplink, in place of both ([`UplinkHook::Tc`]) | carries what was handed over; gives the rest of what weir owns to the sockets of the trunk, as `workload_send` does |
@@ -89,6 +90,9 @@ const TRUNK_RECEIVE: &str = "trunk_receive";
 const TRUNK_DELIVER: &str = "trunk_deliver";
 const WORKLOAD_SEND: &str = "workload_send";
 const HOST_SEND: &str = "host_send";
+const LOOPBACK_SEND: &str = "loopback_send";
+/// The name of the loopback device is the same everywhere.
+const LOOPBACK: &str = "lo";
 const UPLINK_RECEIVE: &str = "uplink_receive";
 const UPLINK_CARRY: &str = "uplink_carry";
 const UPLINK_TAKE: &str = "uplink_take";
@@ -229,6 +233,13 @@ impl Attachment {
         } else {
             pins::unpin_link(&pins.host_send())?;
         }
+        pins::attach_tcx(
+            classifier(&mut object, LOOPBACK_SEND)?,
+            LOOPBACK_SEND,
+            LOOPBACK,
+            TcAttachType::Egress,
+            &pins.loopback_send(),
+        )?;
         // Loaded now, so that it is refused now, not at the first workload.
         classifier(&mut object, WORKLOAD_SEND)?;
         trunk.set_up()?;
@@ -246,6 +257,12 @@ impl Attachment {
                 mode: "no-offload",
                 reason: "transmit checksum, segmentation and VLAN offload are off: XDP on weir1 sees whole frames only"
                     .to_owned(),
+            },
+            ModeReport {
+                device: LOOPBACK.to_owned(),
+                program: LOOPBACK_SEND,
+                mode: "tcx",
+                reason: "what the node sends to node ports and host ports of its own leaves by no route".to_owned(),
             },
         ];
 
@@ -445,7 +462,7 @@ impl Attachment {
         sockets.set(queue, socket, 0).map_err(map_error("sockets"))
     }
 
-    /// Tells the uplink programs what weir owns. What was owned and stays so is owned at every moment between.
+    /// Tells the programs what weir owns. What was owned and stays so is owned at every moment between.
     ///
     /// # Errors
     /// Where something does not fit, or a map cannot be written.

@@ -1,4 +1,4 @@
-//! What weir owns, told to the uplink program.
+//! What weir owns, told to the programs.
 
 use std::{collections::HashSet, hash::Hash, net::IpAddr, ops::RangeInclusive};
 
@@ -11,7 +11,7 @@ use weir_packet::Protocol;
 
 use super::{
     AttachError,
-    maps::{MAX_NODE_ADDRESSES, MAX_PREFIXES, PORT_WORDS, map_error, take},
+    maps::{MAX_NODE_ADDRESSES, MAX_OWN_PORTS, MAX_PREFIXES, OwnPortV4, OwnPortV6, PORT_WORDS, map_error, take},
 };
 
 /// What uplinks take away from the node's kernel.
@@ -30,6 +30,9 @@ pub struct Owned {
     pub ports: Vec<(Protocol, RangeInclusive<u16>)>,
     /// Ports of the node's addresses that stay the kernel's in any case, also if owned.
     pub failsafe_ports: Vec<(Protocol, u16)>,
+    /// What is weir's also where the node itself asks for it: node ports and host ports, each on one of the node's addresses, loopback ones
+    /// among them. Those at failsafe ports stay the kernel's.
+    pub own_ports: Vec<(IpAddr, Protocol, u16)>,
 }
 
 /// First word of the owned ports and of the failsafe ports in the bitmaps (`enum port_set` of `bpf/weir.h`).
@@ -46,6 +49,8 @@ pub(super) struct OwnedMaps {
     node_v4: HashMap<MapData, [u8; 4], u32>,
     node_v6: HashMap<MapData, [u8; 16], u32>,
     ports: Array<MapData, u64>,
+    own_ports_v4: HashMap<MapData, OwnPortV4, u32>,
+    own_ports_v6: HashMap<MapData, OwnPortV6, u32>,
 }
 
 impl OwnedMaps {
@@ -56,6 +61,8 @@ impl OwnedMaps {
             node_v4: take(object, "node_v4")?,
             node_v6: take(object, "node_v6")?,
             ports: take(object, "ports")?,
+            own_ports_v4: take(object, "own_ports_v4")?,
+            own_ports_v6: take(object, "own_ports_v6")?,
         })
     }
 
@@ -67,6 +74,8 @@ impl OwnedMaps {
         let old_ports = self.read_ports()?;
         let old_node_v4 = collect("node_v4", self.node_v4.keys())?;
         let old_node_v6 = collect("node_v6", self.node_v6.keys())?;
+        let old_own_v4 = collect("own_ports_v4", self.own_ports_v4.keys())?;
+        let old_own_v6 = collect("own_ports_v6", self.own_ports_v6.keys())?;
         let old_prefixes_v4 = collect("prefixes_v4", self.prefixes_v4.keys().map(|key| key.map(plain)))?;
         let old_prefixes_v6 = collect("prefixes_v6", self.prefixes_v6.keys().map(|key| key.map(plain)))?;
 
@@ -85,6 +94,19 @@ impl OwnedMaps {
         }
         for &(bits, address) in wanted.prefixes_v6.difference(&old_prefixes_v6) {
             self.prefixes_v6.insert(&Key::new(bits, address), 1, 0).map_err(map_error("prefixes_v6"))?;
+        }
+
+        for port in wanted.own_v4.difference(&old_own_v4) {
+            self.own_ports_v4.insert(port, 1, 0).map_err(map_error("own_ports_v4"))?;
+        }
+        for port in wanted.own_v6.difference(&old_own_v6) {
+            self.own_ports_v6.insert(port, 1, 0).map_err(map_error("own_ports_v6"))?;
+        }
+        for port in old_own_v4.difference(&wanted.own_v4) {
+            self.own_ports_v4.remove(port).map_err(map_error("own_ports_v4"))?;
+        }
+        for port in old_own_v6.difference(&wanted.own_v6) {
+            self.own_ports_v6.remove(port).map_err(map_error("own_ports_v6"))?;
         }
 
         // An address that stops being the node's becomes a prefix's before that prefix goes.
@@ -127,6 +149,8 @@ struct Wanted {
     node_v4: HashSet<[u8; 4]>,
     node_v6: HashSet<[u8; 16]>,
     ports: PortWords,
+    own_v4: HashSet<OwnPortV4>,
+    own_v6: HashSet<OwnPortV6>,
 }
 
 impl Wanted {
@@ -137,6 +161,8 @@ impl Wanted {
             node_v4: HashSet::new(),
             node_v6: HashSet::new(),
             ports: vec![0; PORT_WORDS as usize].into_boxed_slice(),
+            own_v4: HashSet::new(),
+            own_v6: HashSet::new(),
         };
         for prefix in &owned.prefixes {
             match prefix.trunc() {
@@ -158,10 +184,23 @@ impl Wanted {
         for (protocol, port) in &owned.failsafe_ports {
             wanted.set_port(FAILSAFE_SET, *protocol, *port)?;
         }
+        let failsafe: HashSet<_> = owned.failsafe_ports.iter().copied().collect();
+        for &(address, protocol, port) in &owned.own_ports {
+            if failsafe.contains(&(protocol, port)) {
+                continue;
+            }
+            let [high, low] = port.to_be_bytes();
+            let rest = [high, low, protocol.0, 0];
+            match address {
+                IpAddr::V4(address) => wanted.own_v4.insert(joined(&address.octets(), rest)),
+                IpAddr::V6(address) => wanted.own_v6.insert(joined(&address.octets(), rest)),
+            };
+        }
         // The kernel holds the new beside the old for a moment; what does not even fit alone is refused before anything
         // is changed.
         fits("owned prefixes", wanted.prefixes_v4.len().max(wanted.prefixes_v6.len()), MAX_PREFIXES)?;
         fits("node addresses", wanted.node_v4.len().max(wanted.node_v6.len()), MAX_NODE_ADDRESSES)?;
+        fits("ports of the node's addresses", wanted.own_v4.len().max(wanted.own_v6.len()), MAX_OWN_PORTS)?;
         Ok(wanted)
     }
 
@@ -176,6 +215,15 @@ impl Wanted {
         self.ports[first + usize::from(port / 64)] |= 1 << (port % 64);
         Ok(())
     }
+}
+
+/// An address and what follows it in a map's key.
+fn joined<const BYTES: usize>(address: &[u8], rest: [u8; 4]) -> [u8; BYTES] {
+    let mut key = [0; BYTES];
+    let (start, end) = key.split_at_mut(address.len());
+    start.copy_from_slice(address);
+    end.copy_from_slice(&rest);
+    key
 }
 
 fn fits(what: &'static str, count: usize, max: u32) -> Result<(), AttachError> {
@@ -219,6 +267,27 @@ mod tests {
         let mut address = [0; 16];
         address[0] = 0xfd;
         assert_eq!(wanted.prefixes_v6, HashSet::from([(64, address)]));
+    }
+
+    #[test]
+    fn own_ports_are_keys_as_the_program_makes_them() {
+        let own = |address: &str, protocol, port| (address.parse().unwrap(), protocol, port);
+        let owned = Owned {
+            failsafe_ports: vec![(Protocol::TCP, 22)],
+            own_ports: vec![
+                own("192.0.2.1", Protocol::UDP, 0x1234),
+                own("127.0.0.1", Protocol::TCP, 22),
+                own("127.0.0.1", Protocol::UDP, 22),
+                own("::1", Protocol::TCP, 80),
+            ],
+            ..Owned::default()
+        };
+        let wanted = Wanted::of(&owned).unwrap();
+        assert_eq!(wanted.own_v4, HashSet::from([[192, 0, 2, 1, 0x12, 0x34, 17, 0], [127, 0, 0, 1, 0, 22, 17, 0]]));
+        assert_eq!(wanted.own_v6, HashSet::from([[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 80, 6, 0]]));
+        let many = (0..=MAX_OWN_PORTS).map(|n| (IpAddr::from((0x0a00_0000 + n).to_be_bytes()), Protocol::TCP, 80));
+        let refused = Wanted::of(&Owned { own_ports: many.collect(), ..Owned::default() });
+        assert!(matches!(refused, Err(AttachError::TooMany { .. })));
     }
 
     #[test]

@@ -95,6 +95,10 @@ impl Pins {
         self.dir.join("trunk_host_send")
     }
 
+    pub(super) fn loopback_send(&self) -> PathBuf {
+        self.dir.join("trunk_loopback_send")
+    }
+
     pub(super) fn workload(&self, index: u32) -> PathBuf {
         self.dir.join(format!("{WORKLOAD}{index}"))
     }

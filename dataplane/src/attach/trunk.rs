@@ -174,7 +174,8 @@ fn configure(mtu: u32) -> Result<(), AttachError> {
     ethtool(&["-K", KERNEL_END, "tx", "off", "txvlan", "off", "tx-vlan-stag-hw-insert", "off"])?;
     // What is punted comes from anywhere, the node's own addresses included: a connection of the node to itself by way
     // of a service.
-    for (name, value) in [("rp_filter", "0"), ("accept_local", "1")] {
+    // What a process asks a host port on 127.0.0.1 is answered from there, and nothing else with such an address is punted.
+    for (name, value) in [("rp_filter", "0"), ("accept_local", "1"), ("route_localnet", "1")] {
         write_sysctl(&format!("ipv4/conf/{KERNEL_END}/{name}"), value)?;
     }
     // Absent where the kernel was started without IPv6.

@@ -9,7 +9,9 @@ use std::{
 };
 
 use ipnet::{IpNet, Ipv6Net};
-use weir_nat::{Affinity, Backend, Decision, Endpoint, Family, Model, ServicePort, ServiceTable, TrafficPolicy};
+use weir_nat::{
+    Affinity, Backend, Decision, Endpoint, Family, HostAddresses, Model, ServicePort, ServiceTable, TrafficPolicy,
+};
 use weir_packet::{DropReason, FlowKey, Ports, Protocol, Tick};
 
 /// A family that a model in IPv4 notation can be carried over to.
@@ -80,6 +82,11 @@ pub fn carried<A: Carried>(model: &Model) -> Model {
         for list in [&mut service.cluster_ips, &mut service.external_ips, &mut service.load_balancer_ips] {
             list.iter_mut().for_each(carry);
         }
+        match &mut service.host_port {
+            Some(HostAddresses::One(address)) => carry(address),
+            Some(on @ HostAddresses::Ipv4) if A::BITS == 128 => *on = HostAddresses::Ipv6,
+            _ => {}
+        }
         service.endpoints.iter_mut().for_each(|endpoint| carry(&mut endpoint.address));
     }
     model
@@ -122,6 +129,18 @@ pub fn world(endpoints: Vec<Endpoint>) -> Model {
 /// A service port of a model, to be changed.
 pub fn port(model: &mut Model, index: usize) -> &mut ServicePort {
     Arc::make_mut(&mut model.services[index])
+}
+
+/// A pod's host port, TCP, on this node.
+pub fn host_port(pod: &str, port: u16, on: HostAddresses, address: &str) -> Arc<ServicePort> {
+    Arc::new(ServicePort {
+        name: format!("{pod}:hostPort/{port}"),
+        protocol: Protocol::TCP,
+        port,
+        host_port: Some(on),
+        endpoints: vec![self::on("node-a", address)],
+        ..ServicePort::default()
+    })
 }
 
 /// A ready endpoint on port 8080.

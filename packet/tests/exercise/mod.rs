@@ -6,12 +6,14 @@ use std::net::IpAddr;
 
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use weir_packet::{
-    Address, FlowKey, Mac, Ports, Protocol,
+    Address, DropReason, FlowKey, Mac, Ports, Protocol,
     build::{
         IcmpError, MAX_BUILT_BYTES, arp_reply, fragment_ipv4, icmp_error, neighbor_advertisement, solicited_target,
         tcp_reset,
     },
-    parse::{Kind, Parsed, View, inner_of_ipip, l4_checksum_ok, parse, parse_embedded, parse_start},
+    parse::{
+        Kind, Parsed, View, inner_of_ipip, l4_checksum_ok, parse, parse_embedded, parse_start, parse_start_of_own,
+    },
     rewrite::{apply_tos, decrement_ttl, translate, translate_icmp_error},
 };
 
@@ -97,6 +99,16 @@ fn exercise_start<A: Family>(start: &[u8], frame: &[u8], view: &View<A>) {
 /// Where something does not hold that a view promises, or etherparse reads the frame differently.
 pub fn exercise_frame(frame: &[u8]) {
     let parsed = parse(frame);
+    // A node's own kernel may send more, but nothing else.
+    let own = parse_start_of_own(frame, frame.len());
+    if parsed != Err(DropReason::MartianAddress) {
+        assert_eq!(own, parsed);
+    }
+    match own {
+        Ok(Parsed::V4(view)) => exercise(frame, &view),
+        Ok(Parsed::V6(view)) => exercise(frame, &view),
+        _ => {}
+    }
     // What is in memory in parts is read by its first one, if that has the headers, as the whole is.
     for bytes in [14, 42, 54, 75, frame.len() / 2].into_iter().filter(|bytes| *bytes < frame.len()) {
         let start = &frame[..bytes];

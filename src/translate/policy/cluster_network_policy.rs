@@ -1,6 +1,8 @@
 //! ClusterNetworkPolicy: policies of the tiers before and after that of NetworkPolicies.
 
+use ipnet::IpNet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use weir_dataplane::model::Cluster;
 use weir_packet::Protocol;
 use weir_policy::{
     PolicyDirection, Selector,
@@ -9,7 +11,7 @@ use weir_policy::{
 
 use super::{
     PolicyName,
-    labels::{NAMESPACE_LABEL, NAMESPACE_PREFIX},
+    labels::{Labels, NAMESPACE_LABEL, NAMESPACE_PREFIX},
     rules::network,
     selectors::{label_selector, pods},
     tiers::{ADMIN_TIER, BASELINE_TIER},
@@ -17,10 +19,10 @@ use super::{
 use crate::{
     config::Problems,
     manifests::{
-        Object,
+        Manifests, Object,
         at::{At, Reporter},
         cluster_network_policy::{
-            ClusterAction, ClusterNetworkPolicy, ClusterTier, DestinationPort, EgressPeer, NamespacedPods,
+            ClusterAction, ClusterNetworkPolicy, ClusterTier, DestinationPort, EgressPeer, EgressRule, NamespacedPods,
             ProtocolMatch,
         },
     },
@@ -29,9 +31,40 @@ use crate::{
 
 const MAX_PRIORITY: u16 = 1000;
 
+/// The nodes that egress rules may name.
+pub(super) struct Nodes<'m> {
+    manifests: &'m Manifests,
+    /// In the order of the manifests.
+    cluster: &'m Cluster,
+}
+
+impl<'m> Nodes<'m> {
+    pub(super) fn new(manifests: &'m Manifests, cluster: &'m Cluster) -> Self {
+        debug_assert_eq!(manifests.nodes.len(), cluster.nodes.len());
+        Self { manifests, cluster }
+    }
+
+    /// The IP addresses in status.addresses of the nodes that `selector` selects, which is what the API says that nodes are. A tunnel's
+    /// address is none of these.
+    fn selected(&self, selector: &Selector) -> Vec<Peer> {
+        let none = Labels::new();
+        let nodes = self.manifests.nodes.iter().zip(&self.cluster.nodes);
+        let selected =
+            nodes.filter(|(object, _)| selector.matches(object.value.metadata.labels.as_ref().unwrap_or(&none)));
+        let addresses = selected.flat_map(|(_, node)| node.internal_ips.iter().chain(&node.other_ips));
+        addresses.map(|address| Peer::Block { cidr: IpNet::from(*address), except: Vec::new() }).collect()
+    }
+}
+
+/// Whether a policy says something about nodes, which are other objects.
+pub(super) fn names_nodes(policy: &ClusterNetworkPolicy) -> bool {
+    policy.spec.egress.iter().flat_map(|rule| &rule.to).any(|peer| peer.nodes.is_some())
+}
+
 /// The policy and its tier.
 pub(super) fn cluster_network_policy(
     object: &Object<ClusterNetworkPolicy>,
+    nodes: &Nodes<'_>,
     problems: &mut Problems,
 ) -> (&'static str, Policy) {
     let mut report = object.reporter(problems);
@@ -55,7 +88,8 @@ pub(super) fn cluster_network_policy(
             let read = selected(&peer.namespaces, &peer.pods, at, &field, &mut report);
             peers.extend(one_of(read, "namespaces, pods", at, &field, &mut report).into_iter().map(Peer::Selector));
         }
-        let rule = RuleParts { index, action: rule.action, peers, protocols: &rule.protocols };
+        let names_peers = !rule.from.is_empty();
+        let rule = RuleParts { index, action: rule.action, names_peers, peers, protocols: &rule.protocols };
         ingress.extend(rule.rules(PolicyDirection::Ingress, at, &field, &mut report));
     }
     let mut egress = Vec::new();
@@ -64,9 +98,11 @@ pub(super) fn cluster_network_policy(
         let mut peers = Vec::new();
         for (number, peer) in rule.to.iter().enumerate() {
             let (at, field) = (at.key("to").item(number), format!("{field}.to[{number}]"));
-            peers.extend(egress_peers(peer, at, &field, &mut report));
+            peers.extend(egress_peers(peer, nodes, at, &field, &mut report));
         }
-        let rule = RuleParts { index, action: rule.action, peers, protocols: &rule.protocols };
+        named_ports_of_addresses(rule, at, &field, &mut report);
+        let names_peers = !rule.to.is_empty();
+        let rule = RuleParts { index, action: rule.action, names_peers, peers, protocols: &rule.protocols };
         egress.extend(rule.rules(PolicyDirection::Egress, at, &field, &mut report));
     }
     let tier = match spec.tier {
@@ -123,19 +159,24 @@ fn one_of<T>(read: Vec<T>, of: &str, at: At<'_>, field: &str, report: &mut Repor
     read.into_iter().next().filter(|_| is_one)
 }
 
-fn egress_peers(peer: &EgressPeer, at: At<'_>, field: &str, report: &mut Reporter<'_>) -> Vec<Peer> {
-    for (key, is_given, why) in [
-        (
-            "nodes",
-            peer.nodes.is_some(),
-            "nodes are no peers of Calico's policy either: write their addresses as networks",
-        ),
-        ("domainNames", peer.domain_names.is_some(), "weir does not follow DNS: write addresses as networks"),
-    ] {
-        if is_given {
-            report.error(at.name_of(key), format_args!("{field}.{key} is not enforced"), why.to_owned());
-            return Vec::new();
-        }
+/// What has addresses and no containers calls no port by a name.
+fn named_ports_of_addresses(rule: &EgressRule, at: At<'_>, field: &str, report: &mut Reporter<'_>) {
+    let has_addresses = |peer: &EgressPeer| peer.networks.is_some() || peer.nodes.is_some();
+    if !rule.to.iter().any(has_addresses) {
+        return;
+    }
+    for (index, _) in rule.protocols.iter().enumerate().filter(|(_, entry)| entry.destination_named_port.is_some()) {
+        let at = at.key("protocols").item(index).key("destinationNamedPort");
+        let message = format_args!("{field}.protocols[{index}].destinationNamedPort stands beside networks or nodes");
+        report.error(at, message, "only pods' ports have names: write a number, or make two rules of it".to_owned());
+    }
+}
+
+fn egress_peers(peer: &EgressPeer, nodes: &Nodes<'_>, at: At<'_>, field: &str, report: &mut Reporter<'_>) -> Vec<Peer> {
+    if peer.domain_names.is_some() {
+        let help = "weir does not follow DNS: write addresses as networks".to_owned();
+        report.error(at.name_of("domainNames"), format_args!("{field}.domainNames is not enforced"), help);
+        return Vec::new();
     }
     let mut read: Vec<Vec<Peer>> = selected(&peer.namespaces, &peer.pods, at, field, report)
         .into_iter()
@@ -149,13 +190,19 @@ fn egress_peers(peer: &EgressPeer, at: At<'_>, field: &str, report: &mut Reporte
             .filter_map(|(index, text)| network(text, at.item(index), &format!("{field}.networks[{index}]"), report));
         read.push(cidrs.map(|cidr| Peer::Block { cidr, except: Vec::new() }).collect());
     }
-    one_of(read, "namespaces, pods, networks", at, field, report).unwrap_or_default()
+    if let Some(selector) = &peer.nodes {
+        let selector = label_selector(selector, "", at.key("nodes"), &format!("{field}.nodes"), report);
+        read.push(nodes.selected(&selector));
+    }
+    one_of(read, "namespaces, pods, nodes, networks", at, field, report).unwrap_or_default()
 }
 
 /// A rule whose peers are read.
 struct RuleParts<'p> {
     index: usize,
     action: ClusterAction,
+    names_peers: bool,
+    /// May be none: where no node has the labels, say.
     peers: Vec<Peer>,
     protocols: &'p [ProtocolMatch],
 }
@@ -163,7 +210,7 @@ struct RuleParts<'p> {
 impl RuleParts<'_> {
     /// One rule for each protocol entry.
     fn rules(self, direction: PolicyDirection, at: At<'_>, field: &str, report: &mut Reporter<'_>) -> Vec<Rule> {
-        if self.peers.is_empty() {
+        if !self.names_peers {
             let key = if direction == PolicyDirection::Ingress { "from" } else { "to" };
             let help = "name at least one peer; namespaces: {} is all pods".to_owned();
             report.error(at.key(key), format_args!("{field}.{key} names no peer"), help);
@@ -177,7 +224,9 @@ impl RuleParts<'_> {
             ports.push((None, None));
         }
         let rule = |(protocol, ports): (Option<Protocol>, Option<Vec<PortMatch>>)| {
-            let peers = EntityMatch { any_of: self.peers.clone(), ..EntityMatch::default() };
+            // An empty list of peers would be no condition; an empty list of networks is one that nothing meets.
+            let nobody = self.peers.is_empty().then(Vec::new);
+            let peers = EntityMatch { any_of: self.peers.clone(), nets: nobody, ..EntityMatch::default() };
             let (source, mut destination) = match direction {
                 PolicyDirection::Ingress => (peers, EntityMatch::default()),
                 PolicyDirection::Egress => (EntityMatch::default(), peers),

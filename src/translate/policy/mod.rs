@@ -19,7 +19,9 @@ use weir_policy::model::{Model, Policy};
 
 pub(super) use self::endpoints::Kept;
 
-use self::{labels::Inherited, rules::RuleReader, services::ServiceEndpoints, tiers::Tiers};
+use self::{
+    cluster_network_policy::Nodes, labels::Inherited, rules::RuleReader, services::ServiceEndpoints, tiers::Tiers,
+};
 use crate::{
     config::{Problems, RouterConfig},
     manifests::{Content, Manifests, Object, ObjectId, calico::policy::Rule as CalicoRule},
@@ -41,11 +43,11 @@ pub(super) fn translate(
     let services = ServiceEndpoints::new(manifests);
     let reader = RuleReader { namespace: None, services: &services };
     let profiles = profiles::profiles(manifests, &endpoints, reader, problems);
-    let tiers = tiers(manifests, &services, problems).into_tiers();
+    let tiers = tiers(manifests, &services, &Nodes::new(manifests, cluster), problems).into_tiers();
     Model { endpoints, tiers, profiles }
 }
 
-fn tiers(manifests: &Manifests, services: &ServiceEndpoints<'_>, problems: &mut Problems) -> Tiers {
+fn tiers(manifests: &Manifests, services: &ServiceEndpoints<'_>, nodes: &Nodes<'_>, problems: &mut Problems) -> Tiers {
     let mut tiers = Tiers::new(manifests);
     for object in &manifests.network_policies {
         let make = |object: &_, problems: &mut _| kubernetes::network_policy(object, problems).map(Arc::new);
@@ -91,11 +93,12 @@ fn tiers(manifests: &Manifests, services: &ServiceEndpoints<'_>, problems: &mut 
     }
     for object in &manifests.cluster_network_policies {
         let make = |object: &_, problems: &mut _| {
-            let (tier, policy) = cluster_network_policy::cluster_network_policy(object, problems);
+            let (tier, policy) = cluster_network_policy::cluster_network_policy(object, nodes, problems);
             (tier, Arc::new(policy))
         };
-        let (tier, policy) = object.made(problems, make);
-        tiers.add(tier, Arc::clone(policy));
+        let is_alone = !cluster_network_policy::names_nodes(&object.value);
+        let (tier, policy) = if is_alone { object.made(problems, make).clone() } else { make(object, problems) };
+        tiers.add(tier, policy);
     }
     for faulty in &manifests.denying {
         let (tier, policy) = denying::denying(faulty);

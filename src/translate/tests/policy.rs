@@ -373,6 +373,147 @@ fn rule_31_cluster_network_policies_stand_before_and_after_network_policies() {
     assert_flows(&(baseline + open), &["+blue/b > red/a tcp:80", "-red/a > blue/a tcp:80"]);
 }
 
+/// A ClusterNetworkPolicy for all pods of red, with these egress rules.
+fn cluster_policy(version: &str, egress: &str) -> String {
+    format!(
+        "---\napiVersion: policy.networking.k8s.io/{version}\nkind: ClusterNetworkPolicy\nmetadata: {{name: p}}\nspec: {{tier: Admin, \
+         priority: 1, subject: {{namespaces: {{matchLabels: {{team: r}}}}}}, egress: [{egress}]}}\n"
+    )
+}
+
+/// Nodes beside node-a, which has no labels.
+const MORE_NODES: &str = "---\napiVersion: v1\nkind: Node\nmetadata: {name: node-b, labels: {disk: ssd, os: linux}, annotations: \
+                          {projectcalico.org/IPv4IPIPTunnelAddr: 10.2.0.1}}\nstatus: {addresses: [{type: InternalIP, address: \
+                          192.0.2.2}, {type: ExternalIP, address: 203.0.113.2}, {type: Hostname, address: node-b}]}\n---\napiVersion: \
+                          v1\nkind: Node\nmetadata: {name: node-c, labels: {os: linux}}\nstatus: {addresses: [{type: InternalIP, address: \
+                          192.0.2.3}]}\n";
+
+#[test]
+fn rule_31_nodes_are_peers_by_their_labels() {
+    let with = |egress: &str| MORE_NODES.to_owned() + &cluster_policy("v1beta1", egress);
+    assert_flows(
+        &with("{action: Deny, to: [{nodes: {matchLabels: {os: linux}}}]}"),
+        &[
+            "+red/a > 192.0.2.1 tcp:80",
+            "-red/a > 192.0.2.2 tcp:80",
+            "-red/a > 203.0.113.2 tcp:80",
+            "-red/a > 192.0.2.3 udp:53",
+            // Only what status.addresses has.
+            "+red/a > 10.2.0.1 tcp:80",
+            "+red/a > 192.0.2.77 tcp:80",
+            "+red/a > blue/a tcp:80",
+            "+blue/a > 192.0.2.2 tcp:80",
+        ],
+    );
+    let expression = "{action: Deny, to: [{nodes: {matchExpressions: [{key: disk, operator: DoesNotExist}]}}], protocols: [{tcp: \
+                      {destinationPort: {number: 80}}}]}";
+    assert_flows(
+        &with(expression),
+        &[
+            "-red/a > 192.0.2.1 tcp:80",
+            "+red/a > 192.0.2.1 tcp:81",
+            "+red/a > 192.0.2.2 tcp:80",
+            "-red/a > 192.0.2.3 tcp:80",
+        ],
+    );
+    // An empty selector is all nodes; one that no node meets is nobody, not everybody.
+    let all = with("{action: Deny, to: [{nodes: {}}]}");
+    assert_flows(&all, &["-red/a > 192.0.2.1 tcp:80", "-red/a > 192.0.2.3 tcp:80", "+red/a > 192.0.2.77 tcp:80"]);
+    let none = "{action: Deny, to: [{nodes: {matchLabels: {os: plan9}}}]}";
+    assert_flows(&with(none), &["+red/a > 192.0.2.2 tcp:80", "+red/a > blue/a tcp:80"]);
+    // The conformance suite's own: some nodes' port, another's way to the next tier, no other.
+    let suite = "{action: Accept, to: [{nodes: {matchLabels: {os: linux}}}], protocols: [{tcp: {destinationPort: {number: 80}}}]}, \
+                 {action: Pass, to: [{nodes: {matchLabels: {os: linux}}}], protocols: [{udp: {destinationPort: {number: 53}}}]}, \
+                 {action: Deny, to: [{namespaces: {matchLabels: {team: b}}}, {nodes: {matchLabels: {os: linux}}}, {networks: \
+                 [0.0.0.0/0]}]}";
+    assert_flows(
+        &with(suite),
+        &[
+            "+red/a > 192.0.2.2 tcp:80",
+            "+red/a > 192.0.2.3 udp:53",
+            "-red/a > 192.0.2.2 tcp:81",
+            "-red/a > 192.0.2.3 udp:54",
+            "-red/a > blue/a tcp:80",
+        ],
+    );
+}
+
+#[test]
+fn rule_31_both_versions_of_a_cluster_network_policy_are_one_object() {
+    let deny = "{action: Deny, to: [{networks: [192.0.2.64/26]}]}";
+    let accept = "{action: Accept, to: [{networks: [192.0.2.64/26]}]}";
+    let flow = |passes: bool| [if passes { "+red/a > 192.0.2.77 tcp:80" } else { "-red/a > 192.0.2.77 tcp:80" }];
+    for version in ["v1alpha2", "v1beta1"] {
+        assert_flows(&cluster_policy(version, deny), &flow(false));
+    }
+    // The newer one counts, wherever it stands, also where the older is at fault.
+    for old in [accept, "{action: Perhaps}"] {
+        let [old, new] = [cluster_policy("v1alpha2", old), cluster_policy("v1beta1", deny)];
+        for text in [old.clone() + &new, new.clone() + &old] {
+            let loaded = loaded(WEIR, &(cluster() + &text));
+            assert_eq!(loaded.counts["ClusterNetworkPolicy"], 1);
+            assert_flows(&text, &flow(false));
+        }
+    }
+    let twice = cluster_policy("v1alpha2", accept) + &cluster_policy("v1beta1", deny);
+    assert_said(
+        WEIR,
+        twice.strip_prefix("---\n").unwrap(),
+        &["cluster.yaml:3:18: note: ClusterNetworkPolicy p: its v1alpha2 is passed over, as its v1beta1 is here too"],
+    );
+    let again = cluster_policy("v1beta1", accept) + &cluster_policy("v1beta1", deny);
+    assert_said(
+        WEIR,
+        again.strip_prefix("---\n").unwrap(),
+        &[
+            "cluster.yaml:8:18: error: ClusterNetworkPolicy p is defined twice [the other is at cluster.yaml:3:18; keep one]",
+        ],
+    );
+    assert_said(
+        WEIR,
+        cluster_policy("v1", deny).strip_prefix("---\n").unwrap(),
+        &[
+            "cluster.yaml:1:13: error: ClusterNetworkPolicy of policy.networking.k8s.io/v1 is not read [write apiVersion: \
+             policy.networking.k8s.io/v1beta1]",
+        ],
+    );
+}
+
+#[test]
+fn faults_of_cluster_network_policies() {
+    let said = |egress: &str, expected: &[&str]| {
+        assert_said(WEIR, cluster_policy("v1beta1", egress).strip_prefix("---\n").unwrap(), expected);
+    };
+    said(
+        "{action: Accept, to: [{domainNames: [example.org]}]}",
+        &[
+            "cluster.yaml:4:115: error: ClusterNetworkPolicy p: spec.egress[0].to[0].domainNames is not enforced [weir does not follow \
+             DNS: write addresses as networks]",
+        ],
+    );
+    said(
+        "{action: Deny, to: [{nodes: {}, networks: [10.0.0.0/8]}]}",
+        &[
+            "cluster.yaml:4:112: error: ClusterNetworkPolicy p: spec.egress[0].to[0] is not one of: namespaces, pods, nodes, networks \
+             [give one; make two of it to say either]",
+        ],
+    );
+    said(
+        "{action: Deny, to: [{nodes: {}}], protocols: [{destinationNamedPort: web}]}",
+        &[
+            "cluster.yaml:4:161: error: ClusterNetworkPolicy p: spec.egress[0].protocols[0].destinationNamedPort stands beside networks \
+             or nodes [only pods' ports have names: write a number, or make two rules of it]",
+        ],
+    );
+    said(
+        "{action: Deny, to: []}",
+        &[
+            "cluster.yaml:4:107: error: ClusterNetworkPolicy p: spec.egress[0].to names no peer [name at least one peer; namespaces: {} \
+             is all pods]",
+        ],
+    );
+}
+
 #[test]
 fn two_policies_of_one_name_are_told_apart_by_their_groups() {
     let kubernetes = "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p, namespace: red}\n\

@@ -1,0 +1,243 @@
+//! `hostPort` of this node's pods: frontends on the node's addresses that stand beside services.
+//!
+//! Where two claim the same address, protocol and port, services come before pods (the table has them in that order, as
+//! kube-proxy's rules stand before those of the CNI's portmap), and of two pods one that is not terminating, then the older one.
+
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
+
+use k8s_openapi::{
+    api::core::v1::{Container, Pod},
+    apimachinery::pkg::apis::meta::v1::Time,
+};
+use weir_dataplane::{forwarding::local_workloads, model::Cluster};
+use weir_nat::{Endpoint, HostAddresses, Model, ServicePort};
+use weir_packet::Protocol;
+
+use super::{cluster::is_workload, services::port_number};
+use crate::{
+    config::{Problems, RouterConfig, address::parse_ip},
+    manifests::{Manifests, Object, at::At},
+};
+
+/// A host port that is not served, or not on all its addresses, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unserved {
+    /// "namespace/pod".
+    pub pod: String,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The port.
+    pub port: u16,
+    /// Why, as a sentence.
+    pub why: String,
+}
+
+/// What a pod asks for.
+struct Asked {
+    ports: Vec<HostPort>,
+    /// Whether it is on its way out.
+    terminating: bool,
+    created: Option<Time>,
+}
+
+/// One port of a container.
+struct HostPort {
+    /// Its place: the list of containers, the container, the port.
+    place: (&'static str, usize, usize),
+    protocol: Protocol,
+    port: u16,
+    container_port: u16,
+    host_ip: Option<IpAddr>,
+}
+
+impl HostPort {
+    fn at<'o>(&self, object: &'o Object<Pod>) -> At<'o> {
+        let (list, container, number) = self.place;
+        let port = object.at().key("spec").key(list).item(container).key("ports").item(number);
+        port.key("hostPort")
+    }
+
+    /// Where on the node's addresses.
+    fn on(&self) -> HostAddresses {
+        HostAddresses::of_host_ip(self.host_ip)
+    }
+
+    /// "namespace/pod:hostPort/PORT", with the address in front of the port where it is given: no service port is called so.
+    fn name(&self, object: &Object<Pod>) -> String {
+        let pod = object.full_name();
+        match self.host_ip {
+            None => format!("{pod}:hostPort/{}", self.port),
+            Some(IpAddr::V4(address)) => format!("{pod}:hostPort/{address}:{}", self.port),
+            Some(IpAddr::V6(address)) => format!("{pod}:hostPort/[{address}]:{}", self.port),
+        }
+    }
+}
+
+/// Adds the host ports of this node's pods to `model`, which has the services. Those of which something is not served come back.
+pub(super) fn translate(
+    config: &RouterConfig,
+    manifests: &Manifests,
+    cluster: &Cluster,
+    model: &mut Model,
+    problems: &mut Problems,
+) -> Vec<Unserved> {
+    let addresses: HashMap<&str, &[IpAddr]> =
+        local_workloads(cluster).map(|(_, workload)| (workload.name.as_str(), workload.addresses.as_slice())).collect();
+    let mut pods = Vec::new();
+    for object in &manifests.pods {
+        let is_here = |spec: &k8s_openapi::api::core::v1::PodSpec| spec.node_name.as_ref() == Some(&config.node_name);
+        if !object.value.spec.as_ref().is_some_and(is_here) || !is_workload(&object.value) {
+            continue;
+        }
+        let asked = object.made(problems, asked);
+        let name = object.full_name();
+        // One without an address has nothing to be sent to yet, or any more.
+        if let Some(addresses) = addresses.get(name.as_str()).filter(|_| !asked.ports.is_empty()) {
+            pods.push((asked, name, *addresses, object));
+        }
+    }
+    pods.sort_by(|(a, a_name, ..), (b, b_name, ..)| {
+        (a.terminating, &a.created, a_name).cmp(&(b.terminating, &b.created, b_name))
+    });
+
+    let mut taken = Taken::of_services(model);
+    let mut unserved = Vec::new();
+    for (asked, name, addresses, object) in pods {
+        for port in &asked.ports {
+            let is_failsafe = is_failsafe(port, cluster);
+            let why = match taken.by(port) {
+                _ if is_failsafe => Some(FAILSAFE.to_owned()),
+                other => other.map(|other| format!("{other} has it, and keeps it where both would be open")),
+            };
+            if let Some(why) = why {
+                let message = format!("hostPort {} ({}) is not served: {why}", port.port, port.protocol);
+                object.reporter(problems).warning(port.at(object), message, "give it another port".to_owned());
+                unserved.push(Unserved { pod: name.clone(), protocol: port.protocol, port: port.port, why });
+            }
+            if is_failsafe {
+                continue;
+            }
+            taken.add(port, &name);
+            model.services.push(Arc::new(ServicePort {
+                name: port.name(object),
+                protocol: port.protocol,
+                port: port.port,
+                host_port: Some(port.on()),
+                endpoints: addresses.iter().map(|address| endpoint(*address, port.container_port, config)).collect(),
+                origin: object.origin,
+                ..ServicePort::default()
+            }));
+        }
+    }
+    unserved
+}
+
+fn endpoint(address: IpAddr, port: u16, config: &RouterConfig) -> Endpoint {
+    Endpoint {
+        address,
+        port,
+        node_name: Some(config.node_name.clone()),
+        ready: true,
+        serving: true,
+        terminating: false,
+        zone_hints: Vec::new(),
+        node_hints: Vec::new(),
+    }
+}
+
+const FAILSAFE: &str =
+    "it is a failsafe port, which stays the node's own (FelixConfiguration, failsafeInboundHostPorts)";
+
+/// Failsafe ports of the node's own addresses are its kernel's, whoever asks.
+fn is_failsafe(port: &HostPort, cluster: &Cluster) -> bool {
+    let failsafes = cluster.host_settings.failsafe_inbound.iter().filter(|failsafe| failsafe.net.is_none());
+    failsafes.map(|failsafe| (failsafe.protocol, failsafe.port)).any(|failsafe| failsafe == (port.protocol, port.port))
+}
+
+/// Who has which ports of the node already.
+#[derive(Default)]
+struct Taken {
+    by: HashMap<(Protocol, u16), Vec<Claim>>,
+}
+
+struct Claim {
+    on: HostAddresses,
+    /// The address is none of this node's, as far as is known: only who names it meets it.
+    is_elsewhere: bool,
+    owner: String,
+}
+
+impl Claim {
+    fn meets(&self, on: HostAddresses) -> bool {
+        if self.is_elsewhere { self.on == on } else { self.on.overlaps(on) }
+    }
+}
+
+impl Taken {
+    fn of_services(model: &Model) -> Self {
+        let mut taken = Self::default();
+        for service in &model.services {
+            let mut add = |port: u16, on: HostAddresses, is_elsewhere: bool| {
+                let claim = Claim { on, is_elsewhere, owner: format!("service {}", service.name) };
+                taken.by.entry((service.protocol, port)).or_default().push(claim);
+            };
+            for address in service.external_ips.iter().chain(&service.load_balancer_ips).chain(&service.cluster_ips) {
+                add(service.port, HostAddresses::One(*address), !model.local_addresses.contains(address));
+            }
+            for is_ipv6 in [false, true] {
+                let Some(node_port) = service.node_port else { continue };
+                if service.cluster_ips.iter().any(|address| address.is_ipv6() == is_ipv6) {
+                    add(node_port, if is_ipv6 { HostAddresses::Ipv6 } else { HostAddresses::Ipv4 }, false);
+                }
+            }
+        }
+        taken
+    }
+
+    fn by(&self, port: &HostPort) -> Option<&str> {
+        let claims = self.by.get(&(port.protocol, port.port))?;
+        claims.iter().find(|claim| claim.meets(port.on())).map(|claim| claim.owner.as_str())
+    }
+
+    fn add(&mut self, port: &HostPort, pod: &str) {
+        let claim = Claim { on: port.on(), is_elsewhere: false, owner: format!("pod {pod}") };
+        self.by.entry((port.protocol, port.port)).or_default().push(claim);
+    }
+}
+
+fn asked(object: &Object<Pod>, problems: &mut Problems) -> Asked {
+    let metadata = &object.value.metadata;
+    let mut asked = Asked {
+        ports: Vec::new(),
+        terminating: metadata.deletion_timestamp.is_some(),
+        created: metadata.creation_timestamp.clone(),
+    };
+    let Some(spec) = &object.value.spec else { return asked };
+    let mut report = object.reporter(problems);
+    // Init containers that go on running (sidecars) serve too.
+    let is_sidecar = |container: &&Container| container.restart_policy.as_deref() == Some("Always");
+    let containers = spec.containers.iter().enumerate().map(|(index, container)| ("containers", index, container));
+    let init = spec.init_containers.iter().flatten().enumerate().filter(|(_, container)| is_sidecar(container));
+    for (list, index, container) in containers.chain(init.map(|(index, one)| ("initContainers", index, one))) {
+        for (number, port) in container.ports.iter().flatten().enumerate() {
+            let at = object.at().key("spec").key(list).item(index).key("ports").item(number);
+            let field = format!("spec.{list}[{index}].ports[{number}]");
+            let Some(host_port) = port.host_port.filter(|port| *port != 0) else { continue };
+            let host_port = port_number(host_port, at.key("hostPort"), &format!("{field}.hostPort"), &mut report);
+            let host_ip = match port.host_ip.as_deref().filter(|text| !text.is_empty()) {
+                None => Some(None),
+                Some(text) => report.read(at.key("hostIP"), &format!("{field}.hostIP"), parse_ip(text)).map(Some),
+            };
+            // What is wrong with these is told where policy reads the ports.
+            let protocol = Protocol::from_name(port.protocol.as_deref().unwrap_or("TCP")).filter(|p| p.has_ports());
+            let container_port = u16::try_from(port.container_port).ok().filter(|port| *port != 0);
+            if let (Some(port), Some(host_ip), Some(protocol), Some(container_port)) =
+                (host_port, host_ip, protocol, container_port)
+            {
+                let place = (list, index, number);
+                asked.ports.push(HostPort { place, protocol, port, container_port, host_ip });
+            }
+        }
+    }
+    asked
+}
