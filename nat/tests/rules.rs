@@ -47,6 +47,7 @@ in_both_families! {
     frontends_that_two_services_claim,
     owned_addresses_leave_the_node_its_own,
     connections_keep_backends_that_are_listed,
+    connections_keep_backends_of_slices_that_no_service_serves,
     stamps_survive_recompilation,
 }
 
@@ -523,9 +524,24 @@ fn connections_keep_backends_that_are_listed<A: Carried>() {
             assert_eq!(still(CLUSTER_IP, 80, 8080), kept, "{protocol} {address}");
             assert_eq!(still(NODE, 3001, 8080), kept, "{protocol} {address}");
             assert!(!still(CLUSTER_IP, 80, 8081), "another port");
-            assert!(!still("172.30.0.42", 80, 8080), "the service is gone");
+            let is_kept_without = kept && protocol == Protocol::TCP;
+            assert_eq!(still("172.30.0.42", 80, 8080), is_kept_without, "{protocol} {address}: the frontend is gone");
+            assert!(!still("172.30.0.42", 80, 8081), "another port");
         }
     }
+}
+
+fn connections_keep_backends_of_slices_that_no_service_serves<A: Carried>() {
+    let unserved = [(Protocol::TCP, "10.1.0.1", 8080), (Protocol::UDP, "10.1.0.2", 53), (Protocol::SCTP, "10.1.0.3", 9)];
+    let unserved: Vec<_> =
+        unserved.into_iter().map(|(protocol, at, port)| (protocol, ip::<A>(at).to_ip(), port)).collect();
+    let table = ServiceTable::compile(&Model { unserved, ..Model::default() }).expect("the model compiles");
+    let still = |protocol, address, port| {
+        table.services().still_backend(&key::<A>(protocol, POD, CLUSTER_IP, 80), ip(address), port)
+    };
+    assert!(still(Protocol::TCP, "10.1.0.1", 8080) && still(Protocol::SCTP, "10.1.0.3", 9));
+    assert!(!still(Protocol::UDP, "10.1.0.2", 53), "it follows its service");
+    assert!(!still(Protocol::TCP, "10.1.0.1", 8081) && !still(Protocol::SCTP, "10.1.0.1", 8080));
 }
 
 fn stamps_survive_recompilation<A: Carried>() {
