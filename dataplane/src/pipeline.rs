@@ -1807,11 +1807,7 @@ struct Judged<A> {
 }
 
 /// Judges a connection again, by its original key, its device and its stored DNAT; how it ends, if it does.
-fn judge_again<A: Family>(
-    conn: &ConnRef<'_, A>,
-    claim: Claim,
-    snapshot: &Snapshot,
-) -> Result<Judged<A>, Rejudged> {
+fn judge_again<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapshot) -> Result<Judged<A>, Rejudged> {
     let forwarding = &*snapshot.forwarding;
     let original = conn.key(Direction::Original);
     let reply = conn.key(Direction::Reply);

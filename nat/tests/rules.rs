@@ -532,7 +532,8 @@ fn connections_keep_backends_that_are_listed<A: Carried>() {
 }
 
 fn connections_keep_backends_of_slices_that_no_service_serves<A: Carried>() {
-    let unserved = [(Protocol::TCP, "10.1.0.1", 8080), (Protocol::UDP, "10.1.0.2", 53), (Protocol::SCTP, "10.1.0.3", 9)];
+    let unserved =
+        [(Protocol::TCP, "10.1.0.1", 8080), (Protocol::UDP, "10.1.0.2", 53), (Protocol::SCTP, "10.1.0.3", 9)];
     let unserved: Vec<_> =
         unserved.into_iter().map(|(protocol, at, port)| (protocol, ip::<A>(at).to_ip(), port)).collect();
     let table = ServiceTable::compile(&Model { unserved, ..Model::default() }).expect("the model compiles");
@@ -598,5 +599,9 @@ fn memory_is_counted() {
     port(&mut model, 0).endpoints.extend((0..=255).map(|last| on("", &format!("10.2.0.{last}"))));
     let large = ServiceTable::compile(&model).expect("the model compiles").memory_bytes();
     assert!(empty < small);
-    assert_eq!(large - small, 256 * 12, "a backend is 12 bytes");
+    let each = (large - small) as f64 / 256.0;
+    assert!(
+        (20.0..32.0).contains(&each),
+        "{each} bytes: a backend is 12, and 8 in the set of all, which is half full at least"
+    );
 }

@@ -75,8 +75,11 @@ pub(super) fn translate(
         let Some(facts) = object.made(problems, service) else { continue };
         claims.of(object, facts, problems);
         let slices = slices.remove(&(object.namespace.as_str(), object.name.as_str())).unwrap_or_default();
-        let is_served = |name: &str, protocol| facts.ports.iter().any(|p| (p.name.as_str(), p.protocol) == (name, protocol));
-        model.unserved.extend(slices.iter().flat_map(|(_, slice)| slice.backends(|name, protocol| !is_served(name, protocol))));
+        let is_served =
+            |name: &str, protocol| facts.ports.iter().any(|p| (p.name.as_str(), p.protocol) == (name, protocol));
+        model
+            .unserved
+            .extend(slices.iter().flat_map(|(_, slice)| slice.backends(|name, protocol| !is_served(name, protocol))));
         let parts = Parts {
             node_name: Arc::clone(&node_name),
             service: Same(Arc::clone(object.content())),
