@@ -587,19 +587,8 @@ impl Pipeline {
             {
                 return self.end(driver, packet, End::Drop(reason));
             }
-            // What has no states costs no copy of nothing.
-            let read;
-            let segment = match view.key.protocol {
-                Protocol::TCP | Protocol::SCTP => {
-                    read = self.observed(driver, &packet, view);
-                    &read
-                }
-                _ => &Observed::NOTHING,
-            };
-            let is_damaged =
-                may_change_state(&conn, hit.direction, segment) && !self.checksum_ok(driver, &packet, view);
             if stale {
-                let claim = if is_damaged { Claim::Rides } else { Claim::of(&conn, hit.direction, segment, &view.key) };
+                let claim = self.claim(driver, &packet, view, &conn, hit.direction);
                 match rejudge(&conn, claim, context) {
                     Rejudged::Keep => {}
                     Rejudged::Cut(reason) => {
@@ -620,7 +609,16 @@ impl Pipeline {
                     }
                 }
             }
-            if is_damaged {
+            // What has no states costs no copy of nothing.
+            let read;
+            let segment = match view.key.protocol {
+                Protocol::TCP | Protocol::SCTP => {
+                    read = self.observed(driver, &packet, view);
+                    &read
+                }
+                _ => &Observed::NOTHING,
+            };
+            if may_change_state(&conn, hit.direction, segment) && !self.checksum_ok(driver, &packet, view) {
                 // It stays bad, so its receiver drops it.
                 return self.established(driver, packet, view, &conn, hit.direction, context);
             }
@@ -1458,6 +1456,33 @@ impl Pipeline {
         }
     }
 
+    /// What a packet may do with its connection, if that does not stand any more. One that is damaged begins nothing.
+    #[cold]
+    fn claim<A: Family>(
+        &mut self,
+        driver: &impl Driver,
+        packet: &Packet,
+        view: &View<A>,
+        conn: &ConnRef<'_, A>,
+        direction: Direction,
+    ) -> Claim {
+        if !is_connection(view.key.protocol) {
+            return Claim::of_data(view.key.protocol, direction);
+        }
+        let segment = self.observed(driver, packet, view);
+        let opens = match view.key.protocol {
+            Protocol::SCTP => segment.sctp.is_init(),
+            _ => segment.opening(&view.key) == Opening::Opens,
+        };
+        if !opens || !self.checksum_ok(driver, packet, view) {
+            Claim::Rides
+        } else if conn.is_opened_again_by(direction, &segment) {
+            Claim::OpensAgain
+        } else {
+            Claim::Opens
+        }
+    }
+
     /// Whether a packet to or from the node itself that a host endpoint's policy for first packets denies may be an answer: to what the
     /// node's kernel asked, or of it to who asked. One half of such a connection passes without weir, so nothing remembers it; but what
     /// opens nothing can only be such an answer, or dies at its receiver. A TCP segment to a port that the node listens on is none: the
@@ -1710,19 +1735,6 @@ enum Claim {
 }
 
 impl Claim {
-    fn of<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, segment: &Observed, key: &FlowKey<A>) -> Self {
-        let opens = match key.protocol {
-            Protocol::TCP => segment.opening(key) == Opening::Opens,
-            Protocol::SCTP => segment.sctp.is_init(),
-            protocol => return Self::of_data(protocol, direction),
-        };
-        match opens {
-            true if conn.is_opened_again_by(direction, segment) => Self::OpensAgain,
-            true => Self::Opens,
-            false => Self::Rides,
-        }
-    }
-
     /// Of a packet in the middle of a flow.
     fn of_data(protocol: Protocol, direction: Direction) -> Self {
         match direction {
