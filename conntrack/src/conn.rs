@@ -25,7 +25,7 @@ use crate::{
     sctp::Sctp,
     state::{Expendable, State},
     storage::Zeroable,
-    tcp::{Standing, Step, Windows},
+    tcp::{self, Standing, Step, Windows},
     timeouts::TimeoutClass,
 };
 
@@ -448,6 +448,18 @@ impl<'t, A: Address> ConnRef<'t, A> {
     /// first. `for_privileged`: the new connection is one of those for whom a share is kept.
     pub fn expendable(self, for_privileged: bool, now: Tick) -> Option<Expendable> {
         self.state().expendable(now.since(self.last_seen()), for_privileged)
+    }
+
+    /// Whether a packet of that direction opens a connection by netfilter's rules though this one has its keys: a SYN or INIT where this one
+    /// is over, or one that repeats what nobody has answered. While this one goes on as it was, such a repetition is its own. `false` for
+    /// what has no connections, whose every packet is like its first.
+    pub fn is_opened_again_by(self, direction: Direction, observed: &Observed) -> bool {
+        let (state, line) = (self.state(), self.table.tcp_line(self.id.0));
+        match (state.tcp_state(), state.sctp_state()) {
+            (Some(state), _) => tcp::opens_again(state, direction, observed),
+            (_, Some(state)) => Sctp::load(line).opens_again(state, direction, &observed.sctp),
+            (None, None) => false,
+        }
     }
 
     /// Changes the state word where there is something to change; `false`, and nothing is changed, where the connection was removed.

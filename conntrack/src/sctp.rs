@@ -230,6 +230,11 @@ impl SctpPacket {
         self.events[0].is_none()
     }
 
+    /// Whether it asks for an association: an INIT, with the tag that it must have (RFC 9260, 8.5.1 A).
+    pub fn is_init(&self) -> bool {
+        self.is_valid && self.tag == 0 && self.events[0] == Some(Event::Init)
+    }
+
     fn events(&self) -> impl Iterator<Item = Event> {
         self.events.into_iter().flatten()
     }
@@ -307,6 +312,12 @@ impl Sctp {
             Step::Accept { state, .. } => Some((sctp, state)),
             _ => None,
         }
+    }
+
+    /// Whether `packet` is an INIT that opens an association again with the keys of this one, which is in `state`, or repeats one that is
+    /// not answered.
+    pub(crate) fn opens_again(&self, state: SctpState, direction: Direction, packet: &SctpPacket) -> bool {
+        packet.is_init() && state == Closed && (self.is_over || direction == Direction::Original)
     }
 
     /// What `packet` does to an association in `state`; `None` before the first. `self` is to be stored if it is accepted.

@@ -287,6 +287,13 @@ const fn next(direction: Direction, event: Event, from: TcpState) -> Next {
     }
 }
 
+/// Whether a segment is a SYN that opens a connection again with the keys of one in that state, or repeats one that is not answered.
+pub(crate) fn opens_again(state: TcpState, direction: Direction, segment: &Observed) -> bool {
+    let event = Event::of(segment.tcp_flags);
+    let leads_to = next(direction, event, state);
+    event == Event::Syn && segment.flags_possible() && matches!(leads_to, Next::Reopen | Next::To(SynSent))
+}
+
 /// One side's window.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 struct Side {

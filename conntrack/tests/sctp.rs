@@ -5,8 +5,8 @@
 use std::net::Ipv4Addr;
 
 use weir_conntrack::{
-    Attributes, Insert, NewConn, Observed, Opening, SctpPacket, SctpState, Table, TableConfig, TcpSettings, Timeouts,
-    Tracked, sctp::MAX_CHUNKS, sctp::MAX_EVENTS,
+    Attributes, Insert, Lifecycle, NewConn, Observed, Opening, SctpPacket, SctpState, Table, TableConfig, TcpSettings,
+    Timeouts, Tracked, sctp::MAX_CHUNKS, sctp::MAX_EVENTS,
 };
 use weir_packet::{Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::Domain;
@@ -66,6 +66,16 @@ fn run(name: &str, first: &Observed, (state, lifecycle): (SctpState, &str), rows
     for (number, (direction, packet, verdict, state, lifecycle, seconds)) in rows.iter().enumerate() {
         let now = Tick(200 + 10 * number as u32);
         let before = conn.last_seen();
+        let is_unanswered = conn.lifecycle() == Lifecycle::Unreplied && *direction == Original;
+        let opens_again = conn.is_opened_again_by(*direction, packet);
+        let is_repeated = is_unanswered && conn.sctp_state() == Some(SctpState::Closed) && packet.sctp.is_init();
+        assert!(!opens_again || packet.sctp.is_init(), "{name}: row {number}");
+        if *verdict == NewFlow || is_repeated {
+            assert!(opens_again, "{name}: row {number}");
+        }
+        if !matches!(conn.sctp_state(), Some(SctpState::Closed)) {
+            assert!(!opens_again, "{name}: row {number}");
+        }
         let seen = (conn.track(*direction, packet, now), conn.sctp_state(), conn.lifecycle().name());
         assert_eq!(seen, (*verdict, Some(*state), *lifecycle), "{name}: row {number}");
         assert_eq!(conn.last_seen(), if seconds.is_some() { now } else { before }, "{name}: row {number}");

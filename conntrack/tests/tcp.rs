@@ -49,8 +49,12 @@ fn check(Sequence { name, first, state, rows }: Sequence) {
         for (number, row) in rows.into_iter().enumerate() {
             let now = Tick(200 + 100 * number as u32);
             let before = (conn.last_seen(), conn.is_expired(now));
+            let is_unanswered = conn.tcp_state() == Some(SynSent) && row.direction == Original;
+            let opens_again = conn.is_opened_again_by(row.direction, &row.segment);
             let verdict = conn.track(row.direction, &row.segment, now);
             let what = format!("{name}: row {number}, {:?} {:?}", row.direction, row.segment);
+            let expected = verdict == Tracked::NewFlow || row.segment.tcp_flags == S && is_unanswered;
+            assert_eq!(opens_again, expected, "{what}");
             assert_eq!((verdict, conn.tcp_state()), (row.verdict, Some(row.state)), "{what}");
             match row.timeout {
                 None => assert_eq!((conn.last_seen(), conn.is_expired(now)), before, "{what}"),
@@ -82,6 +86,50 @@ fn after_handshake(tcp: TcpSettings, rows: &[(Direction, Observed)]) -> (Vec<Tra
         seen.1 = conn.tcp_state();
     });
     seen
+}
+
+/// Of netfilter's table (nf_conntrack_proto_tcp.c) the SYNs: sSS of the original direction, and those after which it looks again.
+#[test]
+fn which_segments_open_again_in_which_state() {
+    let script = [
+        (Original, segment(S, 999, 0, 0), SynSent),
+        (Reply, segment(SA, 4999, 1000, 0), SynRecv),
+        (Original, segment(A, 1000, 5000, 0), Established),
+        (Original, segment(FA, 1000, 5000, 0), FinWait),
+        (Reply, segment(A, 5000, 1001, 0), CloseWait),
+        (Reply, segment(FA, 5000, 1001, 0), LastAck),
+        (Original, segment(A, 1001, 5001, 0), TimeWait),
+    ];
+    let check = |conn: ConnRef<'_, Ipv4Addr>, state| {
+        assert_eq!(conn.tcp_state(), Some(state));
+        for direction in [Original, Reply] {
+            for flags in 0..=u8::MAX {
+                let is_syn = flags & (S | A | R | 1) == S;
+                let opens = match (direction, state) {
+                    (Original, SynSent | TimeWait | Close) => is_syn,
+                    (Reply, TimeWait) => is_syn,
+                    _ => false,
+                };
+                for seq in [999, 998, 70_000] {
+                    let opened = conn.is_opened_again_by(direction, &segment(flags, seq, 0, 0));
+                    assert_eq!(opened, opens, "{direction:?}, flags {flags:#04x} in {state:?}");
+                }
+            }
+        }
+    };
+    open(script[0].1, TcpSettings::default(), |conn| {
+        check(conn, SynSent);
+        for (direction, segment, state) in &script[1..] {
+            assert_eq!(conn.track(*direction, segment, Tick(100)), Accept);
+            check(conn, *state);
+        }
+        assert_eq!(conn.track(Reply, &segment(R, 5001, 0, 0), Tick(100)), Accept);
+        check(conn, Close);
+    });
+    open(script[0].1, TcpSettings::default(), |conn| {
+        assert_eq!(conn.track(Reply, &segment(S, 4999, 0, 0), Tick(100)), Accept);
+        check(conn, SynSent2);
+    });
 }
 
 #[test]

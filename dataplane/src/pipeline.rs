@@ -47,6 +47,8 @@ const IPIP_HEADER_BYTES: u16 = 20;
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 /// "No next hop" in a connection; adjacencies have smaller numbers ([`crate::forwarding::MAX_ADJACENCIES`]).
 const NO_HOP: u16 = u16::MAX;
+/// The generation of a connection that was taken over from an earlier process and not judged yet; no snapshot has it.
+const NO_GENERATION: u32 = 0;
 /// Pieces that one packet is split into at most: one of the largest MTU over a small IPv4 one (324).
 const MAX_FRAGMENTS: usize = 32;
 
@@ -582,18 +584,19 @@ impl Pipeline {
             }
         }
         let table = A::table(context.tables);
-        // Twice at most: a SYN on a closing connection, or a flow whose service changed, opens anew.
+        // Twice at most: what opens a connection where an old one is over, or does not stand any more, opens anew.
         for _ in 0..2 {
             let Some(hit) = table.lookup(&view.key, hash, context.now, context.turn) else { break };
             let conn = table.conn(hit.conn);
-            let stale = conn.generation() != context.snapshot.generation;
+            let stale = is_stale(&conn, context.snapshot);
             if (stale || !comes_as_expected(&conn, hit.direction, packet.device, context))
                 && let Err(reason) = decide::check_source(context.snapshot, origin, &view.key)
             {
                 return self.end(driver, packet, End::Drop(reason));
             }
             if stale {
-                match rejudge(&conn, hit.direction, context) {
+                let claim = self.claim(driver, &packet, view, &conn, hit.direction);
+                match rejudge(&conn, claim, context) {
                     Rejudged::Keep => {}
                     Rejudged::Cut(reason) => {
                         // One that a policy denies stays until it expires: forgotten, its other end's next packet could pick it up
@@ -1460,6 +1463,33 @@ impl Pipeline {
         }
     }
 
+    /// What a packet may do with its connection, if that does not stand any more. One that is damaged begins nothing.
+    #[cold]
+    fn claim<A: Family>(
+        &mut self,
+        driver: &impl Driver,
+        packet: &Packet,
+        view: &View<A>,
+        conn: &ConnRef<'_, A>,
+        direction: Direction,
+    ) -> Claim {
+        if !is_connection(view.key.protocol) {
+            return Claim::of_data(view.key.protocol, direction);
+        }
+        let segment = self.observed(driver, packet, view);
+        let opens = match view.key.protocol {
+            Protocol::SCTP => segment.sctp.is_init(),
+            _ => segment.opening(&view.key) == Opening::Opens,
+        };
+        if !opens || !self.checksum_ok(driver, packet, view) {
+            Claim::Rides
+        } else if conn.is_opened_again_by(direction, &segment) {
+            Claim::OpensAgain
+        } else {
+            Claim::Opens
+        }
+    }
+
     /// Whether a packet to or from the node itself that a host endpoint's policy for first packets denies may be an answer: to what the
     /// node's kernel asked, or of it to who asked. One half of such a connection passes without weir, so nothing remembers it; but what
     /// opens nothing can only be such an answer, or dies at its receiver. A TCP segment to a port that the node listens on is none: the
@@ -1649,10 +1679,10 @@ fn still_stands<A: Family>(
     anew: DropReason,
     context: &Context<'_>,
 ) -> Result<(), DropReason> {
-    if conn.generation() == context.snapshot.generation {
+    if !is_stale(conn, context.snapshot) {
         return Ok(());
     }
-    match rejudge(conn, direction, context) {
+    match rejudge(conn, Claim::of_data(conn.protocol(), direction), context) {
         Rejudged::Keep => Ok(()),
         Rejudged::Cut(reason) | Rejudged::Reset(reason) => Err(reason),
         Rejudged::Anew => Err(anew),
@@ -1695,6 +1725,50 @@ struct Opened {
     ours: bool,
 }
 
+/// What a packet may do where its connection does not stand any more, or is over.
+///
+/// | | a backend or device that is gone | a service that appeared | a policy that denies |
+/// |---|---|---|---|
+/// | [`Claim::Rides`] | the connection ends (TCP: RST) | goes on without it | cuts it |
+/// | [`Claim::Opens`] | opens anew | datagrams open anew | cuts it |
+/// | [`Claim::OpensAgain`] | opens anew | opens anew | opens anew, and is judged as a first packet |
+///
+/// A connection that stands is asked itself: a SYN in the middle of an established or closing one is its receiver's to answer (RFC 5961, 4),
+/// one that repeats an unanswered one goes where that went, and one on a connection that is over opens anew ([`Tracked::NewFlow`]).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Claim {
+    /// It only goes on with the connection.
+    Rides,
+    /// It would open a connection if it had none, but this one is known to both ends; or it is a datagram of who opened the flow.
+    Opens,
+    /// It opens one, as this one is over or was never answered ([`ConnRef::is_opened_again_by`]).
+    OpensAgain,
+}
+
+impl Claim {
+    /// Of a packet in the middle of a flow.
+    fn of_data(protocol: Protocol, direction: Direction) -> Self {
+        match direction {
+            Direction::Original if !is_connection(protocol) => Self::Opens,
+            // What still comes from a backend that is gone must not reach the client in the backend's own name.
+            _ => Self::Rides,
+        }
+    }
+}
+
+/// Whether both ends of the protocol's flows know when one begins and ends.
+fn is_connection(protocol: Protocol) -> bool {
+    matches!(protocol, Protocol::TCP | Protocol::SCTP)
+}
+
+/// Whether a connection is to be judged by these tables: an earlier generation judged it, or none. Not one that a later generation has judged
+/// already, on another worker whose turn began after the next publication: these tables may not even know its backend yet.
+#[inline]
+fn is_stale<A: Family>(conn: &ConnRef<'_, A>, snapshot: &Snapshot) -> bool {
+    let (judged_by, current) = (conn.generation(), snapshot.generation);
+    judged_by != current && (judged_by == NO_GENERATION || (judged_by.wrapping_sub(current) as i32) < 0)
+}
+
 /// What becomes of a connection that another generation judged.
 enum Rejudged {
     /// It goes on.
@@ -1727,9 +1801,9 @@ fn flags<A: Family>(origin: Origin, decision: &Decision<'_, A>, context: &Contex
 }
 
 /// Judges a connection again, and notes the outcome.
-fn rejudge<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, context: &Context<'_>) -> Rejudged {
+fn rejudge<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, context: &Context<'_>) -> Rejudged {
     let snapshot = context.snapshot;
-    let Judged { stamps, translated_to, source } = match judge_again(conn, direction, snapshot) {
+    let Judged { stamps, translated_to, source } = match judge_again(conn, claim, snapshot) {
         Ok(judged) => judged,
         Err(rejudged) => return rejudged,
     };
@@ -1745,7 +1819,7 @@ fn rejudge<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, context: &Con
 
 /// Whether a connection goes on by these tables as it is. Notes nothing.
 pub(crate) fn stands<A: Family>(conn: &ConnRef<'_, A>, snapshot: &Snapshot) -> bool {
-    judge_again(conn, Direction::Original, snapshot).is_ok()
+    judge_again(conn, Claim::of_data(conn.protocol(), Direction::Original), snapshot).is_ok()
 }
 
 /// What a connection is to remember of its judgement.
@@ -1756,11 +1830,7 @@ struct Judged<A> {
 }
 
 /// Judges a connection again, by its original key, its device and its stored DNAT; how it ends, if it does.
-fn judge_again<A: Family>(
-    conn: &ConnRef<'_, A>,
-    direction: Direction,
-    snapshot: &Snapshot,
-) -> Result<Judged<A>, Rejudged> {
+fn judge_again<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapshot) -> Result<Judged<A>, Rejudged> {
     let forwarding = &*snapshot.forwarding;
     let original = conn.key(Direction::Original);
     let reply = conn.key(Direction::Reply);
@@ -1777,28 +1847,39 @@ fn judge_again<A: Family>(
 
     let services = snapshot.rules.services.services::<A>();
     let was_translated = (translated.dst, translated.ports) != (original.dst, original.ports);
-    let is_tcp = original.protocol == Protocol::TCP;
     if was_translated && !services.still_backend(&original, translated.dst, translated.ports.destination()) {
-        return Err(match (is_tcp, direction) {
-            (true, _) => Rejudged::Reset(DropReason::BackendGone),
-            (false, Direction::Original) => Rejudged::Anew,
-            (false, Direction::Reply) => Rejudged::Cut(DropReason::BackendGone),
+        return Err(match claim {
+            Claim::Opens | Claim::OpensAgain => Rejudged::Anew,
+            Claim::Rides if original.protocol == Protocol::TCP => Rejudged::Reset(DropReason::BackendGone),
+            Claim::Rides => Rejudged::Cut(DropReason::BackendGone),
         });
     }
-    if !was_translated && !is_tcp && direction == Direction::Original && services.claims(&original) {
-        // A service appeared at this address.
+    // A service appeared at this address. Connections that are known to both ends go on without it.
+    let is_taken_over = match claim {
+        Claim::Rides => false,
+        Claim::Opens => !is_connection(original.protocol),
+        Claim::OpensAgain => true,
+    };
+    if !was_translated && is_taken_over && services.claims(&original) {
         return Err(Rejudged::Anew);
     }
 
     let device = forwarding.device_by_index(IfIndex(conn.device()));
     let Some(origin) = device.and_then(|id| Origin::of(forwarding.device(id))) else {
-        return Err(Rejudged::Cut(DropReason::UnknownDevice));
+        // Who opened it has gone with its device; who has its address now opens anew.
+        return Err(match claim {
+            Claim::Opens | Claim::OpensAgain => Rejudged::Anew,
+            Claim::Rides => Rejudged::Cut(DropReason::UnknownDevice),
+        });
     };
     let through_tunnel = forwarding.is_tunnelled(original.src);
     let arrival = Arrival::by(origin, IfIndex(conn.device()), through_tunnel, forwarding);
     let stamps = decide::policy_stamps(snapshot, arrival, &translated);
-    if stamps != conn.stamps()[..2] {
-        decide::judge_again(snapshot, arrival, &original, &translated).map_err(Rejudged::Cut)?;
+    if stamps != conn.stamps()[..2]
+        && let Err(reason) = decide::judge_again(snapshot, arrival, &original, &translated)
+    {
+        // Another backend may be allowed, or nothing is: what opens is judged as what it is, and counted and logged as such.
+        return Err(if claim == Claim::OpensAgain { Rejudged::Anew } else { Rejudged::Cut(reason) });
     }
     Ok(Judged { stamps, translated_to: translated.dst, source: original.src })
 }

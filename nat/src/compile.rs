@@ -2,7 +2,7 @@
 
 use std::{cmp::Reverse, net::IpAddr, sync::Arc};
 
-use hashbrown::{HashMap, hash_map::Entry};
+use hashbrown::{HashMap, HashSet, hash_map::Entry};
 use thiserror::Error;
 use weir_packet::{Address, Protocol};
 
@@ -142,11 +142,28 @@ fn compile_family<A: Address>(
         records,
         backends: backends.into_boxed_slice(),
         guards: guards.into_boxed_slice(),
+        listed: listed(model),
         pods: ranges::of_networks(&model.pod_cidrs),
         locals: locals.into_boxed_slice(),
         service_ranges: ranges::of_networks(&model.service_cidrs),
         masquerade_all: model.masquerade_all,
     }
+}
+
+/// All that is listed for TCP and SCTP.
+fn listed<A: Address>(model: &Model) -> HashSet<Frontend<A>> {
+    let keep = || model.services.iter().filter(|service| service.protocol != Protocol::UDP);
+    let count = keep().map(|service| service.endpoints.len()).sum::<usize>() + model.unserved.len();
+    let mut listed = HashSet::with_capacity(count);
+    let place = |protocol, address, port| Some(Frontend { address: A::from_ip(address)?, port, protocol });
+    for service in keep() {
+        let endpoints = service.endpoints.iter();
+        listed.extend(endpoints.filter_map(|endpoint| place(service.protocol, endpoint.address, endpoint.port)));
+    }
+    let unserved = model.unserved.iter().filter(|(protocol, ..)| *protocol != Protocol::UDP);
+    listed.extend(unserved.filter_map(|&(protocol, address, port)| place(protocol, address, port)));
+    listed.shrink_to_fit();
+    listed
 }
 
 /// Appends the sources that may use the service's load balancer IPs; an empty run means all.

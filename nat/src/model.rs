@@ -22,6 +22,8 @@ pub struct Model {
     pub local_addresses: Vec<IpAddr>,
     /// The ranges that cluster IPs are allocated from; packets to unallocated addresses in them are dropped.
     pub service_cidrs: Vec<IpNet>,
+    /// Backends that slices have for no service port that is served here, sorted: connections that services led there may go on.
+    pub unserved: Vec<(Protocol, IpAddr, u16)>,
     /// The service ports, shared so that what did not change is handed over as it is. Where two claim one frontend, the kind of
     /// address decides, then the order here.
     pub services: Vec<Arc<ServicePort>>,

@@ -1,7 +1,7 @@
 //! The compiled services and what they say about the first packet of a connection.
 //!
 //! # Layout
-//! Each family has its own half, [`Services`]. Three immutable arrays and two hash maps:
+//! Each family has its own half, [`Services`]. Immutable arrays and hash maps:
 //!
 //! - `frontends`: (address, protocol, port) to the number of a record and the kind of address. One probe answers hit and
 //!   miss, whatever the number of services. Node ports are there once per local address that they are open on: a node
@@ -20,6 +20,7 @@
 //!
 //!   Any two lists can be laid out so: both are slices, and no backend is stored twice. The unused ones (of another zone,
 //!   terminating beside ready ones, not ready) are kept for [`Services::still_backend`].
+//! - `listed`: every backend of TCP and SCTP. Asked for connections whose frontend is gone, or leads to others now.
 //! - `guards`: the source ranges of load balancer addresses, a normalized run of ranges per record.
 //!
 //! # Invariants
@@ -39,7 +40,7 @@ use std::{
     ops::Range,
 };
 
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
 use weir_packet::{Address, DropReason, FlowKey, Protocol, Tick};
 
 use crate::{
@@ -153,7 +154,7 @@ pub struct Conflict {
     pub loser: ServiceId,
 }
 
-/// A destination that a service is reached by.
+/// A destination: one that a service is reached by, or a backend.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Frontend<A> {
     pub(crate) address: A,
@@ -256,6 +257,8 @@ pub struct Services<A> {
     pub(crate) records: Box<[Record]>,
     pub(crate) backends: Box<[Backend<A>]>,
     pub(crate) guards: Box<[AddressRange<A>]>,
+    /// All that is listed for TCP and SCTP, of whatever service.
+    pub(crate) listed: HashSet<Frontend<A>>,
     pub(crate) pods: Box<[AddressRange<A>]>,
     pub(crate) locals: Box<[AddressRange<A>]>,
     pub(crate) service_ranges: Box<[AddressRange<A>]>,
@@ -354,13 +357,16 @@ impl<A: Address> Services<A> {
     /// Whether a connection from before a change keeps its backend: `frontend` is its original key, `backend` and `port`
     /// what it was sent to.
     ///
-    /// TCP and SCTP keep a backend that is in any slice of the service, whatever its conditions: it may finish what it
-    /// has. UDP, which any backend can go on with, keeps one only while it serves (terminating or not). False
-    /// where no service is at that frontend any more.
+    /// TCP and SCTP keep a backend that is in any slice, whatever its conditions: it may finish what it has, also when the
+    /// frontend is gone that the connection came by. UDP, which any backend can go on with, keeps one only while it serves
+    /// (terminating or not) the service that is at the frontend.
     pub fn still_backend(&self, frontend: &FlowKey<A>, backend: A, port: u16) -> bool {
-        let Some(target) = self.target(frontend) else { return false };
-        let listed = self.find(&self.records[target.record()], 0..4, (backend, port));
-        listed.is_some_and(|slot| frontend.protocol != Protocol::UDP || self.backends[slot].serving)
+        let protocol = frontend.protocol;
+        let target = self.target(frontend);
+        match target.and_then(|target| self.find(&self.records[target.record()], 0..4, (backend, port))) {
+            Some(slot) => protocol != Protocol::UDP || self.backends[slot].serving,
+            None => self.listed.contains(&Frontend { address: backend, port, protocol }),
+        }
     }
 
     /// Whether any list of a service port has this backend.
@@ -398,6 +404,7 @@ impl<A: Address> Services<A> {
     pub fn memory_bytes(&self) -> usize {
         self.frontends.allocation_size()
             + self.addresses.allocation_size()
+            + self.listed.allocation_size()
             + size_of_val(&*self.records)
             + size_of_val(&*self.backends)
             + size_of_val(&*self.guards)

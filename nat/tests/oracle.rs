@@ -196,6 +196,13 @@ fn compiled<A: Family>(
                 prop_assert!(is_same, "{:?} again: {:?}", backend, again);
             }
             prop_assert!(table.services::<A>().still_backend(key, backend.address, backend.port));
+            // Without its frontend: where any service lists it.
+            let mut elsewhere = *key;
+            elsewhere.ports = Ports::new(key.ports.source(), 0);
+            prop_assert_eq!(
+                table.services::<A>().still_backend(&elsewhere, backend.address, backend.port),
+                key.protocol != Protocol::UDP
+            );
             let list: BTreeSet<_> = candidates.iter().map(|one| (one.address.to_ip(), one.port)).collect();
             prop_assert_eq!(list.len(), candidates.len(), "no backend is listed twice");
             if backend.address == key.src {
@@ -323,7 +330,7 @@ prop_compose! {
         });
         Model {
             node_name: "node-a".into(), zone: zone.map(str::to_owned), pod_cidrs, masquerade_all, node_port_addresses,
-            local_addresses, service_cidrs, services: services.collect(),
+            local_addresses, service_cidrs, unserved: Vec::new(), services: services.collect(),
         }
     }
 }

@@ -64,16 +64,22 @@ pub(super) fn translate(
         node_port_addresses: config.node_port_addresses.clone(),
         local_addresses,
         service_cidrs: config.service_cidrs.clone(),
+        unserved: Vec::new(),
         services: Vec::with_capacity(manifests.services.len()),
     };
-    let slices = slices(manifests, problems);
+    let mut slices = slices(manifests, problems);
     let node_name: Arc<str> = config.node_name.as_str().into();
     let mut claims = Claims::default();
     assembled.turn();
     for object in &manifests.services {
         let Some(facts) = object.made(problems, service) else { continue };
         claims.of(object, facts, problems);
-        let slices = slices.get(&(object.namespace.as_str(), object.name.as_str())).map_or(&[][..], Vec::as_slice);
+        let slices = slices.remove(&(object.namespace.as_str(), object.name.as_str())).unwrap_or_default();
+        let is_served =
+            |name: &str, protocol| facts.ports.iter().any(|p| (p.name.as_str(), p.protocol) == (name, protocol));
+        model
+            .unserved
+            .extend(slices.iter().flat_map(|(_, slice)| slice.backends(|name, protocol| !is_served(name, protocol))));
         let parts = Parts {
             node_name: Arc::clone(&node_name),
             service: Same(Arc::clone(object.content())),
@@ -85,6 +91,9 @@ pub(super) fn translate(
         });
         model.services.extend(ports);
     }
+    model.unserved.extend(slices.values().flatten().flat_map(|(_, slice)| slice.backends(|_, _| true)));
+    model.unserved.sort_unstable();
+    model.unserved.dedup();
     model
 }
 
@@ -93,6 +102,14 @@ struct Slice {
     service: String,
     /// Its endpoints by port name and protocol.
     ports: BTreeMap<(String, Protocol), Vec<Endpoint>>,
+}
+
+impl Slice {
+    /// The backends of its ports of these names and protocols.
+    fn backends(&self, of: impl Fn(&str, Protocol) -> bool) -> impl Iterator<Item = (Protocol, IpAddr, u16)> {
+        let ports = self.ports.iter().filter(move |((name, protocol), _)| of(name, *protocol));
+        ports.flat_map(|((_, protocol), endpoints)| endpoints.iter().map(|one| (*protocol, one.address, one.port)))
+    }
 }
 
 type SlicesByService<'m> = HashMap<(&'m str, &'m str), Vec<(&'m Object<EndpointSlice>, &'m Slice)>>;

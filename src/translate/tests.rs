@@ -612,6 +612,9 @@ fn a_service_becomes_its_ports() {
     )
     .services;
     assert_eq!(model.services.len(), 2);
+    // The port that the service does not have.
+    let unserved = (1..=4).map(|last| (Protocol::UDP, IpAddr::from([10, 1, 0, last]), 1));
+    assert_eq!(model.unserved, unserved.collect::<Vec<_>>());
     let http = &model.services[0];
     assert_eq!(
         (http.name.as_str(), http.protocol, http.port, http.node_port),
@@ -641,7 +644,16 @@ fn a_service_becomes_its_ports() {
     assert_eq!(facts(&model.services[1])[0], "10.1.0.1:5353 Some(\"node-b\") (true, true, false) [][]");
 
     for spec in ["clusterIP: None\nports: [{port: 80}]\n", "type: ExternalName\nexternalName: x.y\n"] {
-        assert!(loaded(WEIR, &service(spec)).services.services.is_empty());
+        let slice = "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: a, namespace: x, labels: \
+            {kubernetes.io/service-name: web}}\naddressType: IPv4\nendpoints:\n- {addresses: [10.1.0.9]}\n- {addresses: \
+            [10.1.0.8]}\nports: [{port: 80}]\n";
+        // Without its service too: connections to what slices have may go on.
+        for text in [service(spec) + slice, slice.to_owned()] {
+            let model = loaded(WEIR, &text).services;
+            assert!(model.services.is_empty());
+            let unserved = [8, 9].map(|last| (Protocol::TCP, IpAddr::from([10, 1, 0, last]), 80));
+            assert_eq!(model.unserved, unserved);
+        }
     }
     let unnamed = loaded(WEIR, &service("clusterIP: 10.96.0.1\nports: [{port: 80}]\n")).services;
     assert_eq!(unnamed.services[0].name, "x/web");

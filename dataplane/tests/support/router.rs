@@ -296,6 +296,11 @@ impl Router {
 
     /// One turn with these frames; what was sent.
     pub fn turn(&mut self, frames: &[(IfIndex, Vec<u8>)]) -> Vec<(IfIndex, Vec<u8>)> {
+        self.turn_by(None, frames)
+    }
+
+    /// The same, in a turn that began when that snapshot was in force, or `None`: by the one that is now.
+    pub fn turn_by(&mut self, snapshot: Option<&Snapshot>, frames: &[(IfIndex, Vec<u8>)]) -> Vec<(IfIndex, Vec<u8>)> {
         let mut burst = Vec::with_capacity(frames.len());
         for (device, bytes) in frames {
             let mut packet = self.packet(bytes);
@@ -305,7 +310,13 @@ impl Router {
         let turn = self.participant.enter();
         let context = Context {
             offload: self.offload.as_deref(),
-            ..Context::new(self.published.load(&turn), &self.tables, &self.affinity, &turn, self.now)
+            ..Context::new(
+                snapshot.unwrap_or_else(|| self.published.load(&turn)),
+                &self.tables,
+                &self.affinity,
+                &turn,
+                self.now,
+            )
         };
         process_burst(&mut self.pipeline, &mut self.driver, &mut burst, &context);
         self.pipeline.maintain(&mut self.driver, &context, 32);

@@ -159,3 +159,62 @@ def faulty_objects(f):
     c.step((POD1, other), [], 'the new faulty one', reason='PolicyDeniedIngress')
     p = packet(f.a1, f.vip, tcp(40000, 80))
     c.step((POD1, p), [out(UPLINK, p, dst=f.b1, dport=8080)], 'the service is there')
+
+
+@both
+def roll_outs(f):
+    script = [(True, 'S', 1000, 0), (False, 'SA', 5000, 1001), (True, 'A', 1001, 5001), (True, 'FA', 1001, 5001), (False, 'FA', 5001, 1002),
+              (True, 'A', 1002, 5002)]
+    aborted = script[:3] + [(True, 'R', 1001, 0)]
+    states = [('unanswered', 'SYN_SENT', script[:1]), ('half-open', 'SYN_RECV', script[:2]), ('established', 'ESTABLISHED', script[:3]),
+              ('closing', 'FIN_WAIT', script[:4]), ('last-ack', 'LAST_ACK', script[:5]), ('time-wait', 'TIME_WAIT', script),
+              ('close', 'CLOSE', aborted)]
+    for name, state, segments in states:
+        for again, seq in (('newer', 900000), ('same', 1000)):
+            c = Case('reload-syn-%s-%s-%s' % (name, again, f.name), 'A SYN on a connection in %s whose backend is gone opens anew' % state,
+                     'SERVICES 27b; DESIGN (opens anew)', service(f, 'web', [f.b1])).reload(5, service(f, 'web', [f.a2]))
+            for forth, flags, at, ack in segments:
+                if forth:
+                    p = packet(f.a1, f.vip, tcp(40000, 80, flags, at, ack))
+                    c.step((POD1, p), [out(UPLINK, p, dst=f.b1, dport=8080)])
+                else:
+                    p = packet(f.b1, f.a1, tcp(8080, 40000, flags, at, ack))
+                    c.step((UPLINK, p), [out(POD1, p, src=f.vip, sport=80)])
+            p = packet(f.a1, f.vip, tcp(40000, 80, 'S', seq))
+            new = connection('tcp', (f.a1, 40000, f.vip, 80), (f.a2, 8080, f.a1, 40000), 'unreplied', 'SYN_SENT')
+            c.step((POD1, p), [out(POD2, p, dst=f.a2, dport=8080)], 'to a backend of now', at=5.5, connections=[new])
+            late = packet(f.b1, f.a1, tcp(8080, 40000, 'FA', 5001, 1002))
+            c.step((UPLINK, late), [], 'what the old one still sends is nobody\'s', connections=[new])
+            p = packet(f.a2, f.a1, tcp(8080, 40000, 'SA', 7000, seq + 1))
+            c.step((POD2, p), [out(POD1, p, src=f.vip, sport=80)])
+            p = packet(f.a1, f.vip, tcp(40000, 80, 'A', seq + 1, 7001))
+            c.step((POD1, p), [out(POD2, p, dst=f.a2, dport=8080)], 'established', connections=[
+                connection('tcp', (f.a1, 40000, f.vip, 80), (f.a2, 8080, f.a1, 40000), 'established', 'ESTABLISHED')])
+    c = Case('reload-syn-node-port-%s' % f.name, 'The same by a node port, masqueraded', 'SERVICES 27b', service(f, 'web', [f.b1], node_port=30080)) \
+        .reload(10, service(f, 'web', [f.a1], node_port=30080))
+    p = packet(f.out, f.node, tcp(40000, 30080))
+    c.step((UPLINK, p), [out(UPLINK, p, src=f.node, dst=f.b1, sport=dict(MASQUERADE_PORT), dport=8080)])
+    c.step((UPLINK, p), [out(POD1, p, src=f.node, dst=f.a1, sport={'range': [1024, 65535]}, dport=8080)], 'sent again', at=11)
+    c = Case('reload-syn-emptied-%s' % f.name, 'A SYN sent again to a service without backends is refused', 'SERVICES 11, 27b', service(f, 'web', [f.b1])) \
+        .reload(10, service(f, 'web', []))
+    p = packet(f.a1, f.vip, tcp(40000, 80))
+    c.step((POD1, p), [out(UPLINK, p, dst=f.b1, dport=8080)])
+    c.step((POD1, p), [reset(POD1, f.vip, f.a1, 80, 40000, ack=1001)], at=11, connections=[], reason='NoBackend')
+    c = Case('reload-syn-service-appears-%s' % f.name, 'A SYN sent again where a service appeared', 'SERVICES 27b', router_with={'serviceCIDRs': []}) \
+        .reload(10, service(f, 'web', [f.b1]))
+    c.step((POD1, p), [out(UPLINK, p)], 'just an address')
+    c.step((POD1, p), [out(UPLINK, p, dst=f.b1, dport=8080)], 'now a service', at=10.5)
+    c = Case('reload-syn-policy-%s' % f.name, 'A policy denies the old backend, and the service has another that it does not', 'SERVICES 27b; POLICY 9',
+             service(f, 'web', [f.a2])).reload(10, service(f, 'web', [(f.a2, TERMINATING), f.b1]), policy('deny', 'a2', ['Ingress'], []))
+    c.step((POD1, p), [out(POD2, p, dst=f.a2, dport=8080)])
+    c.step((POD1, p), [out(UPLINK, p, dst=f.b1, dport=8080)], 'sent again', at=11)
+    c = Case('reload-frontend-gone-%s' % f.name, 'TCP goes on where only the frontend is gone that it came by', 'DESIGN (in any slice)',
+             service(f, 'web', [f.a1], node_port=30080)).reload(10, service(f, 'web', [f.a1]))
+    p = packet(f.out, f.node, tcp(40000, 30080))
+    c.step((UPLINK, p), [out(POD1, p, src=f.node, dst=f.a1, sport=dict(MASQUERADE_PORT), dport=8080)])
+    q = packet(f.a1, f.node, tcp(8080, '$m', 'SA', 5000, 1001))
+    c.step((POD1, q), [out(UPLINK, q, src=f.node, dst=f.out, sport=30080, dport=40000)])
+    p = packet(f.out, f.node, tcp(40000, 30080, 'A', 1001, 5001))
+    c.step((UPLINK, p), [out(POD1, p, src=f.node, dst=f.a1, sport='$m', dport=8080)], 'goes on', at=11)
+    p = packet(f.out2, f.node, tcp(40000, 30080))
+    c.step((UPLINK, p), [out(HOST, p)], 'a new one does not')
