@@ -1,7 +1,7 @@
 //! The pods that weir itself makes on this node, as control keeps them: what weir-cni's side asks for, and who waits for it to be in force.
 //!
 //! A pod is a local workload from the moment it is put here: [`Pods::all`] is an input of each preparation of a configuration, beside the
-//! files. Nothing here waits. Who asked for a pod is answered by [`Pods::settle`] once what is in force knows it, after whatever
+//! files. Nothing here waits. Who asked for a pod is answered by [`Book::settle`] once what is in force knows it, after whatever
 //! publication that comes to be; whoever has waited as long as they wanted to for the pod's object is answered without it.
 
 use std::{
@@ -36,12 +36,18 @@ const TUNNEL_BYTES: u32 = 20;
 pub struct Pods {
     // Before the server, whose end waits for what is under way: it ends at once where nobody will answer.
     asks: mpsc::Receiver<Ask>,
+    book: Book,
+    server: Arc<Server>,
+}
+
+/// The pods, and who waits for what about them.
+#[derive(Default)]
+pub struct Book {
     puts: Vec<Put>,
     gones: Vec<Gone>,
     all: Arc<LocalPods>,
     /// Pods that were answered for before their object was there.
     denied: BTreeSet<String>,
-    server: Arc<Server>,
 }
 
 /// A pod whose maker waits.
@@ -93,15 +99,55 @@ impl Pods {
         for made in server.kept() {
             all.insert(Arc::new(local_pod(&made)));
         }
-        let (puts, gones, denied) = Default::default();
-        Ok(Some(Self { asks, puts, gones, all: Arc::new(all), denied, server: Arc::new(server) }))
+        let book = Book { all: Arc::new(all), ..Book::default() };
+        Ok(Some(Self { asks, book, server: Arc::new(server) }))
+    }
+
+    /// The pods, and who waits.
+    pub fn book(&mut self) -> &mut Book {
+        &mut self.book
     }
 
     /// All that there are, in force or about to be.
     pub fn all(&self) -> &Arc<LocalPods> {
-        &self.all
+        &self.book.all
     }
 
+    /// Whether this is the device of one of them.
+    pub fn own_device(&self, name: &str) -> bool {
+        self.book.all.iter().any(|pod| pod.device == name)
+    }
+
+    /// Tells the server what it may give to pods, where that is not as before.
+    pub fn configure(&mut self, ranges: NodeRanges) {
+        if self.server.configure(ranges.clone()) {
+            let NodeRanges { pod_cidrs, mtu, .. } = ranges;
+            info!(?pod_cidrs, mtu, "what new pods get");
+        }
+    }
+
+    /// Who knows all about addresses.
+    pub fn server(&self) -> &Arc<Server> {
+        &self.server
+    }
+
+    /// For `weir status`.
+    pub fn status(&self, loaded: &Loaded) -> Value {
+        let waiting = self.book.puts.iter().map(|put| {
+            let is_known = loaded.local_pods.get(&put.pod.name).is_some_and(|pod| Arc::ptr_eq(pod, &put.pod));
+            json!({
+                "pod": put.pod.name, "waitedMs": ms(put.since),
+                "waitsFor": if is_known { "its object" } else { "its rules" },
+            })
+        });
+        json!({
+            "known": loaded.local_pods.iter().count(), "closedUntilObject": loaded.undescribed,
+            "waiting": waiting.collect::<Vec<_>>(), "maker": self.server.status(),
+        })
+    }
+}
+
+impl Book {
     /// Notes a pod that was made. `false`: nothing is to be prepared for it.
     pub fn put(&mut self, made: &Made, patience: Duration, answer: oneshot::Sender<InForce>) -> bool {
         let mut pod = Arc::new(local_pod(made));
@@ -151,19 +197,28 @@ impl Pods {
         true
     }
 
-    /// Answers those for whom what is in force is enough: after each publication of `loaded`. `has_device` tells whether what was published,
+    /// Answers those for whom what is in force is enough: after each publication, of the pods `in_force`, of which some
+    /// have no object. `has_device` tells whether what was published,
     /// and the programs, know the device that has that name now. `true`: something is to be prepared again.
-    pub fn settle(&mut self, loaded: &Loaded, has_device: impl Fn(&str) -> bool) -> bool {
+    pub fn settle(
+        &mut self,
+        in_force: &LocalPods,
+        undescribed: &BTreeSet<String>,
+        has_device: impl Fn(&str) -> bool,
+    ) -> bool {
         let mut changed = false;
-        let in_force = &loaded.local_pods;
         let is = |pod: &Arc<LocalPod>, pods: &LocalPods| pods.get(&pod.name).is_some_and(|one| Arc::ptr_eq(one, pod));
-        for gone in self.gones.extract_if(.., |gone| !is(&gone.pod, in_force)) {
+        let is_over = |gone: &mut Gone| {
+            let in_force = in_force.get(&gone.pod.name).filter(|pod| pod.sandbox == gone.pod.sandbox);
+            in_force.is_none() || gone.answer.is_closed()
+        };
+        for gone in self.gones.extract_if(.., is_over) {
             let LocalPod { name, addresses, device, .. } = &*gone.pod;
             info!(pod = name, ?addresses, device, took_ms = ms(gone.since), "pod deleted");
             let _ = gone.answer.send(());
         }
         self.denied.retain(|name| {
-            let is_denied = loaded.undescribed.contains(name);
+            let is_denied = undescribed.contains(name);
             if !is_denied && in_force.get(name).is_some() {
                 info!(pod = name, "the pod's object has come: its policy is in force");
             }
@@ -181,7 +236,7 @@ impl Pods {
             let standing = match () {
                 () if !is(&put.pod, in_force) => Standing::Unknown,
                 () if !has_device(&put.pod.device) => Standing::NoDevice,
-                () if loaded.undescribed.contains(&put.pod.name) => Standing::Undescribed,
+                () if undescribed.contains(&put.pod.name) => Standing::Undescribed,
                 () => Standing::Whole,
             };
             let LocalPod { name, addresses, device, .. } = &*put.pod;
@@ -214,11 +269,6 @@ impl Pods {
         changed
     }
 
-    /// Whether this is the device of one of them.
-    pub fn own_device(&self, name: &str) -> bool {
-        self.all.iter().any(|pod| pod.device == name)
-    }
-
     /// The pods that are known cannot be put in force.
     pub fn refuse(&mut self, in_force: &LocalPods, why: &str) {
         for put in self.puts.extract_if(.., |put| in_force.get(&put.pod.name) != Some(&put.pod)) {
@@ -232,40 +282,12 @@ impl Pods {
             let _ = gone.answer.send(());
         }
     }
-
-    /// Tells the server what it may give to pods, where that is not as before.
-    pub fn configure(&mut self, ranges: NodeRanges) {
-        if self.server.configure(ranges.clone()) {
-            let NodeRanges { pod_cidrs, mtu, .. } = ranges;
-            info!(?pod_cidrs, mtu, "what new pods get");
-        }
-    }
-
-    /// Who knows all about addresses.
-    pub fn server(&self) -> &Arc<Server> {
-        &self.server
-    }
-
-    /// For `weir status`.
-    pub fn status(&self, loaded: &Loaded) -> Value {
-        let waiting = self.puts.iter().map(|put| {
-            let is_known = loaded.local_pods.get(&put.pod.name).is_some_and(|pod| Arc::ptr_eq(pod, &put.pod));
-            json!({
-                "pod": put.pod.name, "waitedMs": ms(put.since),
-                "waitsFor": if is_known { "its object" } else { "its rules" },
-            })
-        });
-        json!({
-            "known": loaded.local_pods.iter().count(), "closedUntilObject": loaded.undescribed,
-            "waiting": waiting.collect::<Vec<_>>(), "maker": self.server.status(),
-        })
-    }
 }
 
-/// The next thing that is asked, or `None` when somebody has waited long enough and [`Pods::settle`] is due; for ever nothing where weir
+/// The next thing that is asked, or `None` when somebody has waited long enough and [`Book::settle`] is due; for ever nothing where weir
 /// makes no pods. Cancel-safe.
 pub async fn next(pods: &mut Option<Pods>) -> Option<Ask> {
-    let Some(Pods { asks, puts, .. }) = pods else { return pending().await };
+    let Some(Pods { asks, book: Book { puts, .. }, .. }) = pods else { return pending().await };
     let deadline = puts.iter().filter_map(|put| put.deadline).min();
     let patience_ends = async {
         match deadline {
@@ -325,4 +347,155 @@ fn local_pod(made: &Made) -> LocalPod {
 /// Milliseconds since then, to a tenth.
 fn ms(since: Instant) -> f64 {
     (since.elapsed().as_secs_f64() * 1e4).round() / 10.0
+}
+
+#[cfg(test)]
+mod tests {
+    use weir_packet::Mac;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(3600);
+
+    fn made(name: &str, sandbox: &str, last: u8) -> Made {
+        Made {
+            namespace: "x".into(),
+            name: name.into(),
+            uid: None,
+            sandbox: sandbox.into(),
+            netns: None,
+            device: workload_device("x", name),
+            mac: Mac([2, 0, 0, 0, 0, last]),
+            addresses: vec![[10, 0, 0, last].into()],
+            host_ports: Vec::new(),
+        }
+    }
+
+    /// A book, and what is in force beside it.
+    #[derive(Default)]
+    struct World {
+        book: Book,
+        in_force: Arc<LocalPods>,
+        undescribed: BTreeSet<String>,
+        has_no_device: bool,
+    }
+
+    impl World {
+        fn put(&mut self, made: &Made) -> (bool, oneshot::Receiver<InForce>) {
+            let (answer, answered) = oneshot::channel();
+            (self.book.put(made, PATIENCE, answer), answered)
+        }
+
+        fn gone(&mut self, name: &str, sandbox: &str) -> (bool, oneshot::Receiver<()>) {
+            let (answer, answered) = oneshot::channel();
+            (self.book.gone(&format!("x/{name}"), sandbox, answer), answered)
+        }
+
+        /// What is in the book comes into force.
+        fn publish(&mut self) {
+            self.in_force = Arc::clone(&self.book.all);
+            self.settle();
+        }
+
+        fn settle(&mut self) -> bool {
+            self.book.settle(&self.in_force, &self.undescribed, |_| !self.has_no_device)
+        }
+
+        fn patience_ends(&mut self) -> bool {
+            self.book.puts.iter_mut().for_each(|put| put.deadline = None);
+            self.settle()
+        }
+
+        fn names(&self) -> Vec<&str> {
+            self.book.all.iter().map(|pod| pod.name.as_str()).collect()
+        }
+    }
+
+    #[test]
+    fn a_pod_is_answered_for_once_all_of_it_is_in_force() {
+        let mut world = World { undescribed: ["x/a".to_owned()].into(), has_no_device: true, ..World::default() };
+        let (is_new, mut answered) = world.put(&made("a", "s1", 1));
+        assert!(is_new);
+        // A publication of something else, then its own, then its device's, then that of its object.
+        world.settle();
+        assert!(answered.try_recv().is_err());
+        world.publish();
+        assert!(answered.try_recv().is_err());
+        world.has_no_device = false;
+        world.settle();
+        assert!(answered.try_recv().is_err());
+        world.undescribed.clear();
+        world.settle();
+        assert_eq!(answered.try_recv(), Ok(InForce::WithObject));
+        // Asked for once more, nothing is to be prepared.
+        let (is_new, mut answered) = world.put(&made("a", "s1", 1));
+        world.settle();
+        assert_eq!((is_new, answered.try_recv()), (false, Ok(InForce::WithObject)));
+    }
+
+    #[test]
+    fn patience_is_for_the_object_and_not_for_the_rules() {
+        let mut world = World { undescribed: ["x/a".to_owned()].into(), ..World::default() };
+        let (_, mut answered) = world.put(&made("a", "s1", 1));
+        assert!(!world.patience_ends());
+        assert!(answered.try_recv().is_err(), "its rules are not in force");
+        world.publish();
+        assert_eq!(answered.try_recv(), Ok(InForce::DeniedUntilObject));
+        assert_eq!(world.book.denied.len(), 1);
+        world.undescribed.clear();
+        world.settle();
+        assert!(world.book.denied.is_empty());
+
+        world.has_no_device = true;
+        let (_, mut answered) = world.put(&made("b", "s2", 2));
+        world.publish();
+        assert!(answered.try_recv().is_err());
+        assert!(world.patience_ends(), "it is to be forgotten");
+        assert!(matches!(answered.try_recv(), Ok(InForce::Refused(_))));
+        assert_eq!(world.names(), ["x/a"]);
+    }
+
+    #[test]
+    fn a_name_belongs_to_the_newest_sandbox() {
+        let mut world = World::default();
+        let (_, mut first) = world.put(&made("a", "s1", 1));
+        let (_, mut second) = world.put(&made("a", "s2", 2));
+        // The DEL of the first comes late and changes nothing.
+        let (is_new, mut gone) = world.gone("a", "s1");
+        assert_eq!((is_new, gone.try_recv()), (false, Ok(())));
+        world.publish();
+        assert!(matches!(first.try_recv(), Ok(InForce::Refused(_))));
+        assert_eq!(second.try_recv(), Ok(InForce::WithObject));
+
+        // That of the second is answered when it is no more in force; who waits for it then waits in vain.
+        let (_, mut again) = world.put(&Made { uid: Some("u".into()), ..made("a", "s2", 2) });
+        let (is_new, mut gone) = world.gone("a", "s2");
+        world.settle();
+        assert!(gone.try_recv().is_err(), "the one before its uid was told is still in force");
+        assert!(is_new && matches!(again.try_recv(), Ok(InForce::Refused(_))));
+        world.publish();
+        assert_eq!((gone.try_recv(), world.names()), (Ok(()), vec![]));
+        assert_eq!(world.gone("a", "s2").1.try_recv(), Ok(()), "twice");
+    }
+
+    #[test]
+    fn what_cannot_be_this_nodes_is_refused() {
+        let mut world = World::default();
+        let (_, mut answered) = world.put(&made("a", "s1", 1));
+        world.publish();
+        assert_eq!(answered.try_recv(), Ok(InForce::WithObject));
+        for bad in [
+            made("b", "s2", 1),
+            Made { device: "eth0".into(), ..made("b", "s2", 2) },
+            Made { addresses: Vec::new(), ..made("b", "s2", 2) },
+        ] {
+            let (is_new, mut answered) = world.put(&bad);
+            assert!(!is_new && matches!(answered.try_recv(), Ok(InForce::Refused(_))), "{bad:?}");
+        }
+        // What cannot be compiled leaves what is in force.
+        let (_, mut answered) = world.put(&made("c", "s3", 3));
+        world.book.refuse(&Arc::clone(&world.in_force), "too large");
+        assert_eq!(answered.try_recv(), Ok(InForce::Refused("too large".into())));
+        assert_eq!(world.names(), ["x/a"]);
+    }
 }

@@ -714,7 +714,7 @@ impl Router {
 
     /// Does what the maker of pods asks.
     async fn asked(&mut self, ask: Ask) {
-        let Some(pods) = &mut self.pods else { return };
+        let Some(book) = self.pods.as_mut().map(Pods::book) else { return };
         let is_new = match ask {
             Ask::Close { device, answer } => {
                 let closed = self.close(&device).await;
@@ -724,9 +724,9 @@ impl Router {
                 drop(answer.send(closed));
                 return;
             }
-            Ask::Put { pod, patience, answer } => pods.put(&pod, patience, answer),
+            Ask::Put { pod, patience, answer } => book.put(&pod, patience, answer),
             Ask::Gone { namespace, name, sandbox, answer } => {
-                pods.gone(&format!("{namespace}/{name}"), &sandbox, answer)
+                book.gone(&format!("{namespace}/{name}"), &sandbox, answer)
             }
         };
         if is_new {
@@ -758,7 +758,7 @@ impl Router {
                 adopted.contains_key(&index) && links.devices.iter().any(is_it)
             })
         };
-        if pods.settle(loaded, has_device) {
+        if pods.book().settle(&loaded.local_pods, &loaded.undescribed, has_device) {
             self.begin_reload(Scope::LocalPods);
         }
     }
@@ -919,7 +919,7 @@ impl Router {
             Err((Scope::LocalPods, refused)) => {
                 error!("pods cannot be put in force:\n{refused}");
                 if let Some(pods) = &mut self.pods {
-                    pods.refuse(&self.loaded.local_pods, &refused.to_string());
+                    pods.book().refuse(&self.loaded.local_pods, &refused.to_string());
                 }
             }
             Err((Scope::Files, refused)) => {

@@ -145,7 +145,7 @@ func kinds(lost map[string]int) string {
 }
 
 const (
-	// EndedEarly is a connection that ended before its pod did.
+	// endedEarly is a connection that ended before its pod did.
 	endedEarly = "ended early"
 	// Between what a watch of the API shows and what a client sees lies some time.
 	watchSlack = 700 * time.Millisecond
@@ -225,7 +225,7 @@ func (s *Scenario) judgeBulk(r *rollclient.Result) {
 	}
 }
 
-// maxSwitches is how often a client with affinity may change its backend: only when its backend goes.
+// judgeAffinity says whether a client kept its backend: it may change it only when one goes, and deleted pods went.
 func (s *Scenario) judgeAffinity(r *rollclient.Result, deleted int) {
 	s.note("%d answers came from another backend than the one before", r.Switches)
 	if r.Switches > deleted {

@@ -23,8 +23,8 @@ const (
 var (
 	// kubectl exec, as most tests of services do.
 	execLine = regexp.MustCompile(`--namespace=(\S+) exec (\S+) (.*)`)
-	// "ExecWithOptions {Command:[...] Namespace:x PodName:y ..." of the framework.
-	execOptions = regexp.MustCompile(`ExecWithOptions \{Command:\[(.*?)\] Namespace:(\S+) PodName:(\S+) `)
+	// "Exec {Command:[...] Namespace:x PodName:y ..." of the framework.
+	execOptions = regexp.MustCompile(`Exec(?:WithOptions)? \{Command:\[(.*?)\] Namespace:(\S+) PodName:(\S+) `)
 	// ClusterNetworkPolicy's tests: the command, and in the next line where it ran.
 	connectLine = regexp.MustCompile(`/agnhost connect (.*?)\]`)
 	connectFrom = regexp.MustCompile(`from (\S+)/(\S+) to `)

@@ -377,7 +377,7 @@ func TestPairs(t *testing.T) {
 Running '/bin/kubectl --kubeconfig=x --namespace=services-1 exec execpod-a -- /bin/sh -x -c echo hostName | nc -v -u -w 2 10.96.3.4 90'
 Running '/bin/kubectl --kubeconfig=x --namespace=services-1 exec execpod-a -- /bin/sh -x -c curl -q -s --connect-timeout 2 http://192.0.2.12:30123/hostname'
 Running '/bin/kubectl --kubeconfig=x --namespace=services-1 exec execpod-a -- /bin/sh -x -c curl -q -s http://192.0.2.12:30123/hostname'
-ExecWithOptions {Command:[/agnhost connect --protocol=udp --timeout=3s [fd00:244::5]:80] Namespace:netpol-x PodName:a ContainerName:c Stdin:<nil>}
+I1130 09:38:03.161207   24898 exec_util.go:58] Exec {Command:[/agnhost connect --protocol=udp --timeout=3s [fd00:244::5]:80] Namespace:netpol-x PodName:a ContainerName:c Stdin:<nil>}
     helper.go:98: FAILED Command was [/agnhost connect --timeout=3s --protocol=sctp 10.244.1.9:9003]
     helper.go:99: Expected connection to succeed from ns-a/pod-0 to 10.244.1.9, but instead it miserably failed. stderr: x
 nothing to see in http://10.0.0.1:80/ alone
