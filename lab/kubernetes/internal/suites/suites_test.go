@@ -55,7 +55,7 @@ func TestListJudges(t *testing.T) {
 		"passes, not listed":       {Spec{Name: "other", Outcome: Passed}, onWeir, "", false},
 		"fails, not listed":        {Spec{Name: "other", Outcome: Failed}, onWeir, "failed: other", false},
 		"fails, listed":            {Spec{Name: proxy, Outcome: Failed, Cause: "no answer at :10249"}, onWeir, "", true},
-		"fails otherwise, listed":  {Spec{Name: proxy, Outcome: Failed, Cause: "no pod"}, onWeir, "failed, but not because of no proxy: " + proxy, false},
+		"fails otherwise, listed":  {Spec{Name: proxy, Outcome: Failed, Cause: "no pod"}, onWeir, "failed otherwise than the list expects (no proxy): " + proxy, false},
 		"passes, listed":           {Spec{Name: proxy, Outcome: Passed}, onWeir, "passed, and the list expects it to fail (no proxy): " + proxy, false},
 		"skipped, listed":          {Spec{Name: proxy, Outcome: Skipped}, onWeir, "", false},
 		"passes, listed elsewhere": {Spec{Name: proxy, Outcome: Passed}, onProxy, "", false},
