@@ -62,6 +62,14 @@ func (r *runner) cnp(ctx context.Context) (*SuiteResult, error) {
 	if err := r.applyDefinition(ctx); err != nil {
 		return nil, err
 	}
+	// Those of a run that was interrupted may still be going.
+	if left, err := r.namespaces(ctx); err != nil {
+		return nil, err
+	} else if len(left) > 0 {
+		if _, err := r.Cluster.Command(ctx, r.node, "kubectl", append([]string{"delete", "--ignore-not-found", "--timeout=120s"}, left...)...).Output(); err != nil {
+			return nil, fmt.Errorf("namespaces of an earlier run: %w", withOutput(err))
+		}
+	}
 	before, err := r.policies(ctx)
 	if err != nil {
 		return nil, err
@@ -75,7 +83,7 @@ func (r *runner) cnp(ctx context.Context) (*SuiteResult, error) {
 	defer log.Close()
 
 	fmt.Fprintf(r.Out, "%-11s %d tests, one at a time; the log is %s\n", CNP, total, log.Name())
-	cmd := r.Cluster.Command(ctx, r.node, binary, "-test.v", "-test.run=^"+cnpTest+"$", "-test.timeout=2h",
+	cmd := r.Cluster.Command(ctx, r.node, binary, "-test.v=test2json", "-test.run=^"+cnpTest+"$", "-test.timeout=2h",
 		"-kubeconfig="+r.Cluster.Kubeconfig, "-without="+strings.Join(without, ","))
 	inGroup(cmd)
 	reader, writer := io.Pipe()
@@ -95,7 +103,8 @@ func (r *runner) cnp(ctx context.Context) (*SuiteResult, error) {
 				progress.spec(Passed, spec.Name)
 			}
 		}
-		tests.read(io.TeeReader(reader, log))
+		tests.log = log
+		tests.read(reader)
 		parsed <- tests
 	}()
 	ran := runInGroup(cmd)
@@ -141,6 +150,20 @@ func (r *runner) policies(ctx context.Context) ([]string, error) {
 	return strings.Fields(string(names)), nil
 }
 
+// namespaces are those of the tests, as kubectl names them.
+func (r *runner) namespaces(ctx context.Context) (left []string, err error) {
+	names, err := r.Cluster.Command(ctx, r.node, "kubectl", "get", "namespaces", "-o", "name").Output()
+	if err != nil {
+		return nil, fmt.Errorf("the namespaces: %w", withOutput(err))
+	}
+	for name := range strings.FieldsSeq(string(names)) {
+		if strings.HasPrefix(name, "namespace/"+cnpNamespaces) {
+			left = append(left, name)
+		}
+	}
+	return left, nil
+}
+
 // removePolicies removes the policies that came since, and the namespaces of the tests.
 func (r *runner) removePolicies(before []string) {
 	ctx, cancel := context.WithTimeout(context.Background(), removalTimeout)
@@ -152,12 +175,8 @@ func (r *runner) removePolicies(before []string) {
 			remove = append(remove, name)
 		}
 	}
-	namespaces, listed := r.Cluster.Command(ctx, r.node, "kubectl", "get", "namespaces", "-o", "name").Output()
-	for name := range strings.FieldsSeq(string(namespaces)) {
-		if strings.HasPrefix(name, "namespace/"+cnpNamespaces) {
-			remove = append(remove, name)
-		}
-	}
+	namespaces, listed := r.namespaces(ctx)
+	remove = append(remove, namespaces...)
 	if err = errors.Join(err, listed); err == nil && len(remove) > 3 {
 		_, err = r.Cluster.Command(ctx, r.node, "kubectl", remove...).Output()
 	}
@@ -180,9 +199,12 @@ func (r *runner) applyDefinition(ctx context.Context) error {
 	return nil
 }
 
-// goTests understands what a test binary prints with -test.v.
+// goTests understands what a test binary prints with -test.v=test2json, with which it tells of each subtest as it ends; with -test.v alone, it
+// keeps that to itself until all of them have.
 type goTests struct {
 	root string
+	// log gets all lines, without the marks for programs.
+	log io.Writer
 	// handle is told of each test below root as it ends, with what it logged.
 	handle func(spec *Spec, output string, subtest bool)
 	// outcome is root's, empty while it runs.
@@ -196,22 +218,29 @@ type goTests struct {
 }
 
 func newGoTests(root string) *goTests {
-	return &goTests{root: root, specs: map[string]*Spec{}, output: map[string]string{}, parents: map[string]bool{}, handle: func(*Spec, string, bool) {}}
+	return &goTests{root: root, log: io.Discard, specs: map[string]*Spec{}, output: map[string]string{}, parents: map[string]bool{}, handle: func(*Spec, string, bool) {}}
 }
 
 var (
-	testTurn = regexp.MustCompile(`^=== (?:RUN|CONT|NAME|PAUSE) +(\S+)$`)
+	testTurn = regexp.MustCompile(`^=== (?:RUN|CONT|NAME|PAUSE) +(\S*)$`)
 	testEnd  = regexp.MustCompile(`^ *--- (PASS|FAIL|SKIP): (\S+) \((\d+\.\d+)s\)$`)
 )
 
-const keptOutputBytes = 64 << 10
+const (
+	keptOutputBytes = 64 << 10
+	// testMark begins a line that the test binary itself made, and no test.
+	testMark = "\x16"
+)
 
 func (t *goTests) read(from io.Reader) {
 	lines := bufio.NewReader(from)
 	for {
 		line, err := lines.ReadString('\n')
 		if line != "" {
-			t.line(strings.TrimRight(line, "\r\n"))
+			line = strings.TrimPrefix(strings.TrimRight(line, "\r\n"), testMark)
+			// What is wrong with the log is not wrong with the tests.
+			_, _ = fmt.Fprintln(t.log, line)
+			t.line(line)
 		}
 		if err != nil {
 			return

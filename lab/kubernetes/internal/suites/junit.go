@@ -152,7 +152,7 @@ func writeJUnit(path string, results []SuiteResult) error {
 		}
 		for _, trouble := range result.Wrong {
 			// What is wrong with a spec stands there already.
-			if strings.HasPrefix(trouble, "failed: ") {
+			if strings.HasPrefix(trouble, "failed: ") || strings.HasPrefix(trouble, "failed otherwise") {
 				continue
 			}
 			suite.Cases = append(suite.Cases, junitCase{Name: trouble, Class: result.Name, Error: &junitMessage{Text: trouble}})

@@ -159,7 +159,7 @@ func (l *List) judge(specs []Spec, on Conditions) (wrong []string) {
 			wrong = append(wrong, "failed: "+spec.Name)
 		case spec.Outcome == Failed && !e.cause.MatchString(spec.Cause):
 			spec.Reason = e.Reason
-			wrong = append(wrong, fmt.Sprintf("failed, but not because of %s: %s", e.Reason, spec.Name))
+			wrong = append(wrong, fmt.Sprintf("failed otherwise than the list expects (%s): %s", e.Reason, spec.Name))
 		case spec.Outcome == Failed:
 			spec.Expected = true
 			spec.Reason = e.Reason

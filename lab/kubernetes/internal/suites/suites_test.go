@@ -55,7 +55,7 @@ func TestListJudges(t *testing.T) {
 		"passes, not listed":       {Spec{Name: "other", Outcome: Passed}, onWeir, "", false},
 		"fails, not listed":        {Spec{Name: "other", Outcome: Failed}, onWeir, "failed: other", false},
 		"fails, listed":            {Spec{Name: proxy, Outcome: Failed, Cause: "no answer at :10249"}, onWeir, "", true},
-		"fails otherwise, listed":  {Spec{Name: proxy, Outcome: Failed, Cause: "no pod"}, onWeir, "failed, but not because of no proxy: " + proxy, false},
+		"fails otherwise, listed":  {Spec{Name: proxy, Outcome: Failed, Cause: "no pod"}, onWeir, "failed otherwise than the list expects (no proxy): " + proxy, false},
 		"passes, listed":           {Spec{Name: proxy, Outcome: Passed}, onWeir, "passed, and the list expects it to fail (no proxy): " + proxy, false},
 		"skipped, listed":          {Spec{Name: proxy, Outcome: Skipped}, onWeir, "", false},
 		"passes, listed elsewhere": {Spec{Name: proxy, Outcome: Passed}, onProxy, "", false},
@@ -301,12 +301,13 @@ func TestSuiteNames(t *testing.T) {
 	}
 }
 
-const goOutput = `=== RUN   TestConformance
+// As the program prints it: marks before its own lines, each end as it comes.
+const goOutput = `#=== RUN   TestConformance
     suite.go:150: Test Setup: Applying base manifests
-=== RUN   TestConformance/CNPAdminTierGress
-=== NAME  TestConformance
+#=== RUN   TestConformance/CNPAdminTierGress
+#=== NAME  TestConformance
     apply.go:10: applied
-=== RUN   TestConformance/CNPAdminTierGress/Should_support_an_'allow-gress'_policy
+#=== RUN   TestConformance/CNPAdminTierGress/Should_support_an_'allow-gress'_policy
     helper.go:98: FAILED Command was [/agnhost connect --timeout=3s --protocol=tcp 10.244.1.9:80]
     helper.go:99: Expected connection to succeed from ns-a/pod-0 to 10.244.1.9, but instead it miserably failed. stderr: TIMEOUT
     helper.go:98: FAILED Command was [/agnhost connect --timeout=3s --protocol=sctp 10.244.1.9:9003]
@@ -314,50 +315,50 @@ const goOutput = `=== RUN   TestConformance
     helper.go:73: 
         	Error Trace:	helper.go:73
         	Error:      	Condition never satisfied
-=== RUN   TestConformance/CNPAdminTierGress/Should_deny
---- FAIL: TestConformance (100.00s)
-    --- FAIL: TestConformance/CNPAdminTierGress (33.00s)
-        --- FAIL: TestConformance/CNPAdminTierGress/Should_support_an_'allow-gress'_policy (20.50s)
-        --- PASS: TestConformance/CNPAdminTierGress/Should_deny (12.50s)
-    --- SKIP: TestConformance/CNPSkipped (0.00s)
-    --- FAIL: TestConformance/CNPBroken (1.00s)
-FAIL
+#--- FAIL: TestConformance/CNPAdminTierGress/Should_support_an_'allow-gress'_policy (20.50s)
+#=== NAME  TestConformance/CNPAdminTierGress
+#=== RUN   TestConformance/CNPAdminTierGress/Should_deny
+#--- PASS: TestConformance/CNPAdminTierGress/Should_deny (12.50s)
+#=== NAME  TestConformance/CNPAdminTierGress
+#--- FAIL: TestConformance/CNPAdminTierGress (33.00s)
+#=== NAME  TestConformance
+#=== RUN   TestConformance/CNPSkipped
+#--- SKIP: TestConformance/CNPSkipped (0.00s)
+#=== RUN   TestConformance/CNPBroken
+#--- FAIL: TestConformance/CNPBroken (1.00s)
+#=== NAME  TestConformance
+#--- FAIL: TestConformance (100.00s)
+#=== NAME  
+#FAIL
 `
 
 func TestGoTests(t *testing.T) {
-	// As a stream has it: each end comes when the test ends, the outermost last.
-	lines := strings.SplitAfter(goOutput, "\n")
-	var ends []int
-	for i, line := range lines {
-		if strings.Contains(line, "--- ") {
-			ends = append(ends, i)
+	var log strings.Builder
+	tests := newGoTests(cnpTest)
+	tests.log = &log
+	var handled []string
+	tests.handle = func(spec *Spec, output string, subtest bool) {
+		handled = append(handled, spec.Name)
+		if spec.Name == "CNPAdminTierGress/Should support an 'allow-gress' policy" && (!subtest || !strings.Contains(output, "10.244.1.9:9003")) {
+			t.Errorf("subtest %v, output %q", subtest, output)
 		}
 	}
-	stream := append(slices.Clone(lines[:ends[0]]), lines[ends[0]+1:]...)
-	stream = slices.Insert(stream, len(stream)-1, lines[ends[0]])
-	for name, text := range map[string]string{"nested": goOutput, "streamed": strings.Join(stream, "")} {
-		tests := newGoTests(cnpTest)
-		var handled []string
-		tests.handle = func(spec *Spec, output string, subtest bool) {
-			handled = append(handled, spec.Name)
-			if spec.Name == "CNPAdminTierGress/Should support an 'allow-gress' policy" && (!subtest || !strings.Contains(output, "10.244.1.9:9003")) {
-				t.Errorf("%s: subtest %v, output %q", name, subtest, output)
-			}
-		}
-		tests.read(strings.NewReader(text))
-		if tests.outcome != Failed || len(handled) != 5 {
-			t.Errorf("%s: %s, %q", name, tests.outcome, handled)
-		}
-		want := []Spec{
-			{Name: "CNPAdminTierGress/Should support an 'allow-gress' policy", Outcome: Failed, Seconds: 20.5,
-				Cause: "[/agnhost connect --timeout=3s --protocol=sctp 10.244.1.9:9003]\nExpected connection to succeed from ns-a/pod-0 to 10.244.1.9, but instead it miserably failed. stderr: OTHER: protocol not supported"},
-			{Name: "CNPAdminTierGress/Should deny", Outcome: Passed, Seconds: 12.5},
-			{Name: "CNPSkipped", Outcome: Skipped},
-			{Name: "CNPBroken", Outcome: Failed, Seconds: 1},
-		}
-		if got := tests.leaves(); !reflect.DeepEqual(got, want) {
-			t.Errorf("%s: %+v", name, got)
-		}
+	tests.read(strings.NewReader(strings.ReplaceAll(goOutput, "#", testMark)))
+	if tests.outcome != Failed || len(handled) != 5 || handled[0] != "CNPAdminTierGress/Should support an 'allow-gress' policy" {
+		t.Errorf("%s, %q", tests.outcome, handled)
+	}
+	if log.String() != strings.ReplaceAll(goOutput, "#", "") {
+		t.Errorf("the log has\n%s", log.String())
+	}
+	want := []Spec{
+		{Name: "CNPAdminTierGress/Should support an 'allow-gress' policy", Outcome: Failed, Seconds: 20.5,
+			Cause: "[/agnhost connect --timeout=3s --protocol=sctp 10.244.1.9:9003]\nExpected connection to succeed from ns-a/pod-0 to 10.244.1.9, but instead it miserably failed. stderr: OTHER: protocol not supported"},
+		{Name: "CNPAdminTierGress/Should deny", Outcome: Passed, Seconds: 12.5},
+		{Name: "CNPSkipped", Outcome: Skipped},
+		{Name: "CNPBroken", Outcome: Failed, Seconds: 1},
+	}
+	if got := tests.leaves(); !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v", got)
 	}
 }
 
