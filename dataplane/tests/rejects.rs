@@ -105,7 +105,7 @@ fn a_pod_of_this_node_without_a_device_is_unreachable_where_all_devices_are_know
             links.devices.retain(|device| device.index != SERVER_POD);
             let (rules, snat) = (rules(Vec::new(), true), SnatPorts::new(10000..=20000, []).unwrap());
             let mut router = Router::between(&router::cluster(), &links, rules, snat, 1024);
-            let asked = Packet { dst: ip(SERVER[family]), ..first(family, UDP) };
+            let asked = Packet { dst: ip(server), ..first(family, UDP) };
             let sent = router.one(CLIENT_POD, &asked.frame());
             let told: Vec<IfIndex> = sent.iter().map(|(device, _)| *device).collect();
             assert_eq!(told, [CLIENT_POD], "family {family}, complete: {complete}");
