@@ -99,7 +99,7 @@ fn a_flood_of_one_kind_of_answer_takes_nothing_from_the_other() {
 #[test]
 fn a_pod_of_this_node_without_a_device_is_unreachable_where_all_devices_are_known() {
     const SERVER: [&str; 2] = ["10.1.1.20", "fd00:1:1::20"];
-    for family in 0..2 {
+    for (family, server) in SERVER.into_iter().enumerate() {
         for (complete, reason) in [(true, DropReason::NoSuchPod), (false, DropReason::NoRoute)] {
             let mut links = Links { complete, ..router::links() };
             links.devices.retain(|device| device.index != SERVER_POD);
