@@ -612,8 +612,8 @@ fn a_service_becomes_its_ports() {
     )
     .services;
     assert_eq!(model.services.len(), 2);
-    // The port that the service does not have.
-    let unserved = (1..=4).map(|last| (Protocol::UDP, IpAddr::from([10, 1, 0, last]), 1));
+    // The port that the service does not have; of an endpoint's addresses the first counts.
+    let unserved = [1, 3, 4].into_iter().map(|last| (Protocol::UDP, IpAddr::from([10, 1, 0, last]), 1));
     assert_eq!(model.unserved, unserved.collect::<Vec<_>>());
     let http = &model.services[0];
     assert_eq!(
