@@ -421,6 +421,8 @@ func (u *up) kubelet(node Node) error {
 	if err := os.WriteFile(resolv, []byte("nameserver "+byFamily(u.Family, bridgeV4, bridgeV6)[0]+"\n"), 0o644); err != nil {
 		return err
 	}
+	// The kubelet's own rule (KUBE-FIREWALL) drops what goes from another address to 127.0.0.1, unless the kernel's own NAT made it so:
+	// hostPort on a loopback address needs it, and the router keeps everybody else out.
 	config := fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 failCgroupV1: false
@@ -441,7 +443,8 @@ evictionHard: {memory.available: 100Mi}
 registerNode: true
 maxPods: 250
 serializeImagePulls: false
-`, u.keys.path("ca.crt"), u.keys.path(node.Name+"-serving.crt"), u.keys.path(node.Name+"-serving.key"), dns, resolv)
+makeIPTablesUtilChains: %t
+`, u.keys.path("ca.crt"), u.keys.path(node.Name+"-serving.crt"), u.keys.path(node.Name+"-serving.key"), dns, resolv, u.Kind == KubeProxy)
 	path := filepath.Join(folder, "kubelet.yaml")
 	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
 		return err
