@@ -52,16 +52,17 @@ lint: ## Formatting, and clippy with warnings as errors.
 unit: export PROPTEST_RNG_SEED ?= 1
 unit: ## All tests of the workspace, the end-to-end ones one at a time, and those again without flow offload (WEIR_SKIP_E2E=1 skips those that need root).
 	$(CARGO) test --workspace -- --test-threads=1
-	WEIR_E2E_OFFLOAD=off $(CARGO) test --test e2e -- --test-threads=1 $(WITHOUT_OFFLOAD)
+	@# The whole workspace is named so that crates have the same features as above, and are not built once more.
+	WEIR_E2E_OFFLOAD=off $(CARGO) test --workspace --test e2e -- --test-threads=1 $(WITHOUT_OFFLOAD)
 
 loom: ## The lock-free structures under loom, bounded.
 	$(LOOM_FLAGS) $(CARGO) test --release -p weir-sync -p weir-conntrack --test loom
 
 e2e: setup ## The end-to-end tests alone (WEIR_E2E_OFFLOAD=off: without flow offload).
-	$(CARGO) test --test e2e -- --test-threads=1 --nocapture $(if $(filter off,$(WEIR_E2E_OFFLOAD)),$(WITHOUT_OFFLOAD))
+	$(CARGO) test --workspace --test e2e -- --test-threads=1 --nocapture $(if $(filter off,$(WEIR_E2E_OFFLOAD)),$(WITHOUT_OFFLOAD))
 
 storm: setup ## A hundred changes of the manifests a second for STORM_SECONDS (30), under traffic that must lose nothing. Needs root.
-	WEIR_STORM_SECONDS=$(STORM_SECONDS) $(CARGO) test --test e2e storm -- --nocapture
+	WEIR_STORM_SECONDS=$(STORM_SECONDS) $(CARGO) test --workspace --test e2e storm -- --nocapture
 
 cases: setup ## The conformance cases alone.
 	$(CARGO) test --test conformance -- --nocapture

@@ -5,24 +5,18 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
-	"strconv"
 	"strings"
 	"time"
 )
 
 // Kubernetes is the version that is built and tested.
 const Kubernetes = "1.37.2"
-
-// minimumGo is what Kubernetes' modules ask for.
-const minimumGo = 26
 
 // Builder builds from the sources in Source (lab/kubernetes) into Folder.
 type Builder struct {
@@ -54,9 +48,6 @@ type step struct {
 
 // All builds what is missing or was made from other sources. Progress goes to Out; the compiler's own words go to it where it fails.
 func (b *Builder) All(ctx context.Context) error {
-	if err := checkGo(ctx); err != nil {
-		return err
-	}
 	if err := os.MkdirAll(b.Folder, 0o755); err != nil {
 		return err
 	}
@@ -199,25 +190,6 @@ func quiet(command *exec.Cmd) error {
 			lines = lines[len(lines)-30:]
 		}
 		return fmt.Errorf("%s: %w\n%s", strings.Join(command.Args, " "), err, strings.Join(lines, "\n"))
-	}
-	return nil
-}
-
-func checkGo(ctx context.Context) error {
-	out, err := exec.CommandContext(ctx, "go", "env", "GOVERSION").Output()
-	if errors.Is(err, exec.ErrNotFound) {
-		return fmt.Errorf("the cluster is built with Go 1.%d or later, and there is no `go` in PATH; `make demo` and `make test` do not need it", minimumGo)
-	}
-	if err != nil {
-		return fmt.Errorf("go env GOVERSION: %w", err)
-	}
-	version := strings.TrimSpace(string(out))
-	match := regexp.MustCompile(`^go1\.(\d+)`).FindStringSubmatch(version)
-	if match == nil {
-		return fmt.Errorf("cannot tell the version of Go from %q", version)
-	}
-	if minor, _ := strconv.Atoi(match[1]); minor < minimumGo {
-		return fmt.Errorf("the cluster is built with Go 1.%d or later, this is %s; `make demo` and `make test` do not need it", minimumGo, version)
 	}
 	return nil
 }
