@@ -99,6 +99,10 @@ func Down(name string, out io.Writer) error {
 	if err != nil {
 		return err
 	}
+	for _, hierarchy := range hierarchies {
+		// The group of all clusters, if this was the last.
+		_ = os.Remove(filepath.Join(cgroupRoot, hierarchy, "weir-lab"))
+	}
 	// The last process's mounts are taken down by the kernel a moment after it.
 	err = until(context.Background(), 20*time.Second, folder+" to be removed", func() error { return os.RemoveAll(folder) })
 	if err != nil {
