@@ -96,10 +96,10 @@ func run(ctx context.Context, command string, arguments []string) error {
 		}
 		return feed.Run(ctx, arguments[0], arguments[1])
 	case "ranges":
-		if len(arguments) != 1 {
-			return usageError("lab ranges NAME")
+		if len(arguments) != 2 {
+			return usageError("lab ranges NAME PLUGINS")
 		}
-		return cluster.FollowRanges(ctx, arguments[0])
+		return cluster.FollowRanges(ctx, arguments[0], arguments[1])
 	}
 	return usageError("unknown command " + command + "\n" + usage)
 }

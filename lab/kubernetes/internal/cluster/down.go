@@ -9,18 +9,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"sort"
 	"strconv"
 	"strings"
 	"time"
-
-	"weir.dev/lab/kubernetes/internal/build"
 )
-
-const coreDNSImage = build.CoreDNSImage
-
-func cores() int { return runtime.NumCPU() }
 
 // members are the processes in a cluster's control groups: all that ever was started in it.
 func members(name string) []int {

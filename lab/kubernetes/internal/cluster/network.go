@@ -7,30 +7,19 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"time"
+
+	"weir.dev/lab/kubernetes/internal/build"
 )
 
 // network starts what runs the pods' network, before any kubelet asks for it.
 func (u *up) network(ctx context.Context) error {
-	if err := u.apply(ctx, u.roles()); err != nil {
-		return err
-	}
 	if u.Kind == KubeProxy {
 		return u.kubeProxy(ctx)
 	}
 	return u.weir(ctx)
-}
-
-// roles are what the network needs of the API server.
-func (u *up) roles() string {
-	return `
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: lab-proxy}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: "system:node-proxier"}
-subjects: [{kind: User, name: "system:kube-proxy"}]
-`
 }
 
 // encapsulation is Calico's name for how pods' packets cross between nodes.
@@ -103,7 +92,7 @@ devices:
 workers: {cores: [%d]}
 offload: %s
 cni: {}
-`, node.Name, objects, number%cores(), u.Offload)
+`, node.Name, objects, number%runtime.NumCPU(), u.Offload)
 		if err := os.WriteFile(node.Config, []byte(config), 0o600); err != nil {
 			return err
 		}
@@ -169,6 +158,15 @@ func copyFile(from, to string) error {
 	return os.Rename(beside, to)
 }
 
+// proxyRole is what kube-proxy needs of the API server.
+const proxyRole = `
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: lab-proxy}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: "system:node-proxier"}
+subjects: [{kind: User, name: "system:kube-proxy"}]
+`
+
 // kubeProxy is the peer: kube-proxy in its nftables mode, the reference plugins, a route to each other node's pods.
 func (u *up) kubeProxy(ctx context.Context) error {
 	if u.Encap != "none" {
@@ -178,6 +176,9 @@ func (u *up) kubeProxy(ctx context.Context) error {
 		if _, err := os.Stat(filepath.Join(u.options.Plugins, plugin)); err != nil {
 			return fmt.Errorf("the reference plugin %s: %w; as root: apt-get install containernetworking-plugins", plugin, err)
 		}
+	}
+	if err := u.apply(ctx, proxyRole); err != nil {
+		return err
 	}
 	for _, node := range u.Nodes {
 		config := fmt.Sprintf(`apiVersion: kubeproxy.config.k8s.io/v1alpha1
@@ -201,16 +202,16 @@ conntrack: {maxPerCore: 0}
 	if err != nil {
 		return err
 	}
-	return u.serve(u.Nodes[0].Name, "ranges", Service{Arguments: []string{self, "ranges", u.Name}})
+	return u.serve(u.Nodes[0].Name, "ranges", Service{Arguments: []string{self, "ranges", u.Name, u.options.Plugins}})
 }
 
 // FollowRanges waits for each node's range of pods, then gives it its plugins and the others a route. It runs in the first node.
-func FollowRanges(ctx context.Context, name string) error {
+func FollowRanges(ctx context.Context, name, plugins string) error {
 	cluster, err := Load(name)
 	if err != nil {
 		return err
 	}
-	u := &up{Cluster: cluster, options: Options{Plugins: "/usr/lib/cni"}}
+	u := &up{Cluster: cluster, options: Options{Plugins: plugins}}
 	done := map[string]bool{}
 	for len(done) < len(cluster.Nodes) {
 		for _, node := range cluster.Nodes {
@@ -284,7 +285,7 @@ func (u *up) dnsManifest() string {
 	if u.Family == "dual" {
 		policy = "RequireDualStack"
 	}
-	return fmt.Sprintf(dnsTemplate, coreDNSImage, policy, addresses[0], strings.Join(addresses, ", "))
+	return fmt.Sprintf(dnsTemplate, build.CoreDNSImage, policy, addresses[0], strings.Join(addresses, ", "))
 }
 
 const dnsTemplate = `apiVersion: v1

@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"time"
 
 	"weir.dev/lab/kubernetes/internal/build"
@@ -130,30 +129,13 @@ func (u *up) run(ctx context.Context) error {
 		return err
 	}
 	// Images are unpacked beside the control plane's start: both take seconds.
-	imported := make(chan error, 1)
-	var imports sync.WaitGroup
+	imported := make(chan error, len(u.Nodes))
 	for _, node := range u.Nodes {
 		if err := u.containerd(node); err != nil {
 			return err
 		}
+		go func() { imported <- u.importImages(ctx, node) }()
 	}
-	imports.Add(len(u.Nodes))
-	var failure error
-	var lock sync.Mutex
-	for _, node := range u.Nodes {
-		go func() {
-			defer imports.Done()
-			if err := u.importImages(ctx, node); err != nil {
-				lock.Lock()
-				failure = errors.Join(failure, err)
-				lock.Unlock()
-			}
-		}()
-	}
-	go func() {
-		imports.Wait()
-		imported <- failure
-	}()
 	if err := u.controlPlane(ctx); err != nil {
 		return err
 	}
@@ -161,8 +143,10 @@ func (u *up) run(ctx context.Context) error {
 	if err := u.network(ctx); err != nil {
 		return err
 	}
-	if err := <-imported; err != nil {
-		return err
+	for range u.Nodes {
+		if err := <-imported; err != nil {
+			return err
+		}
 	}
 	u.say("images are there")
 	for _, node := range u.Nodes {
