@@ -114,7 +114,7 @@ cluster-status: ## What runs of the cluster.
 cluster-shell: ## A shell in a node of the cluster: NODE=a, b, ... or outside.
 	@./scripts/lab.sh shell
 
-cluster-e2e: ## Kubernetes' own tests on the cluster: SUITE=conformance|netpol|services|cnp|rolling|all, FOCUS=, PROCS=.
+cluster-e2e: ## Kubernetes' own tests on the cluster: SUITE=conformance|netpol|services|cnp|rolling|pods|all, FOCUS=, PROCS=.
 	@./scripts/lab.sh e2e
 
 cluster-down: ## Takes the cluster away, whatever is left of it.

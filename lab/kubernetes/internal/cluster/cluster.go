@@ -6,6 +6,7 @@
 package cluster
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -15,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -115,6 +117,29 @@ func (c *Cluster) Command(ctx context.Context, node string, name string, argumen
 	return c.inside(ctx, Holder{}, true, name, arguments)
 }
 
+// Kubectl is what kubectl in the first node says, given an input; an error has what it complained of.
+func (c *Cluster) Kubectl(ctx context.Context, input string, arguments ...string) (string, error) {
+	command := c.Command(ctx, c.Nodes[0].Name, "kubectl", arguments...)
+	command.Stdin = strings.NewReader(input)
+	return Output(command, "kubectl "+strings.Join(arguments, " "))
+}
+
+// Output is what a command writes to its standard output; an error has what it complained of.
+func Output(command *exec.Cmd, what string) (string, error) {
+	var stderr bytes.Buffer
+	command.Stderr = &stderr
+	text, err := command.Output()
+	if err != nil {
+		return "", fmt.Errorf("%s: %w: %s", what, err, strings.TrimSpace(stderr.String()))
+	}
+	return strings.TrimSpace(string(text)), nil
+}
+
+// Weir is a command of a node's weir, with the node's configuration.
+func (c *Cluster) Weir(ctx context.Context, node Node, arguments ...string) *exec.Cmd {
+	return c.Command(ctx, node.Name, filepath.Join(c.Dir, "bin", "weir"), append(arguments, "-c", node.Config)...)
+}
+
 // OutsideCommand is a command where clients outside of the cluster are.
 func (c *Cluster) OutsideCommand(ctx context.Context, name string, arguments ...string) *exec.Cmd {
 	return c.inside(ctx, c.Outside, false, name, arguments)
@@ -138,7 +163,7 @@ func (c *Cluster) inside(ctx context.Context, holder Holder, all bool, name stri
 
 // Kill kills a service of a node without warning ("weir", "kube-proxy"); the node's holder starts it again. It returns when another process runs.
 func (c *Cluster) Kill(ctx context.Context, node, name string) error {
-	service := filepath.Join(c.Dir, node, "services", name)
+	service := filepath.Join(c.services(node), name)
 	before, err := runningPID(service)
 	if err != nil {
 		return fmt.Errorf("%s on %s: %w", name, node, err)
@@ -146,7 +171,7 @@ func (c *Cluster) Kill(ctx context.Context, node, name string) error {
 	if err := kill(before); err != nil {
 		return fmt.Errorf("%s on %s: %w", name, node, err)
 	}
-	return until(ctx, 20*time.Second, name+" on "+node+" to be started again", func() error {
+	return Until(ctx, 20*time.Second, name+" on "+node+" to be started again", func() error {
 		now, err := runningPID(service)
 		if err == nil && now == before {
 			err = fmt.Errorf("the process is still %d", before)
@@ -155,8 +180,8 @@ func (c *Cluster) Kill(ctx context.Context, node, name string) error {
 	})
 }
 
-// until asks every 50 ms until there is no error; after the time it returns the last one.
-func until(ctx context.Context, limit time.Duration, what string, ask func() error) error {
+// Until asks every 50 ms until there is no error; after the time it returns the last one.
+func Until(ctx context.Context, limit time.Duration, what string, ask func() error) error {
 	deadline := time.Now().Add(limit)
 	for {
 		err := ask()

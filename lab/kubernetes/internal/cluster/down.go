@@ -63,11 +63,31 @@ func Down(name string, out io.Writer) error {
 			ended[cluster.Outside.PID] = true
 		}
 	}
-	err := until(context.Background(), 20*time.Second, "the cluster's processes to end", func() error {
+	removed, err := end(context.Background(), name, func(pid int) { ended[pid] = true })
+	if err != nil {
+		return err
+	}
+	for _, hierarchy := range hierarchies {
+		// The group of all clusters, if this was the last.
+		_ = os.Remove(filepath.Join(cgroupRoot, hierarchy, "weir-lab"))
+	}
+	// The last process's mounts are taken down by the kernel a moment after it.
+	err = Until(context.Background(), 20*time.Second, folder+" to be removed", func() error { return os.RemoveAll(folder) })
+	if err != nil {
+		return err
+	}
+	_ = os.Remove(filepath.Dir(folder)) // If it was the last cluster.
+	fmt.Fprintf(out, "ended %d processes, removed %d control groups and %s\n", len(ended), removed, folder)
+	return nil
+}
+
+// end ends all processes in the control groups of a cluster, or of a node (CLUSTER/NODE), says which, and removes the groups.
+func end(ctx context.Context, name string, ended func(pid int)) (removed int, err error) {
+	err = Until(ctx, 20*time.Second, "the processes of "+name+" to end", func() error {
 		left := members(name)
 		for _, pid := range left {
 			_ = kill(pid)
-			ended[pid] = true
+			ended(pid)
 		}
 		if len(left) > 0 {
 			return fmt.Errorf("%d are left: %v", len(left), left)
@@ -75,10 +95,9 @@ func Down(name string, out io.Writer) error {
 		return nil
 	})
 	if err != nil {
-		return err
+		return 0, err
 	}
-	removed := 0
-	err = until(context.Background(), 10*time.Second, "the control groups to be removed", func() error {
+	err = Until(ctx, 10*time.Second, "the control groups of "+name+" to be removed", func() error {
 		var failure error
 		for _, group := range groups(name) {
 			if err := os.Remove(group); err != nil {
@@ -89,21 +108,7 @@ func Down(name string, out io.Writer) error {
 		}
 		return failure
 	})
-	if err != nil {
-		return err
-	}
-	for _, hierarchy := range hierarchies {
-		// The group of all clusters, if this was the last.
-		_ = os.Remove(filepath.Join(cgroupRoot, hierarchy, "weir-lab"))
-	}
-	// The last process's mounts are taken down by the kernel a moment after it.
-	err = until(context.Background(), 20*time.Second, folder+" to be removed", func() error { return os.RemoveAll(folder) })
-	if err != nil {
-		return err
-	}
-	_ = os.Remove(filepath.Dir(folder)) // If it was the last cluster.
-	fmt.Fprintf(out, "ended %d processes, removed %d control groups and %s\n", len(ended), removed, folder)
-	return nil
+	return removed, err
 }
 
 // groups are a cluster's control groups, the deepest first.
@@ -147,7 +152,7 @@ func Status(name string, out io.Writer) error {
 			state, whole = "ITS HOLDER IS GONE", false
 		}
 		fmt.Fprintf(out, "%s  %s  %s  (holder %d)\n", node.Name, strings.Join(node.Addresses, ", "), state, node.PID)
-		folders, _ := filepath.Glob(filepath.Join(cluster.Dir, node.Name, "services", "*"))
+		folders, _ := filepath.Glob(filepath.Join(cluster.services(node.Name), "*"))
 		for _, folder := range folders {
 			service := process{name: filepath.Base(folder)}
 			if service.pid, err = runningPID(folder); err != nil {

@@ -339,7 +339,7 @@ func startService(folder string) (*exec.Cmd, error) {
 
 // serve has a node's holder run a program.
 func (c *Cluster) serve(node, name string, service Service) error {
-	folder := filepath.Join(c.Dir, node, "services", name)
+	folder := filepath.Join(c.services(node), name)
 	if err := os.MkdirAll(folder, 0o700); err != nil {
 		return err
 	}
@@ -356,7 +356,7 @@ func (c *Cluster) serve(node, name string, service Service) error {
 
 // log is the path of what a service said.
 func (c *Cluster) log(node, name string) string {
-	return filepath.Join(c.Dir, node, "services", name, "log")
+	return filepath.Join(c.services(node), name, "log")
 }
 
 // runningPID is the process of a service, if it runs.
@@ -391,7 +391,7 @@ func startTime(pid int) (string, error) {
 
 // waitFor waits until a command in a node succeeds.
 func (c *Cluster) waitFor(ctx context.Context, limit time.Duration, what, node, name string, arguments ...string) error {
-	return until(ctx, limit, what, func() error {
+	return Until(ctx, limit, what, func() error {
 		if out, err := c.Command(ctx, node, name, arguments...).CombinedOutput(); err != nil {
 			return fmt.Errorf("%w: %s", err, strings.TrimSpace(string(out)))
 		}

@@ -81,7 +81,7 @@ func TestServicesRunAndAreStartedAgain(t *testing.T) {
 	}
 	folder := filepath.Join(u.Dir, "node-a", "services", "sleeper")
 	var first int
-	if err := until(context.Background(), 10*time.Second, "the service", func() (err error) {
+	if err := Until(context.Background(), 10*time.Second, "the service", func() (err error) {
 		first, err = runningPID(folder)
 		return err
 	}); err != nil {
@@ -90,7 +90,7 @@ func TestServicesRunAndAreStartedAgain(t *testing.T) {
 	if err := kill(first); err != nil {
 		t.Fatal(err)
 	}
-	if err := until(context.Background(), 10*time.Second, "another process of it", func() error {
+	if err := Until(context.Background(), 10*time.Second, "another process of it", func() error {
 		again, err := runningPID(folder)
 		if err == nil && again == first {
 			err = errors.New("still the first")
@@ -112,7 +112,7 @@ func TestDownLeavesNothingAlsoAfterKills(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := until(context.Background(), 10*time.Second, "nine processes", func() error {
+	if err := Until(context.Background(), 10*time.Second, "nine processes", func() error {
 		if n := len(members(u.Name)); n < 9 {
 			return errors.New(strconv.Itoa(n))
 		}

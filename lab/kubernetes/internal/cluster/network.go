@@ -76,7 +76,7 @@ func (u *up) weir(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := until(ctx, 30*time.Second, "the feed's first lists (its log: "+u.log(first, "feed")+")", func() error {
+	if err := Until(ctx, 30*time.Second, "the feed's first lists (its log: "+u.log(first, "feed")+")", func() error {
 		_, err := os.Stat(filepath.Join(objects, "complete"))
 		return err
 	}); err != nil {

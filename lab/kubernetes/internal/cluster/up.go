@@ -165,8 +165,8 @@ func (u *up) run(ctx context.Context) error {
 }
 
 // ip runs ip(8) in a namespace.
-func (u *up) ip(holder Holder, line string) error {
-	out, err := u.inside(context.Background(), holder, false, "ip", strings.Fields(line)).CombinedOutput()
+func (c *Cluster) ip(holder Holder, line string) error {
+	out, err := c.inside(context.Background(), holder, false, "ip", strings.Fields(line)).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("ip %s: %w: %s", line, err, strings.TrimSpace(string(out)))
 	}
@@ -174,8 +174,8 @@ func (u *up) ip(holder Holder, line string) error {
 }
 
 // setting writes a file below /proc/sys, as a namespace has it.
-func (u *up) setting(holder Holder, settings ...string) error {
-	out, err := u.inside(context.Background(), holder, false, "sysctl", append([]string{"-q", "-w"}, settings...)).CombinedOutput()
+func (c *Cluster) setting(holder Holder, settings ...string) error {
+	out, err := c.inside(context.Background(), holder, false, "sysctl", append([]string{"-q", "-w"}, settings...)).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("sysctl %s: %w: %s", settings, err, out)
 	}
@@ -211,35 +211,54 @@ func (u *up) namespaces() error {
 func (u *up) node(number int) error {
 	name := "node-" + string(rune('a'+number))
 	folder := filepath.Join(u.Dir, name)
-	own := func(path string) Binding {
-		return Binding{From: filepath.Join(folder, "root", path), To: path}
-	}
-	spec := HolderSpec{Cluster: u.Name, Node: name, Services: filepath.Join(folder, "services")}
-	for _, path := range []string{"/var/lib/kubelet", "/var/lib/containerd", "/var/lib/cni", "/var/lib/weir", "/etc/cni", "/opt/cni",
-		"/var/log/pods", "/var/log/containers", "/etc/kubernetes"} {
-		spec.Bindings = append(spec.Bindings, own(path))
-	}
 	if err := os.MkdirAll(folder, 0o700); err != nil {
 		return err
 	}
-	holder, err := startHolder(spec, filepath.Join(folder, "holder.log"))
+	holder, err := u.hold(name)
 	if err != nil {
 		return err
 	}
-	v4, v6 := fmt.Sprintf("192.0.2.%d", 11+number), fmt.Sprintf("2001:db8::%d", 11+number)
+	v4, v6 := nodeAddresses(number)
 	u.Nodes = append(u.Nodes, Node{
 		Name: name, Addresses: byFamily(u.Family, v4, v6), Holder: holder, Config: filepath.Join(folder, "weir.yaml"),
 	})
 	if err := u.save(); err != nil {
 		return err
 	}
-	port := fmt.Sprintf("port%d", number)
+	return u.connect(number)
+}
+
+func nodeAddresses(number int) (v4, v6 string) {
+	return fmt.Sprintf("192.0.2.%d", 11+number), fmt.Sprintf("2001:db8::%d", 11+number)
+}
+
+// hold makes a node's namespaces, with its files.
+func (c *Cluster) hold(name string) (Holder, error) {
+	folder := filepath.Join(c.Dir, name)
+	spec := HolderSpec{Cluster: c.Name, Node: name, Services: c.services(name)}
+	for _, path := range []string{"/var/lib/kubelet", "/var/lib/containerd", "/var/lib/cni", "/var/lib/weir", "/etc/cni", "/opt/cni",
+		"/var/log/pods", "/var/log/containers", "/etc/kubernetes"} {
+		spec.Bindings = append(spec.Bindings, Binding{From: filepath.Join(folder, "root", path), To: path})
+	}
+	return startHolder(spec, filepath.Join(folder, "holder.log"))
+}
+
+// services is the folder that names what runs on a node.
+func (c *Cluster) services(node string) string { return filepath.Join(c.Dir, node, "services") }
+
+// portOf is the bridge's end of a node's link.
+func portOf(number int) string { return fmt.Sprintf("port%d", number) }
+
+// connect links a node to the bridge, and gives it its addresses.
+func (c *Cluster) connect(number int) error {
+	holder, port := c.Nodes[number].Holder, portOf(number)
+	v4, v6 := nodeAddresses(number)
 	steps := []struct {
 		holder Holder
 		line   string
 	}{
-		{u.Outside, fmt.Sprintf("link add %s type veth peer name eth0 netns %d", port, holder.PID)},
-		{u.Outside, "link set " + port + " master br0 up"},
+		{c.Outside, fmt.Sprintf("link add %s type veth peer name eth0 netns %d", port, holder.PID)},
+		{c.Outside, "link set " + port + " master br0 up"},
 		{holder, "link set eth0 up"},
 		{holder, "address add " + v4 + "/24 dev eth0"},
 		{holder, "address add " + v6 + "/64 dev eth0 nodad"},
@@ -247,11 +266,11 @@ func (u *up) node(number int) error {
 		{holder, "route add default via " + bridgeV6},
 	}
 	for _, step := range steps {
-		if err := u.ip(step.holder, step.line); err != nil {
+		if err := c.ip(step.holder, step.line); err != nil {
 			return err
 		}
 	}
-	return u.setting(holder, "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1", "net.ipv4.conf.all.rp_filter=0")
+	return c.setting(holder, "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1", "net.ipv4.conf.all.rp_filter=0")
 }
 
 func (u *up) certificates() error {
@@ -471,7 +490,7 @@ func (u *up) ready(ctx context.Context) error {
 	expected := byFamily(u.Family, firstV4, firstV6)
 	for i, server := range byFamily(u.Family, dnsV4, dnsV6) {
 		for _, node := range u.Nodes {
-			err := until(ctx, 30*time.Second, "DNS at "+server+" from "+node.Name, func() error {
+			err := Until(ctx, 30*time.Second, "DNS at "+server+" from "+node.Name, func() error {
 				// The default service has one family alone: the first.
 				out, err := u.Command(ctx, node.Name, "dig", "+short", "+time=1", "+tries=1", "@"+server, "kubernetes.default.svc.cluster.local", kinds[0]).CombinedOutput()
 				if answer := strings.TrimSpace(string(out)); err == nil && answer != expected[0] {

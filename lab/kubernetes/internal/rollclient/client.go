@@ -42,6 +42,8 @@ type Options struct {
 	Target netip.AddrPort
 	// Rate is how many attempts begin in a second, at most; 0: as many as can be.
 	Rate int
+	// Count is after how many attempts a client that asks one after another ends; 0: it goes on until it is told.
+	Count int
 	// Timeout is after how long an attempt is lost.
 	Timeout time.Duration
 	// Backends is how many different ones a long client waits for.
@@ -64,10 +66,10 @@ func Run(ctx context.Context, o Options) (Result, error) {
 	var err error
 	switch o.Mode {
 	case TCP:
-		each(ctx, o.Rate, func() { once(c, func() (string, int, error) { return askTCP(o.Target, o.Timeout) }) })
+		each(ctx, o.Rate, o.Count, func() { once(c, func() (string, int, error) { return askTCP(o.Target, o.Timeout) }) })
 	case UDP:
 		sequence := 0
-		each(ctx, o.Rate, func() {
+		each(ctx, o.Rate, o.Count, func() {
 			sequence++
 			once(c, func() (string, int, error) { return askUDP(o.Target, o.Timeout, token(sequence)) })
 		})
@@ -77,7 +79,7 @@ func Run(ctx context.Context, o Options) (Result, error) {
 		if name, err = dnsmessage.NewName(o.Name); err != nil {
 			return c.finish(), fmt.Errorf("the name to ask for: %w", err)
 		}
-		each(ctx, o.Rate, func() {
+		each(ctx, o.Rate, o.Count, func() {
 			id++
 			once(c, func() (string, int, error) { return askDNS(o.Target, o.Timeout, id, name) })
 		})
@@ -97,14 +99,14 @@ func Run(ctx context.Context, o Options) (Result, error) {
 	return result, err
 }
 
-// each calls do until ctx ends, at most rate times a second. What a slow turn cost is not made up for.
-func each(ctx context.Context, rate int, do func()) {
+// each calls do until ctx ends or, if count is not 0, that many times; at most rate times a second. What a slow turn cost is not made up for.
+func each(ctx context.Context, rate, count int, do func()) {
 	var interval time.Duration
 	if rate > 0 {
 		interval = time.Second / time.Duration(rate)
 	}
 	next := time.Now()
-	for ctx.Err() == nil {
+	for turn := 0; ctx.Err() == nil && (count == 0 || turn < count); turn++ {
 		if pause := time.Until(next); pause > 0 {
 			select {
 			case <-ctx.Done():
@@ -370,7 +372,7 @@ func udpOne(ctx context.Context, c *counters, o Options) error {
 		o.Rate = defaultRate
 	}
 	sequence := 0
-	each(ctx, o.Rate, func() {
+	each(ctx, o.Rate, o.Count, func() {
 		sequence++
 		name := token(sequence)
 		began := time.Now()
@@ -447,7 +449,7 @@ func long(ctx context.Context, c *counters, o Options) error {
 		asking.Go(func() {
 			ctx, end := context.WithCancel(ctx)
 			defer end()
-			each(ctx, int(time.Second/longInterval), func() {
+			each(ctx, int(time.Second/longInterval), 0, func() {
 				began := time.Now()
 				name, err := ask(one.conn, one.reader, o.Timeout)
 				if err == nil && name != one.Backend {

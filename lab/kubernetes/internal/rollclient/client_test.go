@@ -367,3 +367,11 @@ func TestUnknownMode(t *testing.T) {
 		t.Error("there is no such mode")
 	}
 }
+
+func TestCountEndsAClient(t *testing.T) {
+	turns := 0
+	each(t.Context(), 0, 3, func() { turns++ })
+	if turns != 3 {
+		t.Errorf("%d turns", turns)
+	}
+}

@@ -245,17 +245,7 @@ func (s *suite) kubectl(ctx context.Context, args ...string) *exec.Cmd {
 
 // run is kubectl's output.
 func (s *suite) run(ctx context.Context, args ...string) (string, error) {
-	return output(s.kubectl(ctx, args...), "kubectl "+strings.Join(args, " "))
-}
-
-func output(cmd *exec.Cmd, what string) (string, error) {
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	text, err := cmd.Output()
-	if err != nil {
-		return "", fmt.Errorf("%s: %w: %s", what, err, strings.TrimSpace(stderr.String()))
-	}
-	return strings.TrimSpace(string(text)), nil
+	return s.Cluster.Kubectl(ctx, "", args...)
 }
 
 func (s *suite) setUp(ctx context.Context) error {
@@ -266,9 +256,7 @@ func (s *suite) setUp(ctx context.Context) error {
 		return err
 	}
 	nodes := s.Cluster.Nodes
-	apply := s.kubectl(ctx, "apply", "-f", "-")
-	apply.Stdin = strings.NewReader(manifest(nodes[0].Name, nodes[len(nodes)-1].Name))
-	if _, err := output(apply, "kubectl apply"); err != nil {
+	if _, err := s.Cluster.Kubectl(ctx, manifest(nodes[0].Name, nodes[len(nodes)-1].Name), "apply", "-f", "-"); err != nil {
 		return err
 	}
 	if _, err := s.run(ctx, "-n", namespace, "rollout", "status", "deployment/"+plain, "--timeout=120s"); err != nil {

@@ -13,6 +13,7 @@ const (
 	Netpol      = "netpol"
 	Services    = "services"
 	CNP         = "cnp"
+	Pods        = "pods"
 	Rolling     = "rolling"
 	All         = "all"
 )
@@ -36,7 +37,7 @@ var ginkgoSuites = []ginkgoSuite{
 
 // suiteNames are those that a suite's name stands for, in the order in which they run.
 func suiteNames(name string) ([]string, error) {
-	every := []string{Conformance, Netpol, Services, CNP, Rolling}
+	every := []string{Conformance, Netpol, Services, CNP, Rolling, Pods}
 	if name == All {
 		return every, nil
 	}

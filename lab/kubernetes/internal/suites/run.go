@@ -1,5 +1,5 @@
 // Package suites runs tests on a cluster of the lab: Kubernetes' own end-to-end tests of the network, the conformance tests of
-// ClusterNetworkPolicy, and the lab's own of roll-outs and restarts. It judges them by a list of what is expected to fail, and collects what is
+// ClusterNetworkPolicy, and the lab's own of roll-outs, restarts and pods. It judges them by a list of what is expected to fail, and collects what is
 // needed to understand what did.
 package suites
 
@@ -11,9 +11,11 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"weir.dev/lab/kubernetes/internal/cluster"
+	"weir.dev/lab/kubernetes/internal/pods"
 	"weir.dev/lab/kubernetes/internal/rolling"
 )
 
@@ -95,6 +97,8 @@ func (r *runner) suite(ctx context.Context, name string) (*SuiteResult, error) {
 		return r.cnp(ctx)
 	case Rolling:
 		return r.rolling(ctx)
+	case Pods:
+		return r.pods(ctx)
 	default:
 		return r.ginkgo(ctx, ginkgoSuiteOf(name))
 	}
@@ -133,16 +137,51 @@ func (r *runner) rolling(ctx context.Context) (*SuiteResult, error) {
 		result.Specs = append(result.Specs, spec)
 	}
 	result.Rolling = scenarios
-	if len(scenarios) == 0 && r.Suite != All {
+	return r.judgeOwn(result, rollingPrefix, known, began), nil
+}
+
+const podsPrefix = "pods/"
+
+func (r *runner) pods(ctx context.Context) (*SuiteResult, error) {
+	began := time.Now()
+	result := &SuiteResult{Name: Pods}
+	folder := filepath.Join(r.Results, Pods)
+	if err := os.MkdirAll(folder, 0o755); err != nil {
+		return nil, err
+	}
+	found := map[string]string{}
+	outcomes, err := pods.Run(ctx, pods.Options{
+		Cluster: r.Cluster, Focus: r.Focus, Out: r.Out,
+		Failed: func(o pods.Outcome) {
+			found[o.Name] = r.diagnose(ctx, folder, podsPrefix+o.Name, strings.Join(o.Problems, "\n"))
+		},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", Pods, err)
+	}
+	var known []string
+	for _, o := range outcomes {
+		spec := Spec{Name: podsPrefix + o.Name, Outcome: Passed, Seconds: o.Seconds, Diagnostics: found[o.Name]}
+		if len(o.Problems) > 0 {
+			spec.Outcome, spec.Cause = Failed, strings.Join(o.Problems, "\n")
+		}
+		known = append(known, spec.Name)
+		result.Specs = append(result.Specs, spec)
+	}
+	return r.judgeOwn(result, podsPrefix, known, began), nil
+}
+
+// judgeOwn judges a suite of the lab's own scenarios by the list. kube-proxy's cluster is the peer: it is measured, and nobody here mends it.
+func (r *runner) judgeOwn(result *SuiteResult, prefix string, known []string, began time.Time) *SuiteResult {
+	if len(known) == 0 && r.Suite != All {
 		result.Wrong = append(result.Wrong, fmt.Sprintf("no scenario matches the focus %q", r.Focus))
 	}
 	if r.Focus == "" {
-		for _, name := range r.list.unknown(rollingPrefix, known) {
+		for _, name := range r.list.unknown(prefix, known) {
 			result.Wrong = append(result.Wrong, "the list names a scenario that does not exist: "+name)
 		}
 	}
 	if r.Cluster.Kind == cluster.KubeProxy {
-		// It is measured as the peer, and nobody here mends it.
 		for i := range result.Specs {
 			if spec := &result.Specs[i]; spec.Outcome == Failed {
 				spec.Expected = true
@@ -153,5 +192,5 @@ func (r *runner) rolling(ctx context.Context) (*SuiteResult, error) {
 		result.Wrong = append(result.Wrong, r.list.judge(result.Specs, r.on)...)
 	}
 	result.Seconds = time.Since(began).Seconds()
-	return result, nil
+	return result
 }
