@@ -290,7 +290,7 @@ func TestListedSpecs(t *testing.T) {
 }
 
 func TestSuiteNames(t *testing.T) {
-	if names, err := suiteNames(All); err != nil || len(names) != 5 {
+	if names, err := suiteNames(All); err != nil || len(names) != 6 {
 		t.Error(names, err)
 	}
 	if names, err := suiteNames(CNP); err != nil || !slices.Equal(names, []string{CNP}) {
