@@ -2,15 +2,16 @@
 //!
 //! Two pods on one node. One sends small UDP packets as fast as its kernel can (UDP_SEGMENT: many packets a call); the other
 //! counts what arrives and drops it (nftables, raw hook). The bare forwarder uses the same trunk, programs and rings as weir and does
-//! nothing but set the target device: the difference is weir's own work. Ratios of medians are what counts; absolute figures
-//! of a shared machine are not.
+//! nothing but set the target device: the difference is weir's own work. weir is measured on both of its paths: `offload: off`, where
+//! a worker handles every packet, and `auto`, where the kernel's programs carry the flow; the programs' counters must say that it was that one.
+//! Ratios of medians are what counts; absolute figures of a shared machine are not.
 //!
 //!     cargo run --release --example veth_pps [-- ROUNDS [SECONDS]]
 
 use std::{
     fs,
     net::{IpAddr, SocketAddr, UdpSocket},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -20,6 +21,7 @@ use std::{
 };
 
 use nix::sys::socket::{setsockopt, sockopt};
+use serde_json::Value;
 use weir::lab::Lab;
 use weir_dataplane::{
     afxdp::{AfXdp, AfXdpSettings, PortSettings, RingSizes},
@@ -53,43 +55,59 @@ fn main() -> Result<(), Failure> {
     }
     // A prerouting hook at raw priority sees every packet and none goes on.
     lab.run_in(SINK.0, &["nft", "add table inet sink; add chain inet sink discard { type filter hook prerouting priority raw; policy drop; }"])?;
-    let config = configuration(&lab)?;
+    let paths = [("off", configuration(&lab, "off")?), ("auto", configuration(&lab, "auto")?)];
 
-    let (mut with_weir, mut bare) = (Vec::new(), Vec::new());
+    let mut rates: [Vec<f64>; 3] = Default::default();
     for round in 0..rounds {
-        let mut router = lab.start_router("node", &config)?;
-        let rate = measure(&lab, seconds)?;
-        if rate < 1000.0 {
-            return Err(format!(
-                "nothing arrived through weir:\n{}",
-                lab.weir("node", &["status", "-c", &config.display().to_string()])?
-            )
-            .into());
+        for (number, (offload, config)) in paths.iter().enumerate() {
+            rates[number].push(through_weir(&lab, config, offload, seconds)?);
         }
-        router.signal(nix::sys::signal::Signal::SIGTERM);
-        router.wait(Duration::from_secs(5))?;
-        with_weir.push(rate);
-        lab.weir("node", &["detach", "-c", &config.display().to_string()])?;
-
         let forwarder = Forwarder::start(&lab)?;
         let rate = measure(&lab, seconds)?;
         forwarder.stop(&lab)?;
-        bare.push(rate);
+        rates[2].push(rate);
         println!(
-            "round {}: weir {:.3} Mpps, bare forwarder {:.3} Mpps",
+            "round {}: weir's worker {:.3} Mpps, weir's offload {:.3} Mpps, bare forwarder {:.3} Mpps",
             round + 1,
-            with_weir[round] / 1e6,
-            bare[round] / 1e6
+            rates[0][round] / 1e6,
+            rates[1][round] / 1e6,
+            rate / 1e6
         );
     }
-    let ratios: Vec<f64> = with_weir.iter().zip(&bare).map(|(w, b)| w / b).collect();
+    let [worker, offload, bare] = rates;
+    let ratio = |of: &[f64]| median(of.iter().zip(&bare).map(|(w, b)| w / b).collect());
+    let ratios = (ratio(&worker), ratio(&offload));
     println!(
-        "medians of {rounds} alternating rounds of {seconds} s: weir {:.3} Mpps, bare forwarder {:.3} Mpps, ratio of pairs {:.3}",
-        median(with_weir) / 1e6,
+        "medians of {rounds} alternating rounds of {seconds} s: bare forwarder {:.3} Mpps; weir's worker {:.3} Mpps, ratio of pairs {:.3}; \
+         weir's offload {:.3} Mpps, ratio of pairs {:.3}",
         median(bare) / 1e6,
-        median(ratios)
+        median(worker) / 1e6,
+        ratios.0,
+        median(offload) / 1e6,
+        ratios.1
     );
     Ok(())
+}
+
+/// Packets per second through weir, by the path that was asked for.
+fn through_weir(lab: &Lab, config: &Path, offload: &str, seconds: f64) -> Result<f64, Failure> {
+    let config = config.display().to_string();
+    let mut router = lab.start_router("node", config.as_ref())?;
+    let rate = measure(lab, seconds)?;
+    let status: Value = serde_json::from_str(&lab.weir("node", &["status", "-c", &config, "--output", "json"])?)?;
+    let carried = status["programs"]["Offloaded"].as_u64().unwrap_or(0);
+    // At its begin a flow is a worker's in any case.
+    let as_asked = if offload == "auto" { carried as f64 > rate * seconds / 2.0 } else { carried == 0 };
+    if rate < 1000.0 || !as_asked {
+        return Err(format!(
+            "offload {offload}: {rate:.0} packets a second, {carried} carried by the programs:\n{status:#}"
+        )
+        .into());
+    }
+    router.signal(nix::sys::signal::Signal::SIGTERM);
+    router.wait(Duration::from_secs(5))?;
+    lab.weir("node", &["detach", "-c", &config])?;
+    Ok(rate)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -97,7 +115,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-fn configuration(lab: &Lab) -> Result<PathBuf, Failure> {
+fn configuration(lab: &Lab, offload: &str) -> Result<PathBuf, Failure> {
     let node = lab.node_name("node");
     let mut manifests = format!(
         "{{apiVersion: v1, kind: Node, metadata: {{name: {node}}}, spec: {{podCIDRs: [10.1.1.0/24]}}, \
@@ -114,10 +132,13 @@ fn configuration(lab: &Lab) -> Result<PathBuf, Failure> {
         );
     }
     fs::write(lab.folder().join("cluster.yaml"), manifests)?;
-    let config = lab.folder().join("weir.yaml");
+    let config = lab.folder().join(format!("{offload}.yaml"));
     fs::write(
         &config,
-        format!("nodeName: {node}\nmanifests: [cluster.yaml]\nworkers: {{cores: [{}], mode: busy}}\n", CORES.1),
+        format!(
+            "nodeName: {node}\nmanifests: [cluster.yaml]\nworkers: {{cores: [{}], mode: busy}}\noffload: {offload}\n",
+            CORES.1
+        ),
     )?;
     Ok(config)
 }
