@@ -31,7 +31,7 @@ use tokio::{
 use tracing::{error, info, warn};
 use weir_conntrack::{Table, file::Restored};
 use weir_dataplane::{
-    afxdp::{AfXdp, AfXdpError, AfXdpSettings, PortSettings, RingSizes},
+    afxdp::{AfXdp, AfXdpError, AfXdpSettings, PortSettings, RingSizes, receive_queues},
     attach::{self, AttachError, Attachment, Owned, SocketDevice, TrunkSettings, UplinkHook},
     counters::{COUNTERS, Totals},
     driver::PortId,
@@ -1235,14 +1235,20 @@ fn check_uplinks(config: &RouterConfig, kernel: &KernelState, workers: u32) -> R
     let uplinks = config.devices.iter().filter(|d| d.role == Role::Uplink);
     uplinks
         .map(|uplink| {
-            let link = kernel.link(&uplink.name).ok_or_else(|| RunError::NoUplink(uplink.name.clone()))?;
+            let mut link = kernel.link(&uplink.name).ok_or_else(|| RunError::NoUplink(uplink.name.clone()))?.clone();
+            match receive_queues(&uplink.name) {
+                Ok(queues) => link.rx_queues = queues,
+                // It uses all that it has.
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+                Err(error) => return Err(system("cannot ask an uplink for its queues")(error)),
+            }
             if link.mtu > MAX_MTU {
                 return Err(RunError::Mtu { device: uplink.name.clone(), mtu: link.mtu });
             }
             if link.rx_queues < workers {
                 return Err(RunError::TooFewQueues { device: uplink.name.clone(), queues: link.rx_queues, workers });
             }
-            Ok(link.clone())
+            Ok(link)
         })
         .collect()
 }
