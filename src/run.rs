@@ -1096,7 +1096,7 @@ impl Router {
             "modes": programs.chain(self.modes.iter().cloned()).collect::<Vec<_>>(),
             "connections": {
                 "ipv4": self.shared.tables.v4.len(), "ipv6": self.shared.tables.v6.len(),
-                "capacity": self.shared.tables.v4.capacity(),
+                "capacity": self.shared.tables.v4.capacity(), "sentAgain": totals.sent_again,
             },
             "tables": {
                 "ipv4": table_json(&self.shared.tables.v4), "ipv6": table_json(&self.shared.tables.v6),
