@@ -5,6 +5,7 @@
 //! Each command is a process, run as a runtime runs it; sandboxes (network namespaces) are made beforehand. The pods' objects are in the
 //! manifests already, so there is no wait for them. A policy selects every pod, and is in force when ADD returns.
 //!
+//!     make bench-cni
 //!     cargo run --release -p weir-cni --example add -- WEIR WEIR_CNI [--plugins FOLDER] [--rounds N] [--json]
 
 use std::{
