@@ -39,7 +39,8 @@ const AT_ONCE: [usize; 3] = [1, 50, PODS];
 const SERVICES: usize = 100;
 /// How long the router may take to start.
 const START: Duration = Duration::from_secs(60);
-const USAGE: &str = "usage: add WEIR WEIR_CNI [--plugins FOLDER] [--rounds N] [--json] (the programs: make release cni)";
+const USAGE: &str =
+    "usage: add WEIR WEIR_CNI [--plugins FOLDER] [--rounds N] [--json] (the programs: make release cni)";
 
 fn main() -> Result<(), Failure> {
     let arguments = Arguments::read()?;
@@ -381,7 +382,8 @@ impl Row {
     }
 
     fn to_json(&self) -> Value {
-        let times = |[p50, p99, most, total]: [f64; 4]| json!({"p50Ms": p50, "p99Ms": p99, "mostMs": most, "totalMs": total});
+        let times =
+            |[p50, p99, most, total]: [f64; 4]| json!({"p50Ms": p50, "p99Ms": p99, "mostMs": most, "totalMs": total});
         json!({
             "plugin": self.plugin, "atOnce": self.at_once,
             "add": times(self.summary(|round| &round.add)), "del": times(self.summary(|round| &round.del)),
@@ -397,7 +399,8 @@ fn text(rows: &[Row]) -> String {
             let (plugin, at_once) = (row.plugin, row.at_once);
             // One after another, a total is that of so many processes.
             let total = if at_once == 1 { String::new() } else { format!("{total:.0}") };
-            let _ = write!(text, "\n{plugin:<17} {at_once:>7}  {command:<7} {p50:>7.1} {p99:>8.1} {most:>8.1} {total:>16}");
+            let _ =
+                write!(text, "\n{plugin:<17} {at_once:>7}  {command:<7} {p50:>7.1} {p99:>8.1} {most:>8.1} {total:>16}");
         }
     }
     text

@@ -813,7 +813,7 @@ fn a_workload_is_served_at_once_by_a_filter_and_gets_its_link_later() {
     let pod = node.pod("califfff");
     let mac = mac_of(&node.namespace, "califfff");
     node.run(|| {
-        let filters = || shell("tc filter show dev califfff ingress").matches("workload_send").count();
+        let filters = || shell("tc filter show dev califfff ingress").matches("handle 0x77656972").count();
         let pin = |index| node.pins.join(format!("workload_{index}"));
         let index = index_of("califfff");
         let mut attachment = node.open();
@@ -829,7 +829,10 @@ fn a_workload_is_served_at_once_by_a_filter_and_gets_its_link_later() {
         attachment.adopt_workload_at_once(index, "califfff", mac, false).unwrap();
         assert!(filters() == 1 && !pin(index).exists() && is_taken("by the filter"));
         attachment.adopt_workload_at_once(index, "califfff", mac, true).unwrap();
-        assert!(filters() == 1 && attachment.modes().iter().all(|mode| mode.mode != "redirect"), "the entry is another");
+        assert!(
+            filters() == 1 && attachment.modes().iter().all(|mode| mode.mode != "redirect"),
+            "the entry is another"
+        );
 
         // It stays when the process ends; the next one replaces it, or gives the link.
         drop(attachment);
