@@ -26,7 +26,7 @@ use tokio::{
     net::{UnixListener, UnixStream},
     signal::unix::{SignalKind, signal},
     sync::mpsc,
-    time::MissedTickBehavior,
+    time::{MissedTickBehavior, sleep_until},
 };
 use tracing::{error, info, warn};
 use weir_conntrack::{Table, file::Restored};
@@ -78,6 +78,10 @@ use crate::{
 
 /// How often is looked which ports the node listens on.
 const PORTS_INTERVAL: Duration = Duration::from_secs(30);
+/// How long no pod was made when those that were get their links, and the time between two links: each stops the kernel's work on devices for
+/// some 10 ms.
+const LINK_QUIET: Duration = Duration::from_secs(1);
+const LINK_PAUSE: Duration = Duration::from_millis(50);
 /// Events that workers may have waiting for control.
 const EVENTS: usize = 4096;
 /// Entries of an rx ring that nothing is received by.
@@ -305,6 +309,10 @@ struct Router {
     max_mtu: u32,
     /// Adopted workload devices.
     adopted: BTreeMap<IfIndex, Adopted>,
+    /// Whether what was there at the start is in force.
+    serves: bool,
+    /// When the next of those that were adopted at once gets its link.
+    link_due: Option<Instant>,
     links: Links,
     generation: u32,
     shared: Arc<Shared>,
@@ -511,6 +519,8 @@ impl Router {
             learned,
             max_mtu,
             adopted: BTreeMap::new(),
+            serves: false,
+            link_due: None,
             links,
             generation,
             shared,
@@ -537,6 +547,7 @@ impl Router {
         let times = Times { publish: begin.elapsed(), ..times };
         info!(took_ms = %times.to_json(), "configuration in force");
         router.reloads.start = times;
+        router.serves = true;
         for mode in router.attachment.modes() {
             info!(device = mode.device, program = mode.program, mode = mode.mode, reason = mode.reason, "program");
         }
@@ -569,6 +580,9 @@ impl Router {
                     if let Some(event) = event {
                         self.worker_event(event).await?;
                     }
+                }
+                () = sleep_until(self.link_due.unwrap_or_else(Instant::now).into()), if self.link_due.is_some() => {
+                    self.link_next();
                 }
                 _ = look_at_ports.tick() => self.ports_changed().await?,
                 trigger = self.watch.changed() => {
@@ -684,10 +698,18 @@ impl Router {
         if before == Some(facts) {
             return Ok(());
         }
-        // Renewing a link costs an RCU grace period, some 10 ms.
+        // A link costs an RCU grace period, some 10 ms.
         if before.is_none_or(|before| Adopted { mtu: facts.mtu, ..before } != facts) {
             let mac = link.mac.unwrap_or_default();
-            if let Err(error) = self.attachment.adopt_workload(link.index.0, &link.name, mac, peer_elsewhere) {
+            // Where weir makes the pods, one waits for it; what is there at the start has time.
+            let adopted = match &self.pods {
+                Some(_) if self.serves => {
+                    self.link_due = Some(Instant::now() + LINK_QUIET);
+                    self.attachment.adopt_workload_at_once(link.index.0, &link.name, mac, peer_elsewhere)
+                }
+                _ => self.attachment.adopt_workload(link.index.0, &link.name, mac, peer_elsewhere),
+            };
+            if let Err(error) = adopted {
                 self.adopted.remove(&link.index);
                 return Err(error);
             }
@@ -710,6 +732,15 @@ impl Router {
             info!(device = link.name, index = link.index.0, "workload device adopted");
         }
         Ok(())
+    }
+
+    /// Gives a workload that was adopted at once its link.
+    fn link_next(&mut self) {
+        let is_one = self.attachment.link_next().unwrap_or_else(|error| {
+            error!(%error, "a workload keeps its filter, which serves it but can be removed by others");
+            true
+        });
+        self.link_due = is_one.then(|| Instant::now() + LINK_PAUSE);
     }
 
     /// Does what the maker of pods asks.
