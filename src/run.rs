@@ -229,6 +229,8 @@ pub fn run(config: &Path) -> Result<(), RunError> {
         .with_ansi(io::stderr().is_terminal())
         .with_target(false)
         .with_max_level(tracing::Level::INFO)
+        // Its own complaint about a line that cannot be written, as on a full disk, goes to the same place, and panics there.
+        .log_internal_errors(false)
         .init();
     runtime()?.block_on(async {
         let mut router = Router::start(config).await.map_err(for_this_user)?;
