@@ -45,7 +45,7 @@ type scenario struct {
 // In the order in which they run: the reboot is the last, since it takes other pods of the node with it.
 var scenarios = []scenario{
 	{"first-moment", "pods whose first instruction opens a connection: those that may get an answer, those that may not get none", firstMoment},
-	{"post-start-hook", "hooks that connect, and that are asked by the kubelet, before the pod's status has an address", postStartHook},
+	{"post-start-hook", "hooks that connect before the pod's status has an address", postStartHook},
 	{"udp-host-port", "a client with one UDP socket, of a host port whose pod is replaced", udpHostPort},
 	{"runtime-restarts", "containerd and the kubelet are killed while pods are made, and while they end", runtimeRestarts},
 	{"reboot", "a node loses its power: its pods come back, and no address leaks", reboot},
@@ -175,7 +175,7 @@ spec:
   replicas: %[2]d
   selector: {matchLabels: {app: %[1]s}}
   template:
-    metadata: {labels: {app: %[1]s}}
+    metadata: {labels: {app: %[1]s, kind: server}}
     spec:
       terminationGracePeriodSeconds: 2
       %[4]s

@@ -89,3 +89,25 @@ func TestManifestsAreYAML(t *testing.T) {
 		}
 	}
 }
+
+func TestFirstAttemptIsJudgedByWhoMay(t *testing.T) {
+	answered, late := rollclient.Result{OK: 1, MaxMs: 3}, rollclient.Result{OK: 1, MaxMs: 1004}
+	refused := rollclient.Result{Lost: map[string]int{rollclient.Refused: 1}}
+	silent := rollclient.Result{Lost: map[string]int{rollclient.TimedOut: 1}}
+	for name, c := range map[string]struct {
+		allowed bool
+		result  rollclient.Result
+		right   bool
+	}{
+		"an answer at once":      {true, answered, true},
+		"a lost first packet":    {true, late, false},
+		"no answer":              {true, silent, false},
+		"an answer to the wrong": {false, answered, false},
+		"told that it may not":   {false, refused, false},
+		"silence":                {false, silent, true},
+	} {
+		if problem := judgeFirst(c.allowed, &c.result); (problem == "") != c.right {
+			t.Errorf("%s: %q", name, problem)
+		}
+	}
+}
