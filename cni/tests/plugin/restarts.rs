@@ -154,9 +154,13 @@ fn two_routers_do_not_share_a_state_folder() {
     let (asks, _control) = crate::node::Control::start(&node.namespace);
     let mut settings = node.settings.clone();
     settings.socket = node.folder.path().join("other.sock");
+    // What the first one is about to rename.
+    let beside = node.settings.state.join("pods/.half");
+    fs::write(&beside, "").unwrap();
     let second =
         node.namespace.within(move || weir_node::pods::Pods::start(settings, asks).err().map(|e| e.to_string()));
     assert!(second.as_ref().is_some_and(|error| error.contains("another router")), "{second:?}");
+    assert!(beside.exists(), "it is the first one's");
     let pod = Sandbox::new("web-0");
     pod.add(&node);
 }

@@ -112,6 +112,7 @@ impl Keeper {
         let failed = |source| PodsError::State { path: settings.state.clone(), source };
         let disk = StateFolder::create(&settings.state).map_err(failed)?;
         let lock = lock(&settings)?;
+        disk.clean();
         let system = |what| move |source| PodsError::System { what, source };
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(system("the kernel's boot id"))?;
         let netns = fs::metadata("/proc/thread-self/ns/net").map_err(system("this network namespace"))?.ino();
