@@ -1,6 +1,6 @@
 //! Records and devices that do not agree: found when a process starts, and looked for while it runs.
 
-use std::{collections::BTreeMap, io, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr};
 
 use weir_cni::{
     CniError,
@@ -34,7 +34,7 @@ impl Keeper {
                 }
                 // That somebody had it just now is the careful reading.
                 (Ok(address), _) => self.state().pool.free(address, now),
-                _ => self.disk.remove(Folder::Freed, &name, Sync::Later).map_err(failed)?,
+                _ => self.clean(Folder::Freed, &name),
             }
         }
         let mut records = Vec::new();
@@ -48,7 +48,7 @@ impl Keeper {
                         "{name} in {} is no record; its device, if any, says what it was",
                         self.settings.state.display()
                     );
-                    self.disk.remove(Folder::Pods, &name, Sync::Later).map_err(failed)?;
+                    self.clean(Folder::Pods, &name);
                 }
             }
         }
@@ -86,21 +86,37 @@ impl Keeper {
                 self.remove_device(&record)?;
             }
             // Since when nobody has had them is known after a reboot: full nodes need not wait once more.
-            self.release(&record, if another_boot { booted.max(record.since).min(now) } else { now })
-                .map_err(failed)?;
+            let at = if another_boot { booted.max(record.since).min(now) } else { now };
+            if let Err(error) = self.release(&record, at) {
+                // The next start finds it once more. Nobody may have the addresses twice meanwhile.
+                tracing::error!("that pod {} is gone cannot be kept, only remembered: {error}", record.pod);
+                let mut state = self.state();
+                for address in &record.pod.addresses {
+                    if !state.records.values().any(|other| other.pod.addresses.contains(address)) {
+                        state.pool.free(*address, at);
+                    }
+                }
+            }
             self.state().mended += 1;
         }
         for end in ends.values() {
             let Some(alias) = &end.alias else { continue };
             if !self.state().records.contains_key(&alias.attachment) && self.kernel.host_end(&end.name)?.is_some() {
-                self.recover(end, alias, now).map_err(failed)?;
+                self.recover(end, alias, now);
             }
         }
         Ok(())
     }
 
+    /// Removes a file that says nothing. Where the disk cannot be written it stays: the router runs all the same, for the pods that there are.
+    fn clean(&self, folder: Folder, name: &str) {
+        if let Err(error) = self.disk.remove(folder, name, Sync::Later) {
+            tracing::error!("{name} in {} cannot be removed: {error}", self.settings.state.display());
+        }
+    }
+
     /// Writes the record anew that a device must have had: it was lost, the pod lives.
-    fn recover(&self, end: &HostEnd, alias: &Alias, now: u64) -> io::Result<()> {
+    fn recover(&self, end: &HostEnd, alias: &Alias, now: u64) {
         tracing::error!(
             "{} is of {} and has no record in {}; it is taken over as it says it is",
             end.name,
@@ -127,14 +143,15 @@ impl Keeper {
                 host_ports: Vec::new(),
             },
         };
-        self.keep(&record, Sync::Now)?;
+        if let Err(error) = self.keep(&record, Sync::Now) {
+            tracing::error!("the record of pod {} is not kept, only remembered: {error}", record.pod);
+        }
         let mut state = self.state();
         for address in &record.pod.addresses {
             state.pool.take(*address);
         }
         state.mended += 1;
         state.records.insert(alias.attachment.clone(), record);
-        Ok(())
     }
 
     /// To be called now and then: takes away pods whose device went with its namespace and of which no DEL came, what is half made and nobody

@@ -699,7 +699,11 @@ fn no_ranges(code: u32, node: &str) -> CniError {
 
 fn lock(settings: &Settings) -> Result<Flock<File>, PodsError> {
     let path = settings.state.join("lock");
-    let open = || File::options().create(true).truncate(false).write(true).open(&path);
+    // On a file system that has become read-only it can still be locked, if it is there.
+    let open = || match File::options().create(true).truncate(false).write(true).open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => File::open(&path),
+        other => other,
+    };
     // The process before this one may be ending.
     let end = Instant::now() + Duration::from_secs(5);
     let mut file = open().map_err(|source| PodsError::State { path: path.clone(), source })?;
