@@ -69,6 +69,7 @@ pub struct Keeper {
     clock: Clock,
     boot: String,
     netns: u64,
+    nsfs: u64,
     queue: Queue,
     turns: Turns,
     state: Mutex<State>,
@@ -101,6 +102,8 @@ pub struct Parts {
     pub booted: u64,
     /// The inode of the node's network namespace.
     pub netns: u64,
+    /// The device number of the file system that it is on.
+    pub nsfs: u64,
 }
 
 impl Keeper {
@@ -115,7 +118,7 @@ impl Keeper {
         disk.clean();
         let system = |what| move |source| PodsError::System { what, source };
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(system("the kernel's boot id"))?;
-        let netns = fs::metadata("/proc/thread-self/ns/net").map_err(system("this network namespace"))?.ino();
+        let own = fs::metadata("/proc/thread-self/ns/net").map_err(system("this network namespace"))?;
         let clock = clock();
         let up = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
             .map_err(|errno| PodsError::System { what: "the time since boot", source: errno.into() })?;
@@ -126,7 +129,8 @@ impl Keeper {
             kernel: Box::new(NodeKernel),
             clock,
             boot: boot.trim().to_owned(),
-            netns,
+            netns: own.ino(),
+            nsfs: own.dev(),
         };
         Self::with(settings, asks, parts, Some(lock))
     }
@@ -141,9 +145,11 @@ impl Keeper {
         parts: Parts,
         lock: Option<Flock<File>>,
     ) -> Result<Self, PodsError> {
-        let Parts { disk, kernel, clock, boot, booted, netns } = parts;
-        let keeper = Self {
-            control: Control::new(asks),
+        let Parts { disk, kernel, clock, boot, booted, netns, nsfs } = parts;
+        // Control begins with what is kept; until it has been told, nobody would answer.
+        let (nobody, _) = mpsc::channel(1);
+        let mut keeper = Self {
+            control: Control::new(nobody),
             queue: Queue::beside(&settings.socket),
             turns: Turns::default(),
             state: Mutex::new(State {
@@ -162,10 +168,12 @@ impl Keeper {
             clock,
             boot,
             netns,
+            nsfs,
             _lock: lock,
         };
         keeper.load(booted)?;
         keeper.drain();
+        keeper.control = Control::new(asks);
         Ok(keeper)
     }
 
@@ -242,8 +250,10 @@ impl Keeper {
                 "CNI_ARGS: the pod's name is none that Kubernetes gives",
             ));
         }
-        let netns = namespace.metadata().map_err(|error| failure(CniError::IO, "CNI_NETNS").with(error))?.ino();
-        if netns == self.netns {
+        let file = namespace.metadata().map_err(|error| failure(CniError::IO, "CNI_NETNS").with(error))?;
+        let netns = file.ino();
+        // Files of other file systems may have that number too.
+        if (netns, file.dev()) == (self.netns, self.nsfs) {
             return Err(failure(CniError::INVALID_ENVIRONMENT, KernelError::OwnNamespace));
         }
         let _turn = self.turn(&attachment, Some(&pod))?;
@@ -403,7 +413,8 @@ impl Keeper {
         self.patience() + CONTROL
     }
 
-    /// Takes back what a failed ADD has done so far. Nobody ever had the addresses, so they are as they were.
+    /// Takes back what a failed ADD has done so far. Addresses that control never heard of nobody ever had: they are as they were. Others cool
+    /// down, for they may have been in force.
     fn undo(&self, record: &Record, given: &[Given], control_knows: bool) {
         let attachment = record.attachment();
         if control_knows {
