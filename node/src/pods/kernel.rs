@@ -176,7 +176,7 @@ pub trait Kernel: Send + Sync {
     /// # Errors
     /// Where the kernel does not say.
     fn host_end(&self, device: &str) -> Result<Option<HostEnd>, KernelError>;
-    /// All host ends.
+    /// All host ends, those that say that they are weir's and have another name by now among them.
     ///
     /// # Errors
     /// Where the kernel does not say.
@@ -278,7 +278,7 @@ impl Kernel for NodeKernel {
             RouteNetlinkMessage::NewLink(link) if is_veth(link) => Some(host_end(link)),
             _ => None,
         });
-        Ok(links.filter(|end| end.name.starts_with(PREFIX)).collect())
+        Ok(links.filter(|end| end.name.starts_with(PREFIX) || end.alias.is_some()).collect())
     }
 
     fn difference(&self, pair: &Pair, namespace: Namespace<'_>) -> Result<Option<String>, KernelError> {

@@ -7,14 +7,14 @@ use weir_cni::{
     wire::{Attachment, PodName},
 };
 
-use super::{Keeper, SUFFIX, failure, is_of};
+use super::{Keeper, SUFFIX, failure, is_of, says_it_is_of};
 use crate::{
     ipam::{
         disk::{Folder, Sync},
         record::{Freed, Phase, Record, VERSION},
     },
     pods::{
-        LocalPod, PodsError,
+        LocalPod, PodsError, device_name,
         kernel::{Alias, HostEnd},
     },
 };
@@ -56,9 +56,7 @@ impl Keeper {
         records.sort_by_key(|record| std::cmp::Reverse(record.since));
         let mut lost = Vec::new();
         for record in records {
-            let end = ends.get(&record.pod.device);
-            let lives =
-                record.boot == self.boot && record.phase == Phase::Made && end.is_some_and(|end| is_of(end, &record));
+            let lives = record.boot == self.boot && record.phase == Phase::Made && has_end(&ends, &record);
             let mut state = self.state();
             let claimed = state.records.values().any(|other| {
                 other.pod.device == record.pod.device
@@ -81,8 +79,9 @@ impl Keeper {
                 Phase::Made => "has no device any more",
             };
             tracing::info!("pod {} ({}) {why}; its addresses are given back", record.pod, record.attachment());
+            // No device outlives its boot: one of that name is another plugin's.
             let owned = self.state().records.values().any(|other| other.pod.device == record.pod.device);
-            if !owned {
+            if !owned && !another_boot {
                 self.remove_device(&record)?;
             }
             // Since when nobody has had them is known after a reboot: full nodes need not wait once more.
@@ -132,12 +131,13 @@ impl Keeper {
             since: now,
             mtu: end.mtu,
             pod: LocalPod {
+                // Also where it has another name now.
+                device: if name.is_empty() { end.name.clone() } else { device_name(&namespace, &name) },
                 namespace,
                 name,
                 uid: None,
                 sandbox: alias.attachment.sandbox.clone(),
                 netns: None,
-                device: end.name.clone(),
                 mac: alias.mac,
                 addresses: alias.addresses.clone(),
                 host_ports: Vec::new(),
@@ -162,10 +162,8 @@ impl Keeper {
             Ok(ends) => ends,
             Err(error) => return tracing::warn!("pods are not looked after: {error}"),
         };
-        let ends: BTreeMap<_, _> = ends.iter().map(|end| (end.name.as_str(), end)).collect();
-        let whole = |record: &Record| {
-            record.phase == Phase::Made && ends.get(record.pod.device.as_str()).is_some_and(|end| is_of(end, record))
-        };
+        let ends: BTreeMap<_, _> = ends.into_iter().map(|end| (end.name.clone(), end)).collect();
+        let whole = |record: &Record| record.phase == Phase::Made && has_end(&ends, record);
         // Those that are made meanwhile seem half made; they are looked at once more, in their turn.
         let suspects: Vec<_> = self.state().records.values().filter(|record| !whole(record)).cloned().collect();
         for record in suspects {
@@ -180,8 +178,7 @@ impl Keeper {
         let pod = PodName { namespace: record.pod.namespace.clone(), name: record.pod.name.clone(), uid: None };
         let _turn = self.turn(&attachment, Some(&pod))?;
         // Still so, now that nobody works at it?
-        let end = self.kernel.host_end(&record.pod.device).map_err(|error| failure(CniError::TRY_AGAIN, error))?;
-        let there = end.is_some_and(|end| is_of(&end, record));
+        let there = self.end_of(record).map_err(|error| failure(CniError::TRY_AGAIN, error))?.is_some();
         let known = self.state().records.get(&attachment).cloned();
         match known {
             Some(known) if known.since == record.since && !(known.phase == Phase::Made && there) => {
@@ -192,4 +189,10 @@ impl Keeper {
             _ => Ok(()),
         }
     }
+}
+
+/// Whether a record's host end is among these, by whatever name.
+fn has_end(ends: &BTreeMap<String, HostEnd>, record: &Record) -> bool {
+    ends.get(&record.pod.device).is_some_and(|end| is_of(end, record))
+        || ends.values().any(|end| says_it_is_of(end, record))
 }

@@ -462,11 +462,18 @@ impl Keeper {
 
     /// Removes a record's device, unless another sandbox has it.
     fn remove_device(&self, record: &Record) -> Result<(), KernelError> {
-        let end = self.kernel.host_end(&record.pod.device)?;
-        match end {
-            Some(end) if is_of(&end, record) => self.kernel.remove(&record.pod.device).map(drop),
-            _ => Ok(()),
+        match self.end_of(record)? {
+            Some(end) => self.kernel.remove(&end.name).map(drop),
+            None => Ok(()),
         }
+    }
+
+    /// The host end of a record, also where somebody gave it another name.
+    fn end_of(&self, record: &Record) -> Result<Option<HostEnd>, KernelError> {
+        if let Some(end) = self.kernel.host_end(&record.pod.device)?.filter(|end| is_of(end, record)) {
+            return Ok(Some(end));
+        }
+        Ok(self.kernel.host_ends()?.into_iter().find(|end| says_it_is_of(end, record)))
     }
 
     /// Gives a record's addresses back and forgets it.
@@ -641,12 +648,23 @@ impl Keeper {
     }
 }
 
-/// Whether a host end is a record's: what says nothing of itself was not brought up yet.
+/// Whether a host end of a record's device name is the record's. What says nothing of itself was not brought up yet, or has too long a name to
+/// say it; or another plugin made it.
 fn is_of(end: &HostEnd, record: &Record) -> bool {
     match &end.alias {
-        Some(alias) => alias.attachment == record.attachment(),
-        None => true,
+        Some(_) => says_it_is_of(end, record),
+        None => record.phase == Phase::Made || !end.up || pair(record).alias.text().is_none(),
     }
+}
+
+/// Whether a host end says that it is a record's, whatever it is called.
+fn says_it_is_of(end: &HostEnd, record: &Record) -> bool {
+    end.alias.as_ref().is_some_and(|alias| alias.attachment == record.attachment())
+}
+
+/// What requests of one pod take turns by.
+fn pod_key(namespace: &str, name: &str) -> String {
+    format!("pod {namespace}/{name}")
 }
 
 fn pair(record: &Record) -> Pair {
