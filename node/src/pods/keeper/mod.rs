@@ -3,7 +3,7 @@
 //! Order of an ADD: address (in memory), record "making", pair, closed, up, record "made" on the disk while control publishes, answer. Order of a
 //! DEL: control, pair, address to the disk as given back, record. Whoever ends in between leaves a record; what it stands for is then looked
 //! up in the kernel ([`Keeper::open`]). What fails in between is undone at once; where that fails too, the record stays, marked as half
-//! made, and is looked at again ([`Keeper::tend`]).
+//! made (on the disk too, if that can be written), and is looked at again ([`Keeper::tend`]).
 
 mod mend;
 
@@ -417,23 +417,30 @@ impl Keeper {
     /// down, for they may have been in force.
     fn undo(&self, record: &Record, given: &[Given], control_knows: bool) {
         let attachment = record.attachment();
-        if control_knows {
-            self.gone(&record.pod);
-        }
-        let removed = self.kernel.remove(&record.pod.device).map_err(|error| error.to_string()).and_then(|_| {
+        let told = if control_knows { self.gone(&record.pod) } else { Ok(()) };
+        let removed = self.kernel.remove(&record.pod.device).map_err(|error| error.to_string());
+        let undone = removed.and(told.map_err(|error| error.to_string())).and_then(|()| {
+            if control_knows {
+                return self.release(record, (self.clock)()).map_err(|error| error.to_string());
+            }
             let name = file_name(&attachment);
             self.disk.remove(Folder::Pods, &name, Sync::Later).map_err(|error| error.to_string())
         });
-        let mut state = self.state();
-        match removed {
+        match undone {
+            Ok(()) if control_knows => {}
             Ok(()) => {
+                let mut state = self.state();
                 state.records.remove(&attachment);
                 for given in given {
                     state.pool.give_back(*given);
                 }
             }
             // Its addresses stay taken until it can be taken away.
-            Err(error) => tracing::error!("what is half made of pod {} cannot be taken back yet: {error}", record.pod),
+            Err(error) => {
+                tracing::error!("what is half made of pod {} cannot be taken back yet: {error}", record.pod);
+                // The file may say already that it is made.
+                let _ = self.keep(record, Sync::Later);
+            }
         }
     }
 
@@ -455,7 +462,7 @@ impl Keeper {
 
     /// Takes a pod away, with its turn held.
     fn take_away(&self, record: &Record) -> Result<(), CniError> {
-        self.gone(&record.pod);
+        self.gone(&record.pod).map_err(control_failure)?;
         self.remove_device(record).map_err(|error| failure(CniError::TRY_AGAIN, error))?;
         self.release(record, (self.clock)()).map_err(|error| self.disk_failure(&error))
     }
@@ -563,13 +570,23 @@ impl Keeper {
         }
     }
 
-    fn gone(&self, pod: &LocalPod) {
+    /// Tells control that a pod goes, and waits until nothing is sent there any more.
+    ///
+    /// # Errors
+    /// Where control could not even be told: it would go on taking the pod's addresses for the pod's.
+    fn gone(&self, pod: &LocalPod) -> Result<(), ControlError> {
         let (namespace, name, sandbox) = (pod.namespace.clone(), pod.name.clone(), pod.sandbox.clone());
-        let asked = self.control.ask(|answer| Ask::Gone { namespace, name, sandbox, answer }, QUEUE);
-        // A pod must go also while the router ends; the next one never hears of it.
-        if let Err(ControlError::Silent) = asked.and_then(|pending| pending.wait(CONTROL)) {
-            tracing::warn!("control does not answer that pod {pod} goes; it goes all the same");
+        match self.control.ask(|answer| Ask::Gone { namespace, name, sandbox, answer }, QUEUE) {
+            Err(ControlError::Silent) => return Err(ControlError::Silent),
+            // A pod must go also while the router ends; the next one never hears of it.
+            Err(ControlError::Ends) => {}
+            Ok(pending) => {
+                if let Err(ControlError::Silent) = pending.wait(CONTROL) {
+                    tracing::warn!("control does not answer that pod {pod} goes; it goes all the same");
+                }
+            }
         }
+        Ok(())
     }
 
     fn keep(&self, record: &Record, sync: Sync) -> io::Result<()> {
