@@ -257,6 +257,11 @@ impl Keeper {
             return Err(failure(CniError::INVALID_ENVIRONMENT, KernelError::OwnNamespace));
         }
         let _turn = self.turn(&attachment, Some(&pod))?;
+        // A DEL that still waits is of the sandbox's life before this one.
+        self.queue.remove(&attachment).map_err(|error| {
+            failure(CniError::TRY_AGAIN, format!("an earlier DEL of {attachment} cannot be taken out of the queue"))
+                .with(error)
+        })?;
         let of_pod = |record: &Record| record.pod.namespace == pod.namespace && record.pod.name == pod.name;
 
         let known = self.state().records.get(&attachment).cloned();
@@ -444,20 +449,31 @@ impl Keeper {
         }
     }
 
-    fn delete(&self, attachment: &Attachment, pod: Option<&PodName>) -> Result<(), CniError> {
-        // Whose it is, is known from the record at the latest; an ADD of it may be under way.
-        let of_record = self.state().records.get(attachment).map(|record| PodName {
+    /// Takes a sandbox away, if `still` holds with its turn.
+    fn delete(&self, attachment: &Attachment, pod: Option<&PodName>, still: impl Fn() -> bool) -> Result<(), CniError> {
+        let name_of = |record: &Record| PodName {
             namespace: record.pod.namespace.clone(),
             name: record.pod.name.clone(),
             uid: None,
-        });
-        let _turn = self.turn(attachment, of_record.as_ref().or(pod))?;
-        let known = self.state().records.get(attachment).cloned();
-        // None: deleted before, never added, or another sandbox has the pod's name by now.
-        let Some(record) = known else { return Ok(()) };
-        self.take_away(&record)?;
-        self.state().deleted += 1;
-        Ok(())
+        };
+        loop {
+            // Whose it is, is known from the record at the latest; an ADD of it may be under way.
+            let of_record = self.state().records.get(attachment).map(name_of);
+            let turn = self.turn(attachment, of_record.as_ref().or(pod))?;
+            if !still() {
+                return Ok(());
+            }
+            let known = self.state().records.get(attachment).cloned();
+            // None: deleted before, never added, or another sandbox has the pod's name by now.
+            let Some(record) = known else { return Ok(()) };
+            // It was made while this waited: the turn has to be its pod's too.
+            if !turn.has(&pod_key(&record.pod.namespace, &record.pod.name)) {
+                continue;
+            }
+            self.take_away(&record)?;
+            self.state().deleted += 1;
+            return Ok(());
+        }
     }
 
     /// Takes a pod away, with its turn held.
@@ -515,6 +531,9 @@ impl Keeper {
         let Some(record) = known.filter(|record| record.phase == Phase::Made) else {
             return Err(failure(CniError::UNKNOWN_CONTAINER, format!("weir has made no interface {attachment}")));
         };
+        if record.phase != Phase::Made {
+            return Err(failure(CniError::TRY_AGAIN, format!("{attachment} is half made and still to be taken away")));
+        }
         match self.kernel.difference(&pair(&record), namespace) {
             Ok(None) => Ok(record.made()),
             Ok(Some(difference)) => Err(failure(
@@ -545,7 +564,7 @@ impl Keeper {
         let mut failed = Vec::new();
         for attachment in stale {
             tracing::info!("the runtime does not know {attachment} any more");
-            if let Err(error) = self.delete(&attachment, None) {
+            if let Err(error) = self.delete(&attachment, None, || true) {
                 failed.push(format!("{attachment}: {error}"));
             }
         }
@@ -563,7 +582,9 @@ impl Keeper {
             Err(error) => return tracing::warn!("the queue of DELs cannot be read: {error}"),
         };
         for attachment in entries {
-            let done = self.delete(&attachment, None).map_err(|error| error.to_string());
+            // An ADD since then has taken it out.
+            let still = || self.queue.has(&attachment);
+            let done = self.delete(&attachment, None, still).map_err(|error| error.to_string());
             if let Err(error) = done.and_then(|()| self.queue.remove(&attachment).map_err(|error| error.to_string())) {
                 tracing::warn!("the DEL of {attachment} stays in the queue: {error}");
             }
@@ -600,7 +621,7 @@ impl Keeper {
 
     fn turn(&self, attachment: &Attachment, pod: Option<&PodName>) -> Result<Turn<'_>, CniError> {
         let mut keys = vec![format!("sandbox {}", attachment.sandbox)];
-        keys.extend(pod.map(|pod| format!("pod {}/{}", pod.namespace, pod.name)));
+        keys.extend(pod.map(|pod| pod_key(&pod.namespace, &pod.name)));
         self.turns.take(keys, TURN).ok_or_else(|| {
             failure(CniError::TRY_AGAIN, format!("another request for {attachment} or its pod is still under way"))
         })
