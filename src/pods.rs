@@ -367,7 +367,6 @@ mod tests {
             device: workload_device("x", name),
             mac: Mac([2, 0, 0, 0, 0, last]),
             addresses: vec![[10, 0, 0, last].into()],
-            host_ports: Vec::new(),
         }
     }
 

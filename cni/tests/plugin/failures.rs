@@ -241,6 +241,26 @@ fn without_a_router_adds_wait_and_dels_are_kept() {
 
 #[test]
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn a_del_does_not_mind_what_became_of_the_configuration() {
+    let node = Node::new(&[V4]);
+    for (field, value) in [
+        ("cniVersion", json!("9.9.9")),
+        ("ipMasq", json!(true)),
+        ("name", json!("")),
+        ("runtimeConfig", json!({"portMappings": [{"hostPort": 1, "containerPort": 1, "hostIP": "localhost"}]})),
+    ] {
+        let pod = Sandbox::new("web-0");
+        pod.add(&node);
+        let mut config = node.config();
+        config[field] = value;
+        let deleted = pod.command("DEL").run(&config);
+        assert!(deleted.success, "{field}: {}", deleted.output);
+        node.assert_empty();
+    }
+}
+
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn a_router_looks_after_its_pods_by_itself() {
     let node = Node::new(&[V4]);
     let (queued, dead) = (Sandbox::new("web-0"), Sandbox::new("web-1"));

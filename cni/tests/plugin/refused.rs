@@ -129,7 +129,7 @@ fn the_socket_bears_nonsense() {
     for command in ["del", "check", "add"] {
         let hostile = json!({"protocol": PROTOCOL, "command": {command: {
             "attachment": {"sandbox": "../../etc", "interface": "eth0"},
-            "pod": {"namespace": "default", "name": "web-0"}, "hostPorts": [],
+            "pod": {"namespace": "default", "name": "web-0"},
         }}});
         let mut bytes = Vec::new();
         write_message(&mut bytes, &hostile).unwrap();

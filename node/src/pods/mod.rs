@@ -34,7 +34,6 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha1::{Digest, Sha1};
 use tokio::sync::{mpsc, oneshot};
-pub use weir_cni::wire::{HostPort, Protocol};
 use weir_packet::Mac;
 
 pub use self::kernel::KernelError;
@@ -66,9 +65,6 @@ pub struct LocalPod {
     pub mac: Mac,
     /// One per family, the pod's first family first.
     pub addresses: Vec<IpAddr>,
-    /// runtimeConfig.portMappings of the ADD.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub host_ports: Vec<HostPort>,
 }
 
 impl fmt::Display for LocalPod {

@@ -126,6 +126,7 @@ impl Keeper {
         let record = Record {
             version: VERSION,
             phase: Phase::Made,
+            network: String::new(),
             interface: alias.attachment.interface.clone(),
             boot: self.boot.clone(),
             since: now,
@@ -140,7 +141,6 @@ impl Keeper {
                 netns: None,
                 mac: alias.mac,
                 addresses: alias.addresses.clone(),
-                host_ports: Vec::new(),
             },
         };
         if let Err(error) = self.keep(&record, Sync::Now) {

@@ -25,7 +25,7 @@ use tokio::sync::mpsc;
 use weir_cni::{
     CniError,
     queue::Queue,
-    wire::{Attachment, Command, HostPort, Made, PodName},
+    wire::{Attachment, Command, Made, PodName},
 };
 use weir_packet::Mac;
 
@@ -219,11 +219,15 @@ impl Keeper {
     pub fn serve(&self, command: Command, namespace: Option<&File>) -> Result<Option<Made>, CniError> {
         let needed = || namespace.ok_or_else(|| failure(CniError::INVALID_ENVIRONMENT, "CNI_NETNS did not come along"));
         let outcome = match command {
-            Command::Add { attachment, pod, host_ports } => self.add(attachment, pod, host_ports, needed()?).map(Some),
-            Command::Del { attachment, pod } => self.delete(&attachment, pod.as_ref()).map(|()| None),
-            Command::Check { attachment } => self.check(&attachment, needed()?).map(Some),
+            Command::Add { attachment, pod, network } => {
+                needed().and_then(|namespace| self.add(attachment, pod, network, namespace)).map(Some)
+            }
+            Command::Del { attachment, pod } => self.delete(&attachment, pod.as_ref(), || true).map(|()| None),
+            Command::Check { attachment } => {
+                needed().and_then(|namespace| self.check(&attachment, namespace)).map(Some)
+            }
             Command::Status => self.ready().map(|()| None),
-            Command::Gc { valid } => self.collect(&valid).map(|()| None),
+            Command::Gc { valid, network } => self.collect(&valid, &network).map(|()| None),
             Command::Drain => {
                 self.drain();
                 Ok(None)
@@ -241,7 +245,7 @@ impl Keeper {
         &self,
         attachment: Attachment,
         pod: PodName,
-        host_ports: Vec<HostPort>,
+        network: String,
         namespace: Namespace<'_>,
     ) -> Result<Made, CniError> {
         if !pod.is_valid() {
@@ -265,15 +269,10 @@ impl Keeper {
         let of_pod = |record: &Record| record.pod.namespace == pod.namespace && record.pod.name == pod.name;
 
         let known = self.state().records.get(&attachment).cloned();
-        if let Some(mut known) = known {
+        if let Some(known) = known {
             let same =
                 known.phase == Phase::Made && of_pod(&known) && known.pod.netns.is_none_or(|known| known == netns);
             if same && matches!(self.kernel.difference(&pair(&known), namespace), Ok(None)) {
-                if known.pod.host_ports != host_ports {
-                    known.pod.host_ports = host_ports;
-                    self.keep(&known, Sync::Now).map_err(|error| self.disk_failure(&error))?;
-                    self.state().records.insert(attachment, known.clone());
-                }
                 // Its answer may have been lost, and so may what control knew.
                 self.put(&known.pod)?;
                 return Ok(known.made());
@@ -313,7 +312,7 @@ impl Keeper {
             ));
         }
 
-        let (record, given) = self.begin(&attachment, &pod, host_ports, netns)?;
+        let (record, given) = self.begin(&attachment, &pod, network, netns)?;
         let built = self.build(&record, namespace).map_err(|error| (error, false));
         let announced = built.and_then(|()| self.announce(&record).map_err(|error| (error, true)));
         if let Err((error, control_knows)) = announced {
@@ -334,7 +333,7 @@ impl Keeper {
         &self,
         attachment: &Attachment,
         pod: &PodName,
-        host_ports: Vec<HostPort>,
+        network: String,
         netns: u64,
     ) -> Result<(Record, Vec<Given>), CniError> {
         let now = (self.clock)();
@@ -347,6 +346,7 @@ impl Keeper {
         let record = Record {
             version: VERSION,
             phase: Phase::Making,
+            network,
             interface: attachment.interface.clone(),
             boot: self.boot.clone(),
             since: now,
@@ -360,7 +360,6 @@ impl Keeper {
                 device: device_name(&pod.namespace, &pod.name),
                 mac: mac(attachment),
                 addresses: given.iter().map(|given| given.address).collect(),
-                host_ports,
             },
         };
         state.records.insert(attachment.clone(), record.clone());
@@ -553,13 +552,15 @@ impl Keeper {
         if ranges { Ok(()) } else { Err(no_ranges(CniError::UNAVAILABLE, &self.settings.node_name)) }
     }
 
-    /// GC: takes away what is not listed, and works off the queue.
-    fn collect(&self, valid: &[Attachment]) -> Result<(), CniError> {
+    /// GC: takes away what of a network is not listed, and works off the queue. A pod whose network was lost with its record may be of any.
+    fn collect(&self, valid: &[Attachment], network: &str) -> Result<(), CniError> {
         self.drain();
         let valid: BTreeSet<_> = valid.iter().collect();
         let stale: Vec<_> = {
             let state = self.state();
-            state.records.keys().filter(|attachment| !valid.contains(attachment)).cloned().collect()
+            let of_it =
+                state.records.iter().filter(|(_, record)| record.network.is_empty() || record.network == network);
+            of_it.map(|(attachment, _)| attachment).filter(|attachment| !valid.contains(attachment)).cloned().collect()
         };
         let mut failed = Vec::new();
         for attachment in stale {
