@@ -265,6 +265,11 @@ fn check_finds_what_was_changed() {
     let pod = Sandbox::new("web-9");
     let result = pod.add(&node);
     assert_eq!(pod.command("CHECK").run(&node.config()).code(), 7, "prevResult is missing");
+    node.control().set(|control| control.serves_nothing = true);
+    let answer = pod.check(&node, &result);
+    assert_eq!(answer.code(), 100);
+    assert!(answer.message().contains("does not serve"), "{}", answer.message());
+    node.control().set(|control| control.serves_nothing = false);
     for (path, value) in [("ips", json!([])), ("interfaces", json!([]))] {
         let mut other = result.clone();
         other[path] = value;

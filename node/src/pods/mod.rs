@@ -122,6 +122,13 @@ pub enum Ask {
         /// When nothing is sent there any more.
         answer: oneshot::Sender<()>,
     },
+    /// Whether a pod is served by its device; without one, whether control is there.
+    Serves {
+        /// The host end.
+        device: Option<String>,
+        /// Whether it is adopted and in force.
+        answer: oneshot::Sender<bool>,
+    },
 }
 
 /// How a pod is in force.

@@ -50,8 +50,12 @@ const TURN: Duration = Duration::from_secs(15);
 const CONTROL: Duration = Duration::from_secs(8);
 /// How long control may leave its queue full.
 const QUEUE: Duration = Duration::from_secs(2);
+/// How long control may take to say that it is there, less than weir-cni waits for a STATUS.
+const PING: Duration = Duration::from_secs(2);
 /// After which a leak is looked at again.
 const SECOND_LOOK: Duration = Duration::from_millis(700);
+/// The least MTU of a device with IPv6, in bytes (RFC 8200, section 5): with less the kernel gives it none.
+const MIN_MTU_V6: u32 = 1280;
 /// The file of the folder `node`.
 pub const NODE_FILE: &str = "node.json";
 /// Ends a record's file name.
@@ -217,6 +221,7 @@ impl Keeper {
     /// # Errors
     /// In the words and numbers of the CNI specification.
     pub fn serve(&self, command: Command, namespace: Option<&File>) -> Result<Option<Made>, CniError> {
+        let is_poll = matches!(command, Command::Status);
         let needed = || namespace.ok_or_else(|| failure(CniError::INVALID_ENVIRONMENT, "CNI_NETNS did not come along"));
         let outcome = match command {
             Command::Add { attachment, pod, network } => {
@@ -233,7 +238,10 @@ impl Keeper {
                 Ok(None)
             }
         };
-        if let Err(error) = &outcome {
+        // A STATUS is asked every few seconds; that it says no is no failure.
+        if let Err(error) = &outcome
+            && !is_poll
+        {
             let mut state = self.state();
             state.failed += 1;
             state.last_error = Some(error.to_string());
@@ -338,10 +346,12 @@ impl Keeper {
     ) -> Result<(Record, Vec<Given>), CniError> {
         let now = (self.clock)();
         let mut state = self.state();
-        let Some(mtu) = state.ranges.as_ref().filter(|ranges| !ranges.pod_cidrs.is_empty()).map(|ranges| ranges.mtu)
-        else {
-            return Err(no_ranges(CniError::TRY_AGAIN, &self.settings.node_name));
-        };
+        let mtu = self.mtu_of(state.ranges.as_ref(), CniError::TRY_AGAIN)?;
+        if mtu < MIN_MTU_V6 && state.pool.ranges().any(|range| range.addr().is_ipv6()) {
+            let mtu = format!("new pods of this node would have an MTU of {mtu}, and IPv6 needs {MIN_MTU_V6}");
+            return Err(failure(CniError::TRY_AGAIN, mtu)
+                .with("raise cni.mtu in weir.yaml, or the uplink's MTU that it follows from"));
+        }
         let given = state.pool.allocate(now).map_err(|exhausted| failure(CniError::TRY_AGAIN, exhausted))?;
         let record = Record {
             version: VERSION,
@@ -527,14 +537,21 @@ impl Keeper {
     fn check(&self, attachment: &Attachment, namespace: Namespace<'_>) -> Result<Made, CniError> {
         let _turn = self.turn(attachment, None)?;
         let known = self.state().records.get(attachment).cloned();
-        let Some(record) = known.filter(|record| record.phase == Phase::Made) else {
+        let Some(record) = known else {
             return Err(failure(CniError::UNKNOWN_CONTAINER, format!("weir has made no interface {attachment}")));
         };
         if record.phase != Phase::Made {
             return Err(failure(CniError::TRY_AGAIN, format!("{attachment} is half made and still to be taken away")));
         }
         match self.kernel.difference(&pair(&record), namespace) {
-            Ok(None) => Ok(record.made()),
+            Ok(None) if self.serves(Some(&record.pod.device), CONTROL).map_err(control_failure)? => Ok(record.made()),
+            Ok(None) => Err(failure(
+                CniError::NOT_AS_MADE,
+                format!(
+                    "the router does not serve pod {}: the log says why {} is not adopted",
+                    record.pod, record.pod.device
+                ),
+            )),
             Ok(Some(difference)) => Err(failure(
                 CniError::NOT_AS_MADE,
                 format!("the network of pod {} is not as it was made: {difference}", record.pod),
@@ -547,9 +564,29 @@ impl Keeper {
         if !self.control.is_there() {
             return Err(failure(CniError::UNAVAILABLE, ControlError::Ends));
         }
-        let ranges = self.state().ranges.as_ref().is_some_and(|ranges| !ranges.pod_cidrs.is_empty());
         // An exhausted pool is no reason: a node that is full is not broken.
-        if ranges { Ok(()) } else { Err(no_ranges(CniError::UNAVAILABLE, &self.settings.node_name)) }
+        self.mtu_of(self.state().ranges.as_ref(), CniError::UNAVAILABLE)?;
+        // It is asked only where it was silent when it was asked last: it may be busy for a while.
+        if self.control.was_silent() && self.serves(None, PING).is_err() {
+            let code = if self.state().records.is_empty() { CniError::UNAVAILABLE } else { CniError::LIMITED };
+            return Err(failure(code, ControlError::Silent));
+        }
+        Ok(())
+    }
+
+    /// Whether control serves a pod's device, or serves at all.
+    fn serves(&self, device: Option<&str>, limit: Duration) -> Result<bool, ControlError> {
+        let device = device.map(str::to_owned);
+        self.control.ask(|answer| Ask::Serves { device, answer }, QUEUE)?.wait(limit)
+    }
+
+    /// The MTU of new pods, where there is anything to give to them.
+    fn mtu_of(&self, ranges: Option<&NodeRanges>, code: u32) -> Result<u32, CniError> {
+        match ranges {
+            None => Err(failure(code, "weir is starting: what new pods get is not known yet")),
+            Some(ranges) if ranges.pod_cidrs.is_empty() => Err(no_ranges(code, &self.settings.node_name)),
+            Some(ranges) => Ok(ranges.mtu),
+        }
     }
 
     /// GC: takes away what of a network is not listed, and works off the queue. A pod whose network was lost with its record may be of any.
