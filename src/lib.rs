@@ -32,6 +32,7 @@ pub mod health;
 pub mod ipam;
 pub mod kernel;
 pub mod lab;
+mod listener;
 pub mod manifests;
 pub mod memory_demo;
 pub mod memory_router;

@@ -22,8 +22,7 @@ use rand_chacha::{
 };
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
-    net::{UnixListener, UnixStream},
+    net::UnixStream,
     signal::unix::{SignalKind, signal},
     sync::mpsc,
     time::MissedTickBehavior,
@@ -65,6 +64,7 @@ use crate::{
         DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState,
         LOOPBACK_SOURCES, Link, Listening, PortSet, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted,
     },
+    listener::{Listener, writeln_to},
     manifests::Substitute,
     offload::{Offloader, Offloading},
     pods::{self, Pods},
@@ -316,8 +316,7 @@ struct Router {
     workers: Vec<thread::JoinHandle<()>>,
     modes: Vec<Value>,
     notes: Vec<String>,
-    socket: PathBuf,
-    listener: UnixListener,
+    listener: Listener,
 }
 
 impl Router {
@@ -490,8 +489,7 @@ impl Router {
             snat_ports: config.snat.port_range,
             record: host_record(&config.node_name),
         })?;
-        let _ = fs::remove_file(&socket);
-        let listener = UnixListener::bind(&socket).map_err(system(format!("cannot listen at {}", socket.display())))?;
+        let listener = Listener::start(&socket).map_err(system(format!("cannot listen at {}", socket.display())))?;
         links.neighbors.clear();
 
         let mut router = Self {
@@ -522,7 +520,6 @@ impl Router {
             workers: handles,
             modes,
             notes,
-            socket,
             listener,
             loaded,
             hits: Hits::new(rules.clone()),
@@ -583,9 +580,9 @@ impl Router {
                     Some(ask) => self.asked(ask).await,
                     None => self.settle_pods(),
                 },
-                connection = self.listener.accept() => {
-                    if let Ok((stream, _)) = connection
-                        && let Err(error) = self.answer(stream).await
+                asked = self.listener.next() => {
+                    if let Some((request, stream)) = asked
+                        && let Err(error) = self.answer(request, stream)
                     {
                         warn!(%error, "a client was not answered");
                     }
@@ -606,7 +603,6 @@ impl Router {
                 result = Err(RunError::Worker { worker: number, source });
             }
         }
-        let _ = fs::remove_file(&self.socket);
         let totals = self.totals();
         info!(rx = totals.rx, tx = totals.tx, punted = totals.punted, dropped = totals.dropped(), "the router ends");
         info!("programs stay attached, so pods stay closed until weir runs again; `weir detach` takes everything off");
@@ -1001,44 +997,34 @@ impl Router {
         Totals::new(&self.counters.sums(), 0)
     }
 
-    async fn answer(&mut self, stream: UnixStream) -> io::Result<()> {
-        let mut stream = BufReader::new(stream);
-        let mut line = String::new();
-        if stream.read_line(&mut line).await? == 0 {
-            // Somebody only looked whether a router runs.
-            return Ok(());
-        }
-        let answer = match serde_json::from_str(&line) {
-            Ok(Request::Status) => {
+    fn answer(&mut self, request: Request, mut stream: UnixStream) -> io::Result<()> {
+        match request {
+            Request::Status => {
                 let mut status = self.status();
-                let mut stream = stream.into_inner().into_std()?;
-                stream.set_nonblocking(false)?;
+                let mut stream = blocking(stream)?;
                 let shared = self.shared.clone();
                 // Reads the tables, which may take long, and a reader may be slow.
                 thread::Builder::new().name("weir-status".into()).spawn(move || {
                     status["snat"]["addresses"] = snat_use::of_both(&shared.tables, now());
                     drop(writeln!(stream, "{status}"));
                 })?;
-                return Ok(());
             }
-            Ok(Request::PolicyHits) => {
-                let mut stream = stream.into_inner().into_std()?;
-                stream.set_nonblocking(false)?;
+            Request::PolicyHits => {
+                let mut stream = blocking(stream)?;
                 let hits = self.hits.clone();
                 // Many rules are a long answer.
                 thread::Builder::new().name("weir-policy".into()).spawn(move || {
                     let hits = hits.by_rule().into_iter().map(|(rule, hits)| (rule.0, hits)).collect();
                     drop(writeln!(stream, "{}", json!(PolicyHits { hits })));
                 })?;
-                return Ok(());
             }
-            Ok(Request::Ipam) => {
+            Request::Ipam => {
                 let Some(pods) = &self.pods else {
                     let answer = json!({"error": "this router makes no pods: its weir.yaml had no section cni"});
-                    return writeln_to(stream.get_mut(), &answer).await;
+                    tokio::spawn(async move { drop(writeln_to(&mut stream, &answer).await) });
+                    return Ok(());
                 };
-                let mut stream = stream.into_inner().into_std()?;
-                stream.set_nonblocking(false)?;
+                let mut stream = blocking(stream)?;
                 let server = Arc::clone(pods.server());
                 // It reads files, and asks the kernel for devices.
                 thread::Builder::new().name("weir-ipam".into()).spawn(move || {
@@ -1048,21 +1034,17 @@ impl Router {
                     };
                     drop(writeln!(stream, "{answer}"));
                 })?;
-                return Ok(());
             }
-            Ok(Request::Conntrack(query)) => {
-                let stream = stream.into_inner().into_std()?;
-                stream.set_nonblocking(false)?;
+            Request::Conntrack(query) => {
+                let stream = blocking(stream)?;
                 let (shared, domain) = (self.shared.clone(), self.domain.clone());
                 // A reader that goes away ends the thread.
                 thread::Builder::new()
                     .name("weir-conntrack".into())
                     .spawn(move || drop(conntrack::answer(stream, &shared, &domain, &query)))?;
-                return Ok(());
             }
-            Ok(Request::Services(query)) => {
-                let stream = stream.into_inner().into_std()?;
-                stream.set_nonblocking(false)?;
+            Request::Services(query) => {
+                let stream = blocking(stream)?;
                 let all = &self.loaded.services;
                 let services = all.services.iter().filter(|service| query.matches(&service.name)).cloned().collect();
                 let model =
@@ -1071,11 +1053,9 @@ impl Router {
                 thread::Builder::new()
                     .name("weir-services".into())
                     .spawn(move || drop(services::answer(stream, &model, &hits)))?;
-                return Ok(());
             }
-            Err(error) => json!({"error": error.to_string()}),
-        };
-        writeln_to(stream.get_mut(), &answer).await
+        }
+        Ok(())
     }
 
     fn status(&self) -> Value {
@@ -1133,10 +1113,11 @@ impl Router {
     }
 }
 
-async fn writeln_to(stream: &mut UnixStream, answer: &Value) -> io::Result<()> {
-    let mut text = answer.to_string();
-    text.push('\n');
-    stream.write_all(text.as_bytes()).await
+/// A client's connection, for a thread that waits for it.
+fn blocking(stream: UnixStream) -> io::Result<std::os::unix::net::UnixStream> {
+    let stream = stream.into_std()?;
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }
 
 /// What became of changed configurations.
