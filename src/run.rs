@@ -724,6 +724,14 @@ impl Router {
             Ask::Gone { namespace, name, sandbox, answer } => {
                 book.gone(&format!("{namespace}/{name}"), &sandbox, answer)
             }
+            Ask::Serves { device, answer } => {
+                let is_served = |device: String| {
+                    self.pods.as_ref().is_some_and(|pods| pods.own_device(&device))
+                        && is_served(&device, &self.adopted, &self.links)
+                };
+                let _ = answer.send(device.is_none_or(is_served));
+                return;
+            }
         };
         if is_new {
             self.begin_reload(Scope::LocalPods);
@@ -747,13 +755,7 @@ impl Router {
     fn settle_pods(&mut self) {
         let Self { pods: Some(pods), loaded, links, kernel, roles, adopted, .. } = self else { return };
         pods.configure(pods::ranges(loaded, links, &own_addresses(kernel, roles)));
-        // The device before may still be known by the same name.
-        let has_device = |name: &str| {
-            attach::index_of(name).map(IfIndex).is_some_and(|index| {
-                let is_it = |device: &Device| device.index == index && device.role == Role::Workload;
-                adopted.contains_key(&index) && links.devices.iter().any(is_it)
-            })
-        };
+        let has_device = |name: &str| is_served(name, adopted, links);
         if pods.book().settle(&loaded.local_pods, &loaded.undescribed, has_device) {
             self.begin_reload(Scope::LocalPods);
         }
@@ -1175,6 +1177,14 @@ struct Adopted {
     mac: Option<Mac>,
     peer_elsewhere: bool,
     mtu: u32,
+}
+
+/// Whether programs and what was published know the device of that name. The device before may still be known by the same name.
+fn is_served(name: &str, adopted: &BTreeMap<IfIndex, Adopted>, links: &Links) -> bool {
+    attach::index_of(name).map(IfIndex).is_some_and(|index| {
+        let is_it = |device: &Device| device.index == index && device.role == Role::Workload;
+        adopted.contains_key(&index) && links.devices.iter().any(is_it)
+    })
 }
 
 /// Devices whose other end is in this network namespace too; those of pods that weir makes never are.
