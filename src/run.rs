@@ -16,6 +16,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
@@ -226,11 +227,23 @@ pub fn run(config: &Path) -> Result<(), RunError> {
         .with_target(false)
         .with_max_level(tracing::Level::INFO)
         .init();
+    raise_descriptor_limit();
     runtime()?.block_on(async {
         let mut router = Router::start(config).await.map_err(for_this_user)?;
         let result = router.serve().await;
         result.and(router.stop())
     })
+}
+
+/// Requests for pods hold descriptors, and so do maps and sockets: there may be as many as the node allows.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| match soft < hard {
+        true => setrlimit(Resource::RLIMIT_NOFILE, hard, hard),
+        false => Ok(()),
+    });
+    if let Err(error) = raised {
+        warn!(%error, "the limit of open files stays as it is");
+    }
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, RunError> {

@@ -297,7 +297,8 @@ impl Attachment {
     /// whether the pod's end lies in another network namespace, as a pod's does.
     ///
     /// # Errors
-    /// Where the device is gone, the kernel refuses the link, or there are too many workloads.
+    /// Where the device is gone, the kernel refuses the link, or there are too many workloads. A device that had a link before keeps it, as it
+    /// was.
     pub fn adopt_workload(
         &mut self,
         index: u32,
@@ -319,13 +320,17 @@ impl Attachment {
             }
             _ => map_error("workloads")(error),
         };
+        let was_closed = self.pins.workload(index).exists();
         self.workload_map.insert(index, entry, 0).map_err(full)?;
         let attached = classifier(&mut self.trunk_object, WORKLOAD_SEND).and_then(|program| {
             pins::attach_tcx(program, WORKLOAD_SEND, name, TcAttachType::Ingress, &self.pins.workload(index))
         });
         // The kernel finds the device by its name: it must have been the same one.
         if attached.is_err() || !is_there() {
-            self.forget_workload(index)?;
+            // What closed the device before goes on doing so.
+            if !was_closed || !self.pins.workload(index).exists() || is_gone(index) {
+                self.forget_workload(index)?;
+            }
             return attached.and(Err(gone()));
         }
         self.workloads.insert(index, Workload { name: name.to_owned(), peer_elsewhere });
