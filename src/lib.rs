@@ -48,4 +48,5 @@ pub mod services;
 mod snat_use;
 pub mod trace;
 pub mod translate;
+mod trouble;
 pub mod watch;

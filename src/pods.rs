@@ -145,7 +145,7 @@ impl Pods {
             let is_known = loaded.local_pods.get(&put.pod.name).is_some_and(|pod| Arc::ptr_eq(pod, &put.pod));
             json!({
                 "pod": put.pod.name, "waitedMs": ms(put.since),
-                "waitsFor": if is_known { "its object" } else { "its rules" },
+                "waitsFor": if is_known { "its object or its device" } else { "its rules" },
             })
         });
         json!({

@@ -26,7 +26,7 @@ use tokio::{
     net::UnixStream,
     signal::unix::{SignalKind, signal},
     sync::mpsc,
-    time::MissedTickBehavior,
+    time::{MissedTickBehavior, sleep_until},
 };
 use tracing::{error, info, warn};
 use weir_conntrack::{Table, file::Restored};
@@ -74,6 +74,7 @@ use crate::{
     report::counters_json,
     services, snat_use,
     translate::{Faulty, Loaded, Loader, Unserved},
+    trouble::Trouble,
     watch::{Trigger, Watch, WatchError},
 };
 
@@ -312,6 +313,10 @@ struct Router {
     hits: Hits,
     /// What the plumbing was told last.
     plumbed: Option<Wanted>,
+    /// What could not be done, and is tried again.
+    trouble: Trouble,
+    /// Whether something was taken over that the snapshot does not have yet.
+    unpublished: bool,
     watch: Watch,
     learned: BTreeMap<(IfIndex, IpAddr), Mac>,
     /// The largest MTU of a device that there is room for.
@@ -518,6 +523,8 @@ impl Router {
             health: HealthChecks::start().map_err(system("cannot start the health checks"))?,
             pods,
             plumbed: None,
+            trouble: Trouble::default(),
+            unpublished: true,
             watch,
             learned,
             max_mtu,
@@ -570,17 +577,28 @@ impl Router {
                     }
                 }
                 changed = self.kernel.changed() => {
-                    let changed = changed?;
-                    if changed.links || changed.routes || changed.neighbors {
-                        self.devices_changed(false).await?;
-                    }
+                    let outcome = match changed {
+                        Ok(changed) if changed.links || changed.routes || changed.neighbors => {
+                            self.devices_changed(false).await
+                        }
+                        Ok(_) => Ok(()),
+                        Err(error) => Err(error.into()),
+                    };
+                    self.go_on(outcome)?;
                 }
                 event = self.events.recv() => {
                     if let Some(event) = event {
-                        self.worker_event(event).await?;
+                        let outcome = self.worker_event(event).await;
+                        self.go_on(outcome)?;
                     }
                 }
-                _ = look_at_ports.tick() => self.ports_changed().await?,
+                _ = look_at_ports.tick() => {
+                    let outcome = self.ports_changed().await;
+                    self.go_on(outcome)?;
+                }
+                () = sleep_until(self.trouble.due().unwrap_or_else(Instant::now).into()), if self.trouble.due().is_some() => {
+                    self.try_again().await?;
+                }
                 trigger = self.watch.changed() => {
                     // What a signal asks for is set right also where no file changed.
                     if trigger? == Trigger::Signal {
@@ -588,7 +606,10 @@ impl Router {
                     }
                     self.begin_reload(Scope::Files);
                 }
-                prepared = self.preparer.done() => self.reload(prepared).await?,
+                prepared = self.preparer.done() => {
+                    let outcome = self.reload(prepared).await;
+                    self.go_on(outcome)?;
+                }
                 ask = pods::next(&mut self.pods) => match ask {
                     Some(ask) => self.asked(ask).await,
                     None => self.settle_pods(),
@@ -602,6 +623,32 @@ impl Router {
                 }
             }
         }
+    }
+
+    /// Lives with what failed: it is shown, and tried again. Only without its connection to the kernel there is nothing left to follow.
+    fn go_on(&mut self, outcome: Result<(), RunError>) -> Result<(), RunError> {
+        match outcome {
+            Err(error @ RunError::Kernel(KernelError::Closed)) => Err(error),
+            Err(error) => {
+                self.trouble.note(&error, Instant::now());
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Does everything anew that may have failed.
+    async fn try_again(&mut self) -> Result<(), RunError> {
+        let begun = self.trouble.begin_try(Instant::now());
+        let watched = self.watch_files();
+        self.go_on(watched)?;
+        let is_workload = |link: &&Link| self.roles.role(&link.name) == Some(Role::Workload) && link.mac.is_some();
+        let workloads: Vec<Link> = self.kernel.all().filter(is_workload).cloned().collect();
+        self.adopt_all(&workloads);
+        let outcome = self.devices_changed(true).await;
+        self.go_on(outcome)?;
+        self.trouble.end_try(&begun, Instant::now());
+        Ok(())
     }
 
     /// Ends the workers. What is attached stays: pods are closed until the next router adopts them.
@@ -628,20 +675,33 @@ impl Router {
     }
 
     /// Brings attachments and forwarding up to what the kernel has now.
-    async fn devices_changed(&mut self, first: bool) -> Result<(), RunError> {
-        self.follow_own_addresses()?;
+    async fn devices_changed(&mut self, even_if_same: bool) -> Result<(), RunError> {
+        // What fails keeps nothing else from being done: it is not seen as a change once more.
+        let followed = self.follow_own_addresses().map(drop);
         let changes = self.tracker.update(self.kernel.all(), &self.roles);
+        let mut forgotten = Ok(());
         for gone in &changes.gone {
             self.learned.retain(|(device, _), _| *device != gone.index);
-            self.adopted.remove(&gone.index);
-            self.attachment.forget_workload(gone.index.0)?;
-            info!(device = gone.name, "workload device gone");
+            if changes.appeared.iter().any(|link| link.index == gone.index) {
+                // Another one has its index, or it has another name: its program is attached anew.
+                self.adopted.remove(&gone.index);
+            } else if attach::is_gone(gone.index.0) {
+                self.adopted.remove(&gone.index);
+                forgotten = forgotten.and(self.attachment.forget_workload(gone.index.0));
+                info!(device = gone.name, "workload device gone");
+            } else {
+                warn!(
+                    device = gone.name,
+                    index = gone.index.0,
+                    "a workload's device has another name; it stays closed"
+                );
+            }
         }
-        self.forget_adopted()?;
+        let forgotten = forgotten.map_err(RunError::from).and(self.forget_adopted());
         self.adopt_all(changes.appeared.iter().chain(&changes.altered));
-        self.publish(first).await?;
+        let published = self.publish(even_if_same).await;
         self.settle_pods();
-        Ok(())
+        followed.and(forgotten).and(published)
     }
 
     /// Forgets devices that are gone and were no workloads' by then, or not yet.
@@ -650,12 +710,13 @@ impl Router {
         // What was adopted a moment ago may not have been followed yet.
         let is_gone = |index: &&IfIndex| !followed.contains(index) && attach::is_gone(index.0);
         let gone: Vec<IfIndex> = self.adopted.keys().filter(is_gone).copied().collect();
+        let mut forgotten = Ok(());
         for index in gone {
             self.adopted.remove(&index);
-            self.attachment.forget_workload(index.0)?;
+            forgotten = forgotten.and(self.attachment.forget_workload(index.0));
             info!(index = index.0, "a device that was a workload's is gone");
         }
-        Ok(())
+        Ok(forgotten?)
     }
 
     /// Opens node ports on addresses that the node did not have before; whether there are such. While a configuration is prepared, they wait
@@ -680,7 +741,10 @@ impl Router {
             match self.adopt(link) {
                 // Gone again already: the next change says so.
                 Ok(()) | Err(AttachError::DeviceGone { .. }) => {}
-                Err(error) => error!(device = link.name, %error, "the workload cannot be adopted"),
+                Err(error) => {
+                    error!(device = link.name, %error, "the workload cannot be adopted");
+                    self.trouble.note(&error, Instant::now());
+                }
             }
         }
     }
@@ -766,6 +830,10 @@ impl Router {
 
     /// Answers for pods that are in force by now.
     fn settle_pods(&mut self) {
+        // What was taken over is not in force yet.
+        if self.unpublished {
+            return;
+        }
         let Self { pods: Some(pods), loaded, links, kernel, roles, adopted, .. } = self else { return };
         pods.configure(pods::ranges(loaded, links, &own_addresses(kernel, roles)));
         let has_device = |name: &str| is_served(name, adopted, links);
@@ -790,9 +858,10 @@ impl Router {
                 _ => RunError::NoUplink(missing.clone()),
             });
         }
-        if links == self.links && !even_if_same {
+        if links == self.links && !even_if_same && !self.unpublished {
             return Ok(());
         }
+        let even_if_same = even_if_same || self.unpublished;
         let devices_differ = links.devices != self.links.devices;
         // The kernel's way to pods does not depend on their devices.
         let nodes_own = |links: &Links| -> Vec<Device> {
@@ -819,6 +888,7 @@ impl Router {
             offload.prepare(&next, &self.shared.tables, near_devices(&self.kernel, self.pods.as_ref()));
         }
         self.shared.snapshot.publish(next);
+        self.unpublished = false;
         self.hits.follow(&self.rules);
         if devices_differ || even_if_same {
             let wanted = self.wanted();
@@ -925,8 +995,9 @@ impl Router {
     /// Takes over a configuration that is ready. A bad one changes nothing.
     async fn reload(&mut self, prepared: Outcome) -> Result<(), RunError> {
         let mut due = None;
+        let mut outcome = Ok(());
         match prepared {
-            Ok(prepared) => self.take_over(prepared).await?,
+            Ok(prepared) => outcome = self.take_over(prepared).await,
             Err((Scope::LocalPods, refused)) => {
                 error!("pods cannot be put in force:\n{refused}");
                 if let Some(pods) = &mut self.pods {
@@ -937,9 +1008,10 @@ impl Router {
                 error!("reload refused, the last good configuration stays:\n{refused}");
                 self.reloads.refused += 1;
                 self.reloads.problems = refused.lines();
-                if self.follow_own_addresses()? {
-                    self.publish(true).await?;
-                }
+                outcome = match self.follow_own_addresses() {
+                    Ok(true) => self.publish(true).await,
+                    followed => followed.map(drop),
+                };
                 // Pods do not wait for who mends the files.
                 let is_in_force = |pods: &Pods| Arc::ptr_eq(pods.all(), &self.loaded.local_pods);
                 due = self.pods.as_ref().filter(|pods| !is_in_force(pods)).map(|_| Scope::LocalPods);
@@ -948,7 +1020,7 @@ impl Router {
         if let Some(scope) = self.preparer.due().max(due) {
             self.begin_reload(scope);
         }
-        Ok(())
+        outcome
     }
 
     async fn take_over(&mut self, prepared: Prepared) -> Result<(), RunError> {
@@ -980,11 +1052,12 @@ impl Router {
         let other_files = loaded.config.manifests != self.loaded.config.manifests;
         self.roles.workloads = role_rules(&loaded).workloads;
         self.loaded = loaded;
+        self.unpublished = true;
         self.rules = Arc::new(rules.counting(self.workers.len()));
         (self.listening, self.snat) = (listening, Arc::new(snat));
-        self.follow_own_addresses()?;
+        let mut outcome = self.follow_own_addresses().map(drop);
         if other_files {
-            self.watch_files()?;
+            outcome = outcome.and(self.watch_files());
             // They may have changed after they were read and before they were watched.
             self.preparer.once_more();
         }
@@ -994,15 +1067,18 @@ impl Router {
             self.learned.retain(|(device, _), _| *device != gone.index);
         }
         self.adopt_all(&changes.appeared);
-        self.publish(true).await?;
+        if has_new_files {
+            self.health.follow(health::wanted(&self.loaded.services));
+        }
+        let published = self.publish(true).await;
         self.settle_pods();
+        outcome.and(published)?;
         let times = Times { publish: begin.elapsed(), ..times };
         if !has_new_files {
             self.reloads.pods = Some(times);
             return Ok(());
         }
         self.shared.affinity.forget_gone(&self.rules.services);
-        self.health.follow(health::wanted(&self.loaded.services));
         info!(generation = self.generation, took_ms = %times.to_json(), "reloaded");
         self.reloads.taken_over(times);
         Ok(())
@@ -1123,6 +1199,7 @@ impl Router {
             "healthChecks": self.health.status(),
             "pods": self.pods.as_ref().map(|pods| pods.status(&self.loaded)),
             "programs": kernel,
+            "trouble": self.trouble.to_json(Instant::now()),
             "notes": self.notes,
         })
     }
