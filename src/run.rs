@@ -601,10 +601,15 @@ impl Router {
                 }
                 trigger = self.watch.changed() => {
                     // What a signal asks for is set right also where no file changed.
-                    if trigger? == Trigger::Signal {
-                        self.plumbed = None;
+                    match trigger {
+                        Ok(trigger) => {
+                            if trigger == Trigger::Signal {
+                                self.plumbed = None;
+                            }
+                            self.begin_reload(Scope::Files);
+                        }
+                        Err(error) => self.go_on(Err(error.into()))?,
                     }
-                    self.begin_reload(Scope::Files);
                 }
                 prepared = self.preparer.done() => {
                     let outcome = self.reload(prepared).await;
@@ -625,10 +630,11 @@ impl Router {
         }
     }
 
-    /// Lives with what failed: it is shown, and tried again. Only without its connection to the kernel there is nothing left to follow.
+    /// Lives with what failed: it is shown, and tried again. Only without the connection to the kernel, or the watcher of the files, there is
+    /// nothing left to follow.
     fn go_on(&mut self, outcome: Result<(), RunError>) -> Result<(), RunError> {
         match outcome {
-            Err(error @ RunError::Kernel(KernelError::Closed)) => Err(error),
+            Err(error @ (RunError::Kernel(KernelError::Closed) | RunError::Watch(WatchError::Ended))) => Err(error),
             Err(error) => {
                 self.trouble.note(&error, Instant::now());
                 Ok(())
