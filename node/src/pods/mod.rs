@@ -173,7 +173,7 @@ pub struct NodeRanges {
     pub pod_cidrs: Vec<IpNet>,
     /// MTU of new pods, in bytes.
     pub mtu: u32,
-    /// Addresses that no pod gets: the node's tunnel addresses.
+    /// Addresses that no pod gets: the node's own, and those of pods that another plugin made.
     pub left_out: Vec<IpAddr>,
 }
 
