@@ -406,7 +406,7 @@ impl Router {
         let known = maps.iter().flat_map(|maps| maps.pods(&left));
         let learned: BTreeMap<(IfIndex, IpAddr), Mac> =
             known.map(|(device, address, mac)| ((device, address), mac)).collect();
-        let mut links = assemble_links(&kernel, &roles, &loaded, &listening, trunk_mac, &learned, max_mtu);
+        let mut links = assemble_links(&kernel, &roles, &loaded, &listening, trunk_mac, &learned, max_mtu, &[]);
         let forwarding = Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?;
         let owned = owned(&loaded, &rules, &snat, &forwarding);
         attachment.set_owned(&owned)?;
@@ -852,20 +852,12 @@ impl Router {
     async fn publish(&mut self, even_if_same: bool) -> Result<(), RunError> {
         let trunk_mac = self.trunk_mac();
         let Self { kernel, roles, loaded, listening, learned, max_mtu: room, .. } = self;
-        let links = assemble_links(kernel, roles, loaded, listening, trunk_mac, learned, *room);
-        let uplinks = links.devices.iter().filter(|d| d.role == Role::Uplink).count();
-        if let Some(missing) = self.roles.uplinks.iter().find(|name| !links.devices.iter().any(|d| d.name == **name))
-            && uplinks < self.roles.uplinks.len()
-        {
-            return Err(match kernel.link(missing) {
-                Some(link) if link.mtu > *room => {
-                    RunError::GrownMtu { device: missing.clone(), mtu: link.mtu, room: *room }
-                }
-                _ => RunError::NoUplink(missing.clone()),
-            });
-        }
+        let known: Vec<Device> = self.links.devices.iter().filter(|d| d.role == Role::Uplink).cloned().collect();
+        let links = assemble_links(kernel, roles, loaded, listening, trunk_mac, learned, *room, &known);
+        // All else goes on: what is wrong with an uplink is told in the end.
+        let uplinks = check_running(kernel, roles, *room);
         if links == self.links && !even_if_same && !self.unpublished {
-            return Ok(());
+            return uplinks;
         }
         let even_if_same = even_if_same || self.unpublished;
         let devices_differ = links.devices != self.links.devices;
@@ -905,7 +897,7 @@ impl Router {
                 self.plumbed = Some(wanted);
             }
         }
-        Ok(())
+        uplinks
     }
 
     fn trunk_mac(&self) -> Mac {
@@ -1078,16 +1070,19 @@ impl Router {
         }
         let published = self.publish(true).await;
         self.settle_pods();
-        outcome.and(published)?;
+        outcome = outcome.and(published);
         let times = Times { publish: begin.elapsed(), ..times };
+        if self.unpublished {
+            return outcome;
+        }
         if !has_new_files {
             self.reloads.pods = Some(times);
-            return Ok(());
+            return outcome;
         }
         self.shared.affinity.forget_gone(&self.rules.services);
         info!(generation = self.generation, took_ms = %times.to_json(), "reloaded");
         self.reloads.taken_over(times);
-        Ok(())
+        outcome
     }
 
     fn totals(&self) -> Totals {
@@ -1334,6 +1329,20 @@ fn check_uplinks(config: &RouterConfig, kernel: &KernelState, workers: u32) -> R
         .collect()
 }
 
+/// Whether the uplinks that the router was started with are as it can use them.
+fn check_running(kernel: &KernelState, roles: &RoleRules, room: u32) -> Result<(), RunError> {
+    for name in &roles.uplinks {
+        match kernel.link(name) {
+            Some(link) if link.mtu > room => {
+                return Err(RunError::GrownMtu { device: name.clone(), mtu: link.mtu, room });
+            }
+            Some(_) => {}
+            None => return Err(RunError::NoUplink(name.clone())),
+        }
+    }
+    Ok(())
+}
+
 /// Worker `worker` owns its queue of the trunk and every `workers`-th queue of each uplink. The first queue of each uplink
 /// comes first, so that port numbers are those of the forwarding tables for all workers. On an uplink whose packets come by the trunk it
 /// sends only, and needs one queue.
@@ -1422,7 +1431,9 @@ fn own_addresses(kernel: &KernelState, roles: &RoleRules) -> Vec<IpAddr> {
 }
 
 /// The devices, routes and neighbours that forwarding is compiled from: the kernel's, weir.yaml's, what workloads told, and the
-/// node's own kernel. Devices with an MTU above `max_mtu` are left out.
+/// node's own kernel. Devices with an MTU above `max_mtu` are left out, but an uplink that was `known` stays as it was, also where it is
+/// gone: the workers know uplinks by their places.
+#[expect(clippy::too_many_arguments, reason = "each is a part of what links are assembled from")]
 fn assemble_links(
     kernel: &KernelState,
     roles: &RoleRules,
@@ -1431,10 +1442,14 @@ fn assemble_links(
     trunk_mac: Mac,
     learned: &BTreeMap<(IfIndex, IpAddr), Mac>,
     max_mtu: u32,
+    known: &[Device],
 ) -> Links {
     let config = &loaded.config;
     let mut links = kernel.links(roles);
     links.devices.retain(|device| device.mtu <= max_mtu);
+    let is_there = |known: &&Device| links.devices.iter().any(|device| device.name == known.name);
+    let missing: Vec<Device> = known.iter().filter(|known| !is_there(known)).cloned().collect();
+    links.devices.extend(missing);
     // Uplinks in the order of weir.yaml: that is the order of the workers' ports.
     let place = |name: &str| config.devices.iter().position(|d| d.name == name).unwrap_or(usize::MAX);
     links.devices.sort_by_key(|device| (device.role != Role::Uplink, place(&device.name), device.index));
