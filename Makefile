@@ -16,7 +16,7 @@ LOOM_FLAGS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMP
 
 CLUSTER_TARGETS = cluster cluster-build cluster-status cluster-shell cluster-e2e cluster-down cluster-test
 
-.PHONY: $(CLUSTER_TARGETS) help setup build release cni demo demo-memory test lint unit loom e2e storm cases bench bench-tables bench-reload perf perf-offload soak properties fuzz miri install clean
+.PHONY: $(CLUSTER_TARGETS) help setup build release cni demo demo-memory test lint unit loom e2e storm cases bench bench-tables bench-reload bench-cni perf perf-offload soak properties fuzz miri install clean
 
 help: ## Lists the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -77,6 +77,10 @@ bench-tables: setup ## The connection table beside other concurrent maps and DPD
 
 bench-reload: ## From a changed file to compiled tables, and memory, at 10 to 50,000 services.
 	$(CARGO) run --release --example reload
+
+bench-cni: release cni ## How long ADD and DEL of a pod take, alone and many at once, beside Debian's ptp and host-local. Needs root.
+	./scripts/setup.sh /usr/lib/cni/ptp:containernetworking-plugins
+	$(CARGO) run --release -p weir-cni --example add -- target/release/weir $(CNI_FOLDER)/$(HOST)/release/weir-cni
 
 perf: release ## Packets per second through veth, beside a bare AF_XDP forwarder in the same run. Needs root.
 	$(CARGO) run --release --example veth_pps

@@ -170,8 +170,8 @@ pub fn status_text(status: &Value) -> String {
     let connections = &status["connections"];
     let _ = writeln!(
         text,
-        "connections {} IPv4, {} IPv6, of {} each",
-        connections["ipv4"], connections["ipv6"], connections["capacity"]
+        "connections {} IPv4, {} IPv6, of {} each; {} datagrams sent again from a backend that was no more",
+        connections["ipv4"], connections["ipv6"], connections["capacity"], connections["sentAgain"]
     );
     for family in ["ipv4", "ipv6"] {
         let table = &status["tables"][family];

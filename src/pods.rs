@@ -96,7 +96,7 @@ impl Pods {
             node_name: config.node_name.clone(),
             socket: cni.socket.clone(),
             state: cni.state.clone(),
-            cool_down: Settings::COOL_DOWN,
+            cool_down: cni.cool_down,
             patience: cni.patience,
         };
         let server = Server::start(settings, sender)?;

@@ -31,7 +31,7 @@ use tokio::{
 use tracing::{error, info, warn};
 use weir_conntrack::{Table, file::Restored};
 use weir_dataplane::{
-    afxdp::{AfXdp, AfXdpError, AfXdpSettings, PortSettings, RingSizes},
+    afxdp::{AfXdp, AfXdpError, AfXdpSettings, PortSettings, RingSizes, receive_queues},
     attach::{self, AttachError, Attachment, Owned, SocketDevice, TrunkSettings, UplinkHook},
     counters::{COUNTERS, Totals},
     driver::PortId,
@@ -80,6 +80,10 @@ use crate::{
 
 /// How often is looked which ports the node listens on.
 const PORTS_INTERVAL: Duration = Duration::from_secs(30);
+/// How long no pod was made when those that were get their links, and the time between two links: each stops the kernel's work on devices for
+/// some 10 ms.
+const LINK_QUIET: Duration = Duration::from_secs(1);
+const LINK_PAUSE: Duration = Duration::from_millis(50);
 /// Events that workers may have waiting for control.
 const EVENTS: usize = 4096;
 /// Entries of an rx ring that nothing is received by.
@@ -227,6 +231,8 @@ pub fn run(config: &Path) -> Result<(), RunError> {
         .with_ansi(io::stderr().is_terminal())
         .with_target(false)
         .with_max_level(tracing::Level::INFO)
+        // Its own complaint about a line that cannot be written, as on a full disk, goes to the same place, and panics there.
+        .log_internal_errors(false)
         .init();
     raise_descriptor_limit();
     runtime()?.block_on(async {
@@ -323,6 +329,10 @@ struct Router {
     max_mtu: u32,
     /// Adopted workload devices.
     adopted: BTreeMap<IfIndex, Adopted>,
+    /// Whether what was there at the start is in force.
+    serves: bool,
+    /// When the next of those that were adopted at once gets its link.
+    link_due: Option<Instant>,
     links: Links,
     generation: u32,
     shared: Arc<Shared>,
@@ -529,6 +539,8 @@ impl Router {
             learned,
             max_mtu,
             adopted: BTreeMap::new(),
+            serves: false,
+            link_due: None,
             links,
             generation,
             shared,
@@ -554,6 +566,7 @@ impl Router {
         let times = Times { publish: begin.elapsed(), ..times };
         info!(took_ms = %times.to_json(), "configuration in force");
         router.reloads.start = times;
+        router.serves = true;
         for mode in router.attachment.modes() {
             info!(device = mode.device, program = mode.program, mode = mode.mode, reason = mode.reason, "program");
         }
@@ -591,6 +604,9 @@ impl Router {
                         let outcome = self.worker_event(event).await;
                         self.go_on(outcome)?;
                     }
+                }
+                () = sleep_until(self.link_due.unwrap_or_else(Instant::now).into()), if self.link_due.is_some() => {
+                    self.link_next();
                 }
                 _ = look_at_ports.tick() => {
                     let outcome = self.ports_changed().await;
@@ -763,10 +779,18 @@ impl Router {
         if before == Some(facts) {
             return Ok(());
         }
-        // Renewing a link costs an RCU grace period, some 10 ms.
+        // A link costs an RCU grace period, some 10 ms.
         if before.is_none_or(|before| Adopted { mtu: facts.mtu, ..before } != facts) {
             let mac = link.mac.unwrap_or_default();
-            if let Err(error) = self.attachment.adopt_workload(link.index.0, &link.name, mac, peer_elsewhere) {
+            // Where weir makes the pods, one waits for it; what is there at the start has time.
+            let adopted = match &self.pods {
+                Some(_) if self.serves => {
+                    self.link_due = Some(Instant::now() + LINK_QUIET);
+                    self.attachment.adopt_workload_at_once(link.index.0, &link.name, mac, peer_elsewhere)
+                }
+                _ => self.attachment.adopt_workload(link.index.0, &link.name, mac, peer_elsewhere),
+            };
+            if let Err(error) = adopted {
                 self.adopted.remove(&link.index);
                 return Err(error);
             }
@@ -789,6 +813,15 @@ impl Router {
             info!(device = link.name, index = link.index.0, "workload device adopted");
         }
         Ok(())
+    }
+
+    /// Gives a workload that was adopted at once its link.
+    fn link_next(&mut self) {
+        let is_one = self.attachment.link_next().unwrap_or_else(|error| {
+            error!(%error, "a workload keeps its filter, which serves it but can be removed by others");
+            true
+        });
+        self.link_due = is_one.then(|| Instant::now() + LINK_PAUSE);
     }
 
     /// Does what the maker of pods asks.
@@ -1168,7 +1201,7 @@ impl Router {
             "modes": programs.chain(self.modes.iter().cloned()).collect::<Vec<_>>(),
             "connections": {
                 "ipv4": self.shared.tables.v4.len(), "ipv6": self.shared.tables.v6.len(),
-                "capacity": self.shared.tables.v4.capacity(),
+                "capacity": self.shared.tables.v4.capacity(), "sentAgain": totals.sent_again,
             },
             "tables": {
                 "ipv4": table_json(&self.shared.tables.v4), "ipv6": table_json(&self.shared.tables.v6),
@@ -1317,14 +1350,20 @@ fn check_uplinks(config: &RouterConfig, kernel: &KernelState, workers: u32) -> R
     let uplinks = config.devices.iter().filter(|d| d.role == Role::Uplink);
     uplinks
         .map(|uplink| {
-            let link = kernel.link(&uplink.name).ok_or_else(|| RunError::NoUplink(uplink.name.clone()))?;
+            let mut link = kernel.link(&uplink.name).ok_or_else(|| RunError::NoUplink(uplink.name.clone()))?.clone();
+            match receive_queues(&uplink.name) {
+                Ok(queues) => link.rx_queues = queues,
+                // It uses all that it has.
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+                Err(error) => return Err(system("cannot ask an uplink for its queues")(error)),
+            }
             if link.mtu > MAX_MTU {
                 return Err(RunError::Mtu { device: uplink.name.clone(), mtu: link.mtu });
             }
             if link.rx_queues < workers {
                 return Err(RunError::TooFewQueues { device: uplink.name.clone(), queues: link.rx_queues, workers });
             }
-            Ok(link.clone())
+            Ok(link)
         })
         .collect()
 }

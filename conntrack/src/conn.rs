@@ -289,6 +289,30 @@ impl<'t, A: Address> ConnRef<'t, A> {
         self.table.tcp_line(self.id.0).may_be_in_flight(direction, tcp_seq)
     }
 
+    /// Remembers a datagram of the original direction by what it carries, so that it is known again ([`Self::is_noted`]) where somebody
+    /// sends it back. Only the last few of a flow are.
+    ///
+    /// # Panics
+    /// Where the connection's protocol has numbers of its own to be remembered (TCP, SCTP).
+    pub fn note_datagram(self, payload: &[u8]) {
+        self.table.tcp_line(self.id.0).note(self.digest(payload));
+    }
+
+    /// Whether a datagram with that payload is one of the last that were remembered. Nobody else than who sees the flow's packets can make
+    /// one of which this is true: the digests (SipHash-1-3 of 64 bits) have a key of the table's, and the connection's number in them.
+    ///
+    /// # Panics
+    /// As [`Self::note_datagram`].
+    pub fn is_noted(self, payload: &[u8]) -> bool {
+        self.table.tcp_line(self.id.0).has_note(self.digest(payload))
+    }
+
+    fn digest(self, payload: &[u8]) -> u64 {
+        assert!(!matches!(self.protocol(), Protocol::TCP | Protocol::SCTP), "its words have another meaning");
+        let Identity { index, incarnation } = self.identity();
+        self.table.digest((index, incarnation, payload))
+    }
+
     /// The device that the first packet came from.
     #[inline]
     pub fn device(self) -> u32 {

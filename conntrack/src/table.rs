@@ -97,7 +97,11 @@
 //! - Harris, Fraser, Pratt, "A practical multi-word compare-and-swap operation", DISC 2002: publication with helping.
 //! - Michael, "High performance dynamic lock-free hash tables and list-based sets", SPAA 2002.
 
-use std::{fmt, sync::OnceLock};
+use std::{
+    fmt,
+    hash::{BuildHasher, RandomState},
+    sync::OnceLock,
+};
 
 use weir_packet::{Address, Direction, FlowKey, Protocol, Tick};
 use weir_sync::{
@@ -301,6 +305,8 @@ pub struct Table<A: Address> {
     counters: Counters<COUNTS>,
     cursor: CachePadded<AtomicU32>,
     offloader: OnceLock<std::sync::Arc<dyn Offloader>>,
+    /// Keys the digests of [`ConnRef::note_datagram`].
+    digests: RandomState,
     family: std::marker::PhantomData<A>,
 }
 
@@ -379,6 +385,7 @@ impl<A: Address> Table<A> {
             counters: Counters::new(),
             cursor: CachePadded::new(AtomicU32::new(0)),
             offloader: OnceLock::new(),
+            digests: RandomState::new(),
             family: std::marker::PhantomData,
         }
     }
@@ -694,6 +701,11 @@ impl<A: Address> Table<A> {
     #[inline(always)]
     pub(crate) fn lines(&self, index: u32) -> conn::Lines<'_, A> {
         conn::Lines::of(&self.conns, index)
+    }
+
+    /// A digest of something that nobody else can make.
+    pub(crate) fn digest(&self, of: impl std::hash::Hash) -> u64 {
+        self.digests.hash_one(of)
     }
 
     #[inline(always)]
@@ -1047,6 +1059,45 @@ mod tests {
             attributes: Attributes::default(),
             first: Observed::default(),
         }
+    }
+
+    #[test]
+    fn the_last_datagrams_of_a_flow_are_known_again() {
+        fn check<A: Address>() {
+            let domain = Domain::new();
+            let (table, mut participant) = (Table::<A>::new(config(64), domain.clone()), domain.join());
+            let mut handle = table.handle();
+            let turn = participant.enter();
+            let [one, other] = [1, 2].map(|client| {
+                let Insert::Inserted(id) = table.insert(&mut handle, udp(client, 1), Tick(0), &turn) else { panic!() };
+                table.conn(id)
+            });
+            let payload = |number: u8| vec![number; 40 + usize::from(number)];
+            assert!(!one.is_noted(&payload(0)) && !one.is_noted(&[]));
+            for number in 0..10 {
+                one.note_datagram(&payload(number));
+                let known = (0..10).filter(|of| one.is_noted(&payload(*of))).collect::<Vec<_>>();
+                let oldest = (number + 1).saturating_sub(crate::tcp::NOTES as u8);
+                assert_eq!(known, (oldest..=number).collect::<Vec<_>>());
+                // A part of one, a longer one, and another flow's.
+                let last = payload(number);
+                assert!(!one.is_noted(&last[1..]) && !one.is_noted(&[&last[..], &[number]].concat()));
+                assert!(!other.is_noted(&last));
+            }
+            // Known for as long as the turn is, also when it was removed; not by the next connection with its number.
+            assert!(table.remove(&mut handle, one.id(), &turn) && one.is_noted(&payload(9)));
+            drop(turn);
+            for source in 2..2000 {
+                let turn = participant.enter();
+                table.sweep(&mut handle, Tick(0), 64, &turn);
+                let Insert::Inserted(id) = table.insert(&mut handle, udp(9, source), Tick(0), &turn) else { panic!() };
+                let next = table.conn(id);
+                assert!(!next.is_noted(&payload(9)), "{id:?}");
+                table.remove(&mut handle, id, &turn);
+            }
+        }
+        check::<Ipv4Addr>();
+        check::<Ipv6Addr>();
     }
 
     #[test]

@@ -393,7 +393,7 @@ pub struct Windows {
     pub is_liberal: bool,
 }
 
-/// Where the numbers of a [`Tcp`], or the tags of an SCTP association, are kept.
+/// Where the numbers of a [`Tcp`], or the tags of an SCTP association, are kept; of other protocols, digests of datagrams.
 ///
 /// | words | what |
 /// |---|---|
@@ -403,6 +403,8 @@ pub struct Windows {
 /// | 13 | progress of both sides |
 /// | 14 | what is remembered of the handshake |
 /// | 15 | where the connection is handed over to, of whatever protocol |
+///
+/// Of a protocol without connections words 0..8 are [`NOTES`] digests of two words each, and word 8 counts them.
 #[derive(Default)]
 #[repr(C, align(64))]
 pub(crate) struct TcpLine {
@@ -424,6 +426,10 @@ const MAX_WIN: usize = 2;
 const MAX_ACK: usize = 3;
 /// The word of both sides' progress.
 const PROGRESS: usize = 13;
+/// Datagrams of a flow that are remembered.
+pub(crate) const NOTES: usize = 4;
+/// The word that counts them.
+const NOTED: usize = 2 * NOTES;
 
 impl TcpLine {
     /// The numbers, and the words that they were read from.
@@ -445,6 +451,21 @@ impl TcpLine {
     #[inline]
     pub(crate) fn offload_slot(&self) -> &AtomicU32 {
         &self.words[WORDS]
+    }
+
+    /// Remembers a digest in the place of the oldest. Of two that are noted at once one may be lost, or both.
+    pub(crate) fn note(&self, digest: u64) {
+        let count = self.words[NOTED].load(Ordering::Relaxed);
+        let at = 2 * (count as usize % NOTES);
+        self.words[at].store(digest as u32, Ordering::Relaxed);
+        self.words[at + 1].store((digest >> 32) as u32, Ordering::Relaxed);
+        self.words[NOTED].store(count.wrapping_add(1), Ordering::Relaxed);
+    }
+
+    /// Whether a digest is remembered.
+    pub(crate) fn has_note(&self, digest: u64) -> bool {
+        let word = |at: usize| u64::from(self.words[at].load(Ordering::Relaxed));
+        (0..NOTES).any(|note| word(2 * note) | word(2 * note + 1) << 32 == digest)
     }
 
     /// The windows, if both sides were heard and have answered, and no SYN was let through just now: what follows one is looked at

@@ -25,10 +25,12 @@ pub enum Counter {
     SnatTaken,
     /// Connections that had not proved themselves, or were over, and lost their source port to a new one.
     SnatDisplaced,
+    /// Datagrams that an ICMP error brought back from where a backend that drained is no more, and that were sent on as first packets.
+    SentAgain,
 }
 
 /// Number of counters that are no drop reason.
-pub const PLAIN_COUNTERS: usize = 9;
+pub const PLAIN_COUNTERS: usize = 10;
 /// Number of counters of a worker.
 pub const COUNTERS: usize = PLAIN_COUNTERS + DropReason::COUNT;
 
@@ -62,6 +64,8 @@ pub struct Totals {
     pub snat_taken: u64,
     /// Connections that had not proved themselves, or were over, and lost their source port to a new one.
     pub snat_displaced: u64,
+    /// Datagrams that an ICMP error brought back from where a backend that drained is no more, and that were sent on as first packets.
+    pub sent_again: u64,
     /// Packets dropped, by reason; reasons that never occurred are left out.
     pub drops: Vec<(DropReason, u64)>,
 }
@@ -81,6 +85,7 @@ impl Totals {
             snat_allocated: of(Counter::SnatAllocated),
             snat_taken: of(Counter::SnatTaken),
             snat_displaced: of(Counter::SnatDisplaced),
+            sent_again: of(Counter::SentAgain),
             drops: DropReason::ALL.iter().map(|r| (*r, counters[drop_index(*r)])).filter(|(_, n)| *n > 0).collect(),
         }
     }

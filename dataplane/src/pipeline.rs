@@ -15,7 +15,7 @@ use weir_conntrack::{
     Attributes, ConnId, ConnRef, Expendable, Handle, Hash, Hit, Insert, NewConn, Observed, Opening, PRIVILEGED,
     SctpPacket, Table, Tracked,
 };
-use weir_nat::{Affinity, AllocateError, Attempt};
+use weir_nat::{Affinity, AllocateError, Attempt, Standing};
 use weir_packet::{
     Address, Direction, DropReason, FlowKey, Mac, Ports, Protocol, Tick,
     build::{self, IcmpError},
@@ -37,7 +37,7 @@ use crate::{
     frame::{IfIndex, LinkType, MAX_PACKET_BYTES, ONE_FRAME_BYTES, Packet},
     held::{Held, HeldPacket, PATIENCE},
     host_policy,
-    offload::{self, Offload},
+    offload::{self, Offload, recipe::Stays},
     snapshot::Snapshot,
 };
 
@@ -54,6 +54,13 @@ const MAX_FRAGMENTS: usize = 32;
 
 /// How often ports are tried for a connection: once more where another worker came in between when one was to be displaced.
 const SNAT_ROUNDS: u32 = 2;
+
+/// A flow of datagrams that was answered and is silent for so long has no answer outstanding that anybody still waits for, most likely: what
+/// comes then is somebody else who has the port now. It is also netfilter's time for what is no stream yet.
+const QUIET_TICKS: u32 = (2_000_000_000 / Tick::NS) as u32;
+
+/// Datagrams that may come back whole in an ICMP error: no more is quoted (RFC 4443, 2.4 c).
+const MOST_QUOTED_BYTES: usize = 1280;
 
 /// For every so many connections that a table may have there is place for one more, which is kept for the node itself.
 const HOST_SHARE: u32 = 64;
@@ -89,6 +96,8 @@ pub trait Family: Routed {
     fn pending(pipeline: &mut Pipeline) -> &mut Vec<Pending<Self>>;
     /// The family's packets in fragments.
     fn fragments(pipeline: &mut Pipeline) -> &mut Fragments<Self>;
+    /// The packet that was read, if it is one of this family.
+    fn of(parsed: Parsed) -> Option<View<Self>>;
     /// Makes an ICMP error about a tunnel packet of this node one about what it carried; `None` where it is no such error.
     fn about_tunnelled(packet: &mut Packet, view: &View<Self>, forwarding: &Forwarding) -> Option<View<Self>>;
     /// Handles link-scope traffic of a workload.
@@ -118,6 +127,9 @@ impl Family for Ipv4Addr {
     #[inline]
     fn fragments(pipeline: &mut Pipeline) -> &mut Fragments<Self> {
         &mut pipeline.fragments4
+    }
+    fn of(parsed: Parsed) -> Option<View<Self>> {
+        if let Parsed::V4(view) = parsed { Some(view) } else { None }
     }
     /// Routers between nodes tell the node about its tunnel packets, but only who sent what they carried can mend it.
     #[cold]
@@ -164,6 +176,9 @@ impl Family for Ipv6Addr {
     #[inline]
     fn fragments(pipeline: &mut Pipeline) -> &mut Fragments<Self> {
         &mut pipeline.fragments6
+    }
+    fn of(parsed: Parsed) -> Option<View<Self>> {
+        if let Parsed::V6(view) = parsed { Some(view) } else { None }
     }
     /// IPv6 goes into no tunnel.
     fn about_tunnelled(_packet: &mut Packet, _view: &View<Self>, _forwarding: &Forwarding) -> Option<View<Self>> {
@@ -595,9 +610,10 @@ impl Pipeline {
                 return self.end(driver, packet, End::Drop(reason));
             }
             if stale {
-                let claim = self.claim(driver, &packet, view, &conn, hit.direction);
+                let claim = self.claim(driver, &packet, view, &conn, hit.direction, context.now);
                 match rejudge(&conn, claim, context) {
                     Rejudged::Keep => {}
+                    Rejudged::Drains => note(&packet, view, &conn, hit.direction),
                     Rejudged::Cut(reason) => {
                         // One that a policy denies stays until it expires: forgotten, its other end's next packet could pick it up
                         // mid-stream as a connection of the opposite direction, which may be allowed.
@@ -656,8 +672,26 @@ impl Pipeline {
         let to = conn.key(direction.flip()).invert();
         match next_hop(conn, direction, context) {
             Some(adjacency) => self.forward(driver, packet, view, &to, adjacency, context),
-            None => self.end(driver, packet, End::Drop(DropReason::NoRoute)),
+            None => self.nowhere(driver, packet, view, to.dst, context),
         }
+    }
+
+    /// A packet of a connection whose other end cannot be reached any more. Its sender is told as that of a first packet is: other nodes
+    /// move flows away from a pod that is gone, before its service says so ([`tells_of_end`]).
+    #[cold]
+    fn nowhere<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<A>,
+        destination: A,
+        context: &Context<'_>,
+    ) {
+        let reason = match context.snapshot.forwarding.route(destination) {
+            Route::NoSuchPod => DropReason::NoSuchPod,
+            Route::Via(_) | Route::None => DropReason::NoRoute,
+        };
+        self.reject(driver, packet, view, reason, context);
     }
 
     fn first_packet<A: Family, D: Driver>(
@@ -1041,7 +1075,8 @@ impl Pipeline {
         }
     }
 
-    /// An ICMP error: about a packet of a connection, or nobody's. It keeps no connection alive and ends none (RFC 5508, REQ-3 to 5).
+    /// An ICMP error: about a packet of a connection, or nobody's. It keeps no connection alive and ends none (RFC 5508, REQ-3 to 5), but
+    /// for one case: see [`tells_of_end`].
     fn icmp_error<A: Family, D: Driver>(
         &mut self,
         driver: &mut D,
@@ -1071,8 +1106,21 @@ impl Pipeline {
             return self.unrelated_icmp_error(driver, packet, view, origin, context);
         };
         let conn = table.conn(hit.conn);
-        if let Err(reason) = still_stands(&conn, hit.direction, DropReason::UnrelatedIcmpError, context) {
-            return self.end(driver, packet, End::Drop(reason));
+        let drains = match still_stands(&conn, hit.direction, DropReason::UnrelatedIcmpError, context) {
+            Ok(drains) => drains,
+            Err(reason) => return self.end(driver, packet, End::Drop(reason)),
+        };
+        if drains
+            && tunnelled.is_none()
+            && hit.direction == Direction::Reply
+            && tells_of_end(&conn, &packet, view, origin, context)
+            && self.checksum_ok(driver, &packet, view)
+            // Who is second has a datagram of which the first knows nothing: its sender is told.
+            && table.remove(A::handle(&mut self.handles), hit.conn, context.turn)
+            && let Some(quoted) = returned(&packet, view, &conn)
+            && self.checksum_ok(driver, &packet, &quoted)
+        {
+            return self.send_again(driver, packet, &quoted, &conn, context);
         }
         // The quoted packet may be one that the programs carried.
         if let Some(offload) = context.offload {
@@ -1094,6 +1142,37 @@ impl Pipeline {
         rewrite::translate_icmp_error(packet.bytes_mut(), view, &embedded, outer_src, to.dst, &inner_to);
         let rewritten = View { key: FlowKey { src: outer_src, dst: to.dst, ..view.key }, ..*view };
         self.forward(driver, packet, &rewritten, &rewritten.key, adjacency, context);
+    }
+
+    /// Sends a datagram again that `packet` quotes, as its sender's first packet of a flow: the backend that it was for is no more.
+    #[cold]
+    fn send_again<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        mut packet: Packet,
+        quoted: &View<A>,
+        conn: &ConnRef<'_, A>,
+        context: &Context<'_>,
+    ) {
+        let forwarding = &*context.snapshot.forwarding;
+        let (original, device) = (conn.key(Direction::Original), IfIndex(conn.device()));
+        let origin = forwarding.device_by_index(device).and_then(|id| Origin::of(forwarding.device(id)));
+        let front = quoted.l3 - ETHERNET_BYTES as u16;
+        let (Some(origin), Some(view)) = (origin, quoted.moved_up(front)) else {
+            return self.end(driver, packet, End::Drop(DropReason::UnknownDevice));
+        };
+        driver.truncate(&mut packet, usize::from(quoted.end));
+        packet.shrink_front(front);
+        let bytes = packet.bytes_mut();
+        // From a group's address nobody's MAC is learned: what came was not its sender's.
+        rewrite::set_ethernet(bytes, Mac([0xff; 6]), Mac([0xff; 6]), A::ETHERTYPE);
+        if let Err(reason) = rewrite::translate(bytes, &view, &original) {
+            return self.end(driver, packet, End::Drop(reason));
+        }
+        packet.device = device;
+        packet.through_tunnel = origin == Origin::Uplink && forwarding.is_tunnelled(original.src);
+        self.count(Counter::SentAgain);
+        self.first_packet(driver, packet, &View { key: original, ..view }, origin, context);
     }
 
     /// An ICMP error about no connection, or a redirect.
@@ -1472,9 +1551,10 @@ impl Pipeline {
         view: &View<A>,
         conn: &ConnRef<'_, A>,
         direction: Direction,
+        now: Tick,
     ) -> Claim {
         if !is_connection(view.key.protocol) {
-            return Claim::of_data(view.key.protocol, direction);
+            return Claim::of_datagram(conn, direction, now);
         }
         let segment = self.observed(driver, packet, view);
         let opens = match view.key.protocol {
@@ -1671,22 +1751,86 @@ fn comes_as_expected<A: Family>(
     })
 }
 
-/// Whether a connection stands by these tables, for what rides on it: an ICMP error, a later fragment. Why not, where it does not; `anew`
-/// where its next packet would open another. It is left as it is to its own packets.
+/// Whether a connection stands by these tables, for what rides on it: an ICMP error, a later fragment; then whether its backend drains. Why
+/// not, where it does not; `anew` where its next packet would open another. It is left as it is to its own packets.
 fn still_stands<A: Family>(
     conn: &ConnRef<'_, A>,
     direction: Direction,
     anew: DropReason,
     context: &Context<'_>,
-) -> Result<(), DropReason> {
+) -> Result<bool, DropReason> {
     if !is_stale(conn, context.snapshot) {
-        return Ok(());
+        return Ok(false);
     }
     match rejudge(conn, Claim::of_data(conn.protocol(), direction), context) {
-        Rejudged::Keep => Ok(()),
+        Rejudged::Keep => Ok(false),
+        Rejudged::Drains => Ok(true),
         Rejudged::Cut(reason) | Rejudged::Reset(reason) => Err(reason),
         Rejudged::Anew => Err(anew),
     }
+}
+
+/// Whether an ICMP error that travels back along a flow says that the flow's backend, which drains, is no more: its pod's kernel has nobody
+/// at the port, or the node that it was on has no such pod. As the first of these comes from the pod's own address, by where its answers
+/// come from, no pod can say so of another; no more can anybody outside who could not answer in its name as well.
+#[cold]
+fn tells_of_end<A: Family>(
+    conn: &ConnRef<'_, A>,
+    packet: &Packet,
+    view: &View<A>,
+    origin: Origin,
+    context: &Context<'_>,
+) -> bool {
+    let forwarding = &*context.snapshot.forwarding;
+    let (backend, teller) = (conn.key(Direction::Reply).src, view.key.src);
+    // What goes to this node itself takes no tunnel.
+    let comes_by_tunnel =
+        packet.through_tunnel || !forwarding.is_tunnelled(backend) || forwarding.is_local(view.key.dst);
+    if !comes_as_expected(conn, Direction::Reply, packet.device, context) || !comes_by_tunnel {
+        return false;
+    }
+    // RFC 792: host unreachable, port unreachable; RFC 4443, 3.1: address unreachable, port unreachable.
+    let [host, port] = if A::WORDS == 1 { [(3, 1), (3, 3)] } else { [(1, 3), (1, 4)] };
+    let said = view.icmp(packet.bytes());
+    if said == Some(port) {
+        return teller == backend;
+    }
+    let node = forwarding.node_by_address(teller);
+    said == Some(host) && origin == Origin::Uplink && node.is_some() && node == forwarding.node_of(backend)
+}
+
+/// The datagram that an ICMP error about a flow quotes, if all of it is there and it was its opener's indeed: whoever sends the error could
+/// speak in the opener's name otherwise.
+#[cold]
+fn returned<A: Family>(packet: &Packet, view: &View<A>, conn: &ConnRef<'_, A>) -> Option<View<A>> {
+    let frame = packet.bytes();
+    if packet.has_tail() {
+        return None;
+    }
+    let start = frame.len().min(usize::from(view.end)) - view.quote(frame).len();
+    let parsed = parse::parse_ip(&frame[..usize::from(view.end)], start, A::ETHERTYPE);
+    let quoted = A::of(parsed.ok()?).filter(|quoted| quoted.kind == Kind::Flow)?;
+    let payload = payload(frame, &quoted)?;
+    (quoted.key.invert() == conn.key(Direction::Reply) && conn.is_noted(payload)).then_some(quoted)
+}
+
+/// Remembers a datagram that goes to a backend that drains, in case that it comes back.
+#[cold]
+fn note<A: Family>(packet: &Packet, view: &View<A>, conn: &ConnRef<'_, A>, direction: Direction) {
+    if direction == Direction::Original
+        && view.kind == Kind::Flow
+        && view.ip_bytes() as usize <= MOST_QUOTED_BYTES
+        && !packet.has_tail()
+        && let Some(payload) = payload(packet.bytes(), view)
+    {
+        conn.note_datagram(payload);
+    }
+}
+
+/// What a UDP datagram carries: all of it that no translation changes.
+fn payload<'f, A: Address>(frame: &'f [u8], view: &View<A>) -> Option<&'f [u8]> {
+    const UDP_HEADER_BYTES: usize = 8;
+    if view.key.protocol == Protocol::UDP { view.l4_slice(frame).get(UDP_HEADER_BYTES..) } else { None }
 }
 
 /// The connection by which a first fragment went, for one of those that follow; why not, where it would not go there any more.
@@ -1727,11 +1871,15 @@ struct Opened {
 
 /// What a packet may do where its connection does not stand any more, or is over.
 ///
-/// | | a backend or device that is gone | a service that appeared | a policy that denies |
-/// |---|---|---|---|
-/// | [`Claim::Rides`] | the connection ends (TCP: RST) | goes on without it | cuts it |
-/// | [`Claim::Opens`] | opens anew | datagrams open anew | cuts it |
-/// | [`Claim::OpensAgain`] | opens anew | opens anew | opens anew, and is judged as a first packet |
+/// | | a backend or device that is gone | a backend that drains | a service that appeared | a policy that denies |
+/// |---|---|---|---|---|
+/// | [`Claim::Rides`] | the connection ends (TCP: RST) | goes on | goes on without it | cuts it |
+/// | [`Claim::Opens`] | opens anew | goes on; datagrams open anew where this node knows that its pod is gone | datagrams open anew | cuts it |
+/// | [`Claim::Moves`] | opens anew | opens anew | opens anew | cuts it |
+/// | [`Claim::OpensAgain`] | opens anew | goes on | opens anew | opens anew, and is judged as a first packet |
+///
+/// A backend drains ([`Standing::Drains`]) while it terminates and serves, with others to come to. Its process may end at any moment, before
+/// anybody tells that it serves no more. A flow of datagrams there is judged again at each packet ([`Rejudged::Drains`]).
 ///
 /// A connection that stands is asked itself: a SYN in the middle of an established or closing one is its receiver's to answer (RFC 5961, 4),
 /// one that repeats an unanswered one goes where that went, and one on a connection that is over opens anew ([`Tracked::NewFlow`]).
@@ -1741,6 +1889,8 @@ enum Claim {
     Rides,
     /// It would open a connection if it had none, but this one is known to both ends; or it is a datagram of who opened the flow.
     Opens,
+    /// It is a datagram of who opened a flow that nothing holds to its backend: no stream, and no answer is awaited.
+    Moves,
     /// It opens one, as this one is over or was never answered ([`ConnRef::is_opened_again_by`]).
     OpensAgain,
 }
@@ -1752,6 +1902,17 @@ impl Claim {
             Direction::Original if !is_connection(protocol) => Self::Opens,
             // What still comes from a backend that is gone must not reach the client in the backend's own name.
             _ => Self::Rides,
+        }
+    }
+
+    /// Of a packet of a flow without connection. A stream (netfilter's ASSURED) may be a session that only its backend knows (QUIC), and so
+    /// may what is about to become one: who has got an answer just now may wait for another.
+    fn of_datagram<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, now: Tick) -> Self {
+        match Self::of_data(conn.protocol(), direction) {
+            Self::Opens if !conn.assured() && (!conn.seen_reply() || now.since(conn.last_seen()) >= QUIET_TICKS) => {
+                Self::Moves
+            }
+            other => other,
         }
     }
 }
@@ -1773,6 +1934,8 @@ fn is_stale<A: Family>(conn: &ConnRef<'_, A>, snapshot: &Snapshot) -> bool {
 enum Rejudged {
     /// It goes on.
     Keep,
+    /// It goes on, and its next packet is to be judged again: its backend drains.
+    Drains,
     /// It ends: a policy denies it now.
     Cut(DropReason),
     /// It ends, and its sender is told: its backend is gone.
@@ -1803,7 +1966,7 @@ fn flags<A: Family>(origin: Origin, decision: &Decision<'_, A>, context: &Contex
 /// Judges a connection again, and notes the outcome.
 fn rejudge<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, context: &Context<'_>) -> Rejudged {
     let snapshot = context.snapshot;
-    let Judged { stamps, translated_to, source } = match judge_again(conn, claim, snapshot) {
+    let Judged { stamps, translated_to, source, drains } = match judge_again(conn, claim, snapshot) {
         Ok(judged) => judged,
         Err(rejudged) => return rejudged,
     };
@@ -1813,13 +1976,20 @@ fn rejudge<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, context: &Context<'_>
     }
     let word = |destination: A| hop_word(snapshot.generation, adjacency_to(snapshot, destination));
     conn.set_next_hops([word(translated_to), word(source)]);
+    if drains {
+        return Rejudged::Drains;
+    }
     conn.set_generation(snapshot.generation);
     Rejudged::Keep
 }
 
-/// Whether a connection goes on by these tables as it is. Notes nothing.
-pub(crate) fn stands<A: Family>(conn: &ConnRef<'_, A>, snapshot: &Snapshot) -> bool {
-    judge_again(conn, Claim::of_data(conn.protocol(), Direction::Original), snapshot).is_ok()
+/// Whether a connection goes on by these tables as it is, with nothing to be looked at in each packet; why not. Notes nothing.
+pub(crate) fn stands<A: Family>(conn: &ConnRef<'_, A>, snapshot: &Snapshot) -> Result<(), Stays> {
+    match judge_again(conn, Claim::of_data(conn.protocol(), Direction::Original), snapshot) {
+        Ok(Judged { drains: false, .. }) => Ok(()),
+        Ok(Judged { drains: true, .. }) => Err(Stays::Drains),
+        Err(_) => Err(Stays::Unsettled),
+    }
 }
 
 /// What a connection is to remember of its judgement.
@@ -1827,6 +1997,7 @@ struct Judged<A> {
     stamps: [u32; 2],
     translated_to: A,
     source: A,
+    drains: bool,
 }
 
 /// Judges a connection again, by its original key, its device and its stored DNAT; how it ends, if it does.
@@ -1847,18 +2018,31 @@ fn judge_again<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
 
     let services = snapshot.rules.services.services::<A>();
     let was_translated = (translated.dst, translated.ports) != (original.dst, original.ports);
-    if was_translated && !services.still_backend(&original, translated.dst, translated.ports.destination()) {
+    let standing = match was_translated {
+        true => services.standing(&original, translated.dst, translated.ports.destination()),
+        false => Standing::Stays,
+    };
+    if standing == Standing::Gone {
         return Err(match claim {
-            Claim::Opens | Claim::OpensAgain => Rejudged::Anew,
+            Claim::Opens | Claim::Moves | Claim::OpensAgain => Rejudged::Anew,
             Claim::Rides if original.protocol == Protocol::TCP => Rejudged::Reset(DropReason::BackendGone),
             Claim::Rides => Rejudged::Cut(DropReason::BackendGone),
         });
+    }
+    // A connection ends with its pod, and both ends know it.
+    let drains = standing == Standing::Drains && !is_connection(original.protocol);
+    if drains {
+        match claim {
+            Claim::Moves => return Err(Rejudged::Anew),
+            Claim::Opens if forwarding.route(translated.dst) == Route::NoSuchPod => return Err(Rejudged::Anew),
+            Claim::Opens | Claim::Rides | Claim::OpensAgain => {}
+        }
     }
     // A service appeared at this address. Connections that are known to both ends go on without it.
     let is_taken_over = match claim {
         Claim::Rides => false,
         Claim::Opens => !is_connection(original.protocol),
-        Claim::OpensAgain => true,
+        Claim::Moves | Claim::OpensAgain => true,
     };
     if !was_translated && is_taken_over && services.claims(&original) {
         return Err(Rejudged::Anew);
@@ -1868,7 +2052,7 @@ fn judge_again<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
     let Some(origin) = device.and_then(|id| Origin::of(forwarding.device(id))) else {
         // Who opened it has gone with its device; who has its address now opens anew.
         return Err(match claim {
-            Claim::Opens | Claim::OpensAgain => Rejudged::Anew,
+            Claim::Opens | Claim::Moves | Claim::OpensAgain => Rejudged::Anew,
             Claim::Rides => Rejudged::Cut(DropReason::UnknownDevice),
         });
     };
@@ -1881,5 +2065,5 @@ fn judge_again<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
         // Another backend may be allowed, or nothing is: what opens is judged as what it is, and counted and logged as such.
         return Err(if claim == Claim::OpensAgain { Rejudged::Anew } else { Rejudged::Cut(reason) });
     }
-    Ok(Judged { stamps, translated_to: translated.dst, source: original.src })
+    Ok(Judged { stamps, translated_to: translated.dst, source: original.src, drains })
 }

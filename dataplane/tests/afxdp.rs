@@ -4,6 +4,8 @@
 mod veth;
 
 use std::{
+    io::ErrorKind,
+    process::Command,
     sync::Barrier,
     thread,
     time::{Duration, Instant},
@@ -11,7 +13,7 @@ use std::{
 
 use veth::{Veth, enter_namespace, frame, ip, skipped};
 use weir_dataplane::{
-    afxdp::{AfXdp, AfXdpError, AfXdpSettings, PortSettings, RingSizes},
+    afxdp::{AfXdp, AfXdpError, AfXdpSettings, PortSettings, RingSizes, receive_queues},
     driver::{Driver, PortId},
     frame::{IfIndex, LinkType, Packet},
 };
@@ -748,4 +750,26 @@ fn memory_and_modes_are_as_stated() {
     assert_eq!((counts.receiving, counts.in_rings, counts.sending), (2048 + 1024, 2048 + 1024, 0));
     let modes: Vec<_> = driver.modes().unwrap().into_iter().map(|mode| (mode.device, mode.queue, mode.mode)).collect();
     assert_eq!(modes, [("trunkn".to_owned(), 0, "copy"), ("uplinkn".to_owned(), 0, "copy")]);
+}
+
+/// A device may have been made with more queues than it uses: a veth is, on a machine with several processors.
+#[test]
+fn receive_queues_are_those_in_use() {
+    if skipped() {
+        return;
+    }
+    let lab = Lab::new(3);
+    assert_eq!(receive_queues(&lab.uplink.near).unwrap(), 3);
+    // The far end first: a device with an XDP program must not have fewer than its peer sends by.
+    for device in [&lab.uplink.far, &lab.uplink.near] {
+        let fewer = Command::new("ethtool").args(["-L", device, "rx", "2", "tx", "2"]).output().unwrap();
+        assert!(fewer.status.success(), "{fewer:?}");
+    }
+    assert_eq!(receive_queues(&lab.uplink.near).unwrap(), 2);
+    // A device of a driver that has no queues to choose from.
+    assert_eq!(receive_queues("lo").unwrap_err().kind(), ErrorKind::Unsupported);
+    assert_eq!(receive_queues("absent").unwrap_err().raw_os_error(), Some(libc::ENODEV));
+    for hostile in ["a-name-that-is-too-long", "nul\0"] {
+        assert_eq!(receive_queues(hostile).unwrap_err().kind(), ErrorKind::InvalidInput);
+    }
 }

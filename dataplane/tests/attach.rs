@@ -837,6 +837,84 @@ fn pins_outlive_the_router_and_the_next_one_adopts_them() {
 }
 
 #[test]
+fn a_workload_is_served_at_once_by_a_filter_and_gets_its_link_later() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let pod = node.pod("califfff");
+    let mac = mac_of(&node.namespace, "califfff");
+    node.run(|| {
+        let filters = || shell("tc filter show dev califfff ingress").matches("handle 0x77656972").count();
+        let pin = |index| node.pins.join(format!("workload_{index}"));
+        let index = index_of("califfff");
+        let mut attachment = node.open();
+        let tap = Tap::open(KERNEL_END);
+        // Whether what the pod sends comes by the trunk.
+        let is_taken = |what: &str| {
+            pod.run(|| UdpSocket::bind("10.7.0.5:0").unwrap().send_to(what.as_bytes(), "198.51.100.9:53").unwrap());
+            tap.find(|frame| frame.ends_with(what.as_bytes())).is_some()
+        };
+
+        // Somebody else's qdisc is there already.
+        shell("tc qdisc add dev califfff clsact");
+        attachment.adopt_workload_at_once(index, "califfff", mac, false).unwrap();
+        assert!(filters() == 1 && !pin(index).exists() && is_taken("by the filter"));
+        attachment.adopt_workload_at_once(index, "califfff", mac, true).unwrap();
+        assert!(
+            filters() == 1 && attachment.modes().iter().all(|mode| mode.mode != "redirect"),
+            "the entry is another"
+        );
+
+        // It stays when the process ends; the next one replaces it, or gives the link.
+        drop(attachment);
+        assert!(filters() == 1 && is_taken("by nobody"));
+        let program = || shell("tc filter show dev califfff ingress | grep -o ' id [0-9]*'");
+        let left = program();
+        let mut attachment = node.open();
+        attachment.adopt_workload_at_once(index, "califfff", mac, true).unwrap();
+        assert!(filters() == 1 && program() != left && is_taken("by the new one"));
+        assert!(attachment.link_next().unwrap());
+        assert!(filters() == 0 && pin(index).exists() && is_taken("by the link"));
+        assert!(!attachment.link_next().unwrap(), "none is left");
+        attachment.adopt_workload_at_once(index, "califfff", mac, false).unwrap();
+        assert!(filters() == 0 && attachment.modes().iter().any(|mode| mode.mode == "redirect"));
+
+        // One that is no workload any more is open, one that is gone leaves nothing.
+        attachment.forget_workload(index).unwrap();
+        attachment.adopt_workload_at_once(index, "califfff", mac, true).unwrap();
+        assert!(filters() == 1);
+        attachment.forget_workload(index).unwrap();
+        assert!(filters() == 0 && !is_taken("by no program"));
+        attachment.adopt_workload_at_once(index, "califfff", mac, true).unwrap();
+        let other = node.pod("califfee");
+        let gone = index_of("califfee");
+        attachment.adopt_workload_at_once(gone, "califfee", mac, true).unwrap();
+        shell("ip link delete califfee");
+        drop(other);
+        for left in [true, true, false] {
+            assert_eq!(attachment.link_next().unwrap(), left);
+        }
+        attachment.forget_workload(gone).unwrap();
+        assert_eq!(attachment.pinned_workloads().unwrap(), [index]);
+
+        // A process that ends between filter and link, and another one that is taken off.
+        attachment.forget_workload(index).unwrap();
+        attachment.adopt_workload_at_once(index, "califfff", mac, true).unwrap();
+        drop(attachment);
+        let mut attachment = node.open();
+        attachment.adopt_workload(index, "califfff", mac, true).unwrap();
+        assert!(filters() == 0 && pin(index).exists() && is_taken("by the link again"));
+        attachment.forget_workload(index).unwrap();
+        attachment.adopt_workload_at_once(index, "califfff", mac, true).unwrap();
+        drop(attachment);
+        assert!(filters() == 1);
+        detach(&node.pins).unwrap();
+        assert!(filters() == 0);
+    });
+}
+
+#[test]
 fn keys_of_flows_are_inserted_and_listed_at_once() {
     const FLOWS: u32 = 3000;
     if skipped() {

@@ -27,7 +27,7 @@ use crossbeam::channel::Receiver;
 use keys::SharedKeys;
 use packets::{Packet, SCTP, TCP, UDP, received};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
-use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service, sum};
+use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service, sum, tunnelled};
 use weir_conntrack::{Identity, Lifecycle, SctpState, Table, TableConfig, TcpSettings, TcpState, Timeouts};
 use weir_dataplane::{
     counters::{COUNTERS, Totals},
@@ -88,15 +88,24 @@ enum Change {
     Denied,
     /// As [`Draining`], and so does a policy: the new backend is no pod of this node.
     OldDenied,
+    /// The old backend is terminating and serves, and there is no other: it is used as if it were ready.
+    Last,
 }
 
 const CHANGES: [Change; 8] = [Alive, Draining, Gone, Emptied, Deleted, Moved, Denied, OldDenied];
+
+/// Each change with its outcome.
+fn cases(outcomes: [Outcome; 8]) -> impl Iterator<Item = (Change, Outcome)> {
+    CHANGES.into_iter().zip(outcomes).chain([(Last, outcomes[Alive as usize])])
+}
 
 /// What becomes of the packet and of the flow.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Outcome {
     /// What would if nothing had changed: conntrack/tests holds that against netfilter.
     Follows,
+    /// So would it, and each packet of the flow comes to a worker from now on.
+    Stays,
     /// It opens a flow to that backend, in place of the old one.
     Opens(&'static [&'static str; 2]),
     /// It opens a flow of its own, from the old backend, in place of the old one.
@@ -165,6 +174,7 @@ impl Way {
         let draining = |address: &str| Endpoint { ready: false, terminating: true, ..endpoint(address) };
         let endpoints = match change {
             Alive | Moved | Denied => OLD.map(endpoint).into(),
+            Last => OLD.map(draining).into(),
             Draining | OldDenied => [OLD.map(draining), NEW.map(endpoint)].concat(),
             Gone => NEW.map(endpoint).into(),
             Emptied | Deleted => Vec::new(),
@@ -550,6 +560,7 @@ impl Case {
             added("snat_allocated", |t| t.snat_allocated),
             added("snat_taken", |t| t.snat_taken),
             added("snat_displaced", |t| t.snat_displaced),
+            added("sent_again", |t| t.sent_again),
         ]
         .into();
         let before_drops = drops(&before.totals);
@@ -565,10 +576,14 @@ impl Case {
         assert!(after.carried <= before.carried, "{what}: one packet hands nothing over");
         let way = self.way;
         match outcome {
-            Follows => {
+            Follows | Stays => {
                 let mut control = control();
                 let left = control.say(said);
-                assert_eq!(after, control.seen(left), "{what}");
+                let mut seen = control.seen(left);
+                if outcome == Stays {
+                    seen.carried = 0;
+                }
+                assert_eq!(after, seen, "{what}");
                 let goes_to_old = after.left.len() == 1 && ends(&after.left[0].1)[1] == way.backend(OLD).0;
                 // Of two SYNs that have crossed, only one of its own number fits.
                 let is_syn = way.protocol == Protocol::TCP && said.rest[9] & (SYN | ACK) == SYN;
@@ -724,7 +739,7 @@ fn tcp_every_state_every_packet_every_change() {
                 if way.is_offloaded && matches!(state, SynSent | SynRecv | SynSent2) {
                     continue;
                 }
-                for (change, outcome) in CHANGES.into_iter().zip(outcomes) {
+                for (change, outcome) in cases(outcomes) {
                     let what = format!("{way:?}: {said:?} in {state:?}, {change:?}");
                     let mut case = tcp_flow(way, state);
                     case.change(change);
@@ -784,60 +799,385 @@ fn udp_flow(way: Way, state: Datagrams) -> Case {
     case
 }
 
+/// How long ago the flow had its last packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Silence {
+    Short,
+    /// An answer is not awaited any more.
+    TwoSeconds,
+    /// The flow's timeout is over.
+    Over,
+}
+
 /// kube-proxy deletes the entries of UDP flows whose backend does not serve any more, or whose service has got its first backend; and while
-/// somebody sends, netfilter's entries never expire. weir looks at each flow at its next packet instead.
+/// somebody sends, netfilter's entries never expire. weir looks at each flow at its next packet instead. What is no stream leaves a backend
+/// that drains; kube-proxy leaves it there, also when the source port comes back, while the backend's process ends before its endpoint does.
 #[test]
 fn udp_every_state_before_and_after_its_timeout() {
     use Datagrams::{Replied, Stream, Unreplied};
+    use Silence::{Over, Short, TwoSeconds};
     const BACK: [Outcome; 8] = [OpensBack; 8];
     let gone = Ends(DropReason::BackendGone);
     let denied = Ends(DropReason::PolicyDeniedIngress);
+    // A flow whose backend a policy denies waits for its timeout, which nothing restarts: it picks no other for that.
+    let held = [Follows, Stays, Opens(&NEW), REFUSED, UNCLAIMED, UNCLAIMED, DENIED, DENIED];
+    let free = [Follows, Opens(&NEW), Opens(&NEW), REFUSED, UNCLAIMED, UNCLAIMED, DENIED, Opens(&NEW)];
+    let over = [Opens(&OLD), Opens(&NEW), Opens(&NEW), REFUSED, UNCLAIMED, UNCLAIMED, denied, Opens(&NEW)];
+    let answer = [Follows, Stays, gone, gone, gone, gone, DENIED, DENIED];
     let table = [
-        // A flow whose backend a policy denies waits for its timeout, which nothing restarts: it picks no other for that.
-        (Original, false, [Follows, Follows, Opens(&NEW), REFUSED, UNCLAIMED, UNCLAIMED, DENIED, DENIED]),
-        (Original, true, [Opens(&OLD), Opens(&NEW), Opens(&NEW), REFUSED, UNCLAIMED, UNCLAIMED, denied, Opens(&NEW)]),
-        (Reply, false, [Follows, Follows, gone, gone, gone, gone, DENIED, DENIED]),
-        (Reply, true, BACK),
+        (Original, &[Unreplied][..], &[Short, TwoSeconds][..], free),
+        (Original, &[Replied], &[Short], held),
+        (Original, &[Replied], &[TwoSeconds], free),
+        (Original, &[Stream], &[Short, TwoSeconds], held),
+        (Original, &[Unreplied, Replied, Stream], &[Over], over),
+        (Reply, &[Unreplied, Replied, Stream], &[Short, TwoSeconds], answer),
+        (Reply, &[Unreplied, Replied, Stream], &[Over], BACK),
     ];
+    let mut count = 0;
     for way in Way::all(Protocol::UDP, true) {
-        for state in [Unreplied, Replied, Stream] {
-            for (direction, is_late, outcomes) in table {
-                for (change, outcome) in CHANGES.into_iter().zip(outcomes) {
+        for (direction, states, silences, outcomes) in table {
+            for (&state, &silence) in
+                states.iter().flat_map(|state| silences.iter().map(move |silence| (state, silence)))
+            {
+                for (change, outcome) in cases(outcomes) {
                     let said = datagram(direction);
-                    let what = format!("{way:?}: {direction:?} in {state:?}, late: {is_late}, {change:?}");
+                    let what = format!("{way:?}: {direction:?} in {state:?}, silence: {silence:?}, {change:?}");
+                    let ticks = match silence {
+                        Short => 0,
+                        TwoSeconds => 2 * SECOND,
+                        Over if state == Stream => 120 * SECOND,
+                        Over => 30 * SECOND,
+                    };
                     let mut case = udp_flow(way, state);
                     case.change(change);
-                    if is_late {
-                        let timeout = if state == Stream { 120 } else { 30 };
-                        case.router.wait(timeout * SECOND);
-                    }
+                    case.router.wait(ticks);
                     let before = case.seen(Vec::new());
                     let outcome = for_way(way, change, outcome, direction);
-                    case.check(&said, outcome, &before, || udp_flow(way, state), &what);
-                    if let Opens(to) = outcome {
-                        let [new] = &case.listed()[..] else { panic!("{what}") };
-                        let (identity, new_client) = (new.identity, new.reply[1]);
-                        if *to != OLD {
-                            let before = new.clone();
-                            case.say(&datagram(Reply));
-                            assert!(case.listed().contains(&before), "{what}: a late answer of the old backend");
+                    let control = || {
+                        let mut control = udp_flow(way, state);
+                        control.router.wait(ticks);
+                        control
+                    };
+                    case.check(&said, outcome, &before, control, &what);
+                    match outcome {
+                        Opens(to) => goes_on_at(&mut case, *to, &what),
+                        Stays if way.is_offloaded => {
+                            // It is refused once, and never asks again.
+                            assert!(case.hand_over(), "{what}");
+                            for _ in 0..10 {
+                                case.say(&said);
+                            }
+                            assert!(!case.hand_over() && case.carried() == 0, "{what}");
                         }
-                        let (backend, device) = way.backend(*to);
-                        let left = case.send(device, [backend, new_client], &said.rest);
-                        assert_eq!(
-                            (left[0].0, ends(&left[0].1)),
-                            (way.client().1, [way.frontend(), way.client().0]),
-                            "{what}"
-                        );
-                        let left = case.say(&said);
-                        assert_eq!((left[0].0, ends(&left[0].1)), (device, [new_client, backend]), "{what}");
-                        assert!(case.listed().iter().any(|one| one.identity == identity), "{what}");
+                        _ => {}
                     }
                     case.router.finish();
+                    count += 1;
                 }
             }
         }
     }
+    assert_eq!(count, 16 * 9 * 18);
+}
+
+/// The flow that was opened to a backend goes on there, whatever the old one still says.
+fn goes_on_at(case: &mut Case, to: [&str; 2], what: &str) {
+    let way = case.way;
+    let [new] = &case.listed()[..] else { panic!("{what}: one connection") };
+    let (identity, new_client, before) = (new.identity, new.reply[1], new.clone());
+    if to != OLD {
+        case.say(&datagram(Reply));
+        assert!(case.listed().contains(&before), "{what}: a late answer of the old backend");
+    }
+    let (backend, device) = way.backend(to);
+    let left = case.send(device, [backend, new_client], &datagram(Reply).rest);
+    assert_eq!((left[0].0, ends(&left[0].1)), (way.client().1, [way.frontend(), way.client().0]), "{what}");
+    let left = case.say(&datagram(Original));
+    assert_eq!((left[0].0, ends(&left[0].1)), (device, [new_client, backend]), "{what}");
+    assert!(case.listed().iter().any(|one| one.identity == identity), "{what}");
+}
+
+/// A flow stays with a backend that drains only until the next packet after which it need not: each is looked at, whoever's came before.
+#[test]
+fn a_flow_to_a_backend_that_drains_is_looked_at_at_each_packet() {
+    for way in Way::all(Protocol::UDP, true) {
+        let mut case = udp_flow(way, Datagrams::Replied);
+        case.change(Draining);
+        for _ in 0..10 {
+            case.router.wait(SECOND / 20);
+            case.pass(&datagram(Reply));
+            case.pass(&datagram(Original));
+        }
+        let opened = case.router.totals().opened;
+        case.router.wait(2 * SECOND);
+        let left = case.say(&datagram(Original));
+        assert_eq!((left[0].0, ends(&left[0].1)[1]), (UPLINK, way.backend(NEW).0), "{way:?}");
+        assert_eq!(case.router.totals().opened, opened + 1, "{way:?}");
+        goes_on_at(&mut case, NEW, &format!("{way:?}"));
+        case.router.finish();
+    }
+}
+
+/// The runtime has taken the pod away, before anybody says that its endpoint serves no more.
+#[test]
+fn a_stream_leaves_a_pod_of_this_node_that_is_gone_while_it_drains() {
+    let without = |is_listed: bool| {
+        let (mut cluster, mut links) = (cluster(), links());
+        links.devices.retain(|device| device.index != SERVER_POD);
+        links.complete = true;
+        cluster.workloads.retain(|workload| is_listed || workload.name != "default/server");
+        Arc::new(Forwarding::compile(&cluster, &links).unwrap())
+    };
+    for (way, is_listed) in Way::all(Protocol::UDP, true).flat_map(|way| [(way, true), (way, false)]) {
+        let what = format!("{way:?}, listed: {is_listed}");
+        let mut case = udp_flow(way, Datagrams::Stream);
+        case.publish(way.rules(Draining), without(is_listed));
+        let left = case.say(&datagram(Original));
+        assert_eq!((left.len(), left[0].0, ends(&left[0].1)[1]), (1, UPLINK, way.backend(NEW).0), "{what}");
+        assert_eq!((case.listed().len(), case.router.totals().opened, case.carried()), (1, 2, 0), "{what}");
+        case.router.finish();
+        // Where there is no other the sender is told, as are those on other nodes whose service knows of another.
+        let mut case = udp_flow(way, Datagrams::Stream);
+        case.publish(way.rules(Last), without(is_listed));
+        let left = case.say(&datagram(Original));
+        let [(by, told)] = &left[..] else { panic!("{what}: {left:?}") };
+        let expected = if way.family == 0 { [3, 1] } else { [1, 3] };
+        assert_eq!((*by, told.dst, &told.l4[..2]), (way.client().1, way.client().0.0, &expected[..]), "{what}");
+        assert_eq!(case.router.drops(), BTreeMap::from([(DropReason::NoSuchPod, 1)]), "{what}");
+        case.router.finish();
+    }
+}
+
+/// Who tells that a backend is no more, and how.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Teller {
+    /// Port unreachable, by the backend's kernel.
+    Kernel,
+    /// The same, with a wrong checksum.
+    Damaged,
+    /// Host unreachable, by the backend's node.
+    Node,
+    /// Port unreachable, by the backend's node.
+    NodeOfPort,
+    /// Host unreachable, by a router.
+    SomeRouter,
+    /// Too big, by the backend: the flow goes on.
+    TooBig,
+    /// Port unreachable in the backend's name, from where it is not.
+    Forger,
+    /// The same, from the node's kernel, or whoever it forwards for.
+    Host,
+}
+
+/// What of a datagram comes back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Quote {
+    Whole,
+    /// The last byte is missing.
+    Cut,
+    /// Only what must be quoted.
+    Least,
+    /// Another datagram, with the right checksum.
+    Forged,
+}
+
+impl Case {
+    /// An ICMP error about a datagram that left weir, sent by a device, or by the tunnel.
+    fn tell(&mut self, (device, by_tunnel): (IfIndex, bool), message: &Packet, is_damaged: bool) -> Left {
+        let mut frame = message.frame();
+        if is_damaged {
+            let at = frame.len() - message.l4.len() + 2;
+            frame[at] ^= 0x55;
+        }
+        let frame = if by_tunnel { tunnelled(&frame) } else { frame };
+        let sent = self.router.one(device, &frame);
+        let left = received(&sent);
+        // A checksum that is wrong stays so.
+        if is_damaged {
+            return left.into_iter().map(|((device, _), _)| (device, message.clone())).collect();
+        }
+        left.into_iter().map(|((device, _), bytes)| (device, read(bytes))).collect()
+    }
+}
+
+fn error(src: IpAddr, dst: IpAddr, [kind, code]: [u8; 2], quote: &[u8]) -> Packet {
+    let l4 = [&[kind, code, 0, 0, 0, 0, 5, 0][..], quote].concat();
+    let mut packet = Packet { src, dst, protocol: 0, ttl: 64, tos: 0, options: 0, l4 };
+    packet.protocol = packet.icmp();
+    packet
+}
+
+/// A stream to a backend that drains goes on until somebody who must know says that the backend is no more. The datagram that comes back
+/// with that is not lost, if it was the client's indeed; and nobody else moves a flow or speaks in the client's name.
+#[test]
+fn an_error_from_where_a_backend_was_moves_its_flow_and_its_datagram() {
+    const PORT: [[u8; 2]; 2] = [[3, 3], [1, 4]];
+    const HOST: [[u8; 2]; 2] = [[3, 1], [1, 3]];
+    const TOO_BIG: [[u8; 2]; 2] = [[3, 4], [2, 0]];
+    let (other_node, some_router) = (["192.168.10.2", "fd00:10::2"], ["172.16.5.9", "fd00:77::9"]);
+    let (mut moved, mut sent_again) = (0, 0);
+    for way in Way::all(Protocol::UDP, true) {
+        // The backend is a pod of this node, or of the other.
+        for (from, to) in [(OLD, NEW), (NEW, OLD)] {
+            // Between uplinks workers keep it.
+            if way.is_offloaded && from == NEW && way.is_outside {
+                continue;
+            }
+            for teller in [
+                Teller::Kernel,
+                Teller::Damaged,
+                Teller::Node,
+                Teller::NodeOfPort,
+                Teller::SomeRouter,
+                Teller::TooBig,
+                Teller::Forger,
+                Teller::Host,
+            ] {
+                for quote in [Quote::Whole, Quote::Cut, Quote::Least, Quote::Forged] {
+                    for (drains, has_others) in [(true, true), (true, false), (false, true)] {
+                        let f = way.family;
+                        let what =
+                            format!("{way:?} to {from:?}, {teller:?}, {quote:?}, drains: {drains}, {has_others}");
+                        let endpoints = |is_there: bool, drains: bool, has_others: bool| {
+                            let mut service = service("default/web", Protocol::UDP, VIP, OLD, Some(NODE_PORT));
+                            service.affinity = way.has_affinity.then_some(10_800);
+                            let like = service.endpoints.remove(0);
+                            let of = |address: &str, ready: bool| Endpoint {
+                                address: ip(address),
+                                ready,
+                                terminating: !ready,
+                                ..like.clone()
+                            };
+                            let old = from.map(|address| of(address, !drains));
+                            let new = to.map(|address| of(address, true));
+                            let both = [(old, is_there), (new, has_others)];
+                            service.endpoints = both.into_iter().filter(|(_, is)| *is).flat_map(|(of, _)| of).collect();
+                            rules(vec![service], true)
+                        };
+                        let mut case = Case::with(way, endpoints(true, false, false));
+                        let (backend, device) = way.backend(from);
+                        let ask = |case: &mut Case| {
+                            let left = case.say(&datagram(Original));
+                            let [(by, packet)] = &left[..] else { panic!("{what}: {left:?}") };
+                            assert_eq!((*by, ends(packet)[1]), (device, backend), "{what}");
+                            packet.clone()
+                        };
+                        let answer = |case: &mut Case, client| {
+                            let left = case.send(device, [backend, client], &datagram(Reply).rest);
+                            assert_eq!((left.len(), left[0].0), (1, way.client().1), "{what}");
+                        };
+                        for _ in 0..5 {
+                            let client = ends(&ask(&mut case))[0];
+                            answer(&mut case, client);
+                            case.router.wait(SECOND);
+                        }
+                        assert!(case.listed()[0].is_assured, "{what}");
+                        assert_eq!(case.hand_over(), way.is_offloaded, "{what}");
+                        let next = endpoints(true, drains, has_others);
+                        case.publish(next, case.router.forwarding.clone());
+                        // More than are remembered: the last one counts.
+                        for _ in 0..5 {
+                            ask(&mut case);
+                        }
+                        let asked = ask(&mut case);
+
+                        let mut quoted = asked.clone();
+                        if quote == Quote::Forged {
+                            *quoted.l4.last_mut().unwrap() ^= 1;
+                        }
+                        let whole = quoted.bytes();
+                        let header = whole.len() - quoted.l4.len();
+                        let bytes = match quote {
+                            Quote::Whole | Quote::Forged => &whole[..],
+                            Quote::Cut => &whole[..whole.len() - 1],
+                            Quote::Least => &whole[..header + 8],
+                        };
+                        let is_local = from == OLD;
+                        // IPv4 pods of two nodes have a tunnel between them; what is masqueraded is answered to the node.
+                        let tunnelled = !is_local && f == 0 && !way.is_outside;
+                        let path = (device, tunnelled);
+                        let (path, source, kind) = match teller {
+                            Teller::Kernel | Teller::Damaged => (path, backend.0, PORT[f]),
+                            Teller::Node => ((UPLINK, tunnelled), ip(other_node[f]), HOST[f]),
+                            Teller::NodeOfPort => ((UPLINK, tunnelled), ip(other_node[f]), PORT[f]),
+                            Teller::SomeRouter => ((UPLINK, false), ip(some_router[f]), HOST[f]),
+                            Teller::TooBig => (path, backend.0, TOO_BIG[f]),
+                            // A pod of this node's never comes from outside; one of another's does not come from a pod here, nor without
+                            // its tunnel.
+                            Teller::Forger if is_local || f == 1 || way.is_outside => {
+                                ((CLIENT_POD, false), backend.0, PORT[f])
+                            }
+                            Teller::Forger => ((UPLINK, false), backend.0, PORT[f]),
+                            Teller::Host => ((IfIndex::HOST, false), backend.0, PORT[f]),
+                        };
+                        let message = error(source, asked.src, kind, bytes);
+                        let (before, listed) = (case.router.totals(), case.listed());
+                        let left = case.tell(path, &message, teller == Teller::Damaged);
+                        let after = case.router.totals();
+                        let is_evidence =
+                            drains && has_others && (teller == Teller::Kernel || teller == Teller::Node && !is_local);
+                        assert_eq!(
+                            after.sent_again - before.sent_again,
+                            u64::from(is_evidence && quote == Quote::Whole),
+                            "{what}"
+                        );
+                        if !is_evidence {
+                            let dropped = after.dropped() - before.dropped();
+                            let is_forged_by_pod = teller == Teller::Forger && path.0 == CLIENT_POD;
+                            assert_eq!(
+                                (left.len() as u64 + dropped, dropped),
+                                (1, u64::from(is_forged_by_pod)),
+                                "{what}"
+                            );
+                            assert_eq!((case.listed(), after.opened), (listed, before.opened), "{what}");
+                            ask(&mut case);
+                        } else if quote == Quote::Whole {
+                            moved += 1;
+                            sent_again += 1;
+                            let (new, new_device) = way.backend(to);
+                            let [(by, packet)] = &left[..] else { panic!("{what}: {left:?}") };
+                            let said = &asked.l4[4..6];
+                            assert_eq!((*by, ends(packet)[1], &packet.l4[4..6]), (new_device, new, said), "{what}");
+                            assert_eq!((&packet.l4[8..], packet.ttl), (&asked.l4[8..], asked.ttl - 1), "{what}");
+                            assert_eq!((after.tx - before.tx, after.opened - before.opened), (1, 1), "{what}");
+                            let [one] = &case.listed()[..] else { panic!("{what}: {:?}", case.listed()) };
+                            assert_eq!(one.original, [way.client().0, way.frontend()], "{what}");
+                            assert_eq!(one.reply, [new, ends(packet)[0]], "{what}");
+                            assert_eq!(case.carried(), 0, "{what}");
+                            // The same error once more, as of another datagram: about no flow that there is.
+                            assert_eq!(
+                                case.tell(path, &message, false).iter().filter(|(by, _)| *by != IfIndex::HOST).count(),
+                                0
+                            );
+                            assert_eq!(case.router.totals().sent_again, after.sent_again, "{what}");
+                            if is_local {
+                                goes_on_at(&mut case, to, &what);
+                            }
+                        } else {
+                            moved += 1;
+                            // The datagram is lost, and its sender is told.
+                            let [(by, packet)] = &left[..] else { panic!("{what}: {left:?}") };
+                            assert_eq!(
+                                (*by, packet.dst, &packet.l4[..2]),
+                                (way.client().1, way.client().0.0, &kind[..]),
+                                "{what}"
+                            );
+                            assert_eq!(
+                                (case.listed(), after.opened, case.carried()),
+                                (Vec::new(), before.opened, 0),
+                                "{what}"
+                            );
+                            let (new, new_device) = way.backend(to);
+                            let left = case.say(&datagram(Original));
+                            assert_eq!((left[0].0, ends(&left[0].1)[1]), (new_device, new), "{what}");
+                        }
+                        case.router.finish();
+                    }
+                }
+            }
+        }
+    }
+    assert!(moved > 100 && sent_again * 4 == moved, "{moved} {sent_again}");
 }
 
 /// The tags that both ends of an association choose.
@@ -950,7 +1290,7 @@ fn sctp_every_state_every_packet_every_change() {
     for way in Way::all(Protocol::SCTP, false) {
         for Row { states, packets, outcomes, .. } in sctp_table() {
             for (&state, said) in states.iter().flat_map(|state| packets.iter().map(move |said| (state, said))) {
-                for (change, outcome) in CHANGES.into_iter().zip(outcomes) {
+                for (change, outcome) in cases(outcomes) {
                     let what = format!("{way:?}: {said:?} in {state:?}, {change:?}");
                     let mut case = flow(way, state);
                     case.change(change);

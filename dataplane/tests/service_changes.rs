@@ -101,9 +101,9 @@ fn a_udp_flow_follows_its_service_at_its_next_packet() {
         assert_eq!(goes(&mut router, &question), to_remote);
         assert_eq!(goes(&mut router, &question), to_remote);
 
-        // Not ready any more is as good as gone for UDP; terminating is not, while it serves.
+        // Not ready any more is as good as gone for UDP, and so is terminating where nobody has answered.
         for (ready, serving, terminating, expected) in
-            [(false, true, true, to_remote), (false, false, true, to_server), (true, true, false, to_server)]
+            [(true, true, false, to_remote), (false, true, true, to_server), (false, false, true, to_server)]
         {
             let mut services = with_backends(Protocol::UDP, VIP, &[SERVER, REMOTE]);
             for endpoint in services[0].endpoints.iter_mut().filter(|endpoint| endpoint.address == address(REMOTE)) {

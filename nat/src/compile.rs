@@ -303,7 +303,7 @@ pub(crate) struct Candidate<'a, A> {
 }
 
 /// What a backend may be used for; better ones are greater.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub(crate) enum Condition {
     Unusable,
     /// Not to be used, but it still serves what it has.
@@ -401,7 +401,7 @@ impl<'a, A: Address> Scratch<'a, A> {
                 address: one.address,
                 port: one.port,
                 stamp: stamp(service_hash, one.address, one.port),
-                serving: one.condition >= Condition::Serving,
+                condition: one.condition,
             }));
             bounds[usize::from(segment) + 1] = backends.len() as u32;
         }

@@ -19,7 +19,7 @@
 //!   ```
 //!
 //!   Any two lists can be laid out so: both are slices, and no backend is stored twice. The unused ones (of another zone,
-//!   terminating beside ready ones, not ready) are kept for [`Services::still_backend`].
+//!   terminating beside ready ones, not ready) are kept for [`Services::standing`].
 //! - `listed`: every backend of TCP and SCTP. Asked for connections whose frontend is gone, or leads to others now.
 //! - `guards`: the source ranges of load balancer addresses, a normalized run of ranges per record.
 //!
@@ -46,7 +46,7 @@ use weir_packet::{Address, DropReason, FlowKey, Protocol, Tick};
 use crate::{
     ServicePort, TrafficPolicy,
     affinity::{Affinity, Choice, Clients},
-    compile::hash_of_service,
+    compile::{Condition, hash_of_service},
     ranges::{self, AddressRange},
 };
 
@@ -97,8 +97,8 @@ pub struct Backend<A> {
     pub stamp: u32,
     /// The backend's port, host order.
     pub port: u16,
-    /// Condition `serving`.
-    pub(crate) serving: bool,
+    /// What it may be used for.
+    pub(crate) condition: Condition,
 }
 
 const _: () = assert!(size_of::<Backend<Ipv4Addr>>() == 12 && size_of::<Backend<Ipv6Addr>>() == 24);
@@ -137,6 +137,17 @@ pub enum Decision<'a, A> {
         /// The service port, where there is one.
         service: Option<ServiceId>,
     },
+}
+
+/// What has become of the backend of a connection from before a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It is a backend as before.
+    Stays,
+    /// It terminates and serves what it has, while a connection that opened now would come to another: it is about to go.
+    Drains,
+    /// It is no backend for this connection any more.
+    Gone,
 }
 
 /// Two service ports that claim one frontend; only the winner is served there.
@@ -290,17 +301,7 @@ impl<A: Address> Services<A> {
         if cluster.is_empty() {
             return Decision::Reject { reason: DropReason::NoBackend, service };
         }
-        let (policy, masquerade) = match target.kind() {
-            Kind::Cluster => (record.internal_policy, self.masquerades_to_cluster_ip(key.src)),
-            // Its one backend is on this node, by which the answers come back.
-            Kind::HostPort => (TrafficPolicy::Cluster, false),
-            _ if record.external_policy == TrafficPolicy::Cluster => (TrafficPolicy::Cluster, true),
-            _ => match self.source(key.src) {
-                Source::Pod => (TrafficPolicy::Cluster, false),
-                Source::Local => (TrafficPolicy::Cluster, true),
-                Source::Other => (TrafficPolicy::Local, false),
-            },
-        };
+        let (policy, masquerade) = self.policy(target, record, key.src);
         let candidates = self.list(record, policy);
         if candidates.is_empty() {
             return Decision::Drop { reason: DropReason::NoLocalBackend, service };
@@ -354,18 +355,32 @@ impl<A: Address> Services<A> {
         self.is_frontend(key.dst) || self.target(key).is_some()
     }
 
-    /// Whether a connection from before a change keeps its backend: `frontend` is its original key, `backend` and `port`
+    /// What has become of the backend of a connection from before a change: `frontend` is its original key, `backend` and `port`
     /// what it was sent to.
     ///
     /// TCP and SCTP keep a backend that is in any slice, whatever its conditions: it may finish what it has, also when the
     /// frontend is gone that the connection came by. UDP, which any backend can go on with, keeps one only while it serves
     /// (terminating or not) the service that is at the frontend.
-    pub fn still_backend(&self, frontend: &FlowKey<A>, backend: A, port: u16) -> bool {
+    pub fn standing(&self, frontend: &FlowKey<A>, backend: A, port: u16) -> Standing {
         let protocol = frontend.protocol;
-        let target = self.target(frontend);
-        match target.and_then(|target| self.find(&self.records[target.record()], 0..4, (backend, port))) {
-            Some(slot) => protocol != Protocol::UDP || self.backends[slot].serving,
-            None => self.listed.contains(&Frontend { address: backend, port, protocol }),
+        let found = self.target(frontend).and_then(|target| {
+            let record = &self.records[target.record()];
+            Some((target, record, self.find(record, 0..4, (backend, port))?))
+        });
+        let Some((target, record, slot)) = found else {
+            let is_listed = self.listed.contains(&Frontend { address: backend, port, protocol });
+            return if is_listed { Standing::Stays } else { Standing::Gone };
+        };
+        match self.backends[slot].condition {
+            Condition::Unusable if protocol == Protocol::UDP => Standing::Gone,
+            // Where none is ready it is in the list itself, for clients of policy Local perhaps when there are ready ones elsewhere.
+            Condition::Terminating => {
+                let (policy, _) = self.policy(target, record, frontend.src);
+                let is_chosen_from = self.find(record, segments_of(policy), (backend, port)).is_some();
+                let has_others = !self.list(record, policy).is_empty();
+                if has_others && !is_chosen_from { Standing::Drains } else { Standing::Stays }
+            }
+            Condition::Unusable | Condition::Serving | Condition::Ready => Standing::Stays,
         }
     }
 
@@ -420,6 +435,22 @@ impl<A: Address> Services<A> {
             return None;
         }
         self.frontends.get(&Frontend::of(key)).copied()
+    }
+
+    /// From which list of a service port a client picks, and whether it is masqueraded for what it asked.
+    #[inline]
+    fn policy(&self, target: Target, record: &Record, client: A) -> (TrafficPolicy, bool) {
+        match target.kind() {
+            Kind::Cluster => (record.internal_policy, self.masquerades_to_cluster_ip(client)),
+            // Its one backend is on this node, by which the answers come back.
+            Kind::HostPort => (TrafficPolicy::Cluster, false),
+            _ if record.external_policy == TrafficPolicy::Cluster => (TrafficPolicy::Cluster, true),
+            _ => match self.source(client) {
+                Source::Pod => (TrafficPolicy::Cluster, false),
+                Source::Local => (TrafficPolicy::Cluster, true),
+                Source::Other => (TrafficPolicy::Local, false),
+            },
+        }
     }
 
     #[inline]

@@ -12,7 +12,8 @@ use common::*;
 use ipnet::IpNet;
 use proptest::{collection::vec, prelude::*, sample::select};
 use weir_nat::{
-    Affinity, Decision, Endpoint, Family, HostAddresses, Model, ServicePort, ServiceTable, TrafficPolicy, usage,
+    Affinity, Decision, Endpoint, Family, HostAddresses, Model, ServicePort, ServiceTable, Standing, TrafficPolicy,
+    usage,
 };
 use weir_packet::{DropReason, FlowKey, Ports, Protocol, Tick};
 
@@ -38,8 +39,8 @@ fn inside(nets: &[IpNet], address: IpAddr) -> bool {
     nets.iter().any(|net| net.contains(&address))
 }
 
-/// The cluster list and the local list (rules 1 to 7).
-fn lists<'a>(model: &'a Model, service: &'a ServicePort, family: IpAddr) -> [Vec<&'a Endpoint>; 2] {
+/// Each backend once, as its most usable listing says (rules 2 and 5).
+fn once<'a>(model: &'a Model, service: &'a ServicePort, family: IpAddr) -> Vec<&'a Endpoint> {
     let mut once: Vec<&Endpoint> = Vec::new();
     for endpoint in service.endpoints.iter().filter(|endpoint| same_family(endpoint.address, family)) {
         // Ready before terminating before the rest; here before there.
@@ -58,6 +59,12 @@ fn lists<'a>(model: &'a Model, service: &'a ServicePort, family: IpAddr) -> [Vec
             None => once.push(endpoint),
         }
     }
+    once
+}
+
+/// The cluster list and the local list (rules 1 to 7).
+fn lists<'a>(model: &'a Model, service: &'a ServicePort, family: IpAddr) -> [Vec<&'a Endpoint>; 2] {
+    let once = once(model, service, family);
     let or_terminating = |of: &[&'a Endpoint]| -> (Vec<&'a Endpoint>, bool) {
         let ready: Vec<_> = of.iter().copied().filter(|one| one.serving && one.ready).collect();
         if !ready.is_empty() {
@@ -172,6 +179,27 @@ fn judge(model: &Model, protocol: Protocol, src: IpAddr, dst: IpAddr, port: u16)
     Verdict::Translate(list.iter().map(|one| (one.address, one.port)).collect(), masquerade, name)
 }
 
+/// What has become of a backend that a packet was sent to once, by what would become of that packet now.
+fn standing(model: &Model, key: (Protocol, IpAddr, IpAddr, u16), backend: (IpAddr, u16)) -> Standing {
+    let (protocol, src, dst, port) = key;
+    let is = |one: &Endpoint| (one.address, one.port) == backend;
+    let served = service_at(model, protocol, dst, port).map(|(service, _)| service);
+    let Some(one) = served.and_then(|service| once(model, service, dst).into_iter().find(|one| is(one))) else {
+        let any = model.services.iter().any(|other| other.protocol == protocol && other.endpoints.iter().any(is));
+        return if any && protocol != Protocol::UDP { Standing::Stays } else { Standing::Gone };
+    };
+    let list = match judge(model, protocol, src, dst, port) {
+        Verdict::Translate(list, ..) => list,
+        _ => BTreeSet::new(),
+    };
+    match (one.serving, one.ready, one.terminating) {
+        (false, ..) if protocol == Protocol::UDP => Standing::Gone,
+        // Source ranges say who may open a connection, not where it would come to.
+        (true, false, true) if !list.is_empty() && !list.contains(&backend) => Standing::Drains,
+        _ => Standing::Stays,
+    }
+}
+
 /// The decision of the compiled table, in the twin's words; the masquerade of a hairpin pick is checked here.
 fn compiled<A: Family>(
     model: &Model,
@@ -195,14 +223,12 @@ fn compiled<A: Family>(
                     if (again, too) == (backend, masquerade));
                 prop_assert!(is_same, "{:?} again: {:?}", backend, again);
             }
-            prop_assert!(table.services::<A>().still_backend(key, backend.address, backend.port));
+            prop_assert_eq!(table.services::<A>().standing(key, backend.address, backend.port), Standing::Stays);
             // Without its frontend: where any service lists it.
             let mut elsewhere = *key;
             elsewhere.ports = Ports::new(key.ports.source(), 0);
-            prop_assert_eq!(
-                table.services::<A>().still_backend(&elsewhere, backend.address, backend.port),
-                key.protocol != Protocol::UDP
-            );
+            let without = if key.protocol == Protocol::UDP { Standing::Gone } else { Standing::Stays };
+            prop_assert_eq!(table.services::<A>().standing(&elsewhere, backend.address, backend.port), without);
             let list: BTreeSet<_> = candidates.iter().map(|one| (one.address.to_ip(), one.port)).collect();
             prop_assert_eq!(list.len(), candidates.len(), "no backend is listed twice");
             if backend.address == key.src {
@@ -350,9 +376,11 @@ proptest! {
                 let key4 = key::<Ipv4Addr>(protocol, src, dst, port);
                 let expected = judge(&model, protocol, key4.src.into(), key4.dst.into(), port);
                 prop_assert_eq!(compiled(&model, &table, &key4, number)?, hairpin(expected, key4.src.into()), "{:?}", key4);
+                stand::<Ipv4Addr>(&model, &table, &key4)?;
                 let key6 = FlowKey { protocol, ports: Ports::new(40000, port), src: ip::<Ipv6Addr>(src), dst: ip(dst) };
                 let expected = judge(&model, protocol, key6.src.into(), key6.dst.into(), port);
                 prop_assert_eq!(compiled(&model, &table, &key6, number)?, hairpin(expected, key6.src.into()), "{:?}", key6);
+                stand::<Ipv6Addr>(&model, &table, &key6)?;
             }
         }
     }
@@ -404,6 +432,26 @@ proptest! {
             prop_assert!(claimed && (cluster_ip || !model.local_addresses.contains(address)));
         }
     }
+}
+
+/// Compares what is said of all backends that there can be.
+fn stand<A: Family>(model: &Model, table: &ServiceTable, key: &FlowKey<A>) -> Result<(), TestCaseError> {
+    if !key.protocol.has_ports() {
+        return Ok(());
+    }
+    // The ranges are asked before there is a list.
+    let mut open = model.clone();
+    open.services.iter_mut().for_each(|service| Arc::make_mut(service).source_ranges.clear());
+    let (src, dst, port) = (key.src.to_ip(), key.dst.to_ip(), key.ports.destination());
+    for (address, backend_port) in
+        model.services.iter().flat_map(|service| &service.endpoints).map(|one| (one.address, one.port))
+    {
+        let Some(of_family) = A::from_ip(address) else { continue };
+        let expected = standing(&open, (key.protocol, src, dst, port), (address, backend_port));
+        let said = table.services::<A>().standing(key, of_family, backend_port);
+        prop_assert_eq!(said, expected, "{:?} {}:{}", key, address, backend_port);
+    }
+    Ok(())
 }
 
 /// Rule 16: where every backend is the source itself, every pick is masqueraded.

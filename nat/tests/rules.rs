@@ -6,7 +6,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use common::*;
 use weir_nat::{
-    CompileError, Decision, Endpoint, HostAddresses, Model, ServiceId, ServicePort, ServiceTable, Source, TrafficPolicy,
+    CompileError, Decision, Endpoint, HostAddresses, Model, ServiceId, ServicePort, ServiceTable, Source, Standing,
+    TrafficPolicy,
 };
 use weir_packet::{DropReason, FlowKey, Ports, Protocol};
 
@@ -52,6 +53,7 @@ in_both_families! {
     frontends_that_two_services_claim,
     owned_addresses_leave_the_node_its_own,
     connections_keep_backends_that_are_listed,
+    a_terminating_backend_drains_where_a_client_would_come_to_another,
     connections_keep_backends_of_slices_that_no_service_serves,
     stamps_survive_recompilation,
 }
@@ -498,7 +500,7 @@ fn rule_22b_where_host_ports_meet() {
 fn rule_22b_connections_end_with_the_pod<A: Carried>() {
     let still = |model: &Model, protocol| {
         let table = ServiceTable::compile(&carried::<A>(model)).expect("the model compiles");
-        table.services::<A>().still_backend(&key(protocol, OUTSIDE, NODE, 8443), ip("10.1.0.1"), 8080)
+        table.services::<A>().standing(&key(protocol, OUTSIDE, NODE, 8443), ip("10.1.0.1"), 8080) == Standing::Stays
     };
     for protocol in [Protocol::TCP, Protocol::UDP, Protocol::SCTP] {
         let mut model = with_host_port(HostAddresses::All);
@@ -641,7 +643,7 @@ fn connections_keep_backends_that_are_listed<A: Carried>() {
     ] {
         for (address, kept) in ["10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.0.4", "10.1.0.5"].into_iter().zip(kept) {
             let still = |dst, dport, port| {
-                table.services().still_backend(&key::<A>(protocol, POD, dst, dport), ip(address), port)
+                table.services().standing(&key::<A>(protocol, POD, dst, dport), ip(address), port) != Standing::Gone
             };
             assert_eq!(still(CLUSTER_IP, 80, 8080), kept, "{protocol} {address}");
             assert_eq!(still(NODE, 3001, 8080), kept, "{protocol} {address}");
@@ -653,6 +655,40 @@ fn connections_keep_backends_that_are_listed<A: Carried>() {
     }
 }
 
+fn a_terminating_backend_drains_where_a_client_would_come_to_another<A: Carried>() {
+    use Standing::{Drains, Gone, Stays};
+    let standing = |endpoints: &[Endpoint], src: &str, (dst, dport): (&str, u16)| {
+        [Protocol::TCP, Protocol::UDP].map(|protocol| {
+            let mut model = policies(world(endpoints.to_vec()), Cluster, Local);
+            port(&mut model, 0).protocol = protocol;
+            let table = ServiceTable::compile(&carried::<A>(&model)).expect("the model compiles");
+            table.services().standing(&key::<A>(protocol, src, dst, dport), ip("10.1.0.1"), 8080)
+        })
+    };
+    let ends = || terminating(on("node-a", "10.1.0.1"));
+    let (here, there) = (on("node-a", "10.1.0.2"), on("node-b", "10.1.0.2"));
+    // What comes from outside by policy Local has this node's backends only: without a ready one here it may come to this one.
+    for (endpoints, from_pod, from_outside) in [
+        (vec![ends(), here.clone()], [Drains; 2], [Drains; 2]),
+        (vec![ends(), there.clone()], [Drains; 2], [Stays; 2]),
+        (vec![terminating(on("node-b", "10.1.0.1")), here.clone()], [Drains; 2], [Drains; 2]),
+        // Outside a new packet would be dropped: there is no backend here.
+        (vec![terminating(on("node-b", "10.1.0.1")), there.clone()], [Drains; 2], [Stays; 2]),
+        (vec![ends()], [Stays; 2], [Stays; 2]),
+        (vec![ends(), terminating(here.clone())], [Stays; 2], [Stays; 2]),
+        (vec![ends(), unready(here.clone())], [Stays; 2], [Stays; 2]),
+        (vec![on("node-a", "10.1.0.1"), here.clone()], [Stays; 2], [Stays; 2]),
+        (vec![unready(on("node-a", "10.1.0.1")), here.clone()], [Stays, Gone], [Stays, Gone]),
+        (vec![here.clone()], [Gone; 2], [Gone; 2]),
+    ] {
+        for (src, to, expected) in
+            [(POD, (CLUSTER_IP, 80), from_pod), (POD, (NODE, 3001), from_pod), (OUTSIDE, (NODE, 3001), from_outside)]
+        {
+            assert_eq!(standing(&endpoints, src, to), expected, "{endpoints:?}: {src} to {to:?}");
+        }
+    }
+}
+
 fn connections_keep_backends_of_slices_that_no_service_serves<A: Carried>() {
     let unserved =
         [(Protocol::TCP, "10.1.0.1", 8080), (Protocol::UDP, "10.1.0.2", 53), (Protocol::SCTP, "10.1.0.3", 9)];
@@ -660,7 +696,7 @@ fn connections_keep_backends_of_slices_that_no_service_serves<A: Carried>() {
         unserved.into_iter().map(|(protocol, at, port)| (protocol, ip::<A>(at).to_ip(), port)).collect();
     let table = ServiceTable::compile(&Model { unserved, ..Model::default() }).expect("the model compiles");
     let still = |protocol, address, port| {
-        table.services().still_backend(&key::<A>(protocol, POD, CLUSTER_IP, 80), ip(address), port)
+        table.services().standing(&key::<A>(protocol, POD, CLUSTER_IP, 80), ip(address), port) == Standing::Stays
     };
     assert!(still(Protocol::TCP, "10.1.0.1", 8080) && still(Protocol::SCTP, "10.1.0.3", 9));
     assert!(!still(Protocol::UDP, "10.1.0.2", 53), "it follows its service");

@@ -9,6 +9,7 @@ use std::{
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer};
 use weir_dataplane::{fragments, frame::MAX_MTU, model::Role, offload::MAX_UDP_PACKETS};
+use weir_node::pods::Settings;
 use weir_packet::{Mac, Tick};
 
 use super::{
@@ -108,6 +109,9 @@ pub struct Cni {
     /// How long a new pod waits for its object.
     #[serde(deserialize_with = "patience")]
     pub patience: Duration,
+    /// For how long an address that a pod gave back is not given to another.
+    #[serde(deserialize_with = "cool_down")]
+    pub cool_down: Duration,
 }
 
 impl Default for Cni {
@@ -117,7 +121,8 @@ impl Default for Cni {
             state: "/var/lib/weir/cni".into(),
             ipam: Ipam::PodCidr,
             mtu: None,
-            patience: Duration::from_secs(5),
+            patience: Settings::PATIENCE,
+            cool_down: Settings::COOL_DOWN,
         }
     }
 }
@@ -364,8 +369,8 @@ const MAX_OFFLOADED_FLOWS: u32 = 1 << 22;
 const MIN_MTU: u32 = 68;
 /// Longest path of a Unix socket: sockaddr_un's sun_path less the final zero (unix(7)).
 const MAX_SOCKET_PATH_BYTES: usize = 107;
-/// weir-cni waits for the whole ADD, and runtimes wait for it.
-const MAX_PATIENCE_SECONDS: u64 = 20;
+/// Beyond a day a cool-down is a mistake of units.
+const MAX_COOL_DOWN_SECONDS: u64 = 86_400;
 
 impl RouterConfig {
     /// Reads weir.yaml. Its text becomes a source of `problems`, and what is wrong is reported there; `None` where it
@@ -659,12 +664,20 @@ fn port_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(u16, u16), 
     })
 }
 
-/// How long a new pod waits for its object.
+/// How long a new pod waits for its object. weir-cni waits for the whole ADD, and runtimes wait for it.
 fn patience<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    seconds(deserializer, Settings::MAX_PATIENCE.as_secs(), "longer than a runtime waits")
+}
+
+/// For how long an address is not given again.
+fn cool_down<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    seconds(deserializer, MAX_COOL_DOWN_SECONDS, "more than a day")
+}
+
+fn seconds<'de, D: Deserializer<'de>>(deserializer: D, most: u64, excess: &str) -> Result<Duration, D::Error> {
     let seconds = u64::deserialize(deserializer)?;
-    if seconds > MAX_PATIENCE_SECONDS {
-        let help = format!("write 0 to {MAX_PATIENCE_SECONDS}");
-        return Err(advised(format_args!("{seconds} seconds are longer than a runtime waits"), help));
+    if seconds > most {
+        return Err(advised(format_args!("{seconds} seconds are {excess}"), format_args!("write 0 to {most}")));
     }
     Ok(Duration::from_secs(seconds))
 }

@@ -202,16 +202,19 @@ fn a_cni_section_is_given_also_where_it_is_empty() {
         ipam: Ipam::PodCidr,
         mtu: None,
         patience: Duration::from_secs(5),
+        cool_down: Duration::from_secs(60),
     };
     for text in ["cni:\n", "cni: {}\n", "cni: {ipam: podCIDR}\n"] {
         assert_eq!(loaded(&format!("{WEIR}{text}"), "").config.cni.as_ref(), Some(&defaults), "{text}");
     }
-    let given = loaded(&format!("{WEIR}cni: {{socket: s, state: /x, mtu: 1440, patience: 0}}\n"), "").config.cni;
+    let text = format!("{WEIR}cni: {{socket: s, state: /x, mtu: 1440, patience: 0, coolDown: 86400}}\n");
+    let given = loaded(&text, "").config.cni;
     let (socket, state) = (PathBuf::from("s"), PathBuf::from("/x"));
-    assert_eq!(given, Some(Cni { socket, state, mtu: Some(1440), patience: Duration::ZERO, ..defaults }));
+    let (patience, cool_down) = (Duration::ZERO, Duration::from_secs(86_400));
+    assert_eq!(given, Some(Cni { socket, state, mtu: Some(1440), patience, cool_down, ..defaults }));
     assert_said(
         &format!(
-            "{WEIR}cni:\n  scoket: x\n  ipam: pool\n  mtu: 10000\n  patience: 21\n  socket: ''\n  state: /{}\n",
+            "{WEIR}cni:\n  scoket: x\n  ipam: pool\n  mtu: 10000\n  patience: 21\n  socket: ''\n  state: /{}\n  coolDown: 86401\n",
             "x".repeat(200)
         ),
         "",
@@ -222,6 +225,7 @@ fn a_cni_section_is_given_also_where_it_is_empty() {
              uplinks]",
             "weir.yaml:7:13: error: cni.patience: 21 seconds are longer than a runtime waits [write 0 to 20]",
             "weir.yaml:8:11: error: cni.socket is empty [leave it out for the default]",
+            "weir.yaml:10:13: error: cni.coolDown: 86401 seconds are more than a day [write 0 to 86400]",
         ],
     );
     let long = format!("{WEIR}cni: {{socket: /{}}}\n", "x".repeat(107));

@@ -86,6 +86,25 @@ fn a_killed_router_leaves_the_node_reachable_and_pods_closed_and_a_restart_adopt
     site.finish();
 }
 
+/// As on a disk that is full.
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn a_log_that_takes_no_line_ends_no_router() {
+    let mut manifests = Manifests::cluster("Always");
+    manifests.pod("node-a", "default/client", "client", &["10.1.1.10"]);
+    manifests.pod("node-a", "default/server", "server", &["10.1.1.20"]);
+    let mut site = Site::build(&one_node(), &manifests.text(), "");
+    let config = site.config("node-a").display().to_string();
+    site.serve("default/server", &[80]);
+    let command = format!("exec {} run -c {config} 2>/dev/full", crate::site::weir_binary().display());
+    let mut router = site.lab.spawn("node-a", "weir-without-log", &["sh", "-c", &command]).unwrap();
+    site.answered("default/client", "http://10.1.1.20/");
+    site.lab.weir("node-a", &["status", "-c", &config]).unwrap();
+    assert!(router.is_running());
+    router.signal(Signal::SIGTERM);
+    assert!(router.wait(DEADLINE).unwrap().success());
+}
+
 #[test]
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn what_fails_while_a_router_runs_does_not_end_it() {

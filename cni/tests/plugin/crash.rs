@@ -104,6 +104,8 @@ fn a_router_killed_at_any_moment_leaves_nothing_that_the_next_does_not_mend() {
         }
     }
     node.start();
+    // The start asks for what lies in the queue.
+    node.control().take_asked();
     let report = node.explain();
     assert_eq!(report.leaks, []);
     let (kept, devices) = (node.pods().kept(), node.devices());

@@ -39,6 +39,7 @@ use weir_packet::Mac;
 pub use self::{
     error::AfXdpError,
     settings::{AfXdpSettings, MAX_RING_ENTRIES, PortSettings, RingSizes},
+    sys::receive_queues,
 };
 use self::{
     ring::Rings,

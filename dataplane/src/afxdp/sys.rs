@@ -12,13 +12,61 @@ use std::{
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, ppoll},
-    sys::time::TimeSpec,
+    sys::{
+        socket::{AddressFamily, SockFlag, SockType, socket},
+        time::TimeSpec,
+    },
 };
 
 /// How many descriptors one sendto handles in copy mode (Linux 6.17); missing in libc.
 const XDP_MAX_TX_SKB_BUDGET: libc::c_int = 9;
 /// Its value before it is set, and its least one (TX_BATCH_SIZE, net/xdp/xsk.c).
 const DEFAULT_SEND_BUDGET: u32 = 32;
+
+/// ETHTOOL_GCHANNELS (include/uapi/linux/ethtool.h); missing in libc.
+const ETHTOOL_GCHANNELS: u32 = 0x3c;
+
+/// `struct ethtool_channels`: what may be, then what is.
+#[repr(C)]
+#[derive(Default)]
+struct Channels {
+    command: u32,
+    most: [u32; 4],
+    receive: u32,
+    transmit: u32,
+    other: u32,
+    combined: u32,
+}
+
+/// How many receive queues a device of the calling thread's network namespace uses. What netlink calls IFLA_NUM_RX_QUEUES is how many it could have:
+/// a veth, or a NIC that was told to use fewer, has no packets and no AF_XDP sockets on the others.
+///
+/// # Errors
+///
+/// Those of the system; `Unsupported` where the driver does not tell, since it has no such choice.
+pub fn receive_queues(device: &str) -> io::Result<u32> {
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut channels = Channels { command: ETHTOOL_GCHANNELS, ..Channels::default() };
+    let mut name = [0; libc::IFNAMSIZ];
+    if device.len() >= name.len() || device.bytes().any(|byte| byte == 0) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in name.iter_mut().zip(device.bytes()) {
+        *to = from as libc::c_char;
+    }
+    let mut request = libc::ifreq {
+        ifr_name: name,
+        ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_data: (&raw mut channels).cast() },
+    };
+    // SAFETY: SIOCETHTOOL reads `request`, whose name ends with a zero, and with this command writes one `ethtool_channels` to where its data points.
+    // Both live until the call has returned.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as libc::Ioctl, &raw mut request) };
+    match Errno::result(result) {
+        Ok(_) => Ok(channels.receive + channels.combined),
+        Err(Errno::EOPNOTSUPP) => Err(io::ErrorKind::Unsupported.into()),
+        Err(errno) => Err(errno.into()),
+    }
+}
 
 /// Which ring of a socket a mapping shows: mmap's offset.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

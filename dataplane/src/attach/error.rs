@@ -166,6 +166,14 @@ pub enum AttachError {
         /// Why.
         source: Box<ProgramError>,
     },
+    /// A tc filter stays.
+    #[error("cannot remove weir's tc filter from {device}: {source} (tc filter del dev {device} ingress)")]
+    Filter {
+        /// The device.
+        device: String,
+        /// Why.
+        source: io::Error,
+    },
     /// A map could not be read or written.
     #[error("the map {name}: {}", chain(source))]
     Map {

@@ -29,6 +29,12 @@
 //! packet between old and new. (3) [`detach`] takes all off. Pins are named by device index, so a pin folder belongs to
 //! one network namespace; it remembers which, and a lock keeps a second process out.
 //!
+//! *At once.* A tc link costs an RCU grace period under the kernel's lock for devices: some 10 ms, in which no other device changes, and all
+//! of that in series where many pods come at once. A classic tc filter costs none, but others can remove it or come before it. So
+//! a new workload may get its program as a filter first ([`Attachment::adopt_workload_at_once`]) and its link when there is time
+//! ([`Attachment::link_next`]); the filter goes once the link is there. A filter lies on the device itself, so it stays when the process
+//! ends; the next one gives the device its link.
+//!
 //! *Namespaces.* Everything here acts in the network namespace of the calling thread: use an [`Attachment`] from
 //! threads of one namespace only. `ip netns exec` gives a process a mount namespace of its own, in which pins would die
 //! with the process: enter with `nsenter --net=/run/netns/NAME`. A container needs the machine's /sys/fs/bpf mounted
@@ -44,6 +50,7 @@
 
 mod counters;
 mod error;
+mod filter;
 mod maps;
 mod offload;
 mod owned;
@@ -52,7 +59,7 @@ mod tools;
 mod trunk;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     os::fd::BorrowedFd,
     path::{Path, PathBuf},
@@ -167,6 +174,8 @@ pub struct Attachment {
     trunk_sockets: XskMap<MapData>,
     workload_map: HashMap<MapData, u32, WorkloadEntry>,
     workloads: BTreeMap<u32, Workload>,
+    /// Those that have a filter and no link yet.
+    unlinked: BTreeSet<u32>,
     uplinks: BTreeMap<u32, Uplink>,
     owned: OwnedMaps,
     counters: PerCpuArray<MapData, u64>,
@@ -271,6 +280,7 @@ impl Attachment {
             trunk_sockets: maps::take_sockets(&mut object)?,
             workload_map: maps::take(&mut object, "workloads")?,
             workloads: BTreeMap::new(),
+            unlinked: BTreeSet::new(),
             uplinks: BTreeMap::new(),
             owned: OwnedMaps::take(&mut object)?,
             counters: maps::take(&mut object, "counters")?,
@@ -306,9 +316,62 @@ impl Attachment {
         mac: Mac,
         peer_elsewhere: bool,
     ) -> Result<(), AttachError> {
-        let is_there = || if_nametoindex(name).is_ok_and(|found| found == index);
+        self.take_in(index, name, mac, peer_elsewhere, |attachment| attachment.link(index, name))
+    }
+
+    /// The same without the wait for a link, which [`Attachment::link_next`] makes up for: the workload is served and closed all
+    /// the same. Where the kernel has no such filters, it gets its link now.
+    ///
+    /// # Errors
+    /// Those of [`Attachment::adopt_workload`].
+    pub fn adopt_workload_at_once(
+        &mut self,
+        index: u32,
+        name: &str,
+        mac: Mac,
+        peer_elsewhere: bool,
+    ) -> Result<(), AttachError> {
+        if self.workloads.contains_key(&index) && !self.unlinked.contains(&index) {
+            return self.adopt_workload(index, name, mac, peer_elsewhere);
+        }
+        self.take_in(index, name, mac, peer_elsewhere, |attachment| {
+            let program = classifier(&mut attachment.trunk_object, WORKLOAD_SEND)?;
+            match filter::add(program, WORKLOAD_SEND, name) {
+                Ok(()) => attachment.unlinked.insert(index),
+                Err(error) => {
+                    info!(device = name, %error, "no filter, so it takes a link's time");
+                    return attachment.link(index, name);
+                }
+            };
+            Ok(())
+        })
+    }
+
+    /// Gives a link to one of the workloads that were adopted at once. False: there is none left.
+    ///
+    /// # Errors
+    /// Where the kernel refuses the link: the workload stays with its filter.
+    pub fn link_next(&mut self) -> Result<bool, AttachError> {
+        let Some(index) = self.unlinked.pop_first() else { return Ok(false) };
+        let Some(name) = self.workloads.get(&index).map(|workload| workload.name.clone()) else { return Ok(true) };
+        match self.link(index, &name) {
+            // It went meanwhile.
+            Ok(()) | Err(AttachError::DeviceGone { .. }) => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Enters a workload and attaches its program.
+    fn take_in(
+        &mut self,
+        index: u32,
+        name: &str,
+        mac: Mac,
+        peer_elsewhere: bool,
+        attach: impl FnOnce(&mut Self) -> Result<(), AttachError>,
+    ) -> Result<(), AttachError> {
         let gone = || AttachError::DeviceGone { name: name.to_owned(), index };
-        if !is_there() {
+        if index_of(name) != Some(index) {
             return Err(gone());
         }
         let [a, b, c, d, e, f] = mac.0;
@@ -320,20 +383,41 @@ impl Attachment {
             }
             _ => map_error("workloads")(error),
         };
-        let was_closed = self.pins.workload(index).exists();
+        let was_closed = self.workloads.contains_key(&index) || self.pins.workload(index).exists();
         self.workload_map.insert(index, entry, 0).map_err(full)?;
-        let attached = classifier(&mut self.trunk_object, WORKLOAD_SEND).and_then(|program| {
-            pins::attach_tcx(program, WORKLOAD_SEND, name, TcAttachType::Ingress, &self.pins.workload(index))
-        });
+        let attached = attach(self);
         // The kernel finds the device by its name: it must have been the same one.
-        if attached.is_err() || !is_there() {
+        if attached.is_err() || index_of(name) != Some(index) {
             // What closed the device before goes on doing so.
-            if !was_closed || !self.pins.workload(index).exists() || is_gone(index) {
+            if !was_closed || is_gone(index) {
                 self.forget_workload(index)?;
             }
             return attached.and(Err(gone()));
         }
         self.workloads.insert(index, Workload { name: name.to_owned(), peer_elsewhere });
+        Ok(())
+    }
+
+    /// Attaches a workload's program by a link, and takes a filter off that does the same.
+    fn link(&mut self, index: u32, name: &str) -> Result<(), AttachError> {
+        let is_there = || index_of(name) == Some(index);
+        let pin = self.pins.workload(index);
+        let was_pinned = pin.exists();
+        if is_there() {
+            let program = classifier(&mut self.trunk_object, WORKLOAD_SEND)?;
+            pins::attach_tcx(program, WORKLOAD_SEND, name, TcAttachType::Ingress, &pin)?;
+        }
+        if !is_there() {
+            // A link from before is this device's, by whatever name.
+            if !was_pinned || is_gone(index) {
+                pins::unpin_link(&pin)?;
+            }
+            return Err(AttachError::DeviceGone { name: name.to_owned(), index });
+        }
+        self.unlinked.remove(&index);
+        if let Err(error) = filter::remove(name) {
+            warn!(%error, "it does no harm behind the link");
+        }
         Ok(())
     }
 
@@ -345,11 +429,13 @@ impl Attachment {
     /// Where a pin or the map's entry cannot be removed.
     pub fn forget_workload(&mut self, index: u32) -> Result<(), AttachError> {
         self.workloads.remove(&index);
+        self.unlinked.remove(&index);
         match self.workload_map.remove(&index) {
             Err(error) if !is_missing(&error) => return Err(map_error("workloads")(error)),
             _ => {}
         }
-        pins::unpin_link(&self.pins.workload(index)).map(drop)
+        pins::unpin_link(&self.pins.workload(index))?;
+        name_of(index).map_or(Ok(()), |name| filter::remove(&name))
     }
 
     /// Indexes of all workload devices that have a link, adopted by this process or left by an earlier one.
@@ -541,6 +627,7 @@ pub fn detach(pin_dir: &Path) -> Result<DetachReport, AttachError> {
             _ => {}
         }
     }
+    filter::remove_all()?;
     report.devices = trunk::remove()?;
     Ok(report)
 }
@@ -548,6 +635,12 @@ pub fn detach(pin_dir: &Path) -> Result<DetachReport, AttachError> {
 /// The index of a device of the calling thread's network namespace.
 pub fn index_of(name: &str) -> Option<u32> {
     if_nametoindex(name).ok()
+}
+
+/// The name of the device with that index.
+fn name_of(index: u32) -> Option<String> {
+    // nix 0.31 takes the null pointer for success.
+    if_indextoname(index).ok()?.into_string().ok().filter(|name| !name.is_empty())
 }
 
 /// Whether no device of the calling thread's network namespace has that index. Any other error is no proof of that, and

@@ -100,7 +100,7 @@ pub struct Counts {
     pub full: u64,
     /// Requests refused: an end is not where the programs can send to.
     pub elsewhere: u64,
-    /// Requests refused for the moment: the connection is to be judged again, or a next hop is not known.
+    /// Requests refused: the connection is to be judged again, its backend drains, or a next hop is not known at the moment.
     pub unsettled: u64,
     /// Requests refused: the kernel did not take the keys.
     pub failed: u64,
@@ -453,6 +453,11 @@ impl Slots {
         let gives_up = match stays {
             Stays::Elsewhere => {
                 self.counts.elsewhere += 1;
+                CANDIDATE
+            }
+            // What terminates does not come back.
+            Stays::Drains => {
+                self.counts.unsettled += 1;
                 CANDIDATE
             }
             Stays::Unsettled | Stays::Unresolved => {

@@ -95,6 +95,8 @@ pub struct Recipe {
 pub enum Stays {
     /// It ended, or is to be judged again, or its packets come from where they should not.
     Unsettled,
+    /// Its backend drains: a worker is to see each packet of it.
+    Drains,
     /// An end of it is not where the programs can send to.
     Elsewhere,
     /// The next hop's MAC address is not known at the moment.
@@ -111,9 +113,7 @@ pub fn of_connection<A: pipeline::Family>(
     snapshot: &Snapshot,
     near: &BTreeSet<u32>,
 ) -> Result<Recipe, Stays> {
-    if !pipeline::stands(conn, snapshot) {
-        return Err(Stays::Unsettled);
-    }
+    pipeline::stands(conn, snapshot)?;
     // What untracked policy lets go belongs to no connection, whatever its key.
     if snapshot.rules.host.has_untracked() {
         return Err(Stays::Elsewhere);

@@ -11,6 +11,7 @@ import (
 	_ "github.com/coredns/coredns/plugin/health"
 	_ "github.com/coredns/coredns/plugin/hosts"
 	_ "github.com/coredns/coredns/plugin/kubernetes"
+	_ "github.com/coredns/coredns/plugin/log"
 	_ "github.com/coredns/coredns/plugin/loop"
 	_ "github.com/coredns/coredns/plugin/ready"
 	_ "github.com/coredns/coredns/plugin/reload"
@@ -20,7 +21,7 @@ import (
 func main() {
 	// The order in which a query visits the plugins.
 	dnsserver.Directives = []string{
-		"reload", "health", "ready", "errors", "cache", "template", "hosts", "kubernetes", "loop", "forward",
+		"reload", "health", "ready", "log", "errors", "cache", "template", "hosts", "kubernetes", "loop", "forward",
 	}
 	coremain.Run()
 }
