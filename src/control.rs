@@ -289,6 +289,15 @@ pub fn status_text(status: &Value) -> String {
         };
         let _ = writeln!(text, "health      {address} of {service}: {endpoints}");
     }
+    if let Some(trouble) = status["trouble"]["now"].as_object() {
+        let _ = writeln!(
+            text,
+            "trouble     {}; for {} s, tried again in {} s",
+            word(&trouble["error"]),
+            trouble["sinceSeconds"],
+            trouble["triedAgainInSeconds"],
+        );
+    }
     for note in status["notes"].as_array().into_iter().flatten() {
         let _ = writeln!(text, "note        {}", word(note));
     }

@@ -19,7 +19,10 @@ use tokio::{
     time::sleep_until,
 };
 use tracing::{info, warn};
-use weir_dataplane::model::{Links, Role, TunnelMode};
+use weir_dataplane::{
+    forwarding::local_workloads,
+    model::{Links, Role, TunnelMode},
+};
 use weir_node::pods::{Ask, InForce, LocalPod as Made, NodeRanges, Pods as Server, PodsError, Settings};
 
 use crate::{
@@ -38,6 +41,8 @@ pub struct Pods {
     asks: mpsc::Receiver<Ask>,
     book: Book,
     server: Arc<Server>,
+    /// What the server was told last that it may give.
+    told: NodeRanges,
 }
 
 /// The pods, and who waits for what about them.
@@ -100,7 +105,7 @@ impl Pods {
             all.insert(Arc::new(local_pod(&made)));
         }
         let book = Book { all: Arc::new(all), ..Book::default() };
-        Ok(Some(Self { asks, book, server: Arc::new(server) }))
+        Ok(Some(Self { asks, book, server: Arc::new(server), told: NodeRanges::default() }))
     }
 
     /// The pods, and who waits.
@@ -121,8 +126,11 @@ impl Pods {
     /// Tells the server what it may give to pods, where that is not as before.
     pub fn configure(&mut self, ranges: NodeRanges) {
         if self.server.configure(ranges.clone()) {
-            let NodeRanges { pod_cidrs, mtu, .. } = ranges;
-            info!(?pod_cidrs, mtu, "what new pods get");
+            let NodeRanges { pod_cidrs, mtu, .. } = &ranges;
+            if (pod_cidrs, mtu) != (&self.told.pod_cidrs, &self.told.mtu) {
+                info!(?pod_cidrs, mtu, "what new pods get");
+            }
+            self.told = ranges;
         }
     }
 
@@ -137,7 +145,7 @@ impl Pods {
             let is_known = loaded.local_pods.get(&put.pod.name).is_some_and(|pod| Arc::ptr_eq(pod, &put.pod));
             json!({
                 "pod": put.pod.name, "waitedMs": ms(put.since),
-                "waitsFor": if is_known { "its object" } else { "its rules" },
+                "waitsFor": if is_known { "its object or its device" } else { "its rules" },
             })
         });
         json!({
@@ -324,6 +332,9 @@ pub fn ranges(loaded: &Loaded, links: &Links, own_addresses: &[IpAddr]) -> NodeR
         left_out.extend(own.tunnel_address.map(IpAddr::V4));
         left_out.extend(own.ipv4_address.map(|net| IpAddr::V4(net.addr())));
     }
+    // Pods that another plugin made here live on with theirs.
+    let others = local_workloads(cluster).filter(|(_, workload)| loaded.local_pods.get(&workload.name).is_none());
+    left_out.extend(others.flat_map(|(_, workload)| &workload.addresses));
     // What is no pod's address in any case is not worth telling of.
     left_out.retain(|address| pod_cidrs.iter().any(|net| net.contains(address)));
     let smallest = links.devices.iter().filter(|device| device.role == Role::Uplink).map(|device| device.mtu).min();
@@ -367,7 +378,6 @@ mod tests {
             device: workload_device("x", name),
             mac: Mac([2, 0, 0, 0, 0, last]),
             addresses: vec![[10, 0, 0, last].into()],
-            host_ports: Vec::new(),
         }
     }
 

@@ -16,14 +16,14 @@ use std::{
 };
 
 use ipnet::IpNet;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
 };
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
-    net::{UnixListener, UnixStream},
+    net::UnixStream,
     signal::unix::{SignalKind, signal},
     sync::mpsc,
     time::{MissedTickBehavior, sleep_until},
@@ -65,6 +65,7 @@ use crate::{
         DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState,
         LOOPBACK_SOURCES, Link, Listening, PortSet, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted,
     },
+    listener::{Listener, writeln_to},
     manifests::Substitute,
     offload::{Offloader, Offloading},
     pods::{self, Pods},
@@ -73,6 +74,7 @@ use crate::{
     report::counters_json,
     services, snat_use,
     translate::{Faulty, Loaded, Loader, Unserved},
+    trouble::Trouble,
     watch::{Trigger, Watch, WatchError},
 };
 
@@ -232,11 +234,23 @@ pub fn run(config: &Path) -> Result<(), RunError> {
         // Its own complaint about a line that cannot be written, as on a full disk, goes to the same place, and panics there.
         .log_internal_errors(false)
         .init();
+    raise_descriptor_limit();
     runtime()?.block_on(async {
         let mut router = Router::start(config).await.map_err(for_this_user)?;
         let result = router.serve().await;
         result.and(router.stop())
     })
+}
+
+/// Requests for pods hold descriptors, and so do maps and sockets: there may be as many as the node allows.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| match soft < hard {
+        true => setrlimit(Resource::RLIMIT_NOFILE, hard, hard),
+        false => Ok(()),
+    });
+    if let Err(error) = raised {
+        warn!(%error, "the limit of open files stays as it is");
+    }
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, RunError> {
@@ -305,6 +319,10 @@ struct Router {
     hits: Hits,
     /// What the plumbing was told last.
     plumbed: Option<Wanted>,
+    /// What could not be done, and is tried again.
+    trouble: Trouble,
+    /// Whether something was taken over that the snapshot does not have yet.
+    unpublished: bool,
     watch: Watch,
     learned: BTreeMap<(IfIndex, IpAddr), Mac>,
     /// The largest MTU of a device that there is room for.
@@ -326,8 +344,7 @@ struct Router {
     workers: Vec<thread::JoinHandle<()>>,
     modes: Vec<Value>,
     notes: Vec<String>,
-    socket: PathBuf,
-    listener: UnixListener,
+    listener: Listener,
 }
 
 impl Router {
@@ -399,7 +416,7 @@ impl Router {
         let known = maps.iter().flat_map(|maps| maps.pods(&left));
         let learned: BTreeMap<(IfIndex, IpAddr), Mac> =
             known.map(|(device, address, mac)| ((device, address), mac)).collect();
-        let mut links = assemble_links(&kernel, &roles, &loaded, &listening, trunk_mac, &learned, max_mtu);
+        let mut links = assemble_links(&kernel, &roles, &loaded, &listening, trunk_mac, &learned, max_mtu, &[]);
         let forwarding = Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?;
         let owned = owned(&loaded, &rules, &snat, &forwarding);
         attachment.set_owned(&owned)?;
@@ -500,8 +517,7 @@ impl Router {
             snat_ports: config.snat.port_range,
             record: host_record(&config.node_name),
         })?;
-        let _ = fs::remove_file(&socket);
-        let listener = UnixListener::bind(&socket).map_err(system(format!("cannot listen at {}", socket.display())))?;
+        let listener = Listener::start(&socket).map_err(system(format!("cannot listen at {}", socket.display())))?;
         links.neighbors.clear();
 
         let mut router = Self {
@@ -517,6 +533,8 @@ impl Router {
             health: HealthChecks::start().map_err(system("cannot start the health checks"))?,
             pods,
             plumbed: None,
+            trouble: Trouble::default(),
+            unpublished: true,
             watch,
             learned,
             max_mtu,
@@ -534,7 +552,6 @@ impl Router {
             workers: handles,
             modes,
             notes,
-            socket,
             listener,
             loaded,
             hits: Hits::new(rules.clone()),
@@ -573,41 +590,87 @@ impl Router {
                     }
                 }
                 changed = self.kernel.changed() => {
-                    let changed = changed?;
-                    if changed.links || changed.routes || changed.neighbors {
-                        self.devices_changed(false).await?;
-                    }
+                    let outcome = match changed {
+                        Ok(changed) if changed.links || changed.routes || changed.neighbors => {
+                            self.devices_changed(false).await
+                        }
+                        Ok(_) => Ok(()),
+                        Err(error) => Err(error.into()),
+                    };
+                    self.go_on(outcome)?;
                 }
                 event = self.events.recv() => {
                     if let Some(event) = event {
-                        self.worker_event(event).await?;
+                        let outcome = self.worker_event(event).await;
+                        self.go_on(outcome)?;
                     }
                 }
                 () = sleep_until(self.link_due.unwrap_or_else(Instant::now).into()), if self.link_due.is_some() => {
                     self.link_next();
                 }
-                _ = look_at_ports.tick() => self.ports_changed().await?,
+                _ = look_at_ports.tick() => {
+                    let outcome = self.ports_changed().await;
+                    self.go_on(outcome)?;
+                }
+                () = sleep_until(self.trouble.due().unwrap_or_else(Instant::now).into()), if self.trouble.due().is_some() => {
+                    self.try_again().await?;
+                }
                 trigger = self.watch.changed() => {
                     // What a signal asks for is set right also where no file changed.
-                    if trigger? == Trigger::Signal {
-                        self.plumbed = None;
+                    match trigger {
+                        Ok(trigger) => {
+                            if trigger == Trigger::Signal {
+                                self.plumbed = None;
+                            }
+                            self.begin_reload(Scope::Files);
+                        }
+                        Err(error) => self.go_on(Err(error.into()))?,
                     }
-                    self.begin_reload(Scope::Files);
                 }
-                prepared = self.preparer.done() => self.reload(prepared).await?,
+                prepared = self.preparer.done() => {
+                    let outcome = self.reload(prepared).await;
+                    self.go_on(outcome)?;
+                }
                 ask = pods::next(&mut self.pods) => match ask {
                     Some(ask) => self.asked(ask).await,
                     None => self.settle_pods(),
                 },
-                connection = self.listener.accept() => {
-                    if let Ok((stream, _)) = connection
-                        && let Err(error) = self.answer(stream).await
+                asked = self.listener.next() => {
+                    if let Some((request, stream)) = asked
+                        && let Err(error) = self.answer(request, stream)
                     {
                         warn!(%error, "a client was not answered");
                     }
                 }
             }
         }
+    }
+
+    /// Lives with what failed: it is shown, and tried again. Only without the connection to the kernel, or the watcher of the files, there is
+    /// nothing left to follow.
+    fn go_on(&mut self, outcome: Result<(), RunError>) -> Result<(), RunError> {
+        match outcome {
+            Err(error @ (RunError::Kernel(KernelError::Closed) | RunError::Watch(WatchError::Ended))) => Err(error),
+            Err(error) => {
+                self.trouble.note(&error, Instant::now());
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Does everything anew that may have failed.
+    async fn try_again(&mut self) -> Result<(), RunError> {
+        let begun = self.trouble.begin_try(Instant::now());
+        let watched = self.watch_files();
+        self.go_on(watched)?;
+        let is_workload = |link: &&Link| self.roles.role(&link.name) == Some(Role::Workload) && link.mac.is_some();
+        let workloads: Vec<Link> = self.kernel.all().filter(is_workload).cloned().collect();
+        self.adopt_all(&workloads);
+        let outcome = self.devices_changed(true).await;
+        self.go_on(outcome)?;
+        self.trouble.end_try(&begun, Instant::now());
+        Ok(())
     }
 
     /// Ends the workers. What is attached stays: pods are closed until the next router adopts them.
@@ -622,7 +685,6 @@ impl Router {
                 result = Err(RunError::Worker { worker: number, source });
             }
         }
-        let _ = fs::remove_file(&self.socket);
         let totals = self.totals();
         info!(rx = totals.rx, tx = totals.tx, punted = totals.punted, dropped = totals.dropped(), "the router ends");
         info!("programs stay attached, so pods stay closed until weir runs again; `weir detach` takes everything off");
@@ -635,20 +697,33 @@ impl Router {
     }
 
     /// Brings attachments and forwarding up to what the kernel has now.
-    async fn devices_changed(&mut self, first: bool) -> Result<(), RunError> {
-        self.follow_own_addresses()?;
+    async fn devices_changed(&mut self, even_if_same: bool) -> Result<(), RunError> {
+        // What fails keeps nothing else from being done: it is not seen as a change once more.
+        let followed = self.follow_own_addresses().map(drop);
         let changes = self.tracker.update(self.kernel.all(), &self.roles);
+        let mut forgotten = Ok(());
         for gone in &changes.gone {
             self.learned.retain(|(device, _), _| *device != gone.index);
-            self.adopted.remove(&gone.index);
-            self.attachment.forget_workload(gone.index.0)?;
-            info!(device = gone.name, "workload device gone");
+            if changes.appeared.iter().any(|link| link.index == gone.index) {
+                // Another one has its index, or it has another name: its program is attached anew.
+                self.adopted.remove(&gone.index);
+            } else if attach::is_gone(gone.index.0) {
+                self.adopted.remove(&gone.index);
+                forgotten = forgotten.and(self.attachment.forget_workload(gone.index.0));
+                info!(device = gone.name, "workload device gone");
+            } else {
+                warn!(
+                    device = gone.name,
+                    index = gone.index.0,
+                    "a workload's device has another name; it stays closed"
+                );
+            }
         }
-        self.forget_adopted()?;
+        let forgotten = forgotten.map_err(RunError::from).and(self.forget_adopted());
         self.adopt_all(changes.appeared.iter().chain(&changes.altered));
-        self.publish(first).await?;
+        let published = self.publish(even_if_same).await;
         self.settle_pods();
-        Ok(())
+        followed.and(forgotten).and(published)
     }
 
     /// Forgets devices that are gone and were no workloads' by then, or not yet.
@@ -657,12 +732,13 @@ impl Router {
         // What was adopted a moment ago may not have been followed yet.
         let is_gone = |index: &&IfIndex| !followed.contains(index) && attach::is_gone(index.0);
         let gone: Vec<IfIndex> = self.adopted.keys().filter(is_gone).copied().collect();
+        let mut forgotten = Ok(());
         for index in gone {
             self.adopted.remove(&index);
-            self.attachment.forget_workload(index.0)?;
+            forgotten = forgotten.and(self.attachment.forget_workload(index.0));
             info!(index = index.0, "a device that was a workload's is gone");
         }
-        Ok(())
+        Ok(forgotten?)
     }
 
     /// Opens node ports on addresses that the node did not have before; whether there are such. While a configuration is prepared, they wait
@@ -687,7 +763,10 @@ impl Router {
             match self.adopt(link) {
                 // Gone again already: the next change says so.
                 Ok(()) | Err(AttachError::DeviceGone { .. }) => {}
-                Err(error) => error!(device = link.name, %error, "the workload cannot be adopted"),
+                Err(error) => {
+                    error!(device = link.name, %error, "the workload cannot be adopted");
+                    self.trouble.note(&error, Instant::now());
+                }
             }
         }
     }
@@ -761,6 +840,14 @@ impl Router {
             Ask::Gone { namespace, name, sandbox, answer } => {
                 book.gone(&format!("{namespace}/{name}"), &sandbox, answer)
             }
+            Ask::Serves { device, answer } => {
+                let is_served = |device: String| {
+                    self.pods.as_ref().is_some_and(|pods| pods.own_device(&device))
+                        && is_served(&device, &self.adopted, &self.links)
+                };
+                let _ = answer.send(device.is_none_or(is_served));
+                return;
+            }
         };
         if is_new {
             self.begin_reload(Scope::LocalPods);
@@ -782,15 +869,13 @@ impl Router {
 
     /// Answers for pods that are in force by now.
     fn settle_pods(&mut self) {
+        // What was taken over is not in force yet.
+        if self.unpublished {
+            return;
+        }
         let Self { pods: Some(pods), loaded, links, kernel, roles, adopted, .. } = self else { return };
         pods.configure(pods::ranges(loaded, links, &own_addresses(kernel, roles)));
-        // The device before may still be known by the same name.
-        let has_device = |name: &str| {
-            attach::index_of(name).map(IfIndex).is_some_and(|index| {
-                let is_it = |device: &Device| device.index == index && device.role == Role::Workload;
-                adopted.contains_key(&index) && links.devices.iter().any(is_it)
-            })
-        };
+        let has_device = |name: &str| is_served(name, adopted, links);
         if pods.book().settle(&loaded.local_pods, &loaded.undescribed, has_device) {
             self.begin_reload(Scope::LocalPods);
         }
@@ -800,21 +885,14 @@ impl Router {
     async fn publish(&mut self, even_if_same: bool) -> Result<(), RunError> {
         let trunk_mac = self.trunk_mac();
         let Self { kernel, roles, loaded, listening, learned, max_mtu: room, .. } = self;
-        let links = assemble_links(kernel, roles, loaded, listening, trunk_mac, learned, *room);
-        let uplinks = links.devices.iter().filter(|d| d.role == Role::Uplink).count();
-        if let Some(missing) = self.roles.uplinks.iter().find(|name| !links.devices.iter().any(|d| d.name == **name))
-            && uplinks < self.roles.uplinks.len()
-        {
-            return Err(match kernel.link(missing) {
-                Some(link) if link.mtu > *room => {
-                    RunError::GrownMtu { device: missing.clone(), mtu: link.mtu, room: *room }
-                }
-                _ => RunError::NoUplink(missing.clone()),
-            });
+        let known: Vec<Device> = self.links.devices.iter().filter(|d| d.role == Role::Uplink).cloned().collect();
+        let links = assemble_links(kernel, roles, loaded, listening, trunk_mac, learned, *room, &known);
+        // All else goes on: what is wrong with an uplink is told in the end.
+        let uplinks = check_running(kernel, roles, *room);
+        if links == self.links && !even_if_same && !self.unpublished {
+            return uplinks;
         }
-        if links == self.links && !even_if_same {
-            return Ok(());
-        }
+        let even_if_same = even_if_same || self.unpublished;
         let devices_differ = links.devices != self.links.devices;
         // The kernel's way to pods does not depend on their devices.
         let nodes_own = |links: &Links| -> Vec<Device> {
@@ -841,6 +919,7 @@ impl Router {
             offload.prepare(&next, &self.shared.tables, near_devices(&self.kernel, self.pods.as_ref()));
         }
         self.shared.snapshot.publish(next);
+        self.unpublished = false;
         self.hits.follow(&self.rules);
         if devices_differ || even_if_same {
             let wanted = self.wanted();
@@ -851,7 +930,7 @@ impl Router {
                 self.plumbed = Some(wanted);
             }
         }
-        Ok(())
+        uplinks
     }
 
     fn trunk_mac(&self) -> Mac {
@@ -947,8 +1026,9 @@ impl Router {
     /// Takes over a configuration that is ready. A bad one changes nothing.
     async fn reload(&mut self, prepared: Outcome) -> Result<(), RunError> {
         let mut due = None;
+        let mut outcome = Ok(());
         match prepared {
-            Ok(prepared) => self.take_over(prepared).await?,
+            Ok(prepared) => outcome = self.take_over(prepared).await,
             Err((Scope::LocalPods, refused)) => {
                 error!("pods cannot be put in force:\n{refused}");
                 if let Some(pods) = &mut self.pods {
@@ -959,9 +1039,10 @@ impl Router {
                 error!("reload refused, the last good configuration stays:\n{refused}");
                 self.reloads.refused += 1;
                 self.reloads.problems = refused.lines();
-                if self.follow_own_addresses()? {
-                    self.publish(true).await?;
-                }
+                outcome = match self.follow_own_addresses() {
+                    Ok(true) => self.publish(true).await,
+                    followed => followed.map(drop),
+                };
                 // Pods do not wait for who mends the files.
                 let is_in_force = |pods: &Pods| Arc::ptr_eq(pods.all(), &self.loaded.local_pods);
                 due = self.pods.as_ref().filter(|pods| !is_in_force(pods)).map(|_| Scope::LocalPods);
@@ -970,7 +1051,7 @@ impl Router {
         if let Some(scope) = self.preparer.due().max(due) {
             self.begin_reload(scope);
         }
-        Ok(())
+        outcome
     }
 
     async fn take_over(&mut self, prepared: Prepared) -> Result<(), RunError> {
@@ -1002,11 +1083,12 @@ impl Router {
         let other_files = loaded.config.manifests != self.loaded.config.manifests;
         self.roles.workloads = role_rules(&loaded).workloads;
         self.loaded = loaded;
+        self.unpublished = true;
         self.rules = Arc::new(rules.counting(self.workers.len()));
         (self.listening, self.snat) = (listening, Arc::new(snat));
-        self.follow_own_addresses()?;
+        let mut outcome = self.follow_own_addresses().map(drop);
         if other_files {
-            self.watch_files()?;
+            outcome = outcome.and(self.watch_files());
             // They may have changed after they were read and before they were watched.
             self.preparer.once_more();
         }
@@ -1016,62 +1098,58 @@ impl Router {
             self.learned.retain(|(device, _), _| *device != gone.index);
         }
         self.adopt_all(&changes.appeared);
-        self.publish(true).await?;
+        if has_new_files {
+            self.health.follow(health::wanted(&self.loaded.services));
+        }
+        let published = self.publish(true).await;
         self.settle_pods();
+        outcome = outcome.and(published);
         let times = Times { publish: begin.elapsed(), ..times };
+        if self.unpublished {
+            return outcome;
+        }
         if !has_new_files {
             self.reloads.pods = Some(times);
-            return Ok(());
+            return outcome;
         }
         self.shared.affinity.forget_gone(&self.rules.services);
-        self.health.follow(health::wanted(&self.loaded.services));
         info!(generation = self.generation, took_ms = %times.to_json(), "reloaded");
         self.reloads.taken_over(times);
-        Ok(())
+        outcome
     }
 
     fn totals(&self) -> Totals {
         Totals::new(&self.counters.sums(), 0)
     }
 
-    async fn answer(&mut self, stream: UnixStream) -> io::Result<()> {
-        let mut stream = BufReader::new(stream);
-        let mut line = String::new();
-        if stream.read_line(&mut line).await? == 0 {
-            // Somebody only looked whether a router runs.
-            return Ok(());
-        }
-        let answer = match serde_json::from_str(&line) {
-            Ok(Request::Status) => {
+    fn answer(&mut self, request: Request, mut stream: UnixStream) -> io::Result<()> {
+        match request {
+            Request::Status => {
                 let mut status = self.status();
-                let mut stream = stream.into_inner().into_std()?;
-                stream.set_nonblocking(false)?;
+                let mut stream = blocking(stream)?;
                 let shared = self.shared.clone();
                 // Reads the tables, which may take long, and a reader may be slow.
                 thread::Builder::new().name("weir-status".into()).spawn(move || {
                     status["snat"]["addresses"] = snat_use::of_both(&shared.tables, now());
                     drop(writeln!(stream, "{status}"));
                 })?;
-                return Ok(());
             }
-            Ok(Request::PolicyHits) => {
-                let mut stream = stream.into_inner().into_std()?;
-                stream.set_nonblocking(false)?;
+            Request::PolicyHits => {
+                let mut stream = blocking(stream)?;
                 let hits = self.hits.clone();
                 // Many rules are a long answer.
                 thread::Builder::new().name("weir-policy".into()).spawn(move || {
                     let hits = hits.by_rule().into_iter().map(|(rule, hits)| (rule.0, hits)).collect();
                     drop(writeln!(stream, "{}", json!(PolicyHits { hits })));
                 })?;
-                return Ok(());
             }
-            Ok(Request::Ipam) => {
+            Request::Ipam => {
                 let Some(pods) = &self.pods else {
                     let answer = json!({"error": "this router makes no pods: its weir.yaml had no section cni"});
-                    return writeln_to(stream.get_mut(), &answer).await;
+                    tokio::spawn(async move { drop(writeln_to(&mut stream, &answer).await) });
+                    return Ok(());
                 };
-                let mut stream = stream.into_inner().into_std()?;
-                stream.set_nonblocking(false)?;
+                let mut stream = blocking(stream)?;
                 let server = Arc::clone(pods.server());
                 // It reads files, and asks the kernel for devices.
                 thread::Builder::new().name("weir-ipam".into()).spawn(move || {
@@ -1081,21 +1159,17 @@ impl Router {
                     };
                     drop(writeln!(stream, "{answer}"));
                 })?;
-                return Ok(());
             }
-            Ok(Request::Conntrack(query)) => {
-                let stream = stream.into_inner().into_std()?;
-                stream.set_nonblocking(false)?;
+            Request::Conntrack(query) => {
+                let stream = blocking(stream)?;
                 let (shared, domain) = (self.shared.clone(), self.domain.clone());
                 // A reader that goes away ends the thread.
                 thread::Builder::new()
                     .name("weir-conntrack".into())
                     .spawn(move || drop(conntrack::answer(stream, &shared, &domain, &query)))?;
-                return Ok(());
             }
-            Ok(Request::Services(query)) => {
-                let stream = stream.into_inner().into_std()?;
-                stream.set_nonblocking(false)?;
+            Request::Services(query) => {
+                let stream = blocking(stream)?;
                 let all = &self.loaded.services;
                 let services = all.services.iter().filter(|service| query.matches(&service.name)).cloned().collect();
                 let model =
@@ -1104,11 +1178,9 @@ impl Router {
                 thread::Builder::new()
                     .name("weir-services".into())
                     .spawn(move || drop(services::answer(stream, &model, &hits)))?;
-                return Ok(());
             }
-            Err(error) => json!({"error": error.to_string()}),
-        };
-        writeln_to(stream.get_mut(), &answer).await
+        }
+        Ok(())
     }
 
     fn status(&self) -> Value {
@@ -1161,15 +1233,17 @@ impl Router {
             "healthChecks": self.health.status(),
             "pods": self.pods.as_ref().map(|pods| pods.status(&self.loaded)),
             "programs": kernel,
+            "trouble": self.trouble.to_json(Instant::now()),
             "notes": self.notes,
         })
     }
 }
 
-async fn writeln_to(stream: &mut UnixStream, answer: &Value) -> io::Result<()> {
-    let mut text = answer.to_string();
-    text.push('\n');
-    stream.write_all(text.as_bytes()).await
+/// A client's connection, for a thread that waits for it.
+fn blocking(stream: UnixStream) -> io::Result<std::os::unix::net::UnixStream> {
+    let stream = stream.into_std()?;
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }
 
 /// What became of changed configurations.
@@ -1229,6 +1303,14 @@ struct Adopted {
     mtu: u32,
 }
 
+/// Whether programs and what was published know the device of that name. The device before may still be known by the same name.
+fn is_served(name: &str, adopted: &BTreeMap<IfIndex, Adopted>, links: &Links) -> bool {
+    attach::index_of(name).map(IfIndex).is_some_and(|index| {
+        let is_it = |device: &Device| device.index == index && device.role == Role::Workload;
+        adopted.contains_key(&index) && links.devices.iter().any(is_it)
+    })
+}
+
 /// Devices whose other end is in this network namespace too; those of pods that weir makes never are.
 fn near_devices(kernel: &KernelState, pods: Option<&Pods>) -> BTreeSet<u32> {
     let is_near = |link: &&Link| !link.peer_elsewhere && !pods.is_some_and(|pods| pods.own_device(&link.name));
@@ -1284,6 +1366,20 @@ fn check_uplinks(config: &RouterConfig, kernel: &KernelState, workers: u32) -> R
             Ok(link)
         })
         .collect()
+}
+
+/// Whether the uplinks that the router was started with are as it can use them.
+fn check_running(kernel: &KernelState, roles: &RoleRules, room: u32) -> Result<(), RunError> {
+    for name in &roles.uplinks {
+        match kernel.link(name) {
+            Some(link) if link.mtu > room => {
+                return Err(RunError::GrownMtu { device: name.clone(), mtu: link.mtu, room });
+            }
+            Some(_) => {}
+            None => return Err(RunError::NoUplink(name.clone())),
+        }
+    }
+    Ok(())
 }
 
 /// Worker `worker` owns its queue of the trunk and every `workers`-th queue of each uplink. The first queue of each uplink
@@ -1374,7 +1470,9 @@ fn own_addresses(kernel: &KernelState, roles: &RoleRules) -> Vec<IpAddr> {
 }
 
 /// The devices, routes and neighbours that forwarding is compiled from: the kernel's, weir.yaml's, what workloads told, and the
-/// node's own kernel. Devices with an MTU above `max_mtu` are left out.
+/// node's own kernel. Devices with an MTU above `max_mtu` are left out, but an uplink that was `known` stays as it was, also where it is
+/// gone: the workers know uplinks by their places.
+#[expect(clippy::too_many_arguments, reason = "each is a part of what links are assembled from")]
 fn assemble_links(
     kernel: &KernelState,
     roles: &RoleRules,
@@ -1383,10 +1481,14 @@ fn assemble_links(
     trunk_mac: Mac,
     learned: &BTreeMap<(IfIndex, IpAddr), Mac>,
     max_mtu: u32,
+    known: &[Device],
 ) -> Links {
     let config = &loaded.config;
     let mut links = kernel.links(roles);
     links.devices.retain(|device| device.mtu <= max_mtu);
+    let is_there = |known: &&Device| links.devices.iter().any(|device| device.name == known.name);
+    let missing: Vec<Device> = known.iter().filter(|known| !is_there(known)).cloned().collect();
+    links.devices.extend(missing);
     // Uplinks in the order of weir.yaml: that is the order of the workers' ports.
     let place = |name: &str| config.devices.iter().position(|d| d.name == name).unwrap_or(usize::MAX);
     links.devices.sort_by_key(|device| (device.role != Role::Uplink, place(&device.name), device.index));

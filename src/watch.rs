@@ -36,6 +36,8 @@ use tokio::{
 
 /// How long further events are gathered after the first.
 const GATHER: Duration = Duration::from_millis(20);
+/// How long after a look that inotify refused the next one is made.
+const PAUSE: Duration = Duration::from_secs(10);
 /// Two changes of a file within this time may leave the same stamp: the kernel's coarse clock ticks every 10 ms at most.
 const TICK: Duration = Duration::from_millis(10);
 /// Symbolic links followed for one path, as the kernel's own limit (path_resolution(7)).
@@ -266,7 +268,7 @@ impl Watch {
     /// Cancel-safe: a call that is given up loses nothing.
     ///
     /// # Errors
-    /// Where the watch ended or inotify refuses a folder that became relevant.
+    /// [`WatchError::Ended`] where the watch ended. Else inotify refused a folder that became relevant, which is tried again after a pause.
     pub async fn changed(&mut self) -> Result<Trigger, WatchError> {
         loop {
             let due = self.due;
@@ -276,7 +278,13 @@ impl Watch {
                     return received.map(|()| Trigger::Signal).ok_or(WatchError::Ended);
                 }
                 () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
-                    let survey = self.look()?;
+                    let survey = match self.look() {
+                        Ok(survey) => survey,
+                        Err(error) => {
+                            self.due = Some(Instant::now() + PAUSE);
+                            return Err(error);
+                        }
+                    };
                     self.due = None;
                     let files_changed = survey.files != self.survey.files || self.suspicious;
                     self.suspicious = files_changed && survey.may_miss_a_change();

@@ -25,7 +25,7 @@ use nix::{
 use crate::wire::{self, Answer, Command, PROTOCOL, Request};
 
 /// How long a router may take: longer than it lets itself (it waits for control and for the pod's object), shorter than runtimes wait.
-pub const PATIENCE: Duration = Duration::from_secs(75);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 /// The same where nothing has to be made.
 pub const SHORT_PATIENCE: Duration = Duration::from_secs(5);
 

@@ -1,15 +1,12 @@
 //! The network configuration that a runtime gives on standard input (specification, section 1).
 
-use std::{
-    net::IpAddr,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
 use crate::{
     CniError, Version,
-    wire::{Attachment, DEFAULT_SOCKET, HostPort, Protocol},
+    wire::{Attachment, DEFAULT_SOCKET},
 };
 
 /// Most bytes of a configuration that are read.
@@ -22,10 +19,10 @@ const MAX_SOCKET_PATH: usize = 107;
 pub struct Config {
     /// In which form it is, and the result has to be.
     pub version: Version,
+    /// The network's name.
+    pub name: String,
     /// Where the router listens.
     pub socket: PathBuf,
-    /// `runtimeConfig.portMappings`.
-    pub host_ports: Vec<HostPort>,
     /// The result of the ADD, for CHECK.
     pub previous: Option<Value>,
     /// `cni.dev/valid-attachments`, for GC.
@@ -78,11 +75,12 @@ impl Raw {
             )
             .with(format!("it speaks {}", Version::ALL.map(Version::as_str).join(", ")))
         })?;
-        match self.text("name")? {
-            Some(name) if !name.is_empty() => {}
+        let name = match self.text("name")? {
+            Some(name) if !name.is_empty() => name.to_owned(),
             _ => return Err(invalid("the network configuration has no name")),
-        }
-        // Weir gives addresses by itself, and masquerades as IPPools say: what else is asked for would silently not happen.
+        };
+        // Weir gives addresses by itself, and masquerades as IPPools say: what else is asked for would silently not happen. What a pod's object
+        // says too, host ports first of all, is taken from there: runtimeConfig is not looked at.
         for (field, nothing) in [("ipam", Value::Object(Map::new())), ("ipMasq", Value::Bool(false))] {
             if let Some(value) = self.fields.get(field).filter(|value| !value.is_null() && **value != nothing) {
                 let value: String = value.to_string().chars().take(200).collect();
@@ -93,22 +91,31 @@ impl Raw {
                 .with("weir.yaml says where addresses come from, IPPools what is masqueraded"));
             }
         }
-        let socket = self.text("socket")?.unwrap_or(DEFAULT_SOCKET);
-        if !Path::new(socket).is_absolute() || socket.contains('\0') || socket.len() > MAX_SOCKET_PATH {
-            return Err(invalid(&format!("socket must be an absolute path of at most {MAX_SOCKET_PATH} bytes")));
-        }
+        let socket = self.socket()?;
         let dns = self.fields.get("dns").filter(|value| !value.is_null());
         if dns.is_some_and(|value| !value.is_object()) {
             return Err(invalid("dns must be an object"));
         }
         Ok(Config {
             version,
-            socket: socket.into(),
-            host_ports: self.host_ports()?,
+            name,
+            socket,
             previous: self.fields.get("prevResult").filter(|value| !value.is_null()).cloned(),
             valid: self.valid()?,
             dns: dns.cloned(),
         })
+    }
+
+    /// Where the router listens.
+    ///
+    /// # Errors
+    /// Where that is no path of a socket.
+    pub fn socket(&self) -> Result<PathBuf, CniError> {
+        let socket = self.text("socket")?.unwrap_or(DEFAULT_SOCKET);
+        if !Path::new(socket).is_absolute() || socket.contains('\0') || socket.len() > MAX_SOCKET_PATH {
+            return Err(invalid(&format!("socket must be an absolute path of at most {MAX_SOCKET_PATH} bytes")));
+        }
+        Ok(socket.into())
     }
 
     fn text(&self, field: &str) -> Result<Option<&str>, CniError> {
@@ -117,59 +124,6 @@ impl Raw {
             Some(Value::String(text)) => Ok(Some(text)),
             Some(_) => Err(invalid(&format!("{field} must be a text"))),
         }
-    }
-
-    fn host_ports(&self) -> Result<Vec<HostPort>, CniError> {
-        let mappings = match self.fields.get("runtimeConfig") {
-            None | Some(Value::Null) => return Ok(Vec::new()),
-            Some(Value::Object(runtime)) => match runtime.get("portMappings") {
-                None | Some(Value::Null) => return Ok(Vec::new()),
-                Some(Value::Array(mappings)) => mappings,
-                Some(_) => return Err(invalid("runtimeConfig.portMappings must be a list")),
-            },
-            Some(_) => return Err(invalid("runtimeConfig must be an object")),
-        };
-        let mut ports = Vec::new();
-        for (index, mapping) in mappings.iter().enumerate() {
-            let fault = |what: &str| invalid(&format!("runtimeConfig.portMappings[{index}]: {what}"));
-            let port = |key: &str| match &mapping[key] {
-                Value::Null => Ok(0),
-                number => number
-                    .as_u64()
-                    .and_then(|number| u16::try_from(number).ok())
-                    .ok_or_else(|| fault(&format!("{key} must be a port number"))),
-            };
-            let (host_port, container_port) = (port("hostPort")?, port("containerPort")?);
-            // A port of the pod that the node has none for: runtimes list those too.
-            if host_port == 0 {
-                continue;
-            }
-            if container_port == 0 {
-                return Err(fault("containerPort is missing"));
-            }
-            let protocol = match &mapping["protocol"] {
-                Value::Null => Protocol::Tcp,
-                Value::String(name) => match name.to_ascii_lowercase().as_str() {
-                    "tcp" | "" => Protocol::Tcp,
-                    "udp" => Protocol::Udp,
-                    "sctp" => Protocol::Sctp,
-                    _ => return Err(fault("protocol must be tcp, udp or sctp")),
-                },
-                _ => return Err(fault("protocol must be a text")),
-            };
-            let host_ip = match &mapping["hostIP"] {
-                Value::Null => None,
-                Value::String(text) if text.is_empty() => None,
-                Value::String(text) => {
-                    let address: IpAddr = text.parse().map_err(|_| fault("hostIP is no address"))?;
-                    // 0.0.0.0 and :: say "each of this family" to Kubernetes.
-                    Some(address)
-                }
-                _ => return Err(fault("hostIP must be a text")),
-            };
-            ports.push(HostPort { host_ip, host_port, container_port, protocol });
-        }
-        Ok(ports)
     }
 
     fn valid(&self) -> Result<Option<Vec<Attachment>>, CniError> {
@@ -211,27 +165,15 @@ mod tests {
     fn a_plain_configuration_is_read() {
         let config = read(&json!({
             "cniVersion": "1.0.0", "name": "weir", "type": "weir-cni", "dns": {"nameservers": ["10.96.0.10"]},
-            "runtimeConfig": {"portMappings": [
-                {"hostPort": 8080, "containerPort": 80, "protocol": "tcp", "hostIP": ""},
-                {"hostPort": 53, "containerPort": 5353, "protocol": "UDP", "hostIP": "192.0.2.1"},
-                {"hostPort": 0, "containerPort": 81, "protocol": "tcp"},
-            ]},
+            "runtimeConfig": {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp", "hostIP": "localhost"}]},
         }))
         .unwrap();
         assert_eq!(
             config,
             Config {
                 version: Version::V1_0_0,
+                name: "weir".into(),
                 socket: "/run/weir/cni.sock".into(),
-                host_ports: vec![
-                    HostPort { host_ip: None, host_port: 8080, container_port: 80, protocol: Protocol::Tcp },
-                    HostPort {
-                        host_ip: Some("192.0.2.1".parse().unwrap()),
-                        host_port: 53,
-                        container_port: 5353,
-                        protocol: Protocol::Udp
-                    },
-                ],
                 previous: None,
                 valid: None,
                 dns: Some(json!({"nameservers": ["10.96.0.10"]})),
@@ -261,20 +203,8 @@ mod tests {
             (with("socket", json!(format!("/{}", "x".repeat(200)))), CniError::INVALID_CONFIG),
             (with("socket", json!({})), CniError::INVALID_CONFIG),
             (with("dns", json!("10.96.0.10")), CniError::INVALID_CONFIG),
-            (with("runtimeConfig", json!([])), CniError::INVALID_CONFIG),
-            (with("runtimeConfig", json!({"portMappings": {}})), CniError::INVALID_CONFIG),
+            (with("runtimeConfig", json!([])), 0),
             (with("runtimeConfig", json!({"portMappings": [7]})), 0),
-            (with("runtimeConfig", json!({"portMappings": [{"hostPort": 70000}]})), CniError::INVALID_CONFIG),
-            (with("runtimeConfig", json!({"portMappings": [{"hostPort": -1}]})), CniError::INVALID_CONFIG),
-            (with("runtimeConfig", json!({"portMappings": [{"hostPort": 80}]})), CniError::INVALID_CONFIG),
-            (
-                with("runtimeConfig", json!({"portMappings": [{"hostPort": 8, "containerPort": 8, "protocol": "ip"}]})),
-                CniError::INVALID_CONFIG,
-            ),
-            (
-                with("runtimeConfig", json!({"portMappings": [{"hostPort": 8, "containerPort": 8, "hostIP": "a"}]})),
-                CniError::INVALID_CONFIG,
-            ),
             (with("cni.dev/valid-attachments", json!("all")), CniError::INVALID_CONFIG),
             (with("cni.dev/valid-attachments", json!([{"containerID": 7}])), CniError::INVALID_CONFIG),
             (with("ipam", json!({})), 0),

@@ -15,7 +15,7 @@ use crate::{
     invocation::{Environment, Invocation},
     queue::Queue,
     result,
-    wire::{Answer, Attachment, Command, Made, PodName},
+    wire::{Answer, Attachment, Command, DEFAULT_SOCKET, Made, OTHER_PROTOCOL, PodName},
 };
 
 /// Does what the environment and `input` say. What is to be printed, if anything, and whether it went well.
@@ -44,6 +44,11 @@ fn answer(environment: &Environment<'_>, input: impl Read, version: &mut String)
     if invocation == Invocation::Version {
         return Ok(Some(result::versions(version)));
     }
+    if let Invocation::Del { attachment, pod } = invocation {
+        // A pod goes, whatever has become of the configuration since it came.
+        let socket = raw.socket().unwrap_or_else(|_| DEFAULT_SOCKET.into());
+        return delete(&socket, attachment, pod).map(|()| None);
+    }
     let config = raw.read()?;
     match invocation {
         Invocation::Add { attachment, netns, pod } => {
@@ -53,8 +58,7 @@ fn answer(environment: &Environment<'_>, input: impl Read, version: &mut String)
                     "weir-cni makes the pod's interface, so it must be the first plugin of the list; prevResult is from another",
                 ));
             }
-            let host_ports = config.host_ports.clone();
-            let made = in_namespace(&config, &netns, Command::Add { attachment, pod, host_ports })?;
+            let made = in_namespace(&config, &netns, Command::Add { attachment, pod, network: config.name.clone() })?;
             Ok(Some(result::render(config.version, &made, &netns.display().to_string(), config.dns.as_ref())))
         }
         Invocation::Check { attachment, netns } => {
@@ -66,7 +70,6 @@ fn answer(environment: &Environment<'_>, input: impl Read, version: &mut String)
             result::compare(previous, &made)?;
             Ok(None)
         }
-        Invocation::Del { attachment, pod } => delete(&config, attachment, pod).map(|()| None),
         Invocation::Status => {
             since(&config, Version::V1_1_0, "STATUS")?;
             match client::ask(&config.socket, Command::Status, None, SHORT_PATIENCE) {
@@ -82,10 +85,10 @@ fn answer(environment: &Environment<'_>, input: impl Read, version: &mut String)
                     "a GC needs cni.dev/valid-attachments: without that list every pod would be taken away",
                 )
             })?;
-            done(ask(&config, Command::Gc { valid }, None)?).map(|()| None)
+            done(ask(&config, Command::Gc { valid, network: config.name.clone() }, None)?).map(|()| None)
         }
-        // Answered above.
-        Invocation::Version => Ok(None),
+        // Done above.
+        Invocation::Del { .. } | Invocation::Version => Ok(None),
     }
 }
 
@@ -100,7 +103,7 @@ fn in_namespace(config: &Config, netns: &Path, command: Command) -> Result<Made,
     })?;
     match ask(config, command, Some(&namespace))? {
         Answer::Made(made) => Ok(made),
-        Answer::Failed(error) => Err(error),
+        Answer::Failed(error) => Err(of_runtimes(error)),
         Answer::Done => {
             Err(CniError::new(CniError::TRY_AGAIN, "the router answered something else; is it of this version?"))
         }
@@ -108,18 +111,20 @@ fn in_namespace(config: &Config, netns: &Path, command: Command) -> Result<Made,
 }
 
 /// A pod that is to go must not wait for a router that does not run: its DEL is kept.
-fn delete(config: &Config, attachment: Attachment, pod: Option<PodName>) -> Result<(), CniError> {
+fn delete(socket: &Path, attachment: Attachment, pod: Option<PodName>) -> Result<(), CniError> {
     let command = Command::Del { attachment: attachment.clone(), pod };
-    let error = match client::ask(&config.socket, command, None, PATIENCE) {
+    let error = match client::ask(socket, command, None, PATIENCE) {
+        // Once the two are of one version again, it finds it.
+        Ok(Answer::Failed(error)) if error.code == OTHER_PROTOCOL => io::Error::other(error),
         Ok(answer) => return done(answer),
         Err(error) => error,
     };
-    let queue = Queue::beside(&config.socket);
+    let queue = Queue::beside(socket);
     queue.push(&attachment).map_err(|full| {
-        absent(CniError::TRY_AGAIN, &config.socket, &error).with(format!("{error}; nor can the DEL be kept: {full}"))
+        absent(CniError::TRY_AGAIN, socket, &error).with(format!("{error}; nor can the DEL be kept: {full}"))
     })?;
     // A router may have started, and emptied the queue, before the entry was there. One that does not answer will find it.
-    let _ = client::ask(&config.socket, Command::Drain, None, SHORT_PATIENCE);
+    let _ = client::ask(socket, Command::Drain, None, SHORT_PATIENCE);
     Ok(())
 }
 
@@ -130,8 +135,16 @@ fn ask(config: &Config, command: Command, namespace: Option<&File>) -> Result<An
 
 fn done(answer: Answer) -> Result<(), CniError> {
     match answer {
-        Answer::Failed(error) => Err(error),
+        Answer::Failed(error) => Err(of_runtimes(error)),
         Answer::Done | Answer::Made(_) => Ok(()),
+    }
+}
+
+/// What a runtime is told for it.
+fn of_runtimes(error: CniError) -> CniError {
+    match error.code {
+        OTHER_PROTOCOL => CniError { code: CniError::TRY_AGAIN, ..error },
+        _ => error,
     }
 }
 

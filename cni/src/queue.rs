@@ -66,6 +66,11 @@ impl Queue {
         Ok(found)
     }
 
+    /// Whether an attachment is kept.
+    pub fn has(&self, attachment: &Attachment) -> bool {
+        self.folder.join(attachment.file_name()).exists()
+    }
+
     /// Forgets an attachment.
     ///
     /// # Errors

@@ -15,6 +15,8 @@ use crate::CniError;
 
 /// Changes with every change of these types that the other side would misread.
 pub const PROTOCOL: u32 = 1;
+/// The number of an [`Answer::Failed`] of a router that speaks another protocol: one of weir's own, which no runtime gets to see.
+pub const OTHER_PROTOCOL: u32 = 101;
 /// Where the router listens if nothing else is said.
 pub const DEFAULT_SOCKET: &str = "/run/weir/cni.sock";
 /// Most bytes of a request or an answer; a GC with ten thousand sandboxes has one.
@@ -73,9 +75,15 @@ impl Attachment {
         }
         // dev_valid_name() of the kernel (net/core/dev.c), which has 16 bytes for a name and its end; control characters would spoil
         // what is printed.
-        let plain = |c: char| c.is_ascii_graphic() && c != '/' && c != ':';
+        // A `%` would be a pattern for a name (dev_alloc_name()).
+        let plain = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%');
         if interface.is_empty() || matches!(interface, "." | "..") || !interface.chars().all(plain) {
-            return Err("CNI_IFNAME must be an interface name: visible ASCII characters without `/` and `:`".into());
+            return Err(
+                "CNI_IFNAME must be an interface name: visible ASCII characters without `/`, `:` and `%`".into()
+            );
+        }
+        if matches!(interface, "all" | "default" | "lo") {
+            return Err(format!("CNI_IFNAME: {interface} is a name that the kernel uses itself"));
         }
         if interface.len() > 15 {
             return Err(format!("CNI_IFNAME has {} characters, an interface name has 15 at most", interface.len()));
@@ -125,33 +133,6 @@ impl PodName {
     }
 }
 
-/// A transport protocol of a port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Protocol {
-    /// TCP
-    Tcp,
-    /// UDP
-    Udp,
-    /// SCTP
-    Sctp,
-}
-
-/// A port of the node that leads to a port of the pod (`runtimeConfig.portMappings`).
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct HostPort {
-    /// The node's address that has the port; `None`: each.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub host_ip: Option<IpAddr>,
-    /// The node's port, never 0.
-    pub host_port: u16,
-    /// The pod's port, never 0.
-    pub container_port: u16,
-    /// Their protocol.
-    pub protocol: Protocol,
-}
-
 /// What the plugin asks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
@@ -172,8 +153,9 @@ pub enum Command {
         attachment: Attachment,
         /// The pod.
         pod: PodName,
-        /// Ports of the node that lead to it.
-        host_ports: Vec<HostPort>,
+        /// The name of the network configuration.
+        #[serde(default)]
+        network: String,
     },
     /// Take it away. Answered by [`Answer::Done`] also where there is nothing to take.
     Del {
@@ -189,10 +171,14 @@ pub enum Command {
     },
     /// Whether pods can be made.
     Status,
-    /// Take away all that is not listed.
+    /// Take away all of a network that is not listed.
+    #[serde(rename_all = "camelCase")]
     Gc {
         /// What the runtime has.
         valid: Vec<Attachment>,
+        /// The name of the network configuration.
+        #[serde(default)]
+        network: String,
     },
     /// Do what is in the queue of DELs.
     Drain,
@@ -207,7 +193,7 @@ impl fmt::Display for Command {
             Self::Del { attachment, .. } => write!(f, "DEL of {attachment}"),
             Self::Check { attachment } => write!(f, "CHECK of {attachment}"),
             Self::Status => f.write_str("STATUS"),
-            Self::Gc { valid } => write!(f, "GC with {} valid attachments", valid.len()),
+            Self::Gc { valid, .. } => write!(f, "GC with {} valid attachments", valid.len()),
             Self::Drain => f.write_str("the queue of DELs"),
         }
     }

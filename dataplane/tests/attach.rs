@@ -735,6 +735,38 @@ fn without_a_router_the_node_stays_reachable_and_owned_ports_are_closed() {
 }
 
 #[test]
+fn a_link_that_cannot_be_renewed_stays() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let _pod = node.pod("calieeee");
+    let mac = mac_of(&node.namespace, "calieeee");
+    node.run(|| {
+        let index = index_of("calieeee");
+        let mut attachment = node.open();
+        attachment.adopt_workload(index, "calieeee", mac, true).unwrap();
+        let (pin, aside) = (node.pins.join(format!("workload_{index}")), node.pins.join("aside"));
+        let link = info_of(&pin);
+        // Something that is no link stands in its place for a moment, so that the kernel refuses to renew it.
+        std::fs::rename(&pin, &aside).unwrap();
+        std::fs::hard_link(node.pins.join("counters"), &pin).unwrap();
+        attachment.adopt_workload(index, "calieeee", mac, true).unwrap_err();
+        assert!(pin.exists(), "nothing that closed the device is taken off");
+        std::fs::remove_file(&pin).unwrap();
+        std::fs::rename(&aside, &pin).unwrap();
+        attachment.adopt_workload(index, "calieeee", mac, true).unwrap();
+        assert_eq!(info_of(&pin).0, link.0, "it is the same link");
+
+        // Under another name the device is still there, and stays closed.
+        shell("ip link set calieeee down && ip link set calieeee name renamed0");
+        let gone = attachment.adopt_workload(index, "calieeee", mac, true);
+        assert!(matches!(gone, Err(AttachError::DeviceGone { .. })), "{gone:?}");
+        assert_eq!(info_of(&pin).0, link.0);
+    });
+}
+
+#[test]
 fn pins_outlive_the_router_and_the_next_one_adopts_them() {
     if skipped() {
         return;

@@ -2,7 +2,12 @@
 
 mod sim;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::atomic::Ordering,
+    thread,
+    time::{Duration, Instant},
+};
 
 use proptest::prelude::*;
 use sim::{Fault, Told, World};
@@ -241,4 +246,113 @@ fn requests_at_once_leave_what_agrees() {
         }
         assert_eq!(world.compare(&BTreeMap::new()), [""; 0]);
     }
+}
+
+/// What a start works off it does not ask control about, which does not run yet.
+#[test]
+fn a_start_asks_nothing_of_control() {
+    let mut world = World::new(&["10.244.7.0/24"]);
+    for pod in 0..3 {
+        let sandbox = world.new_sandbox();
+        world.add(&sandbox, pod).unwrap();
+        if pod > 0 {
+            world.queue(&sandbox);
+        }
+    }
+    let begin = Instant::now();
+    world.restart();
+    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    let kept: Vec<_> = world.keeper().pods().into_iter().map(|pod| pod.name).collect();
+    assert_eq!((kept, world.queued()), (vec!["pod-0".to_owned()], 0));
+}
+
+/// A pod that control was never told goes must stay in the books: control would go on refusing its address to others.
+#[test]
+fn a_pod_of_which_control_hears_nothing_does_not_go_yet() {
+    let mut world = World::new(&["10.244.7.0/24"]);
+    let pods: Vec<_> = (0..8u8).map(|pod| (pod, world.new_sandbox())).collect();
+    for (pod, sandbox) in &pods {
+        world.add(sandbox, *pod).unwrap();
+    }
+    world.deaf.store(true, Ordering::Relaxed);
+    // One ask is taken, four wait, so some find no room.
+    let outcomes: Vec<_> = thread::scope(|scope| {
+        let dels: Vec<_> = pods.iter().map(|(_, sandbox)| scope.spawn(|| world.del(sandbox))).collect();
+        dels.into_iter().map(|del| del.join().unwrap()).collect()
+    });
+    let failed: Vec<_> = outcomes.iter().filter(|outcome| outcome.is_err()).collect();
+    assert!(!failed.is_empty(), "{outcomes:?}");
+    assert_eq!(world.keeper().pods().len(), failed.len());
+    world.deaf.store(false, Ordering::Relaxed);
+    for (_, sandbox) in &pods {
+        assert_eq!(world.del(sandbox), Ok(()));
+    }
+    assert_eq!(world.compare(&BTreeMap::new()), [""; 0]);
+}
+
+#[test]
+fn a_del_that_waits_is_not_of_the_next_life_of_its_sandbox() {
+    let mut world = World::new(&["10.244.7.0/24"]);
+    let sandbox = world.new_sandbox();
+    world.add(&sandbox, 0).unwrap();
+    world.queue(&sandbox);
+    let addresses = world.add(&sandbox, 0).unwrap();
+    world.keeper().tend();
+    let living = BTreeMap::from([(sandbox, Told { pod: 0, addresses })]);
+    assert_eq!((world.compare(&living), world.queued()), (vec![], 0));
+}
+
+#[test]
+fn a_pod_whose_device_has_another_name_keeps_its_address() {
+    let mut world = World::new(&["10.244.7.0/24"]);
+    let sandbox = world.new_sandbox();
+    let addresses = world.add(&sandbox, 0).unwrap();
+    world.rename_device(0, "renamed0");
+    world.keeper().tend();
+    world.restart();
+    let kept: Vec<_> = world.keeper().pods().into_iter().map(|pod| (pod.name, pod.addresses)).collect();
+    assert_eq!(kept, [("pod-0".to_owned(), addresses)]);
+    assert_eq!(world.del(&sandbox), Ok(()));
+    assert_eq!((world.devices(), world.keeper().pods()), (vec![], vec![]));
+}
+
+#[test]
+fn a_device_that_weir_did_not_make_stays_at_a_start() {
+    let mut world = World::new(&["10.244.7.0/24"]);
+    let sandbox = world.new_sandbox();
+    world.add(&sandbox, 0).unwrap();
+    // The node starts again, by now with another plugin, which has made the StatefulSet's pod.
+    world.reboot_with(|world| world.foreign_device(0));
+    assert_eq!((world.devices().len(), world.keeper().pods()), (1, vec![]));
+}
+
+#[test]
+fn an_address_that_control_knew_cools_down() {
+    let mut world = World::new(&["10.244.7.0/24"]);
+    world.refuses.store(true, Ordering::Relaxed);
+    let sandbox = world.new_sandbox();
+    world.add(&sandbox, 0).unwrap_err();
+    world.refuses.store(false, Ordering::Relaxed);
+    let (next, after) = (world.new_sandbox(), world.new_sandbox());
+    let address = |text: &str| vec![text.parse::<std::net::IpAddr>().unwrap()];
+    assert_eq!(world.add(&next, 1), Ok(address("10.244.7.2")));
+    // One that control never heard of is as it was.
+    world.with(Fault::FailAt(0), |world| world.add(&after, 2)).unwrap_err();
+    assert_eq!(world.add(&after, 2), Ok(address("10.244.7.3")));
+}
+
+#[test]
+fn ipv6_has_a_least_mtu() {
+    let mut world = World::new(&["10.244.7.0/24"]);
+    let ranges = |nets: &[&str], mtu| weir_node::pods::NodeRanges {
+        pod_cidrs: nets.iter().map(|net| net.parse().unwrap()).collect(),
+        mtu,
+        left_out: Vec::new(),
+    };
+    let sandboxes = [world.new_sandbox(), world.new_sandbox()];
+    let both = ["10.244.7.0/24", "fd00:7::/64"];
+    let why = world.add_with(ranges(&both, 1279), &sandboxes[0], 0).unwrap_err();
+    assert!(why.contains("MTU of 1279") && why.contains("cni.mtu"), "{why}");
+    assert_eq!(world.add_with(ranges(&both, 1280), &sandboxes[0], 0).map(|addresses| addresses.len()), Ok(2));
+    assert_eq!(world.add_with(ranges(&both[..1], 576), &sandboxes[1], 1).map(|addresses| addresses.len()), Ok(1));
 }

@@ -231,3 +231,19 @@ fn new_ranges_leave_what_was_given() {
     assert_eq!(third[0].address, "10.1.0.1".parse::<IpAddr>().unwrap(), "not one that is in no range any more");
     assert!(!pool.can_be_given(&first[0].address));
 }
+
+#[test]
+fn the_very_last_addresses_are_given_once() {
+    for (range, expected) in [
+        ("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff/128", 1),
+        ("ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffe/127", 2),
+        ("ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffc/126", 3),
+        ("255.255.255.254/31", 2),
+    ] {
+        let mut pool = Pool::new(Duration::ZERO);
+        pool.set_ranges(&[range.parse().unwrap()], []);
+        let given: Vec<_> = std::iter::from_fn(|| pool.allocate(0).ok()).take(10).flatten().collect();
+        assert_eq!(given.len(), expected, "{range}: {given:?}");
+        assert_eq!(Pool::size_of(&range.parse().unwrap()), expected as u128);
+    }
+}

@@ -524,6 +524,11 @@ impl RouterConfig {
                 _ => {}
             }
         }
+        for (net, node) in self.service_cidrs.iter().zip(items("serviceCIDRs")).filter(|(net, _)| net.prefix_len() == 0)
+        {
+            let help = "write the range that services have addresses of".to_owned();
+            problems.error(node.span, format!("serviceCIDRs: {net} is every address, the node's own too"), help);
+        }
         if let Some(cni) = &self.cni {
             self.check_cni(cni, root.get("cni").unwrap_or(root), problems);
         }

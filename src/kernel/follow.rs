@@ -31,6 +31,8 @@ use super::{
 /// Bytes of the multicast socket's receive buffer: a message about a link costs it some 4 KiB, and 250 pods may come at
 /// once.
 const RECEIVE_BUFFER_BYTES: usize = 8 << 20;
+/// How long after a refused dump the next one is asked for.
+const DUMP_PAUSE: Duration = Duration::from_secs(1);
 
 /// How the kernel is followed.
 #[derive(Clone, Debug)]
@@ -76,6 +78,8 @@ pub struct KernelState {
     events: UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>,
     requests: Requests,
     dump: Option<Dump>,
+    /// Until when no new dump is asked for after one that was refused.
+    rests: Option<Instant>,
     gather: Duration,
     audit: tokio::time::Interval,
     due: Option<Instant>,
@@ -120,6 +124,7 @@ impl KernelState {
             events,
             requests,
             dump: None,
+            rests: None,
             gather: settings.gather,
             audit,
             due: None,
@@ -134,7 +139,8 @@ impl KernelState {
     /// Cancel-safe: a call that is given up loses nothing.
     ///
     /// # Errors
-    /// Where the connection to the kernel ended or a new dump is refused; following on is then pointless.
+    /// [`KernelError::Closed`] where the connection to the kernel ended: following on is then pointless. Else a new dump was refused, and is asked
+    /// for again after a pause.
     pub async fn changed(&mut self) -> Result<Changed, KernelError> {
         loop {
             // What is there already comes first, so that a burst of messages costs one dump and not one each.
@@ -143,13 +149,14 @@ impl KernelState {
             {
                 self.picture.apply(event.ok_or(KernelError::Closed)?.0);
             }
-            if self.dump.is_none() && self.picture.wants_dump() {
+            if self.dump.is_none() && self.rests.is_none() && self.picture.wants_dump() {
                 self.dump = Some(Box::pin(read_all(self.requests.clone())));
             }
             if self.due.is_none() && !self.picture.changed().is_empty() {
                 self.due = Some(Instant::now() + self.gather);
             }
             let due = self.due;
+            let rests = self.rests;
             let dumping = self.dump.is_some();
             tokio::select! {
                 biased;
@@ -159,8 +166,17 @@ impl KernelState {
                 }
                 fresh = async { self.dump.as_mut().expect("guarded by the branch's condition").await }, if dumping => {
                     self.dump = None;
-                    self.picture.replace(fresh?);
+                    match fresh {
+                        Ok(fresh) => self.picture.replace(fresh),
+                        Err(error) => {
+                            self.rests = Some(Instant::now() + DUMP_PAUSE);
+                            return Err(error);
+                        }
+                    }
                     self.readings += 1;
+                }
+                () = async { sleep_until(rests.unwrap_or_else(Instant::now)).await }, if rests.is_some() => {
+                    self.rests = None;
                 }
                 // While a dump is read, events wait: they belong on top of it.
                 event = self.events.next(), if !dumping => {

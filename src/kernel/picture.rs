@@ -102,7 +102,8 @@ impl RoleRules {
         }
     }
 
-    fn role(&self, name: &str) -> Option<Role> {
+    /// The role of a device of that name; none of the trunk's ends.
+    pub fn role(&self, name: &str) -> Option<Role> {
         if self.trunk.iter().any(|end| end == name) {
             None
         } else if self.uplinks.contains(name) {

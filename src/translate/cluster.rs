@@ -174,11 +174,11 @@ fn node(object: &Object<core::Node>, problems: &mut Problems) -> Node {
     if let Some(spec) = &object.value.spec {
         for (index, cidr) in spec.pod_cidrs.iter().flatten().enumerate() {
             let at = spec_at.key("podCIDRs").item(index);
-            node.pod_cidrs.extend(report.read(at, &format!("spec.podCIDRs[{index}]"), parse_network(cidr)));
+            node.pod_cidrs.extend(pod_network(&mut report, at, &format!("spec.podCIDRs[{index}]"), cidr));
         }
         if let Some(cidr) = &spec.pod_cidr {
             let at = spec_at.key("podCIDR");
-            let first = report.read(at, "spec.podCIDR", parse_network(cidr));
+            let first = pod_network(&mut report, at, "spec.podCIDR", cidr);
             match (first, node.pod_cidrs.first()) {
                 (Some(first), None) => node.pod_cidrs.push(first),
                 (Some(first), Some(listed)) if first != *listed => {
@@ -190,6 +190,17 @@ fn node(object: &Object<core::Node>, problems: &mut Problems) -> Node {
         }
     }
     node
+}
+
+/// A range that pods have. Weir takes it from the node's kernel, which must keep its own ways: so not all addresses that there are.
+fn pod_network(report: &mut Reporter<'_>, at: At<'_>, field: &str, text: &str) -> Option<IpNet> {
+    let net = report.read(at, field, parse_network(text))?;
+    if net.prefix_len() == 0 {
+        let help = "write the range that pods have addresses of".to_owned();
+        report.error(at, format_args!("{field}: {net} is every address, the nodes' own too"), help);
+        return None;
+    }
+    Some(net)
 }
 
 fn pools(manifests: &Manifests, cluster: &mut Cluster, problems: &mut Problems) {
@@ -212,7 +223,7 @@ fn pool(object: &Object<IpPool>, problems: &mut Problems) -> Option<Pool> {
     if let Some(mode) = spec.vxlan_mode.filter(|mode| *mode != EncapsulationMode::Never) {
         report.not_implemented(at.key("vxlanMode"), format_args!("spec.vxlanMode {mode:?}"));
     }
-    let cidr = report.read(at.key("cidr"), "spec.cidr", parse_network(&spec.cidr))?;
+    let cidr = pod_network(&mut report, at.key("cidr"), "spec.cidr", &spec.cidr)?;
     let ipip = match spec.ipip_mode {
         None | Some(EncapsulationMode::Never) => TunnelMode::Never,
         Some(EncapsulationMode::Always) => TunnelMode::Always,

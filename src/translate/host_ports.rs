@@ -13,7 +13,7 @@ use weir_dataplane::{forwarding::local_workloads, model::Cluster};
 use weir_nat::{Endpoint, HostAddresses, Model, ServicePort};
 use weir_packet::Protocol;
 
-use super::{cluster::is_workload, services::port_number};
+use super::{LocalPods, cluster::is_workload, services::port_number};
 use crate::{
     config::{Problems, RouterConfig, address::parse_ip},
     manifests::{Manifests, Object, at::At},
@@ -77,6 +77,7 @@ impl HostPort {
 pub(super) fn translate(
     config: &RouterConfig,
     manifests: &Manifests,
+    local_pods: &LocalPods,
     cluster: &Cluster,
     model: &mut Model,
     problems: &mut Problems,
@@ -89,8 +90,12 @@ pub(super) fn translate(
         if !object.value.spec.as_ref().is_some_and(is_here) || !is_workload(&object.value) {
             continue;
         }
-        let asked = object.made(problems, asked);
         let name = object.full_name();
+        // An earlier pod's of that name asks for nothing any more.
+        if local_pods.get(&name).is_some_and(|pod| !pod.is_described_by(&object.value)) {
+            continue;
+        }
+        let asked = object.made(problems, asked);
         // One without an address has nothing to be sent to yet, or any more.
         if let Some(addresses) = addresses.get(name.as_str()).filter(|_| !asked.ports.is_empty()) {
             pods.push((asked, name, *addresses, object));

@@ -348,7 +348,8 @@ fn translate(
     let (mut cluster, described) = cluster::translate(&config, manifests, local_pods, &mut problems);
     host::translate(&config, manifests, &mut cluster, &mut problems);
     let mut services = services::translate(&config, manifests, &cluster, &mut kept.services, &mut problems);
-    let unserved_host_ports = host_ports::translate(&config, manifests, &cluster, &mut services, &mut problems);
+    let unserved_host_ports =
+        host_ports::translate(&config, manifests, local_pods, &cluster, &mut services, &mut problems);
     let policy = policy::translate(&config, manifests, &cluster, &described, &mut kept.policy, &mut problems);
     let undescribed = cluster.workloads.iter().zip(&described);
     let undescribed = undescribed.filter(|(_, by)| matches!(by, Described::NotYet)).map(|(pod, _)| pod.name.clone());

@@ -519,6 +519,25 @@ fn faults_of_slices_nodes_pods_and_pools() {
 }
 
 #[test]
+fn no_range_is_every_address() {
+    assert_said(
+        &format!("{WEIR}serviceCIDRs: [10.96.0.0/16, '::/0']\n"),
+        "apiVersion: v1\nkind: Node\nmetadata: {name: node-a}\nspec: {podCIDR: 10.1.2.3/0, podCIDRs: [0.0.0.0/0, fd00::/64]}\n\
+         ---\napiVersion: projectcalico.org/v3\nkind: IPPool\nmetadata: {name: p}\nspec: {cidr: '::/0'}\n",
+        &[
+            "weir.yaml:3:30: error: serviceCIDRs: ::/0 is every address, the node's own too [write the range that \
+             services have addresses of]",
+            "cluster.yaml:4:17: error: Node node-a: spec.podCIDR: 0.0.0.0/0 is every address, the nodes' own too [write \
+             the range that pods have addresses of]",
+            "cluster.yaml:4:40: error: Node node-a: spec.podCIDRs[0]: 0.0.0.0/0 is every address, the nodes' own too \
+             [write the range that pods have addresses of]",
+            "cluster.yaml:9:14: error: IPPool p: spec.cidr: ::/0 is every address, the nodes' own too [write the \
+             range that pods have addresses of]",
+        ],
+    );
+}
+
+#[test]
 fn lists_and_json_are_read_as_their_items() {
     let list = r#"{"apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": ""}, "items": [
 	{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "a"}},

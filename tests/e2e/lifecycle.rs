@@ -9,6 +9,8 @@ use std::{
 
 use nix::sys::signal::Signal;
 
+use weir::lab::wait_until;
+
 use crate::{
     manifests::Manifests,
     own_node::{serve_shell, shell_works},
@@ -101,6 +103,42 @@ fn a_log_that_takes_no_line_ends_no_router() {
     assert!(router.is_running());
     router.signal(Signal::SIGTERM);
     assert!(router.wait(DEADLINE).unwrap().success());
+}
+
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn what_fails_while_a_router_runs_does_not_end_it() {
+    let mut manifests = Manifests::cluster("Always");
+    manifests.pod("node-a", "default/client", "client", &["10.1.1.10"]);
+    manifests.pod("node-a", "default/server", "server", &["10.1.1.20"]);
+    let mut site = Site::build(&one_node(), &manifests.text(), "");
+    site.serve("default/server", &[80]);
+    site.start_all();
+    site.answered("default/client", "http://10.1.1.20/");
+    let trouble = |site: &Site| site.status("node-a")["trouble"]["now"]["error"].as_str().map(str::to_owned);
+    assert_eq!(trouble(&site), None);
+
+    // A client that says nothing, and one that says too much, keep nobody waiting.
+    let socket = weir::control::socket_path(&site.lab.node_name("node-a"));
+    let silent = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    let endless = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    std::io::Write::write_all(&mut &endless, &[b'x'; 1000]).unwrap();
+
+    // No room for packets of the uplink; a range that holds the node's own ways.
+    site.lab.ip("node-a", "link set eth0 mtu 9000").unwrap();
+    let shown = wait_until("the trouble", DEADLINE, || trouble(&site)).unwrap();
+    assert!(shown.contains("MTU of eth0 has become 9000"), "{shown}");
+    site.answered("default/client", "http://10.1.1.20/");
+    let pool = "\n---\napiVersion: projectcalico.org/v3\nkind: IPPool\nmetadata: {name: all}\nspec: {cidr: '::/0'}\n";
+    site.set_cluster(&(manifests.text() + pool));
+    let faulty = site.status("node-a")["faultyObjects"].to_string();
+    assert!(faulty.contains("IPPool") && faulty.contains("every address"), "{faulty}");
+    site.lab.ip("node-a", "link set eth0 mtu 1500").unwrap();
+    wait_until("its end", DEADLINE, || trouble(&site).is_none().then_some(())).unwrap();
+    site.answered("default/client", "http://10.1.1.20/");
+    assert!(site.router("node-a").log().contains("this is over"));
+    drop((silent, endless));
+    site.finish();
 }
 
 #[test]

@@ -40,6 +40,9 @@ fn router_process() {
             Ask::Close { answer, .. } => drop(answer.send(Ok(()))),
             Ask::Put { answer, .. } => drop(answer.send(InForce::WithObject)),
             Ask::Gone { answer, .. } => drop(answer.send(())),
+            Ask::Serves { answer, .. } => {
+                let _ = answer.send(true);
+            }
         }
     }
 }

@@ -41,7 +41,7 @@ fn what_control_refuses_is_taken_back() {
     assert!(matches!(asked.as_slice(), [Asked::Close(..), Asked::Put(..), Asked::Gone(..)]), "{asked:?}");
     node.assert_empty();
     node.control().set(|control| control.put = None);
-    works(&node, "10.244.7.1");
+    works(&node, "10.244.7.2");
 }
 
 #[test]
@@ -160,6 +160,38 @@ fn a_full_disk_fails_adds_and_no_dels() {
 
 #[test]
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn a_disk_that_cannot_be_written_keeps_no_router_from_starting() {
+    let mut node = Node::stopped(&[V4]);
+    let state = node.settings.state.clone();
+    fs::create_dir(&state).unwrap();
+    nix::mount::mount(Some("none"), &state, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>).unwrap();
+    let _mount = Mount(&state);
+    node.start();
+    let (pod, gone, lost) = (Sandbox::new("web-0"), Sandbox::new("web-1"), Sandbox::new("web-2"));
+    let result = pod.add(&node);
+    gone.add(&node);
+    lost.add(&node);
+    node.stop();
+    // What a start mends by writing: a record without a device, a device without a record, a file that says nothing.
+    node.namespace.ip(&format!("link del {}", gone.device()));
+    fs::remove_file(state.join("pods").join(format!("{}@eth0.json", lost.id))).unwrap();
+    fs::write(state.join("pods/nonsense.json"), "nonsense").unwrap();
+    let read_only = nix::mount::MsFlags::MS_REMOUNT | nix::mount::MsFlags::MS_RDONLY;
+    nix::mount::mount(None::<&str>, &state, None::<&str>, read_only, None::<&str>).unwrap();
+    node.start();
+    let mut kept: Vec<_> = node.pods().kept().into_iter().map(|pod| pod.name).collect();
+    kept.sort();
+    assert_eq!(kept, ["web-0", "web-2"]);
+    assert!(pod.check(&node, &result).success);
+    let late = Sandbox::new("web-3");
+    let answer = late.command("ADD").run(&node.config());
+    assert_eq!(answer.code(), 11);
+    assert!(answer.message().contains("cannot be written"), "{}", answer.message());
+    node.stop();
+}
+
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn without_a_router_adds_wait_and_dels_are_kept() {
     let mut node = Node::new(&[V4]);
     let (pod, other) = (Sandbox::new("web-0"), Sandbox::new("web-1"));
@@ -205,6 +237,26 @@ fn without_a_router_adds_wait_and_dels_are_kept() {
     config["cni.dev/valid-attachments"] = json!([{"containerID": pod.id, "ifname": "eth0"}]);
     assert!(Cni::new("GC").run(&config).success);
     node.assert_empty();
+}
+
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn a_del_does_not_mind_what_became_of_the_configuration() {
+    let node = Node::new(&[V4]);
+    for (field, value) in [
+        ("cniVersion", json!("9.9.9")),
+        ("ipMasq", json!(true)),
+        ("name", json!("")),
+        ("runtimeConfig", json!({"portMappings": [{"hostPort": 1, "containerPort": 1, "hostIP": "localhost"}]})),
+    ] {
+        let pod = Sandbox::new("web-0");
+        pod.add(&node);
+        let mut config = node.config();
+        config[field] = value;
+        let deleted = pod.command("DEL").run(&config);
+        assert!(deleted.success, "{field}: {}", deleted.output);
+        node.assert_empty();
+    }
 }
 
 #[test]
@@ -257,7 +309,8 @@ fn a_router_that_ends_in_the_middle_takes_everything_back() {
         assert_eq!(status.code(), 50, "control is gone");
         node.stop();
         node.start();
-        works(&node, "10.244.7.1");
+        // What control may have put in force cools down.
+        works(&node, if at == "close" { "10.244.7.1" } else { "10.244.7.2" });
     }
 }
 

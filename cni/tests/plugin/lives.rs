@@ -48,12 +48,6 @@ fn an_add_again_gives_the_same_and_a_del_again_does_nothing() {
     let asked = node.control().take_asked();
     assert!(matches!(asked.as_slice(), [Asked::Close(..), Asked::Put(..), Asked::Put(..)]), "{asked:?}");
 
-    // With other host ports it is the same pod with those.
-    let mut config = node.config();
-    config["runtimeConfig"] = json!({"portMappings": [{"hostPort": 80, "containerPort": 8080, "protocol": "tcp"}]});
-    assert_eq!(pod.command("ADD").run(&config).output, first);
-    assert_eq!(node.pods().kept()[0].host_ports.len(), 1);
-
     // Somebody broke it: it is made anew, as a new pod.
     pod.namespace.ip("link set eth0 down");
     let anew = pod.add(&node);
@@ -117,6 +111,14 @@ fn gc_takes_away_what_the_runtime_does_not_list() {
     assert_eq!(node.pods().kept()[0].name, "web-1");
     assert!(gc(json!([])).success);
     node.assert_empty();
+    // A network that is none of theirs has no pods here.
+    pods[0].add(&node);
+    let mut config = node.config();
+    config["name"] = json!("another");
+    config["cni.dev/valid-attachments"] = json!([]);
+    assert!(Cni::new("GC").run(&config).success);
+    assert_eq!(node.pods().kept().len(), 1);
+    pods[0].del(&node);
     // libcni's empty list.
     pods[0].add(&node);
     assert!(gc(serde_json::Value::Null).success);

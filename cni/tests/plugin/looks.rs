@@ -3,7 +3,7 @@
 use std::{net::UdpSocket, path::Path};
 
 use serde_json::{Value, json};
-use weir_node::pods::{HostPort, LocalPod, Protocol};
+use weir_node::pods::LocalPod;
 
 use crate::node::{Asked, Cni, MTU, Namespace, Node, Sandbox, V4, V6, addresses};
 
@@ -54,7 +54,7 @@ fn a_pod_looks_as_calico_makes_it() {
         let mut config = node.config();
         config["runtimeConfig"] = json!({"portMappings": [
             {"hostPort": 8080, "containerPort": 80, "protocol": "tcp", "hostIP": ""},
-            {"hostPort": 53, "containerPort": 5353, "protocol": "udp", "hostIP": "192.0.2.1"},
+            {"hostPort": 53, "containerPort": 5353, "protocol": "udp", "hostIP": "localhost"},
         ]});
         config["dns"] = json!({"nameservers": ["10.96.0.10"]});
         let answer = pod.command("ADD").run(&config);
@@ -128,15 +128,6 @@ fn a_pod_looks_as_calico_makes_it() {
             device: device.clone(),
             mac: mac.parse().unwrap(),
             addresses: addresses(&answer.output),
-            host_ports: vec![
-                HostPort { host_ip: None, host_port: 8080, container_port: 80, protocol: Protocol::Tcp },
-                HostPort {
-                    host_ip: Some("192.0.2.1".parse().unwrap()),
-                    host_port: 53,
-                    container_port: 5353,
-                    protocol: Protocol::Udp,
-                },
-            ],
         };
         // Closed while it was down, and put when it was up, in this order.
         let asked = [Asked::Close(device.clone(), true), Asked::Put(expected.clone(), true)];
@@ -274,6 +265,11 @@ fn check_finds_what_was_changed() {
     let pod = Sandbox::new("web-9");
     let result = pod.add(&node);
     assert_eq!(pod.command("CHECK").run(&node.config()).code(), 7, "prevResult is missing");
+    node.control().set(|control| control.serves_nothing = true);
+    let answer = pod.check(&node, &result);
+    assert_eq!(answer.code(), 100);
+    assert!(answer.message().contains("does not serve"), "{}", answer.message());
+    node.control().set(|control| control.serves_nothing = false);
     for (path, value) in [("ips", json!([])), ("interfaces", json!([]))] {
         let mut other = result.clone();
         other[path] = value;

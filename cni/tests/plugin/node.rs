@@ -104,6 +104,8 @@ pub struct Behaviour {
     pub slow: Duration,
     /// It does not look at devices, which takes it some milliseconds.
     pub blind: bool,
+    /// It has adopted no device.
+    pub serves_nothing: bool,
     /// The router ends at the next question of this kind ("close", "put").
     pub ends_at: Option<&'static str>,
 }
@@ -168,6 +170,9 @@ impl Control {
                     Ask::Gone { name, sandbox, answer, .. } => {
                         seen.lock().unwrap().push(Asked::Gone(name, sandbox));
                         let _ = answer.send(());
+                    }
+                    Ask::Serves { answer, .. } => {
+                        let _ = answer.send(!behaviour.serves_nothing);
                     }
                 }
             }

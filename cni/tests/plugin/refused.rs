@@ -125,11 +125,15 @@ fn the_socket_bears_nonsense() {
     }
     let other = message(&Request { protocol: PROTOCOL + 1, command: Command::Status });
     assert!(failed(ask(&other)).msg.contains("protocol"));
+    // Also where this one cannot read what it asks.
+    let mut bytes = Vec::new();
+    write_message(&mut bytes, &json!({"protocol": PROTOCOL + 1, "command": {"begin": {}}})).unwrap();
+    assert!(failed(ask(&bytes)).msg.contains("protocol"));
     // Names that would lead out of the state folder.
     for command in ["del", "check", "add"] {
         let hostile = json!({"protocol": PROTOCOL, "command": {command: {
             "attachment": {"sandbox": "../../etc", "interface": "eth0"},
-            "pod": {"namespace": "default", "name": "web-0"}, "hostPorts": [],
+            "pod": {"namespace": "default", "name": "web-0"},
         }}});
         let mut bytes = Vec::new();
         write_message(&mut bytes, &hostile).unwrap();

@@ -154,9 +154,37 @@ fn two_routers_do_not_share_a_state_folder() {
     let (asks, _control) = crate::node::Control::start(&node.namespace);
     let mut settings = node.settings.clone();
     settings.socket = node.folder.path().join("other.sock");
+    // What the first one is about to rename.
+    let beside = node.settings.state.join("pods/.half");
+    fs::write(&beside, "").unwrap();
     let second =
         node.namespace.within(move || weir_node::pods::Pods::start(settings, asks).err().map(|e| e.to_string()));
     assert!(second.as_ref().is_some_and(|error| error.contains("another router")), "{second:?}");
+    assert!(beside.exists(), "it is the first one's");
     let pod = Sandbox::new("web-0");
     pod.add(&node);
+}
+
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn two_routers_do_not_share_a_socket() {
+    let mut node = Node::new(&[V4]);
+    let (asks, _control) = crate::node::Control::start(&node.namespace);
+    let mut settings = node.settings.clone();
+    settings.state = node.folder.path().join("other");
+    let second =
+        node.namespace.within(move || weir_node::pods::Pods::start(settings, asks).err().map(|e| e.to_string()));
+    assert!(second.as_ref().is_some_and(|error| error.contains("another router")), "{second:?}");
+    Sandbox::new("web-0").add(&node);
+    // One that ended without taking its socket away is no hindrance, and what another has put there stays.
+    let socket = node.settings.socket.clone();
+    node.stop();
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    node.start();
+    let pod = Sandbox::new("web-1");
+    pod.add(&node);
+    fs::remove_file(&socket).unwrap();
+    let _other = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    node.stop();
+    assert!(socket.exists());
 }

@@ -307,7 +307,8 @@ impl Attachment {
     /// whether the pod's end lies in another network namespace, as a pod's does.
     ///
     /// # Errors
-    /// Where the device is gone, the kernel refuses the link, or there are too many workloads.
+    /// Where the device is gone, the kernel refuses the link, or there are too many workloads. A device that had a link before keeps it, as it
+    /// was.
     pub fn adopt_workload(
         &mut self,
         index: u32,
@@ -382,11 +383,15 @@ impl Attachment {
             }
             _ => map_error("workloads")(error),
         };
+        let was_closed = self.workloads.contains_key(&index) || self.pins.workload(index).exists();
         self.workload_map.insert(index, entry, 0).map_err(full)?;
         let attached = attach(self);
         // The kernel finds the device by its name: it must have been the same one.
         if attached.is_err() || index_of(name) != Some(index) {
-            self.forget_workload(index)?;
+            // What closed the device before goes on doing so.
+            if !was_closed || is_gone(index) {
+                self.forget_workload(index)?;
+            }
             return attached.and(Err(gone()));
         }
         self.workloads.insert(index, Workload { name: name.to_owned(), peer_elsewhere });
@@ -397,12 +402,16 @@ impl Attachment {
     fn link(&mut self, index: u32, name: &str) -> Result<(), AttachError> {
         let is_there = || index_of(name) == Some(index);
         let pin = self.pins.workload(index);
+        let was_pinned = pin.exists();
         if is_there() {
             let program = classifier(&mut self.trunk_object, WORKLOAD_SEND)?;
             pins::attach_tcx(program, WORKLOAD_SEND, name, TcAttachType::Ingress, &pin)?;
         }
         if !is_there() {
-            pins::unpin_link(&pin)?;
+            // A link from before is this device's, by whatever name.
+            if !was_pinned || is_gone(index) {
+                pins::unpin_link(&pin)?;
+            }
             return Err(AttachError::DeviceGone { name: name.to_owned(), index });
         }
         self.unlinked.remove(&index);

@@ -78,14 +78,19 @@ impl StateFolder {
         for folder in Folder::ALL {
             let folder = root.join(folder.name());
             DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
-            for entry in fs::read_dir(&folder)? {
-                let entry = entry?;
-                if entry.file_name().as_encoded_bytes().starts_with(b".") {
-                    fs::remove_file(entry.path())?;
-                }
-            }
         }
         Ok(Self { root: root.into() })
+    }
+
+    /// Removes what a crash left beside. Only for whom the folder is locked: another process may be about to rename it. What cannot be removed
+    /// is read by nobody.
+    pub fn clean(&self) {
+        for folder in Folder::ALL {
+            let entries = fs::read_dir(self.root.join(folder.name())).into_iter().flatten().flatten();
+            for entry in entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b".")) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
     }
 
     /// One that is only read; what is missing is empty.

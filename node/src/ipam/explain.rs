@@ -50,7 +50,7 @@ pub struct RangeUse {
     pub in_use: usize,
     /// Addresses that cool down.
     pub cooling: usize,
-    /// Addresses that are left out by the owner (tunnels).
+    /// Addresses that are left out: the node's own, and those of pods that another plugin made.
     pub left_out: Vec<IpAddr>,
 }
 
@@ -205,10 +205,13 @@ pub fn report(disk: &dyn Disk, ends: Option<&[HostEnd]>, boot: &str, now: u64) -
         if record.boot != boot {
             leak(address, format!("{named} is of an earlier boot; the next start of weir gives its addresses back"));
         } else if let Some(ends) = ends {
-            let end = ends.iter().find(|end| end.name == pod.device);
             let attachment = record.attachment();
-            let mine = |end: &&HostEnd| end.alias.as_ref().is_none_or(|alias| alias.attachment == attachment);
-            if record.phase == Phase::Made && end.filter(mine).is_none() {
+            // One that says whose it is may have another name by now.
+            let is_its = |end: &HostEnd| match &end.alias {
+                Some(alias) => alias.attachment == attachment,
+                None => end.name == pod.device,
+            };
+            if record.phase == Phase::Made && !ends.iter().any(is_its) {
                 leak(
                     address,
                     format!(

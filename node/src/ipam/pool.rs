@@ -126,7 +126,9 @@ impl Pool {
                 {
                     return Ok(address);
                 }
-                range.next += 1;
+                // Behind the very last address of all there is none.
+                let Some(next) = range.next.checked_add(1) else { break };
+                range.next = next;
             }
         }
         let oldest = self.freed_in(v6).min_by_key(|(address, at)| (*at, *address));
@@ -232,8 +234,7 @@ fn usable(net: &IpNet) -> (u128, u128) {
     match (net, net.max_prefix_len() - net.prefix_len()) {
         (_, 0 | 1) => (first, last),
         (IpNet::V4(_), _) => (first + 1, last - 1),
-        // The very last address stays below the number that the cursor ends at.
-        (IpNet::V6(_), _) => (first + 1, last.min(u128::MAX - 1)),
+        (IpNet::V6(_), _) => (first + 1, last),
     }
 }
 

@@ -29,6 +29,9 @@ pub struct Record {
     pub version: u32,
     /// How far it is.
     pub phase: Phase,
+    /// The name of the network configuration that it is of; empty where it is not known any more.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub network: String,
     /// CNI_IFNAME.
     pub interface: String,
     /// The kernel's boot id (/proc/sys/kernel/random/boot_id): no sandbox outlives its boot.

@@ -2,7 +2,10 @@
 
 use std::{
     pin::pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, Wake, Waker},
     thread::{self, Thread},
     time::{Duration, Instant},
@@ -27,19 +30,29 @@ pub enum ControlError {
 #[derive(Clone, Debug)]
 pub struct Control {
     asks: mpsc::Sender<Ask>,
+    /// Whether it did not answer in time when it was asked last.
+    silent: Arc<AtomicBool>,
 }
 
 /// An answer that is still to come.
-pub struct Pending<T>(oneshot::Receiver<T>);
+pub struct Pending<T> {
+    answer: oneshot::Receiver<T>,
+    silent: Arc<AtomicBool>,
+}
 
 impl Control {
     pub fn new(asks: mpsc::Sender<Ask>) -> Self {
-        Self { asks }
+        Self { asks, silent: Arc::default() }
     }
 
     /// Whether it still takes what it is asked.
     pub fn is_there(&self) -> bool {
         !self.asks.is_closed()
+    }
+
+    /// Whether it let somebody wait in vain, and has answered nobody since.
+    pub fn was_silent(&self) -> bool {
+        self.silent.load(Ordering::Relaxed)
     }
 
     /// Asks something; the answer is to be waited for. Control's queue may be full for a while.
@@ -50,9 +63,12 @@ impl Control {
     ) -> Result<Pending<T>, ControlError> {
         let (answer, pending) = oneshot::channel();
         match wait(self.asks.send(ask(answer)), limit) {
-            Some(Ok(())) => Ok(Pending(pending)),
+            Some(Ok(())) => Ok(Pending { answer: pending, silent: Arc::clone(&self.silent) }),
             Some(Err(_)) => Err(ControlError::Ends),
-            None => Err(ControlError::Silent),
+            None => {
+                self.silent.store(true, Ordering::Relaxed);
+                Err(ControlError::Silent)
+            }
         }
     }
 }
@@ -60,7 +76,9 @@ impl Control {
 impl<T> Pending<T> {
     /// Waits for the answer.
     pub fn wait(self, limit: Duration) -> Result<T, ControlError> {
-        match wait(self.0, limit) {
+        let answer = wait(self.answer, limit);
+        self.silent.store(answer.is_none(), Ordering::Relaxed);
+        match answer {
             Some(Ok(answer)) => Ok(answer),
             Some(Err(_)) => Err(ControlError::Ends),
             None => Err(ControlError::Silent),

@@ -176,7 +176,7 @@ pub trait Kernel: Send + Sync {
     /// # Errors
     /// Where the kernel does not say.
     fn host_end(&self, device: &str) -> Result<Option<HostEnd>, KernelError>;
-    /// All host ends.
+    /// All host ends, those that say that they are weir's and have another name by now among them.
     ///
     /// # Errors
     /// Where the kernel does not say.
@@ -278,7 +278,7 @@ impl Kernel for NodeKernel {
             RouteNetlinkMessage::NewLink(link) if is_veth(link) => Some(host_end(link)),
             _ => None,
         });
-        Ok(links.filter(|end| end.name.starts_with(PREFIX)).collect())
+        Ok(links.filter(|end| end.name.starts_with(PREFIX) || end.alias.is_some()).collect())
     }
 
     fn difference(&self, pair: &Pair, namespace: Namespace<'_>) -> Result<Option<String>, KernelError> {
@@ -308,29 +308,26 @@ impl Kernel for NodeKernel {
         if !link.attributes.contains(&LinkAttribute::Mtu(pair.mtu)) {
             return Ok(Some(format!("the MTU of {interface} is not {}", pair.mtu)));
         }
-        let addresses =
-            list(&mut pod, RouteNetlinkMessage::GetAddress(AddressMessage::default()), "the pod's addresses")?;
-        let routes = list(&mut pod, RouteNetlinkMessage::GetRoute(RouteMessage::default()), "the pod's routes")?;
         for address in &pair.addresses {
-            let there = addresses.iter().any(|message| match message {
-                RouteNetlinkMessage::NewAddress(found) => {
-                    found.header.index == index && found.attributes.contains(&AddressAttribute::Address(*address))
-                }
-                _ => false,
+            let mut of_family = AddressMessage::default();
+            of_family.header.family = family(*address);
+            let there = any(&mut pod, RouteNetlinkMessage::GetAddress(of_family), "the pod's addresses", |message| {
+                matches!(message, RouteNetlinkMessage::NewAddress(found)
+                    if found.header.index == index && found.attributes.contains(&AddressAttribute::Address(*address)))
             });
-            if !there {
+            if !there? {
                 return Ok(Some(format!("{interface} does not have {address}")));
             }
             let gateway = gateway(address);
-            let there = routes.iter().any(|message| match message {
-                RouteNetlinkMessage::NewRoute(found) => {
-                    found.header.destination_prefix_length == 0
+            let mut of_family = RouteMessage::default();
+            of_family.header.address_family = family(gateway);
+            let there = any(&mut pod, RouteNetlinkMessage::GetRoute(of_family), "the pod's routes", |message| {
+                matches!(message, RouteNetlinkMessage::NewRoute(found)
+                    if found.header.destination_prefix_length == 0
                         && found.attributes.contains(&RouteAttribute::Oif(index))
-                        && found.attributes.contains(&RouteAttribute::Gateway(route_address(gateway)))
-                }
-                _ => false,
+                        && found.attributes.contains(&RouteAttribute::Gateway(route_address(gateway))))
             });
-            if !there {
+            if !there? {
                 return Ok(Some(format!("the pod has no default route by {gateway}")));
             }
         }
@@ -493,6 +490,15 @@ fn list(
     what: &str,
 ) -> Result<Vec<RouteNetlinkMessage>, KernelError> {
     netlink.list(&message).map_err(|source| KernelError::Refused { action: format!("list {what}"), source })
+}
+
+fn any(
+    netlink: &mut Netlink,
+    message: RouteNetlinkMessage,
+    what: &str,
+    is_it: impl Fn(&RouteNetlinkMessage) -> bool,
+) -> Result<bool, KernelError> {
+    netlink.any(&message, is_it).map_err(|source| KernelError::Refused { action: format!("list {what}"), source })
 }
 
 /// On the host's side. A pod without IPv6 needs no IPv6 there: that saves an address, a route and events for each.

@@ -34,7 +34,6 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha1::{Digest, Sha1};
 use tokio::sync::{mpsc, oneshot};
-pub use weir_cni::wire::{HostPort, Protocol};
 use weir_packet::Mac;
 
 pub use self::kernel::KernelError;
@@ -66,9 +65,6 @@ pub struct LocalPod {
     pub mac: Mac,
     /// One per family, the pod's first family first.
     pub addresses: Vec<IpAddr>,
-    /// runtimeConfig.portMappings of the ADD.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub host_ports: Vec<HostPort>,
 }
 
 impl fmt::Display for LocalPod {
@@ -126,6 +122,13 @@ pub enum Ask {
         /// When nothing is sent there any more.
         answer: oneshot::Sender<()>,
     },
+    /// Whether a pod is served by its device; without one, whether control is there.
+    Serves {
+        /// The host end.
+        device: Option<String>,
+        /// Whether it is adopted and in force.
+        answer: oneshot::Sender<bool>,
+    },
 }
 
 /// How a pod is in force.
@@ -170,7 +173,7 @@ pub struct NodeRanges {
     pub pod_cidrs: Vec<IpNet>,
     /// MTU of new pods, in bytes.
     pub mtu: u32,
-    /// Addresses that no pod gets: the node's tunnel addresses.
+    /// Addresses that no pod gets: the node's own, and those of pods that another plugin made.
     pub left_out: Vec<IpAddr>,
 }
 

@@ -16,6 +16,8 @@ use rtnetlink::{
 const NLM_F_DUMP_INTR: u16 = 0x10;
 /// How often such a dump is read again.
 const DUMP_ATTEMPTS: u32 = 20;
+/// The same of a list that a pod can make long, and change all the time.
+const DUMP_ATTEMPTS_OF_PODS: u32 = 5;
 
 /// A socket.
 pub struct Netlink {
@@ -42,6 +44,23 @@ impl Netlink {
         Ok(self.exchange(message, NLM_F_REQUEST | NLM_F_ACK)?.0.pop())
     }
 
+    /// Whether a list has something. It may be as long as a pod likes: nothing of it is kept.
+    pub fn any(
+        &mut self,
+        message: &RouteNetlinkMessage,
+        is_it: impl Fn(&RouteNetlinkMessage) -> bool,
+    ) -> io::Result<bool> {
+        for _ in 0..DUMP_ATTEMPTS_OF_PODS {
+            let mut found = false;
+            let whole =
+                self.receive(message.clone(), NLM_F_REQUEST | NLM_F_DUMP, |message| found |= is_it(&message))?;
+            if found || whole {
+                return Ok(found);
+            }
+        }
+        Err(io::Error::other(format!("the list changed during each of {DUMP_ATTEMPTS_OF_PODS} readings")))
+    }
+
     /// Reads a whole list.
     pub fn list(&mut self, message: &RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
         for _ in 0..DUMP_ATTEMPTS {
@@ -53,8 +72,20 @@ impl Netlink {
         Err(io::Error::other(format!("the list changed during each of {DUMP_ATTEMPTS} readings")))
     }
 
-    /// Sends a request and reads until it is acknowledged or the list is at its end.
+    /// Sends a request and keeps what is answered; with whether the list did not change meanwhile.
     fn exchange(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<(Vec<RouteNetlinkMessage>, bool)> {
+        let mut found = Vec::new();
+        let whole = self.receive(message, flags, |message| found.push(message))?;
+        Ok((found, whole))
+    }
+
+    /// Sends a request and reads until it is acknowledged or the list is at its end. Whether that did not change meanwhile.
+    fn receive(
+        &mut self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+        mut take: impl FnMut(RouteNetlinkMessage),
+    ) -> io::Result<bool> {
         self.sequence = self.sequence.wrapping_add(1);
         let mut request = NetlinkMessage::from(message);
         request.header.flags = flags;
@@ -63,7 +94,7 @@ impl Netlink {
         let mut bytes = vec![0; request.buffer_len()];
         request.serialize(&mut bytes);
         self.socket.send(&bytes, 0)?;
-        let (mut found, mut whole) = (Vec::new(), true);
+        let mut whole = true;
         loop {
             let (bytes, _) = self.socket.recv_from_full()?;
             let mut rest = bytes.as_slice();
@@ -77,13 +108,13 @@ impl Netlink {
                 }
                 whole &= answer.header.flags & NLM_F_DUMP_INTR == 0;
                 match answer.payload {
-                    NetlinkPayload::InnerMessage(message) => found.push(message),
+                    NetlinkPayload::InnerMessage(message) => take(message),
                     NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
-                    NetlinkPayload::Error(_) => return Ok((found, whole)),
+                    NetlinkPayload::Error(_) => return Ok(whole),
                     NetlinkPayload::Done(done) if done.code != 0 => {
                         return Err(io::Error::from_raw_os_error(done.code.saturating_neg()));
                     }
-                    NetlinkPayload::Done(_) => return Ok((found, whole)),
+                    NetlinkPayload::Done(_) => return Ok(whole),
                     _ => {}
                 }
             }

@@ -8,22 +8,26 @@ use std::{
     os::unix::fs::MetadataExt,
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::Duration,
 };
 
 use tokio::sync::mpsc;
-use weir_cni::wire::{Attachment, Command, PodName};
+use weir_cni::{
+    queue::Queue,
+    wire::{Attachment, Command, PodName},
+};
 use weir_node::{
     ipam::disk::{Disk, Folder, Sync as Synced},
     pods::{
         Ask, InForce, KernelError, LocalPod, NodeRanges, Settings, device_name,
         keeper::{Keeper, Parts},
-        kernel::{HostEnd, Kernel, Namespace, Pair},
+        kernel::{Alias, HostEnd, Kernel, Namespace, Pair},
     },
 };
+use weir_packet::Mac;
 
 pub const COOL_DOWN_MS: u64 = 60_000;
 
@@ -56,6 +60,8 @@ struct Device {
     pair: Pair,
     up: bool,
     namespace: u64,
+    /// Another plugin's.
+    foreign: bool,
 }
 
 #[derive(Default)]
@@ -133,13 +139,13 @@ impl Disk for Shared {
     }
 }
 
-fn host_end(device: &Device) -> HostEnd {
+fn host_end((name, device): (&String, &Device)) -> HostEnd {
     HostEnd {
-        name: device.pair.device.clone(),
+        name: name.clone(),
         up: device.up,
         mtu: device.pair.mtu,
         // Through its text, as the kernel keeps it.
-        alias: device.up.then(|| device.pair.alias.text().unwrap().parse().unwrap()),
+        alias: (device.up && !device.foreign).then(|| device.pair.alias.text().unwrap().parse().unwrap()),
     }
 }
 
@@ -147,7 +153,9 @@ impl Kernel for Shared {
     fn create(&self, pair: &Pair, namespace: Namespace<'_>) -> Result<(), KernelError> {
         let namespace = namespace.metadata().unwrap().ino();
         self.kernel(|machine| {
-            machine.devices.insert(pair.device.clone(), Device { pair: pair.clone(), up: false, namespace })
+            machine
+                .devices
+                .insert(pair.device.clone(), Device { pair: pair.clone(), up: false, namespace, foreign: false })
         })
         .map(drop)
     }
@@ -166,11 +174,11 @@ impl Kernel for Shared {
     }
 
     fn host_end(&self, device: &str) -> Result<Option<HostEnd>, KernelError> {
-        self.kernel(|machine| machine.devices.get(device).map(host_end))
+        self.kernel(|machine| machine.devices.get_key_value(device).map(host_end))
     }
 
     fn host_ends(&self) -> Result<Vec<HostEnd>, KernelError> {
-        self.kernel(|machine| machine.devices.values().map(host_end).collect())
+        self.kernel(|machine| machine.devices.iter().map(host_end).collect())
     }
 
     fn difference(&self, pair: &Pair, namespace: Namespace<'_>) -> Result<Option<String>, KernelError> {
@@ -195,6 +203,10 @@ pub struct World {
     sandboxes: BTreeMap<String, File>,
     ranges: NodeRanges,
     folder: tempfile::TempDir,
+    /// Control looks at nothing.
+    pub deaf: Arc<AtomicBool>,
+    /// Control refuses new pods.
+    pub refuses: Arc<AtomicBool>,
 }
 
 impl World {
@@ -213,6 +225,8 @@ impl World {
                 left_out: Vec::new(),
             },
             folder: tempfile::tempdir().unwrap(),
+            deaf: Arc::default(),
+            refuses: Arc::default(),
         };
         world.restart();
         world
@@ -243,9 +257,39 @@ impl World {
         // Each process has a control of its own, which begins with what is kept.
         let known = Known::default();
         self.known = known.clone();
+        let clock = self.clock.clone();
+        let parts = Parts {
+            disk: Box::new(self.machine.clone()),
+            kernel: Box::new(self.machine.clone()),
+            clock: Box::new(move || clock.load(Ordering::Relaxed)),
+            boot: format!("boot-{}", self.boot),
+            booted: self.booted,
+            netns: 0,
+            nsfs: 0,
+        };
+        let settings = Settings {
+            node_name: "node-a".into(),
+            socket: self.folder.path().join("cni.sock"),
+            state: self.folder.path().into(),
+            cool_down: Duration::from_millis(COOL_DOWN_MS),
+            patience: Duration::ZERO,
+        };
+        let keeper = Keeper::with(settings, asks, parts, None).expect("it starts");
+        keeper.configure(self.ranges.clone());
+        let mut kept = known.lock().unwrap();
+        kept.extend(keeper.pods().into_iter().map(|pod| ((pod.namespace.clone(), pod.name.clone()), pod)));
+        drop(kept);
+        // As the router's does, it answers once all is started.
+        let (deaf, refuses) = (self.deaf.clone(), self.refuses.clone());
         thread::spawn(move || {
             while let Some(ask) = receiver.blocking_recv() {
+                while deaf.load(Ordering::Relaxed) {
+                    thread::sleep(Duration::from_millis(5));
+                }
                 match ask {
+                    Ask::Put { answer, .. } if refuses.load(Ordering::Relaxed) => {
+                        drop(answer.send(InForce::Refused("so it is told".into())));
+                    }
                     Ask::Close { answer, .. } => drop(answer.send(Ok(()))),
                     Ask::Put { pod, answer, .. } => {
                         known.lock().unwrap().insert((pod.namespace.clone(), pod.name.clone()), pod);
@@ -260,34 +304,28 @@ impl World {
                         drop(known);
                         let _ = answer.send(());
                     }
+                    Ask::Serves { answer, .. } => {
+                        let _ = answer.send(true);
+                    }
                 }
             }
         });
-        let clock = self.clock.clone();
-        let parts = Parts {
-            disk: Box::new(self.machine.clone()),
-            kernel: Box::new(self.machine.clone()),
-            clock: Box::new(move || clock.load(Ordering::Relaxed)),
-            boot: format!("boot-{}", self.boot),
-            booted: self.booted,
-            netns: 0,
-        };
-        let settings = Settings {
-            node_name: "node-a".into(),
-            socket: self.folder.path().join("cni.sock"),
-            state: self.folder.path().into(),
-            cool_down: Duration::from_millis(COOL_DOWN_MS),
-            patience: Duration::ZERO,
-        };
-        let keeper = Keeper::with(settings, asks, parts, None).expect("it starts");
-        keeper.configure(self.ranges.clone());
-        let mut known = self.known.lock().unwrap();
-        known.extend(keeper.pods().into_iter().map(|pod| ((pod.namespace.clone(), pod.name.clone()), pod)));
-        drop(known);
         self.keeper = Some(keeper);
     }
 
     pub fn reboot(&mut self, power_cut: bool) {
+        self.goes_down(power_cut);
+        self.restart();
+    }
+
+    /// The machine starts again, and something happens on it before the router does.
+    pub fn reboot_with(&mut self, before: impl FnOnce(&Self)) {
+        self.goes_down(false);
+        before(self);
+        self.restart();
+    }
+
+    fn goes_down(&mut self, power_cut: bool) {
         {
             let mut machine = self.machine.lock();
             machine.devices.clear();
@@ -300,7 +338,6 @@ impl World {
         self.boot += 1;
         self.booted = self.now() + 1;
         self.wait(COOL_DOWN_MS + 2);
-        self.restart();
     }
 
     /// Does something with a fault, and starts the process again if that ended it.
@@ -336,7 +373,7 @@ impl World {
         let command = Command::Add {
             attachment: attachment(sandbox),
             pod: PodName { namespace: "default".into(), name: format!("pod-{pod}"), uid: None },
-            host_ports: Vec::new(),
+            network: "weir".into(),
         };
         match self.keeper().serve(command, Some(&self.sandboxes[sandbox])) {
             Ok(made) => Ok(made.expect("what was made").addresses),
@@ -351,7 +388,52 @@ impl World {
 
     pub fn gc(&self, valid: &BTreeSet<String>) -> Result<(), String> {
         let valid = valid.iter().map(|sandbox| attachment(sandbox)).collect();
-        self.keeper().serve(Command::Gc { valid }, None).map(drop).map_err(|error| error.to_string())
+        self.keeper()
+            .serve(Command::Gc { valid, network: "weir".into() }, None)
+            .map(drop)
+            .map_err(|error| error.to_string())
+    }
+
+    /// The ADD's answer of a pod with other ranges of the node.
+    pub fn add_with(&self, ranges: NodeRanges, sandbox: &str, pod: u8) -> Result<Vec<IpAddr>, String> {
+        self.keeper().configure(ranges);
+        self.add(sandbox, pod)
+    }
+
+    /// A DEL that nobody took.
+    pub fn queue(&self, sandbox: &str) {
+        Queue::beside(&self.folder.path().join("cni.sock")).push(&attachment(sandbox)).unwrap();
+    }
+
+    pub fn queued(&self) -> usize {
+        Queue::beside(&self.folder.path().join("cni.sock")).entries().unwrap().len()
+    }
+
+    /// Somebody gives a pod's host end another name.
+    pub fn rename_device(&self, pod: u8, name: &str) {
+        let mut machine = self.machine.lock();
+        let device = machine.devices.remove(&device_name("default", &format!("pod-{pod}"))).unwrap();
+        machine.devices.insert(name.into(), device);
+    }
+
+    /// Another plugin makes a device of that pod's name, which says nothing of itself.
+    pub fn foreign_device(&self, pod: u8) {
+        let name = format!("pod-{pod}");
+        let device = device_name("default", &name);
+        let alias = Alias { attachment: attachment("foreign"), mac: Mac([2; 6]), addresses: Vec::new(), pod: None };
+        let pair = Pair {
+            device: device.clone(),
+            interface: "eth0".into(),
+            mac: Mac([2; 6]),
+            mtu: 1500,
+            addresses: Vec::new(),
+            alias,
+        };
+        self.machine.lock().devices.insert(device, Device { pair, up: true, namespace: 0, foreign: true });
+    }
+
+    pub fn devices(&self) -> Vec<String> {
+        self.machine.lock().devices.keys().cloned().collect()
     }
 
     pub fn end_namespace(&self, sandbox: &str) {

@@ -2,8 +2,11 @@
 
 use weir_nat::HostAddresses;
 
-use super::{WEIR, assert_said, loaded, policy::trace_lines};
-use crate::{trace::Tracer, translate::Loaded};
+use super::{WEIR, assert_said, load_with_pods, loaded, policy::trace_lines};
+use crate::{
+    trace::Tracer,
+    translate::{Loaded, LocalPod, workload_device},
+};
 
 const NODE: &str = "apiVersion: v1\nkind: Node\nmetadata: {name: node-a}\nspec: {podCIDR: 10.0.0.0/16}\nstatus: {addresses: \
                     [{type: InternalIP, address: 192.0.2.1}, {type: InternalIP, address: 2001:db8::1}]}\n";
@@ -218,5 +221,23 @@ fn a_trace_for_a_person_names_the_host_port() {
         "not masqueraded: the backend sees the source itself\n",
     ] {
         assert!(output.contains(part), "{part}\n{output}");
+    }
+}
+
+#[test]
+fn a_pod_that_weir_made_has_the_host_ports_of_its_own_object_only() {
+    let made = LocalPod {
+        name: "x/a".into(),
+        uid: Some("u1".into()),
+        sandbox: "s1".into(),
+        device: workload_device("x", "a"),
+        mac: "02:00:00:00:00:05".parse().unwrap(),
+        addresses: vec!["10.0.0.5".parse().unwrap()],
+    };
+    for (uid, expected) in [("u0", &[][..]), ("u1", &["x/a:hostPort/8080"])] {
+        let object = pod("a", "10.0.0.4", "{containerPort: 80, hostPort: 8080}", [&format!(", uid: {uid}"), "", ""]);
+        let loaded = load_with_pods(&(NODE.to_owned() + &object), std::slice::from_ref(&made));
+        let served = host_ports(&loaded.unwrap_or_else(|problems| panic!("{problems}")));
+        assert_eq!(served.iter().map(|(name, ..)| name.as_str()).collect::<Vec<_>>(), expected, "{uid}");
     }
 }

@@ -176,3 +176,18 @@ fn a_pod_without_an_object_is_denied_in_both_directions() {
     let from_node = r#"{"id":6,"src":"192.0.2.1","dst":"10.1.0.5","proto":"tcp","dport":80,"device":"host"}"#;
     assert_eq!(verdict(&without, from_node), "forward -");
 }
+
+#[test]
+fn new_pods_get_no_address_of_a_pod_that_others_made() {
+    let pods = [
+        object("web-0", "node-a", "", "", "podIP: 10.1.0.5"),
+        object("older", "node-a", "", "", "podIP: 10.1.0.1"),
+        object("ended", "node-a", "", "", "phase: Failed, podIP: 10.1.0.2"),
+        object("outside", "node-a", "", "", "podIP: 10.9.0.1"),
+        object("elsewhere", "node-b", "", "", "podIP: 10.1.1.1"),
+    ];
+    let loaded = load_with_pods(&format!("{NODE}{}", pods.concat()), &[web_0(None)]);
+    let loaded = loaded.unwrap_or_else(|problems| panic!("{problems}"));
+    let ranges = crate::pods::ranges(&loaded, &weir_dataplane::model::Links::default(), &[]);
+    assert_eq!(ranges.left_out, ["10.1.0.1".parse::<std::net::IpAddr>().unwrap()]);
+}

@@ -1,20 +1,20 @@
 //! Records and devices that do not agree: found when a process starts, and looked for while it runs.
 
-use std::{collections::BTreeMap, io, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr};
 
 use weir_cni::{
     CniError,
     wire::{Attachment, PodName},
 };
 
-use super::{Keeper, SUFFIX, failure, is_of};
+use super::{Keeper, SUFFIX, failure, is_of, says_it_is_of};
 use crate::{
     ipam::{
         disk::{Folder, Sync},
         record::{Freed, Phase, Record, VERSION},
     },
     pods::{
-        LocalPod, PodsError,
+        LocalPod, PodsError, device_name,
         kernel::{Alias, HostEnd},
     },
 };
@@ -34,7 +34,7 @@ impl Keeper {
                 }
                 // That somebody had it just now is the careful reading.
                 (Ok(address), _) => self.state().pool.free(address, now),
-                _ => self.disk.remove(Folder::Freed, &name, Sync::Later).map_err(failed)?,
+                _ => self.clean(Folder::Freed, &name),
             }
         }
         let mut records = Vec::new();
@@ -48,7 +48,7 @@ impl Keeper {
                         "{name} in {} is no record; its device, if any, says what it was",
                         self.settings.state.display()
                     );
-                    self.disk.remove(Folder::Pods, &name, Sync::Later).map_err(failed)?;
+                    self.clean(Folder::Pods, &name);
                 }
             }
         }
@@ -56,9 +56,7 @@ impl Keeper {
         records.sort_by_key(|record| std::cmp::Reverse(record.since));
         let mut lost = Vec::new();
         for record in records {
-            let end = ends.get(&record.pod.device);
-            let lives =
-                record.boot == self.boot && record.phase == Phase::Made && end.is_some_and(|end| is_of(end, &record));
+            let lives = record.boot == self.boot && record.phase == Phase::Made && has_end(&ends, &record);
             let mut state = self.state();
             let claimed = state.records.values().any(|other| {
                 other.pod.device == record.pod.device
@@ -81,26 +79,43 @@ impl Keeper {
                 Phase::Made => "has no device any more",
             };
             tracing::info!("pod {} ({}) {why}; its addresses are given back", record.pod, record.attachment());
+            // No device outlives its boot: one of that name is another plugin's.
             let owned = self.state().records.values().any(|other| other.pod.device == record.pod.device);
-            if !owned {
+            if !owned && !another_boot {
                 self.remove_device(&record)?;
             }
             // Since when nobody has had them is known after a reboot: full nodes need not wait once more.
-            self.release(&record, if another_boot { booted.max(record.since).min(now) } else { now })
-                .map_err(failed)?;
+            let at = if another_boot { booted.max(record.since).min(now) } else { now };
+            if let Err(error) = self.release(&record, at) {
+                // The next start finds it once more. Nobody may have the addresses twice meanwhile.
+                tracing::error!("that pod {} is gone cannot be kept, only remembered: {error}", record.pod);
+                let mut state = self.state();
+                for address in &record.pod.addresses {
+                    if !state.records.values().any(|other| other.pod.addresses.contains(address)) {
+                        state.pool.free(*address, at);
+                    }
+                }
+            }
             self.state().mended += 1;
         }
         for end in ends.values() {
             let Some(alias) = &end.alias else { continue };
             if !self.state().records.contains_key(&alias.attachment) && self.kernel.host_end(&end.name)?.is_some() {
-                self.recover(end, alias, now).map_err(failed)?;
+                self.recover(end, alias, now);
             }
         }
         Ok(())
     }
 
+    /// Removes a file that says nothing. Where the disk cannot be written it stays: the router runs all the same, for the pods that there are.
+    fn clean(&self, folder: Folder, name: &str) {
+        if let Err(error) = self.disk.remove(folder, name, Sync::Later) {
+            tracing::error!("{name} in {} cannot be removed: {error}", self.settings.state.display());
+        }
+    }
+
     /// Writes the record anew that a device must have had: it was lost, the pod lives.
-    fn recover(&self, end: &HostEnd, alias: &Alias, now: u64) -> io::Result<()> {
+    fn recover(&self, end: &HostEnd, alias: &Alias, now: u64) {
         tracing::error!(
             "{} is of {} and has no record in {}; it is taken over as it says it is",
             end.name,
@@ -111,30 +126,32 @@ impl Keeper {
         let record = Record {
             version: VERSION,
             phase: Phase::Made,
+            network: String::new(),
             interface: alias.attachment.interface.clone(),
             boot: self.boot.clone(),
             since: now,
             mtu: end.mtu,
             pod: LocalPod {
+                // Also where it has another name now.
+                device: if name.is_empty() { end.name.clone() } else { device_name(&namespace, &name) },
                 namespace,
                 name,
                 uid: None,
                 sandbox: alias.attachment.sandbox.clone(),
                 netns: None,
-                device: end.name.clone(),
                 mac: alias.mac,
                 addresses: alias.addresses.clone(),
-                host_ports: Vec::new(),
             },
         };
-        self.keep(&record, Sync::Now)?;
+        if let Err(error) = self.keep(&record, Sync::Now) {
+            tracing::error!("the record of pod {} is not kept, only remembered: {error}", record.pod);
+        }
         let mut state = self.state();
         for address in &record.pod.addresses {
             state.pool.take(*address);
         }
         state.mended += 1;
         state.records.insert(alias.attachment.clone(), record);
-        Ok(())
     }
 
     /// To be called now and then: takes away pods whose device went with its namespace and of which no DEL came, what is half made and nobody
@@ -145,10 +162,8 @@ impl Keeper {
             Ok(ends) => ends,
             Err(error) => return tracing::warn!("pods are not looked after: {error}"),
         };
-        let ends: BTreeMap<_, _> = ends.iter().map(|end| (end.name.as_str(), end)).collect();
-        let whole = |record: &Record| {
-            record.phase == Phase::Made && ends.get(record.pod.device.as_str()).is_some_and(|end| is_of(end, record))
-        };
+        let ends: BTreeMap<_, _> = ends.into_iter().map(|end| (end.name.clone(), end)).collect();
+        let whole = |record: &Record| record.phase == Phase::Made && has_end(&ends, record);
         // Those that are made meanwhile seem half made; they are looked at once more, in their turn.
         let suspects: Vec<_> = self.state().records.values().filter(|record| !whole(record)).cloned().collect();
         for record in suspects {
@@ -163,8 +178,7 @@ impl Keeper {
         let pod = PodName { namespace: record.pod.namespace.clone(), name: record.pod.name.clone(), uid: None };
         let _turn = self.turn(&attachment, Some(&pod))?;
         // Still so, now that nobody works at it?
-        let end = self.kernel.host_end(&record.pod.device).map_err(|error| failure(CniError::TRY_AGAIN, error))?;
-        let there = end.is_some_and(|end| is_of(&end, record));
+        let there = self.end_of(record).map_err(|error| failure(CniError::TRY_AGAIN, error))?.is_some();
         let known = self.state().records.get(&attachment).cloned();
         match known {
             Some(known) if known.since == record.since && !(known.phase == Phase::Made && there) => {
@@ -175,4 +189,10 @@ impl Keeper {
             _ => Ok(()),
         }
     }
+}
+
+/// Whether a record's host end is among these, by whatever name.
+fn has_end(ends: &BTreeMap<String, HostEnd>, record: &Record) -> bool {
+    ends.get(&record.pod.device).is_some_and(|end| is_of(end, record))
+        || ends.values().any(|end| says_it_is_of(end, record))
 }

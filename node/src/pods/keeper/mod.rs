@@ -3,7 +3,7 @@
 //! Order of an ADD: address (in memory), record "making", pair, closed, up, record "made" on the disk while control publishes, answer. Order of a
 //! DEL: control, pair, address to the disk as given back, record. Whoever ends in between leaves a record; what it stands for is then looked
 //! up in the kernel ([`Keeper::open`]). What fails in between is undone at once; where that fails too, the record stays, marked as half
-//! made, and is looked at again ([`Keeper::tend`]).
+//! made (on the disk too, if that can be written), and is looked at again ([`Keeper::tend`]).
 
 mod mend;
 
@@ -25,7 +25,7 @@ use tokio::sync::mpsc;
 use weir_cni::{
     CniError,
     queue::Queue,
-    wire::{Attachment, Command, HostPort, Made, PodName},
+    wire::{Attachment, Command, Made, PodName},
 };
 use weir_packet::Mac;
 
@@ -50,8 +50,12 @@ const TURN: Duration = Duration::from_secs(15);
 const CONTROL: Duration = Duration::from_secs(8);
 /// How long control may leave its queue full.
 const QUEUE: Duration = Duration::from_secs(2);
+/// How long control may take to say that it is there, less than weir-cni waits for a STATUS.
+const PING: Duration = Duration::from_secs(2);
 /// After which a leak is looked at again.
 const SECOND_LOOK: Duration = Duration::from_millis(700);
+/// The least MTU of a device with IPv6, in bytes (RFC 8200, section 5): with less the kernel gives it none.
+const MIN_MTU_V6: u32 = 1280;
 /// The file of the folder `node`.
 pub const NODE_FILE: &str = "node.json";
 /// Ends a record's file name.
@@ -69,6 +73,7 @@ pub struct Keeper {
     clock: Clock,
     boot: String,
     netns: u64,
+    nsfs: u64,
     queue: Queue,
     turns: Turns,
     state: Mutex<State>,
@@ -101,6 +106,8 @@ pub struct Parts {
     pub booted: u64,
     /// The inode of the node's network namespace.
     pub netns: u64,
+    /// The device number of the file system that it is on.
+    pub nsfs: u64,
 }
 
 impl Keeper {
@@ -112,9 +119,10 @@ impl Keeper {
         let failed = |source| PodsError::State { path: settings.state.clone(), source };
         let disk = StateFolder::create(&settings.state).map_err(failed)?;
         let lock = lock(&settings)?;
+        disk.clean();
         let system = |what| move |source| PodsError::System { what, source };
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(system("the kernel's boot id"))?;
-        let netns = fs::metadata("/proc/thread-self/ns/net").map_err(system("this network namespace"))?.ino();
+        let own = fs::metadata("/proc/thread-self/ns/net").map_err(system("this network namespace"))?;
         let clock = clock();
         let up = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
             .map_err(|errno| PodsError::System { what: "the time since boot", source: errno.into() })?;
@@ -125,7 +133,8 @@ impl Keeper {
             kernel: Box::new(NodeKernel),
             clock,
             boot: boot.trim().to_owned(),
-            netns,
+            netns: own.ino(),
+            nsfs: own.dev(),
         };
         Self::with(settings, asks, parts, Some(lock))
     }
@@ -140,9 +149,11 @@ impl Keeper {
         parts: Parts,
         lock: Option<Flock<File>>,
     ) -> Result<Self, PodsError> {
-        let Parts { disk, kernel, clock, boot, booted, netns } = parts;
-        let keeper = Self {
-            control: Control::new(asks),
+        let Parts { disk, kernel, clock, boot, booted, netns, nsfs } = parts;
+        // Control begins with what is kept; until it has been told, nobody would answer.
+        let (nobody, _) = mpsc::channel(1);
+        let mut keeper = Self {
+            control: Control::new(nobody),
             queue: Queue::beside(&settings.socket),
             turns: Turns::default(),
             state: Mutex::new(State {
@@ -161,10 +172,12 @@ impl Keeper {
             clock,
             boot,
             netns,
+            nsfs,
             _lock: lock,
         };
         keeper.load(booted)?;
         keeper.drain();
+        keeper.control = Control::new(asks);
         Ok(keeper)
     }
 
@@ -208,19 +221,27 @@ impl Keeper {
     /// # Errors
     /// In the words and numbers of the CNI specification.
     pub fn serve(&self, command: Command, namespace: Option<&File>) -> Result<Option<Made>, CniError> {
+        let is_poll = matches!(command, Command::Status);
         let needed = || namespace.ok_or_else(|| failure(CniError::INVALID_ENVIRONMENT, "CNI_NETNS did not come along"));
         let outcome = match command {
-            Command::Add { attachment, pod, host_ports } => self.add(attachment, pod, host_ports, needed()?).map(Some),
-            Command::Del { attachment, pod } => self.delete(&attachment, pod.as_ref()).map(|()| None),
-            Command::Check { attachment } => self.check(&attachment, needed()?).map(Some),
+            Command::Add { attachment, pod, network } => {
+                needed().and_then(|namespace| self.add(attachment, pod, network, namespace)).map(Some)
+            }
+            Command::Del { attachment, pod } => self.delete(&attachment, pod.as_ref(), || true).map(|()| None),
+            Command::Check { attachment } => {
+                needed().and_then(|namespace| self.check(&attachment, namespace)).map(Some)
+            }
             Command::Status => self.ready().map(|()| None),
-            Command::Gc { valid } => self.collect(&valid).map(|()| None),
+            Command::Gc { valid, network } => self.collect(&valid, &network).map(|()| None),
             Command::Drain => {
                 self.drain();
                 Ok(None)
             }
         };
-        if let Err(error) = &outcome {
+        // A STATUS is asked every few seconds; that it says no is no failure.
+        if let Err(error) = &outcome
+            && !is_poll
+        {
             let mut state = self.state();
             state.failed += 1;
             state.last_error = Some(error.to_string());
@@ -232,7 +253,7 @@ impl Keeper {
         &self,
         attachment: Attachment,
         pod: PodName,
-        host_ports: Vec<HostPort>,
+        network: String,
         namespace: Namespace<'_>,
     ) -> Result<Made, CniError> {
         if !pod.is_valid() {
@@ -241,23 +262,25 @@ impl Keeper {
                 "CNI_ARGS: the pod's name is none that Kubernetes gives",
             ));
         }
-        let netns = namespace.metadata().map_err(|error| failure(CniError::IO, "CNI_NETNS").with(error))?.ino();
-        if netns == self.netns {
+        let file = namespace.metadata().map_err(|error| failure(CniError::IO, "CNI_NETNS").with(error))?;
+        let netns = file.ino();
+        // Files of other file systems may have that number too.
+        if (netns, file.dev()) == (self.netns, self.nsfs) {
             return Err(failure(CniError::INVALID_ENVIRONMENT, KernelError::OwnNamespace));
         }
         let _turn = self.turn(&attachment, Some(&pod))?;
+        // A DEL that still waits is of the sandbox's life before this one.
+        self.queue.remove(&attachment).map_err(|error| {
+            failure(CniError::TRY_AGAIN, format!("an earlier DEL of {attachment} cannot be taken out of the queue"))
+                .with(error)
+        })?;
         let of_pod = |record: &Record| record.pod.namespace == pod.namespace && record.pod.name == pod.name;
 
         let known = self.state().records.get(&attachment).cloned();
-        if let Some(mut known) = known {
+        if let Some(known) = known {
             let same =
                 known.phase == Phase::Made && of_pod(&known) && known.pod.netns.is_none_or(|known| known == netns);
             if same && matches!(self.kernel.difference(&pair(&known), namespace), Ok(None)) {
-                if known.pod.host_ports != host_ports {
-                    known.pod.host_ports = host_ports;
-                    self.keep(&known, Sync::Now).map_err(|error| self.disk_failure(&error))?;
-                    self.state().records.insert(attachment, known.clone());
-                }
                 // Its answer may have been lost, and so may what control knew.
                 self.put(&known.pod)?;
                 return Ok(known.made());
@@ -297,7 +320,7 @@ impl Keeper {
             ));
         }
 
-        let (record, given) = self.begin(&attachment, &pod, host_ports, netns)?;
+        let (record, given) = self.begin(&attachment, &pod, network, netns)?;
         let built = self.build(&record, namespace).map_err(|error| (error, false));
         let announced = built.and_then(|()| self.announce(&record).map_err(|error| (error, true)));
         if let Err((error, control_knows)) = announced {
@@ -318,19 +341,22 @@ impl Keeper {
         &self,
         attachment: &Attachment,
         pod: &PodName,
-        host_ports: Vec<HostPort>,
+        network: String,
         netns: u64,
     ) -> Result<(Record, Vec<Given>), CniError> {
         let now = (self.clock)();
         let mut state = self.state();
-        let Some(mtu) = state.ranges.as_ref().filter(|ranges| !ranges.pod_cidrs.is_empty()).map(|ranges| ranges.mtu)
-        else {
-            return Err(no_ranges(CniError::TRY_AGAIN, &self.settings.node_name));
-        };
+        let mtu = self.mtu_of(state.ranges.as_ref(), CniError::TRY_AGAIN)?;
+        if mtu < MIN_MTU_V6 && state.pool.ranges().any(|range| range.addr().is_ipv6()) {
+            let mtu = format!("new pods of this node would have an MTU of {mtu}, and IPv6 needs {MIN_MTU_V6}");
+            return Err(failure(CniError::TRY_AGAIN, mtu)
+                .with("raise cni.mtu in weir.yaml, or the uplink's MTU that it follows from"));
+        }
         let given = state.pool.allocate(now).map_err(|exhausted| failure(CniError::TRY_AGAIN, exhausted))?;
         let record = Record {
             version: VERSION,
             phase: Phase::Making,
+            network,
             interface: attachment.interface.clone(),
             boot: self.boot.clone(),
             since: now,
@@ -344,7 +370,6 @@ impl Keeper {
                 device: device_name(&pod.namespace, &pod.name),
                 mac: mac(attachment),
                 addresses: given.iter().map(|given| given.address).collect(),
-                host_ports,
             },
         };
         state.records.insert(attachment.clone(), record.clone());
@@ -402,59 +427,85 @@ impl Keeper {
         self.patience() + CONTROL
     }
 
-    /// Takes back what a failed ADD has done so far. Nobody ever had the addresses, so they are as they were.
+    /// Takes back what a failed ADD has done so far. Addresses that control never heard of nobody ever had: they are as they were. Others cool
+    /// down, for they may have been in force.
     fn undo(&self, record: &Record, given: &[Given], control_knows: bool) {
         let attachment = record.attachment();
-        if control_knows {
-            self.gone(&record.pod);
-        }
-        let removed = self.kernel.remove(&record.pod.device).map_err(|error| error.to_string()).and_then(|_| {
+        let told = if control_knows { self.gone(&record.pod) } else { Ok(()) };
+        let removed = self.kernel.remove(&record.pod.device).map_err(|error| error.to_string());
+        let undone = removed.and(told.map_err(|error| error.to_string())).and_then(|()| {
+            if control_knows {
+                return self.release(record, (self.clock)()).map_err(|error| error.to_string());
+            }
             let name = file_name(&attachment);
             self.disk.remove(Folder::Pods, &name, Sync::Later).map_err(|error| error.to_string())
         });
-        let mut state = self.state();
-        match removed {
+        match undone {
+            Ok(()) if control_knows => {}
             Ok(()) => {
+                let mut state = self.state();
                 state.records.remove(&attachment);
                 for given in given {
                     state.pool.give_back(*given);
                 }
             }
             // Its addresses stay taken until it can be taken away.
-            Err(error) => tracing::error!("what is half made of pod {} cannot be taken back yet: {error}", record.pod),
+            Err(error) => {
+                tracing::error!("what is half made of pod {} cannot be taken back yet: {error}", record.pod);
+                // The file may say already that it is made.
+                let _ = self.keep(record, Sync::Later);
+            }
         }
     }
 
-    fn delete(&self, attachment: &Attachment, pod: Option<&PodName>) -> Result<(), CniError> {
-        // Whose it is, is known from the record at the latest; an ADD of it may be under way.
-        let of_record = self.state().records.get(attachment).map(|record| PodName {
+    /// Takes a sandbox away, if `still` holds with its turn.
+    fn delete(&self, attachment: &Attachment, pod: Option<&PodName>, still: impl Fn() -> bool) -> Result<(), CniError> {
+        let name_of = |record: &Record| PodName {
             namespace: record.pod.namespace.clone(),
             name: record.pod.name.clone(),
             uid: None,
-        });
-        let _turn = self.turn(attachment, of_record.as_ref().or(pod))?;
-        let known = self.state().records.get(attachment).cloned();
-        // None: deleted before, never added, or another sandbox has the pod's name by now.
-        let Some(record) = known else { return Ok(()) };
-        self.take_away(&record)?;
-        self.state().deleted += 1;
-        Ok(())
+        };
+        loop {
+            // Whose it is, is known from the record at the latest; an ADD of it may be under way.
+            let of_record = self.state().records.get(attachment).map(name_of);
+            let turn = self.turn(attachment, of_record.as_ref().or(pod))?;
+            if !still() {
+                return Ok(());
+            }
+            let known = self.state().records.get(attachment).cloned();
+            // None: deleted before, never added, or another sandbox has the pod's name by now.
+            let Some(record) = known else { return Ok(()) };
+            // It was made while this waited: the turn has to be its pod's too.
+            if !turn.has(&pod_key(&record.pod.namespace, &record.pod.name)) {
+                continue;
+            }
+            self.take_away(&record)?;
+            self.state().deleted += 1;
+            return Ok(());
+        }
     }
 
     /// Takes a pod away, with its turn held.
     fn take_away(&self, record: &Record) -> Result<(), CniError> {
-        self.gone(&record.pod);
+        self.gone(&record.pod).map_err(control_failure)?;
         self.remove_device(record).map_err(|error| failure(CniError::TRY_AGAIN, error))?;
         self.release(record, (self.clock)()).map_err(|error| self.disk_failure(&error))
     }
 
     /// Removes a record's device, unless another sandbox has it.
     fn remove_device(&self, record: &Record) -> Result<(), KernelError> {
-        let end = self.kernel.host_end(&record.pod.device)?;
-        match end {
-            Some(end) if is_of(&end, record) => self.kernel.remove(&record.pod.device).map(drop),
-            _ => Ok(()),
+        match self.end_of(record)? {
+            Some(end) => self.kernel.remove(&end.name).map(drop),
+            None => Ok(()),
         }
+    }
+
+    /// The host end of a record, also where somebody gave it another name.
+    fn end_of(&self, record: &Record) -> Result<Option<HostEnd>, KernelError> {
+        if let Some(end) = self.kernel.host_end(&record.pod.device)?.filter(|end| is_of(end, record)) {
+            return Ok(Some(end));
+        }
+        Ok(self.kernel.host_ends()?.into_iter().find(|end| says_it_is_of(end, record)))
     }
 
     /// Gives a record's addresses back and forgets it.
@@ -486,11 +537,21 @@ impl Keeper {
     fn check(&self, attachment: &Attachment, namespace: Namespace<'_>) -> Result<Made, CniError> {
         let _turn = self.turn(attachment, None)?;
         let known = self.state().records.get(attachment).cloned();
-        let Some(record) = known.filter(|record| record.phase == Phase::Made) else {
+        let Some(record) = known else {
             return Err(failure(CniError::UNKNOWN_CONTAINER, format!("weir has made no interface {attachment}")));
         };
+        if record.phase != Phase::Made {
+            return Err(failure(CniError::TRY_AGAIN, format!("{attachment} is half made and still to be taken away")));
+        }
         match self.kernel.difference(&pair(&record), namespace) {
-            Ok(None) => Ok(record.made()),
+            Ok(None) if self.serves(Some(&record.pod.device), CONTROL).map_err(control_failure)? => Ok(record.made()),
+            Ok(None) => Err(failure(
+                CniError::NOT_AS_MADE,
+                format!(
+                    "the router does not serve pod {}: the log says why {} is not adopted",
+                    record.pod, record.pod.device
+                ),
+            )),
             Ok(Some(difference)) => Err(failure(
                 CniError::NOT_AS_MADE,
                 format!("the network of pod {} is not as it was made: {difference}", record.pod),
@@ -503,23 +564,45 @@ impl Keeper {
         if !self.control.is_there() {
             return Err(failure(CniError::UNAVAILABLE, ControlError::Ends));
         }
-        let ranges = self.state().ranges.as_ref().is_some_and(|ranges| !ranges.pod_cidrs.is_empty());
         // An exhausted pool is no reason: a node that is full is not broken.
-        if ranges { Ok(()) } else { Err(no_ranges(CniError::UNAVAILABLE, &self.settings.node_name)) }
+        self.mtu_of(self.state().ranges.as_ref(), CniError::UNAVAILABLE)?;
+        // It is asked only where it was silent when it was asked last: it may be busy for a while.
+        if self.control.was_silent() && self.serves(None, PING).is_err() {
+            let code = if self.state().records.is_empty() { CniError::UNAVAILABLE } else { CniError::LIMITED };
+            return Err(failure(code, ControlError::Silent));
+        }
+        Ok(())
     }
 
-    /// GC: takes away what is not listed, and works off the queue.
-    fn collect(&self, valid: &[Attachment]) -> Result<(), CniError> {
+    /// Whether control serves a pod's device, or serves at all.
+    fn serves(&self, device: Option<&str>, limit: Duration) -> Result<bool, ControlError> {
+        let device = device.map(str::to_owned);
+        self.control.ask(|answer| Ask::Serves { device, answer }, QUEUE)?.wait(limit)
+    }
+
+    /// The MTU of new pods, where there is anything to give to them.
+    fn mtu_of(&self, ranges: Option<&NodeRanges>, code: u32) -> Result<u32, CniError> {
+        match ranges {
+            None => Err(failure(code, "weir is starting: what new pods get is not known yet")),
+            Some(ranges) if ranges.pod_cidrs.is_empty() => Err(no_ranges(code, &self.settings.node_name)),
+            Some(ranges) => Ok(ranges.mtu),
+        }
+    }
+
+    /// GC: takes away what of a network is not listed, and works off the queue. A pod whose network was lost with its record may be of any.
+    fn collect(&self, valid: &[Attachment], network: &str) -> Result<(), CniError> {
         self.drain();
         let valid: BTreeSet<_> = valid.iter().collect();
         let stale: Vec<_> = {
             let state = self.state();
-            state.records.keys().filter(|attachment| !valid.contains(attachment)).cloned().collect()
+            let of_it =
+                state.records.iter().filter(|(_, record)| record.network.is_empty() || record.network == network);
+            of_it.map(|(attachment, _)| attachment).filter(|attachment| !valid.contains(attachment)).cloned().collect()
         };
         let mut failed = Vec::new();
         for attachment in stale {
             tracing::info!("the runtime does not know {attachment} any more");
-            if let Err(error) = self.delete(&attachment, None) {
+            if let Err(error) = self.delete(&attachment, None, || true) {
                 failed.push(format!("{attachment}: {error}"));
             }
         }
@@ -537,20 +620,32 @@ impl Keeper {
             Err(error) => return tracing::warn!("the queue of DELs cannot be read: {error}"),
         };
         for attachment in entries {
-            let done = self.delete(&attachment, None).map_err(|error| error.to_string());
+            // An ADD since then has taken it out.
+            let still = || self.queue.has(&attachment);
+            let done = self.delete(&attachment, None, still).map_err(|error| error.to_string());
             if let Err(error) = done.and_then(|()| self.queue.remove(&attachment).map_err(|error| error.to_string())) {
                 tracing::warn!("the DEL of {attachment} stays in the queue: {error}");
             }
         }
     }
 
-    fn gone(&self, pod: &LocalPod) {
+    /// Tells control that a pod goes, and waits until nothing is sent there any more.
+    ///
+    /// # Errors
+    /// Where control could not even be told: it would go on taking the pod's addresses for the pod's.
+    fn gone(&self, pod: &LocalPod) -> Result<(), ControlError> {
         let (namespace, name, sandbox) = (pod.namespace.clone(), pod.name.clone(), pod.sandbox.clone());
-        let asked = self.control.ask(|answer| Ask::Gone { namespace, name, sandbox, answer }, QUEUE);
-        // A pod must go also while the router ends; the next one never hears of it.
-        if let Err(ControlError::Silent) = asked.and_then(|pending| pending.wait(CONTROL)) {
-            tracing::warn!("control does not answer that pod {pod} goes; it goes all the same");
+        match self.control.ask(|answer| Ask::Gone { namespace, name, sandbox, answer }, QUEUE) {
+            Err(ControlError::Silent) => return Err(ControlError::Silent),
+            // A pod must go also while the router ends; the next one never hears of it.
+            Err(ControlError::Ends) => {}
+            Ok(pending) => {
+                if let Err(ControlError::Silent) = pending.wait(CONTROL) {
+                    tracing::warn!("control does not answer that pod {pod} goes; it goes all the same");
+                }
+            }
         }
+        Ok(())
     }
 
     fn keep(&self, record: &Record, sync: Sync) -> io::Result<()> {
@@ -564,7 +659,7 @@ impl Keeper {
 
     fn turn(&self, attachment: &Attachment, pod: Option<&PodName>) -> Result<Turn<'_>, CniError> {
         let mut keys = vec![format!("sandbox {}", attachment.sandbox)];
-        keys.extend(pod.map(|pod| format!("pod {}/{}", pod.namespace, pod.name)));
+        keys.extend(pod.map(|pod| pod_key(&pod.namespace, &pod.name)));
         self.turns.take(keys, TURN).ok_or_else(|| {
             failure(CniError::TRY_AGAIN, format!("another request for {attachment} or its pod is still under way"))
         })
@@ -629,12 +724,23 @@ impl Keeper {
     }
 }
 
-/// Whether a host end is a record's: what says nothing of itself was not brought up yet.
+/// Whether a host end of a record's device name is the record's. What says nothing of itself was not brought up yet, or has too long a name to
+/// say it; or another plugin made it.
 fn is_of(end: &HostEnd, record: &Record) -> bool {
     match &end.alias {
-        Some(alias) => alias.attachment == record.attachment(),
-        None => true,
+        Some(_) => says_it_is_of(end, record),
+        None => record.phase == Phase::Made || !end.up || pair(record).alias.text().is_none(),
     }
+}
+
+/// Whether a host end says that it is a record's, whatever it is called.
+fn says_it_is_of(end: &HostEnd, record: &Record) -> bool {
+    end.alias.as_ref().is_some_and(|alias| alias.attachment == record.attachment())
+}
+
+/// What requests of one pod take turns by.
+fn pod_key(namespace: &str, name: &str) -> String {
+    format!("pod {namespace}/{name}")
 }
 
 fn pair(record: &Record) -> Pair {
@@ -698,7 +804,11 @@ fn no_ranges(code: u32, node: &str) -> CniError {
 
 fn lock(settings: &Settings) -> Result<Flock<File>, PodsError> {
     let path = settings.state.join("lock");
-    let open = || File::options().create(true).truncate(false).write(true).open(&path);
+    // On a file system that has become read-only it can still be locked, if it is there.
+    let open = || match File::options().create(true).truncate(false).write(true).open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => File::open(&path),
+        other => other,
+    };
     // The process before this one may be ending.
     let end = Instant::now() + Duration::from_secs(5);
     let mut file = open().map_err(|source| PodsError::State { path: path.clone(), source })?;

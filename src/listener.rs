@@ -1,0 +1,181 @@
+//! Where `weir status` and its like ask: a Unix socket that only root may use. What a client asks is read beside control, which hears of it
+//! once it is there: one that says nothing, or no end of it, keeps nobody waiting.
+
+use std::{
+    fs, io,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{UnixListener, UnixStream},
+    sync::{Semaphore, mpsc},
+    time::{sleep, timeout},
+};
+use tracing::warn;
+
+use crate::control::Request;
+
+/// Clients whose request is being read; more are turned away.
+const CLIENTS: usize = 64;
+/// How long a request may take to arrive.
+const ARRIVAL: Duration = Duration::from_secs(5);
+/// Most bytes of a request.
+const MAX_REQUEST_BYTES: u64 = 64 << 10;
+/// How long nobody is let in after a connection could not be: those there are give their descriptors back.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// The socket; removed when this is dropped.
+pub struct Listener {
+    path: PathBuf,
+    requests: mpsc::Receiver<(Request, UnixStream)>,
+}
+
+impl Listener {
+    /// Listens at `path`, in the place of whoever did before. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// Where there can be no socket.
+    pub fn start(path: &Path) -> io::Result<Self> {
+        // It has its mode before it has its name.
+        let mut beside = path.as_os_str().to_owned();
+        beside.push(".new");
+        let beside = PathBuf::from(beside);
+        match fs::remove_file(&beside) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&beside)?;
+        fs::set_permissions(&beside, fs::Permissions::from_mode(0o600))?;
+        fs::rename(&beside, path)?;
+        let (sender, requests) = mpsc::channel(CLIENTS);
+        tokio::spawn(accept(listener, sender));
+        Ok(Self { path: path.into(), requests })
+    }
+
+    /// The next request, and who is to be answered. Cancel-safe.
+    pub async fn next(&mut self) -> Option<(Request, UnixStream)> {
+        self.requests.recv().await
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+async fn accept(listener: UnixListener, requests: mpsc::Sender<(Request, UnixStream)>) {
+    let room = Arc::new(Semaphore::new(CLIENTS));
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = requests.closed() => return,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                let Ok(place) = room.clone().try_acquire_owned() else { continue };
+                let requests = requests.clone();
+                tokio::spawn(async move {
+                    if let Ok(Err(error)) = timeout(ARRIVAL, read(stream, &requests)).await {
+                        warn!(%error, "a client was not answered");
+                    }
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                warn!(%error, "no client can be let in");
+                sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Reads a client's request, and hands it over if it is one.
+async fn read(stream: UnixStream, requests: &mpsc::Sender<(Request, UnixStream)>) -> io::Result<()> {
+    let mut stream = BufReader::new(stream);
+    let mut line = Vec::new();
+    (&mut stream).take(MAX_REQUEST_BYTES).read_until(b'\n', &mut line).await?;
+    if line.is_empty() {
+        // Somebody only looked whether a router runs.
+        return Ok(());
+    }
+    let mut stream = stream.into_inner();
+    match serde_json::from_slice(&line) {
+        Ok(request) => drop(requests.send((request, stream)).await),
+        Err(error) => writeln_to(&mut stream, &json!({"error": error.to_string()})).await?,
+    }
+    Ok(())
+}
+
+/// Answers by one line.
+///
+/// # Errors
+/// Where the client is gone.
+pub async fn writeln_to(stream: &mut UnixStream, answer: &Value) -> io::Result<()> {
+    let mut text = answer.to_string();
+    text.push('\n');
+    stream.write_all(text.as_bytes()).await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{BufRead as _, Write as _},
+        os::unix::net::UnixStream as Client,
+    };
+
+    use super::*;
+
+    fn client(path: &Path, says: &[u8]) -> Client {
+        let mut client = Client::connect(path).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        client.write_all(says).unwrap();
+        client
+    }
+
+    #[tokio::test]
+    async fn a_client_that_says_nothing_keeps_nobody_waiting() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("node.sock");
+        let mut listener = Listener::start(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let silent = client(&path, b"");
+        let endless = client(&path, &[b'x'; 1000]);
+        let looked = client(&path, b"");
+        drop(looked);
+        let asks = client(&path, b"\"status\"\n");
+        let (request, mut stream) = timeout(Duration::from_secs(3), listener.next()).await.expect("at once").unwrap();
+        assert!(matches!(request, Request::Status));
+        writeln_to(&mut stream, &json!({"generation": 1})).await.unwrap();
+        let mut answer = String::new();
+        std::io::BufReader::new(asks).read_line(&mut answer).unwrap();
+        assert_eq!(answer, "{\"generation\":1}\n");
+        drop((silent, endless));
+        drop(listener);
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn what_is_no_request_or_has_no_end_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("node.sock");
+        let mut listener = Listener::start(&path).unwrap();
+        for says in [b"\"sttus\"\n".to_vec(), vec![b'x'; MAX_REQUEST_BYTES as usize]] {
+            let asks = client(&path, &says);
+            let answer = tokio::task::spawn_blocking(move || {
+                let mut answer = String::new();
+                std::io::BufReader::new(asks).read_line(&mut answer).unwrap();
+                answer
+            });
+            tokio::select! {
+                answer = answer => assert!(answer.as_ref().unwrap().starts_with("{\"error\":"), "{answer:?}"),
+                _ = listener.next() => panic!("that is no request"),
+            }
+        }
+    }
+}
