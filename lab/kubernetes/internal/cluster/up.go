@@ -270,6 +270,13 @@ func (c *Cluster) connect(number int) error {
 			return err
 		}
 	}
+	if c.Offload == "off" {
+		// The router's XDP program is on the link then, and sees what a wire would carry: whole checksums, no segments put together.
+		out, err := c.inside(context.Background(), c.Outside, false, "ethtool", []string{"-K", port, "tx", "off"}).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("ethtool -K %s tx off: %w: %s", port, err, out)
+		}
+	}
 	return c.setting(holder, "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1", "net.ipv4.conf.all.rp_filter=0")
 }
 
