@@ -261,6 +261,25 @@ impl<'t, A: Address> ConnRef<'t, A> {
         self.key(Direction::Reply)
     }
 
+    /// The key that a direction's packets leave with: the other one, inverted. `protocol` is the connection's, one with ports: who has just
+    /// compared a key knows it.
+    #[inline(always)]
+    pub fn leaves_with(self, direction: Direction, protocol: Protocol) -> FlowKey<A> {
+        debug_assert!(protocol == self.protocol() && !protocol.is_icmp());
+        let FlowKey { src, dst, ports, protocol } = self.lines.key(direction.flip(), protocol);
+        FlowKey { src: dst, dst: src, ports: Ports::new(ports.destination(), ports.source()), protocol }
+    }
+
+    /// Whether it has that key in that direction, is live, and has not expired: in the order in which a lookup asks.
+    #[inline(always)]
+    pub(crate) fn is_expected(self, direction: Direction, key: &FlowKey<A>, now: Tick) -> bool {
+        let state = State(self.lines.state().load(Ordering::Acquire));
+        state.is_live()
+            && state.protocol() == key.protocol
+            && self.lines.has_key(direction, key)
+            && !self.table.is_expired(state, self.lines, now)
+    }
+
     /// Its IP protocol.
     #[inline]
     pub fn protocol(self) -> Protocol {
@@ -498,6 +517,45 @@ impl<'t, A: Address> ConnRef<'t, A> {
         Tracked::Accept
     }
 
+    /// Follows a datagram as [`Self::track`] does, if it leaves the state word as it is; `false`, and nothing is written, if it would change
+    /// that. Of a protocol without states: neither TCP nor SCTP.
+    #[inline(always)]
+    pub fn track_repeated(self, direction: Direction, now: Tick) -> bool {
+        let state = self.state();
+        debug_assert!(!matches!(state.protocol(), Protocol::TCP | Protocol::SCTP));
+        let repeats = after_datagram(state, direction, now) == state;
+        if repeats {
+            self.touch(now);
+        }
+        repeats
+    }
+
+    /// Follows a segment as [`Self::track`] does, which would accept it, if it is an ordinary one: of an established connection that has proved
+    /// itself, acknowledging, and plainly inside both windows ([`crate::tcp`] has the list). `false`, and nothing is written, for any
+    /// other.
+    ///
+    /// It changes nothing of the state word but the timeout.
+    #[inline(always)]
+    pub fn track_ordinary(self, direction: Direction, segment: &Observed, now: Tick) -> bool {
+        let word = self.state();
+        if !word.is_settled_tcp() {
+            return false;
+        }
+        // Who has lost a race leaves the segment to the general way, which looks again.
+        let enter = |class| {
+            let next = word.in_timeout_class(class);
+            let exchange =
+                |state: &AtomicU64| state.compare_exchange(word.0, next.0, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+            next == word || exchange(self.lines.state())
+        };
+        let (settings, timeouts) = self.table.tcp_rules();
+        let followed = self.table.tcp_line(self.id.0).follow_ordinary(direction, segment, settings, timeouts, enter);
+        if followed {
+            self.touch(now);
+        }
+        followed
+    }
+
     /// Once for each direction: the compiler then knows whose numbers are whose, and keeps them in registers.
     #[inline(never)]
     fn track_tcp(&self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
@@ -587,6 +645,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
 const STREAM_TICKS: u32 = (2_000_000_000 / Tick::NS) as u32;
 
 /// The state after a packet of a protocol without connections.
+#[inline]
 fn after_datagram(state: State, direction: Direction, now: Tick) -> State {
     let mut next = state;
     if state.protocol() == Protocol::UDP && state.seen_reply() && state.age(now) > STREAM_TICKS {

@@ -67,6 +67,19 @@
 //! - What is beyond the window, but not by much, moves a side's end only forward; in netfilter also back.
 //! - A repeated SYN without any option stands for a side that has none; netfilter then keeps those of the SYN before.
 //!
+//! # Ordinary segments
+//! Nearly all segments are data and acknowledgments of a connection that is established, was answered and has proved itself.
+//! [`TcpLine::follow_ordinary`] moves their numbers in place, and declines the rest, for [`Tcp::step`], which handles every segment. A
+//! segment is ordinary if all of these hold:
+//!
+//! - it has an ACK, no SYN, FIN or RST, no SACK block, and its window is not closed;
+//! - both sides were heard, and its sender has acknowledged before;
+//! - it is inside, by the four tests above, and also ends in what its sender was offered;
+//! - it does not repeat the segment before.
+//!
+//! Then it leads from ESTABLISHED to ESTABLISHED, and what it moves are the numbers of the table above, whose it was, and the timeout. Whoever
+//! changes `step` changes the one or the other: a property of the tests below compares them word by word.
+//!
 //! # Two workers at once
 //! [`Tcp`] is the part that is not in the state word. [`Tcp::step`] computes on a copy of the connection's [`TcpLine`];
 //! what has changed is stored back word by word, relaxed, after the state word was changed by compare-and-swap, and before
@@ -323,6 +336,8 @@ const LIBERAL: u8 = 4;
 const ACK_KNOWN: u8 = 1;
 /// It has sent what the other side has not acknowledged.
 const UNACKNOWLEDGED: u8 = 2;
+/// In the word of both sides' progress.
+const UNACKNOWLEDGED_BY_EITHER: u32 = UNACKNOWLEDGED as u32 * 0x101;
 
 /// The largest window without scale, and some: acknowledgments may be that late at least.
 const MIN_ACK_WINDOW: u32 = 66_000;
@@ -357,6 +372,18 @@ struct Last {
     retransmissions: u8,
     event: Event,
     direction: Direction,
+}
+
+impl Last {
+    /// Of its last word, what tells one segment from another: window and direction.
+    const TELLING: u32 = 0xffff | 1 << 27;
+
+    #[inline(always)]
+    const fn words(&self) -> [u32; LAST_WORDS] {
+        let Self { seq, ack, end, window, retransmissions, event, direction } = *self;
+        let packed = window as u32 | (retransmissions as u32) << 16 | (event as u32) << 24 | (direction as u32) << 27;
+        [seq, ack, end, packed]
+    }
 }
 
 /// What is remembered of the handshake.
@@ -420,8 +447,14 @@ const WORDS: usize = 15;
 /// Words of a side: end, max_end, max_win, max_ack.
 const SIDE_WORDS: usize = 4;
 const END: usize = 0;
+const MAX_END: usize = 1;
 const MAX_WIN: usize = 2;
 const MAX_ACK: usize = 3;
+/// The words of the segment before.
+const LAST: usize = 2 * SIDE_WORDS;
+const LAST_WORDS: usize = 4;
+/// The word of both sides' scales and options.
+const FIXED: usize = 12;
 /// The word of both sides' progress.
 const PROGRESS: usize = 13;
 
@@ -500,6 +533,96 @@ impl TcpLine {
         };
         self.store(&tcp, &old);
         Some(tcp.timeout(Established, Event::Ack, true, settings, timeouts))
+    }
+
+    /// Follows an ordinary segment in place; `false`, and nothing is written, of any other. For an established connection that was answered
+    /// and has proved itself. See [the list](self).
+    ///
+    /// `enter` is asked once, when all else is known, to bring the state word to a timeout class. Where it refuses, nothing is written.
+    #[inline(always)]
+    pub(crate) fn follow_ordinary(
+        &self,
+        direction: Direction,
+        segment: &Observed,
+        settings: &TcpSettings,
+        timeouts: &ByClass,
+        enter: impl FnOnce(TimeoutClass) -> bool,
+    ) -> bool {
+        let (seq, ack, end) = (segment.tcp_seq, segment.tcp_ack, segment.tcp_end());
+        let is_plain = segment.tcp_flags & (SYN | FIN | RST | ACK) == ACK && segment.tcp_options.sack.is_none();
+        if !is_plain || segment.tcp_window == 0 {
+            return false;
+        }
+
+        let (sending, receiving) = (direction as usize, direction.flip() as usize);
+        let word = |index: usize| &self.words[index];
+        let load = |index: usize| word(index).load(Ordering::Relaxed);
+        let (sender, receiver) = (sending * SIDE_WORDS, receiving * SIDE_WORDS);
+        let (sender_end, sender_max_end) = (load(sender + END), load(sender + MAX_END));
+        let (sender_max_win, sender_max_ack) = (load(sender + MAX_WIN), load(sender + MAX_ACK));
+        let (receiver_end, receiver_max_end) = (load(receiver + END), load(receiver + MAX_END));
+        let receiver_max_win = load(receiver + MAX_WIN);
+        let progress = load(PROGRESS);
+
+        let is_known =
+            sender_max_win != 0 && receiver_max_win != 0 && progress & u32::from(ACK_KNOWN) << (8 * sending) != 0;
+        let oldest_end = sender_end.wrapping_sub(receiver_max_win);
+        let oldest_ack = receiver_end.wrapping_sub(sender_max_win.max(MIN_ACK_WINDOW));
+        // All together: none of them is likely.
+        let is_outside = is_before(sender_max_end, seq)
+            | is_before(sender_max_end, end)
+            | is_before(receiver_end, ack)
+            | is_before(end, oldest_end)
+            | is_before(ack, oldest_ack);
+        if !is_known || is_outside {
+            return false;
+        }
+        let window = segment.tcp_window;
+        let last = Last { seq, ack, end, window, retransmissions: 0, event: Event::Ack, direction };
+        let new = last.words();
+        let difference = (load(LAST) ^ new[0])
+            | (load(LAST + 1) ^ new[1])
+            | (load(LAST + 2) ^ new[2])
+            | (load(LAST + 3) ^ new[3]) & Last::TELLING;
+        if difference == 0 {
+            return false;
+        }
+
+        let sends_more = is_before(sender_end, end);
+        let mut progress_after = progress;
+        if sends_more {
+            progress_after |= u32::from(UNACKNOWLEDGED) << (8 * sending);
+        }
+        if ack == receiver_end {
+            progress_after &= !(u32::from(UNACKNOWLEDGED) << (8 * receiving));
+        }
+        let is_unacknowledged = progress_after & UNACKNOWLEDGED_BY_EITHER != 0;
+        let class = timeout(Established, Event::Ack, true, is_unacknowledged, &last, settings, timeouts);
+        if !enter(class) {
+            return false;
+        }
+
+        if sends_more {
+            advance(END, word(sender + END), end);
+        }
+        let window = u32::from(window) << (load(FIXED) >> (8 * sending) & 0xf);
+        if sender_max_win < window {
+            word(sender + MAX_WIN).store(window, Ordering::Relaxed);
+        }
+        if is_before(sender_max_ack, ack) {
+            word(sender + MAX_ACK).store(ack, Ordering::Relaxed);
+        }
+        let offered = ack.wrapping_add(window);
+        if offered != receiver_max_end && !is_before(offered, receiver_max_end) {
+            word(receiver + MAX_END).store(offered, Ordering::Relaxed);
+        }
+        for (place, value) in new.into_iter().enumerate() {
+            word(LAST + place).store(value, Ordering::Relaxed);
+        }
+        if progress_after != progress {
+            word(PROGRESS).store(progress_after, Ordering::Relaxed);
+        }
+        true
     }
 
     /// Takes over all words of another line.
@@ -619,15 +742,15 @@ impl Tcp {
     #[inline(always)]
     fn of(words: &[u32; WORDS]) -> Self {
         let word = |index: usize| words[index];
-        let (packed, fixed, progress, noted) = (word(11), word(12), word(PROGRESS), word(14));
+        let (packed, fixed, progress, noted) = (word(LAST + 3), word(FIXED), word(PROGRESS), word(14));
         let side = |number: usize| {
             let at = number * SIDE_WORDS;
             let fixed = fixed >> (8 * number);
             Side {
-                end: word(at),
-                max_end: word(at + 1),
-                max_win: word(at + 2),
-                max_ack: word(at + 3),
+                end: word(at + END),
+                max_end: word(at + MAX_END),
+                max_win: word(at + MAX_WIN),
+                max_ack: word(at + MAX_ACK),
                 scale: fixed as u8 & 0xf,
                 options: (fixed >> 4) as u8 & 0xf,
                 progress: (progress >> (8 * number)) as u8,
@@ -636,9 +759,9 @@ impl Tcp {
         Tcp {
             sides: [side(0), side(1)],
             last: Last {
-                seq: word(8),
-                ack: word(9),
-                end: word(10),
+                seq: word(LAST),
+                ack: word(LAST + 1),
+                end: word(LAST + 2),
                 window: packed as u16,
                 retransmissions: (packed >> 16) as u8,
                 event: Event::from_number(packed >> 24 & 7),
@@ -660,10 +783,8 @@ impl Tcp {
             Side { end: e0, max_end: me0, max_win: w0, max_ack: a0, scale: s0, options: o0, progress: p0 },
             Side { end: e1, max_end: me1, max_win: w1, max_ack: a1, scale: s1, options: o1, progress: p1 },
         ] = self.sides;
-        let Last { seq, ack, end, window, retransmissions, event, direction } = self.last;
+        let [seq, ack, end, packed] = self.last.words();
         let Noted { simultaneous, challenge_expected, options, scale } = self.noted;
-        let packed =
-            u32::from(window) | u32::from(retransmissions) << 16 | (event as u32) << 24 | (direction as u32) << 27;
         let fixed = u32::from(s0 | o0 << 4) | u32::from(s1 | o1 << 4) << 8;
         let progress = u32::from(p0) | u32::from(p1) << 8;
         let noted = u32::from(simultaneous)
@@ -997,29 +1118,44 @@ impl Tcp {
         settings: &TcpSettings,
         timeouts: &ByClass,
     ) -> TimeoutClass {
-        // The only answer to a first packet is a refusal: there never was a connection.
-        if event == Event::Rst && !seen_reply {
-            return TimeoutClass::Ended;
-        }
-        let shorter = |limit: TimeoutClass, class: TimeoutClass| timeouts.of(limit) < timeouts.of(class);
-        let usual = state.timeout_class();
-        let unacknowledged = self.sides.iter().any(|side| side.progress & UNACKNOWLEDGED != 0);
-        let is_stuck = self.last.retransmissions >= settings.max_retransmissions;
-        let timeout = if is_stuck && shorter(TimeoutClass::TcpMaxRetrans, usual) {
-            TimeoutClass::TcpMaxRetrans
-        } else if event == Event::Rst {
-            TimeoutClass::TcpClose
-        } else if unacknowledged && shorter(TimeoutClass::TcpUnacknowledged, usual) {
-            TimeoutClass::TcpUnacknowledged
-        } else if self.last.window == 0 && shorter(TimeoutClass::TcpMaxRetrans, usual) {
-            TimeoutClass::TcpMaxRetrans
-        } else {
-            usual
-        };
-        // Picked up in the middle: until the other side has been heard, five days would be too long.
-        if state == Established && !seen_reply && shorter(TimeoutClass::TcpUnacknowledged, timeout) {
-            return TimeoutClass::TcpUnacknowledged;
-        }
-        timeout
+        let is_unacknowledged = self.sides.iter().any(|side| side.progress & UNACKNOWLEDGED != 0);
+        timeout(state, event, seen_reply, is_unacknowledged, &self.last, settings, timeouts)
     }
+}
+
+/// How long a connection lives after an event that has brought it to that state. `is_unacknowledged`: a side has sent what the other has not
+/// acknowledged yet.
+#[inline(always)]
+fn timeout(
+    state: TcpState,
+    event: Event,
+    seen_reply: bool,
+    is_unacknowledged: bool,
+    last: &Last,
+    settings: &TcpSettings,
+    timeouts: &ByClass,
+) -> TimeoutClass {
+    // The only answer to a first packet is a refusal: there never was a connection.
+    if event == Event::Rst && !seen_reply {
+        return TimeoutClass::Ended;
+    }
+    let shorter = |limit: TimeoutClass, class: TimeoutClass| timeouts.of(limit) < timeouts.of(class);
+    let usual = state.timeout_class();
+    let is_stuck = last.retransmissions >= settings.max_retransmissions;
+    let timeout = if is_stuck && shorter(TimeoutClass::TcpMaxRetrans, usual) {
+        TimeoutClass::TcpMaxRetrans
+    } else if event == Event::Rst {
+        TimeoutClass::TcpClose
+    } else if is_unacknowledged && shorter(TimeoutClass::TcpUnacknowledged, usual) {
+        TimeoutClass::TcpUnacknowledged
+    } else if last.window == 0 && shorter(TimeoutClass::TcpMaxRetrans, usual) {
+        TimeoutClass::TcpMaxRetrans
+    } else {
+        usual
+    };
+    // Picked up in the middle: until the other side has been heard, five days would be too long.
+    if state == Established && !seen_reply && shorter(TimeoutClass::TcpUnacknowledged, timeout) {
+        return TimeoutClass::TcpUnacknowledged;
+    }
+    timeout
 }

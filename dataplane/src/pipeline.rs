@@ -461,8 +461,10 @@ impl Pipeline {
         // Taken and put back, so that the packets can be handled with all of `self`; no allocation happens.
         let mut pending = std::mem::take(A::pending(self));
         // By now the buckets have arrived, so the connections' own lines can be asked for.
+        let table = A::table(context.tables);
         for packet in &pending {
-            A::table(context.tables).prefetch_conn(packet.hash);
+            let candidate = table.candidate(packet.hash, context.turn);
+            table.prefetch_candidate(candidate, packet.view.key.protocol);
         }
         for Pending { packet, view, origin, hash } in pending.drain(..) {
             self.flow(driver, packet, &view, origin, hash, context);
