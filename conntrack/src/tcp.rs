@@ -1159,3 +1159,223 @@ fn timeout(
     }
     timeout
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::cell::Cell;
+
+    use proptest::{
+        prelude::*,
+        test_runner::{Config, TestRunner},
+    };
+    use weir_packet::options::TcpOptions;
+
+    use super::*;
+    use crate::Timeouts;
+
+    /// What an established connection knows, the next segment, and by what it is judged.
+    #[derive(Clone, Copy, Debug)]
+    struct Case {
+        tcp: Tcp,
+        direction: Direction,
+        segment: Observed,
+        settings: TcpSettings,
+        timeouts: Timeouts,
+    }
+
+    /// How far from where it would be in a quiet connection a number is.
+    fn distance() -> impl Strategy<Value = u32> {
+        prop_oneof![
+            30 => Just(0i32),
+            10 => -1500..=0,
+            8 => -2..=2,
+            4 => -70_000..=70_000,
+            1 => any::<i32>(),
+            1 => i32::MIN..=i32::MIN + 2,
+            1 => i32::MAX - 2..=i32::MAX,
+        ]
+        .prop_map(|distance| distance as u32)
+    }
+
+    fn direction() -> impl Strategy<Value = Direction> {
+        prop_oneof![Just(Direction::Original), Just(Direction::Reply)]
+    }
+
+    /// The side that has sent up to about `end`, and acknowledged the other up to about `ack`.
+    fn side(end: u32, ack: u32) -> impl Strategy<Value = Side> {
+        let max_win = prop_oneof![1 => Just(0), 1 => 1..3u32, 8 => 1..100_000u32, 1 => any::<u32>()];
+        let offered = prop_oneof![4 => 0..70_000u32, 1 => distance()];
+        let scale = prop_oneof![3 => Just(0), 2 => 0..16u8];
+        let progress = prop_oneof![6 => Just(ACK_KNOWN), 4 => Just(ACK_KNOWN | UNACKNOWLEDGED), 1 => 0..4u8];
+        (distance(), offered, max_win, distance(), scale, 0..8u8, progress).prop_map(
+            move |(end_distance, offered, max_win, ack_distance, scale, options, progress)| {
+                let end = end.wrapping_add(end_distance);
+                let (max_end, max_ack) = (end.wrapping_add(offered), ack.wrapping_add(ack_distance));
+                Side { end, max_end, max_win, max_ack, scale, options, progress }
+            },
+        )
+    }
+
+    fn segment(end: u32, ack: u32) -> impl Strategy<Value = Observed> {
+        let flags = prop_oneof![12 => Just(ACK), 4 => Just(ACK | 0x08), 1 => Just(ACK | 0xe8), 3 => any::<u8>()];
+        let window = prop_oneof![1 => Just(0), 2 => 1..3u16, 9 => any::<u16>()];
+        let payload = prop_oneof![4 => Just(0), 8 => 0..1500u32, 2 => 0..70_000u32, 1 => any::<u32>()];
+        let sack = prop_oneof![7 => Just(None), 1 => distance().prop_map(Some)];
+        let options = (prop::option::weighted(0.1, 0..15u8), prop::bool::weighted(0.1), sack);
+        (flags, distance(), distance(), window, payload, options).prop_map(
+            move |(tcp_flags, seq, ack_distance, tcp_window, payload_bytes, (window_scale, sack_permitted, sack))| {
+                let tcp_ack = ack.wrapping_add(ack_distance);
+                let sack = sack.map(|distance| tcp_ack.wrapping_add(distance));
+                Observed {
+                    tcp_flags,
+                    tcp_seq: end.wrapping_add(seq),
+                    tcp_ack,
+                    tcp_window,
+                    payload_bytes,
+                    tcp_options: TcpOptions { window_scale, sack_permitted, sack },
+                    ..Observed::default()
+                }
+            },
+        )
+    }
+
+    fn last(end: u32, ack: u32) -> impl Strategy<Value = Last> {
+        (distance(), distance(), 0..1500u32, any::<u16>(), 0..5u8, 0..6u32, direction()).prop_map(
+            move |(seq, ack_distance, bytes, window, retransmissions, event, direction)| {
+                let seq = end.wrapping_add(seq);
+                let ack = ack.wrapping_add(ack_distance);
+                let event = Event::from_number(event);
+                Last { seq, ack, end: seq.wrapping_add(bytes), window, retransmissions, event, direction }
+            },
+        )
+    }
+
+    /// Of the segment before: anything, or the very segment again, or nearly.
+    fn is_like_last() -> impl Strategy<Value = Option<u8>> {
+        prop_oneof![3 => Just(None), 1 => (0..12u8).prop_map(Some)]
+    }
+
+    fn case() -> impl Strategy<Value = Case> {
+        let ends = (any::<u32>(), any::<u32>(), direction());
+        let noted = (any::<bool>(), any::<bool>(), 0..4u8, 0..15u8).prop_map(
+            |(simultaneous, challenge_expected, options, scale)| Noted {
+                simultaneous,
+                challenge_expected,
+                options,
+                scale,
+            },
+        );
+        let settings =
+            (any::<bool>(), any::<bool>(), 0..4u8).prop_map(|(be_liberal, ignore_invalid_rst, max_retransmissions)| {
+                TcpSettings { be_liberal, ignore_invalid_rst, max_retransmissions }
+            });
+        let seconds = || prop_oneof![Just(0), 1..4u32, Just(300)];
+        let timeouts = (seconds(), seconds(), seconds(), any::<bool>()).prop_map(
+            |(tcp_established, tcp_unacknowledged, tcp_max_retrans, is_default)| match is_default {
+                true => Timeouts::default(),
+                false => Timeouts { tcp_established, tcp_unacknowledged, tcp_max_retrans, ..Timeouts::default() },
+            },
+        );
+        (ends, noted, settings, timeouts, is_like_last()).prop_flat_map(
+            |((original, reply, direction), noted, settings, timeouts, like_last)| {
+                let (end, ack) = match direction {
+                    Direction::Original => (original, reply),
+                    Direction::Reply => (reply, original),
+                };
+                let sides = (side(original, reply), side(reply, original));
+                (sides, segment(end, ack), last(end, ack)).prop_map(move |(sides, segment, mut last)| {
+                    if let Some(but) = like_last {
+                        last.seq = segment.tcp_seq.wrapping_add((but == 0).into());
+                        last.ack = segment.tcp_ack.wrapping_add((but == 1).into());
+                        last.end = segment.tcp_end().wrapping_add((but == 2).into());
+                        last.window = segment.tcp_window.wrapping_add((but == 3).into());
+                        last.direction = if but == 4 { direction.flip() } else { direction };
+                    }
+                    let tcp = Tcp { sides: sides.into(), last, noted, anew: [false; 2] };
+                    Case { tcp, direction, segment, settings, timeouts }
+                })
+            },
+        )
+    }
+
+    /// The list of this file's opening comment.
+    fn is_ordinary(Case { tcp, direction, segment, .. }: &Case) -> bool {
+        let (sender, receiver) = (&tcp.sides[*direction as usize], &tcp.sides[direction.flip() as usize]);
+        let (seq, ack, end) = (segment.tcp_seq, segment.tcp_ack, segment.tcp_end());
+        let has = |flag| segment.tcp_flags & flag != 0;
+        let is_plain = has(ACK) && !has(SYN) && !has(FIN) && !has(RST) && segment.tcp_options.sack.is_none();
+        let is_known = sender.max_win != 0 && receiver.max_win != 0 && sender.progress & ACK_KNOWN != 0;
+        let latest_ack = receiver.end.wrapping_sub(sender.max_win.max(MIN_ACK_WINDOW));
+        let is_inside = !is_before(sender.max_end, seq)
+            && !is_before(receiver.end, ack)
+            && !is_before(end, sender.end.wrapping_sub(receiver.max_win))
+            && !is_before(ack, latest_ack);
+        let last = &tcp.last;
+        let is_again = (last.seq, last.ack, last.end, last.window, last.direction)
+            == (seq, ack, end, segment.tcp_window, *direction);
+        is_plain && segment.tcp_window != 0 && is_known && is_inside && !is_before(sender.max_end, end) && !is_again
+    }
+
+    const OFFLOAD_SLOT: u32 = 0xfeed_beef;
+
+    fn line_of(tcp: &Tcp) -> TcpLine {
+        let line = TcpLine::default();
+        line.fill(tcp);
+        line.offload_slot().store(OFFLOAD_SLOT, Ordering::Relaxed);
+        line
+    }
+
+    fn words_of(line: &TcpLine) -> [u32; 16] {
+        std::array::from_fn(|index| line.words[index].load(Ordering::Relaxed))
+    }
+
+    /// Whether the segment was followed in place: then as [`Tcp::step`] does, word for word; else nothing was written.
+    fn follow_both_ways(case: &Case) -> Result<bool, TestCaseError> {
+        let Case { tcp, direction, ref segment, ref settings, timeouts } = *case;
+        let timeouts = timeouts.by_class();
+        let before = words_of(&line_of(&tcp));
+
+        let stepped = line_of(&tcp);
+        let (mut loaded, words) = stepped.load();
+        prop_assert_eq!(loaded, tcp, "what is generated is what a line can hold");
+        let standing = Standing { state: Established, seen_reply: true, assured: true };
+        let step = loaded.step(standing, direction, segment, settings, &timeouts);
+        stepped.store(&loaded, &words);
+
+        let line = line_of(&tcp);
+        let entered = Cell::new(None);
+        let enter = |class| {
+            assert_eq!(words_of(&line), before, "nothing is moved before");
+            entered.replace(Some(class)).is_none()
+        };
+        let followed = line.follow_ordinary(direction, segment, settings, &timeouts, enter);
+        prop_assert_eq!(followed, is_ordinary(case));
+        prop_assert_eq!(followed, entered.get().is_some());
+        if followed {
+            prop_assert_eq!(step, Step::Accept { state: Established, timeout: entered.get(), assured: true });
+            prop_assert_eq!(words_of(&line), words_of(&stepped));
+        } else {
+            prop_assert_eq!(words_of(&line), before);
+        }
+
+        let refused = line_of(&tcp);
+        prop_assert!(!refused.follow_ordinary(direction, segment, settings, &timeouts, |_| false));
+        prop_assert_eq!(words_of(&refused), before);
+        Ok(followed)
+    }
+
+    #[test]
+    fn an_ordinary_segment_moves_what_a_step_moves() {
+        let cases = if cfg!(miri) { 30 } else { 20_000 };
+        let (followed, all) = (Cell::new(0), Cell::new(0));
+        let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
+        let result = runner.run(&case(), |case| {
+            all.set(all.get() + 1);
+            followed.set(followed.get() + u32::from(follow_both_ways(&case)?));
+            Ok(())
+        });
+        result.unwrap_or_else(|failure| panic!("{failure}"));
+        println!("{} of {} cases were ordinary", followed.get(), all.get());
+        assert!(cfg!(miri) || followed.get() > all.get() / 10, "as a property of refusals it says little");
+    }
+}
