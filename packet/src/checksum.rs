@@ -163,7 +163,7 @@ impl Increment {
     }
 
     /// A UDP checksum after the change: none stays none, and one that comes out as 0 is written as 0xffff (RFC 768).
-    #[inline]
+    #[inline(always)]
     pub fn apply_udp(self, checksum: [u8; 2]) -> [u8; 2] {
         if checksum == [0, 0] {
             return checksum;
