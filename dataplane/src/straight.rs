@@ -81,12 +81,13 @@ pub(crate) struct Header<A: Address> {
     candidate: Candidate,
 }
 
-/// First loop: looks at the headers, and asks for the buckets of their flows.
+/// First loop: looks at the headers, and asks for the buckets of their flows. One is seen of each packet.
 pub(crate) fn see(burst: &[Packet], seen: &mut Vec<Seen>, context: &Context<'_>) {
     let has_untracked = context.snapshot.rules.host.has_untracked();
     for packet in burst {
         look(packet, has_untracked, seen, context);
     }
+    debug_assert_eq!(seen.len(), burst.len());
 }
 
 #[inline(always)]
