@@ -16,7 +16,7 @@ LOOM_FLAGS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMP
 
 CLUSTER_TARGETS = cluster cluster-build cluster-status cluster-shell cluster-e2e cluster-down cluster-test
 
-.PHONY: $(CLUSTER_TARGETS) help setup build release cni demo demo-memory test lint unit loom e2e storm cases bench bench-tables bench-reload bench-cni perf perf-offload soak properties fuzz miri install clean
+.PHONY: $(CLUSTER_TARGETS) help setup build release cni demo demo-memory test lint unit loom e2e storm cases instructions record-instructions bench bench-path bench-tables bench-reload bench-cni perf perf-offload soak properties fuzz miri install clean
 
 help: ## Lists the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,7 +41,7 @@ demo: build ## Builds a cluster of network namespaces, runs two routers in it, s
 demo-memory: build ## The same scenario over memory rings, without privileges.
 	./target/debug/weir demo --memory
 
-test: setup lint unit loom ## Everything that must pass: formatting, lints, unit, property, loom, golden, end-to-end, conformance.
+test: setup lint unit loom instructions ## Everything that must pass: formatting, lints, unit, property, loom, golden, end-to-end, conformance, instructions per packet.
 	@./scripts/summary.sh
 
 lint: ## Formatting, and clippy with warnings as errors.
@@ -66,6 +66,18 @@ storm: setup ## A hundred changes of the manifests a second for STORM_SECONDS (3
 
 cases: setup ## The conformance cases alone.
 	$(CARGO) test --test conformance -- --nocapture
+
+instructions: ## Instructions per packet in ten cases, counted by valgrind: none may be 5 % more than benches/instructions.txt records.
+	@./scripts/setup.sh valgrind:valgrind
+	$(CARGO) run --release -p weir-benches --bin path -- instructions benches/instructions.txt
+
+record-instructions: ## Records in benches/instructions.txt what a packet costs now.
+	@./scripts/setup.sh valgrind:valgrind
+	$(CARGO) run --release -p weir-benches --bin path -- record benches/instructions.txt
+
+bench-path: ## Instructions, time and cycles per packet in ten cases, as lines and in target/bench-path.json.
+	@./scripts/setup.sh valgrind:valgrind
+	$(CARGO) run --release -p weir-benches --bin path -- report
 
 bench: setup ## Criterion benchmarks of the hot structures, and the pipeline on memory rings.
 	$(CARGO) bench --workspace

@@ -112,7 +112,9 @@ impl Worker for WeirWorker<'_> {
         let hashes: [_; BURST] = std::array::from_fn(|i| table.hash(&keys[i]));
         if self.weir.prefetch {
             hashes.iter().for_each(|hash| table.prefetch(*hash));
-            hashes.iter().for_each(|hash| table.prefetch_conn(*hash));
+            for hash in hashes {
+                table.prefetch_candidate(table.candidate(hash, &turn), Protocol::UDP);
+            }
         }
         let hits = keys.iter().zip(hashes).filter_map(|(key, hash)| table.lookup(key, hash, NOW, &turn));
         hits.inspect(|hit| _ = black_box(table.conn(hit.conn).generation())).count()

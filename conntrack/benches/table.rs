@@ -81,10 +81,16 @@ fn table(criterion: &mut Criterion) {
                 let burst = bursts.next().expect("an endless cycle");
                 let hashes: [_; BURST] = std::array::from_fn(|i| table.hash(&burst[i]));
                 hashes.iter().for_each(|hash| table.prefetch(*hash));
-                hashes.iter().for_each(|hash| table.prefetch_conn(*hash));
-                for (key, hash) in burst.iter().zip(hashes) {
-                    if let Some(hit) = table.lookup(key, hash, NOW, &turn) {
-                        black_box(table.conn(hit.conn).generation());
+                let candidates = hashes.map(|hash| {
+                    let candidate = table.candidate(hash, &turn);
+                    table.prefetch_candidate(candidate, Protocol::UDP);
+                    candidate
+                });
+                for ((key, hash), candidate) in burst.iter().zip(hashes).zip(candidates) {
+                    let expected = table.expected(candidate, key, NOW, &turn).map(|(conn, _)| conn);
+                    let looked_up = || table.lookup(key, hash, NOW, &turn).map(|hit| table.conn(hit.conn));
+                    if let Some(conn) = expected.or_else(looked_up) {
+                        black_box(conn.generation());
                     }
                 }
             });

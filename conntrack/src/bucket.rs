@@ -22,6 +22,8 @@ pub(crate) struct SlotRef(u32);
 
 impl SlotRef {
     const EMPTY: u32 = 0;
+    /// What an empty slot holds.
+    pub(crate) const NONE: Self = Self(Self::EMPTY);
 
     #[inline(always)]
     pub(crate) const fn new(index: u32, direction: Direction) -> Self {

@@ -134,30 +134,34 @@ impl<'t, A: Address> Lines<'t, A> {
         }
     }
 
+    /// The words of a key. All lie in one line, so that where each of them is, is known to the compiler.
+    #[inline(always)]
+    fn key_words(self, direction: Direction) -> &'t [AtomicU32] {
+        match direction {
+            Direction::Original => &self.lines[0].words[..Self::KEY],
+            Direction::Reply => &self.lines[Self::REPLY / LINE_WORDS].words[Self::REPLY % LINE_WORDS..][..Self::KEY],
+        }
+    }
+
     /// Whether the key of that direction is `key`, the protocol aside.
     #[inline(always)]
     pub(crate) fn has_key(self, direction: Direction, key: &FlowKey<A>) -> bool {
-        let start = Self::key_start(direction);
-        let load = |at: usize| self.word(start + at).load(Ordering::Relaxed);
+        let words = self.key_words(direction);
         let (src, dst) = (key.src.words(), key.dst.words());
         let (src, dst) = (src.as_ref(), dst.as_ref());
-        let mut difference = load(2 * A::WORDS) ^ key.ports.word();
+        let mut difference = words[2 * A::WORDS].load(Ordering::Relaxed) ^ key.ports.word();
         for i in 0..A::WORDS {
-            difference |= load(i) ^ src[i];
-            difference |= load(A::WORDS + i) ^ dst[i];
+            difference |= words[i].load(Ordering::Relaxed) ^ src[i];
+            difference |= words[A::WORDS + i].load(Ordering::Relaxed) ^ dst[i];
         }
         difference == 0
     }
 
+    #[inline(always)]
     pub(crate) fn key(self, direction: Direction, protocol: Protocol) -> FlowKey<A> {
-        let start = Self::key_start(direction);
-        let load = |at: usize| self.word(start + at).load(Ordering::Relaxed);
-        let address = |at: usize| {
-            let mut words = A::Words::default();
-            words.as_mut().iter_mut().enumerate().for_each(|(i, word)| *word = load(at + i));
-            A::from_words(words)
-        };
-        FlowKey { src: address(0), dst: address(A::WORDS), ports: Ports::from_word(load(2 * A::WORDS)), protocol }
+        let words = self.key_words(direction);
+        let ports = Ports::from_word(words[2 * A::WORDS].load(Ordering::Relaxed));
+        FlowKey { src: read_address(&words[..A::WORDS]), dst: read_address(&words[A::WORDS..]), ports, protocol }
     }
 
     /// Writes everything but the state word. Only while nobody can find the connection.
@@ -200,6 +204,15 @@ impl<'t, A: Address> Lines<'t, A> {
             flags: state.flags(),
         }
     }
+}
+
+#[inline(always)]
+fn read_address<A: Address>(from: &[AtomicU32]) -> A {
+    let mut words = A::Words::default();
+    for i in 0..A::WORDS {
+        words.as_mut()[i] = from[i].load(Ordering::Relaxed);
+    }
+    A::from_words(words)
 }
 
 /// A connection of a table, in the turn in which it was looked up or inserted.
@@ -259,6 +272,25 @@ impl<'t, A: Address> ConnRef<'t, A> {
     #[inline]
     pub fn reply(self) -> FlowKey<A> {
         self.key(Direction::Reply)
+    }
+
+    /// The key that a direction's packets leave with: the other one, inverted. `protocol` is the connection's, one with ports: who has just
+    /// compared a key knows it.
+    #[inline(always)]
+    pub fn leaves_with(self, direction: Direction, protocol: Protocol) -> FlowKey<A> {
+        debug_assert!(protocol == self.protocol() && !protocol.is_icmp());
+        let FlowKey { src, dst, ports, protocol } = self.lines.key(direction.flip(), protocol);
+        FlowKey { src: dst, dst: src, ports: Ports::new(ports.destination(), ports.source()), protocol }
+    }
+
+    /// Whether it has that key in that direction, is live, and has not expired: in the order in which a lookup asks.
+    #[inline(always)]
+    pub(crate) fn is_expected(self, direction: Direction, key: &FlowKey<A>, now: Tick) -> bool {
+        let state = State(self.lines.state().load(Ordering::Acquire));
+        state.is_live()
+            && state.protocol() == key.protocol
+            && self.lines.has_key(direction, key)
+            && !self.table.is_expired(state, self.lines, now)
     }
 
     /// Its IP protocol.
@@ -514,12 +546,50 @@ impl<'t, A: Address> ConnRef<'t, A> {
             Protocol::SCTP => return self.track_sctp(direction, observed, now),
             _ => {}
         }
-        let settled = state.seen_reply() && (state.assured() || state.protocol() != Protocol::UDP);
-        if !settled {
+        if !is_settled(state) {
             self.update(|state| Some(after_datagram(state, direction, now)));
         }
         self.touch(now);
         Tracked::Accept
+    }
+
+    /// Follows a datagram as [`Self::track`] does, if it leaves the state word as it is; `false`, and nothing is written, if it would change
+    /// that. Of a protocol without states: neither TCP nor SCTP.
+    #[inline(always)]
+    pub fn track_repeated(self, direction: Direction, now: Tick) -> bool {
+        let state = self.state();
+        debug_assert!(!matches!(state.protocol(), Protocol::TCP | Protocol::SCTP));
+        let repeats = is_settled(state) || after_datagram(state, direction, now) == state;
+        if repeats {
+            self.touch(now);
+        }
+        repeats
+    }
+
+    /// Follows a segment as [`Self::track`] does, which would accept it, if it is an ordinary one: of an established connection that has proved
+    /// itself, acknowledging, and plainly inside both windows ([`crate::tcp`] has the list). `false`, and nothing is written, for any
+    /// other.
+    ///
+    /// It changes nothing of the state word but the timeout.
+    #[inline(always)]
+    pub fn track_ordinary(self, direction: Direction, segment: &Observed, now: Tick) -> bool {
+        let word = self.state();
+        if !word.is_settled_tcp() {
+            return false;
+        }
+        // Who has lost a race leaves the segment to the general way, which looks again.
+        let enter = |class| {
+            let next = word.in_timeout_class(class);
+            let exchange =
+                |state: &AtomicU64| state.compare_exchange(word.0, next.0, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+            next == word || exchange(self.lines.state())
+        };
+        let (settings, timeouts) = self.table.tcp_rules();
+        let followed = self.table.tcp_line(self.id.0).follow_ordinary(direction, segment, settings, timeouts, enter);
+        if followed {
+            self.touch(now);
+        }
+        followed
     }
 
     /// Once for each direction: the compiler then knows whose numbers are whose, and keeps them in registers.
@@ -610,7 +680,14 @@ impl<'t, A: Address> ConnRef<'t, A> {
 /// A UDP flow that is answered is a stream when it still goes on after this time.
 const STREAM_TICKS: u32 = (2_000_000_000 / Tick::NS) as u32;
 
+/// Whether no further packet changes the state of a protocol without connections.
+#[inline(always)]
+fn is_settled(state: State) -> bool {
+    state.seen_reply() && (state.assured() || state.protocol() != Protocol::UDP)
+}
+
 /// The state after a packet of a protocol without connections.
+#[inline]
 fn after_datagram(state: State, direction: Direction, now: Tick) -> State {
     let mut next = state;
     if state.protocol() == Protocol::UDP && state.seen_reply() && state.age(now) > STREAM_TICKS {

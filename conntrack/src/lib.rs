@@ -32,7 +32,8 @@ pub use observed::{Observed, Opening, Tracked};
 pub use sctp::{SctpPacket, SctpState};
 pub use state::{Expendable, Lifecycle};
 pub use table::{
-    ConnId, Counts, Handle, Hit, Insert, MAX_ENTRIES, NewConn, OFFLOADED, Offloader, PRIVILEGED, Table, TableConfig,
+    Candidate, ConnId, Counts, Handle, Hit, Insert, MAX_ENTRIES, NewConn, OFFLOADED, Offloader, PRIVILEGED, Table,
+    TableConfig,
 };
 pub use tcp::{TcpSettings, TcpState, Windows};
 pub use timeouts::{Timeouts, UnknownTimeout};

@@ -193,6 +193,18 @@ impl State {
         Self(self.0 | ASSURED)
     }
 
+    /// Whether it is of a live TCP connection that is established, was answered and has proved itself.
+    #[inline(always)]
+    pub(crate) const fn is_settled_tcp(self) -> bool {
+        let settled = Self(SEEN_REPLY | ASSURED).in_phase(Phase::Live).in_tcp_state(TcpState::Established).with(
+            PROTOCOL_SHIFT,
+            8,
+            Protocol::TCP.0 as u64,
+        );
+        let fields = Self(SEEN_REPLY | ASSURED).with(0, 3, 7).with(8, 4, 0xf).with(PROTOCOL_SHIFT, 8, 0xff);
+        self.0 & fields.0 == settled.0
+    }
+
     /// Ticks since creation, modulo 2^18.
     #[inline(always)]
     pub(crate) const fn age(self, now: Tick) -> u32 {

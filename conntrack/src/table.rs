@@ -71,6 +71,19 @@
 //!   from an earlier use fails. Listings, which may be slow and must hold nothing up, read outside of turns, and by this
 //!   count find out that what they have read is gone.
 //!
+//! # Candidates
+//! Who handles many packets in a turn asks the buckets of all of them first, and then the connections. What a bucket said is kept meanwhile, as a
+//! [`Candidate`]: the slot that the home had for the tag. [`Table::expected`] takes nothing from it but where to look. The state word and the key are
+//! read when it is asked, as a lookup reads them; only the slot was read earlier in the turn. By the above its index still
+//! names the connection that it named then:
+//! - if that was removed meanwhile, its state word says so, and it is a miss. Its key may be another connection's by now, which stands in
+//!   another slot, or under another index in the same: the general lookup finds that;
+//! - if it was being inserted, it may be live by now, and is found;
+//! - the index is not used again before the turn is over, so neither key, direction, nor anything of the connection changes its meaning.
+//!
+//! As at most one live connection has a key, what is found so is what a lookup would find. What is not found (another key with that tag comes
+//! first, one that does not live at home, one that came later) says nothing.
+//!
 //! Slots: claimed by compare-and-swap from empty, then the tag is set; released by clearing the tag, then the slot. A
 //! slot and its tag thus belong to one thread from claim to tag and from tag to release. A lookup that meets a tag
 //! whose slot is empty or another's passes on.
@@ -189,6 +202,15 @@ pub struct Hit {
     pub conn: ConnId,
     /// Which of its keys it is.
     pub direction: Direction,
+}
+
+/// Where a key probably is: what its home bucket had for its tag. Good for the turn in which the bucket was asked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Candidate(SlotRef);
+
+impl Candidate {
+    /// Nowhere.
+    pub const NONE: Self = Self(SlotRef::NONE);
 }
 
 /// A connection to be inserted.
@@ -451,16 +473,45 @@ impl<A: Address> Table<A> {
         self.buckets.prefetch(self.probe(hash).bucket as usize);
     }
 
-    /// Asks for the line that a lookup will read second: of the first connection in the home bucket with the key's tag.
-    /// For use some packets after [`Table::prefetch`].
+    /// What the home bucket has for the tag of a hash: the first slot with it, or none. For use some packets after [`Table::prefetch`], in
+    /// the turn in which [`Table::expected`] will be asked.
     #[inline]
-    pub fn prefetch_conn(&self, hash: Hash) {
+    pub fn candidate(&self, hash: Hash, turn: &Turn<'_>) -> Candidate {
+        debug_assert!(turn.is_of(&self.domain));
         let bucket = &self.buckets[self.probe(hash).bucket as usize];
-        if let Some(slot) = bucket.matches(Self::tag(hash)).0.next()
-            && let Some((index, _)) = bucket.slot(slot).get()
-        {
-            self.conns.prefetch(index as usize * conn::Lines::<A>::COUNT);
+        match bucket.matches(Self::tag(hash)).0.next() {
+            Some(slot) => Candidate(bucket.slot(slot)),
+            None => Candidate::NONE,
         }
+    }
+
+    /// Asks for the lines of a candidate that following a packet of that protocol will touch: its keys and state, and TCP's windows.
+    #[inline]
+    pub fn prefetch_candidate(&self, candidate: Candidate, protocol: Protocol) {
+        let Some((index, _)) = candidate.0.get() else { return };
+        let first = index as usize * conn::Lines::<A>::COUNT;
+        (first..first + conn::Lines::<A>::COUNT).for_each(|line| self.conns.prefetch(line));
+        if protocol == Protocol::TCP {
+            self.tcp.prefetch(index as usize);
+        }
+    }
+
+    /// The candidate's connection, and which of its keys `key` is, if it has that key, is live and has not expired: then what [`Table::lookup`]
+    /// finds. None says nothing: ask that.
+    ///
+    /// `candidate` must be of this table and of this turn.
+    #[inline]
+    pub fn expected(
+        &self,
+        candidate: Candidate,
+        key: &FlowKey<A>,
+        now: Tick,
+        turn: &Turn<'_>,
+    ) -> Option<(ConnRef<'_, A>, Direction)> {
+        debug_assert!(turn.is_of(&self.domain));
+        let (index, direction) = candidate.0.get()?;
+        let conn = self.conn(ConnId(index));
+        conn.is_expected(direction, key, now).then_some((conn, direction))
     }
 
     /// The connection that has a key in either direction, and has not expired.
@@ -1168,7 +1219,8 @@ mod tests {
                 let conn = table.conn(original.conn);
                 assert_eq!((conn.original(), conn.reply()), (new.original, new.reply));
                 table.prefetch(table.hash(&new.original));
-                table.prefetch_conn(table.hash(&new.original));
+                let candidate = table.candidate(table.hash(&new.original), &turn);
+                table.prefetch_candidate(candidate, new.original.protocol);
             }
             for i in 0..count {
                 let key = new(i).original;

@@ -67,6 +67,19 @@
 //! - What is beyond the window, but not by much, moves a side's end only forward; in netfilter also back.
 //! - A repeated SYN without any option stands for a side that has none; netfilter then keeps those of the SYN before.
 //!
+//! # Ordinary segments
+//! Nearly all segments are data and acknowledgments of a connection that is established, was answered and has proved itself.
+//! [`TcpLine::follow_ordinary`] moves their numbers in place, and declines the rest, for [`Tcp::step`], which handles every segment. A
+//! segment is ordinary if all of these hold:
+//!
+//! - it has an ACK, no SYN, FIN or RST, no SACK block, and its window is not closed;
+//! - both sides were heard, and its sender has acknowledged before;
+//! - it is inside, by the four tests above, and also ends in what its sender was offered;
+//! - it does not repeat the segment before.
+//!
+//! Then it leads from ESTABLISHED to ESTABLISHED, and what it moves are the numbers of the table above, whose it was, and the timeout. Whoever
+//! changes `step` changes the one or the other: a property of the tests below compares them word by word.
+//!
 //! # Two workers at once
 //! [`Tcp`] is the part that is not in the state word. [`Tcp::step`] computes on a copy of the connection's [`TcpLine`];
 //! what has changed is stored back word by word, relaxed, after the state word was changed by compare-and-swap, and before
@@ -323,6 +336,8 @@ const LIBERAL: u8 = 4;
 const ACK_KNOWN: u8 = 1;
 /// It has sent what the other side has not acknowledged.
 const UNACKNOWLEDGED: u8 = 2;
+/// In the word of both sides' progress.
+const UNACKNOWLEDGED_BY_EITHER: u32 = UNACKNOWLEDGED as u32 * 0x101;
 
 /// The largest window without scale, and some: acknowledgments may be that late at least.
 const MIN_ACK_WINDOW: u32 = 66_000;
@@ -357,6 +372,18 @@ struct Last {
     retransmissions: u8,
     event: Event,
     direction: Direction,
+}
+
+impl Last {
+    /// Of its last word, what tells one segment from another: window and direction.
+    const TELLING: u32 = 0xffff | 1 << 27;
+
+    #[inline(always)]
+    const fn words(&self) -> [u32; LAST_WORDS] {
+        let Self { seq, ack, end, window, retransmissions, event, direction } = *self;
+        let packed = window as u32 | (retransmissions as u32) << 16 | (event as u32) << 24 | (direction as u32) << 27;
+        [seq, ack, end, packed]
+    }
 }
 
 /// What is remembered of the handshake.
@@ -422,8 +449,14 @@ const WORDS: usize = 15;
 /// Words of a side: end, max_end, max_win, max_ack.
 const SIDE_WORDS: usize = 4;
 const END: usize = 0;
+const MAX_END: usize = 1;
 const MAX_WIN: usize = 2;
 const MAX_ACK: usize = 3;
+/// The words of the segment before.
+const LAST: usize = 2 * SIDE_WORDS;
+const LAST_WORDS: usize = 4;
+/// The word of both sides' scales and options.
+const FIXED: usize = 12;
 /// The word of both sides' progress.
 const PROGRESS: usize = 13;
 /// Datagrams of a flow that are remembered.
@@ -521,6 +554,96 @@ impl TcpLine {
         };
         self.store(&tcp, &old);
         Some(tcp.timeout(Established, Event::Ack, true, settings, timeouts))
+    }
+
+    /// Follows an ordinary segment in place; `false`, and nothing is written, of any other. For an established connection that was answered
+    /// and has proved itself. See [the list](self).
+    ///
+    /// `enter` is asked once, when all else is known, to bring the state word to a timeout class. Where it refuses, nothing is written.
+    #[inline(always)]
+    pub(crate) fn follow_ordinary(
+        &self,
+        direction: Direction,
+        segment: &Observed,
+        settings: &TcpSettings,
+        timeouts: &ByClass,
+        enter: impl FnOnce(TimeoutClass) -> bool,
+    ) -> bool {
+        let (seq, ack, end) = (segment.tcp_seq, segment.tcp_ack, segment.tcp_end());
+        let is_plain = segment.tcp_flags & (SYN | FIN | RST | ACK) == ACK && segment.tcp_options.sack.is_none();
+        if !is_plain || segment.tcp_window == 0 {
+            return false;
+        }
+
+        let (sending, receiving) = (direction as usize, direction.flip() as usize);
+        let word = |index: usize| &self.words[index];
+        let load = |index: usize| word(index).load(Ordering::Relaxed);
+        let (sender, receiver) = (sending * SIDE_WORDS, receiving * SIDE_WORDS);
+        let (sender_end, sender_max_end) = (load(sender + END), load(sender + MAX_END));
+        let (sender_max_win, sender_max_ack) = (load(sender + MAX_WIN), load(sender + MAX_ACK));
+        let (receiver_end, receiver_max_end) = (load(receiver + END), load(receiver + MAX_END));
+        let receiver_max_win = load(receiver + MAX_WIN);
+        let progress = load(PROGRESS);
+
+        let is_known =
+            sender_max_win != 0 && receiver_max_win != 0 && progress & u32::from(ACK_KNOWN) << (8 * sending) != 0;
+        let oldest_end = sender_end.wrapping_sub(receiver_max_win);
+        let oldest_ack = receiver_end.wrapping_sub(sender_max_win.max(MIN_ACK_WINDOW));
+        // All together: none of them is likely.
+        let is_outside = is_before(sender_max_end, seq)
+            | is_before(sender_max_end, end)
+            | is_before(receiver_end, ack)
+            | is_before(end, oldest_end)
+            | is_before(ack, oldest_ack);
+        if !is_known || is_outside {
+            return false;
+        }
+        let window = segment.tcp_window;
+        let last = Last { seq, ack, end, window, retransmissions: 0, event: Event::Ack, direction };
+        let new = last.words();
+        let difference = (load(LAST) ^ new[0])
+            | (load(LAST + 1) ^ new[1])
+            | (load(LAST + 2) ^ new[2])
+            | (load(LAST + 3) ^ new[3]) & Last::TELLING;
+        if difference == 0 {
+            return false;
+        }
+
+        let sends_more = is_before(sender_end, end);
+        let mut progress_after = progress;
+        if sends_more {
+            progress_after |= u32::from(UNACKNOWLEDGED) << (8 * sending);
+        }
+        if ack == receiver_end {
+            progress_after &= !(u32::from(UNACKNOWLEDGED) << (8 * receiving));
+        }
+        let is_unacknowledged = progress_after & UNACKNOWLEDGED_BY_EITHER != 0;
+        let class = timeout(Established, Event::Ack, true, is_unacknowledged, &last, settings, timeouts);
+        if !enter(class) {
+            return false;
+        }
+
+        if sends_more {
+            advance(END, word(sender + END), end);
+        }
+        let window = u32::from(window) << (load(FIXED) >> (8 * sending) & 0xf);
+        if sender_max_win < window {
+            word(sender + MAX_WIN).store(window, Ordering::Relaxed);
+        }
+        if is_before(sender_max_ack, ack) {
+            word(sender + MAX_ACK).store(ack, Ordering::Relaxed);
+        }
+        let offered = ack.wrapping_add(window);
+        if offered != receiver_max_end && !is_before(offered, receiver_max_end) {
+            word(receiver + MAX_END).store(offered, Ordering::Relaxed);
+        }
+        for (place, value) in new.into_iter().enumerate() {
+            word(LAST + place).store(value, Ordering::Relaxed);
+        }
+        if progress_after != progress {
+            word(PROGRESS).store(progress_after, Ordering::Relaxed);
+        }
+        true
     }
 
     /// Takes over all words of another line.
@@ -640,15 +763,15 @@ impl Tcp {
     #[inline(always)]
     fn of(words: &[u32; WORDS]) -> Self {
         let word = |index: usize| words[index];
-        let (packed, fixed, progress, noted) = (word(11), word(12), word(PROGRESS), word(14));
+        let (packed, fixed, progress, noted) = (word(LAST + 3), word(FIXED), word(PROGRESS), word(14));
         let side = |number: usize| {
             let at = number * SIDE_WORDS;
             let fixed = fixed >> (8 * number);
             Side {
-                end: word(at),
-                max_end: word(at + 1),
-                max_win: word(at + 2),
-                max_ack: word(at + 3),
+                end: word(at + END),
+                max_end: word(at + MAX_END),
+                max_win: word(at + MAX_WIN),
+                max_ack: word(at + MAX_ACK),
                 scale: fixed as u8 & 0xf,
                 options: (fixed >> 4) as u8 & 0xf,
                 progress: (progress >> (8 * number)) as u8,
@@ -657,9 +780,9 @@ impl Tcp {
         Tcp {
             sides: [side(0), side(1)],
             last: Last {
-                seq: word(8),
-                ack: word(9),
-                end: word(10),
+                seq: word(LAST),
+                ack: word(LAST + 1),
+                end: word(LAST + 2),
                 window: packed as u16,
                 retransmissions: (packed >> 16) as u8,
                 event: Event::from_number(packed >> 24 & 7),
@@ -681,10 +804,8 @@ impl Tcp {
             Side { end: e0, max_end: me0, max_win: w0, max_ack: a0, scale: s0, options: o0, progress: p0 },
             Side { end: e1, max_end: me1, max_win: w1, max_ack: a1, scale: s1, options: o1, progress: p1 },
         ] = self.sides;
-        let Last { seq, ack, end, window, retransmissions, event, direction } = self.last;
+        let [seq, ack, end, packed] = self.last.words();
         let Noted { simultaneous, challenge_expected, options, scale } = self.noted;
-        let packed =
-            u32::from(window) | u32::from(retransmissions) << 16 | (event as u32) << 24 | (direction as u32) << 27;
         let fixed = u32::from(s0 | o0 << 4) | u32::from(s1 | o1 << 4) << 8;
         let progress = u32::from(p0) | u32::from(p1) << 8;
         let noted = u32::from(simultaneous)
@@ -1018,29 +1139,264 @@ impl Tcp {
         settings: &TcpSettings,
         timeouts: &ByClass,
     ) -> TimeoutClass {
-        // The only answer to a first packet is a refusal: there never was a connection.
-        if event == Event::Rst && !seen_reply {
-            return TimeoutClass::Ended;
-        }
-        let shorter = |limit: TimeoutClass, class: TimeoutClass| timeouts.of(limit) < timeouts.of(class);
-        let usual = state.timeout_class();
-        let unacknowledged = self.sides.iter().any(|side| side.progress & UNACKNOWLEDGED != 0);
-        let is_stuck = self.last.retransmissions >= settings.max_retransmissions;
-        let timeout = if is_stuck && shorter(TimeoutClass::TcpMaxRetrans, usual) {
-            TimeoutClass::TcpMaxRetrans
-        } else if event == Event::Rst {
-            TimeoutClass::TcpClose
-        } else if unacknowledged && shorter(TimeoutClass::TcpUnacknowledged, usual) {
-            TimeoutClass::TcpUnacknowledged
-        } else if self.last.window == 0 && shorter(TimeoutClass::TcpMaxRetrans, usual) {
-            TimeoutClass::TcpMaxRetrans
-        } else {
-            usual
+        let is_unacknowledged = self.sides.iter().any(|side| side.progress & UNACKNOWLEDGED != 0);
+        timeout(state, event, seen_reply, is_unacknowledged, &self.last, settings, timeouts)
+    }
+}
+
+/// How long a connection lives after an event that has brought it to that state. `is_unacknowledged`: a side has sent what the other has not
+/// acknowledged yet.
+#[inline(always)]
+fn timeout(
+    state: TcpState,
+    event: Event,
+    seen_reply: bool,
+    is_unacknowledged: bool,
+    last: &Last,
+    settings: &TcpSettings,
+    timeouts: &ByClass,
+) -> TimeoutClass {
+    // The only answer to a first packet is a refusal: there never was a connection.
+    if event == Event::Rst && !seen_reply {
+        return TimeoutClass::Ended;
+    }
+    let shorter = |limit: TimeoutClass, class: TimeoutClass| timeouts.of(limit) < timeouts.of(class);
+    let usual = state.timeout_class();
+    let is_stuck = last.retransmissions >= settings.max_retransmissions;
+    let timeout = if is_stuck && shorter(TimeoutClass::TcpMaxRetrans, usual) {
+        TimeoutClass::TcpMaxRetrans
+    } else if event == Event::Rst {
+        TimeoutClass::TcpClose
+    } else if is_unacknowledged && shorter(TimeoutClass::TcpUnacknowledged, usual) {
+        TimeoutClass::TcpUnacknowledged
+    } else if last.window == 0 && shorter(TimeoutClass::TcpMaxRetrans, usual) {
+        TimeoutClass::TcpMaxRetrans
+    } else {
+        usual
+    };
+    // Picked up in the middle: until the other side has been heard, five days would be too long.
+    if state == Established && !seen_reply && shorter(TimeoutClass::TcpUnacknowledged, timeout) {
+        return TimeoutClass::TcpUnacknowledged;
+    }
+    timeout
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::cell::Cell;
+
+    use proptest::{
+        prelude::*,
+        test_runner::{Config, TestRunner},
+    };
+    use weir_packet::options::TcpOptions;
+
+    use super::*;
+    use crate::Timeouts;
+
+    /// What an established connection knows, the next segment, and by what it is judged.
+    #[derive(Clone, Copy, Debug)]
+    struct Case {
+        tcp: Tcp,
+        direction: Direction,
+        segment: Observed,
+        settings: TcpSettings,
+        timeouts: Timeouts,
+    }
+
+    /// How far from where it would be in a quiet connection a number is.
+    fn distance() -> impl Strategy<Value = u32> {
+        prop_oneof![
+            30 => Just(0i32),
+            10 => -1500..=0,
+            8 => -2..=2,
+            4 => -70_000..=70_000,
+            1 => any::<i32>(),
+            1 => i32::MIN..=i32::MIN + 2,
+            1 => i32::MAX - 2..=i32::MAX,
+        ]
+        .prop_map(|distance| distance as u32)
+    }
+
+    fn direction() -> impl Strategy<Value = Direction> {
+        prop_oneof![Just(Direction::Original), Just(Direction::Reply)]
+    }
+
+    /// The side that has sent up to about `end`, and acknowledged the other up to about `ack`.
+    fn side(end: u32, ack: u32) -> impl Strategy<Value = Side> {
+        let max_win = prop_oneof![1 => Just(0), 1 => 1..3u32, 8 => 1..100_000u32, 1 => any::<u32>()];
+        let offered = prop_oneof![4 => 0..70_000u32, 1 => distance()];
+        let scale = prop_oneof![3 => Just(0), 2 => 0..16u8];
+        let progress = prop_oneof![6 => Just(ACK_KNOWN), 4 => Just(ACK_KNOWN | UNACKNOWLEDGED), 1 => 0..4u8];
+        (distance(), offered, max_win, distance(), scale, 0..8u8, progress).prop_map(
+            move |(end_distance, offered, max_win, ack_distance, scale, options, progress)| {
+                let end = end.wrapping_add(end_distance);
+                let (max_end, max_ack) = (end.wrapping_add(offered), ack.wrapping_add(ack_distance));
+                Side { end, max_end, max_win, max_ack, scale, options, progress }
+            },
+        )
+    }
+
+    fn segment(end: u32, ack: u32) -> impl Strategy<Value = Observed> {
+        let flags = prop_oneof![12 => Just(ACK), 4 => Just(ACK | 0x08), 1 => Just(ACK | 0xe8), 3 => any::<u8>()];
+        let window = prop_oneof![1 => Just(0), 2 => 1..3u16, 9 => any::<u16>()];
+        let payload = prop_oneof![4 => Just(0), 8 => 0..1500u32, 2 => 0..70_000u32, 1 => any::<u32>()];
+        let sack = prop_oneof![7 => Just(None), 1 => distance().prop_map(Some)];
+        let options = (prop::option::weighted(0.1, 0..15u8), prop::bool::weighted(0.1), sack);
+        (flags, distance(), distance(), window, payload, options).prop_map(
+            move |(tcp_flags, seq, ack_distance, tcp_window, payload_bytes, (window_scale, sack_permitted, sack))| {
+                let tcp_ack = ack.wrapping_add(ack_distance);
+                let sack = sack.map(|distance| tcp_ack.wrapping_add(distance));
+                Observed {
+                    tcp_flags,
+                    tcp_seq: end.wrapping_add(seq),
+                    tcp_ack,
+                    tcp_window,
+                    payload_bytes,
+                    tcp_options: TcpOptions { window_scale, sack_permitted, sack },
+                    ..Observed::default()
+                }
+            },
+        )
+    }
+
+    fn last(end: u32, ack: u32) -> impl Strategy<Value = Last> {
+        (distance(), distance(), 0..1500u32, any::<u16>(), 0..5u8, 0..6u32, direction()).prop_map(
+            move |(seq, ack_distance, bytes, window, retransmissions, event, direction)| {
+                let seq = end.wrapping_add(seq);
+                let ack = ack.wrapping_add(ack_distance);
+                let event = Event::from_number(event);
+                Last { seq, ack, end: seq.wrapping_add(bytes), window, retransmissions, event, direction }
+            },
+        )
+    }
+
+    /// Of the segment before: anything, or the very segment again, or nearly.
+    fn is_like_last() -> impl Strategy<Value = Option<u8>> {
+        prop_oneof![3 => Just(None), 1 => (0..12u8).prop_map(Some)]
+    }
+
+    fn case() -> impl Strategy<Value = Case> {
+        let ends = (any::<u32>(), any::<u32>(), direction());
+        let noted = (any::<bool>(), any::<bool>(), 0..4u8, 0..15u8).prop_map(
+            |(simultaneous, challenge_expected, options, scale)| Noted {
+                simultaneous,
+                challenge_expected,
+                options,
+                scale,
+            },
+        );
+        let settings =
+            (any::<bool>(), any::<bool>(), 0..4u8).prop_map(|(be_liberal, ignore_invalid_rst, max_retransmissions)| {
+                TcpSettings { be_liberal, ignore_invalid_rst, max_retransmissions }
+            });
+        let seconds = || prop_oneof![Just(0), 1..4u32, Just(300)];
+        let timeouts = (seconds(), seconds(), seconds(), any::<bool>()).prop_map(
+            |(tcp_established, tcp_unacknowledged, tcp_max_retrans, is_default)| match is_default {
+                true => Timeouts::default(),
+                false => Timeouts { tcp_established, tcp_unacknowledged, tcp_max_retrans, ..Timeouts::default() },
+            },
+        );
+        (ends, noted, settings, timeouts, is_like_last()).prop_flat_map(
+            |((original, reply, direction), noted, settings, timeouts, like_last)| {
+                let (end, ack) = match direction {
+                    Direction::Original => (original, reply),
+                    Direction::Reply => (reply, original),
+                };
+                let sides = (side(original, reply), side(reply, original));
+                (sides, segment(end, ack), last(end, ack)).prop_map(move |(sides, segment, mut last)| {
+                    if let Some(but) = like_last {
+                        last.seq = segment.tcp_seq.wrapping_add((but == 0).into());
+                        last.ack = segment.tcp_ack.wrapping_add((but == 1).into());
+                        last.end = segment.tcp_end().wrapping_add((but == 2).into());
+                        last.window = segment.tcp_window.wrapping_add((but == 3).into());
+                        last.direction = if but == 4 { direction.flip() } else { direction };
+                    }
+                    let tcp = Tcp { sides: sides.into(), last, noted, anew: [false; 2] };
+                    Case { tcp, direction, segment, settings, timeouts }
+                })
+            },
+        )
+    }
+
+    /// The list of this file's opening comment.
+    fn is_ordinary(Case { tcp, direction, segment, .. }: &Case) -> bool {
+        let (sender, receiver) = (&tcp.sides[*direction as usize], &tcp.sides[direction.flip() as usize]);
+        let (seq, ack, end) = (segment.tcp_seq, segment.tcp_ack, segment.tcp_end());
+        let has = |flag| segment.tcp_flags & flag != 0;
+        let is_plain = has(ACK) && !has(SYN) && !has(FIN) && !has(RST) && segment.tcp_options.sack.is_none();
+        let is_known = sender.max_win != 0 && receiver.max_win != 0 && sender.progress & ACK_KNOWN != 0;
+        let latest_ack = receiver.end.wrapping_sub(sender.max_win.max(MIN_ACK_WINDOW));
+        let is_inside = !is_before(sender.max_end, seq)
+            && !is_before(receiver.end, ack)
+            && !is_before(end, sender.end.wrapping_sub(receiver.max_win))
+            && !is_before(ack, latest_ack);
+        let last = &tcp.last;
+        let is_again = (last.seq, last.ack, last.end, last.window, last.direction)
+            == (seq, ack, end, segment.tcp_window, *direction);
+        is_plain && segment.tcp_window != 0 && is_known && is_inside && !is_before(sender.max_end, end) && !is_again
+    }
+
+    const OFFLOAD_SLOT: u32 = 0xfeed_beef;
+
+    fn line_of(tcp: &Tcp) -> TcpLine {
+        let line = TcpLine::default();
+        line.fill(tcp);
+        line.offload_slot().store(OFFLOAD_SLOT, Ordering::Relaxed);
+        line
+    }
+
+    fn words_of(line: &TcpLine) -> [u32; 16] {
+        std::array::from_fn(|index| line.words[index].load(Ordering::Relaxed))
+    }
+
+    /// Whether the segment was followed in place: then as [`Tcp::step`] does, word for word; else nothing was written.
+    fn follow_both_ways(case: &Case) -> Result<bool, TestCaseError> {
+        let Case { tcp, direction, ref segment, ref settings, timeouts } = *case;
+        let timeouts = timeouts.by_class();
+        let before = words_of(&line_of(&tcp));
+
+        let stepped = line_of(&tcp);
+        let (mut loaded, words) = stepped.load();
+        prop_assert_eq!(loaded, tcp, "what is generated is what a line can hold");
+        let standing = Standing { state: Established, seen_reply: true, assured: true };
+        let step = loaded.step(standing, direction, segment, settings, &timeouts);
+        stepped.store(&loaded, &words);
+
+        let line = line_of(&tcp);
+        let entered = Cell::new(None);
+        let enter = |class| {
+            assert_eq!(words_of(&line), before, "nothing is moved before");
+            entered.replace(Some(class)).is_none()
         };
-        // Picked up in the middle: until the other side has been heard, five days would be too long.
-        if state == Established && !seen_reply && shorter(TimeoutClass::TcpUnacknowledged, timeout) {
-            return TimeoutClass::TcpUnacknowledged;
+        let followed = line.follow_ordinary(direction, segment, settings, &timeouts, enter);
+        prop_assert_eq!(followed, is_ordinary(case));
+        prop_assert_eq!(followed, entered.get().is_some());
+        if followed {
+            prop_assert_eq!(step, Step::Accept { state: Established, timeout: entered.get(), assured: true });
+            prop_assert_eq!(words_of(&line), words_of(&stepped));
+        } else {
+            prop_assert_eq!(words_of(&line), before);
         }
-        timeout
+
+        let refused = line_of(&tcp);
+        prop_assert!(!refused.follow_ordinary(direction, segment, settings, &timeouts, |_| false));
+        prop_assert_eq!(words_of(&refused), before);
+        Ok(followed)
+    }
+
+    #[test]
+    fn an_ordinary_segment_moves_what_a_step_moves() {
+        let cases = if cfg!(miri) { 30 } else { 20_000 };
+        let (followed, all) = (Cell::new(0), Cell::new(0));
+        let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
+        let result = runner.run(&case(), |case| {
+            all.set(all.get() + 1);
+            followed.set(followed.get() + u32::from(follow_both_ways(&case)?));
+            Ok(())
+        });
+        result.unwrap_or_else(|failure| panic!("{failure}"));
+        println!("{} of {} cases were ordinary", followed.get(), all.get());
+        assert!(cfg!(miri) || followed.get() > all.get() / 10, "as a property of refusals it says little");
     }
 }

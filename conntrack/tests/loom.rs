@@ -4,10 +4,18 @@
 //! Under loom a table has three buckets of two slots, and a domain three participants.
 #![cfg(loom)]
 
-use std::net::Ipv4Addr;
+use std::{
+    net::Ipv4Addr,
+    // Not loom's: they count over all executions of a model.
+    sync::{
+        Arc as StdArc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use weir_conntrack::{
-    Attributes, ConnId, Handle, Hit, Insert, NewConn, Observed, Table, TableConfig, TcpSettings, Timeouts, Tracked,
+    Attributes, Candidate, ConnId, ConnRef, Handle, Hit, Insert, NewConn, Observed, Table, TableConfig, TcpSettings,
+    Timeouts, Tracked,
 };
 use weir_packet::{Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::{Arc, Domain, Turn, model_bounded, thread};
@@ -369,35 +377,185 @@ fn listing_and_reuse() {
     });
 }
 
-/// Data of one direction on two workers at once: whichever comes first, an acknowledgment of all of it is inside the window.
+/// Candidates against removal, and reuse of the only index: asked for its own key or for another, a candidate is never another key's connection.
 #[test]
-fn windows_of_two_workers() {
-    explore(2, || {
+fn candidate_and_reuse() {
+    static FOUND: AtomicUsize = AtomicUsize::new(0);
+    static GONE: AtomicUsize = AtomicUsize::new(0);
+    explore(3, || {
         let (domain, table) = table(1);
-        let segment = |tcp_flags, tcp_seq, tcp_ack, payload_bytes| Observed {
-            tcp_flags,
-            tcp_seq,
-            tcp_ack,
-            tcp_window: 64_240,
-            payload_bytes,
-            ..Observed::default()
+        let (mut handle, mut participant) = (table.handle(), domain.join());
+        let insert =
+            |handle: &mut Handle, turn: &Turn<'_>, src| table.insert(handle, conn(key(src, 2), key(2, src)), NOW, turn);
+        let Insert::Inserted(old) = insert(&mut handle, &participant.enter(), 1) else { panic!("room") };
+        let reader = {
+            let (mut participant, table) = (domain.join(), table.clone());
+            thread::spawn(move || {
+                let turn = participant.enter();
+                let keys = [1, 3].map(|src| key(src, 2));
+                let candidates = keys.map(|key| table.candidate(table.hash(&key), &turn));
+                for (candidate, own) in candidates.into_iter().zip(keys) {
+                    let found = keys.map(|key| table.expected(candidate, &key, NOW, &turn).map(|hit| (key, hit)));
+                    for (key, (conn, direction)) in found.into_iter().flatten() {
+                        let src = u32::from(key.src);
+                        assert_eq!((conn.original(), conn.device(), direction), (key, src, Direction::Original));
+                        let leaves_with = conn.leaves_with(direction, Protocol::UDP);
+                        assert_eq!(leaves_with, conn.reply().invert());
+                        FOUND.fetch_add(1, Ordering::Relaxed);
+                    }
+                    let is_gone = candidate != Candidate::NONE && lookup(&table, own, &turn).is_none();
+                    GONE.fetch_add(is_gone.into(), Ordering::Relaxed);
+                }
+            })
         };
-        let tcp = |key: FlowKey<Ipv4Addr>| FlowKey { protocol: Protocol::TCP, ..key };
-        let (mut participant, mut handle) = (domain.join(), table.handle());
-        let turn = participant.enter();
-        let new = NewConn { first: segment(0x02, 999, 0, 0), ..conn(tcp(key(1, 2)), tcp(key(2, 1))) };
-        let Insert::Inserted(id) = table.insert(&mut handle, new, NOW, &turn) else { panic!("room") };
-        let track = move |table: &V4, direction, observed: Observed| table.conn(id).track(direction, &observed, NOW);
-        assert_eq!(track(&table, Direction::Reply, segment(0x12, 4999, 1000, 0)), Tracked::Accept);
-        assert_eq!(track(&table, Direction::Original, segment(0x10, 1000, 5000, 0)), Tracked::Accept);
-        let data = |seq| {
+        assert!(remove(&table, &mut handle, old, &participant.enter()));
+        // Full while the reader is in its way.
+        let inserted = insert(&mut handle, &participant.enter(), 3);
+        assert!(matches!(inserted, Insert::Inserted(_) | Insert::Full), "{inserted:?}");
+        reader.join().unwrap();
+    });
+    assert!(FOUND.load(Ordering::Relaxed) > 0 && GONE.load(Ordering::Relaxed) > 0);
+}
+
+/// A candidate of a connection that is just being inserted: not before all of it is there.
+#[test]
+fn candidate_and_insertion() {
+    static FOUND: AtomicUsize = AtomicUsize::new(0);
+    explore(3, || {
+        let (domain, table) = table(2);
+        let results = two(
+            &domain,
+            &table,
+            |table, handle, turn| {
+                matches!(table.insert(handle, conn(key(1, 2), key(10, 1)), NOW, turn), Insert::Inserted(_))
+            },
+            |table, _, turn| {
+                let candidate = table.candidate(table.hash(&key(10, 1)), turn);
+                let Some((found, direction)) = table.expected(candidate, &key(10, 1), NOW, turn) else { return true };
+                FOUND.fetch_add(1, Ordering::Relaxed);
+                let keys = (found.original(), found.leaves_with(direction, Protocol::UDP), found.device());
+                let original = lookup(table, key(1, 2), turn);
+                keys == (key(1, 2), key(1, 2).invert(), 1)
+                    && original == Some(Hit { conn: found.id(), direction: Direction::Original })
+            },
+        );
+        assert_eq!(results, [true, true]);
+    });
+    assert!(FOUND.load(Ordering::Relaxed) > 0);
+}
+
+/// How a segment is followed; whether it was an ordinary one.
+type Way = fn(ConnRef<'_, Ipv4Addr>, Direction, &Observed) -> (Tracked, bool);
+
+fn general(conn: ConnRef<'_, Ipv4Addr>, direction: Direction, segment: &Observed) -> (Tracked, bool) {
+    (conn.track(direction, segment, NOW), false)
+}
+
+fn ordinary_first(conn: ConnRef<'_, Ipv4Addr>, direction: Direction, segment: &Observed) -> (Tracked, bool) {
+    match conn.track_ordinary(direction, segment, NOW) {
+        true => (Tracked::Accept, true),
+        false => general(conn, direction, segment),
+    }
+}
+
+fn segment(tcp_flags: u8, tcp_seq: u32, tcp_ack: u32, payload_bytes: u32) -> Observed {
+    Observed { tcp_flags, tcp_seq, tcp_ack, tcp_window: 64_240, payload_bytes, ..Observed::default() }
+}
+
+/// A connection whose sides begin at 1000 and 5000, after its handshake.
+fn established(domain: &Arc<Domain>, table: &V4) -> ConnId {
+    let tcp = |key: FlowKey<Ipv4Addr>| FlowKey { protocol: Protocol::TCP, ..key };
+    let (mut participant, mut handle) = (domain.join(), table.handle());
+    let new = NewConn { first: segment(0x02, 999, 0, 0), ..conn(tcp(key(1, 2)), tcp(key(2, 1))) };
+    let Insert::Inserted(id) = table.insert(&mut handle, new, NOW, &participant.enter()) else { panic!("room") };
+    let conn = table.conn(id);
+    assert_eq!(conn.track(Direction::Reply, &segment(0x12, 4999, 1000, 0), NOW), Tracked::Accept);
+    assert_eq!(conn.track(Direction::Original, &segment(0x10, 1000, 5000, 0), NOW), Tracked::Accept);
+    id
+}
+
+/// Data of one direction on two workers at once: whichever comes first, an acknowledgment of all of it is inside the window.
+fn windows_of_two_workers(ways: [Way; 2]) -> usize {
+    let ordinary = StdArc::new(AtomicUsize::new(0));
+    let counter = ordinary.clone();
+    explore(2, move || {
+        let (domain, table) = table(1);
+        let id = established(&domain, &table);
+        let data = |seq, way: Way| {
+            let counter = counter.clone();
             move |table: &V4, _: &mut Handle, _: &Turn<'_>| {
-                track(table, Direction::Original, segment(0x10, seq, 5000, 100))
+                let (tracked, ordinary) = way(table.conn(id), Direction::Original, &segment(0x10, seq, 5000, 100));
+                counter.fetch_add(ordinary.into(), Ordering::Relaxed);
+                tracked
             }
         };
-        let results = two(&domain, &table, data(1000), data(1100));
+        let results = two(&domain, &table, data(1000, ways[0]), data(1100, ways[1]));
         assert_eq!(results, [Tracked::Accept; 2]);
-        assert_eq!(track(&table, Direction::Reply, segment(0x10, 5000, 1200, 0)), Tracked::Accept);
-        assert_eq!(track(&table, Direction::Original, segment(0x10, 1200, 5000, 100)), Tracked::Accept);
+        let conn = table.conn(id);
+        let [sent, _] = conn.windows().expect("an established connection's").sides;
+        assert_eq!(sent[0], 1200, "no end of data is lost");
+        assert_eq!(conn.track(Direction::Reply, &segment(0x10, 5000, 1200, 0), NOW), Tracked::Accept);
+        assert_eq!(conn.track(Direction::Original, &segment(0x10, 1200, 5000, 100), NOW), Tracked::Accept);
     });
+    ordinary.load(Ordering::Relaxed)
+}
+
+#[test]
+fn windows_of_two_workers_the_general_way() {
+    windows_of_two_workers([general, general]);
+}
+
+#[test]
+fn windows_of_two_workers_the_ordinary_way() {
+    assert!(windows_of_two_workers([ordinary_first, ordinary_first]) > 0);
+}
+
+#[test]
+fn windows_of_two_workers_each_in_another_way() {
+    assert!(windows_of_two_workers([general, ordinary_first]) > 0);
+}
+
+/// Both directions at once, data against the acknowledgment of the data before: nothing of either is lost.
+#[test]
+fn both_directions_the_ordinary_way() {
+    explore(2, || {
+        let (domain, table) = table(1);
+        let id = established(&domain, &table);
+        let first = segment(0x10, 1000, 5000, 100);
+        assert_eq!(ordinary_first(table.conn(id), Direction::Original, &first), (Tracked::Accept, true));
+        let follow = |direction, observed: Observed| {
+            move |table: &V4, _: &mut Handle, _: &Turn<'_>| ordinary_first(table.conn(id), direction, &observed).0
+        };
+        let data = follow(Direction::Original, segment(0x10, 1100, 5000, 100));
+        let answer = follow(Direction::Reply, segment(0x10, 5000, 1100, 50));
+        assert_eq!(two(&domain, &table, data, answer), [Tracked::Accept; 2]);
+        let conn = table.conn(id);
+        let [original, reply] = conn.windows().expect("an established connection's").sides;
+        assert_eq!([original[0], reply[0], reply[3]], [1200, 5050, 1100]);
+        assert_eq!(original[1], 1100 + 64_240, "what the answer has offered");
+        assert_eq!(conn.track(Direction::Reply, &segment(0x10, 5050, 1200, 0), NOW), Tracked::Accept);
+    });
+}
+
+/// An ordinary segment changes a connection's timeout, while another worker removes it: it stays removed.
+#[test]
+fn ordinary_segment_and_removal() {
+    static ORDINARY: AtomicUsize = AtomicUsize::new(0);
+    static DECLINED: AtomicUsize = AtomicUsize::new(0);
+    explore(3, || {
+        let (domain, table) = table(1);
+        let id = established(&domain, &table);
+        let [ordinary, removed] = two(
+            &domain,
+            &table,
+            move |table, _, _| {
+                let data = segment(0x10, 1000, 5000, 100);
+                table.conn(id).track_ordinary(Direction::Original, &data, NOW)
+            },
+            move |table, handle, turn| table.remove(handle, id, turn),
+        );
+        assert!(removed && !table.conn(id).is_live() && table.is_empty());
+        if ordinary { &ORDINARY } else { &DECLINED }.fetch_add(1, Ordering::Relaxed);
+    });
+    assert!(ORDINARY.load(Ordering::Relaxed) > 0 && DECLINED.load(Ordering::Relaxed) > 0);
 }

@@ -14,7 +14,8 @@ fn operation() -> impl Strategy<Value = Operation> {
     prop_oneof![
         4 => (key.clone(), key.clone(), protocol.clone(), any::<u32>())
             .prop_map(|(original, reply, protocol, mark)| Operation::Insert { original, reply, protocol, mark }),
-        3 => (key.clone(), protocol.clone()).prop_map(|(key, protocol)| Operation::Track { key, protocol }),
+        3 => (key.clone(), protocol.clone(), any::<bool>())
+            .prop_map(|(key, protocol, repeated_first)| Operation::Track { key, protocol, repeated_first }),
         1 => (key.clone(), protocol.clone()).prop_map(|(key, protocol)| Operation::Remove { key, protocol }),
         1 => (key.clone(), protocol.clone(), any::<bool>())
             .prop_map(|(key, protocol, for_privileged)| Operation::Displace { key, protocol, for_privileged }),

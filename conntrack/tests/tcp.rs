@@ -1,13 +1,17 @@
 //! Sequences of TCP segments: after each, the verdict, the state, and what is left of the timeout.
 #![cfg(not(loom))]
 
-use std::net::Ipv4Addr;
+use std::{cell::Cell, net::Ipv4Addr};
 
-use weir_conntrack::{
-    Attributes, ConnRef, Hit, Insert, Lifecycle, NewConn, Observed, Opening, Table, TableConfig, TcpSettings, TcpState,
-    Timeouts, Tracked,
+use proptest::{
+    prelude::*,
+    test_runner::{Config, TestRunner},
 };
-use weir_packet::{Direction, FlowKey, Ports, Protocol, Tick};
+use weir_conntrack::{
+    Attributes, ConnRef, Entry, Hit, Insert, Lifecycle, NewConn, Observed, Opening, Table, TableConfig, TcpSettings,
+    TcpState, Timeouts, Tracked, Windows,
+};
+use weir_packet::{Direction, FlowKey, Ports, Protocol, Tick, options::TcpOptions};
 use weir_sync::Domain;
 
 mod sequences;
@@ -19,6 +23,11 @@ use sequences::{A, FA, PA, R, S, SA, Sequence, segment};
 
 /// Shows a connection that `first` has opened.
 fn open(first: Observed, tcp: TcpSettings, show: impl FnOnce(ConnRef<'_, Ipv4Addr>)) {
+    open_in(first, tcp, |_, conn| show(conn));
+}
+
+/// The same with its table, in which it has index 0.
+fn open_in(first: Observed, tcp: TcpSettings, show: impl FnOnce(&Table<Ipv4Addr>, ConnRef<'_, Ipv4Addr>)) {
     let domain = Domain::new();
     let mut participant = domain.join();
     let config = TableConfig { max_entries: 4, seed: [1, 2], timeouts: Timeouts::default(), tcp };
@@ -33,7 +42,8 @@ fn open(first: Observed, tcp: TcpSettings, show: impl FnOnce(ConnRef<'_, Ipv4Add
     assert_ne!(first.opening(&original), Opening::Never);
     let new = NewConn { original, reply: original.invert(), attributes: Attributes::default(), first };
     let Insert::Inserted(id) = table.insert(&mut handle, new, Tick(100), &turn) else { panic!("room for one") };
-    show(table.conn(id));
+    assert_eq!(id.index(), 0);
+    show(&table, table.conn(id));
 }
 
 fn seconds(timeout: &str) -> u32 {
@@ -43,7 +53,19 @@ fn seconds(timeout: &str) -> u32 {
     }
 }
 
-fn check(Sequence { name, first, state, rows }: Sequence) {
+/// How a segment is followed.
+type Way = fn(ConnRef<'_, Ipv4Addr>, Direction, &Observed, Tick) -> Tracked;
+
+fn general(conn: ConnRef<'_, Ipv4Addr>, direction: Direction, segment: &Observed, now: Tick) -> Tracked {
+    conn.track(direction, segment, now)
+}
+
+/// As the straight way does: what is not ordinary is left to the general one.
+fn ordinary_first(conn: ConnRef<'_, Ipv4Addr>, direction: Direction, segment: &Observed, now: Tick) -> Tracked {
+    if conn.track_ordinary(direction, segment, now) { Accept } else { conn.track(direction, segment, now) }
+}
+
+fn check(Sequence { name, first, state, rows }: Sequence, follow: Way) {
     open(first, TcpSettings::default(), |conn| {
         assert_eq!(conn.tcp_state(), Some(state), "{name}: first segment");
         for (number, row) in rows.into_iter().enumerate() {
@@ -51,7 +73,7 @@ fn check(Sequence { name, first, state, rows }: Sequence) {
             let before = (conn.last_seen(), conn.is_expired(now));
             let is_unanswered = conn.tcp_state() == Some(SynSent) && row.direction == Original;
             let opens_again = conn.is_opened_again_by(row.direction, &row.segment);
-            let verdict = conn.track(row.direction, &row.segment, now);
+            let verdict = follow(conn, row.direction, &row.segment, now);
             let what = format!("{name}: row {number}, {:?} {:?}", row.direction, row.segment);
             let expected = verdict == Tracked::NewFlow || row.segment.tcp_flags == S && is_unanswered;
             assert_eq!(opens_again, expected, "{what}");
@@ -72,7 +94,152 @@ fn check(Sequence { name, first, state, rows }: Sequence) {
 
 #[test]
 fn every_segment_of_every_sequence() {
-    sequences::all().into_iter().for_each(check);
+    sequences::all().into_iter().for_each(|sequence| check(sequence, general));
+}
+
+#[test]
+fn every_segment_of_every_sequence_the_ordinary_way_first() {
+    sequences::all().into_iter().for_each(|sequence| check(sequence, ordinary_first));
+}
+
+/// A bulk transfer with windows scaled or not, over the end of sequence space: all of its segments are ordinary but the first ones.
+#[test]
+fn data_and_acknowledgments_are_ordinary() {
+    for scale in [None, Some(7)] {
+        let (client, server) = (u32::MAX - 200_000, u32::MAX - 50_000);
+        let mut syns = [segment(S, client, 0, 0), segment(SA, server, client.wrapping_add(1), 0)];
+        syns.iter_mut().for_each(|syn| syn.tcp_options.window_scale = scale);
+        open(syns[0], TcpSettings::default(), |conn| {
+            let now = Tick(100);
+            let (mut client, mut server) = (client.wrapping_add(1), server.wrapping_add(1));
+            assert!(!conn.track_ordinary(Reply, &syns[1], now), "a SYN-ACK");
+            assert_eq!(conn.track(Reply, &syns[1], now), Accept);
+            let handshake = segment(A, client, server, 0);
+            assert!(!conn.track_ordinary(Original, &handshake, now), "what ends the handshake");
+            assert_eq!(conn.track(Original, &handshake, now), Accept);
+            for round in 0..500 {
+                let now = Tick(101 + round);
+                for _ in 0..2 {
+                    let data = segment(PA, client, server, 1448);
+                    assert!(conn.track_ordinary(Original, &data, now), "round {round}: {data:?}");
+                    assert!(!conn.track_ordinary(Original, &data, now), "again");
+                    client = client.wrapping_add(1448);
+                }
+                assert_eq!(conn.last_seen(), now);
+                assert!(conn.is_expired(Tick(now.0 + 30_000)), "five minutes while it is not acknowledged");
+                let ack = segment(A, server, client, 0);
+                assert!(conn.track_ordinary(Reply, &ack, now), "round {round}: {ack:?}");
+                assert!(!conn.is_expired(Tick(now.0 + 30_000)), "five days");
+                let answer = segment(PA, server, client, 700);
+                assert!(conn.track_ordinary(Reply, &answer, now), "round {round}: {answer:?}");
+                server = server.wrapping_add(700);
+            }
+            for unlike in [
+                segment(FA, client, server, 0),
+                segment(R, client, 0, 0),
+                segment(A, client, server.wrapping_add(1), 0),
+                segment(A, client.wrapping_add(10_000_000), server, 0),
+                Observed { tcp_window: 0, ..segment(A, client, server, 0) },
+            ] {
+                let before = (conn.windows(), conn.last_seen(), conn.tcp_state());
+                assert!(!conn.track_ordinary(Original, &unlike, Tick(9999)), "{unlike:?}");
+                assert_eq!((conn.windows(), conn.last_seen(), conn.tcp_state()), before);
+            }
+            assert_eq!(conn.track(Original, &segment(FA, client, server, 0), Tick(700)), Accept);
+            assert!(!conn.track_ordinary(Reply, &segment(PA, server, client, 100), Tick(700)), "not ESTABLISHED");
+        });
+    }
+}
+
+/// A segment near where its side is, and how much later it comes.
+#[derive(Clone, Copy, Debug)]
+struct Near {
+    direction: Direction,
+    flags: u8,
+    seq: i32,
+    ack: i32,
+    payload_bytes: u32,
+    window: u16,
+    has_sack: bool,
+    ticks: u32,
+}
+
+fn near() -> impl Strategy<Value = Near> {
+    let direction = prop_oneof![Just(Original), Just(Reply)];
+    let flags = prop_oneof![30 => Just(A), 10 => Just(PA), 1 => Just(S), 1 => Just(FA), 1 => Just(R), 1 => any::<u8>()];
+    let distance = || prop_oneof![24 => Just(0), 4 => -1500..=0i32, 2 => -3..=3i32, 1 => -80_000..=80_000i32];
+    let payload = prop_oneof![2 => Just(0), 3 => 1..1449u32, 1 => 0..65_000u32];
+    let window = prop_oneof![6 => Just(64_240), 3 => 1..2000u16, 1 => Just(0), 1 => any::<u16>()];
+    let ticks = prop_oneof![6 => 0..3u32, 2 => 0..1000u32, 1 => 29_000..31_000u32];
+    (direction, flags, distance(), distance(), payload, window, prop::bool::weighted(0.05), ticks).prop_map(
+        |(direction, flags, seq, ack, payload_bytes, window, has_sack, ticks)| Near {
+            direction,
+            flags,
+            seq,
+            ack,
+            payload_bytes,
+            window,
+            has_sack,
+            ticks,
+        },
+    )
+}
+
+/// What is to be seen of a connection: the verdict, its windows and its entry in listings, with state, timeout and last packet.
+type Seen = (Tracked, Option<Windows>, Option<Entry<Ipv4Addr>>);
+
+/// Follows segments from a handshake on; how many were ordinary.
+fn follow_all(steps: &[Near], start: [u32; 2], tcp: TcpSettings, by_ordinary: bool) -> (Vec<Seen>, usize) {
+    let (mut seen, mut ordinary) = (Vec::new(), 0);
+    let mut ends = start.map(|start| start.wrapping_add(1));
+    let options = TcpOptions { window_scale: Some(2), sack_permitted: true, sack: None };
+    let syn = Observed { tcp_options: options, ..segment(S, start[0], 0, 0) };
+    let syn_ack = Observed { tcp_options: options, ..segment(SA, start[1], ends[0], 0) };
+    open_in(syn, tcp, |table, conn| {
+        let mut now = Tick(100);
+        conn.track(Reply, &syn_ack, now);
+        conn.track(Original, &segment(A, ends[0], ends[1], 0), now);
+        for near in steps {
+            now = Tick(now.0 + near.ticks);
+            let (sender, receiver) = (near.direction as usize, near.direction.flip() as usize);
+            let seq = ends[sender].wrapping_add_signed(near.seq);
+            let ack = ends[receiver].wrapping_add_signed(near.ack);
+            let mut segment = Observed { tcp_window: near.window, ..segment(near.flags, seq, ack, near.payload_bytes) };
+            segment.tcp_options.sack = near.has_sack.then(|| ack.wrapping_add(1000));
+            let is_ordinary = by_ordinary && conn.track_ordinary(near.direction, &segment, now);
+            let verdict = if is_ordinary { Accept } else { conn.track(near.direction, &segment, now) };
+            ordinary += usize::from(is_ordinary);
+            if verdict == Accept && near.seq == 0 && near.payload_bytes < 1449 {
+                ends[sender] = seq.wrapping_add(near.payload_bytes);
+            }
+            seen.push((verdict, conn.windows(), table.entry(0, now)));
+        }
+    });
+    (seen, ordinary)
+}
+
+/// Both ways, step by step: same verdicts, windows, states, timeouts.
+#[test]
+fn ordinary_first_or_not_a_connection_goes_the_same_way() {
+    let cases = if cfg!(miri) { 3 } else { 500 };
+    let (ordinary, all) = (Cell::new(0), Cell::new(0));
+    let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
+    let start = (any::<u32>(), prop_oneof![Just(u32::MAX - 3000), any::<u32>()]).prop_map(<[u32; 2]>::from);
+    let result =
+        runner.run(&(prop::collection::vec(near(), 1..80), start, any::<bool>()), |(steps, start, be_liberal)| {
+            let tcp = TcpSettings { be_liberal, ..TcpSettings::default() };
+            let (expected, _) = follow_all(&steps, start, tcp, false);
+            let (seen, count) = follow_all(&steps, start, tcp, true);
+            for (number, (seen, expected)) in seen.iter().zip(&expected).enumerate() {
+                prop_assert_eq!(seen, expected, "step {}: {:?}", number, steps[number]);
+            }
+            ordinary.set(ordinary.get() + count);
+            all.set(all.get() + steps.len());
+            Ok(())
+        });
+    result.unwrap_or_else(|failure| panic!("{failure}"));
+    println!("{} of {} segments were ordinary", ordinary.get(), all.get());
+    assert!(cfg!(miri) || ordinary.get() > all.get() / 4);
 }
 
 /// Tracks segments after a handshake; the verdicts, and the state at the end.

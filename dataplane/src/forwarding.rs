@@ -13,7 +13,11 @@ use std::{
 };
 
 use ipnet::IpNet;
-use weir_packet::{Address, Mac};
+use weir_packet::{
+    Address, Mac,
+    glance::{TunnelEnds, may_be_forwarded},
+    rewrite::{IPIP_HEADER_BYTES, LinkHeaders},
+};
 
 use crate::{
     driver::PortId,
@@ -96,6 +100,30 @@ pub struct Adjacency {
     pub kind: RouteKind,
 }
 
+/// An adjacency as the straight way needs it: all in one line, as far as IPIP goes ([`crate::straight`]).
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Hop {
+    /// The device that packets leave by. [`Hop::NO_DEVICE`] where nothing that comes from it is admitted, or there is none.
+    pub device: IfIndex,
+    /// Bytes of the largest IP packet that goes straight there; 0 where none does: to the node's kernel, and where a MAC address is not known.
+    pub fits_bytes: u32,
+    /// Where the device is reached.
+    pub port: PortId,
+    /// Whether what comes back by the same device in the same tunnel, from an address that leads here, is the tunnel's own node's: what the
+    /// general way finds out by three lookups.
+    pub is_peer_known: bool,
+    /// The headers that a packet gets.
+    pub headers: LinkHeaders,
+}
+
+const _: () = assert!(size_of::<Hop>() == 128 && std::mem::offset_of!(Hop, headers) + 4 + 14 + 20 <= 64);
+
+impl Hop {
+    /// The index of no device.
+    pub const NO_DEVICE: IfIndex = IfIndex(u32::MAX);
+}
+
 /// The kinds of route, as traces name them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RouteKind {
@@ -161,6 +189,8 @@ pub struct Forwarding {
     by_index: HashMap<IfIndex, DeviceId>,
     neighbors: HashMap<(IfIndex, IpAddr), Mac>,
     adjacencies: Vec<Adjacency>,
+    /// One for each adjacency.
+    hops: Vec<Hop>,
     host: AdjacencyId,
     this_node: Option<NodeId>,
     same_subnet: Vec<bool>,
@@ -252,6 +282,12 @@ impl Forwarding {
     #[inline]
     pub fn adjacency(&self, id: AdjacencyId) -> &Adjacency {
         &self.adjacencies[id.0 as usize]
+    }
+
+    /// The adjacency of that number for the straight way; `None` where there is none.
+    #[inline(always)]
+    pub(crate) fn hop(&self, number: u32) -> Option<&Hop> {
+        self.hops.get(number as usize)
     }
 
     /// The way to this node's own kernel.
@@ -382,6 +418,52 @@ impl Forwarding {
         family.loopback_source.or(family.internal)
     }
 
+    fn hop_of(&self, adjacency: &Adjacency) -> Hop {
+        let device = adjacency.device.map(|id| self.device(id));
+        let mac = adjacency.mac.filter(|_| adjacency.kind != RouteKind::Host);
+        let own_mac = device.map_or_else(Mac::default, |device| device.mac);
+        let (headers, largest) = match adjacency.encapsulation {
+            Encapsulation::None => {
+                let is_ipv4 = adjacency.next_hop.is_ipv4();
+                let ethertype = if is_ipv4 { Ipv4Addr::ETHERTYPE } else { Ipv6Addr::ETHERTYPE };
+                (LinkHeaders::ethernet(mac.unwrap_or_default(), own_mac, ethertype), u16::MAX)
+            }
+            Encapsulation::Ipip { src, dst } => {
+                let headers = LinkHeaders::ipip(mac.unwrap_or_default(), own_mac, TunnelEnds { src, dst });
+                (headers, u16::MAX - IPIP_HEADER_BYTES as u16)
+            }
+        };
+        // As `decide::Origin` has it: of a pod's device behind which no known pod is, nothing is admitted.
+        let admitted = device.filter(|device| device.role != Role::Workload || device.workload.is_some());
+        Hop {
+            device: admitted.map_or(Hop::NO_DEVICE, |device| device.index),
+            fits_bytes: if mac.is_some() && admitted.is_some() { adjacency.mtu.min(largest.into()) } else { 0 },
+            port: device.map_or(PortId::TRUNK, |device| device.port),
+            is_peer_known: headers.ends().is_some_and(|ends| {
+                let is_uplink = admitted.is_some_and(|device| device.role == Role::Uplink);
+                is_uplink && self.is_local(ends.src) && may_be_forwarded(ends.dst, ends.src)
+            }),
+            headers,
+        }
+    }
+
+    /// The tunnels that do not tell by themselves whose packets come out of them: their node shares its address with another, or pod
+    /// addresses that lead to it are another node's own.
+    fn unknown_peers(&self) -> Vec<AdjacencyId> {
+        let family = &self.v4;
+        let shared = family.tunnels.iter().filter(|(node, id)| match self.adjacency(**id).encapsulation {
+            Encapsulation::Ipip { dst, .. } => self.node_by_address(dst) != Some(NodeId(**node)),
+            Encapsulation::None => true,
+        });
+        let foreign = family.node_addresses.iter().filter_map(|(address, node)| {
+            match family.pods.get(address).or_else(|| family.ranges.get(*address))? {
+                Owner::Node(owner) if owner != node => family.tunnels.get(&owner.0),
+                _ => None,
+            }
+        });
+        shared.map(|(_, id)| id).chain(foreign).copied().collect()
+    }
+
     /// This node's addresses, both families, sorted.
     pub fn local_addresses(&self) -> Vec<IpAddr> {
         let mut all: Vec<IpAddr> = self.v4.local.iter().map(|a| a.to_ip()).collect();
@@ -496,11 +578,12 @@ impl<'a> Compiler<'a> {
         self.same_subnet = (0..self.cluster.nodes.len()).map(|n| self.in_own_subnet(&self.cluster.nodes[n])).collect();
         let v4 = self.family::<Ipv4Addr>();
         let v6 = self.family::<Ipv6Addr>();
-        Forwarding {
+        let mut forwarding = Forwarding {
             devices: self.devices,
             by_index: self.by_index,
             neighbors: self.neighbors,
             adjacencies: self.adjacencies,
+            hops: Vec::new(),
             host,
             this_node: self.this_node,
             same_subnet: self.same_subnet,
@@ -510,7 +593,12 @@ impl<'a> Compiler<'a> {
             host_endpoints: self.host_endpoints,
             listening: self.links.listening.clone(),
             knows_all_devices: self.links.complete,
+        };
+        forwarding.hops = forwarding.adjacencies.iter().map(|adjacency| forwarding.hop_of(adjacency)).collect();
+        for id in forwarding.unknown_peers() {
+            forwarding.hops[usize::from(id.0)].is_peer_known = false;
         }
+        forwarding
     }
 
     /// CrossSubnet's question: is the node's address within this node's subnet (its annotation's prefix, else an uplink's)?

@@ -442,6 +442,26 @@ impl Packet {
         self.start += count;
     }
 
+    /// Bytes that its first frame has free in front of it.
+    #[inline(always)]
+    pub fn headroom(&self) -> u16 {
+        self.start
+    }
+
+    /// Puts `new` bytes in place of its first `old` ones, before `rest` bytes that follow them: its first frame ends there, unless it goes
+    /// on in a tail. What the new bytes are is whatever the frame holds there.
+    ///
+    /// As [`Self::shrink_front`], [`Self::set_len`] and [`Self::grow_front`], at once.
+    ///
+    /// # Panics
+    /// Where its first frame has fewer than `old` bytes, or too few in front of it for the new ones.
+    #[inline(always)]
+    pub fn replace_front(&mut self, old: u16, new: u16, rest: u16) {
+        let behind = self.len.checked_sub(old).expect("the packet is longer than what is cut off");
+        self.start = (self.start + old).checked_sub(new).expect("the frame has room in front of the packet");
+        self.len = new + rest.min(behind);
+    }
+
     /// Makes a packet without a tail `len` bytes long: cut at the end, or grown into what the frame holds there.
     ///
     /// # Panics
@@ -488,6 +508,35 @@ mod tests {
             assert!(tail.is_none());
             assert_eq!(arena.give_back(segment.frame), FRAME_BYTES as u64);
             assert_eq!(arena.outstanding(), 0);
+        });
+    }
+
+    /// [`Packet::replace_front`] is the three others.
+    #[test]
+    fn the_front_is_replaced_at_once() {
+        for (old, new, rest) in [(14, 14, 46), (14, 34, 46), (34, 14, 26), (14, 14, 30), (14, 34, 0), (34, 34, 20)] {
+            with_arena(2, |arena| {
+                let [mut at_once, mut in_steps] =
+                    [0, 1].map(|number| Packet::new(segment(arena, number, 256, 60, 0), IfIndex(7), LinkType::Host));
+                at_once.replace_front(old, new, rest);
+                in_steps.shrink_front(old);
+                in_steps.set_len(rest.into());
+                assert!(in_steps.grow_front(new));
+                assert_eq!((at_once.start, at_once.len), (in_steps.start, in_steps.len), "{old} {new} {rest}");
+                for packet in [at_once, in_steps] {
+                    let (segment, _) = arena.split(packet);
+                    arena.give_back(segment.frame);
+                }
+            });
+        }
+        with_arena(5, |arena| {
+            let mut packet = chain(arena);
+            let before = whole(arena, &packet);
+            packet.replace_front(14, 34, 1929);
+            assert_eq!(whole(arena, &packet)[34..], before[14..], "its tail stays");
+            let (first, tail) = arena.split(packet);
+            give_back(arena, tail);
+            arena.give_back(first.frame);
         });
     }
 

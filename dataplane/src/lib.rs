@@ -1,6 +1,6 @@
 //! The dataplane: frames, rings, worker loop, stages, decide, forwarding.
 //!
-//! A reader follows the fast path through [`worker`] (the loop), [`pipeline`] (a burst), weir-packet's `parse` and `rewrite`, and
+//! A reader follows the fast path through [`worker`] (the loop), [`pipeline`] (a burst), `straight` (what nearly all packets are), weir-packet's `parse` and `rewrite`, and
 //! weir-conntrack's table; the first packet of a connection adds [`decide`].
 
 pub mod action_log;
@@ -24,4 +24,5 @@ pub mod offload;
 pub mod pipeline;
 pub mod prefix;
 pub mod snapshot;
+mod straight;
 pub mod worker;

@@ -1,8 +1,8 @@
 //! What happens to the packets of a burst: parse, admit, track, translate, forward.
 //!
 //! [`process_burst`] is a plain function of a burst, a [`Context`] (snapshot, tables, clock) and the worker's own [`Pipeline`]
-//! (counters, random source, held packets); any driver will do, none is needed to test it. It works in two passes: the
-//! first parses every packet and asks memory for the buckets of their flows, the second handles one after the other.
+//! (counters, random source, held packets); any driver will do, none is needed to test it. Packets are handled in the order in which they
+//! came. Nearly all go the straight way ([`crate::straight`]); what follows here is the general one, which knows every rule.
 //!
 //! Every packet that comes in ends in exactly one of: transmitted, punted, dropped with a reason, consumed, held
 //! (asserted over whole runs, see [`crate::counters`]). What is to be sent is sent by [`Pipeline::flush`].
@@ -19,6 +19,7 @@ use weir_nat::{Affinity, AllocateError, Attempt, Standing};
 use weir_packet::{
     Address, Direction, DropReason, FlowKey, Mac, Ports, Protocol, Tick,
     build::{self, IcmpError},
+    glance::may_be_forwarded,
     options::TcpOptions,
     parse::{self, Arp, Kind, Parsed, TcpFields, View},
     rewrite,
@@ -39,6 +40,7 @@ use crate::{
     host_policy,
     offload::{self, Offload, recipe::Stays},
     snapshot::Snapshot,
+    straight::{self, Seen},
 };
 
 const ETHERNET_BYTES: usize = 14;
@@ -92,8 +94,6 @@ pub trait Family: Routed {
     fn table(tables: &Tables) -> &Table<Self>;
     /// The family's handle.
     fn handle(handles: &mut Handles) -> &mut Handle;
-    /// Packets of the family that the second pass has still to handle.
-    fn pending(pipeline: &mut Pipeline) -> &mut Vec<Pending<Self>>;
     /// The family's packets in fragments.
     fn fragments(pipeline: &mut Pipeline) -> &mut Fragments<Self>;
     /// The packet that was read, if it is one of this family.
@@ -119,10 +119,6 @@ impl Family for Ipv4Addr {
     #[inline]
     fn handle(handles: &mut Handles) -> &mut Handle {
         &mut handles.v4
-    }
-    #[inline]
-    fn pending(pipeline: &mut Pipeline) -> &mut Vec<Pending<Self>> {
-        &mut pipeline.pending4
     }
     #[inline]
     fn fragments(pipeline: &mut Pipeline) -> &mut Fragments<Self> {
@@ -168,10 +164,6 @@ impl Family for Ipv6Addr {
     #[inline]
     fn handle(handles: &mut Handles) -> &mut Handle {
         &mut handles.v6
-    }
-    #[inline]
-    fn pending(pipeline: &mut Pipeline) -> &mut Vec<Pending<Self>> {
-        &mut pipeline.pending6
     }
     #[inline]
     fn fragments(pipeline: &mut Pipeline) -> &mut Fragments<Self> {
@@ -252,15 +244,6 @@ pub enum Event {
     },
 }
 
-/// A packet between the two passes.
-#[derive(Debug)]
-pub struct Pending<A: Address> {
-    packet: Packet,
-    view: View<A>,
-    origin: Origin,
-    hash: Hash,
-}
-
 /// How a packet ended. The caller counts it and takes the frame back.
 enum End {
     Drop(DropReason),
@@ -291,8 +274,12 @@ pub struct Pipeline {
     errors: Allowance,
     resets: Allowance,
     action_log: ActionLog,
-    pending4: Vec<Pending<Ipv4Addr>>,
-    pending6: Vec<Pending<Ipv6Addr>>,
+    /// What was seen of the packets of a burst.
+    seen: Vec<Seen>,
+    /// Whether any packet may go straight.
+    goes_straight: bool,
+    /// Packets that did.
+    went_straight: u64,
     egress: Vec<Vec<Packet>>,
     /// Where a packet of several frames is put together for what needs all of its bytes.
     whole: Vec<u8>,
@@ -322,8 +309,9 @@ impl Pipeline {
             errors: Allowance::of_answers(),
             resets: Allowance::of_answers(),
             action_log: ActionLog::new(),
-            pending4: Vec::with_capacity(burst),
-            pending6: Vec::with_capacity(burst),
+            seen: Vec::with_capacity(burst),
+            goes_straight: true,
+            went_straight: 0,
             // Every packet of a burst may have been answered, and held packets may be set free with it.
             egress: (0..ports).map(|_| Vec::with_capacity(4 * burst + 512)).collect(),
             whole: Vec::with_capacity(MAX_PACKET_BYTES),
@@ -336,6 +324,18 @@ impl Pipeline {
         self.fragments4.set_lifetime(v4);
         self.fragments6.set_lifetime(v6);
         self
+    }
+
+    /// The same, whose packets all go the general way: for holding one way beside the other.
+    #[must_use]
+    pub fn without_straight_way(mut self) -> Self {
+        self.goes_straight = false;
+        self
+    }
+
+    /// Packets that went the straight way.
+    pub fn went_straight(&self) -> u64 {
+        self.went_straight
     }
 
     /// Packets that wait: for a neighbour, or for the first fragment of theirs.
@@ -464,28 +464,30 @@ pub fn process_burst<D: Driver>(
     context: &Context<'_>,
 ) {
     pipeline.counters.add(Counter::Rx as usize, burst.len() as u64);
-    for packet in burst.drain(..) {
-        pipeline.admit(driver, packet, context);
+    if !pipeline.goes_straight {
+        return burst.drain(..).for_each(|packet| pipeline.admit(driver, packet, context));
     }
-    pipeline.drain_pending::<Ipv4Addr, D>(driver, context);
-    pipeline.drain_pending::<Ipv6Addr, D>(driver, context);
+    // Taken and put back, so that the packets can be handled with all of the pipeline; no allocation happens.
+    let mut seen = std::mem::take(&mut pipeline.seen);
+    straight::see(burst, &mut seen, context);
+    straight::fetch(&mut seen, context);
+    pipeline.went_straight += burst.len() as u64;
+    for (mut packet, seen) in burst.drain(..).zip(&seen) {
+        match straight::go(&mut packet, seen, &mut pipeline.tunnel_id, context) {
+            Some(port) => pipeline.egress[usize::from(port.0)].push(packet),
+            None => {
+                pipeline.went_straight -= 1;
+                pipeline.admit(driver, packet, context);
+            }
+        }
+    }
+    seen.clear();
+    pipeline.seen = seen;
 }
 
 impl Pipeline {
-    fn drain_pending<A: Family, D: Driver>(&mut self, driver: &mut D, context: &Context<'_>) {
-        // Taken and put back, so that the packets can be handled with all of `self`; no allocation happens.
-        let mut pending = std::mem::take(A::pending(self));
-        // By now the buckets have arrived, so the connections' own lines can be asked for.
-        for packet in &pending {
-            A::table(context.tables).prefetch_conn(packet.hash);
-        }
-        for Pending { packet, view, origin, hash } in pending.drain(..) {
-            self.flow(driver, packet, &view, origin, hash, context);
-        }
-        *A::pending(self) = pending;
-    }
-
-    /// First pass: where it came from, parse, spoof check, tunnel; then its flow's bucket is fetched.
+    /// The beginning of the general way: where it came from, parse, tunnel.
+    #[inline(never)]
     fn admit<D: Driver>(&mut self, driver: &mut D, mut packet: Packet, context: &Context<'_>) {
         let forwarding = &*context.snapshot.forwarding;
         let Some(device_id) = forwarding.device_by_index(packet.device) else {
@@ -551,11 +553,10 @@ impl Pipeline {
         // Ethernet padding is none of the packet's.
         driver.truncate(&mut packet, usize::from(view.end));
         let hash = A::table(context.tables).hash(&view.key);
-        A::table(context.tables).prefetch(hash);
-        A::pending(self).push(Pending { packet, view, origin, hash });
+        self.flow(driver, packet, &view, origin, hash, context);
     }
 
-    /// Second pass: the connection of the packet, or its first judgement.
+    /// The connection of the packet, or its first judgement.
     fn flow<A: Family, D: Driver>(
         &mut self,
         driver: &mut D,
@@ -848,20 +849,17 @@ impl Pipeline {
         let (snapshot, origin) = (context.snapshot, arrival.origin);
         let table = A::table(context.tables);
         let [source_stamp, destination_stamp] = decide::policy_stamps(snapshot, arrival, &decision.translated);
-        let attributes = Attributes {
-            device: device.0,
-            stamps: [source_stamp, destination_stamp, decision.backend_stamp],
-            generation: snapshot.generation,
-            next_hops: [
-                hop_word(snapshot.generation, decision.adjacency()),
-                hop_word(snapshot.generation, adjacency_to(snapshot, view.key.src)),
-            ],
-            flags: flags(origin, decision, context),
-        };
         let mut reply = decision.translated.invert();
         if let Some(address) = decision.snat {
             reply.dst = address;
         }
+        let attributes = Attributes {
+            device: device.0,
+            stamps: [source_stamp, destination_stamp, decision.backend_stamp],
+            generation: snapshot.generation,
+            next_hops: hop_words(snapshot, &reply, [decision.adjacency(), adjacency_to(snapshot, view.key.src)]),
+            flags: flags(origin, decision, context),
+        };
         let Self { handles, random, counters, .. } = self;
         // A share is kept for the node's own connections, and for its pods' to it, however many others there are. Not for those from
         // outside, whose sources may be made up: such a flood would take the share.
@@ -1682,6 +1680,16 @@ fn hop_word(generation: u32, adjacency: Option<AdjacencyId>) -> u32 {
     generation << 16 | u32::from(adjacency.map_or(NO_HOP, |a| a.0))
 }
 
+/// Both directions' next hops of a connection whose answers have the key `answers`.
+///
+/// Answers from or to an address that no router may forward, as from a backend with a link-local one, are refused when they are parsed. The
+/// straight way does not look for that: it finds no next hop of its generation in such a connection, and the general way asks for it each time.
+fn hop_words<A: Family>(snapshot: &Snapshot, answers: &FlowKey<A>, hops: [Option<AdjacencyId>; 2]) -> [u32; 2] {
+    let is_usual = may_be_forwarded(answers.src, answers.dst);
+    let generation = if is_usual { snapshot.generation } else { !snapshot.generation };
+    hops.map(|adjacency| hop_word(generation, adjacency))
+}
+
 /// The adjacency of a direction's packets: the connection's own, or, where a worker with other tables wrote it, what these tables say.
 #[inline]
 fn next_hop<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, context: &Context<'_>) -> Option<AdjacencyId> {
@@ -1974,8 +1982,8 @@ fn rejudge<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, context: &Context<'_>
         let [.., backend_stamp] = conn.stamps();
         conn.set_stamps([stamps[0], stamps[1], backend_stamp]);
     }
-    let word = |destination: A| hop_word(snapshot.generation, adjacency_to(snapshot, destination));
-    conn.set_next_hops([word(translated_to), word(source)]);
+    let hops = [translated_to, source].map(|destination| adjacency_to(snapshot, destination));
+    conn.set_next_hops(hop_words(snapshot, &conn.key(Direction::Reply), hops));
     if drains {
         return Rejudged::Drains;
     }

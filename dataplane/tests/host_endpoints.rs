@@ -303,6 +303,30 @@ fn untracked_policy_judges_each_packet_and_makes_no_connection() {
 }
 
 #[test]
+fn untracked_policy_leaves_the_straight_way_to_what_does_not_come_by_an_uplink() {
+    for Addresses { outside, server, .. } in FAMILIES {
+        let untracked = policy(PolicyScope::Untracked, Some(vec![rule(Action::Allow, Protocol::UDP, Some(7))]), None);
+        for (policies, straight_from_uplink) in [(vec![untracked], 0), (Vec::new(), 1)] {
+            let mut router = router(&governed("eth0"), policies);
+            // Padded: shorter ones never go straight.
+            let padded = |ends, ports| [&udp(ends, ports)[..], &[0; 60]].concat();
+            let there = padded([outside, server], [40_000, 80]);
+            let back = padded([server, outside], [80, 40_000]);
+            let turns = [(UPLINK, &there, SERVER_POD), (SERVER_POD, &back, UPLINK)];
+            for (from, frame, to) in turns {
+                assert_eq!(fate(&mut router, from, frame), Ok(to));
+            }
+            for ((from, frame, to), expected) in turns.into_iter().zip([straight_from_uplink, 1]) {
+                let before = router.went_straight();
+                assert_eq!(fate(&mut router, from, frame), Ok(to));
+                assert_eq!(router.went_straight() - before, expected, "from {from:?}");
+            }
+            router.finish();
+        }
+    }
+}
+
+#[test]
 fn an_established_connection_obeys_a_changed_policy_of_the_host_endpoint_and_no_unrelated_one() {
     for Addresses { outside, server, .. } in FAMILIES {
         let cluster = governed("eth0");

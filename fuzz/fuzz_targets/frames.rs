@@ -2,7 +2,7 @@
 //!
 //! Asserted after each turn ([`router::Router::turn`], [`router::Router::finish`]): nothing panics,
 //! `rx + generated = tx + drops + punted + consumed + held`, and each frame that is not held is back. And here: what leaves has a right IPv4
-//! header, and no pod's address leaves the cluster.
+//! header, no pod's address leaves the cluster, and a second worker, none of whose packets goes the straight way, sends and counts the same.
 #![no_main]
 
 use std::{collections::BTreeSet, net::IpAddr};
@@ -286,11 +286,24 @@ fn check_sent(device: IfIndex, frame: &[u8], of_kernel: &BTreeSet<IpAddr>) {
     }
 }
 
+/// The same done by both workers, which must send and count the same.
+fn both(
+    router: &mut Router,
+    general: &mut Router,
+    mut step: impl FnMut(&mut Router) -> Vec<(IfIndex, Vec<u8>)>,
+) -> Vec<(IfIndex, Vec<u8>)> {
+    let (sent, expected) = (step(router), step(general));
+    assert_eq!(sent, expected);
+    assert_eq!(router.totals(), general.totals());
+    sent
+}
+
 fuzz_target!(|steps: Vec<Step>| {
-    let snat = SnatPorts::new(10000..=10003, [30053]).expect("ports");
     let mut links = links();
     links.devices.iter_mut().filter(|device| device.index == UPLINK).for_each(|uplink| uplink.mtu = MAX_MTU);
-    let mut router = Router::between(&cluster(), &links, all_rules(true, true), snat, 16);
+    let snat = || SnatPorts::new(10000..=10003, [30053]).expect("ports");
+    let worker = || Router::between(&cluster(), &links, all_rules(true, true), snat(), 16);
+    let (mut router, mut general) = (worker(), worker().without_straight_way());
     let mut sent: Vec<(IfIndex, Vec<u8>)> = Vec::new();
     let mut of_kernel = BTreeSet::new();
     for step in steps {
@@ -299,17 +312,17 @@ fuzz_target!(|steps: Vec<Step>| {
                 let frames: Vec<_> = arrivals.iter().take(64).filter_map(|arrival| arrival.frame(&sent)).collect();
                 let by_kernel = frames.iter().filter(|(device, _)| *device == IfIndex::HOST);
                 of_kernel.extend(by_kernel.filter_map(|(_, frame)| Some(ends(frame)?.0[0])));
-                router.turn(&frames)
+                both(&mut router, &mut general, |router| router.turn(&frames))
             }
-            Step::Wait(ticks) => router.wait(u32::from(ticks)),
-            Step::Publish { is_open, has_services } => {
+            Step::Wait(ticks) => both(&mut router, &mut general, |router| router.wait(u32::from(ticks))),
+            Step::Publish { is_open, has_services } => both(&mut router, &mut general, |router| {
                 router.publish(all_rules(is_open, has_services));
                 Vec::new()
-            }
+            }),
         };
         left.iter().for_each(|(device, frame)| check_sent(*device, frame, &of_kernel));
         sent.extend(left.into_iter().filter(|(_, frame)| frame.len() >= 34));
         sent.drain(..sent.len().saturating_sub(REMEMBERED));
     }
-    router.finish();
+    assert_eq!(router.finish(), general.finish());
 });

@@ -65,11 +65,11 @@ impl Address for Ipv4Addr {
     const ICMP: crate::Protocol = crate::Protocol::ICMP;
     type Words = [u32; 1];
 
-    #[inline]
+    #[inline(always)]
     fn words(self) -> [u32; 1] {
         [u32::from_ne_bytes(self.octets())]
     }
-    #[inline]
+    #[inline(always)]
     fn from_words(words: [u32; 1]) -> Self {
         Self::from(words[0].to_ne_bytes())
     }
@@ -127,12 +127,12 @@ impl Address for Ipv6Addr {
     const ICMP: crate::Protocol = crate::Protocol::ICMPV6;
     type Words = [u32; 4];
 
-    #[inline]
+    #[inline(always)]
     fn words(self) -> [u32; 4] {
         let octets = self.octets();
         std::array::from_fn(|i| u32::from_ne_bytes(std::array::from_fn(|j| octets[4 * i + j])))
     }
-    #[inline]
+    #[inline(always)]
     fn from_words(words: [u32; 4]) -> Self {
         let mut octets = [0; 16];
         for (chunk, word) in octets.chunks_exact_mut(4).zip(words) {

@@ -27,6 +27,12 @@ impl Sum {
     /// The sum of nothing.
     pub const ZERO: Self = Self(0);
 
+    /// The sum of a flow key's addresses.
+    #[inline]
+    pub fn addresses<A: Address>(src: A, dst: A) -> Self {
+        Self::ZERO.words(src.words().as_ref()).words(dst.words().as_ref())
+    }
+
     /// Adds `bytes`, which start at an even offset of what is summed; an odd last byte is padded with a zero byte.
     #[inline]
     #[must_use]
@@ -49,6 +55,13 @@ impl Sum {
     #[must_use]
     pub fn words(self, words: &[u32]) -> Self {
         Self(words.iter().fold(self.0, |sum, word| sum + u64::from(*word)))
+    }
+
+    /// Adds a 16-bit word at an even offset, as it stands in the packet.
+    #[inline]
+    #[must_use]
+    pub fn word16(self, word: [u8; 2]) -> Self {
+        Self(self.0 + u64::from(u16::from_ne_bytes(word)))
     }
 
     /// Adds another sum of whole words.
@@ -96,10 +109,7 @@ impl Sum {
 /// fields differently, which a sum does not notice.
 #[inline]
 pub fn pseudo_header<A: Address>(src: A, dst: A, protocol: Protocol, length_bytes: u32) -> Sum {
-    Sum::ZERO
-        .words(src.words().as_ref())
-        .words(dst.words().as_ref())
-        .words(&[length_bytes.to_be(), u32::from(protocol.0).to_be()])
+    Sum::addresses(src, dst).words(&[length_bytes.to_be(), u32::from(protocol.0).to_be()])
 }
 
 /// What a change of some words does to every checksum over them (RFC 1624, equation 3).
@@ -123,20 +133,15 @@ impl Increment {
         self.difference(old, new)
     }
 
-    /// A row of words changes.
+    /// Words whose sum was `old` are replaced by words whose sum is `new`: at most 2^16 words of 32 bits each.
     ///
-    /// # Panics
-    /// In debug builds where the rows differ in length.
+    /// The difference, and where that is below zero, a multiple of 2^16 - 1 more, which changes no checksum. So nothing that changed adds
+    /// nothing (see [`Self::difference`]).
     #[inline]
-    pub fn words(self, old: &[u32], new: &[u32]) -> Self {
-        debug_assert_eq!(old.len(), new.len());
-        old.iter().zip(new).fold(self, |change, (old, new)| change.difference(*old, *new))
-    }
-
-    /// An address changes.
-    #[inline]
-    pub fn address<A: Address>(self, old: A, new: A) -> Self {
-        self.words(old.words().as_ref(), new.words().as_ref())
+    pub fn between(old: Sum, new: Sum) -> Self {
+        const MULTIPLE: u64 = 0xffff << 32;
+        let difference = new.0.wrapping_sub(old.0);
+        Self(if new.0 < old.0 { difference.wrapping_add(MULTIPLE) } else { difference })
     }
 
     /// Both changes.
@@ -158,7 +163,7 @@ impl Increment {
     }
 
     /// A UDP checksum after the change: none stays none, and one that comes out as 0 is written as 0xffff (RFC 768).
-    #[inline]
+    #[inline(always)]
     pub fn apply_udp(self, checksum: [u8; 2]) -> [u8; 2] {
         if checksum == [0, 0] {
             return checksum;

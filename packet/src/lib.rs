@@ -5,6 +5,7 @@
 //! - [`address`]: one trait, [`Address`], through which IPv4 and IPv6 share every later stage.
 //! - [`flow`]: [`FlowKey`], the key of one direction of a connection.
 //! - [`parse`]: a frame's headers, checked to be whole and sane.
+//! - [`glance`]: a quicker look at what nearly all frames are.
 //! - [`options`]: the TCP options that connection tracking follows.
 //! - [`checksum`]: RFC 1071 sums and RFC 1624 increments.
 //! - [`rewrite`]: addresses, ports and TTL changed in place, tunnel headers.
@@ -15,6 +16,7 @@ pub mod address;
 pub mod build;
 pub mod checksum;
 pub mod flow;
+pub mod glance;
 pub mod mac;
 pub mod options;
 pub mod parse;

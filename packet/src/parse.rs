@@ -429,7 +429,7 @@ fn ipv4_view(
 
 /// RFC 1812, 4.2.2.11 and 5.3.7: sources that are groups, and "this host" or (unless `of_own`) loopback on either side.
 #[inline(always)]
-fn is_martian_ipv4(src: Ipv4Addr, dst: Ipv4Addr, of_own: bool) -> bool {
+pub(crate) fn is_martian_ipv4(src: Ipv4Addr, dst: Ipv4Addr, of_own: bool) -> bool {
     let (src, dst) = (src.to_bits(), dst.to_bits());
     (src >> 28 == 0xe)
         | (src == u32::MAX)
@@ -520,7 +520,7 @@ fn ipv6_view(
 /// interface-local scope; and IPv4-mapped addresses, which stand for IPv4 inside a host and never on the wire.
 /// Duplicate address detection and MLD speak from the unspecified address.
 #[inline(always)]
-fn is_martian_ipv6(src: Ipv6Addr, dst: Ipv6Addr, kind: Kind, of_own: bool) -> bool {
+pub(crate) fn is_martian_ipv6(src: Ipv6Addr, dst: Ipv6Addr, kind: Kind, of_own: bool) -> bool {
     let (src, dst) = (src.to_bits(), dst.to_bits());
     let mapped = 0xffff;
     (src >> 120 == 0xff)

@@ -9,6 +9,7 @@ use std::net::Ipv4Addr;
 use crate::{
     Address, DropReason, FlowKey, Mac, Ports, Protocol,
     checksum::{Increment, Sum, sctp_increment},
+    glance::TunnelEnds,
     parse::{ETHERNET_BYTES, Embedded, ICMP_HEADER_BYTES, Kind, UDP_LITE, View, l4_checksum_ok, parse_embedded},
 };
 
@@ -59,7 +60,7 @@ pub fn translate<A: Address>(frame: &mut [u8], view: &View<A>, to: &FlowKey<A>) 
 /// Writes `to`'s addresses into an IP header that has `from`'s, and the header checksum that IPv4 has.
 #[inline]
 fn write_addresses<A: Address>(header: &mut [u8], from: &FlowKey<A>, to: &FlowKey<A>) -> Increment {
-    let change = Increment::ZERO.address(from.src, to.src).address(from.dst, to.dst);
+    let change = Increment::between(Sum::addresses(from.src, from.dst), Sum::addresses(to.src, to.dst));
     let at = A::HEADER_BYTES - 2 * A::BYTES;
     let (src, dst) = header[at..A::HEADER_BYTES].split_at_mut(A::BYTES);
     to.src.write(src);
@@ -151,6 +152,41 @@ pub fn decrement_ttl<A: Address>(frame: &mut [u8], view: &View<A>) {
         update(header, 10, Increment::ZERO.word16([ttl, protocol], [header[8], protocol]));
     } else {
         header[7] = header[7].saturating_sub(1);
+    }
+}
+
+/// Sends a whole TCP or UDP packet on whose header has no options: addresses and ports become `to`'s, the TTL one less, with all checksums.
+///
+/// The same bytes as [`translate`] and [`decrement_ttl`] write, for a packet that was only glanced at ([`crate::glance`]); its TTL is not
+/// 0. `ip` begins with its IP header.
+///
+/// # Panics
+/// Where `ip` is shorter than the IP header and 20 bytes.
+#[inline(always)]
+pub fn forward_plain<A: Address>(ip: &mut [u8], from: &FlowKey<A>, to: &FlowKey<A>) {
+    /// The TTL, in a word with the protocol.
+    const ONE_LESS: [[u8; 2]; 2] = [[1, 0], [0, 0]];
+    debug_assert!(from.protocol == to.protocol && matches!(from.protocol, Protocol::TCP | Protocol::UDP));
+    let (header, l4) = ip.split_at_mut(A::HEADER_BYTES);
+    let l4 = l4.first_chunk_mut::<20>().expect("as many bytes as the largest fixed header has");
+    let addresses = Increment::between(Sum::addresses(from.src, from.dst), Sum::addresses(to.src, to.dst));
+    let at = A::HEADER_BYTES - 2 * A::BYTES;
+    to.src.write(&mut header[at..at + A::BYTES]);
+    to.dst.write(&mut header[at + A::BYTES..]);
+    if A::WORDS == 1 {
+        header[8] -= 1;
+        let [old, new] = ONE_LESS.map(|word| Sum::ZERO.word16(word));
+        update(header, 10, addresses.plus(Increment::between(old, new)));
+    } else {
+        header[7] -= 1;
+    }
+    l4[..4].copy_from_slice(&to.ports.word().to_ne_bytes());
+    let covered = addresses.word32(from.ports.word(), to.ports.word());
+    if from.protocol == Protocol::TCP {
+        update(l4, 16, covered);
+    } else {
+        let checksum = covered.apply_udp([l4[6], l4[7]]);
+        l4[6..8].copy_from_slice(&checksum);
     }
 }
 
@@ -281,6 +317,92 @@ pub fn write_ipip_header(header: &mut [u8], inner: &[u8], src: Ipv4Addr, dst: Ip
     let total_bytes = u16::from_be_bytes([inner[2], inner[3]]).saturating_add(IPIP_HEADER_BYTES as u16);
     *header = ipv4_header(src, dst, Protocol::IPIP, total_bytes, inner[1], id);
 }
+
+/// The headers that a packet gets on its next link, ready to be written before its IP header: an Ethernet header, and for a tunnel what
+/// follows it.
+///
+/// There is room for those of a VXLAN tunnel (RFC 7348: Ethernet, IPv4, UDP, VXLAN, Ethernet), the largest that there are. Those of IPIP are
+/// in the first 48 bytes with all that is asked to write them.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct LinkHeaders {
+    kind: LinkKind,
+    count: u8,
+    /// The sum of the outer IPv4 header without its length, type of service and identification.
+    sum: u16,
+    bytes: [u8; LinkHeaders::MAX_BYTES],
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+enum LinkKind {
+    Ethernet,
+    Ipip,
+}
+
+impl LinkHeaders {
+    /// Bytes of the largest.
+    pub const MAX_BYTES: usize = 14 + 20 + 8 + 8 + 14;
+
+    /// An Ethernet header before the packet itself.
+    pub fn ethernet(dst: Mac, src: Mac, ethertype: u16) -> Self {
+        let mut bytes = [0; Self::MAX_BYTES];
+        set_ethernet(&mut bytes, dst, src, ethertype);
+        Self { kind: LinkKind::Ethernet, count: ETHERNET_BYTES as u8, sum: 0, bytes }
+    }
+
+    /// A tunnel's header (RFC 2003), as [`write_ipip_header`] writes it.
+    pub fn ipip(dst: Mac, src: Mac, ends: TunnelEnds) -> Self {
+        let mut headers = Self::ethernet(dst, src, Ipv4Addr::ETHERTYPE);
+        let mut outer = ipv4_header(ends.src, ends.dst, Protocol::IPIP, 0, 0, 0);
+        outer[10..12].fill(0);
+        headers.bytes[ETHERNET_BYTES..ETHERNET_BYTES + 20].copy_from_slice(&outer);
+        let count = (ETHERNET_BYTES + IPIP_HEADER_BYTES) as u8;
+        Self { kind: LinkKind::Ipip, count, sum: Sum::ZERO.bytes(&outer).fold(), ..headers }
+    }
+
+    /// Number of bytes.
+    #[inline(always)]
+    pub const fn count(&self) -> u16 {
+        self.count as u16
+    }
+
+    /// The addresses of a tunnel's header; `None` where there is no tunnel.
+    #[inline(always)]
+    pub fn ends(&self) -> Option<TunnelEnds> {
+        let ends = TunnelEnds { src: Ipv4Addr::read(&self.bytes[26..30]), dst: Ipv4Addr::read(&self.bytes[30..34]) };
+        (self.kind == LinkKind::Ipip).then_some(ends)
+    }
+
+    /// Writes them to the start of `frame`, before an IP packet of `ip_bytes` bytes, no more than fit a tunnel packet, with that type of
+    /// service. `id` tells tunnel packets apart (RFC 6864).
+    ///
+    /// # Panics
+    /// Where `frame` has no room for them.
+    #[inline(always)]
+    pub fn write(&self, frame: &mut [u8], ip_bytes: u16, tos: u8, id: impl FnOnce() -> u16) {
+        match self.kind {
+            LinkKind::Ethernet => {
+                let frame = frame.first_chunk_mut::<ETHERNET_BYTES>().expect("room for an Ethernet header");
+                frame.copy_from_slice(&self.bytes[..ETHERNET_BYTES]);
+            }
+            LinkKind::Ipip => {
+                const BYTES: usize = ETHERNET_BYTES + IPIP_HEADER_BYTES;
+                let frame = frame.first_chunk_mut::<BYTES>().expect("room for a tunnel's headers");
+                let total_bytes = (ip_bytes + IPIP_HEADER_BYTES as u16).to_be_bytes();
+                let id = id().to_be_bytes();
+                let sum = Sum::ZERO.word16(self.sum.to_ne_bytes()).word16([0, tos]).word16(total_bytes).word16(id);
+                frame.copy_from_slice(&self.bytes[..BYTES]);
+                frame[15] = tos;
+                frame[16..18].copy_from_slice(&total_bytes);
+                frame[18..20].copy_from_slice(&id);
+                frame[24..26].copy_from_slice(&sum.finish());
+            }
+        }
+    }
+}
+
+const _: () = assert!(size_of::<LinkHeaders>() == 68);
 
 /// An IPv4 header without options, with DF and TTL 64.
 #[inline]

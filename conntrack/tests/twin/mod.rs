@@ -5,8 +5,8 @@
 use std::collections::HashMap;
 
 use weir_conntrack::{
-    Attributes, ConnId, Entry, Hit, Identity, Insert, Lifecycle, NewConn, OFFLOADED, Observed, PRIVILEGED, Table,
-    TableConfig, TcpSettings, Timeouts, Tracked,
+    Attributes, Candidate, ConnId, Entry, Hit, Identity, Insert, Lifecycle, NewConn, OFFLOADED, Observed, PRIVILEGED,
+    Table, TableConfig, TcpSettings, Timeouts, Tracked,
 };
 use weir_packet::{Address, Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::Domain;
@@ -22,7 +22,7 @@ pub const PROTOCOLS: [Protocol; 3] = [Protocol::UDP, Protocol::ICMP, Protocol(47
 #[cfg_attr(fuzzing, derive(arbitrary::Arbitrary))]
 pub enum Operation {
     Insert { original: u8, reply: u8, protocol: u8, mark: u32 },
-    Track { key: u8, protocol: u8 },
+    Track { key: u8, protocol: u8, repeated_first: bool },
     Remove { key: u8, protocol: u8 },
     Displace { key: u8, protocol: u8, for_privileged: bool },
     Judge { key: u8, protocol: u8, mark: u32 },
@@ -38,6 +38,18 @@ fn key<A: Address>(number: u8, protocol: u8) -> FlowKey<A> {
         ports: Ports::new(u16::from(number), 7),
         protocol: PROTOCOLS[usize::from(protocol) % PROTOCOLS.len()],
     }
+}
+
+fn all_keys<A: Address>() -> impl Iterator<Item = FlowKey<A>> {
+    (0..PROTOCOLS.len() as u8).flat_map(|protocol| (0..KEYS).map(move |number| key(number, protocol)))
+}
+
+/// What was found for a key before an operation.
+struct Expected<A: Address> {
+    key: FlowKey<A>,
+    candidate: Candidate,
+    /// The twin's connection with that key, if it was the candidate's.
+    holder: Option<(u32, Direction)>,
 }
 
 #[derive(Clone, Copy)]
@@ -130,12 +142,23 @@ pub fn run<A: Address>(operations: Vec<Operation>, start: u32) {
         timeouts: Timeouts::default(),
         tcp: TcpSettings::default(),
     };
-    let table = Table::<A>::new(config, domain);
+    let table = Table::<A>::new(config, domain.clone());
     let mut handle = table.handle();
     let mut twin = Twin::<A> { conns: HashMap::new(), numbers: 0, now: 0 };
     let mut names: HashMap<u32, ConnId> = HashMap::new();
+    // A worker whose turn goes on while the operation is done by another.
+    let mut witness = domain.join();
     for operation in operations {
         let now = Tick(start.wrapping_add(twin.now));
+        let witness_turn = witness.enter();
+        let candidates: Vec<Expected<A>> = all_keys()
+            .map(|key| {
+                let candidate = table.candidate(table.hash(&key), &witness_turn);
+                table.prefetch_candidate(candidate, key.protocol);
+                let is_holder = table.expected(candidate, &key, now, &witness_turn).is_some();
+                Expected { key, candidate, holder: twin.find(&key).filter(|_| is_holder) }
+            })
+            .collect();
         match operation {
             Operation::Insert { original, reply, protocol, mark } => {
                 let (original, reply) = (key::<A>(original, protocol), key::<A>(reply, protocol));
@@ -175,17 +198,26 @@ pub fn run<A: Address>(operations: Vec<Operation>, start: u32) {
                     }
                 }
             }
-            Operation::Track { key: number, protocol } => {
+            Operation::Track { key: number, protocol, repeated_first } => {
                 if let Some((number, direction)) = twin.find(&key(number, protocol)) {
                     let _turn = participant.enter();
-                    let tracked = table.conn(names[&number]).track(direction, &Observed::default(), now);
-                    assert_eq!(tracked, Tracked::Accept);
-                    let time = twin.now;
+                    let (time, found) = (twin.now, table.conn(names[&number]));
                     let conn = twin.conns.get_mut(&number).expect("found");
+                    let before = *conn;
                     conn.stream |=
                         conn.original.protocol == Protocol::UDP && conn.seen_reply && time - conn.created > 200;
                     conn.seen_reply |= direction == Direction::Reply;
+                    let repeats = (conn.stream, conn.seen_reply) == (before.stream, before.seen_reply);
                     conn.last_seen = time;
+                    if repeated_first {
+                        assert_eq!(found.track_repeated(direction, now), repeats);
+                    }
+                    if !repeated_first || !repeats {
+                        // What was declined has written nothing.
+                        assert_eq!((found.seen_reply(), found.assured()), (before.seen_reply, before.stream));
+                        assert_eq!(found.last_seen(), Tick(start.wrapping_add(before.last_seen)));
+                        assert_eq!(found.track(direction, &Observed::default(), now), Tracked::Accept);
+                    }
                 }
             }
             Operation::Remove { key: number, protocol } => {
@@ -232,12 +264,27 @@ pub fn run<A: Address>(operations: Vec<Operation>, start: u32) {
             }
         }
         let now = Tick(start.wrapping_add(twin.now));
+        for Expected { key, candidate, holder } in candidates {
+            // Who held the key, and still does, is found; nobody else ever is, but who has come to hold it.
+            let expected = table.expected(candidate, &key, now, &witness_turn);
+            let holds = twin.find(&key);
+            if expected.is_some() || holder.is_some() && holder == holds {
+                let hit = expected.map(|(conn, direction)| Hit { conn: conn.id(), direction });
+                assert_eq!(hit, holds.map(|(number, direction)| Hit { conn: names[&number], direction }), "{key:?}");
+            }
+        }
+        drop(witness_turn);
         let turn = participant.enter();
-        for protocol in 0..PROTOCOLS.len() as u8 {
-            for number in 0..KEYS {
-                let key = key::<A>(number, protocol);
-                let expected = twin.find(&key).map(|(number, direction)| Hit { conn: names[&number], direction });
-                assert_eq!(table.lookup(&key, table.hash(&key), now, &turn), expected, "{key:?}");
+        for key in all_keys::<A>() {
+            let hash = table.hash(&key);
+            let held = twin.find(&key).map(|(number, direction)| Hit { conn: names[&number], direction });
+            assert_eq!(table.lookup(&key, hash, now, &turn), held, "{key:?}");
+            if let Some((conn, direction)) = table.expected(table.candidate(hash, &turn), &key, now, &turn) {
+                assert_eq!(Some(Hit { conn: conn.id(), direction }), held, "{key:?}");
+                if !key.protocol.is_icmp() {
+                    let leaves_with = conn.leaves_with(direction, key.protocol);
+                    assert_eq!(leaves_with, conn.key(direction.flip()).invert());
+                }
             }
         }
         let mut listed = Vec::new();

@@ -187,6 +187,8 @@ pub struct Router {
     pub offload: Option<Arc<Offload>>,
     /// Bytes of an arriving packet in each of its frames, over and over.
     pub frame_bytes: Vec<usize>,
+    /// How the packets of a turn were addressed at the link layer, over and over.
+    pub link_types: Vec<LinkType>,
     events: (Sender<Event>, Receiver<Event>),
 }
 
@@ -232,8 +234,19 @@ impl Router {
             now: Tick(1000),
             offload: None,
             frame_bytes: vec![ONE_FRAME_BYTES],
+            link_types: vec![LinkType::Host],
             events,
         }
+    }
+
+    /// The same, whose worker handles every packet the general way.
+    pub fn without_straight_way(self) -> Self {
+        Self { pipeline: self.pipeline.without_straight_way(), ..self }
+    }
+
+    /// Packets that went the straight way.
+    pub fn went_straight(&self) -> u64 {
+        self.pipeline.went_straight()
     }
 
     pub fn publish(&mut self, rules: Rules) {
@@ -302,9 +315,9 @@ impl Router {
     /// The same, in a turn that began when that snapshot was in force, or `None`: by the one that is now.
     pub fn turn_by(&mut self, snapshot: Option<&Snapshot>, frames: &[(IfIndex, Vec<u8>)]) -> Vec<(IfIndex, Vec<u8>)> {
         let mut burst = Vec::with_capacity(frames.len());
-        for (device, bytes) in frames {
+        for (number, (device, bytes)) in frames.iter().enumerate() {
             let mut packet = self.packet(bytes);
-            (packet.device, packet.link) = (*device, LinkType::Host);
+            (packet.device, packet.link) = (*device, self.link_types[number % self.link_types.len()]);
             burst.push(packet);
         }
         let turn = self.participant.enter();
