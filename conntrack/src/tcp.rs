@@ -1271,9 +1271,14 @@ mod tests {
         )
     }
 
-    /// Of the segment before: anything, or the very segment again, or nearly.
-    fn is_like_last() -> impl Strategy<Value = Option<u8>> {
+    /// Perhaps the segment before is the very segment, or one that differs from it in one part.
+    fn like_last() -> impl Strategy<Value = Option<u8>> {
         prop_oneof![3 => Just(None), 1 => (0..12u8).prop_map(Some)]
+    }
+
+    /// Perhaps what is offered now is so far from what was, which may be half of sequence space.
+    fn offered() -> impl Strategy<Value = Option<u32>> {
+        prop_oneof![7 => Just(None), 1 => distance().prop_map(Some)]
     }
 
     fn case() -> impl Strategy<Value = Case> {
@@ -1297,14 +1302,20 @@ mod tests {
                 false => Timeouts { tcp_established, tcp_unacknowledged, tcp_max_retrans, ..Timeouts::default() },
             },
         );
-        (ends, noted, settings, timeouts, is_like_last()).prop_flat_map(
-            |((original, reply, direction), noted, settings, timeouts, like_last)| {
+        (ends, noted, settings, timeouts, (like_last(), offered())).prop_flat_map(
+            |((original, reply, direction), noted, settings, timeouts, (like_last, offered))| {
                 let (end, ack) = match direction {
                     Direction::Original => (original, reply),
                     Direction::Reply => (reply, original),
                 };
                 let sides = (side(original, reply), side(reply, original));
                 (sides, segment(end, ack), last(end, ack)).prop_map(move |(sides, segment, mut last)| {
+                    let mut sides = <[Side; 2]>::from(sides);
+                    if let Some(distance) = offered {
+                        let window = u32::from(segment.tcp_window) << sides[direction as usize].scale;
+                        let offers = segment.tcp_ack.wrapping_add(window);
+                        sides[direction.flip() as usize].max_end = offers.wrapping_add(distance);
+                    }
                     if let Some(but) = like_last {
                         last.seq = segment.tcp_seq.wrapping_add((but == 0).into());
                         last.ack = segment.tcp_ack.wrapping_add((but == 1).into());
@@ -1312,7 +1323,7 @@ mod tests {
                         last.window = segment.tcp_window.wrapping_add((but == 3).into());
                         last.direction = if but == 4 { direction.flip() } else { direction };
                     }
-                    let tcp = Tcp { sides: sides.into(), last, noted, anew: [false; 2] };
+                    let tcp = Tcp { sides, last, noted, anew: [false; 2] };
                     Case { tcp, direction, segment, settings, timeouts }
                 })
             },

@@ -264,23 +264,29 @@ pub fn run<A: Address>(operations: Vec<Operation>, start: u32) {
             }
         }
         let now = Tick(start.wrapping_add(twin.now));
+        let held = |key: &FlowKey<A>| twin.find(key).map(|(number, direction)| Hit { conn: names[&number], direction });
+        let expected = |candidate, key: &FlowKey<A>| {
+            let found = table.expected(candidate, key, now, &witness_turn);
+            found.map(|(conn, direction)| Hit { conn: conn.id(), direction })
+        };
+        let mut candidate_before = Candidate::NONE;
         for Expected { key, candidate, holder } in candidates {
-            // Who held the key, and still does, is found; nobody else ever is, but who has come to hold it.
-            let expected = table.expected(candidate, &key, now, &witness_turn);
-            let holds = twin.find(&key);
-            if expected.is_some() || holder.is_some() && holder == holds {
-                let hit = expected.map(|(conn, direction)| Hit { conn: conn.id(), direction });
-                assert_eq!(hit, holds.map(|(number, direction)| Hit { conn: names[&number], direction }), "{key:?}");
+            // Who held the key, and still does, is found. Nobody else is but who has come to hold it, whosever candidate is asked.
+            if holder.is_some() && holder == twin.find(&key) {
+                assert_eq!(expected(candidate, &key), held(&key), "{key:?}");
             }
+            for candidate in [candidate, candidate_before] {
+                assert!(expected(candidate, &key).is_none_or(|hit| Some(hit) == held(&key)), "{key:?}");
+            }
+            candidate_before = candidate;
         }
         drop(witness_turn);
         let turn = participant.enter();
         for key in all_keys::<A>() {
             let hash = table.hash(&key);
-            let held = twin.find(&key).map(|(number, direction)| Hit { conn: names[&number], direction });
-            assert_eq!(table.lookup(&key, hash, now, &turn), held, "{key:?}");
+            assert_eq!(table.lookup(&key, hash, now, &turn), held(&key), "{key:?}");
             if let Some((conn, direction)) = table.expected(table.candidate(hash, &turn), &key, now, &turn) {
-                assert_eq!(Some(Hit { conn: conn.id(), direction }), held, "{key:?}");
+                assert_eq!(Some(Hit { conn: conn.id(), direction }), held(&key), "{key:?}");
                 if !key.protocol.is_icmp() {
                     let leaves_with = conn.leaves_with(direction, key.protocol);
                     assert_eq!(leaves_with, conn.key(direction.flip()).invert());
