@@ -4,12 +4,15 @@
 //! so one port serves many connections to different destinations, and there is no second record that could
 //! disagree with the table. This file only says in which order ports are tried.
 //!
-//! The order is RFC 6056's algorithm 1 (random start, then stepping) with a random stride, so that busy ports
-//! do not form runs that each further search must walk through. With `2^k` the smallest power of two that holds the
-//! range, an odd stride visits every number below `2^k` once before it comes back; those outside the range or excluded
-//! are passed over without a try. So the whole range is reachable, no port is tried twice, and a step is
-//! an addition and a mask. The start is uniform over the range up to the bias of scaling 32 random bits, below
-//! 2^-16 of a port's share.
+//! The order is RFC 6056's algorithm 2 (each try at random) without repetition: a random permutation, so that in whatever
+//! pattern the busy ports lie, with a share s of them a search of n tries is in vain with a probability of s^n. An arithmetic progression of random
+//! stride would not do: with half of the range busy, one search in a thousand stays in the busy half.
+//!
+//! With `2^k` the smallest power of two that holds the range, three rounds, each of which can be undone (xor with a key, multiply by an odd
+//! constant, xor the upper bits onto the lower ones), permute the numbers below `2^k`; those outside the range or excluded are passed over
+//! without a try. So the whole range is reachable, and no port is tried twice. The first try, nearly always the last, costs no rounds: all
+//! numbers are shifted (by another xor) so that it is a number of the range, uniform up to the bias of scaling 32 random bits, below 2^-16 of a
+//! port's share.
 
 use std::{fmt, ops::RangeInclusive};
 
@@ -146,13 +149,11 @@ impl SnatPorts {
             }
         }
         let seed = random();
-        let length = u64::from(self.last - self.first) + 1;
-        let mut position = (((seed >> 32) * length) >> 32) as u32;
-        let stride = seed as u32 | 1;
-        while tries > 0 {
-            let candidate = u16::try_from(u32::from(self.first) + position);
-            position = position.wrapping_add(stride) & self.mask;
-            let Ok(port) = candidate else { continue };
+        for number in 0..=self.mask {
+            if tries == 0 {
+                break;
+            }
+            let Ok(port) = u16::try_from(u32::from(self.first) + self.position(number, seed)) else { continue };
             if !self.allows(port) || wanted == Some(port) {
                 continue;
             }
@@ -163,6 +164,27 @@ impl SnatPorts {
             }
         }
         Err(AllocateError::Exhausted)
+    }
+
+    /// Where in the order of a seed the number stands, as a distance from the first port: a permutation of 0 to `mask`, that begins in the range.
+    #[inline]
+    fn position(&self, number: u32, seed: u64) -> u32 {
+        let length = u64::from(self.last - self.first) + 1;
+        let start = (((seed >> 32) * length) >> 32) as u32;
+        if number == 0 { start } else { start ^ self.scrambled(0, seed) ^ self.scrambled(number, seed) }
+    }
+
+    /// A permutation of 0 to `mask` for each seed.
+    #[inline]
+    fn scrambled(&self, number: u32, seed: u64) -> u32 {
+        // 2^32 divided by the golden ratio, to an odd number (Knuth, "The Art of Computer Programming", volume 3, 6.4).
+        const SPREAD: u32 = 0x9e37_79b1;
+        let half = self.mask.count_ones().div_ceil(2).max(1);
+        let round = |number: u32, key: u32| {
+            let product = (number ^ key).wrapping_mul(SPREAD) & self.mask;
+            product ^ product >> half
+        };
+        round(round(round(number, seed as u32), (seed >> 16) as u32), 0)
     }
 }
 
@@ -260,6 +282,53 @@ mod tests {
         let statistic: f64 = hits.iter().map(|&hits| (f64::from(hits) - expected).powi(2) / expected).sum();
         // 0.1% and 99.9% quantiles of the chi-square distribution with 99 degrees of freedom.
         assert!((60.0..149.0).contains(&statistic), "{statistic}");
+    }
+
+    /// Whatever pattern the busy ports form, each try finds a free one as if it were drawn at random.
+    #[test]
+    fn no_pattern_of_busy_ports_holds_a_search_up() {
+        let ports = ports(10000..=29999, []);
+        let patterns: [(&str, fn(u16) -> bool, f64); 6] = [
+            ("the lower half", |port| port < 20000, 0.5),
+            ("the upper half", |port| port >= 20000, 0.5),
+            ("the odd ones", |port| port % 2 == 1, 0.5),
+            ("all but the last tenth", |port| port < 28000, 0.9),
+            ("15 of each 16", |port| port % 16 != 3, 15.0 / 16.0),
+            ("blocks of 256", |port| port & 0x100 != 0, 0.5),
+        ];
+        let mut random = ChaCha8Rng::seed_from_u64(6056);
+        for (name, is_busy, share) in patterns {
+            let searches = 20_000;
+            let (mut tries, mut in_vain) = (0, 0);
+            for _ in 0..searches {
+                let got = ports.allocate(None, &mut || random.next_u64(), |port| {
+                    tries += 1;
+                    if is_busy(port) { Tried::Taken } else { Tried::Free(()) }
+                });
+                in_vain += u32::from(got.is_err());
+            }
+            let mean = f64::from(tries) / f64::from(searches);
+            let expected = 1.0 / (1.0 - share);
+            assert!((mean / expected - 1.0).abs() < 0.03, "{name}: {mean} tries, {expected} expected");
+            // Of a Poisson distribution with a mean of 5.2 at most ("15 of each 16"), fewer than one in ten thousand is above 15.
+            let expected_in_vain = f64::from(searches) * share.powi(MAX_TRIES as i32);
+            assert!(f64::from(in_vain) <= 3.0 * expected_in_vain, "{name}: {in_vain} of {searches} in vain");
+        }
+    }
+
+    #[test]
+    fn the_order_is_a_permutation_that_begins_in_the_range() {
+        let mut random = ChaCha8Rng::seed_from_u64(1);
+        for length in (1..=70_u32).chain([127, 128, 129, 1000, 20_000, 65_535]) {
+            let ports = ports(1..=length as u16, []);
+            for _ in 0..4 {
+                let seed = random.next_u64();
+                let order: Vec<u32> = (0..=ports.mask).map(|number| ports.position(number, seed)).collect();
+                assert!(order[0] < length, "{length} ports, seed {seed:#x}");
+                let reached: HashSet<u32> = order.iter().copied().collect();
+                assert!(reached.len() == order.len() && reached.iter().all(|position| *position <= ports.mask));
+            }
+        }
     }
 
     proptest! {
