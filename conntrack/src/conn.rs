@@ -283,7 +283,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
         FlowKey { src: dst, dst: src, ports: Ports::new(ports.destination(), ports.source()), protocol }
     }
 
-    /// Whether it has that key in that direction, is live, and has not expired: in the order in which a lookup asks.
+    /// Whether it is live, has that key in that direction, and has not expired. The state word is read first, as by a lookup: what is live has keys.
     #[inline(always)]
     pub(crate) fn is_expected(self, direction: Direction, key: &FlowKey<A>, now: Tick) -> bool {
         let state = State(self.lines.state().load(Ordering::Acquire));

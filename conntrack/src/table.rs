@@ -71,6 +71,10 @@
 //!   from an earlier use fails. Listings, which may be slow and must hold nothing up, read outside of turns, and by this
 //!   count find out that what they have read is gone.
 //!
+//! Slots: claimed by compare-and-swap from empty, then the tag is set; released by clearing the tag, then the slot. A
+//! slot and its tag thus belong to one thread from claim to tag and from tag to release. A lookup that meets a tag
+//! whose slot is empty or another's passes on.
+//!
 //! # Candidates
 //! Who handles many packets in a turn asks the buckets of all of them first, and then the connections. What a bucket said is kept meanwhile, as a
 //! [`Candidate`]: the slot that the home had for the tag. [`Table::expected`] takes nothing from it but where to look. The state word and the key are
@@ -83,10 +87,6 @@
 //!
 //! As at most one live connection has a key, what is found so is what a lookup would find. What is not found (another key with that tag comes
 //! first, one that does not live at home, one that came later) says nothing.
-//!
-//! Slots: claimed by compare-and-swap from empty, then the tag is set; released by clearing the tag, then the slot. A
-//! slot and its tag thus belong to one thread from claim to tag and from tag to release. A lookup that meets a tag
-//! whose slot is empty or another's passes on.
 //!
 //! # A full table
 //! [`Table::make_room`] keeps it from becoming full: at its limit it removes the connection that is worth least among a
@@ -1209,6 +1209,7 @@ mod tests {
             assert_eq!(table.insert(&mut handle, new(count), Tick(0), &turn), Insert::Full);
             let overflowed = table.buckets.iter().filter(|bucket| bucket.matches(1).1).count();
             assert!(overflowed > 0 || cfg!(miri), "some homes are full");
+            let mut expected = 0;
             for i in 0..count {
                 let new = new(i);
                 let original =
@@ -1218,10 +1219,20 @@ mod tests {
                 assert_eq!(original.conn, reply.conn);
                 let conn = table.conn(original.conn);
                 assert_eq!((conn.original(), conn.reply()), (new.original, new.reply));
-                table.prefetch(table.hash(&new.original));
-                let candidate = table.candidate(table.hash(&new.original), &turn);
-                table.prefetch_candidate(candidate, new.original.protocol);
+                for (key, hit) in [(new.original, original), (new.reply, reply)] {
+                    table.prefetch(table.hash(&key));
+                    let candidate = table.candidate(table.hash(&key), &turn);
+                    table.prefetch_candidate(candidate, key.protocol);
+                    if let Some((conn, direction)) = table.expected(candidate, &key, Tick(0), &turn) {
+                        assert_eq!((conn.id(), direction), (hit.conn, hit.direction));
+                        assert_eq!(conn.leaves_with(direction, key.protocol), conn.key(direction.flip()).invert());
+                        expected += 1;
+                    }
+                }
             }
+            // The others: away from home, or behind another key with that tag.
+            let of_hundred = 100 * expected / (2 * count);
+            assert!((90..100).contains(&of_hundred) || cfg!(miri), "{of_hundred}% were where they were expected");
             for i in 0..count {
                 let key = new(i).original;
                 let hit = table.lookup(&key, table.hash(&key), Tick(0), &turn).expect("still there");

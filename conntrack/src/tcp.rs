@@ -77,8 +77,8 @@
 //! - it is inside, by the four tests above, and also ends in what its sender was offered;
 //! - it does not repeat the segment before.
 //!
-//! Then it leads from ESTABLISHED to ESTABLISHED, and what it moves are the numbers of the table above, whose it was, and the timeout. Whoever
-//! changes `step` changes the one or the other: a property of the tests below compares them word by word.
+//! Then it leads from ESTABLISHED to ESTABLISHED, and moves the windows, what is noted of the last segment, and the timeout. This says
+//! nothing that `step` does not say: a property of the tests below compares both, word by word, and the list with what is taken.
 //!
 //! # Two workers at once
 //! [`Tcp`] is the part that is not in the state word. [`Tcp::step`] computes on a copy of the connection's [`TcpLine`];
@@ -97,6 +97,8 @@
 //!   or three words, all of which were true at some time.
 //! - A side that was picked up in the middle begins where its first segment is, which may set its `end` back. Nothing is
 //!   refused in such a connection for being outside a window.
+//! - An ordinary segment's numbers are tested and stored by the same rules, word by word where they stand. `end` moves by compare-and-swap as
+//!   ever; of the others a smaller one may win.
 //! - Scales, SACK and liberality share one word, which only SYNs change, so that no other packet's store can bring back
 //!   the one before.
 //! - What begins anew (a SYN repeated with other numbers, a SYN-ACK that agrees with a SYN which was let pass) sets the
