@@ -288,7 +288,9 @@ mod tests {
     #[test]
     fn no_pattern_of_busy_ports_holds_a_search_up() {
         let ports = ports(10000..=29999, []);
-        let patterns: [(&str, fn(u16) -> bool, f64); 6] = [
+        /// Whether a port is busy.
+        type Pattern = fn(u16) -> bool;
+        let patterns: [(&str, Pattern, f64); 6] = [
             ("the lower half", |port| port < 20000, 0.5),
             ("the upper half", |port| port >= 20000, 0.5),
             ("the odd ones", |port| port % 2 == 1, 0.5),
