@@ -29,6 +29,13 @@ pub struct Model {
     pub services: Vec<Arc<ServicePort>>,
 }
 
+impl Model {
+    /// Whether an address is this node's: one of [`Model::local_addresses`], or a loopback one. Only there are host ports open.
+    pub fn is_own(&self, address: IpAddr) -> bool {
+        address.is_loopback() || self.local_addresses.contains(&address)
+    }
+}
+
 /// One port of a service, with its backends.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServicePort {
@@ -86,7 +93,7 @@ pub enum HostAddresses {
     Ipv4,
     /// On all IPv6 addresses of this node.
     Ipv6,
-    /// On this one.
+    /// On this one, as long as it is this node's ([`Model::is_own`]).
     One(IpAddr),
 }
 

@@ -44,6 +44,7 @@ in_both_families! {
     rule_19_the_load_balancer_ip_itself_passes_with_the_node,
     rule_22_node_ports_are_open_on_chosen_local_addresses,
     rule_22b_host_ports_are_open_on_the_nodes_addresses,
+    rule_22b_only_the_nodes_own_addresses_have_host_ports,
     rule_22b_whose_port_it_is,
     rule_22b_connections_end_with_the_pod,
     rule_24_other_ports_and_unallocated_addresses,
@@ -451,6 +452,22 @@ fn rule_22b_host_ports_are_open_on_the_nodes_addresses<A: Carried>() {
         outcome(&other(HostAddresses::All), &key::<Ipv6Addr>(Protocol::TCP, OUTSIDE, NODE, 8443)),
         Outcome::Pass
     );
+}
+
+/// Whoever may create a pod writes its `hostIP`: another pod's address, the cloud's metadata service, another node's, anybody's.
+fn rule_22b_only_the_nodes_own_addresses_have_host_ports<A: Carried>() {
+    for elsewhere in ["10.0.0.7", "10.1.0.1", "169.254.169.254", "192.168.0.3", OUTSIDE] {
+        let mut model = with_host_port(HostAddresses::One(v4(elsewhere).into()));
+        for source in SOURCES {
+            assert_eq!(tcp::<A>(&model, source, (elsewhere, 8443)), Outcome::Pass, "{elsewhere} from {source}");
+        }
+        let table = ServiceTable::compile(&carried::<A>(&model)).expect("the model compiles");
+        assert_eq!((table.node_ports().count(), table.own_frontends().len()), (0, 0), "{elsewhere}");
+        assert_eq!(table.owned_addresses().count(), 0, "{elsewhere}");
+        // It may become the node's.
+        model.local_addresses.push(v4(elsewhere).into());
+        assert_eq!(tcp::<A>(&model, OUTSIDE, (elsewhere, 8443)), forward(&["10.1.0.1:8080"], false), "{elsewhere}");
+    }
 }
 
 fn rule_22b_whose_port_it_is<A: Carried>() {
