@@ -434,6 +434,20 @@ impl<'t, A: Address> ConnRef<'t, A> {
         }
     }
 
+    /// Gives a TCP connection no longer to live than one that was reset has (tcp_timeout_close), from the first time on that this is said.
+    /// A segment that is followed gives it its time back. Of other protocols nothing changes.
+    pub fn end_soon(self, now: Tick) {
+        let (_, timeouts) = self.table.tcp_rules();
+        let closed = TimeoutClass::TcpClose;
+        let is_longer =
+            |state: State| state.tcp_state().is_some() && timeouts.ticks(state.timeout_class()) > timeouts.of(closed);
+        if is_longer(self.state()) {
+            // Before: an idle one would be over at once.
+            self.touch(now);
+            self.update(|state| is_longer(state).then_some(state.in_timeout_class(closed)));
+        }
+    }
+
     /// Whether its timeout is over.
     #[inline]
     pub fn is_expired(self, now: Tick) -> bool {

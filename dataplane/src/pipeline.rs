@@ -615,16 +615,15 @@ impl Pipeline {
                     Rejudged::Keep => {}
                     Rejudged::Drains => note(&packet, view, &conn, hit.direction),
                     Rejudged::Cut(reason) => {
-                        // One that a policy denies stays until it expires: forgotten, its other end's next packet could pick it up
-                        // mid-stream as a connection of the opposite direction, which may be allowed.
-                        if !reason.is_policy() {
+                        // One that is cut stays until it expires: forgotten, its other end's next packet could pick it up mid-stream as a
+                        // connection of the opposite direction, which may be allowed, or open a flow in the backend's own name.
+                        if reason == DropReason::UnknownDevice {
                             table.remove(A::handle(&mut self.handles), hit.conn, context.turn);
                         }
                         return self.end(driver, packet, End::Drop(reason));
                     }
                     Rejudged::Reset(reason) => {
-                        table.remove(A::handle(&mut self.handles), hit.conn, context.turn);
-                        return self.reject(driver, packet, view, reason, context);
+                        return self.reset(driver, packet, view, &conn, hit.direction, reason, context);
                     }
                     Rejudged::Anew => {
                         table.remove(A::handle(&mut self.handles), hit.conn, context.turn);
@@ -678,6 +677,35 @@ impl Pipeline {
 
     /// A packet of a connection whose other end cannot be reached any more. Its sender is told as that of a first packet is: other nodes
     /// move flows away from a pod that is gone, before its service says so ([`tells_of_end`]).
+    /// A segment of a connection whose backend is gone. Both ends are told: its sender by a RST, and where that is the backend, the client
+    /// by one made of the very segment, whose number is the one that it expects. The connection stays for as long as one that was reset does,
+    /// so that whatever either end sends yet is answered too.
+    #[cold]
+    #[expect(clippy::too_many_arguments, reason = "what `track` knows of the packet")]
+    fn reset<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<A>,
+        conn: &ConnRef<'_, A>,
+        direction: Direction,
+        reason: DropReason,
+        context: &Context<'_>,
+    ) {
+        // A damaged one changes nothing and is no reason to tell anybody.
+        if !self.checksum_ok(driver, &packet, view) {
+            return self.end(driver, packet, End::Drop(DropReason::Invalid));
+        }
+        conn.end_soon(context.now);
+        if direction == Direction::Reply && self.resets.take(context.now) {
+            let to = conn.key(Direction::Original).invert();
+            self.generate(driver, &packet, to.dst, context, |out, frame, _| {
+                build::tcp_reset_onwards(out, frame, view, &to)
+            });
+        }
+        self.reject(driver, packet, view, reason, context);
+    }
+
     #[cold]
     fn nowhere<A: Family, D: Driver>(
         &mut self,
@@ -1554,7 +1582,10 @@ impl Pipeline {
         now: Tick,
     ) -> Claim {
         if !is_connection(view.key.protocol) {
-            return Claim::of_datagram(conn, direction, now);
+            return match self.checksum_ok(driver, packet, view) {
+                true => Claim::of_datagram(conn, direction, now),
+                false => Claim::Rides,
+            };
         }
         let segment = self.observed(driver, packet, view);
         let opens = match view.key.protocol {
@@ -1936,9 +1967,9 @@ enum Rejudged {
     Keep,
     /// It goes on, and its next packet is to be judged again: its backend drains.
     Drains,
-    /// It ends: a policy denies it now.
+    /// It ends: a policy denies it now, or what it needs is gone, which nobody can be told.
     Cut(DropReason),
-    /// It ends, and its sender is told: its backend is gone.
+    /// It ends, and both ends are told: its backend, or its address, is gone.
     Reset(DropReason),
     /// It ends, and the packet opens a new one.
     Anew,

@@ -180,19 +180,19 @@ fn a_tcp_connection_keeps_its_backend_until_that_is_gone_and_is_reset_then() {
             }
             assert_eq!(router.drops(), BTreeMap::new());
 
-            // Gone: who sends next is told by a RST that it accepts, in the name of whom it speaks to.
+            // Gone: who sends next is told by a RST that it accepts, in the name of whom it speaks to; and where that is the backend, so is
+            // the client.
             router.publish(rules(with_backends(Protocol::TCP, VIP, &[REMOTE]), true));
-            let (device, next, (src, dst)) = if from_client {
-                (CLIENT_POD, data, (vip, client))
-            } else {
-                (SERVER_POD, tcp(ACK, server, client, 901, 101), (client, server))
-            };
-            let sent = through(&mut router, device, &next);
-            assert_eq!(sent.len(), 1, "{sent:?}");
-            let (to, reset) = &sent[0];
-            assert_eq!((*to, (reset.src, word(reset, 0)), (reset.dst, word(reset, 2))), (device, src, dst));
-            assert_eq!(reset.l4[13] & RST, RST);
-            assert_eq!(reset.l4[4..8], next.l4[8..12], "its sequence number is what the other acknowledged last");
+            let answer = tcp(ACK, server, client, 901, 101);
+            let (device, next) = if from_client { (CLIENT_POD, data) } else { (SERVER_POD, answer) };
+            let told = through(&mut router, device, &next).into_iter().map(|(by, reset)| {
+                assert_eq!(reset.l4[13] & RST, RST);
+                (by, [(reset.src, word(&reset, 0)), (reset.dst, word(&reset, 2))], reset.l4[4..8].to_vec())
+            });
+            let client_is_told = (CLIENT_POD, [vip, client], 901_u32.to_be_bytes().to_vec());
+            let backend_is_told = (SERVER_POD, [client, server], 101_u32.to_be_bytes().to_vec());
+            let expected = if from_client { vec![client_is_told] } else { vec![client_is_told, backend_is_told] };
+            assert_eq!(told.collect::<Vec<_>>(), expected, "their sequence numbers are what the other expects");
             assert_eq!(router.drops(), BTreeMap::from([(DropReason::BackendGone, 1)]));
             // A new connection goes to the one that is left.
             let again = goes(&mut router, &tcp(SYN, (client.0, 5001), vip, 100, 0));
