@@ -768,6 +768,15 @@ impl Pipeline {
             Opening::MidStream if context.tcp_loose && !claimed => {}
             Opening::MidStream | Opening::Never => return self.end(driver, packet, End::Drop(DropReason::Invalid)),
         }
+            // A frontend on an address of the node has a port that one of the node's own sockets may have had before, or has at another
+            // address: of its connections weir knows nothing. What opens nothing is that socket's, or the kernel's to refuse.
+            Opening::MidStream | Opening::Never
+                if decision.service.is_some()
+                    && !matches!(origin, Origin::Workload(_))
+                    && (forwarding.is_local(view.key.dst) || view.key.dst.is_loopback()) =>
+            {
+                return self.punt(packet, forwarding);
+            }
         if let Some(choice) = &decision.choice
             && !context.affinity.clients().remember(choice, context.now)
         {
