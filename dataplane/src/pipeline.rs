@@ -271,6 +271,8 @@ enum End {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Outcome {
     Sent,
+    /// By untracked policy, whatever connection there may be.
+    Untracked,
     Punted,
     Dropped(DropReason),
 }
@@ -840,7 +842,12 @@ impl Pipeline {
     ) {
         match (decision.verdict, decision.adjacency()) {
             (Verdict::Local, _) => self.punt(packet, &context.snapshot.forwarding),
-            (Verdict::Forward, Some(hop)) => self.forward(driver, packet, view, &view.key, hop, context),
+            (Verdict::Forward, Some(hop)) => {
+                self.forward(driver, packet, view, &view.key, hop, context);
+                if self.outcome == Outcome::Sent {
+                    self.outcome = Outcome::Untracked;
+                }
+            }
             (Verdict::Drop(reason), _) => self.end(driver, packet, End::Drop(reason)),
             (Verdict::Reject(reason), _) => self.reject(driver, packet, view, reason, context),
             (Verdict::Forward, None) | (Verdict::Pass, _) => {
@@ -1013,6 +1020,7 @@ impl Pipeline {
             (Outcome::Dropped(reason), _) => Fate::Drop(reason),
             (_, Some(hit)) => {
                 let to = table.conn(hit.conn).key(hit.direction.flip()).invert();
+            (Outcome::Untracked, _) => Fate::Untracked,
                 Fate::Follow(Lead::new(view.key, to, &segment, extent.end))
             }
             (Outcome::Punted, None) => Fate::Punt,
@@ -1072,6 +1080,10 @@ impl Pipeline {
             },
             Fate::Punt => self.punt(packet, forwarding),
             Fate::Drop(reason) => self.end(driver, packet, End::Drop(reason)),
+            Fate::Untracked => match adjacency_to(context.snapshot, view.key.dst) {
+                Some(hop) => self.forward(driver, packet, view, &view.key, hop, context),
+                None => self.end(driver, packet, End::Drop(DropReason::NoRoute)),
+            },
         }
         A::fragments(self).finish(slot);
     }
