@@ -483,7 +483,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
     }
 
     /// Whether it may be displaced by a new connection that finds no other reply key than this one's, and how gladly: the greatest goes
-    /// first. `for_privileged`: the new connection is one of those for whom a share is kept.
+    /// first. `for_privileged`: the new connection is one of the host itself.
     pub fn expendable(self, for_privileged: bool, now: Tick) -> Option<Expendable> {
         self.state().expendable(now.since(self.last_seen()), for_privileged)
     }

@@ -913,7 +913,9 @@ impl Pipeline {
             decision.adjacency().is_some_and(|hop| snapshot.forwarding.adjacency(hop).kind == RouteKind::Host);
         let for_host = origin == Origin::Host || to_host && origin != Origin::Uplink;
         let kept_free = if for_host { 0 } else { table.capacity() as u32 / (HOST_SHARE + 1) };
-        if !table.make_room(A::handle(handles), kept_free, context.now, context.turn) {
+        // Pods may fill the share, but what the node itself has opened makes way for nobody else.
+        let is_privileged = origin == Origin::Host;
+        if !table.make_room(A::handle(handles), kept_free, is_privileged, context.now, context.turn) {
             return Err(DropReason::TableFull);
         }
         let mut rival: Option<Rival<A>> = None;
@@ -928,7 +930,7 @@ impl Pipeline {
                     counters.add(Counter::SnatTaken as usize, 1);
                     // Only who got the port by translation or by chance may lose it, not who is spoken to there.
                     if holder.direction == Direction::Reply
-                        && let Some(worth) = table.conn(holder.conn).expendable(for_host, context.now)
+                        && let Some(worth) = table.conn(holder.conn).expendable(is_privileged, context.now)
                         && rival.as_ref().is_none_or(|other| worth > other.worth)
                     {
                         *rival = Some(Rival { worth, conn: holder.conn, reply });
@@ -961,7 +963,7 @@ impl Pipeline {
                 Err(AllocateError::Failed(reason)) => return Err(reason),
                 Err(AllocateError::Exhausted) => {
                     let Some(Rival { conn, reply, .. }) = rival.take() else { break };
-                    if !table.remove_expendable(A::handle(handles), conn, for_host, context.now, context.turn) {
+                    if !table.remove_expendable(A::handle(handles), conn, is_privileged, context.now, context.turn) {
                         continue;
                     }
                     counters.add(Counter::SnatDisplaced as usize, 1);
