@@ -1157,6 +1157,11 @@ impl Pipeline {
             return self.unrelated_icmp_error(driver, packet, view, origin, context);
         };
         let conn = table.conn(hit.conn);
+        // Of what did not leave the node nobody outside has anything to tell.
+        let has_left = |hop| matches!(forwarding.adjacency(hop).kind, RouteKind::Direct | RouteKind::Ipip);
+        if origin == Origin::Uplink && !next_hop(&conn, hit.direction.flip(), context).is_some_and(has_left) {
+            return self.end(driver, packet, End::Drop(DropReason::UnrelatedIcmpError));
+        }
         let drains = match still_stands(&conn, hit.direction, DropReason::UnrelatedIcmpError, context) {
             Ok(drains) => drains,
             Err(reason) => return self.end(driver, packet, End::Drop(reason)),
