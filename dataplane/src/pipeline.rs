@@ -1930,12 +1930,15 @@ struct Opened {
 
 /// What a packet may do where its connection does not stand any more, or is over.
 ///
-/// | | a backend or device that is gone | a backend that drains | a service that appeared | a policy that denies |
-/// |---|---|---|---|---|
-/// | [`Claim::Rides`] | the connection ends (TCP: RST) | goes on | goes on without it | cuts it |
-/// | [`Claim::Opens`] | opens anew | goes on; datagrams open anew where this node knows that its pod is gone | datagrams open anew | cuts it |
-/// | [`Claim::Moves`] | opens anew | opens anew | opens anew | cuts it |
-/// | [`Claim::OpensAgain`] | opens anew | goes on | opens anew | opens anew, and is judged as a first packet |
+/// | | a backend or device that is gone | a backend that drains | a service that appeared | a way out that changed | a policy that denies |
+/// |---|---|---|---|---|---|
+/// | [`Claim::Rides`] | the connection ends (TCP, a backend: RST) | goes on | goes on without it | goes on | cuts it |
+/// | [`Claim::Opens`] | opens anew | goes on; datagrams open anew where this node knows that its pod is gone | datagrams open anew | datagrams open anew | cuts it |
+/// | [`Claim::Moves`] | opens anew | opens anew | opens anew | opens anew | cuts it |
+/// | [`Claim::OpensAgain`] | opens anew | goes on | opens anew | opens anew | opens anew, and is judged as a first packet |
+///
+/// A masqueraded connection's way out has changed where it would get another source address now. Where the node does not even have the one
+/// that it got, that is as if its backend were gone.
 ///
 /// A backend drains ([`Standing::Drains`]) while it terminates and serves, with others to come to. Its process may end at any moment, before
 /// anybody tells that it serves no more. A flow of datagrams there is judged again at each packet ([`Rejudged::Drains`]).
@@ -2025,7 +2028,7 @@ fn flags<A: Family>(origin: Origin, decision: &Decision<'_, A>, context: &Contex
 /// Judges a connection again, and notes the outcome.
 fn rejudge<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, context: &Context<'_>) -> Rejudged {
     let snapshot = context.snapshot;
-    let Judged { stamps, translated_to, source, drains } = match judge_again(conn, claim, snapshot) {
+    let Judged { stamps, translated_to, source, drains, begins_anew } = match judge_again(conn, claim, snapshot) {
         Ok(judged) => judged,
         Err(rejudged) => return rejudged,
     };
@@ -2038,7 +2041,9 @@ fn rejudge<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, context: &Context<'_>
     if drains {
         return Rejudged::Drains;
     }
-    conn.set_generation(snapshot.generation);
+    if !begins_anew {
+        conn.set_generation(snapshot.generation);
+    }
     Rejudged::Keep
 }
 
@@ -2059,6 +2064,8 @@ struct Judged<A> {
     drains: bool,
 }
 
+    /// A flow of datagrams goes on only until who opened it sends one, whoever's comes before.
+    begins_anew: bool,
 /// Judges a connection again, by its original key, its device and its stored DNAT; how it ends, if it does.
 fn judge_again<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapshot) -> Result<Judged<A>, Rejudged> {
     let forwarding = &*snapshot.forwarding;
@@ -2103,7 +2110,8 @@ fn judge_again<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
         Claim::Opens => !is_connection(original.protocol),
         Claim::Moves | Claim::OpensAgain => true,
     };
-    if !was_translated && is_taken_over && services.claims(&original) {
+    let mut begins_anew = !was_translated && services.claims(&original);
+    if begins_anew && is_taken_over {
         return Err(Rejudged::Anew);
     }
 
@@ -2124,5 +2132,27 @@ fn judge_again<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
         // Another backend may be allowed, or nothing is: what opens is judged as what it is, and counted and logged as such.
         return Err(if claim == Claim::OpensAgain { Rejudged::Anew } else { Rejudged::Cut(reason) });
     }
-    Ok(Judged { stamps, translated_to: translated.dst, source: original.src, drains })
+    if reply.dst != original.src
+        && let Some(adjacency) = adjacency_to(snapshot, translated.dst)
+        && let source = decide::masquerade_source(forwarding, origin, adjacency)
+        && source != Some(reply.dst)
+    {
+        // The way out is another one, whose link may not bring answers to the address that it had; or the node has not that address any more.
+        let is_gone = !forwarding.is_local(reply.dst) && forwarding.loopback_source() != Some(reply.dst);
+        match claim {
+            Claim::Moves | Claim::OpensAgain => return Err(Rejudged::Anew),
+            Claim::Opens if is_gone || !is_connection(original.protocol) => return Err(Rejudged::Anew),
+            // Whoever has it now would get the answers.
+            Claim::Rides if is_gone => {
+                return Err(match original.protocol {
+                    Protocol::TCP => Rejudged::Reset(DropReason::AddressGone),
+                    _ => Rejudged::Cut(DropReason::AddressGone),
+                });
+            }
+            // Both ends know that address; answers may come by the old way yet.
+            Claim::Opens | Claim::Rides => begins_anew = true,
+        }
+    }
+    begins_anew &= !is_connection(original.protocol);
+    Ok(Judged { stamps, translated_to: translated.dst, source: original.src, drains, begins_anew })
 }

@@ -1217,6 +1217,7 @@ fn an_error_from_where_a_backend_was_moves_its_flow_and_its_datagram() {
                         );
                         if !is_evidence {
                             let dropped = after.dropped() - before.dropped();
+                            // What a pod was not sent it has nothing to tell about, nor has who is outside of what did not leave.
                             let is_forged_by_pod = teller == Teller::Forger && path.0 == CLIENT_POD;
                             let is_of_nobody = is_forged_by_pod || is_local && path.0 == UPLINK;
                             assert_eq!((left.len() as u64 + dropped, dropped), (1, u64::from(is_of_nobody)), "{what}");
@@ -1427,7 +1428,7 @@ impl Unserved {
         let sent = self.router.one(device, &packet.frame());
         let [((device, _), bytes)] = received(&sent)[..] else { return None };
         let left = read(bytes);
-        if said.direction == Original {
+        if said.direction == Original && device != CLIENT_POD {
             self.replies_to = ends(&left)[0];
         }
         Some((device, ends(&left)[1]))
@@ -1479,6 +1480,81 @@ fn a_service_that_appears_takes_over_what_begins_and_no_connection_that_lives() 
         flow.appears();
         assert_eq!(flow.say(&datagram(Original)), Some(backend));
         flow.router.finish();
+        // Also where an answer comes first, which passes.
+        let mut flow = Unserved::new(family, UDP);
+        assert_eq!(flow.say(&datagram(Original)), Some(outside));
+        flow.appears();
+        assert_eq!(flow.say(&datagram(Reply)), Some((CLIENT_POD, (ip(CLIENT[family]), CLIENT_PORT))));
+        assert_eq!(flow.say(&datagram(Original)), Some(backend));
+        flow.router.finish();
+    }
+}
+
+/// A pod's flow to the outside, masqueraded, whose way out gets another address. The node has the old one yet, on another device, or not.
+#[test]
+fn a_masqueraded_flow_whose_way_out_changed_begins_anew_and_tcp_goes_on_while_its_address_is_there() {
+    const NEW_NODE: [&str; 2] = ["192.168.10.7", "fd00:10::7"];
+    let change = |flow: &mut Unserved, is_gone: bool| {
+        let (mut cluster, mut links) = (cluster(), links());
+        links.devices[0].addresses = ["192.168.10.7/24", "fd00:10::7/64"].map(|net| net.parse().unwrap()).into();
+        if is_gone {
+            cluster.nodes[0].internal_ips = NEW_NODE.map(ip).into();
+        }
+        let forwarding = Arc::new(Forwarding::compile(&cluster, &links).unwrap());
+        let next = flow.router.next(rules(Vec::new(), true), forwarding);
+        flow.router.published.publish(next);
+    };
+    for (family, is_gone) in [(0, false), (0, true), (1, false), (1, true)] {
+        let outside = Some((UPLINK, (ip(OUTSIDE[family]), 53)));
+        let client = Some((CLIENT_POD, (ip(CLIENT[family]), CLIENT_PORT)));
+        let (old, new) = (ip(NODE[family]), ip(NEW_NODE[family]));
+        for state in [Datagrams::Unreplied, Datagrams::Replied, Datagrams::Stream] {
+            let what = format!("{state:?}, family {family}, gone: {is_gone}");
+            let mut flow = Unserved::new(family, UDP);
+            let rounds = [Datagrams::Unreplied, Datagrams::Replied, Datagrams::Stream];
+            for _ in 0..=rounds.iter().position(|one| *one == state).unwrap() {
+                assert_eq!((flow.say(&datagram(Original)), flow.replies_to.0), (outside, old), "{what}");
+                if state != Datagrams::Unreplied {
+                    assert_eq!(flow.say(&datagram(Reply)), client, "{what}");
+                }
+                flow.router.wait(3 * SECOND);
+            }
+            change(&mut flow, is_gone);
+            if state != Datagrams::Unreplied && !is_gone {
+                assert_eq!(flow.say(&datagram(Reply)), client, "{what}: an answer that was under way");
+            }
+            for _ in 0..2 {
+                assert_eq!((flow.say(&datagram(Original)), flow.replies_to.0), (outside, new), "{what}");
+                assert_eq!(flow.say(&datagram(Reply)), client, "{what}");
+            }
+            assert_eq!(flow.router.finish().opened, 2, "{what}");
+        }
+        for state in TcpState::ALL {
+            for said in syns().into_iter().chain(others(Original)) {
+                let what = format!("{said:?} in {state:?}, family {family}, gone: {is_gone}");
+                let flow = || {
+                    let mut flow = Unserved::new(family, TCP);
+                    to_state(state).iter().for_each(|said| assert!(flow.say(said).is_some(), "{what}"));
+                    flow
+                };
+                let is_syn = said.rest[9] & (SYN | ACK) == SYN;
+                let opens = is_syn && (is_gone || matches!(state, SynSent | TimeWait | Close));
+                let goes_on = flow().say(&said);
+                let mut flow = flow();
+                change(&mut flow, is_gone);
+                if opens {
+                    assert_eq!((flow.say(&said), flow.replies_to.0), (outside, new), "{what}");
+                } else if is_gone {
+                    // The client is told, but for its own RST.
+                    assert_eq!(flow.say(&said), client.filter(|_| !is_reset(&said)), "{what}");
+                    assert_eq!(flow.router.drops(), BTreeMap::from([(DropReason::AddressGone, 1)]), "{what}");
+                } else {
+                    assert_eq!(flow.say(&said), goes_on, "{what}");
+                    assert!(goes_on.is_none() || flow.replies_to.0 == old, "{what}");
+                }
+                flow.router.finish();
+            }
+        }
     }
 }
 
