@@ -1529,6 +1529,8 @@ impl Pipeline {
     ) {
         if self.errors.take(context.now) {
             self.generate(driver, &packet, view.key.src, context, |out, frame, source| {
+                // The node's own process that asked from a loopback address takes an answer from there only.
+                let source = if view.key.src.is_loopback() { Some(view.key.dst) } else { source };
                 build::icmp_error(out, frame, view, source?, error)
             });
         }
@@ -1546,7 +1548,7 @@ impl Pipeline {
         write: impl FnOnce(&mut [u8], &[u8], Option<A>) -> Option<usize>,
     ) {
         let forwarding = &*context.snapshot.forwarding;
-        let Route::Via(adjacency) = forwarding.route(destination) else { return };
+        let Some(adjacency) = adjacency_to(context.snapshot, destination) else { return };
         let Some(mut answer) = driver.allocate() else { return };
         answer.set_len(ONE_FRAME_BYTES);
         let frame = driver.arena().whole(packet, &mut self.whole);

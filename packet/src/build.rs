@@ -302,7 +302,7 @@ pub fn tcp_reset_onwards<A: Address>(out: &mut [u8], frame: &[u8], view: &View<A
 /// Whether the address names one host that can be answered. A loopback one is the node's own kernel's: whoever else sends from one is dropped as
 /// it is parsed ([`crate::parse::parse_start`]).
 fn may_be_answered<A: Address>(src: A) -> bool {
-    !(src == A::unspecified() || src.is_multicast_or_broadcast() || src.is_loopback())
+    !(src == A::unspecified() || src.is_multicast_or_broadcast())
 }
 
 /// Why a packet is returned to its sender.
