@@ -677,8 +677,6 @@ impl Pipeline {
         }
     }
 
-    /// A packet of a connection whose other end cannot be reached any more. Its sender is told as that of a first packet is: other nodes
-    /// move flows away from a pod that is gone, before its service says so ([`tells_of_end`]).
     /// A segment of a connection whose backend is gone. Both ends are told: its sender by a RST, and where that is the backend, the client
     /// by one made of the very segment, whose number is the one that it expects. The connection stays for as long as one that was reset does,
     /// so that whatever either end sends yet is answered too.
@@ -708,6 +706,8 @@ impl Pipeline {
         self.reject(driver, packet, view, reason, context);
     }
 
+    /// A packet of a connection whose other end cannot be reached any more. Its sender is told as that of a first packet is: other nodes
+    /// move flows away from a pod that is gone, before its service says so ([`tells_of_end`]).
     #[cold]
     fn nowhere<A: Family, D: Driver>(
         &mut self,
@@ -768,8 +768,6 @@ impl Pipeline {
         match segment.opening(&view.key) {
             Opening::Opens => {}
             Opening::MidStream if context.tcp_loose && !claimed => {}
-            Opening::MidStream | Opening::Never => return self.end(driver, packet, End::Drop(DropReason::Invalid)),
-        }
             // A frontend on an address of the node has a port that one of the node's own sockets may have had before, or has at another
             // address: of its connections weir knows nothing. What opens nothing is that socket's, or the kernel's to refuse.
             Opening::MidStream | Opening::Never
@@ -779,6 +777,8 @@ impl Pipeline {
             {
                 return self.punt(packet, forwarding);
             }
+            Opening::MidStream | Opening::Never => return self.end(driver, packet, End::Drop(DropReason::Invalid)),
+        }
         if let Some(choice) = &decision.choice
             && !context.affinity.clients().remember(choice, context.now)
         {
@@ -1020,9 +1020,9 @@ impl Pipeline {
         let table = A::table(context.tables);
         let fate = match (self.outcome, table.lookup(&view.key, hash, context.now, context.turn)) {
             (Outcome::Dropped(reason), _) => Fate::Drop(reason),
+            (Outcome::Untracked, _) => Fate::Untracked,
             (_, Some(hit)) => {
                 let to = table.conn(hit.conn).key(hit.direction.flip()).invert();
-            (Outcome::Untracked, _) => Fate::Untracked,
                 Fate::Follow(Lead::new(view.key, to, &segment, extent.end))
             }
             (Outcome::Punted, None) => Fate::Punt,
@@ -1080,12 +1080,12 @@ impl Pipeline {
                 }
                 _ => self.end(driver, packet, End::Drop(DropReason::NoRoute)),
             },
-            Fate::Punt => self.punt(packet, forwarding),
-            Fate::Drop(reason) => self.end(driver, packet, End::Drop(reason)),
             Fate::Untracked => match adjacency_to(context.snapshot, view.key.dst) {
                 Some(hop) => self.forward(driver, packet, view, &view.key, hop, context),
                 None => self.end(driver, packet, End::Drop(DropReason::NoRoute)),
             },
+            Fate::Punt => self.punt(packet, forwarding),
+            Fate::Drop(reason) => self.end(driver, packet, End::Drop(reason)),
         }
         A::fragments(self).finish(slot);
     }
@@ -2064,10 +2064,10 @@ struct Judged<A> {
     translated_to: A,
     source: A,
     drains: bool,
-}
-
     /// A flow of datagrams goes on only until who opened it sends one, whoever's comes before.
     begins_anew: bool,
+}
+
 /// Judges a connection again, by its original key, its device and its stored DNAT; how it ends, if it does.
 fn judge_again<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapshot) -> Result<Judged<A>, Rejudged> {
     let forwarding = &*snapshot.forwarding;
@@ -2085,7 +2085,9 @@ fn judge_again<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
     };
 
     let services = snapshot.rules.services.services::<A>();
-    let was_translated = (translated.dst, translated.ports) != (original.dst, original.ports);
+    // A backend may be the very frontend: then only the stamp tells that a service led there.
+    let [.., backend_stamp] = conn.stamps();
+    let was_translated = backend_stamp != 0 || (translated.dst, translated.ports) != (original.dst, original.ports);
     let standing = match was_translated {
         true => services.standing(&original, translated.dst, translated.ports.destination()),
         false => Standing::Stays,
@@ -2128,7 +2130,8 @@ fn judge_again<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
     let through_tunnel = forwarding.is_tunnelled(original.src);
     let arrival = Arrival::by(origin, IfIndex(conn.device()), through_tunnel, forwarding);
     let stamps = decide::policy_stamps(snapshot, arrival, &translated);
-    if stamps != conn.stamps()[..2]
+    // Of what an earlier process judged there are no stamps, which is how those of a pod look that has no object yet.
+    if (stamps != conn.stamps()[..2] || conn.generation() == NO_GENERATION)
         && let Err(reason) = decide::judge_again(snapshot, arrival, &original, &translated)
     {
         // Another backend may be allowed, or nothing is: what opens is judged as what it is, and counted and logged as such.
