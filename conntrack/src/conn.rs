@@ -58,7 +58,7 @@ enum Field {
 /// Attributes up to the stamps.
 const HOT: usize = Field::Stamps as usize;
 
-/// What the dataplane keeps with a connection; the table gives it no meaning but to one flag.
+/// What the dataplane keeps with a connection; the table gives it no meaning but to two flags.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Attributes {
     /// The device that the first packet came from.
@@ -69,7 +69,7 @@ pub struct Attributes {
     pub generation: u32,
     /// Next hops, by direction.
     pub next_hops: [u32; 2],
-    /// Bits of the dataplane's choice, but for [`crate::PRIVILEGED`].
+    /// Bits of the dataplane's choice, but for [`crate::PRIVILEGED`] and [`crate::OFFLOADED`].
     pub flags: u8,
 }
 

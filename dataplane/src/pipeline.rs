@@ -1934,7 +1934,7 @@ struct Opened {
 ///
 /// | | a backend or device that is gone | a backend that drains | a service that appeared | a way out that changed | a policy that denies |
 /// |---|---|---|---|---|---|
-/// | [`Claim::Rides`] | the connection ends (TCP, a backend: RST) | goes on | goes on without it | goes on | cuts it |
+/// | [`Claim::Rides`] | the connection ends (TCP whose backend is gone: RST) | goes on | goes on without it | goes on | cuts it |
 /// | [`Claim::Opens`] | opens anew | goes on; datagrams open anew where this node knows that its pod is gone | datagrams open anew | datagrams open anew | cuts it |
 /// | [`Claim::Moves`] | opens anew | opens anew | opens anew | opens anew | cuts it |
 /// | [`Claim::OpensAgain`] | opens anew | goes on | opens anew | opens anew | opens anew, and is judged as a first packet |
