@@ -116,6 +116,18 @@ impl HostAddresses {
         }
     }
 
+    /// Whether a socket that is bound to that address, or to all of a family, may get what comes to it.
+    pub fn includes_socket_at(self, bound: IpAddr) -> bool {
+        match (self, bound) {
+            // One that is bound to :: may get IPv4 as well.
+            (Self::One(IpAddr::V4(_)), IpAddr::V6(address)) => address.is_unspecified(),
+            (_, IpAddr::V6(address)) if address.is_unspecified() => true,
+            (Self::One(one), address) if address.is_unspecified() => one.is_ipv6() == address.is_ipv6(),
+            (_, address) if address.is_unspecified() => self.has_family(address.is_ipv6()),
+            (_, address) => self.includes(address),
+        }
+    }
+
     /// Whether some address of this node may be of both.
     pub fn overlaps(self, other: Self) -> bool {
         match (self, other) {

@@ -510,6 +510,29 @@ fn rule_22b_where_host_ports_meet() {
     ] {
         assert_eq!((a.overlaps(b), b.overlaps(a)), (meet, meet), "{a:?} {b:?}");
     }
+    // Sockets of the node: which of them get what comes to a host port there.
+    for (on, bound, meet) in [
+        (All, "0.0.0.0", true),
+        (All, "::", true),
+        (All, "192.0.2.9", true),
+        (All, "127.0.0.53", false),
+        (Ipv4, "::", true),
+        (Ipv4, "0.0.0.0", true),
+        (Ipv4, "2001:db8::1", false),
+        (Ipv6, "0.0.0.0", false),
+        (Ipv6, "2001:db8::1", true),
+        (v4, "0.0.0.0", true),
+        (v4, "::", true),
+        (v4, "192.0.2.1", true),
+        (v4, "192.0.2.2", false),
+        (v4, "2001:db8::1", false),
+        (v6, "0.0.0.0", false),
+        (loopback, "0.0.0.0", true),
+        (loopback, "127.0.0.1", true),
+        (loopback, "192.0.2.1", false),
+    ] {
+        assert_eq!(on.includes_socket_at(bound.parse().expect("an address")), meet, "{on:?} {bound}");
+    }
     let of = |text: Option<&str>| HostAddresses::of_host_ip(text.map(|text| text.parse().expect("an address")));
     assert_eq!([of(None), of(Some("0.0.0.0")), of(Some("::")), of(Some("192.0.2.1"))], [All, Ipv4, Ipv6, v4]);
 }

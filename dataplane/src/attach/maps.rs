@@ -21,8 +21,8 @@ pub(super) const MAX_WORKLOADS: u32 = 4096;
 pub(super) const MAX_NODE_ADDRESSES: u32 = 4096;
 /// Owned prefixes, of each family.
 pub(super) const MAX_PREFIXES: u32 = 262_144;
-/// Ports of the node's own addresses, of each family.
-pub(super) const MAX_OWN_PORTS: u32 = 262_144;
+/// Frontends on the node's own addresses that there is room for in each family ([`super::Owned::own_ports`]).
+pub const MAX_OWN_PORTS: u32 = 262_144;
 /// Words of the port bitmaps: two sets, three protocols.
 pub(super) const PORT_WORDS: u32 = 2 * 3 * 65_536 / 64;
 
@@ -82,7 +82,7 @@ pub(super) fn load_trunk(pins: &Pins, weir0: u32, mtu: u32, flows: Option<u32>) 
 /// `weir0` and `flows`.
 pub(super) fn load_uplink(pins: &Pins, sockets: &Path, weir0: u32, flows: Option<u32>) -> Result<Ebpf, AttachError> {
     let object = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/uplink.bpf.o"));
-    load("uplink", object, pins, sockets, weir0, flows)
+    load("uplink", object, pins, sockets, (weir0, None), flows)
 }
 
 /// Name, type, bytes of key and value, entries of the maps for so many flows in the kernel.

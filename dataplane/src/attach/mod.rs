@@ -74,6 +74,7 @@ use weir_packet::Mac;
 pub use self::{
     counters::{Counter, Counters},
     error::AttachError,
+    maps::MAX_OWN_PORTS,
     offload::{KernelKeys, OffloadMaps},
     owned::Owned,
     trunk::{KERNEL_END, KERNEL_END_MAC, ROUTER_END, ROUTER_END_MAC, Trunk},
