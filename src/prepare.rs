@@ -2,6 +2,7 @@
 //! read, translated, compiled; all but what the kernel must be told.
 
 use std::{
+    collections::HashSet,
     fmt,
     future::pending,
     net::IpAddr,
@@ -12,16 +13,17 @@ use std::{
 
 use serde_json::{Value, json};
 use tokio::task::{JoinHandle, spawn_blocking};
-use weir_dataplane::snapshot::Rules;
+use weir_dataplane::{attach::MAX_OWN_PORTS, snapshot::Rules};
 use weir_nat::SnatPorts;
+use weir_packet::Protocol;
 use weir_policy::Compiler;
 
 use crate::{
     compile::{self, CompileError},
-    config::{Problems, Severity},
-    kernel::Listening,
+    config::{Problems, RouterConfig, Severity},
+    kernel::{Listening, Sockets, ephemeral_ports},
     manifests::Objects,
-    translate::{LoadTimes, Loaded, Loader, LocalPods},
+    translate::{LoadTimes, Loaded, Loader, LocalPods, Room},
 };
 
 /// Errors of a refused reload that are kept to be shown; the log has all.
@@ -46,6 +48,8 @@ pub struct Basis {
     pub local_pods: Arc<LocalPods>,
     /// Ports that sockets of the node listen on, as they were looked at last.
     pub listening: Listening,
+    /// The host ports that are served.
+    pub host_ports: HashSet<(String, Protocol)>,
 }
 
 /// A configuration that is ready to be taken over.
@@ -184,7 +188,7 @@ impl Preparer {
 }
 
 fn prepare(tools: &mut Tools, scope: Scope, basis: Basis) -> Result<Prepared, Refused> {
-    let Basis { in_force, own_addresses, local_pods, listening: looked_at } = basis;
+    let Basis { in_force, own_addresses, local_pods, listening: looked_at, host_ports } = basis;
     tools.loader.set_local_pods(local_pods);
     let outcome = match scope {
         Scope::Files => tools.loader.reload(&in_force),
@@ -192,6 +196,7 @@ fn prepare(tools: &mut Tools, scope: Scope, basis: Basis) -> Result<Prepared, Re
     };
     let (mut loaded, problems) = outcome.map_err(Refused::Config)?;
     loaded.add_local_addresses(&own_addresses);
+    loaded.settle_host_ports(room(&loaded.config), &host_ports, Sockets::read);
     let begin = Instant::now();
     let rules = compile::rules(&loaded, &mut tools.policy).map_err(Refused::Compile)?;
     let listening = match scope {
@@ -202,6 +207,11 @@ fn prepare(tools: &mut Tools, scope: Scope, basis: Basis) -> Result<Prepared, Re
     let snat = compile::snat_ports(&loaded, &rules, &listening).map_err(Refused::Compile)?;
     let times = Times { load: loaded.times, compile: begin.elapsed(), publish: Duration::ZERO };
     Ok(Prepared { scope, loaded, problems, rules, listening, snat, times })
+}
+
+/// What host ports must leave to the node.
+pub fn room(config: &RouterConfig) -> Room {
+    Room { snat: config.snat.port_range, ephemeral: ephemeral_ports(), frontends: MAX_OWN_PORTS as usize }
 }
 
 /// The ports that the node listens on, as far as they matter to this configuration.
@@ -228,6 +238,7 @@ mod tests {
             own_addresses: Vec::new(),
             local_pods: Arc::clone(local_pods),
             listening: Listening::default(),
+            host_ports: HashSet::new(),
         }
     }
 

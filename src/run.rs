@@ -4,7 +4,7 @@
 //! attaches the programs, compiles snapshots and publishes them; workers only read snapshots. When a worker fails, the process ends.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     fs,
     io::{self, IsTerminal as _, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -63,7 +63,7 @@ use crate::{
     health::{self, HealthChecks},
     kernel::{
         DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelError, KernelState,
-        LOOPBACK_SOURCES, Link, Listening, PortSet, RoleRules, TRUNK_HOST, TRUNK_WEIR, Wanted,
+        LOOPBACK_SOURCES, Link, Listening, PortSet, RoleRules, Sockets, TRUNK_HOST, TRUNK_WEIR, Wanted,
     },
     listener::{Listener, writeln_to},
     manifests::Substitute,
@@ -367,6 +367,7 @@ impl Router {
         let roles = role_rules(&loaded);
         let kernel = KernelState::follow(FollowSettings::default()).await?;
         loaded.add_local_addresses(&own_addresses(&kernel, &roles));
+        loaded.settle_host_ports(prepare::room(&loaded.config), &HashSet::new(), Sockets::read);
         let begin = Instant::now();
         let mut policy = Compiler::default();
         let rules = compile::rules(&loaded, &mut policy)?.counting(loaded.config.workers.cores.len());
@@ -741,20 +742,49 @@ impl Router {
         Ok(forgotten?)
     }
 
-    /// Opens node ports on addresses that the node did not have before; whether there are such. While a configuration is prepared, they wait
-    /// for it.
+    /// Opens node ports and host ports on addresses that the node did not have before, and closes them on those that it has no more; whether
+    /// there are such. While a configuration is prepared, they wait for it.
     fn follow_own_addresses(&mut self) -> Result<bool, RunError> {
-        let addresses = own_addresses(&self.kernel, &self.roles);
-        let given = self.loaded.config.local_addresses.is_some();
-        if given || addresses.iter().all(|address| self.loaded.services.local_addresses.contains(address)) {
+        if self.preparer.policy().is_none() {
             return Ok(false);
         }
-        let Some(policy) = self.preparer.policy() else { return Ok(false) };
-        self.loaded.add_local_addresses(&addresses);
-        self.rules = Arc::new(compile::rules(&self.loaded, policy)?.counting(self.workers.len()));
-        self.snat = Arc::new(compile::snat_ports(&self.loaded, &self.rules, &self.listening)?);
+        let known = |loaded: &Loaded| loaded.services.local_addresses.iter().copied().collect::<BTreeSet<_>>();
+        let before = known(&self.loaded);
+        self.loaded.add_local_addresses(&own_addresses(&self.kernel, &self.roles));
+        if known(&self.loaded) == before {
+            return Ok(false);
+        }
+        self.settle_host_ports(Sockets::read);
+        self.compile_services()?;
         self.health.follow(health::wanted(&self.loaded.services));
         Ok(true)
+    }
+
+    /// Settles which host ports are served by what the node has now; whether others are.
+    fn settle_host_ports(&mut self, sockets: impl FnOnce() -> Sockets) -> bool {
+        let served = self.loaded.served_host_ports();
+        self.loaded.settle_host_ports(prepare::room(&self.loaded.config), &served, sockets);
+        self.loaded.served_host_ports() != served
+    }
+
+    fn compile_services(&mut self) -> Result<(), RunError> {
+        let Some(policy) = self.preparer.policy() else { return Ok(()) };
+        self.rules = Arc::new(compile::rules(&self.loaded, policy)?.counting(self.workers.len()));
+        self.snat = Arc::new(compile::snat_ports(&self.loaded, &self.rules, &self.listening)?);
+        Ok(())
+    }
+
+    /// Opens host ports whose ports a socket of the node had until now. While a configuration is prepared, they wait for it.
+    async fn open_freed_host_ports(&mut self) -> Result<(), RunError> {
+        if self.loaded.host_ports_in_use().next().is_none() || self.preparer.policy().is_none() {
+            return Ok(());
+        }
+        let Ok(sockets) = tokio::task::spawn_blocking(Sockets::read).await else { return Ok(()) };
+        if self.settle_host_ports(|| sockets) {
+            self.compile_services()?;
+            self.publish(true).await?;
+        }
+        Ok(())
     }
 
     /// Attaches workload devices, where what that depends on is not as it was.
@@ -967,7 +997,10 @@ impl Router {
         let pods = cluster.workloads.iter().flat_map(|w| &w.addresses);
         let pods = pods.filter(|ip| !ranges.hold(**ip) || except.hold(**ip));
         wanted.through.extend(pods.map(|ip| IpNet::from(*ip)));
-        wanted.ports = PortSet::of(self.rules.services.node_ports().map(|(_, port)| port));
+        // Loopback's too, and those that wait for a socket to go: nobody else is to get one by chance meanwhile.
+        let node_ports = self.rules.services.node_ports().map(|(_, port)| port);
+        let own = self.rules.services.own_frontends().iter().map(|(.., port)| *port);
+        wanted.ports = PortSet::of(node_ports.chain(own).chain(self.loaded.host_ports_in_use()));
         wanted
     }
 
@@ -995,6 +1028,7 @@ impl Router {
 
     /// Leaves ports alone that the node has begun to listen on, and takes back those that it has ceased to.
     async fn ports_changed(&mut self) -> Result<(), RunError> {
+        self.open_freed_host_ports().await?;
         let (range, has_host_endpoints) =
             (self.loaded.config.snat.port_range, !self.loaded.cluster.host_endpoints.is_empty());
         // The kernel lists all sockets to find these, which takes its time where there are many.
@@ -1020,6 +1054,7 @@ impl Router {
             own_addresses: own_addresses(kernel, roles),
             local_pods: pods.as_ref().map(|pods| Arc::clone(pods.all())).unwrap_or_default(),
             listening: listening.clone(),
+            host_ports: loaded.served_host_ports(),
         });
     }
 
@@ -1074,9 +1109,9 @@ impl Router {
         if apart_from_mtu(&loaded.config) != apart_from_mtu(&self.loaded.config) {
             warn!("a changed section cni takes effect at the next start only, but for its mtu");
         }
-        let before = &self.loaded.unserved_host_ports;
+        let before = self.loaded.unserved_host_ports();
         for Unserved { pod, protocol, port, why } in
-            loaded.unserved_host_ports.iter().filter(|unserved| !before.contains(unserved))
+            loaded.unserved_host_ports().iter().filter(|unserved| !before.contains(unserved))
         {
             warn!(pod, %protocol, port, "its hostPort is not served: {why}");
         }
@@ -1226,7 +1261,7 @@ impl Router {
                 },
                 "problem": faulty.problem,
             })).collect::<Vec<_>>(),
-            "unservedHostPorts": self.loaded.unserved_host_ports.iter().map(|unserved| json!({
+            "unservedHostPorts": self.loaded.unserved_host_ports().iter().map(|unserved| json!({
                 "pod": unserved.pod, "proto": unserved.protocol.to_string().to_lowercase(), "hostPort": unserved.port,
                 "why": unserved.why,
             })).collect::<Vec<_>>(),

@@ -58,7 +58,7 @@ enum Field {
 /// Attributes up to the stamps.
 const HOT: usize = Field::Stamps as usize;
 
-/// What the dataplane keeps with a connection; the table gives it no meaning but to one flag.
+/// What the dataplane keeps with a connection; the table gives it no meaning but to two flags.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Attributes {
     /// The device that the first packet came from.
@@ -69,7 +69,7 @@ pub struct Attributes {
     pub generation: u32,
     /// Next hops, by direction.
     pub next_hops: [u32; 2],
-    /// Bits of the dataplane's choice, but for [`crate::PRIVILEGED`].
+    /// Bits of the dataplane's choice, but for [`crate::PRIVILEGED`] and [`crate::OFFLOADED`].
     pub flags: u8,
 }
 
@@ -466,6 +466,20 @@ impl<'t, A: Address> ConnRef<'t, A> {
         }
     }
 
+    /// Gives a TCP connection no longer to live than one that was reset has (tcp_timeout_close), from the first time on that this is said.
+    /// A segment that is followed gives it its time back. Of other protocols nothing changes.
+    pub fn end_soon(self, now: Tick) {
+        let (_, timeouts) = self.table.tcp_rules();
+        let closed = TimeoutClass::TcpClose;
+        let is_longer =
+            |state: State| state.tcp_state().is_some() && timeouts.ticks(state.timeout_class()) > timeouts.of(closed);
+        if is_longer(self.state()) {
+            // Before: an idle one would be over at once.
+            self.touch(now);
+            self.update(|state| is_longer(state).then_some(state.in_timeout_class(closed)));
+        }
+    }
+
     /// Whether its timeout is over.
     #[inline]
     pub fn is_expired(self, now: Tick) -> bool {
@@ -501,7 +515,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
     }
 
     /// Whether it may be displaced by a new connection that finds no other reply key than this one's, and how gladly: the greatest goes
-    /// first. `for_privileged`: the new connection is one of those for whom a share is kept.
+    /// first. `for_privileged`: the new connection is one of the host itself.
     pub fn expendable(self, for_privileged: bool, now: Tick) -> Option<Expendable> {
         self.state().expendable(now.since(self.last_seen()), for_privileged)
     }

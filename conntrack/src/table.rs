@@ -530,16 +530,24 @@ impl<A: Address> Table<A> {
     }
 
     /// Makes room for one more connection at the limit: removes the one of a few that is worth least. `kept_free` connections
-    /// are left to others, as the share of the host; who asks with 0 is one of these. Whether there is room now; to be called before an
-    /// insertion.
+    /// are left to others, as the share of the host. Whether there is room now; to be called before an insertion.
+    ///
+    /// `is_privileged`: it is for a connection of the host itself. Others spare [`PRIVILEGED`] ones as long as there is anything else.
     ///
     /// # Panics
     /// Where `handle` is of another table.
     #[inline]
-    pub fn make_room(&self, handle: &mut Handle, kept_free: u32, now: Tick, turn: &Turn<'_>) -> bool {
+    pub fn make_room(
+        &self,
+        handle: &mut Handle,
+        kept_free: u32,
+        is_privileged: bool,
+        now: Tick,
+        turn: &Turn<'_>,
+    ) -> bool {
         debug_assert!(turn.is_of(&self.domain));
         let limit = self.sizes.capacity - kept_free.min(self.sizes.capacity - 1);
-        self.live.get() < limit || self.evict(handle, kept_free == 0, now)
+        self.live.get() < limit || self.evict(handle, is_privileged, now)
     }
 
     #[cold]
@@ -1306,7 +1314,7 @@ mod tests {
         let mut insert = |table: &Table<Ipv4Addr>, handle: &mut Handle, new: NewConn<Ipv4Addr>| {
             let turn = participant.enter();
             table.sweep(handle, Tick(0), 0, &turn);
-            assert!(table.make_room(handle, 0, Tick(0), &turn));
+            assert!(table.make_room(handle, 0, true, Tick(0), &turn));
             table.insert(handle, new, Tick(0), &turn)
         };
         let mut inserted = Vec::new();
@@ -1438,7 +1446,7 @@ mod tests {
         let flood = 50_000u32;
         for i in 0..flood {
             let turn = participant.enter();
-            assert!(table.make_room(&mut handle, 0, now, &turn), "flood packet {i}");
+            assert!(table.make_room(&mut handle, 0, true, now, &turn), "flood packet {i}");
             let packet = udp(100 + u128::from(i / 50_000), (i % 50_000) as u16);
             assert!(matches!(table.insert(&mut handle, packet, now, &turn), Insert::Inserted(_)), "flood packet {i}");
             assert_eq!(table.len(), all);
@@ -1463,14 +1471,14 @@ mod tests {
         let mut handle = table.handle();
         let turn = participant.enter();
         for i in 0..100 {
-            assert_eq!(table.make_room(&mut handle, 10, Tick(0), &turn), i < 90, "{i}");
-            assert!(table.make_room(&mut handle, 0, Tick(0), &turn));
+            assert_eq!(table.make_room(&mut handle, 10, false, Tick(0), &turn), i < 90, "{i}");
+            assert!(table.make_room(&mut handle, 0, true, Tick(0), &turn));
             tcp_conn(&table, &mut handle, i, 3, Tick(0), &turn);
         }
-        assert!(!table.make_room(&mut handle, 0, Tick(0), &turn));
+        assert!(!table.make_room(&mut handle, 0, true, Tick(0), &turn));
         assert!(table.counts().full > 0 && table.len() == 100);
         // A minute later one of them may go.
-        assert!(table.make_room(&mut handle, 0, Tick(ACTIVE_TICKS), &turn));
+        assert!(table.make_room(&mut handle, 0, true, Tick(ACTIVE_TICKS), &turn));
         assert_eq!((table.counts().evicted_idle, table.len()), (1, 99));
     }
 
@@ -1494,7 +1502,8 @@ mod tests {
         drop(turn);
         for i in 0..flood {
             let turn = participant.enter();
-            assert!(table.make_room(&mut handle, 10, Tick(1), &turn));
+            // Also of those who may use the share, as pods that ask for their node.
+            assert!(table.make_room(&mut handle, if i % 2 == 0 { 10 } else { 0 }, false, Tick(1), &turn));
             assert!(matches!(table.insert(&mut handle, udp(2, i), Tick(1), &turn), Insert::Inserted(_)));
         }
         let turn = participant.enter();
@@ -1507,11 +1516,11 @@ mod tests {
         // Where there is nothing else, they make room too.
         for i in spared..spared + more {
             let turn = participant.enter();
-            assert!(table.make_room(&mut handle, 0, Tick(2), &turn));
+            assert!(table.make_room(&mut handle, 0, true, Tick(2), &turn));
             assert!(matches!(table.insert(&mut handle, privileged(i), Tick(2), &turn), Insert::Inserted(_)));
         }
         let turn = participant.enter();
-        assert!(table.make_room(&mut handle, 10, Tick(3), &turn));
+        assert!(table.make_room(&mut handle, 10, false, Tick(3), &turn));
         assert!(table.len() < size as usize);
     }
 

@@ -65,6 +65,8 @@
 //!   numbers where they begin a side's; that it was the last one, if it is a FIN or a RST; and shortens the timeout when
 //!   such come from both sides.
 //! - What is beyond the window, but not by much, moves a side's end only forward; in netfilter also back.
+//! - After a SYN inside a connection only a RST that acknowledges that very SYN is not held against the exact number; in
+//!   netfilter none is, so that who sends a SYN first need not know the number.
 //! - A repeated SYN without any option stands for a side that has none; netfilter then keeps those of the SYN before.
 //!
 //! # Ordinary segments
@@ -987,9 +989,13 @@ impl Tcp {
             return Rst::CountsAnywhere;
         }
         let (last, other) = (&self.last, &self.sides[direction.flip() as usize]);
+        let answers_ignored = (seen_reply && last.event == Event::Syn || !assured && last.event == Event::Ack)
+            && last.direction != direction
+            && segment.tcp_ack == last.end;
         let mut worth = Rst::Counts;
-        // After a SYN was let through, the acknowledgment may be one of the connection before.
-        if other.progress & ACK_KNOWN != 0 && last.event != Event::Syn {
+        // One that answers a SYN that was let through is numbered by another connection. Nothing else is: anybody may send a SYN.
+        let answers_syn = answers_ignored && last.event == Event::Syn;
+        if other.progress & ACK_KNOWN != 0 && !answers_syn {
             let established = state == Established && assured;
             // A RST without ACK is numbered by what it answers; 0 answers a SYN (RFC 9293 section 3.10.7.1).
             if segment.tcp_seq == 0 && !established {
@@ -1004,9 +1010,6 @@ impl Tcp {
             }
             worth = Rst::Challenged;
         }
-        let answers_ignored = (seen_reply && last.event == Event::Syn || !assured && last.event == Event::Ack)
-            && last.direction != direction
-            && segment.tcp_ack == last.end;
         let answers_challenge = state == SynSent
             && last.event == Event::Ack
             && last.direction == Direction::Reply

@@ -336,6 +336,8 @@ struct Passed {
     begun: [bool; 2],
     end: [Option<u32>; 2],
     acknowledged: [Option<u32>; 2],
+    /// The last one that passed was a SYN.
+    syn_was_last: bool,
     /// Nothing can be said of what is acknowledged: also what is outside passes.
     be_liberal: bool,
 }
@@ -365,6 +367,12 @@ impl Passed {
         }
         let (is_fin, is_syn, is_rst) =
             (segment.tcp_flags & 0x01 != 0, segment.tcp_flags & 0x02 != 0, segment.tcp_flags & 0x04 != 0);
+        let syn_was_last = self.syn_was_last;
+        self.syn_was_last = if ours.forwarded { is_syn } else { syn_was_last };
+        if is_rst && syn_was_last && ours != kernels {
+            // Inexact: netfilter takes it for an answer to the SYN, whatever it acknowledges.
+            return true;
+        }
         if !ours.forwarded {
             // netfilter notes its numbers, or that it was the last.
             return ours == kernels && (!self.begun[me] || is_syn || is_fin || is_rst);

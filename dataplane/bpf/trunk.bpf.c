@@ -16,10 +16,14 @@
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
+#include <linux/udp.h>
 
 #define IPV4_FRAGMENT 0x3fff /* more fragments, or an offset */
 /* The index of lo is the same in every network namespace (LOOPBACK_IFINDEX, include/net/net_namespace.h). */
 #define LOOPBACK_DEVICE 1
+
+/* Bytes of the largest IP packet that weir0 carries; the loader fills it in. */
+volatile const __u32 trunk_mtu;
 
 SECTION("xdp.frags") int trunk_receive(struct xdp_md *packet)
 {
@@ -53,7 +57,7 @@ SECTION("classifier") int host_send(struct __sk_buff *packet)
 }
 
 /* Whether a packet goes to a port of the node itself that is weir's. TCP, UDP and SCTP begin with the source and destination port; those of
- * other protocols are in no map. Fragments and extension headers the node has no cause to send itself: its own MTU is 64 KiB. */
+ * other protocols are in no map. Fragments and extension headers the node has no cause to send itself: lo's MTU is 64 KiB. */
 INLINE int is_own_port(const struct ethhdr *ethernet, const void *end)
 {
 	const void *header = ethernet + 1;
@@ -91,14 +95,30 @@ INLINE int is_own_port(const struct ethhdr *ethernet, const void *end)
 	}
 }
 
+/* Whether a packet, or each of the segments that it is to be cut into, is longer than the trunk carries. (The kernel's own helper for it is for
+ * programs under the GPL.) */
+INLINE int is_too_long(const struct __sk_buff *packet)
+{
+	const __u32 least_headers = sizeof(struct iphdr) + sizeof(struct udphdr);
+
+	if (packet->gso_size)
+		return packet->gso_size + least_headers > trunk_mtu;
+	return packet->len > trunk_mtu + ETH_HLEN;
+}
+
 /* On lo, of what leaves by it: all that the node sends to its own addresses, which no route can lead elsewhere. Its frames have the MAC
- * address zero on both sides, which says on the trunk that they are the kernel's. */
+ * address zero on both sides, which says on the trunk that they are the kernel's.
+ *
+ * What is longer than the trunk carries, whole or in segments, stays the kernel's, which has its own socket there or says that it has none:
+ * weir0 would drop it, and nobody would be told. */
 SECTION("classifier") int loopback_send(struct __sk_buff *packet)
 {
 	const struct ethhdr *ethernet = (void *)(long)packet->data;
 	const void *end = (void *)(long)packet->data_end;
 
 	if ((const void *)(ethernet + 1) > end || !is_own_port(ethernet, end))
+		return TC_ACT_UNSPEC;
+	if (is_too_long(packet))
 		return TC_ACT_UNSPEC;
 	count(COUNTER_LOOPBACK_TAKEN);
 	return redirect(trunk_device, 0);

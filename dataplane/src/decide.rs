@@ -231,14 +231,23 @@ pub fn decide<'s, A: Routed>(
             let own_port = claimed && from == Origin::Host;
             let outgoing = leaves && forwarding.nat_outgoing(decision.translated.src, decision.translated.dst);
             if !decision.untracked && (decision.masquerade || own_port || outgoing) {
-                decision.snat = match (from, kind) {
-                    (Origin::Host, RouteKind::Host) => forwarding.loopback_source(),
-                    _ => forwarding.masquerade_address(adjacency),
-                };
+                decision.snat = masquerade_source(forwarding, from, adjacency);
+                // No pod takes anything from ::1, and no answer to it leaves the pod.
+                if decision.snat.is_none() && key.src.is_loopback() {
+                    decision.verdict = Verdict::Reject(DropReason::NoRoute);
+                }
             }
         }
     }
     decision
+}
+
+/// The source that a masqueraded connection from there takes if it leaves by that adjacency.
+pub(crate) fn masquerade_source<A: Routed>(forwarding: &Forwarding, from: Origin, adjacency: AdjacencyId) -> Option<A> {
+    match (from, forwarding.adjacency(adjacency).kind) {
+        (Origin::Host, RouteKind::Host) => forwarding.loopback_source(),
+        _ => forwarding.masquerade_address(adjacency),
+    }
 }
 
 /// Whether the packet may come from there with that source, and may be carried at all.

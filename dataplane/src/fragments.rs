@@ -114,6 +114,8 @@ pub enum Fate<A: Address> {
     Follow(Lead<A>),
     /// The node's kernel sent it, and it was forwarded without a connection.
     Pass,
+    /// Untracked policy let it go, to wherever it goes.
+    Untracked,
     /// It was handed to the node's kernel as it was.
     Punt,
     /// It was dropped.

@@ -254,6 +254,8 @@ enum End {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Outcome {
     Sent,
+    /// By untracked policy, whatever connection there may be.
+    Untracked,
     Punted,
     Dropped(DropReason),
 }
@@ -616,16 +618,15 @@ impl Pipeline {
                     Rejudged::Keep => {}
                     Rejudged::Drains => note(&packet, view, &conn, hit.direction),
                     Rejudged::Cut(reason) => {
-                        // One that a policy denies stays until it expires: forgotten, its other end's next packet could pick it up
-                        // mid-stream as a connection of the opposite direction, which may be allowed.
-                        if !reason.is_policy() {
+                        // One that is cut stays until it expires: forgotten, its other end's next packet could pick it up mid-stream as a
+                        // connection of the opposite direction, which may be allowed, or open a flow in the backend's own name.
+                        if reason == DropReason::UnknownDevice {
                             table.remove(A::handle(&mut self.handles), hit.conn, context.turn);
                         }
                         return self.end(driver, packet, End::Drop(reason));
                     }
                     Rejudged::Reset(reason) => {
-                        table.remove(A::handle(&mut self.handles), hit.conn, context.turn);
-                        return self.reject(driver, packet, view, reason, context);
+                        return self.reset(driver, packet, view, &conn, hit.direction, reason, context);
                     }
                     Rejudged::Anew => {
                         table.remove(A::handle(&mut self.handles), hit.conn, context.turn);
@@ -675,6 +676,35 @@ impl Pipeline {
             Some(adjacency) => self.forward(driver, packet, view, &to, adjacency, context),
             None => self.nowhere(driver, packet, view, to.dst, context),
         }
+    }
+
+    /// A segment of a connection whose backend is gone. Both ends are told: its sender by a RST, and where that is the backend, the client
+    /// by one made of the very segment, whose number is the one that it expects. The connection stays for as long as one that was reset does,
+    /// so that whatever either end sends yet is answered too.
+    #[cold]
+    #[expect(clippy::too_many_arguments, reason = "what `track` knows of the packet")]
+    fn reset<A: Family, D: Driver>(
+        &mut self,
+        driver: &mut D,
+        packet: Packet,
+        view: &View<A>,
+        conn: &ConnRef<'_, A>,
+        direction: Direction,
+        reason: DropReason,
+        context: &Context<'_>,
+    ) {
+        // A damaged one changes nothing and is no reason to tell anybody.
+        if !self.checksum_ok(driver, &packet, view) {
+            return self.end(driver, packet, End::Drop(DropReason::Invalid));
+        }
+        conn.end_soon(context.now);
+        if direction == Direction::Reply && self.resets.take(context.now) {
+            let to = conn.key(Direction::Original).invert();
+            self.generate(driver, &packet, to.dst, context, |out, frame, _| {
+                build::tcp_reset_onwards(out, frame, view, &to)
+            });
+        }
+        self.reject(driver, packet, view, reason, context);
     }
 
     /// A packet of a connection whose other end cannot be reached any more. Its sender is told as that of a first packet is: other nodes
@@ -739,6 +769,15 @@ impl Pipeline {
         match segment.opening(&view.key) {
             Opening::Opens => {}
             Opening::MidStream if context.tcp_loose && !claimed => {}
+            // A frontend on an address of the node has a port that one of the node's own sockets may have had before, or has at another
+            // address: of its connections weir knows nothing. What opens nothing is that socket's, or the kernel's to refuse.
+            Opening::MidStream | Opening::Never
+                if decision.service.is_some()
+                    && !matches!(origin, Origin::Workload(_))
+                    && (forwarding.is_local(view.key.dst) || view.key.dst.is_loopback()) =>
+            {
+                return self.punt(packet, forwarding);
+            }
             Opening::MidStream | Opening::Never => return self.end(driver, packet, End::Drop(DropReason::Invalid)),
         }
         if let Some(choice) = &decision.choice
@@ -804,7 +843,12 @@ impl Pipeline {
     ) {
         match (decision.verdict, decision.adjacency()) {
             (Verdict::Local, _) => self.punt(packet, &context.snapshot.forwarding),
-            (Verdict::Forward, Some(hop)) => self.forward(driver, packet, view, &view.key, hop, context),
+            (Verdict::Forward, Some(hop)) => {
+                self.forward(driver, packet, view, &view.key, hop, context);
+                if self.outcome == Outcome::Sent {
+                    self.outcome = Outcome::Untracked;
+                }
+            }
             (Verdict::Drop(reason), _) => self.end(driver, packet, End::Drop(reason)),
             (Verdict::Reject(reason), _) => self.reject(driver, packet, view, reason, context),
             (Verdict::Forward, None) | (Verdict::Pass, _) => {
@@ -867,7 +911,9 @@ impl Pipeline {
             decision.adjacency().is_some_and(|hop| snapshot.forwarding.adjacency(hop).kind == RouteKind::Host);
         let for_host = origin == Origin::Host || to_host && origin != Origin::Uplink;
         let kept_free = if for_host { 0 } else { table.capacity() as u32 / (HOST_SHARE + 1) };
-        if !table.make_room(A::handle(handles), kept_free, context.now, context.turn) {
+        // Pods may fill the share, but what the node itself has opened makes way for nobody else.
+        let is_privileged = origin == Origin::Host;
+        if !table.make_room(A::handle(handles), kept_free, is_privileged, context.now, context.turn) {
             return Err(DropReason::TableFull);
         }
         let mut rival: Option<Rival<A>> = None;
@@ -882,7 +928,7 @@ impl Pipeline {
                     counters.add(Counter::SnatTaken as usize, 1);
                     // Only who got the port by translation or by chance may lose it, not who is spoken to there.
                     if holder.direction == Direction::Reply
-                        && let Some(worth) = table.conn(holder.conn).expendable(for_host, context.now)
+                        && let Some(worth) = table.conn(holder.conn).expendable(is_privileged, context.now)
                         && rival.as_ref().is_none_or(|other| worth > other.worth)
                     {
                         *rival = Some(Rival { worth, conn: holder.conn, reply });
@@ -915,7 +961,7 @@ impl Pipeline {
                 Err(AllocateError::Failed(reason)) => return Err(reason),
                 Err(AllocateError::Exhausted) => {
                     let Some(Rival { conn, reply, .. }) = rival.take() else { break };
-                    if !table.remove_expendable(A::handle(handles), conn, for_host, context.now, context.turn) {
+                    if !table.remove_expendable(A::handle(handles), conn, is_privileged, context.now, context.turn) {
                         continue;
                     }
                     counters.add(Counter::SnatDisplaced as usize, 1);
@@ -972,6 +1018,7 @@ impl Pipeline {
         let table = A::table(context.tables);
         let fate = match (self.outcome, table.lookup(&view.key, hash, context.now, context.turn)) {
             (Outcome::Dropped(reason), _) => Fate::Drop(reason),
+            (Outcome::Untracked, _) => Fate::Untracked,
             (_, Some(hit)) => {
                 let to = table.conn(hit.conn).key(hit.direction.flip()).invert();
                 Fate::Follow(Lead::new(view.key, to, &segment, extent.end))
@@ -1030,6 +1077,10 @@ impl Pipeline {
                     self.forward(driver, packet, view, &view.key, hop, context);
                 }
                 _ => self.end(driver, packet, End::Drop(DropReason::NoRoute)),
+            },
+            Fate::Untracked => match adjacency_to(context.snapshot, view.key.dst) {
+                Some(hop) => self.forward(driver, packet, view, &view.key, hop, context),
+                None => self.end(driver, packet, End::Drop(DropReason::NoRoute)),
             },
             Fate::Punt => self.punt(packet, forwarding),
             Fate::Drop(reason) => self.end(driver, packet, End::Drop(reason)),
@@ -1104,6 +1155,11 @@ impl Pipeline {
             return self.unrelated_icmp_error(driver, packet, view, origin, context);
         };
         let conn = table.conn(hit.conn);
+        // Of what did not leave the node nobody outside has anything to tell.
+        let has_left = |hop| matches!(forwarding.adjacency(hop).kind, RouteKind::Direct | RouteKind::Ipip);
+        if origin == Origin::Uplink && !next_hop(&conn, hit.direction.flip(), context).is_some_and(has_left) {
+            return self.end(driver, packet, End::Drop(DropReason::UnrelatedIcmpError));
+        }
         let drains = match still_stands(&conn, hit.direction, DropReason::UnrelatedIcmpError, context) {
             Ok(drains) => drains,
             Err(reason) => return self.end(driver, packet, End::Drop(reason)),
@@ -1471,6 +1527,8 @@ impl Pipeline {
     ) {
         if self.errors.take(context.now) {
             self.generate(driver, &packet, view.key.src, context, |out, frame, source| {
+                // The node's own process that asked from a loopback address takes an answer from there only.
+                let source = if view.key.src.is_loopback() { Some(view.key.dst) } else { source };
                 build::icmp_error(out, frame, view, source?, error)
             });
         }
@@ -1488,7 +1546,7 @@ impl Pipeline {
         write: impl FnOnce(&mut [u8], &[u8], Option<A>) -> Option<usize>,
     ) {
         let forwarding = &*context.snapshot.forwarding;
-        let Route::Via(adjacency) = forwarding.route(destination) else { return };
+        let Some(adjacency) = adjacency_to(context.snapshot, destination) else { return };
         let Some(mut answer) = driver.allocate() else { return };
         answer.set_len(ONE_FRAME_BYTES);
         let frame = driver.arena().whole(packet, &mut self.whole);
@@ -1552,7 +1610,10 @@ impl Pipeline {
         now: Tick,
     ) -> Claim {
         if !is_connection(view.key.protocol) {
-            return Claim::of_datagram(conn, direction, now);
+            return match self.checksum_ok(driver, packet, view) {
+                true => Claim::of_datagram(conn, direction, now),
+                false => Claim::Rides,
+            };
         }
         let segment = self.observed(driver, packet, view);
         let opens = match view.key.protocol {
@@ -1879,12 +1940,15 @@ struct Opened {
 
 /// What a packet may do where its connection does not stand any more, or is over.
 ///
-/// | | a backend or device that is gone | a backend that drains | a service that appeared | a policy that denies |
-/// |---|---|---|---|---|
-/// | [`Claim::Rides`] | the connection ends (TCP: RST) | goes on | goes on without it | cuts it |
-/// | [`Claim::Opens`] | opens anew | goes on; datagrams open anew where this node knows that its pod is gone | datagrams open anew | cuts it |
-/// | [`Claim::Moves`] | opens anew | opens anew | opens anew | cuts it |
-/// | [`Claim::OpensAgain`] | opens anew | goes on | opens anew | opens anew, and is judged as a first packet |
+/// | | a backend or device that is gone | a backend that drains | a service that appeared | a way out that changed | a policy that denies |
+/// |---|---|---|---|---|---|
+/// | [`Claim::Rides`] | the connection ends (TCP whose backend is gone: RST) | goes on | goes on without it | goes on | cuts it |
+/// | [`Claim::Opens`] | opens anew | goes on; datagrams open anew where this node knows that its pod is gone | datagrams open anew | datagrams open anew | cuts it |
+/// | [`Claim::Moves`] | opens anew | opens anew | opens anew | opens anew | cuts it |
+/// | [`Claim::OpensAgain`] | opens anew | goes on | opens anew | opens anew | opens anew, and is judged as a first packet |
+///
+/// A masqueraded connection's way out has changed where it would get another source address now. Where the node does not even have the one
+/// that it got, that is as if its backend were gone.
 ///
 /// A backend drains ([`Standing::Drains`]) while it terminates and serves, with others to come to. Its process may end at any moment, before
 /// anybody tells that it serves no more. A flow of datagrams there is judged again at each packet ([`Rejudged::Drains`]).
@@ -1944,9 +2008,9 @@ enum Rejudged {
     Keep,
     /// It goes on, and its next packet is to be judged again: its backend drains.
     Drains,
-    /// It ends: a policy denies it now.
+    /// It ends: a policy denies it now, or what it needs is gone, which nobody can be told.
     Cut(DropReason),
-    /// It ends, and its sender is told: its backend is gone.
+    /// It ends, and both ends are told: its backend, or its address, is gone.
     Reset(DropReason),
     /// It ends, and the packet opens a new one.
     Anew,
@@ -1974,7 +2038,7 @@ fn flags<A: Family>(origin: Origin, decision: &Decision<'_, A>, context: &Contex
 /// Judges a connection again, and notes the outcome.
 fn rejudge<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, context: &Context<'_>) -> Rejudged {
     let snapshot = context.snapshot;
-    let Judged { stamps, translated_to, source, drains } = match judge_again(conn, claim, snapshot) {
+    let Judged { stamps, translated_to, source, drains, begins_anew } = match judge_again(conn, claim, snapshot) {
         Ok(judged) => judged,
         Err(rejudged) => return rejudged,
     };
@@ -1987,7 +2051,9 @@ fn rejudge<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, context: &Context<'_>
     if drains {
         return Rejudged::Drains;
     }
-    conn.set_generation(snapshot.generation);
+    if !begins_anew {
+        conn.set_generation(snapshot.generation);
+    }
     Rejudged::Keep
 }
 
@@ -2006,6 +2072,8 @@ struct Judged<A> {
     translated_to: A,
     source: A,
     drains: bool,
+    /// A flow of datagrams goes on only until who opened it sends one, whoever's comes before.
+    begins_anew: bool,
 }
 
 /// Judges a connection again, by its original key, its device and its stored DNAT; how it ends, if it does.
@@ -2025,7 +2093,9 @@ fn judge_again<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
     };
 
     let services = snapshot.rules.services.services::<A>();
-    let was_translated = (translated.dst, translated.ports) != (original.dst, original.ports);
+    // A backend may be the very frontend: then only the stamp tells that a service led there.
+    let [.., backend_stamp] = conn.stamps();
+    let was_translated = backend_stamp != 0 || (translated.dst, translated.ports) != (original.dst, original.ports);
     let standing = match was_translated {
         true => services.standing(&original, translated.dst, translated.ports.destination()),
         false => Standing::Stays,
@@ -2052,7 +2122,8 @@ fn judge_again<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
         Claim::Opens => !is_connection(original.protocol),
         Claim::Moves | Claim::OpensAgain => true,
     };
-    if !was_translated && is_taken_over && services.claims(&original) {
+    let mut begins_anew = !was_translated && services.claims(&original);
+    if begins_anew && is_taken_over {
         return Err(Rejudged::Anew);
     }
 
@@ -2067,11 +2138,34 @@ fn judge_again<A: Family>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
     let through_tunnel = forwarding.is_tunnelled(original.src);
     let arrival = Arrival::by(origin, IfIndex(conn.device()), through_tunnel, forwarding);
     let stamps = decide::policy_stamps(snapshot, arrival, &translated);
-    if stamps != conn.stamps()[..2]
+    // Of what an earlier process judged there are no stamps, which is how those of a pod look that has no object yet.
+    if (stamps != conn.stamps()[..2] || conn.generation() == NO_GENERATION)
         && let Err(reason) = decide::judge_again(snapshot, arrival, &original, &translated)
     {
         // Another backend may be allowed, or nothing is: what opens is judged as what it is, and counted and logged as such.
         return Err(if claim == Claim::OpensAgain { Rejudged::Anew } else { Rejudged::Cut(reason) });
     }
-    Ok(Judged { stamps, translated_to: translated.dst, source: original.src, drains })
+    if reply.dst != original.src
+        && let Some(adjacency) = adjacency_to(snapshot, translated.dst)
+        && let source = decide::masquerade_source(forwarding, origin, adjacency)
+        && source != Some(reply.dst)
+    {
+        // The way out is another one, whose link may not bring answers to the address that it had; or the node has not that address any more.
+        let is_gone = !forwarding.is_local(reply.dst) && forwarding.loopback_source() != Some(reply.dst);
+        match claim {
+            Claim::Moves | Claim::OpensAgain => return Err(Rejudged::Anew),
+            Claim::Opens if is_gone || !is_connection(original.protocol) => return Err(Rejudged::Anew),
+            // Whoever has it now would get the answers.
+            Claim::Rides if is_gone => {
+                return Err(match original.protocol {
+                    Protocol::TCP => Rejudged::Reset(DropReason::AddressGone),
+                    _ => Rejudged::Cut(DropReason::AddressGone),
+                });
+            }
+            // Both ends know that address; answers may come by the old way yet.
+            Claim::Opens | Claim::Rides => begins_anew = true,
+        }
+    }
+    begins_anew &= !is_connection(original.protocol);
+    Ok(Judged { stamps, translated_to: translated.dst, source: original.src, drains, begins_anew })
 }

@@ -170,6 +170,8 @@ fn what_the_node_sends_to_ports_of_its_own_that_are_weirs_leaves_lo_by_the_trunk
             ("somebody else's address", v4(OUTSIDER, 6, 0, &to_port(30_000)), false),
             ("a later fragment", v4(NODE, 6, 1, &to_port(30_000)), false),
             ("a header without ports", cut(v4(NODE, 6, 0, &to_port(30_000)), 34), false),
+            ("as long as the trunk carries", v4(NODE, 6, 0, &[&to_port(30_000)[..], &[0; 1460]].concat()), true),
+            ("longer than that", v4(NODE, 6, 0, &[&to_port(30_000)[..], &[0; 1461]].concat()), false),
             ("ARP", [&MACS.0[..], &MACS.1, &[8, 6], &[0; 40]].concat(), false),
         ] {
             let before = attachment.counters().unwrap().get(Counter::LoopbackTaken);

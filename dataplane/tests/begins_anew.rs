@@ -114,13 +114,14 @@ enum Outcome {
     Refused(DropReason),
     /// No flow is left; nobody is told.
     Ends(DropReason),
+    /// The flow stays for as long as one that was reset. Its sender is told by a RST, and its client too, by one of the backend's number.
+    Resets,
     /// It is dropped and the flow stays as it is, for as long as it would have without the packet.
     Cut(DropReason),
     /// No flow is left, and the packet is the node's kernel's.
     Kernel,
 }
 
-const GONE: Outcome = Refused(DropReason::BackendGone);
 const DENIED: Outcome = Cut(DropReason::PolicyDeniedIngress);
 
 /// Where a flow comes from, and what its service is like.
@@ -503,13 +504,13 @@ fn tcp_table() -> Vec<Row<TcpState>> {
         Row {
             states: ALL,
             packets: others(Original),
-            outcomes: [Follows, Follows, GONE, GONE, GONE, Follows, DENIED, DENIED],
+            outcomes: [Follows, Follows, Resets, Resets, Resets, Follows, DENIED, DENIED],
             linux: "netfilter sends it to the pod that is gone, and the client waits for its own timeouts; the design has a RST.",
         },
         Row {
             states: ALL,
             packets: others(Reply),
-            outcomes: [Follows, Follows, GONE, GONE, GONE, Follows, DENIED, DENIED],
+            outcomes: [Follows, Follows, Resets, Resets, Resets, Follows, DENIED, DENIED],
             linux: "netfilter translates what a pod sends that is in no slice any more; the design has both ends told.",
         },
         Row {
@@ -647,6 +648,39 @@ impl Case {
                     assert_eq!((told.protocol, told.l4[0], told.l4[1]), expected, "{what}");
                 }
             }
+            Resets => {
+                let (client, backend) = (way.client(), way.backend(OLD));
+                let (seq, ack) = (&said.rest[..4], &said.rest[4..8]);
+                let to_client = || ([way.frontend(), client.0], client.1);
+                let mut expected = BTreeMap::new();
+                if said.direction == Reply {
+                    let (ends, by) = to_client();
+                    expected.insert(ends, (by, seq));
+                }
+                if !is_reset(said) {
+                    let (ends, by) = match said.direction {
+                        Original => to_client(),
+                        Reply => ([self.replies_to, backend.0], backend.1),
+                    };
+                    expected.insert(ends, (by, ack));
+                }
+                let told = |(by, packet): &'_ (IfIndex, Packet)| {
+                    assert_eq!((packet.protocol, packet.l4[13] & !ACK), (TCP, RST), "{what}");
+                    (ends(packet), (*by, packet.l4[4..8].to_vec()))
+                };
+                let left: BTreeMap<_, _> = after.left.iter().map(told).collect();
+                assert_eq!(left.len(), after.left.len(), "{what}");
+                let of_slices: BTreeMap<_, _> = left.iter().map(|(ends, (by, seq))| (*ends, (*by, &seq[..]))).collect();
+                assert_eq!(of_slices, expected, "{what}");
+                let told = expected.len() as u64;
+                let all = [("generated", told), ("tx", told), ("BackendGone", 1)];
+                let all = all.into_iter().filter(|(_, count)| *count > 0).map(|(name, count)| (name.to_owned(), count));
+                assert_eq!(counted, all.collect(), "{what}");
+                let ([old], [one]) = (&before.listed[..], &after.listed[..]) else { panic!("{what}: one connection") };
+                assert!(one.remaining_ticks <= 10 * SECOND, "{what}: {one:?}");
+                let same = Listed { last_seen: old.last_seen, remaining_ticks: old.remaining_ticks, ..one.clone() };
+                assert_eq!((&same, after.remembered), (old, before.remembered), "{what}");
+            }
             Ends(reason) => {
                 counts(&[&format!("{reason:?}")]);
                 let empty = (&[][..], &[][..], 0);
@@ -730,6 +764,29 @@ fn tcp_flow(way: Way, state: TcpState) -> Case {
     case
 }
 
+/// Whatever either end says within ten seconds is answered too, the other end's next packet first; what opens a connection does.
+fn stays_reset(case: &mut Case, told: Direction, change: Change, what: &str) {
+    for (after, direction) in [(0, told.flip()), (5 * SECOND, told), (4 * SECOND, told.flip())] {
+        case.router.wait(after);
+        let before = case.seen(Vec::new());
+        let said = others(direction).swap_remove(1);
+        case.check(&said, Resets, &before, || unreachable!("it is not compared"), &format!("{what}, then {said:?}"));
+    }
+    if change == Gone {
+        let before = case.seen(Vec::new());
+        let syn = syns().swap_remove(1);
+        return case.check(
+            &syn,
+            Opens(&NEW),
+            &before,
+            || unreachable!("it is not compared"),
+            &format!("{what}, then {syn:?}"),
+        );
+    }
+    case.router.wait(SECOND);
+    assert_eq!(case.listed(), [], "{what}");
+}
+
 #[test]
 fn tcp_every_state_every_packet_every_change() {
     let mut count = 0;
@@ -750,6 +807,9 @@ fn tcp_every_state_every_packet_every_change() {
                         let seq = u32::from_be_bytes(*said.rest.first_chunk().unwrap());
                         comes_to_be_established(&mut case, *to, seq, &what);
                     }
+                    if outcome == Resets {
+                        stays_reset(&mut case, said.direction, change, &what);
+                    }
                     case.router.finish();
                     count += 1;
                 }
@@ -757,6 +817,35 @@ fn tcp_every_state_every_packet_every_change() {
         }
     }
     assert!(count > 8000, "{count} cases");
+}
+
+/// A damaged packet changes nothing, whatever has become of the backend.
+#[test]
+fn a_wrong_checksum_ends_nothing() {
+    for (way, protocol) in
+        Way::all(Protocol::TCP, false).map(|way| (way, TCP)).chain(Way::all(Protocol::UDP, false).map(|way| (way, UDP)))
+    {
+        for direction in [Original, Reply] {
+            let what = format!("{way:?} {direction:?}");
+            let (mut case, said) = match protocol {
+                TCP => (tcp_flow(way, Established), others(direction).swap_remove(1)),
+                _ => (udp_flow(way, Datagrams::Replied), datagram(direction)),
+            };
+            case.change(Gone);
+            let before = case.listed();
+            let (device, [from, to]) = match direction {
+                Original => (way.client().1, [way.client().0, way.frontend()]),
+                Reply => (way.backend(OLD).1, [way.backend(OLD).0, case.replies_to]),
+            };
+            let l4 = [&from.1.to_be_bytes()[..], &to.1.to_be_bytes(), &said.rest].concat();
+            let mut frame = Packet { src: from.0, dst: to.0, protocol, ttl: 64, tos: 0, options: 0, l4 }.frame();
+            let at = frame.len() - said.rest.len() - 4 + if protocol == TCP { 17 } else { 7 };
+            frame[at] ^= 0x55;
+            assert_eq!(case.router.one(device, &frame), [], "{what}");
+            assert_eq!((case.listed(), case.router.totals().dropped()), (before, 1), "{what}");
+            case.router.finish();
+        }
+    }
 }
 
 /// Where a flow of datagrams stands.
@@ -817,7 +906,7 @@ fn udp_every_state_before_and_after_its_timeout() {
     use Datagrams::{Replied, Stream, Unreplied};
     use Silence::{Over, Short, TwoSeconds};
     const BACK: [Outcome; 8] = [OpensBack; 8];
-    let gone = Ends(DropReason::BackendGone);
+    let gone = Cut(DropReason::BackendGone);
     let denied = Ends(DropReason::PolicyDeniedIngress);
     // A flow whose backend a policy denies waits for its timeout, which nothing restarts: it picks no other for that.
     let held = [Follows, Stays, Opens(&NEW), REFUSED, UNCLAIMED, UNCLAIMED, DENIED, DENIED];
@@ -861,6 +950,11 @@ fn udp_every_state_before_and_after_its_timeout() {
                     case.check(&said, outcome, &before, control, &what);
                     match outcome {
                         Opens(to) => goes_on_at(&mut case, *to, &what),
+                        // Another answer is the backend's as well: no more than the first does it pass in the backend's own name.
+                        _ if outcome == gone => {
+                            let before = case.seen(Vec::new());
+                            case.check(&said, gone, &before, || unreachable!("it is not compared"), &what);
+                        }
                         Stays if way.is_offloaded => {
                             // It is refused once, and never asks again.
                             assert!(case.hand_over(), "{what}");
@@ -1123,12 +1217,10 @@ fn an_error_from_where_a_backend_was_moves_its_flow_and_its_datagram() {
                         );
                         if !is_evidence {
                             let dropped = after.dropped() - before.dropped();
+                            // What a pod was not sent it has nothing to tell about, nor has who is outside of what did not leave.
                             let is_forged_by_pod = teller == Teller::Forger && path.0 == CLIENT_POD;
-                            assert_eq!(
-                                (left.len() as u64 + dropped, dropped),
-                                (1, u64::from(is_forged_by_pod)),
-                                "{what}"
-                            );
+                            let is_of_nobody = is_forged_by_pod || is_local && path.0 == UPLINK;
+                            assert_eq!((left.len() as u64 + dropped, dropped), (1, u64::from(is_of_nobody)), "{what}");
                             assert_eq!((case.listed(), after.opened), (listed, before.opened), "{what}");
                             ask(&mut case);
                         } else if quote == Quote::Whole {
@@ -1243,7 +1335,7 @@ fn sctp_table() -> Vec<Row<Association>> {
             sctp("ABORT", direction, tag, &[6, 0, 0, 4]),
         ]
     };
-    let gone = Ends(DropReason::BackendGone);
+    let gone = Cut(DropReason::BackendGone);
     let denied = Ends(DropReason::PolicyDeniedIngress);
     vec![
         Row {
@@ -1336,7 +1428,7 @@ impl Unserved {
         let sent = self.router.one(device, &packet.frame());
         let [((device, _), bytes)] = received(&sent)[..] else { return None };
         let left = read(bytes);
-        if said.direction == Original {
+        if said.direction == Original && device != CLIENT_POD {
             self.replies_to = ends(&left)[0];
         }
         Some((device, ends(&left)[1]))
@@ -1388,6 +1480,81 @@ fn a_service_that_appears_takes_over_what_begins_and_no_connection_that_lives() 
         flow.appears();
         assert_eq!(flow.say(&datagram(Original)), Some(backend));
         flow.router.finish();
+        // Also where an answer comes first, which passes.
+        let mut flow = Unserved::new(family, UDP);
+        assert_eq!(flow.say(&datagram(Original)), Some(outside));
+        flow.appears();
+        assert_eq!(flow.say(&datagram(Reply)), Some((CLIENT_POD, (ip(CLIENT[family]), CLIENT_PORT))));
+        assert_eq!(flow.say(&datagram(Original)), Some(backend));
+        flow.router.finish();
+    }
+}
+
+/// A pod's flow to the outside, masqueraded, whose way out gets another address. The node has the old one yet, on another device, or not.
+#[test]
+fn a_masqueraded_flow_whose_way_out_changed_begins_anew_and_tcp_goes_on_while_its_address_is_there() {
+    const NEW_NODE: [&str; 2] = ["192.168.10.7", "fd00:10::7"];
+    let change = |flow: &mut Unserved, is_gone: bool| {
+        let (mut cluster, mut links) = (cluster(), links());
+        links.devices[0].addresses = ["192.168.10.7/24", "fd00:10::7/64"].map(|net| net.parse().unwrap()).into();
+        if is_gone {
+            cluster.nodes[0].internal_ips = NEW_NODE.map(ip).into();
+        }
+        let forwarding = Arc::new(Forwarding::compile(&cluster, &links).unwrap());
+        let next = flow.router.next(rules(Vec::new(), true), forwarding);
+        flow.router.published.publish(next);
+    };
+    for (family, is_gone) in [(0, false), (0, true), (1, false), (1, true)] {
+        let outside = Some((UPLINK, (ip(OUTSIDE[family]), 53)));
+        let client = Some((CLIENT_POD, (ip(CLIENT[family]), CLIENT_PORT)));
+        let (old, new) = (ip(NODE[family]), ip(NEW_NODE[family]));
+        for state in [Datagrams::Unreplied, Datagrams::Replied, Datagrams::Stream] {
+            let what = format!("{state:?}, family {family}, gone: {is_gone}");
+            let mut flow = Unserved::new(family, UDP);
+            let rounds = [Datagrams::Unreplied, Datagrams::Replied, Datagrams::Stream];
+            for _ in 0..=rounds.iter().position(|one| *one == state).unwrap() {
+                assert_eq!((flow.say(&datagram(Original)), flow.replies_to.0), (outside, old), "{what}");
+                if state != Datagrams::Unreplied {
+                    assert_eq!(flow.say(&datagram(Reply)), client, "{what}");
+                }
+                flow.router.wait(3 * SECOND);
+            }
+            change(&mut flow, is_gone);
+            if state != Datagrams::Unreplied && !is_gone {
+                assert_eq!(flow.say(&datagram(Reply)), client, "{what}: an answer that was under way");
+            }
+            for _ in 0..2 {
+                assert_eq!((flow.say(&datagram(Original)), flow.replies_to.0), (outside, new), "{what}");
+                assert_eq!(flow.say(&datagram(Reply)), client, "{what}");
+            }
+            assert_eq!(flow.router.finish().opened, 2, "{what}");
+        }
+        for state in TcpState::ALL {
+            for said in syns().into_iter().chain(others(Original)) {
+                let what = format!("{said:?} in {state:?}, family {family}, gone: {is_gone}");
+                let flow = || {
+                    let mut flow = Unserved::new(family, TCP);
+                    to_state(state).iter().for_each(|said| assert!(flow.say(said).is_some(), "{what}"));
+                    flow
+                };
+                let is_syn = said.rest[9] & (SYN | ACK) == SYN;
+                let opens = is_syn && (is_gone || matches!(state, SynSent | TimeWait | Close));
+                let goes_on = flow().say(&said);
+                let mut flow = flow();
+                change(&mut flow, is_gone);
+                if opens {
+                    assert_eq!((flow.say(&said), flow.replies_to.0), (outside, new), "{what}");
+                } else if is_gone {
+                    // The client is told, but for its own RST.
+                    assert_eq!(flow.say(&said), client.filter(|_| !is_reset(&said)), "{what}");
+                    assert_eq!(flow.router.drops(), BTreeMap::from([(DropReason::AddressGone, 1)]), "{what}");
+                } else {
+                    assert_eq!(flow.say(&said), goes_on, "{what}");
+                    assert!(goes_on.is_none() || flow.replies_to.0 == old, "{what}");
+                }
+                flow.router.finish();
+            }
+        }
     }
 }
 

@@ -302,6 +302,48 @@ fn untracked_policy_judges_each_packet_and_makes_no_connection() {
     }
 }
 
+/// Later fragments have no ports: they go where their first went, to pods too, and whatever connection there is of before.
+#[test]
+fn untracked_policy_lets_later_fragments_follow_their_first() {
+    let piece = |src: &str, dst: &str, id: u8, at: usize, bytes: &[u8], more: bool| {
+        let place = at as u16 / 8 | u16::from(more) << 13;
+        let mut packet = vec![0x45, 0, 0, 20 + bytes.len() as u8, 0, id];
+        packet.extend(place.to_be_bytes());
+        packet.extend([64, UDP, 0, 0]);
+        packet.extend([router::octets(ip(src)), router::octets(ip(dst))].concat());
+        let checksum = !router::sum(&packet);
+        packet[10..12].copy_from_slice(&checksum.to_be_bytes());
+        [&[0xee; 6][..], &[10, 0, 0, 0, 0, 1, 8, 0], &packet, bytes].concat()
+    };
+    let Addresses { node, outside, server, vip, .. } = FAMILIES[0];
+    let allow = |port| Some(vec![rule(Action::Allow, Protocol::UDP, Some(port))]);
+    let cluster = governed("eth0");
+    for has_connection in [false, true] {
+        let mut router = router(&cluster, Vec::new());
+        if has_connection {
+            assert_eq!(fate(&mut router, UPLINK, &udp([outside, vip], [40_000, 53])), Ok(SERVER_POD));
+            assert_eq!(fate(&mut router, UPLINK, &udp([outside, server], [40_000, 7])), Ok(SERVER_POD));
+        }
+        let opened = router.totals().opened;
+        let untracked = policy(PolicyScope::Untracked, allow(7), Some(vec![from_port(Protocol::UDP, 7)]));
+        router.publish(rules(&cluster, vec![untracked]));
+        let header = [&40_000_u16.to_be_bytes()[..], &7_u16.to_be_bytes(), &[0, 24, 0, 0], &[1; 8]].concat();
+        for (id, dst, expected) in [(1, server, Ok(SERVER_POD)), (2, node, KERNEL)] {
+            for in_order in [true, false] {
+                let id = 2 * id + u8::from(in_order);
+                let (head, tail) =
+                    (piece(outside, dst, id, 0, &header, true), piece(outside, dst, id, 16, &[2; 8], false));
+                let frames = if in_order { [head, tail] } else { [tail, head] };
+                let sent = router.turn(&frames.map(|frame| (UPLINK, frame)));
+                let devices: Vec<_> = sent.iter().map(|(device, _)| Ok(*device)).collect();
+                assert_eq!(devices, [expected; 2], "to {dst}, in order: {in_order}, connection: {has_connection}");
+            }
+        }
+        assert_eq!(router.totals().opened, opened);
+        router.finish();
+    }
+}
+
 #[test]
 fn untracked_policy_leaves_the_straight_way_to_what_does_not_come_by_an_uplink() {
     for Addresses { outside, server, .. } in FAMILIES {

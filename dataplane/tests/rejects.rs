@@ -7,10 +7,12 @@ mod packets;
 #[path = "support/router.rs"]
 mod router;
 
+use std::sync::Arc;
+
 use packets::{Packet, SCTP, TCP, UDP};
 use router::{CLIENT_POD, Router, SERVER_POD, ip, rules, service, sum};
-use weir_dataplane::{frame::IfIndex, model::Links};
-use weir_nat::{ServicePort, SnatPorts};
+use weir_dataplane::{forwarding::Forwarding, frame::IfIndex, model::Links};
+use weir_nat::{HostAddresses, ServicePort, SnatPorts};
 use weir_packet::{DropReason, Protocol};
 
 const CLIENT: [&str; 2] = ["10.1.1.10", "fd00:1:1::10"];
@@ -113,4 +115,69 @@ fn a_pod_of_this_node_without_a_device_is_unreachable_where_all_devices_are_know
             router.finish();
         }
     }
+}
+
+/// A process of the node itself that asks a host port on a loopback address.
+#[test]
+fn a_process_on_a_loopback_address_is_told_too() {
+    const SERVER: [&str; 2] = ["10.1.1.20", "fd00:1:1::20"];
+    const LOOPBACK: [&str; 2] = ["127.0.0.1", "::1"];
+    for family in 0..2 {
+        let loopback = ip(LOOPBACK[family]);
+        let host_ports = || {
+            [Protocol::TCP, Protocol::UDP].map(|protocol| ServicePort {
+                cluster_ips: Vec::new(),
+                host_port: Some(HostAddresses::One(loopback)),
+                ..service("default/web", protocol, VIP, SERVER, None)
+            })
+        };
+        let snat = SnatPorts::new(10000..=20000, []).unwrap();
+        let mut router = Router::new(rules(host_ports().into(), true), snat, 1024);
+        let asked = |protocol| Packet { src: loopback, dst: loopback, ..first(family, protocol) };
+        for protocol in [TCP, UDP] {
+            let sent = router.one(IfIndex::HOST, &asked(protocol).frame());
+            assert_eq!(sent.iter().map(|(device, _)| *device).collect::<Vec<_>>(), [SERVER_POD], "{protocol}");
+        }
+        // Its pod was replaced by one that is not there: UDP by ICMP, TCP's next segment by a RST.
+        let mut links = Links { complete: true, ..router::links() };
+        links.devices.retain(|device| device.index != SERVER_POD);
+        let forwarding = Arc::new(Forwarding::compile(&router::cluster(), &links).unwrap());
+        let [_, udp] = host_ports();
+        let next = router.next(rules(vec![udp], true), forwarding);
+        router.published.publish(next);
+        let mut segment = asked(TCP);
+        segment.l4[13] = 0x10;
+        for (packet, expected) in [(segment, TCP), (asked(UDP), [1, 58][family])] {
+            let sent = router.one(IfIndex::HOST, &packet.frame());
+            let [(device, frame)] = &sent[..] else { panic!("{sent:?}") };
+            let (protocol, ends) = if family == 0 { (frame[23], &frame[26..34]) } else { (frame[20], &frame[22..54]) };
+            let expected_ends = [router::octets(loopback), router::octets(loopback)].concat();
+            assert_eq!((*device, protocol, ends), (IfIndex::HOST, expected, &expected_ends[..]));
+        }
+        let drops = router.drops().into_iter().collect::<Vec<_>>();
+        assert_eq!(drops, [(DropReason::BackendGone, 1), (DropReason::NoSuchPod, 1)]);
+        router.finish();
+    }
+}
+
+/// The node has no address of the family that a pod could answer: nothing goes there in the name of a loopback address.
+#[test]
+fn a_process_on_a_loopback_address_reaches_no_pod_that_could_not_answer() {
+    let loopback = ip("::1");
+    let mut cluster = router::cluster();
+    cluster.nodes[0].internal_ips.retain(|address| address.is_ipv4());
+    let mut links = router::links();
+    links.devices[0].addresses.retain(|net| net.addr().is_ipv4());
+    let web = ServicePort {
+        cluster_ips: Vec::new(),
+        host_port: Some(HostAddresses::One(loopback)),
+        ..service("default/web", Protocol::UDP, VIP, ["10.1.1.20", "fd00:1:1::20"], None)
+    };
+    let snat = SnatPorts::new(10000..=20000, []).unwrap();
+    let mut router = Router::between(&cluster, &links, rules(vec![web], true), snat, 64);
+    let asked = Packet { src: loopback, dst: loopback, ..first(1, UDP) };
+    let sent = router.one(IfIndex::HOST, &asked.frame());
+    assert_eq!(sent.iter().map(|(device, _)| *device).collect::<Vec<_>>(), [IfIndex::HOST], "it is told");
+    assert_eq!(router.drops().into_iter().collect::<Vec<_>>(), [(DropReason::NoRoute, 1)]);
+    router.finish();
 }

@@ -8,13 +8,17 @@ mod packets;
 #[path = "support/router.rs"]
 mod router;
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use packets::{Packet, TCP, UDP, received};
 use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service, sum};
-use weir_dataplane::frame::IfIndex;
-use weir_nat::{ServicePort, SnatPorts};
-use weir_packet::{DropReason, Protocol};
+use weir_dataplane::{frame::IfIndex, snapshot::Rules};
+use weir_nat::{HostAddresses, ServicePort, ServiceTable, SnatPorts};
+use weir_packet::{DropReason, FlowKey, Ports, Protocol};
+use weir_policy::Classifier;
 
 const CLIENT: [&str; 2] = ["10.1.1.10", "fd00:1:1::10"];
 const SERVER: [&str; 2] = ["10.1.1.20", "fd00:1:1::20"];
@@ -180,24 +184,129 @@ fn a_tcp_connection_keeps_its_backend_until_that_is_gone_and_is_reset_then() {
             }
             assert_eq!(router.drops(), BTreeMap::new());
 
-            // Gone: who sends next is told by a RST that it accepts, in the name of whom it speaks to.
+            // Gone: who sends next is told by a RST that it accepts, in the name of whom it speaks to; and where that is the backend, so is
+            // the client.
             router.publish(rules(with_backends(Protocol::TCP, VIP, &[REMOTE]), true));
-            let (device, next, (src, dst)) = if from_client {
-                (CLIENT_POD, data, (vip, client))
-            } else {
-                (SERVER_POD, tcp(ACK, server, client, 901, 101), (client, server))
-            };
-            let sent = through(&mut router, device, &next);
-            assert_eq!(sent.len(), 1, "{sent:?}");
-            let (to, reset) = &sent[0];
-            assert_eq!((*to, (reset.src, word(reset, 0)), (reset.dst, word(reset, 2))), (device, src, dst));
-            assert_eq!(reset.l4[13] & RST, RST);
-            assert_eq!(reset.l4[4..8], next.l4[8..12], "its sequence number is what the other acknowledged last");
+            let answer = tcp(ACK, server, client, 901, 101);
+            let (device, next) = if from_client { (CLIENT_POD, data) } else { (SERVER_POD, answer) };
+            let told = through(&mut router, device, &next).into_iter().map(|(by, reset)| {
+                assert_eq!(reset.l4[13] & RST, RST);
+                (by, [(reset.src, word(&reset, 0)), (reset.dst, word(&reset, 2))], reset.l4[4..8].to_vec())
+            });
+            let client_is_told = (CLIENT_POD, [vip, client], 901_u32.to_be_bytes().to_vec());
+            let backend_is_told = (SERVER_POD, [client, server], 101_u32.to_be_bytes().to_vec());
+            let expected = if from_client { vec![client_is_told] } else { vec![client_is_told, backend_is_told] };
+            assert_eq!(told.collect::<Vec<_>>(), expected, "their sequence numbers are what the other expects");
             assert_eq!(router.drops(), BTreeMap::from([(DropReason::BackendGone, 1)]));
             // A new connection goes to the one that is left.
             let again = goes(&mut router, &tcp(SYN, (client.0, 5001), vip, 100, 0));
             assert_eq!(again, (UPLINK, address(REMOTE), 5353));
             router.finish();
         }
+    }
+}
+
+/// A frontend appears on a port of the node that one of the node's own sockets has: a host port, or a node port.
+#[test]
+fn what_opens_nothing_at_an_own_address_is_the_kernels() {
+    const FIN: u8 = 0x01;
+    for (family, is_host_port) in [(0, false), (0, true), (1, false), (1, true)] {
+        let address = |of: [&str; 2]| ip(of[family]);
+        let mut service = with_backends(Protocol::TCP, VIP, &[SERVER]).remove(0);
+        if is_host_port {
+            (service.port, service.cluster_ips) = (45_678, Vec::new());
+            service.host_port = Some(HostAddresses::All);
+        } else {
+            service.node_port = Some(45_678);
+        }
+        let (node, api, pod) = ((address(NODE), 45_678), (address(OUTSIDE), 6443), (address(CLIENT), 6443));
+        let mut router = router(vec![service]);
+        for flags in [ACK, SYN | ACK, FIN | ACK, RST | ACK, RST] {
+            // From outside, and from the node's own kernel, which gets it back.
+            for (device, from) in [(UPLINK, api), (IfIndex::HOST, node)] {
+                let segment = tcp(flags, from, node, 7, 9);
+                let sent = through(&mut router, device, &segment);
+                let punted: Vec<_> = sent.iter().map(|(by, packet)| (*by, &packet.l4)).collect();
+                assert_eq!(
+                    punted,
+                    [(IfIndex::HOST, &Packet::read(&segment.frame()[14..]).l4)],
+                    "{flags} from {from:?}"
+                );
+            }
+            let before = router.totals().dropped();
+            assert_eq!(
+                through(&mut router, CLIENT_POD, &tcp(flags, pod, node, 7, 9)),
+                [],
+                "{flags}: a pod's is judged"
+            );
+            assert_eq!(router.totals().dropped(), before + 1);
+        }
+        assert_eq!(router.drops(), BTreeMap::from([(DropReason::Invalid, 5)]));
+        assert_eq!(router.totals().opened, 0);
+        // A new connection is the service's; and what is in the middle of nothing at the cluster IP is nobody's.
+        let opened = through(&mut router, UPLINK, &tcp(SYN, api, node, 7, 0));
+        assert_eq!((opened[0].0, opened[0].1.dst), (SERVER_POD, address(SERVER)));
+        if !is_host_port {
+            assert_eq!(through(&mut router, UPLINK, &tcp(ACK, api, (address(VIP), 53), 7, 9)), []);
+        }
+        router.finish();
+    }
+}
+
+/// A backend whose own address and port are the frontend's, as a host-network pod's behind an external IP of its node.
+#[test]
+fn a_flow_to_a_backend_that_is_the_frontend_stays_there() {
+    for family in 0..2 {
+        let address = |of: [&str; 2]| ip(of[family]);
+        let both = || {
+            let mut service = with_backends(Protocol::UDP, VIP, &[OUTSIDE, SERVER]).remove(0);
+            service.external_ips = OUTSIDE.map(ip).into();
+            service.endpoints.iter_mut().for_each(|endpoint| endpoint.port = 53);
+            vec![service]
+        };
+        let mut router = router(both());
+        let mut at_itself = 0;
+        for port in 5000..5020_u16 {
+            let mut question = udp(address(CLIENT), address(OUTSIDE));
+            question.l4[..2].copy_from_slice(&port.to_be_bytes());
+            let first = goes(&mut router, &question);
+            at_itself += u32::from(first == (UPLINK, address(OUTSIDE), 53));
+            for _ in 0..5 {
+                router.publish(rules(both(), true));
+                assert_eq!(goes(&mut router, &question), first, "port {port}");
+            }
+        }
+        assert!(at_itself > 3, "some of them");
+        assert_eq!(router.finish().opened, 20);
+    }
+}
+
+/// A process before this one has judged the flow, and its pod's object does not come: what policy it has nobody knows.
+#[test]
+fn a_flow_from_before_a_restart_waits_for_its_pods_policy() {
+    fn taken_over<A: weir_dataplane::pipeline::Family>(router: &mut Router, src: IpAddr, dst: IpAddr) {
+        let [src, dst] = [src, dst].map(|address| A::from_ip(address).expect("of the family"));
+        let key = FlowKey { src, dst, ports: Ports::new(5000, 53), protocol: Protocol::UDP };
+        let found = router.connection(&key, |conn, _| {
+            let [.., backend] = conn.stamps();
+            conn.set_stamps([0, 0, backend]);
+            conn.set_generation(0);
+        });
+        assert_eq!(found, Some(()));
+    }
+    for family in 0..2 {
+        let mut router = router(Vec::new());
+        let question = udp(ip(OUTSIDE[family]), ip(SERVER[family]));
+        assert_eq!(through(&mut router, UPLINK, &question)[0].0, SERVER_POD);
+        let services = ServiceTable::compile(&weir_nat::Model::default()).unwrap();
+        let policy = Classifier::compile(&weir_policy::model::Model::default()).unwrap();
+        router.publish(Rules::new(services, policy, &router::cluster()));
+        match family {
+            0 => taken_over::<Ipv4Addr>(&mut router, ip(OUTSIDE[0]), ip(SERVER[0])),
+            _ => taken_over::<Ipv6Addr>(&mut router, ip(OUTSIDE[1]), ip(SERVER[1])),
+        }
+        assert_eq!(through(&mut router, UPLINK, &question), []);
+        assert_eq!(router.drops(), BTreeMap::from([(DropReason::PolicyNotReady, 1)]));
+        router.finish();
     }
 }

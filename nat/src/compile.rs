@@ -244,8 +244,12 @@ impl<'a, A: Address> Frontends<'a, A> {
         for (record, (_, service)) in served.iter().enumerate() {
             match service.host_port {
                 None => {}
-                // A loopback address only where it is asked for, and by the node's own processes only: nobody else can send to one.
-                Some(HostAddresses::One(one)) => this.add_all(record, Kind::HostPort, service.port, &[one]),
+                // Whoever may create a pod chooses it, so it must be the node's: by any other address it would take what others are sent. A
+                // loopback one only where it is asked for, and by the node's own processes only: nobody else can send to one.
+                Some(HostAddresses::One(one)) if model.is_own(one) => {
+                    this.add_all(record, Kind::HostPort, service.port, &[one]);
+                }
+                Some(HostAddresses::One(_)) => {}
                 Some(_) => own.iter().for_each(|&address| this.add(record, Kind::HostPort, service.port, address)),
             }
         }

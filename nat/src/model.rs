@@ -29,6 +29,13 @@ pub struct Model {
     pub services: Vec<Arc<ServicePort>>,
 }
 
+impl Model {
+    /// Whether an address is this node's: one of [`Model::local_addresses`], or a loopback one. Only there are host ports open.
+    pub fn is_own(&self, address: IpAddr) -> bool {
+        address.is_loopback() || self.local_addresses.contains(&address)
+    }
+}
+
 /// One port of a service, with its backends.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServicePort {
@@ -86,7 +93,7 @@ pub enum HostAddresses {
     Ipv4,
     /// On all IPv6 addresses of this node.
     Ipv6,
-    /// On this one.
+    /// On this one, as long as it is this node's ([`Model::is_own`]).
     One(IpAddr),
 }
 
@@ -106,6 +113,18 @@ impl HostAddresses {
         match self {
             Self::One(one) => one == address,
             _ => self.has_family(address.is_ipv6()) && !address.is_loopback(),
+        }
+    }
+
+    /// Whether a socket that is bound to that address, or to all of a family, may get what comes to it.
+    pub fn includes_socket_at(self, bound: IpAddr) -> bool {
+        match (self, bound) {
+            // One that is bound to :: may get IPv4 as well.
+            (Self::One(IpAddr::V4(_)), IpAddr::V6(address)) => address.is_unspecified(),
+            (_, IpAddr::V6(address)) if address.is_unspecified() => true,
+            (Self::One(one), address) if address.is_unspecified() => one.is_ipv6() == address.is_ipv6(),
+            (_, address) if address.is_unspecified() => self.has_family(address.is_ipv6()),
+            (_, address) => self.includes(address),
         }
     }
 

@@ -121,7 +121,10 @@ fn service_at(model: &Model, protocol: Protocol, dst: IpAddr, port: u16) -> Opti
                 Kind::External => service.port == port && service.external_ips.contains(&dst),
                 Kind::NodePort => service.node_port == Some(port) && local,
                 Kind::HostPort => match service.host_port {
-                    Some(HostAddresses::One(address)) => service.port == port && address == dst,
+                    Some(HostAddresses::One(address)) => {
+                        let is_own = dst.is_loopback() || model.local_addresses.contains(&dst);
+                        service.port == port && address == dst && is_own
+                    }
                     Some(_) => service.port == port && model.local_addresses.contains(&dst) && !dst.is_loopback(),
                     None => false,
                 },
@@ -324,7 +327,7 @@ prop_compose! {
     fn host_port()(
         protocol in protocol(),
         port in select(vec![80, 81, 3001]),
-        host_ip in prop::option::of(address([&NODES[..], &ELSEWHERE[..], &["0.0.0.0"][..]].concat())),
+        host_ip in prop::option::of(address([&NODES[..], &PODS[..], &ELSEWHERE[..], &["0.0.0.0"][..]].concat())),
         anywhere in prop::bool::weighted(0.3),
         endpoints in vec(address(PODS.to_vec()), 0..3),
     ) -> ServicePort {

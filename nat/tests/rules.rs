@@ -44,6 +44,7 @@ in_both_families! {
     rule_19_the_load_balancer_ip_itself_passes_with_the_node,
     rule_22_node_ports_are_open_on_chosen_local_addresses,
     rule_22b_host_ports_are_open_on_the_nodes_addresses,
+    rule_22b_only_the_nodes_own_addresses_have_host_ports,
     rule_22b_whose_port_it_is,
     rule_22b_connections_end_with_the_pod,
     rule_24_other_ports_and_unallocated_addresses,
@@ -453,6 +454,22 @@ fn rule_22b_host_ports_are_open_on_the_nodes_addresses<A: Carried>() {
     );
 }
 
+/// Whoever may create a pod writes its `hostIP`: another pod's address, the cloud's metadata service, another node's, anybody's.
+fn rule_22b_only_the_nodes_own_addresses_have_host_ports<A: Carried>() {
+    for elsewhere in ["10.0.0.7", "10.1.0.1", "169.254.169.254", "192.168.0.3", OUTSIDE] {
+        let mut model = with_host_port(HostAddresses::One(v4(elsewhere).into()));
+        for source in SOURCES {
+            assert_eq!(tcp::<A>(&model, source, (elsewhere, 8443)), Outcome::Pass, "{elsewhere} from {source}");
+        }
+        let table = ServiceTable::compile(&carried::<A>(&model)).expect("the model compiles");
+        assert_eq!((table.node_ports().count(), table.own_frontends().len()), (0, 0), "{elsewhere}");
+        assert_eq!(table.owned_addresses().count(), 0, "{elsewhere}");
+        // It may become the node's.
+        model.local_addresses.push(v4(elsewhere).into());
+        assert_eq!(tcp::<A>(&model, OUTSIDE, (elsewhere, 8443)), forward(&["10.1.0.1:8080"], false), "{elsewhere}");
+    }
+}
+
 fn rule_22b_whose_port_it_is<A: Carried>() {
     // A service's node port comes before host ports, wherever they stand; of two host ports the first has it.
     let mut model = world(vec![on("node-b", "10.66.0.1")]);
@@ -492,6 +509,29 @@ fn rule_22b_where_host_ports_meet() {
         (loopback, loopback, true),
     ] {
         assert_eq!((a.overlaps(b), b.overlaps(a)), (meet, meet), "{a:?} {b:?}");
+    }
+    // Sockets of the node: which of them get what comes to a host port there.
+    for (on, bound, meet) in [
+        (All, "0.0.0.0", true),
+        (All, "::", true),
+        (All, "192.0.2.9", true),
+        (All, "127.0.0.53", false),
+        (Ipv4, "::", true),
+        (Ipv4, "0.0.0.0", true),
+        (Ipv4, "2001:db8::1", false),
+        (Ipv6, "0.0.0.0", false),
+        (Ipv6, "2001:db8::1", true),
+        (v4, "0.0.0.0", true),
+        (v4, "::", true),
+        (v4, "192.0.2.1", true),
+        (v4, "192.0.2.2", false),
+        (v4, "2001:db8::1", false),
+        (v6, "0.0.0.0", false),
+        (loopback, "0.0.0.0", true),
+        (loopback, "127.0.0.1", true),
+        (loopback, "192.0.2.1", false),
+    ] {
+        assert_eq!(on.includes_socket_at(bound.parse().expect("an address")), meet, "{on:?} {bound}");
     }
     let of = |text: Option<&str>| HostAddresses::of_host_ip(text.map(|text| text.parse().expect("an address")));
     assert_eq!([of(None), of(Some("0.0.0.0")), of(Some("::")), of(Some("192.0.2.1"))], [All, Ipv4, Ipv6, v4]);

@@ -6,7 +6,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use crate::{
-    Address, Mac, Protocol,
+    Address, FlowKey, Mac, Protocol,
     checksum::{Sum, pseudo_header},
     parse::{Arp, ETHERNET_BYTES, ETHERTYPE_ARP, ICMP_HEADER_BYTES, Kind, TcpFields, View, l4_checksum_ok},
     rewrite::{ORIGIN_TTL, ipv4_header, set_ethernet},
@@ -274,9 +274,35 @@ pub fn tcp_reset<A: Address>(out: &mut [u8], frame: &[u8], view: &View<A>) -> Op
     Some(packet.frame_bytes())
 }
 
-/// Whether the address names one host that can be answered.
+/// Makes a TCP segment that may not reach its receiver one that resets the connection there: its own number is the one that its receiver
+/// expects (RFC 5961, 3.2), its acknowledgment what one that waits for a SYN-ACK goes by (RFC 9293, 3.10.7.3). `to`: the key that the
+/// segment would have had there.
+///
+/// Never of a segment with a wrong checksum, or of a fragment.
+///
+/// # Panics
+/// Where `frame` is not the whole one.
+pub fn tcp_reset_onwards<A: Address>(out: &mut [u8], frame: &[u8], view: &View<A>, to: &FlowKey<A>) -> Option<usize> {
+    let segment = view.tcp(frame);
+    if view.key.protocol != Protocol::TCP || view.kind != Kind::Flow || !l4_checksum_ok(frame, view) {
+        return None;
+    }
+    let acknowledges = segment.flags & TcpFields::ACK;
+    let mut packet = Builder::new(out, Mac::default(), Mac::default(), to.src, to.dst, Protocol::TCP, 20)?;
+    let header = packet.l4();
+    header[..2].copy_from_slice(&to.ports.source().to_be_bytes());
+    header[2..4].copy_from_slice(&to.ports.destination().to_be_bytes());
+    header[4..8].copy_from_slice(&segment.seq.to_be_bytes());
+    header[8..12].copy_from_slice(&if acknowledges == 0 { 0 } else { segment.ack }.to_be_bytes());
+    header[12..14].copy_from_slice(&[5 << 4, TcpFields::RST | acknowledges]);
+    packet.finish(16);
+    Some(packet.frame_bytes())
+}
+
+/// Whether the address names one host that can be answered. A loopback one is the node's own kernel's: whoever else sends from one is dropped as
+/// it is parsed ([`crate::parse::parse_start`]).
 fn may_be_answered<A: Address>(src: A) -> bool {
-    !(src == A::unspecified() || src.is_multicast_or_broadcast() || src.is_loopback())
+    !(src == A::unspecified() || src.is_multicast_or_broadcast())
 }
 
 /// Why a packet is returned to its sender.

@@ -104,6 +104,8 @@ drop_reasons! {
     PolicyNotReady,
     /// A connection whose backend is gone.
     BackendGone,
+    /// A connection that was translated to an address of this node which the node has no more.
+    AddressGone,
     /// No source port is left for the translated connection, nor one whose connection is over or has not proved itself.
     SnatExhausted,
     /// The connection table is full.

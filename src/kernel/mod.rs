@@ -19,7 +19,7 @@ use std::{io, path::PathBuf};
 pub use follow::{Changed, FollowSettings, KernelState, Resolver};
 pub use host::{HostPlumbing, HostReport, HostSettings, LOOPBACK_SOURCES, ROUTE_TABLE, RULE_PRIORITY, Wanted};
 pub use picture::{DeviceChanges, DeviceTracker, Link, RoleRules};
-pub use ports::{Listening, PortSet};
+pub use ports::{Listening, PortSet, Sockets, ephemeral_ports};
 
 /// The trunk's end in the kernel.
 pub const TRUNK_HOST: &str = "weir0";

@@ -4,10 +4,13 @@
 use std::{
     collections::BTreeSet,
     fmt,
-    fs::File,
+    fs::{self, File},
     io::{BufRead, BufReader},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     str::FromStr,
 };
+
+use weir_packet::Protocol;
 
 /// A set of ports: inclusive ranges, sorted, neither overlapping nor adjacent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -137,10 +140,71 @@ impl Listening {
     }
 }
 
+/// What sockets of the node have: TCP's listeners, and all of UDP, whose every socket gets what comes to its port.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sockets(BTreeSet<(Protocol, u16, IpAddr)>);
+
+impl Sockets {
+    /// As /proc/net lists them for this network namespace. What cannot be read is taken for empty.
+    pub fn read() -> Self {
+        let tables = [("tcp", Protocol::TCP), ("tcp6", Protocol::TCP), ("udp", Protocol::UDP), ("udp6", Protocol::UDP)];
+        let of = |(table, protocol): (&str, Protocol)| {
+            // Of this thread: the process may have entered a namespace after it began.
+            let file = File::open(format!("/proc/thread-self/net/{table}")).ok();
+            let lines = file.into_iter().flat_map(|file| BufReader::new(file).lines().map_while(Result::ok));
+            lines.filter_map(move |line| bound(&line, protocol)).collect::<Vec<_>>()
+        };
+        Self(tables.into_iter().flat_map(of).collect())
+    }
+
+    /// These, for tests.
+    #[cfg(test)]
+    pub fn of(sockets: impl IntoIterator<Item = (Protocol, u16, IpAddr)>) -> Self {
+        Self(sockets.into_iter().collect())
+    }
+
+    /// Whether one has that port at an address of which `is_there` says yes.
+    pub fn any(&self, protocol: Protocol, port: u16, is_there: impl Fn(IpAddr) -> bool) -> bool {
+        let (least, most) = (IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::from_bits(u128::MAX)));
+        self.0.range((protocol, port, least)..=(protocol, port, most)).any(|(.., address)| is_there(*address))
+    }
+}
+
+/// Where a socket of a line of /proc/net is bound, unless it is one of TCP that does not listen.
+fn bound(line: &str, protocol: Protocol) -> Option<(Protocol, u16, IpAddr)> {
+    let mut words = line.split_whitespace();
+    let (local, _remote, state) = (words.nth(1)?, words.next()?, words.next()?);
+    let (address, port) = local.rsplit_once(':')?;
+    // Words of the address in the machine's order (net/ipv4/tcp_ipv4.c, get_tcp4_sock).
+    let word = |at: usize| u32::from_str_radix(address.get(8 * at..8 * at + 8)?, 16).ok().map(u32::to_ne_bytes);
+    let address: IpAddr = match address.len() {
+        8 => word(0)?.into(),
+        32 => {
+            let words = [word(0)?, word(1)?, word(2)?, word(3)?];
+            let address = Ipv6Addr::from(<[u8; 16]>::try_from(words.as_flattened()).ok()?);
+            address.to_ipv4_mapped().map_or(address.into(), IpAddr::V4)
+        }
+        _ => return None,
+    };
+    let port = u16::from_str_radix(port, 16).ok()?;
+    (protocol != Protocol::TCP || state == LISTEN).then_some((protocol, port, address))
+}
+
+/// net.ipv4.ip_local_port_range, of both families: the first and the last. The kernel's default where it cannot be read.
+pub fn ephemeral_ports() -> (u16, u16) {
+    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let mut ports = text.split_whitespace().map(|port| port.parse().ok());
+    match (ports.next().flatten(), ports.next().flatten()) {
+        (Some(first), Some(last)) => (first, last),
+        _ => (32_768, 60_999),
+    }
+}
+
+/// include/net/tcp_states.h
+const LISTEN: &str = "0A";
+
 /// The local port of a line of /proc/net/tcp or udp, if its socket waits for anybody.
 fn listening_port(line: &str) -> Option<u16> {
-    // include/net/tcp_states.h
-    const LISTEN: &str = "0A";
     const UDP_UNCONNECTED: &str = "07";
     let mut words = line.split_whitespace();
     let (local, _remote, state) = (words.nth(1)?, words.next()?, words.next()?);
@@ -175,6 +239,26 @@ mod tests {
         assert_eq!(of((udp, udp), false).udp, only(&[udp]));
         assert!(!of((0, 0), false).tcp.contains(&tcp) && of((0, 0), true).tcp.contains(&tcp));
         assert_eq!(of((0, 0), true).udp, only(&[]));
+    }
+
+    #[test]
+    fn sockets_are_found_with_their_addresses() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let connected = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let udp = std::net::UdpSocket::bind("[::1]:0").unwrap();
+        udp.connect("[::1]:9").unwrap();
+        let sockets = Sockets::read();
+        for (protocol, at, expected) in [
+            (Protocol::TCP, listener.local_addr().unwrap(), true),
+            (Protocol::TCP, connected.local_addr().unwrap(), false),
+            (Protocol::UDP, udp.local_addr().unwrap(), true),
+        ] {
+            assert_eq!(sockets.any(protocol, at.port(), |address| address == at.ip()), expected, "{at}");
+        }
+        let line = |local: &str| bound(&format!("0: {local} 0:0 0A 0"), Protocol::TCP).map(|(_, port, at)| (port, at));
+        assert_eq!(line("00000000000000000000000000000000:0035"), Some((53, Ipv6Addr::UNSPECIFIED.into())));
+        assert_eq!(line("0000000000000000FFFF00000100007F:0035"), Some((53, Ipv4Addr::LOCALHOST.into())));
+        assert_eq!((line("0100007:0035"), line("local_address"), line("")), (None, None, None));
     }
 
     fn set(text: &str) -> PortSet {

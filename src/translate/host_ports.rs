@@ -3,7 +3,12 @@
 //! Where two claim the same address, protocol and port, services come before pods (the table has them in that order, as
 //! kube-proxy's rules stand before those of the CNI's portmap), and of two pods one that is not terminating, then the older one.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+use std::{
+    cell::OnceCell,
+    collections::{BTreeSet, HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use k8s_openapi::{
     api::core::v1::{Container, Pod},
@@ -13,9 +18,10 @@ use weir_dataplane::{forwarding::local_workloads, model::Cluster};
 use weir_nat::{Endpoint, HostAddresses, Model, ServicePort};
 use weir_packet::Protocol;
 
-use super::{LocalPods, cluster::is_workload, services::port_number};
+use super::{Loaded, LocalPods, cluster::is_workload, services::port_number};
 use crate::{
     config::{Problems, RouterConfig, address::parse_ip},
+    kernel::Sockets,
     manifests::{Manifests, Object, at::At},
 };
 
@@ -30,6 +36,164 @@ pub struct Unserved {
     pub port: u16,
     /// Why, as a sentence.
     pub why: String,
+}
+
+/// Host ports that pods of this node ask for, those first who keep theirs where there is not room for all.
+#[derive(Debug, Default)]
+pub(super) struct HostPorts {
+    asked: Vec<Arc<ServicePort>>,
+    /// Of those which another has already.
+    contested: Vec<Unserved>,
+    /// Why the others are not served.
+    refused: Vec<(Arc<ServicePort>, Why)>,
+}
+
+/// Why a host port is not served at all.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Why {
+    /// Its hostIP is none of this node's addresses.
+    Elsewhere(IpAddr),
+    /// A socket of the node has it.
+    InUse,
+    /// It would leave too little.
+    TooMany(&'static str),
+}
+
+/// What host ports must leave to the node.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// `snat.portRange`.
+    pub snat: (u16, u16),
+    /// net.ipv4.ip_local_port_range: from these the kernel gives source ports.
+    pub ephemeral: (u16, u16),
+    /// Frontends that a family may have on the node's own addresses.
+    pub frontends: usize,
+}
+
+impl HostPorts {
+    /// Puts into `model`, which has the services only, those that can be served, and keeps why not of the others. `before`: those that are
+    /// served already, which a socket that came later does not take the port from. `sockets` is asked once at most, and not if there is no
+    /// host port that is new.
+    ///
+    /// Whoever may create a pod asks for as many as he likes. So they leave half of each range of ports to the node, and there is room for all
+    /// that are served.
+    fn settle(
+        &mut self,
+        model: &mut Model,
+        room: Room,
+        before: &HashSet<(String, Protocol)>,
+        sockets: impl FnOnce() -> Sockets,
+    ) {
+        let (sockets, mut ask) = (OnceCell::new(), Some(sockets));
+        let half = |(first, last): (u16, u16)| (first..=last).len() / 2;
+        let ranges = [(room.snat, "snat.portRange"), (room.ephemeral, "net.ipv4.ip_local_port_range")];
+        let mut in_range = [BTreeSet::new(), BTreeSet::new()];
+        let own_of = |is_ipv6: bool| model.local_addresses.iter().filter(|one| one.is_ipv6() == is_ipv6).count().max(1);
+        let node_ports = model.services.iter().filter(|service| service.node_port.is_some()).count();
+        let of_services = |is_ipv6: bool| {
+            let on_own = |service: &Arc<ServicePort>| {
+                let addresses =
+                    service.external_ips.iter().chain(&service.load_balancer_ips).chain(&service.cluster_ips);
+                addresses.filter(|one| one.is_ipv6() == is_ipv6 && model.is_own(**one)).count()
+            };
+            node_ports * own_of(is_ipv6) + model.services.iter().map(on_own).sum::<usize>()
+        };
+        let mut frontends = [of_services(false), of_services(true)];
+        let own = [own_of(false), own_of(true)];
+        self.refused.clear();
+        let mut served = Vec::new();
+        for asked in &self.asked {
+            let on = asked.host_port.expect("a host port");
+            if let HostAddresses::One(address) = on
+                && !model.is_own(address)
+            {
+                self.refused.push((Arc::clone(asked), Why::Elsewhere(address)));
+                continue;
+            }
+            let is_within = |(first, last): (u16, u16)| (first..=last).contains(&asked.port);
+            let full = ranges.iter().zip(&in_range).find(|((range, _), taken)| {
+                is_within(*range) && !taken.contains(&asked.port) && taken.len() >= half(*range)
+            });
+            let more: [usize; 2] = std::array::from_fn(|family| match on {
+                HostAddresses::One(address) => usize::from(usize::from(address.is_ipv6()) == family),
+                HostAddresses::All => own[family],
+                HostAddresses::Ipv4 => own[family] * (1 - family),
+                HostAddresses::Ipv6 => own[family] * family,
+            });
+            let has_room = (0..2).all(|family| frontends[family] + more[family] <= room.frontends);
+            let too_many = match full {
+                Some(((_, name), _)) => Some(*name),
+                None if !has_room => Some("the programs' map"),
+                None => None,
+            };
+            if let Some(what) = too_many {
+                self.refused.push((Arc::clone(asked), Why::TooMany(what)));
+                continue;
+            }
+            for ((range, _), taken) in ranges.iter().zip(&mut in_range) {
+                if is_within(*range) {
+                    taken.insert(asked.port);
+                }
+            }
+            (0..2).for_each(|family| frontends[family] += more[family]);
+            let is_served = before.contains(&(asked.name.clone(), asked.protocol));
+            let mut read = || ask.take().map(|ask| ask()).unwrap_or_default();
+            if !is_served
+                && sockets.get_or_init(&mut read).any(asked.protocol, asked.port, |at| on.includes_socket_at(at))
+            {
+                self.refused.push((Arc::clone(asked), Why::InUse));
+                continue;
+            }
+            served.push(Arc::clone(asked));
+        }
+        model.services.extend(served);
+    }
+
+    /// Those of which something is not served.
+    fn unserved(&self) -> Vec<Unserved> {
+        let refused = self.refused.iter().map(|(port, why)| Unserved {
+            pod: port.name.split(":hostPort/").next().unwrap_or_default().to_owned(),
+            protocol: port.protocol,
+            port: port.port,
+            why: match why {
+                Why::Elsewhere(address) => format!("its hostIP {address} is no address of this node"),
+                Why::InUse => "a socket of the node has the port; it is looked at again every 30 s".to_owned(),
+                Why::TooMany("the programs' map") => "there is no room for more of them on this node".to_owned(),
+                Why::TooMany(range) => format!("host ports would have more than half of {range}"),
+            },
+        });
+        self.contested.iter().cloned().chain(refused).collect()
+    }
+}
+
+impl Loaded {
+    /// Settles which host ports are served by what is known of the node now: its addresses, and what its sockets have. Those that are served
+    /// `before` keep their ports. Until it is called, all are that are on the node's addresses.
+    pub fn settle_host_ports(
+        &mut self,
+        room: Room,
+        before: &HashSet<(String, Protocol)>,
+        sockets: impl FnOnce() -> Sockets,
+    ) {
+        self.services.services.retain(|service| service.host_port.is_none());
+        self.host_ports.settle(&mut self.services, room, before, sockets);
+    }
+
+    /// The host ports that are served, by name.
+    pub fn served_host_ports(&self) -> HashSet<(String, Protocol)> {
+        let served = self.services.services.iter().filter(|service| service.host_port.is_some());
+        served.map(|service| (service.name.clone(), service.protocol)).collect()
+    }
+
+    /// Host ports that are not served, or not on all their addresses.
+    pub fn unserved_host_ports(&self) -> Vec<Unserved> {
+        self.host_ports.unserved()
+    }
+
+    /// The ports that wait for a socket of the node to go.
+    pub fn host_ports_in_use(&self) -> impl Iterator<Item = u16> + '_ {
+        self.host_ports.refused.iter().filter(|(_, why)| *why == Why::InUse).map(|(port, _)| port.port)
+    }
 }
 
 /// What a pod asks for.
@@ -73,7 +237,7 @@ impl HostPort {
     }
 }
 
-/// Adds the host ports of this node's pods to `model`, which has the services. Those of which something is not served come back.
+/// Adds the host ports of this node's pods to `model`, which has the services, as if nothing were in their way but each other.
 pub(super) fn translate(
     config: &RouterConfig,
     manifests: &Manifests,
@@ -81,7 +245,7 @@ pub(super) fn translate(
     cluster: &Cluster,
     model: &mut Model,
     problems: &mut Problems,
-) -> Vec<Unserved> {
+) -> HostPorts {
     let addresses: HashMap<&str, &[IpAddr]> =
         local_workloads(cluster).map(|(_, workload)| (workload.name.as_str(), workload.addresses.as_slice())).collect();
     let mut pods = Vec::new();
@@ -106,7 +270,7 @@ pub(super) fn translate(
     });
 
     let mut taken = Taken::of_services(model);
-    let mut unserved = Vec::new();
+    let mut host_ports = HostPorts::default();
     for (asked, name, addresses, object) in pods {
         for port in &asked.ports {
             let is_failsafe = is_failsafe(port, cluster);
@@ -117,13 +281,34 @@ pub(super) fn translate(
             if let Some(why) = why {
                 let message = format!("hostPort {} ({}) is not served: {why}", port.port, port.protocol);
                 object.reporter(problems).warning(port.at(object), message, "give it another port".to_owned());
-                unserved.push(Unserved { pod: name.clone(), protocol: port.protocol, port: port.port, why });
+                host_ports.contested.push(Unserved {
+                    pod: name.clone(),
+                    protocol: port.protocol,
+                    port: port.port,
+                    why,
+                });
             }
             if is_failsafe {
                 continue;
             }
-            taken.add(port, &name);
-            model.services.push(Arc::new(ServicePort {
+            let is_elsewhere = matches!(port.on(), HostAddresses::One(address) if !model.is_own(address));
+            if let (true, Some(address)) = (is_elsewhere, port.host_ip) {
+                let unless = match config.local_addresses {
+                    Some(_) => "weir.yaml does not have it among localAddresses",
+                    None => "its Node does not have it; a device of the node may",
+                };
+                let message = format!(
+                    "hostPort {} ({}) is served only on an address of this node, and {address} is none: {unless}",
+                    port.port, port.protocol
+                );
+                object.reporter(problems).warning(
+                    port.at(object),
+                    message,
+                    "leave hostIP out, or take an address of the node".to_owned(),
+                );
+            }
+            taken.add(port, &name, is_elsewhere);
+            host_ports.asked.push(Arc::new(ServicePort {
                 name: port.name(object),
                 protocol: port.protocol,
                 port: port.port,
@@ -134,7 +319,8 @@ pub(super) fn translate(
             }));
         }
     }
-    unserved
+    model.services.extend(host_ports.asked.iter().cloned());
+    host_ports
 }
 
 fn endpoint(address: IpAddr, port: u16, config: &RouterConfig) -> Endpoint {
@@ -204,8 +390,8 @@ impl Taken {
         claims.iter().find(|claim| claim.meets(port.on())).map(|claim| claim.owner.as_str())
     }
 
-    fn add(&mut self, port: &HostPort, pod: &str) {
-        let claim = Claim { on: port.on(), is_elsewhere: false, owner: format!("pod {pod}") };
+    fn add(&mut self, port: &HostPort, pod: &str, is_elsewhere: bool) {
+        let claim = Claim { on: port.on(), is_elsewhere, owner: format!("pod {pod}") };
         self.by.entry((port.protocol, port.port)).or_default().push(claim);
     }
 }

@@ -33,7 +33,7 @@ use crate::{
 
 use cluster::Described;
 pub use cluster::workload_device;
-pub use host_ports::Unserved;
+pub use host_ports::{Room, Unserved};
 pub use local_pods::{LocalPod, LocalPods};
 use ports::Publishers;
 
@@ -62,8 +62,9 @@ pub struct Loaded {
     pub local_pods: Arc<LocalPods>,
     /// Names of those whose objects are not there yet. They are workloads that no policy lets anything through to or from.
     pub undescribed: BTreeSet<String>,
-    /// Host ports that are not served, or not on all their addresses.
-    pub unserved_host_ports: Vec<Unserved>,
+    host_ports: host_ports::HostPorts,
+    /// This node's addresses, as weir.yaml or its Node have them.
+    node_addresses: Vec<IpAddr>,
     publishers: Publishers,
     /// How long it took.
     pub times: LoadTimes,
@@ -95,10 +96,11 @@ impl Loaded {
         self.publishers.ports()
     }
 
-    /// Adds addresses that devices say are this node's, unless weir.yaml gives them with `localAddresses`.
+    /// Puts the addresses that devices have now beside those of the Node, unless weir.yaml gives them with `localAddresses`.
     pub fn add_local_addresses(&mut self, addresses: &[IpAddr]) {
         if self.config.local_addresses.is_none() {
             let known = &mut self.services.local_addresses;
+            known.clone_from(&self.node_addresses);
             for address in addresses {
                 if !known.contains(address) {
                     known.push(*address);
@@ -348,8 +350,8 @@ fn translate(
     let (mut cluster, described) = cluster::translate(&config, manifests, local_pods, &mut problems);
     host::translate(&config, manifests, &mut cluster, &mut problems);
     let mut services = services::translate(&config, manifests, &cluster, &mut kept.services, &mut problems);
-    let unserved_host_ports =
-        host_ports::translate(&config, manifests, local_pods, &cluster, &mut services, &mut problems);
+    let host_ports = host_ports::translate(&config, manifests, local_pods, &cluster, &mut services, &mut problems);
+    let node_addresses = services.local_addresses.clone();
     let policy = policy::translate(&config, manifests, &cluster, &described, &mut kept.policy, &mut problems);
     let undescribed = cluster.workloads.iter().zip(&described);
     let undescribed = undescribed.filter(|(_, by)| matches!(by, Described::NotYet)).map(|(pod, _)| pod.name.clone());
@@ -377,7 +379,8 @@ fn translate(
         faulty: Vec::new(),
         local_pods: Arc::clone(local_pods),
         undescribed,
-        unserved_host_ports,
+        host_ports,
+        node_addresses,
         publishers: Publishers::take(manifests),
         times: LoadTimes::default(),
     })

@@ -24,7 +24,7 @@ fn outcome(loaded: &Result<(Loaded, Option<Problems>), Problems>) -> String {
         writeln!(text, "{}: {:?}", service.name, origin(service.origin)).expect("a String takes it");
         service.origin = 0;
     }
-    writeln!(text, "{services:#?}\n{:#?}\n{:?}", loaded.policy.endpoints, loaded.unserved_host_ports)
+    writeln!(text, "{services:#?}\n{:#?}\n{:?}", loaded.policy.endpoints, loaded.unserved_host_ports())
         .expect("a String takes it");
     for policy in loaded.policy.tiers.iter().flat_map(|tier| &tier.policies) {
         let parts = (&policy.selector, &policy.ingress, &policy.egress, origin(policy.origin));

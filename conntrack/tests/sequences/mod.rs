@@ -347,6 +347,9 @@ fn syns() -> Vec<Sequence> {
     ]
 }
 
+const ANY_SYN: &str =
+    "after a SYN each RST in the window counts; anybody may send a SYN, and then need not know the number";
+
 fn rsts() -> Vec<Sequence> {
     vec![
         after_handshake(
@@ -391,6 +394,38 @@ fn rsts() -> Vec<Sequence> {
                 row(Reply, (R, 5051, 0, 0), Accept, Established, Some("close")),
                 invalid(Reply, (R, 5049, 0, 0), Established),
                 goes(Reply, (R, 5050, 0, 0), Close),
+            ],
+        ),
+        after_handshake(
+            "a SYN does not make a RST of its own side count that is not exact",
+            [
+                goes(Reply, (A, 5000, 1000, 0), Established),
+                passes(Original, (S, 70_000, 0, 0), Established),
+                row(Original, (R, 1500, 0, 0), Accept, Established, Some("close")).unlike_netfilter(ANY_SYN),
+            ],
+        ),
+        after_handshake(
+            "nor one of the other side that does not answer it",
+            [
+                goes(Reply, (A, 5000, 1000, 0), Established),
+                passes(Original, (S, 70_000, 0, 0), Established),
+                row(Reply, (R, 5500, 0, 0), Accept, Established, Some("close")).unlike_netfilter(ANY_SYN),
+            ],
+        ),
+        after_handshake(
+            "nor one that is behind",
+            [
+                goes(Reply, (A, 5000, 1000, 0), Established),
+                passes(Original, (S, 70_000, 0, 0), Established),
+                invalid(Original, (R, 999, 0, 0), Established).unlike_netfilter(ANY_SYN),
+            ],
+        ),
+        after_handshake(
+            "an exact one counts after a SYN too",
+            [
+                goes(Reply, (A, 5000, 1000, 0), Established),
+                passes(Original, (S, 70_000, 0, 0), Established),
+                goes(Original, (R, 1000, 0, 0), Close),
             ],
         ),
         after_handshake(

@@ -21,8 +21,8 @@ pub(super) const MAX_WORKLOADS: u32 = 4096;
 pub(super) const MAX_NODE_ADDRESSES: u32 = 4096;
 /// Owned prefixes, of each family.
 pub(super) const MAX_PREFIXES: u32 = 262_144;
-/// Ports of the node's own addresses, of each family.
-pub(super) const MAX_OWN_PORTS: u32 = 262_144;
+/// Frontends on the node's own addresses that there is room for in each family ([`super::Owned::own_ports`]).
+pub const MAX_OWN_PORTS: u32 = 262_144;
 /// Words of the port bitmaps: two sets, three protocols.
 pub(super) const PORT_WORDS: u32 = 2 * 3 * 65_536 / 64;
 
@@ -64,7 +64,7 @@ pub(super) type KeyV6 = [u8; 44];
 pub(super) type FlowName = [u32; 2];
 
 /// The trunk's programs, to send to the device `weir0`; with room for so many flows in the kernel, if any.
-pub(super) fn load_trunk(pins: &Pins, weir0: u32, flows: Option<u32>) -> Result<Ebpf, AttachError> {
+pub(super) fn load_trunk(pins: &Pins, weir0: u32, mtu: u32, flows: Option<u32>) -> Result<Ebpf, AttachError> {
     let object = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/trunk.bpf.o"));
     let layout = offload_layout(flows);
     // Flows are an earlier process's gift, no duty: those of another size or version are left behind.
@@ -75,14 +75,14 @@ pub(super) fn load_trunk(pins: &Pins, weir0: u32, flows: Option<u32>) -> Result<
     if !is_kept {
         layout.iter().try_for_each(|(name, ..)| pins::unpin_map(&pins.dir().join(name)))?;
     }
-    load("trunk", object, pins, &pins.trunk_sockets(), weir0, flows)
+    load("trunk", object, pins, &pins.trunk_sockets(), (weir0, Some(mtu)), flows)
 }
 
 /// The programs of one uplink, with the sockets that are pinned there: its own or the trunk's. After [`load_trunk`], with the same
 /// `weir0` and `flows`.
 pub(super) fn load_uplink(pins: &Pins, sockets: &Path, weir0: u32, flows: Option<u32>) -> Result<Ebpf, AttachError> {
     let object = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/uplink.bpf.o"));
-    load("uplink", object, pins, sockets, weir0, flows)
+    load("uplink", object, pins, sockets, (weir0, None), flows)
 }
 
 /// Name, type, bytes of key and value, entries of the maps for so many flows in the kernel.
@@ -95,12 +95,15 @@ fn load(
     object: &[u8],
     pins: &Pins,
     sockets: &Path,
-    weir0: u32,
+    (weir0, mtu): (u32, Option<u32>),
     flows: Option<u32>,
 ) -> Result<Ebpf, AttachError> {
     let mut loader = EbpfLoader::new();
     let is_on = u32::from(flows.is_some());
     loader.override_global("trunk_device", &weir0, true).override_global("offload_is_on", &is_on, true);
+    if let Some(mtu) = &mtu {
+        loader.override_global("trunk_mtu", mtu, true);
+    }
     for (map, .., entries) in offload_layout(flows) {
         loader.map_max_entries(map, entries);
     }

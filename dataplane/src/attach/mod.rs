@@ -81,6 +81,7 @@ use weir_packet::Mac;
 pub use self::{
     counters::{Counter, Counters},
     error::AttachError,
+    maps::MAX_OWN_PORTS,
     offload::{KernelKeys, OffloadMaps},
     owned::Owned,
     trunk::{KERNEL_END, KERNEL_END_MAC, ROUTER_END, ROUTER_END_MAC, Trunk},
@@ -212,12 +213,12 @@ impl Attachment {
 
         let mut notes = Vec::new();
         let mut flows = settings.flows;
-        let mut object = maps::load_trunk(&pins, trunk.kernel_end, flows)?;
+        let mut object = maps::load_trunk(&pins, trunk.kernel_end, trunk.mtu, flows)?;
         if let (Some(_), Err(error)) = (flows, classifier(&mut object, WORKLOAD_SEND)) {
             // Workers can carry everything.
             notes.push(format!("no flow is handed over: {}", error::chain(&error)));
             flows = None;
-            object = maps::load_trunk(&pins, trunk.kernel_end, flows)?;
+            object = maps::load_trunk(&pins, trunk.kernel_end, trunk.mtu, flows)?;
         }
         let mut identity: Array<_, u64> = maps::take(&mut object, "identity")?;
         identity.set(0, pins::namespace()?, 0).map_err(map_error("identity"))?;

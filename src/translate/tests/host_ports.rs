@@ -1,11 +1,15 @@
 //! Host ports of pods from YAML to frontends (rule 22b of the services).
 
+use std::{collections::HashSet, net::IpAddr};
+
 use weir_nat::HostAddresses;
+use weir_packet::Protocol;
 
 use super::{WEIR, assert_said, load_with_pods, loaded, policy::trace_lines};
 use crate::{
+    kernel::Sockets,
     trace::Tracer,
-    translate::{Loaded, LocalPod, workload_device},
+    translate::{Loaded, LocalPod, Room, workload_device},
 };
 
 const NODE: &str = "apiVersion: v1\nkind: Node\nmetadata: {name: node-a}\nspec: {podCIDR: 10.0.0.0/16}\nstatus: {addresses: \
@@ -97,8 +101,8 @@ fn conflicts_are_told_and_the_older_pod_keeps_the_port() {
     let leaving = old.clone() + ", deletionTimestamp: '2026-01-02T00:00:00Z'";
     assert_eq!(names(&pair([&leaving, &new], port)), ["x/b:hostPort/8080", "x/a:hostPort/8080"]);
     let loaded_pair = loaded(WEIR, &(NODE.to_owned() + &pair([&old, &new], on_one)));
-    let unserved: Vec<_> = loaded_pair.unserved_host_ports.iter().map(|one| (one.pod.as_str(), one.port)).collect();
-    assert_eq!(unserved, [("x/b", 8080)]);
+    let unserved: Vec<_> = loaded_pair.unserved_host_ports().into_iter().map(|one| (one.pod, one.port)).collect();
+    assert_eq!(unserved, [("x/b".to_owned(), 8080)]);
     let [help, have] = ["[give it another port]", "has it, and keeps it where both would be open"];
     assert_said(
         WEIR,
@@ -115,19 +119,19 @@ fn conflicts_are_told_and_the_older_pod_keeps_the_port() {
     ] {
         let first = plain("a", "10.0.0.1", on_one);
         let text = NODE.to_owned() + &first + &plain("b", "10.0.0.2", other);
-        assert_eq!(loaded(WEIR, &text).unserved_host_ports, [], "{other}");
+        assert_eq!(loaded(WEIR, &text).unserved_host_ports(), [], "{other}");
     }
     let loopback = "{containerPort: 80, hostPort: 8080, hostIP: 127.0.0.1}";
     let text = NODE.to_owned() + &plain("a", "10.0.0.1", port) + &plain("b", "10.0.0.2", loopback);
-    assert_eq!(loaded(WEIR, &text).unserved_host_ports, [], "on all addresses is not on loopback");
+    assert_eq!(loaded(WEIR, &text).unserved_host_ports(), [], "on all addresses is not on loopback");
     // A service's own port is at its own address, which is none of the node's.
     let elsewhere = "---\napiVersion: v1\nkind: Service\nmetadata: {name: s, namespace: x}\nspec: {clusterIP: 10.96.0.1, externalIPs: \
                      [203.0.113.1], ports: [{port: 8080}]}\n";
     let text = NODE.to_owned() + elsewhere + &plain("a", "10.0.0.1", port);
-    assert_eq!(loaded(WEIR, &text).unserved_host_ports, []);
+    assert_eq!(loaded(WEIR, &text).unserved_host_ports(), []);
     let on_external = "{containerPort: 80, hostPort: 8080, hostIP: 203.0.113.1}";
     let text = NODE.to_owned() + elsewhere + &plain("a", "10.0.0.1", on_external);
-    assert_eq!(loaded(WEIR, &text).unserved_host_ports.len(), 1);
+    assert_eq!(loaded(WEIR, &text).unserved_host_ports().len(), 1);
     // Services come first, whatever their kind of address; and failsafe ports are the node's.
     let service = "---\napiVersion: v1\nkind: Service\nmetadata: {name: s, namespace: x}\nspec: {type: NodePort, clusterIP: \
                    10.96.0.1, externalIPs: [192.0.2.1], ports: [{port: 8443, nodePort: 30080}]}\n";
@@ -135,7 +139,8 @@ fn conflicts_are_told_and_the_older_pod_keeps_the_port() {
                  {containerPort: 80, hostPort: 30080, protocol: UDP}, {containerPort: 80, hostPort: 30080, hostIP: '::'}";
     let text = NODE.to_owned() + service + &plain("a", "10.0.0.1", ports);
     let found = loaded(WEIR, &text);
-    let unserved: Vec<_> = found.unserved_host_ports.iter().map(|one| (one.port, one.why.as_str())).collect();
+    let unserved = found.unserved_host_ports();
+    let unserved: Vec<_> = unserved.iter().map(|one| (one.port, one.why.as_str())).collect();
     let by_service = format!("service x/s {have}");
     let failsafe = "it is a failsafe port, which stays the node's own (FelixConfiguration, failsafeInboundHostPorts)";
     assert_eq!(
@@ -148,6 +153,90 @@ fn conflicts_are_told_and_the_older_pod_keeps_the_port() {
         ]
     );
     assert!(host_ports(&found).iter().all(|(_, _, port, ..)| *port != 22));
+}
+
+/// The ports that are served, and those that are not, with the reason.
+fn settled(
+    loaded: &mut Loaded,
+    room: Room,
+    before: &HashSet<(String, Protocol)>,
+    sockets: &[(Protocol, u16, &str)],
+) -> (Vec<u16>, Vec<(u16, String)>) {
+    let sockets = sockets.iter().map(|(protocol, port, at)| (*protocol, *port, at.parse::<IpAddr>().unwrap()));
+    loaded.settle_host_ports(room, before, || Sockets::of(sockets));
+    let served = host_ports(loaded).into_iter().map(|(_, _, port, ..)| port).collect();
+    (served, loaded.unserved_host_ports().into_iter().map(|one| (one.port, one.why)).collect())
+}
+
+const ROOM: Room = Room { snat: (10_000, 29_999), ephemeral: (32_768, 60_999), frontends: 262_144 };
+
+#[test]
+fn a_host_port_needs_an_address_of_the_node_that_no_socket_has() {
+    let ports = "{containerPort: 80, hostPort: 8080, hostIP: 10.0.0.7}, {containerPort: 80, hostPort: 8081, hostIP: 169.254.169.254}, \
+                 {containerPort: 80, hostPort: 8082}, {containerPort: 53, hostPort: 5353, protocol: UDP}, {containerPort: 53, \
+                 hostPort: 53, protocol: UDP}, {containerPort: 80, hostPort: 8083, hostIP: 127.0.0.1}";
+    let text = NODE.to_owned() + &plain("a", "10.0.0.1", ports);
+    let mut found = loaded(WEIR, &text);
+    let none = HashSet::new();
+    // A resolver on loopback is in nobody's way, nor is a port of another protocol.
+    let sockets = [
+        (Protocol::UDP, 5353, "::"),
+        (Protocol::UDP, 53, "127.0.0.53"),
+        (Protocol::UDP, 8082, "0.0.0.0"),
+        (Protocol::TCP, 8083, "192.0.2.1"),
+    ];
+    let elsewhere = |address: &str| format!("its hostIP {address} is no address of this node");
+    let in_use = "a socket of the node has the port; it is looked at again every 30 s".to_owned();
+    let metadata = (8081, elsewhere("169.254.169.254"));
+    assert_eq!(
+        settled(&mut found, ROOM, &none, &sockets),
+        (vec![8082, 53, 8083], vec![(8080, elsewhere("10.0.0.7")), metadata.clone(), (5353, in_use.clone())])
+    );
+    assert_eq!(found.host_ports_in_use().collect::<Vec<_>>(), [5353]);
+    // The node gets one of the addresses, and loses it; the socket goes; one that comes later takes nothing away.
+    found.add_local_addresses(&["10.0.0.7".parse().unwrap()]);
+    assert_eq!(settled(&mut found, ROOM, &none, &[]), (vec![8080, 8082, 5353, 53, 8083], vec![metadata.clone()]));
+    found.add_local_addresses(&[]);
+    let before = found.served_host_ports();
+    assert_eq!(
+        settled(&mut found, ROOM, &before, &[(Protocol::UDP, 5353, "192.0.2.1"), (Protocol::TCP, 8082, "::")]),
+        (vec![8082, 5353, 53, 8083], vec![(8080, elsewhere("10.0.0.7")), metadata])
+    );
+    let message = |port: u16, address: &str| {
+        format!(
+            "warning: Pod x/a: hostPort {port} (tcp) is served only on an address of this node, and {address} is none: its Node does not have \
+             it; a device of the node may [leave hostIP out, or take an address of the node]"
+        )
+    };
+    let [first, second] = [message(8080, "10.0.0.7"), message(8081, "169.254.169.254")];
+    assert_said(WEIR, &text, &[&format!("cluster.yaml:14:43: {first}"), &format!("cluster.yaml:14:99: {second}")]);
+}
+
+#[test]
+fn host_ports_leave_half_of_each_range_and_never_overflow_a_map() {
+    let created = |time: &str| format!(", creationTimestamp: '2026-01-01T00:00:0{time}Z'");
+    let (old, new) = (created("1"), created("2"));
+    let port = |port: u16| format!("{{containerPort: 80, hostPort: {port}}}");
+    let both = "{containerPort: 80, hostPort: 10000, protocol: UDP}";
+    let ports = |ports: &[u16]| ports.iter().map(|one| port(*one)).collect::<Vec<_>>().join(", ");
+    let pods = pod("b", "10.0.0.2", &(ports(&[10_002, 40_000, 80]) + ", " + both), [&new, "", ""])
+        + &pod("a", "10.0.0.1", &ports(&[10_000, 10_001, 40_001]), [&old, "", ""]);
+    let mut found = loaded(WEIR, &(NODE.to_owned() + &pods));
+    let none = HashSet::new();
+    let small = Room { snat: (10_000, 10_003), ephemeral: (40_000, 40_001), ..ROOM };
+    let half = |of: &str| format!("host ports would have more than half of {of}");
+    assert_eq!(
+        settled(&mut found, small, &none, &[]),
+        (
+            vec![10_000, 10_001, 40_001, 80, 10_000],
+            vec![(10_002, half("snat.portRange")), (40_000, half("net.ipv4.ip_local_port_range"))]
+        )
+    );
+    // The node has one address of each family, and the pods are of one: as many frontends as there is room for.
+    let no_room = || "there is no room for more of them on this node".to_owned();
+    let (served, unserved) = settled(&mut found, Room { frontends: 3, ..ROOM }, &none, &[]);
+    assert_eq!(served, [10_000, 10_001, 40_001]);
+    assert_eq!(unserved, [10_002, 40_000, 80, 10_000].map(|port| (port, no_room())));
 }
 
 #[test]
