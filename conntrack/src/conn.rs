@@ -206,7 +206,12 @@ impl<'t, A: Address> Lines<'t, A> {
     }
 }
 
+/// Reads an address, whose number of words is known to the compiler.
 #[inline(always)]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "a row of loads without a loop, which an iterator over two slices is not"
+)]
 fn read_address<A: Address>(from: &[AtomicU32]) -> A {
     let mut words = A::Words::default();
     for i in 0..A::WORDS {

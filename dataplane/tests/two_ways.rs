@@ -23,7 +23,7 @@ use weir_conntrack::Entry;
 use weir_dataplane::{
     forwarding::Forwarding,
     frame::{IfIndex, LinkType},
-    model::{Cluster, Device, Links, Role},
+    model::{Cluster, Device, Links, Role, Route},
     offload::{Offload, flow::Mapped},
     pipeline::Family,
     snapshot::Rules,
@@ -422,6 +422,13 @@ fn ways(which: usize) -> (Cluster, Links) {
         mtu: MTU as u32,
         addresses: Vec::new(),
     });
+    // What leads to a backend that may not answer.
+    links.routes.push(Route {
+        to: "fe80::/64".parse().expect("a prefix"),
+        via: Some(ip("fd00:10::100")),
+        device: UPLINK,
+        metric: 0,
+    });
     match which {
         0 => {}
         // Nobody's MAC address is known.
@@ -611,6 +618,22 @@ fn plain_packets_go_straight() {
         };
         assert_eq!(straight, expected, "path {path}, IPv6 {is_ipv6}, protocol {protocol}: {:?}", both.straight.drops());
         assert_eq!(both.straight.drops(), before.1, "path {path}");
+    }
+}
+
+/// Answers from an address that no router forwards are refused when they are parsed; who is asked there goes the general way.
+#[test]
+fn answers_from_a_link_local_backend_do_not_pass() {
+    let mut both = Both::new();
+    let link = |flow: &Flow| PATHS[flow.path].dst == LINK_SERVICE && flow.is_ipv6;
+    for flow in (0..FLOWS).filter(|flow| link(&both.flows[*flow])).collect::<Vec<_>>() {
+        assert!(both.flows[flow].arrived.is_some(), "it is asked");
+        for is_answer in [false, true, false, true] {
+            let before = (both.straight.went_straight(), both.straight.totals().tx);
+            both.step(&Step::Burst(vec![Arrival { flow, is_answer, payload_bytes: 30, odd: Vec::new() }]));
+            assert_eq!(both.straight.went_straight(), before.0);
+            assert_eq!(both.straight.totals().tx - before.1, u64::from(!is_answer && both.flows[flow].protocol == UDP));
+        }
     }
 }
 
