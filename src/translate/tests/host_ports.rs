@@ -101,8 +101,8 @@ fn conflicts_are_told_and_the_older_pod_keeps_the_port() {
     let leaving = old.clone() + ", deletionTimestamp: '2026-01-02T00:00:00Z'";
     assert_eq!(names(&pair([&leaving, &new], port)), ["x/b:hostPort/8080", "x/a:hostPort/8080"]);
     let loaded_pair = loaded(WEIR, &(NODE.to_owned() + &pair([&old, &new], on_one)));
-    let unserved: Vec<_> = loaded_pair.unserved_host_ports().iter().map(|one| (one.pod.as_str(), one.port)).collect();
-    assert_eq!(unserved, [("x/b", 8080)]);
+    let unserved: Vec<_> = loaded_pair.unserved_host_ports().into_iter().map(|one| (one.pod, one.port)).collect();
+    assert_eq!(unserved, [("x/b".to_owned(), 8080)]);
     let [help, have] = ["[give it another port]", "has it, and keeps it where both would be open"];
     assert_said(
         WEIR,
@@ -139,7 +139,8 @@ fn conflicts_are_told_and_the_older_pod_keeps_the_port() {
                  {containerPort: 80, hostPort: 30080, protocol: UDP}, {containerPort: 80, hostPort: 30080, hostIP: '::'}";
     let text = NODE.to_owned() + service + &plain("a", "10.0.0.1", ports);
     let found = loaded(WEIR, &text);
-    let unserved: Vec<_> = found.unserved_host_ports().iter().map(|one| (one.port, one.why.as_str())).collect();
+    let unserved = found.unserved_host_ports();
+    let unserved: Vec<_> = unserved.iter().map(|one| (one.port, one.why.as_str())).collect();
     let by_service = format!("service x/s {have}");
     let failsafe = "it is a failsafe port, which stays the node's own (FelixConfiguration, failsafeInboundHostPorts)";
     assert_eq!(
