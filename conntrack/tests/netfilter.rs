@@ -336,8 +336,8 @@ struct Passed {
     begun: [bool; 2],
     end: [Option<u32>; 2],
     acknowledged: [Option<u32>; 2],
-    /// The last one that passed was a SYN.
-    syn_was_last: bool,
+    /// A SYN has passed inside the connection.
+    syn_passed: bool,
     /// Nothing can be said of what is acknowledged: also what is outside passes.
     be_liberal: bool,
 }
@@ -367,9 +367,10 @@ impl Passed {
         }
         let (is_fin, is_syn, is_rst) =
             (segment.tcp_flags & 0x01 != 0, segment.tcp_flags & 0x02 != 0, segment.tcp_flags & 0x04 != 0);
-        let syn_was_last = self.syn_was_last;
-        self.syn_was_last = if ours.forwarded { is_syn } else { syn_was_last };
-        if is_rst && syn_was_last && ours != kernels {
+        // Late segments that pass after a SYN leave it the last that counts.
+        let is_known = ![0, TcpState::SynSent as u8].contains(&states[0]);
+        self.syn_passed |= ours.forwarded && is_known && segment.tcp_flags & 0x12 == 0x02;
+        if is_rst && self.syn_passed && ours != kernels {
             // Inexact: netfilter takes it for an answer to the SYN, whatever it acknowledges.
             return true;
         }

@@ -209,7 +209,7 @@ fn a_host_port_needs_an_address_of_the_node_that_no_socket_has() {
         )
     };
     let [first, second] = [message(8080, "10.0.0.7"), message(8081, "169.254.169.254")];
-    assert_said(WEIR, &text, &[&format!("cluster.yaml:14:43: {first}"), &format!("cluster.yaml:14:99: {second}")]);
+    assert_said(WEIR, &text, &[&format!("cluster.yaml:14:43: {first}"), &format!("cluster.yaml:14:98: {second}")]);
 }
 
 #[test]
