@@ -306,7 +306,7 @@ fn untracked_policy_judges_each_packet_and_makes_no_connection() {
 #[test]
 fn untracked_policy_lets_later_fragments_follow_their_first() {
     let piece = |src: &str, dst: &str, id: u8, at: usize, bytes: &[u8], more: bool| {
-        let place = at as u16 / 8 | u16::from(more) << 13;
+        let place = (at as u16 / 8) | (u16::from(more) << 13);
         let mut packet = vec![0x45, 0, 0, 20 + bytes.len() as u8, 0, id];
         packet.extend(place.to_be_bytes());
         packet.extend([64, UDP, 0, 0]);
