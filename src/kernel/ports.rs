@@ -140,21 +140,21 @@ impl Listening {
     }
 }
 
-/// What sockets of the node have: TCP's listeners, and all of UDP, whose every socket gets what comes to its port.
+/// What connected UDP sockets of the node have: what comes to their ports are answers that they wait for. TCP's are told by their segments, and
+/// one that waits for anybody yields to a pod's host port, as to the rules of a portmap plugin. Some runtimes hold host ports by such sockets.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sockets(BTreeSet<(Protocol, u16, IpAddr)>);
 
 impl Sockets {
     /// As /proc/net lists them for this network namespace. What cannot be read is taken for empty.
     pub fn read() -> Self {
-        let tables = [("tcp", Protocol::TCP), ("tcp6", Protocol::TCP), ("udp", Protocol::UDP), ("udp6", Protocol::UDP)];
-        let of = |(table, protocol): (&str, Protocol)| {
+        let of = |table: &str| {
             // Of this thread: the process may have entered a namespace after it began.
             let file = File::open(format!("/proc/thread-self/net/{table}")).ok();
             let lines = file.into_iter().flat_map(|file| BufReader::new(file).lines().map_while(Result::ok));
-            lines.filter_map(move |line| bound(&line, protocol)).collect::<Vec<_>>()
+            lines.filter_map(|line| connected(&line)).collect::<Vec<_>>()
         };
-        Self(tables.into_iter().flat_map(of).collect())
+        Self(["udp", "udp6"].into_iter().flat_map(of).map(|(port, address)| (Protocol::UDP, port, address)).collect())
     }
 
     /// These, for tests.
@@ -170,8 +170,8 @@ impl Sockets {
     }
 }
 
-/// Where a socket of a line of /proc/net is bound, unless it is one of TCP that does not listen.
-fn bound(line: &str, protocol: Protocol) -> Option<(Protocol, u16, IpAddr)> {
+/// Where the socket of a line of /proc/net/udp is bound, if it is connected.
+fn connected(line: &str) -> Option<(u16, IpAddr)> {
     let mut words = line.split_whitespace();
     let (local, _remote, state) = (words.nth(1)?, words.next()?, words.next()?);
     let (address, port) = local.rsplit_once(':')?;
@@ -187,7 +187,7 @@ fn bound(line: &str, protocol: Protocol) -> Option<(Protocol, u16, IpAddr)> {
         _ => return None,
     };
     let port = u16::from_str_radix(port, 16).ok()?;
-    (protocol != Protocol::TCP || state == LISTEN).then_some((protocol, port, address))
+    (state == ESTABLISHED).then_some((port, address))
 }
 
 /// net.ipv4.ip_local_port_range, of both families: the first and the last. The kernel's default where it cannot be read.
@@ -202,6 +202,8 @@ pub fn ephemeral_ports() -> (u16, u16) {
 
 /// include/net/tcp_states.h
 const LISTEN: &str = "0A";
+/// The same, for UDP too.
+const ESTABLISHED: &str = "01";
 
 /// The local port of a line of /proc/net/tcp or udp, if its socket waits for anybody.
 fn listening_port(line: &str) -> Option<u16> {
@@ -242,20 +244,16 @@ mod tests {
     }
 
     #[test]
-    fn sockets_are_found_with_their_addresses() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let connected = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let udp = std::net::UdpSocket::bind("[::1]:0").unwrap();
-        udp.connect("[::1]:9").unwrap();
+    fn connected_sockets_are_found_with_their_addresses() {
+        let bound = || std::net::UdpSocket::bind("[::1]:0").unwrap();
+        let (waits, asks) = (bound(), bound());
+        asks.connect("[::1]:9").unwrap();
         let sockets = Sockets::read();
-        for (protocol, at, expected) in [
-            (Protocol::TCP, listener.local_addr().unwrap(), true),
-            (Protocol::TCP, connected.local_addr().unwrap(), false),
-            (Protocol::UDP, udp.local_addr().unwrap(), true),
-        ] {
-            assert_eq!(sockets.any(protocol, at.port(), |address| address == at.ip()), expected, "{at}");
+        for (socket, expected) in [(&waits, false), (&asks, true)] {
+            let at = socket.local_addr().unwrap();
+            assert_eq!(sockets.any(Protocol::UDP, at.port(), |address| address == at.ip()), expected, "{at}");
         }
-        let line = |local: &str| bound(&format!("0: {local} 0:0 0A 0"), Protocol::TCP).map(|(_, port, at)| (port, at));
+        let line = |local: &str| connected(&format!("0: {local} 0:0 01 0"));
         assert_eq!(line("00000000000000000000000000000000:0035"), Some((53, Ipv6Addr::UNSPECIFIED.into())));
         assert_eq!(line("0000000000000000FFFF00000100007F:0035"), Some((53, Ipv4Addr::LOCALHOST.into())));
         assert_eq!((line("0100007:0035"), line("local_address"), line("")), (None, None, None));

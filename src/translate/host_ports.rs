@@ -53,7 +53,7 @@ pub(super) struct HostPorts {
 enum Why {
     /// Its hostIP is none of this node's addresses.
     Elsewhere(IpAddr),
-    /// A socket of the node has it.
+    /// A connected socket of the node has it.
     InUse,
     /// It would leave too little.
     TooMany(&'static str),
@@ -157,7 +157,9 @@ impl HostPorts {
             port: port.port,
             why: match why {
                 Why::Elsewhere(address) => format!("its hostIP {address} is no address of this node"),
-                Why::InUse => "a socket of the node has the port; it is looked at again every 30 s".to_owned(),
+                Why::InUse => {
+                    "a connected socket of the node has the port; it is looked at again every 30 s".to_owned()
+                }
                 Why::TooMany("the programs' map") => "there is no room for more of them on this node".to_owned(),
                 Why::TooMany(range) => format!("host ports would have more than half of {range}"),
             },

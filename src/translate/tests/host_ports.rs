@@ -186,7 +186,7 @@ fn a_host_port_needs_an_address_of_the_node_that_no_socket_has() {
         (Protocol::TCP, 8083, "192.0.2.1"),
     ];
     let elsewhere = |address: &str| format!("its hostIP {address} is no address of this node");
-    let in_use = "a socket of the node has the port; it is looked at again every 30 s".to_owned();
+    let in_use = "a connected socket of the node has the port; it is looked at again every 30 s".to_owned();
     let metadata = (8081, elsewhere("169.254.169.254"));
     assert_eq!(
         settled(&mut found, ROOM, &none, &sockets),
