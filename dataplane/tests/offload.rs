@@ -808,7 +808,11 @@ impl<'k> Twins<'k> {
             flow.waits = true;
         } else if flow.waits {
             flow.ready = [None; 2];
-        } else if !is_odd && !is_outside && !left.is_empty() && !matches!(sent.checksum, Checksum::Fixed(_)) {
+        } else if !is_odd
+            && !is_outside
+            && left.first().is_some_and(|(_, frame)| is_of_flow(frame, flow.protocol))
+            && !matches!(sent.checksum, Checksum::Fixed(_))
+        {
             flow.ready = [Some(true), whole.map(|known| known.seen_reply)];
             let left = &left[0].1[14..];
             flow.got[way] = Some(tunnel_carries(left).unwrap_or(left).to_vec());
@@ -818,6 +822,13 @@ impl<'k> Twins<'k> {
         }
         self.agrees(flow);
     }
+}
+
+/// Whether a frame has the flow's own packet, and not what its sender is told when its backend is gone: a RST, or an ICMP error.
+fn is_of_flow(frame: &[u8], protocol: u8) -> bool {
+    let ip = tunnel_carries(&frame[14..]).unwrap_or(&frame[14..]);
+    let (found, header_bytes) = if ip[0] >> 4 == 4 { (ip[9], usize::from(ip[0] & 15) * 4) } else { (ip[6], 40) };
+    found == protocol && (protocol != TCP || ip[header_bytes + 13] & RST == 0)
 }
 
 /// Bytes of a tunnel's header in a frame.

@@ -5,6 +5,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::mpsc,
     thread,
+    time::Duration,
 };
 
 use serde_json::Value;
@@ -65,21 +66,24 @@ fn connections_are_listed_filtered_counted_deleted_and_watched() {
     let (sender, events) = mpsc::channel();
     // Ends with the command that it reads from.
     thread::spawn(move || BufReader::new(output).lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
-    let event = move |what: &str, proto: &str| -> Value {
+    let event_within = move |what: &str, proto: &str, time: Duration| -> Option<Value> {
         loop {
-            let line = events.recv_timeout(DEADLINE).unwrap_or_else(|_| panic!("no event {what} of {proto}"));
+            let line = events.recv_timeout(time).ok()?;
             let event: Value = serde_json::from_str(&line).unwrap();
             if event["event"] == what && event["proto"] == proto {
-                return event;
+                return Some(event);
             }
         }
     };
-    // The watch looks from its start on: what it tells proves that it looks.
+    // The watch looks from its start on: what it tells proves that it looks. What came before is not told.
     weir::lab::wait_until("the watch", DEADLINE, || {
         site.pings("default/client", "-c 1 10.1.1.20");
-        Some(event("new", "icmp"))
+        event_within("new", "icmp", Duration::from_secs(1))
     })
     .unwrap();
+    let event = |what: &str, proto: &str| {
+        event_within(what, proto, DEADLINE).unwrap_or_else(|| panic!("no event {what} of {proto}"))
+    };
 
     let _echo = Echo::new(&site, "default/server", "0.0.0.0:7");
     let udp = site.udp("default/client", "0.0.0.0:0");
