@@ -465,12 +465,8 @@ makeIPTablesUtilChains: %t
 }
 
 func (u *up) apply(ctx context.Context, manifest string) error {
-	command := u.Command(ctx, u.Nodes[0].Name, "kubectl", "apply", "-f", "-")
-	command.Stdin = strings.NewReader(manifest)
-	if out, err := command.CombinedOutput(); err != nil {
-		return fmt.Errorf("kubectl apply: %w: %s", err, out)
-	}
-	return nil
+	_, err := u.Kubectl(ctx, manifest, "apply", "-f", "-")
+	return err
 }
 
 // ready waits until the nodes are Ready and a name is resolved by the service's address.

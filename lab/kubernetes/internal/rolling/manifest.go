@@ -3,12 +3,12 @@ package rolling
 import (
 	"fmt"
 	"time"
+
+	"weir.dev/lab/kubernetes/internal/build"
 )
 
 const (
-	namespace   = "weir-rolling"
-	agnhost     = "registry.k8s.io/e2e-test-images/agnhost:2.66.1"
-	clientImage = "weir.dev/lab/rollclient:1"
+	namespace = "weir-rolling"
 
 	replicas  = 6
 	preStop   = 4 * time.Second
@@ -55,7 +55,7 @@ spec:
         - {containerPort: 8081, protocol: UDP}
         readinessProbe: {httpGet: {path: /healthz, port: 8080}, initialDelaySeconds: 1, periodSeconds: 1}
         lifecycle: {preStop: {sleep: {seconds: %[5]d}}}
-`, namespace, plain, replicas, agnhost, int(preStop.Seconds()))
+`, namespace, plain, replicas, build.AgnhostImage, int(preStop.Seconds()))
 	for name, rest := range map[string]string{plain: "", affine: "  sessionAffinity: ClientIP\n", nodePorts: "  type: NodePort\n"} {
 		text += fmt.Sprintf(`---
 apiVersion: v1
@@ -87,7 +87,7 @@ spec:
     image: %[4]s
     imagePullPolicy: Never
     command: [/rollclient, %[5]s]
-`, pod.name, namespace, pod.node, clientImage, pod.arguments, pod.rest)
+`, pod.name, namespace, pod.node, build.RollClientImage, pod.arguments, pod.rest)
 	}
 	return text + fmt.Sprintf(`---
 apiVersion: v1
