@@ -14,6 +14,8 @@ const PER_NEXT_HOP: usize = 16;
 const CAPACITY: usize = 256;
 /// How long a packet waits: 3 s, as long as the kernel tries (three solicitations, one second apart; net.ipv4.neigh.*.mcast_solicit).
 pub const PATIENCE: u32 = (3_000_000_000 / Tick::NS) as u32;
+/// How long nobody asks again for a next hop (net.ipv4.neigh.*.retrans_time_ms). While the kernel still tries, asking again costs nothing.
+const ASK_AGAIN: u32 = (1_000_000_000 / Tick::NS) as u32;
 
 /// A packet that waits.
 #[derive(Debug)]
@@ -28,10 +30,17 @@ pub struct HeldPacket {
     pub since: Tick,
 }
 
+#[derive(Debug)]
+struct Waiting {
+    held: HeldPacket,
+    /// Whether its next hop was asked for when it came.
+    asked: bool,
+}
+
 /// A worker's waiting packets, oldest first.
 #[derive(Debug)]
 pub struct Held {
-    packets: Vec<HeldPacket>,
+    packets: Vec<Waiting>,
 }
 
 impl Held {
@@ -50,23 +59,30 @@ impl Held {
         self.packets.is_empty()
     }
 
-    /// Keeps `held`. `Ok(true)` where it is the first for its next hop, so that somebody must ask for it.
+    /// Keeps `held`. `Ok(true)` where somebody must ask for its next hop: nobody has in the last second.
+    ///
+    /// A question can be lost, and a steady flow has always a packet that waits: that one waits is no reason not to ask.
     ///
     /// # Errors
     /// The packet itself, where too many wait already.
     pub fn push(&mut self, held: HeldPacket) -> Result<bool, Packet> {
-        let waiting = self.packets.iter().filter(|h| (h.device, h.next_hop) == (held.device, held.next_hop)).count();
+        let same = |other: &&Waiting| (other.held.device, other.held.next_hop) == (held.device, held.next_hop);
+        let (mut waiting, mut asks) = (0, true);
+        for other in self.packets.iter().filter(same) {
+            waiting += 1;
+            asks &= !other.asked || held.since.since(other.held.since) > ASK_AGAIN;
+        }
         if waiting >= PER_NEXT_HOP || self.packets.len() >= CAPACITY {
             return Err(held.packet);
         }
-        self.packets.push(held);
-        Ok(waiting == 0)
+        self.packets.push(Waiting { held, asked: asks });
+        Ok(asks)
     }
 
     /// Removes and returns the first packet for which `take` says so.
     pub fn take_if(&mut self, take: impl Fn(&HeldPacket) -> bool) -> Option<HeldPacket> {
-        let index = self.packets.iter().position(take)?;
-        Some(self.packets.remove(index))
+        let index = self.packets.iter().position(|waiting| take(&waiting.held))?;
+        Some(self.packets.remove(index).held)
     }
 }
 

@@ -53,6 +53,8 @@ fn after_a_reboot_no_del_comes_and_no_address_leaks() {
         value["since"] = 1.into();
         fs::write(record(&node, pod), value.to_string()).unwrap();
     }
+    // The kernel takes devices away a while after their namespace.
+    crate::node::eventually("the end of the devices", || node.devices().is_empty());
     node.start();
     node.assert_empty();
     // This machine has been up for longer than a minute, so nothing cools down any more: it all came back when it booted.

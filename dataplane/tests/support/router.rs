@@ -363,6 +363,15 @@ impl Router {
         self.events.1.try_iter().filter_map(logged).collect()
     }
 
+    /// What MAC addresses were asked for since this was asked last.
+    pub fn asked(&self) -> Vec<(IfIndex, IpAddr)> {
+        let asked = |event| match event {
+            Event::Resolve { device, address } => Some((device, address)),
+            Event::Logged(_) | Event::Learned { .. } => None,
+        };
+        self.events.1.try_iter().filter_map(asked).collect()
+    }
+
     pub fn totals(&self) -> Totals {
         self.pipeline.totals()
     }
