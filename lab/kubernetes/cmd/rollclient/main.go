@@ -20,6 +20,7 @@ const usage = `rollclient MODE [flags]: asks a service, and counts what became o
 
   tcp, udp, udp-one, dns, long, bulk   ask until standard input ends, or after -seconds; then print a JSON object. With -count tcp, udp and
                                        dns end after so many attempts, and exit with status 1 if one of them is lost
+  echo                                 answer the datagrams "echo ..." that come to -listen; when a signal comes, answer what is there, and end
   sink                                 accept connections at -listen, and throw away what comes
   wait                                 do nothing, until a signal comes
 
@@ -45,7 +46,7 @@ func run() error {
 	count := flags.Int("count", 0, "tcp, udp, dns: how many attempts; 0: until the end")
 	backends := flags.Int("backends", 6, "long: how many backends to keep a connection to")
 	name := flags.String("name", "kubernetes.default.svc.cluster.local.", "dns: the name to ask for")
-	listen := flags.String("listen", ":5001", "sink: the address to listen at")
+	listen := flags.String("listen", ":5001", "echo, sink: the address to listen at")
 	if len(os.Args) < 2 {
 		flags.Usage()
 		os.Exit(2)
@@ -60,6 +61,8 @@ func run() error {
 	case "wait":
 		<-ctx.Done()
 		return nil
+	case "echo":
+		return rollclient.Echo(ctx, *listen)
 	case "sink":
 		return rollclient.Sink(ctx, *listen)
 	}

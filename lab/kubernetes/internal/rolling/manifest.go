@@ -29,6 +29,9 @@ const (
 
 // manifest is what the scenarios need: six servers as the roll-outs of the issue had them, three services before them, and clients on two nodes. Bulk data
 // goes from the first client's node to the other.
+//
+// Datagrams are echoed by a server that answers what it has received before it ends: what a process leaves unread is lost by it and not by the
+// network, and nobody but its own kernel ever knows.
 func manifest(first, second string) string {
 	text := fmt.Sprintf(`apiVersion: v1
 kind: Namespace
@@ -49,13 +52,17 @@ spec:
       - name: netexec
         image: %[4]s
         imagePullPolicy: IfNotPresent
-        args: [netexec, --http-port=8080, --udp-port=8081]
-        ports:
-        - {containerPort: 8080}
-        - {containerPort: 8081, protocol: UDP}
+        args: [netexec, --http-port=8080, --udp-port=8082]
+        ports: [{containerPort: 8080}]
         readinessProbe: {httpGet: {path: /healthz, port: 8080}, initialDelaySeconds: 1, periodSeconds: 1}
         lifecycle: {preStop: {sleep: {seconds: %[5]d}}}
-`, namespace, plain, replicas, build.AgnhostImage, int(preStop.Seconds()))
+      - name: echo
+        image: %[6]s
+        imagePullPolicy: Never
+        command: [/rollclient, echo, "-listen=:8081"]
+        ports: [{containerPort: 8081, protocol: UDP}]
+        lifecycle: {preStop: {sleep: {seconds: %[5]d}}}
+`, namespace, plain, replicas, build.AgnhostImage, int(preStop.Seconds()), build.RollClientImage)
 	for name, rest := range map[string]string{plain: "", affine: "  sessionAffinity: ClientIP\n", nodePorts: "  type: NodePort\n"} {
 		text += fmt.Sprintf(`---
 apiVersion: v1
