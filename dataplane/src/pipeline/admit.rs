@@ -1,13 +1,11 @@
 //! Admission: where a packet came from, its headers, and whether it is to be routed.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
-
 use weir_packet::{
     Address, DropReason, Protocol,
     parse::{self, Kind, Parsed, View},
 };
 
-use super::{End, Handler, tunnel};
+use super::{Admitted, End, Handler, tunnel};
 use crate::{
     driver::Driver,
     forwarding::Forwarding,
@@ -15,16 +13,6 @@ use crate::{
     origin::Origin,
     tables::Family,
 };
-
-/// What a packet is found to be.
-pub(super) enum Admitted {
-    /// An IPv4 packet to be routed.
-    V4(View<Ipv4Addr>, Origin),
-    /// An IPv6 packet to be routed.
-    V6(View<Ipv6Addr>, Origin),
-    /// None that is, which ends so.
-    End(End),
-}
 
 /// How far a packet may go.
 enum Scope {

@@ -51,7 +51,7 @@ use weir_packet::{
 use weir_sync::WorkerCounters;
 
 pub use self::context::{Context, Event};
-use self::{admit::Admitted, straight::Seen};
+use self::straight::Seen;
 use crate::{
     action_log::ActionLog,
     allowance::Allowance,
@@ -114,6 +114,15 @@ impl<A: Family> Known<'_, A> {
     fn arrival(&self, packet: &Packet, forwarding: &Forwarding) -> Arrival {
         Arrival::by(self.origin, packet.device, packet.through_tunnel, forwarding)
     }
+}
+
+/// What a packet is found to be when it is admitted.
+enum Admitted {
+    /// One to be routed.
+    V4(View<Ipv4Addr>, Origin),
+    V6(View<Ipv6Addr>, Origin),
+    /// Another, which ends here.
+    End(End),
 }
 
 /// Where a packet goes, and so its later fragments.
