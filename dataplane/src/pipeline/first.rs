@@ -32,6 +32,22 @@ impl<'a, D: Driver> Handler<'a, D> {
         if matches!(origin, Origin::Workload(_)) {
             self.learn(packet, view.key.src.to_ip());
         }
+        let services = snapshot.rules.services.services::<A>();
+        let segment = self.observed(packet, view);
+        let opens = match segment.opening(&view.key) {
+            Opening::Opens => true,
+            Opening::MidStream => context.tcp_loose && !services.claims(&view.key),
+            Opening::Never => false,
+        };
+        // What opens nothing is only let go by untracked policy, or by what is known of the node's own.
+        let may_pass = match origin {
+            Origin::Workload(_) => false,
+            Origin::Uplink => snapshot.rules.host.has_untracked() || forwarding.is_local(view.key.dst),
+            Origin::Host => true,
+        };
+        if !opens && !may_pass {
+            return Err(DropReason::Invalid);
+        }
         let arrival = known.arrival(packet, forwarding);
         let mut decision = self.decide(arrival, &view.key);
 
@@ -43,7 +59,7 @@ impl<'a, D: Driver> Handler<'a, D> {
         if origin == Origin::Uplink && (decision.verdict == Verdict::Local || answers) {
             return Ok(Course::Punt);
         }
-        let claimed = decision.service.is_some() || snapshot.rules.services.services::<A>().claims(&view.key);
+        let claimed = decision.service.is_some() || services.claims(&view.key);
         // What the node's own kernel sends to a remote pod is answered to the node's own address, past weir, as is what it answers a
         // remote pod: half a connection cannot be followed, and the kernel follows the whole of it.
         if origin == Origin::Host
@@ -58,20 +74,11 @@ impl<'a, D: Driver> Handler<'a, D> {
         if !self.checksum_ok(packet, view) {
             return Err(DropReason::Invalid);
         }
-        let segment = self.observed(packet, view);
-        match segment.opening(&view.key) {
-            Opening::Opens => {}
-            Opening::MidStream if context.tcp_loose && !claimed => {}
+        if !opens {
             // A frontend on an address of the node has a port that one of the node's own sockets may have had before, or has at another
             // address: of its connections weir knows nothing. What opens nothing is that socket's, or the kernel's to refuse.
-            Opening::MidStream | Opening::Never
-                if decision.service.is_some()
-                    && !matches!(origin, Origin::Workload(_))
-                    && (forwarding.is_local(view.key.dst) || view.key.dst.is_loopback()) =>
-            {
-                return Ok(Course::Punt);
-            }
-            Opening::MidStream | Opening::Never => return Err(DropReason::Invalid),
+            let is_nodes = forwarding.is_local(view.key.dst) || view.key.dst.is_loopback();
+            return if decision.service.is_some() && is_nodes { Ok(Course::Punt) } else { Err(DropReason::Invalid) };
         }
         if let Some(choice) = &decision.choice
             && !context.affinity.clients().remember(choice, context.now)

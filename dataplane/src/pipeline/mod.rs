@@ -22,8 +22,9 @@
 //! | answer | what a sender is told about a packet that may not go on | answer.rs |
 //!
 //! A stage looks at a packet, may rewrite it, and returns: first where it goes ([`Course`]), in the end how it ends ([`End`]), or why it is
-//! dropped. Here alone packets are moved to where they end. Every packet that comes in ends in exactly one of: transmitted, punted,
-//! dropped with a reason, consumed, held (asserted over whole runs, see [`crate::counters`]). What is to be sent is sent by [`Pipeline::flush`].
+//! dropped. Here alone packets are moved to where they end, but for fragments that wait for their first. Every packet that comes in ends in
+//! exactly one of: transmitted, punted, dropped with a reason, consumed, held (asserted over whole runs, see [`crate::counters`]). What is
+//! to be sent is sent by [`Pipeline::flush`].
 
 mod admit;
 mod answer;
