@@ -35,8 +35,9 @@ use weir_dataplane::{
     frame::{IfIndex, LinkType, ONE_FRAME_BYTES},
     memory::MemoryDriver,
     model::Links,
-    pipeline::{Context, Family, Pipeline, Tables, process_burst},
+    pipeline::{Context, Pipeline, process_burst},
     snapshot::{Rules, Snapshot},
+    tables::{Family, Tables},
 };
 use weir_nat::{Affinity, SnatPorts};
 use weir_packet::{Protocol, Tick};

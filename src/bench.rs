@@ -23,8 +23,9 @@ use weir_dataplane::{
     frame::{IfIndex, Packet},
     memory::MemoryDriver,
     model::{Device, Links, Neighbor, Role},
-    pipeline::{Context, Pipeline, Tables, process_burst},
+    pipeline::{Context, Pipeline, process_burst},
     snapshot::Snapshot,
+    tables::Tables,
 };
 use weir_nat::Affinity;
 use weir_packet::{Mac, Tick};

@@ -8,8 +8,8 @@ use weir_dataplane::{
     forwarding::TooManyNextHops,
     frame::IfIndex,
     model::{Device, Links, Neighbor, Role, Route},
-    pipeline::{Tables, capacity_with_share},
     snapshot::Rules,
+    tables::{Tables, capacity_with_share},
 };
 use weir_nat::{CompileError as ServicesError, NoSnatPorts, ServiceTable, SnatPorts};
 use weir_packet::Tick;

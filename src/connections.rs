@@ -19,7 +19,7 @@ use weir_conntrack::{
     Table,
     file::{FileError, Restored},
 };
-use weir_dataplane::pipeline::{Family, Tables};
+use weir_dataplane::tables::{Family, Tables};
 use weir_packet::Tick;
 use weir_sync::{Arc, Domain};
 

@@ -23,11 +23,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use weir_conntrack::{Entry, Handle, Identity, Lifecycle, Table, TcpState};
-use weir_dataplane::{
-    offload::Offload,
-    pipeline::Tables,
-    worker::{Shared, now},
-};
+use weir_dataplane::{clock::now, offload::Offload, tables::Tables, worker::Shared};
 use weir_packet::{Address, Direction, FlowKey, Protocol};
 use weir_sync::{Arc, Domain};
 

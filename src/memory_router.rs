@@ -12,8 +12,9 @@ use weir_dataplane::{
     frame::{LinkType, MAX_MTU, Packet, frames_of_mtu},
     memory::{InjectError, MemoryDriver},
     model::{Cluster, Device, Links, Neighbor, Role},
-    pipeline::{Context, Event, Pipeline, Tables, process_burst},
+    pipeline::{Context, Event, Pipeline, process_burst},
     snapshot::{Rules, Snapshot},
+    tables::Tables,
 };
 use weir_nat::{Affinity, SnatPorts};
 use weir_packet::{Mac, Tick};

@@ -18,8 +18,8 @@ use weir_dataplane::{
         keeper::{Keeper, Keys, keep},
         recipe::Key,
     },
-    pipeline::Tables,
     snapshot::Snapshot,
+    tables::Tables,
     worker::Shared,
 };
 use weir_sync::{Domain, Mutex, lock};

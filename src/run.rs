@@ -33,6 +33,7 @@ use weir_conntrack::{Table, file::Restored};
 use weir_dataplane::{
     afxdp::{AfXdp, AfXdpError, AfXdpSettings, PortSettings, RingSizes, receive_queues},
     attach::{self, AttachError, Attachment, Owned, SocketDevice, TrunkSettings, UplinkHook},
+    clock::now,
     counters::{COUNTERS, Totals},
     driver::PortId,
     forwarding::{Forwarding, is_link_local, local_workloads},
@@ -40,9 +41,10 @@ use weir_dataplane::{
     hits::Hits,
     model::{Device, Links, Neighbor, Role, Route},
     offload::keeper::Keys as _,
-    pipeline::{Event, Family, Pipeline},
+    pipeline::{Event, Pipeline},
     snapshot::{Rules, Snapshot},
-    worker::{Mode, Shared, Worker, now},
+    tables::Family,
+    worker::{Mode, Shared, Worker},
 };
 use weir_nat::{Affinity, Clients, Model, SnatPorts};
 use weir_node::pods::{Ask, PodsError};

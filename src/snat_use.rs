@@ -19,7 +19,7 @@ use std::collections::HashMap;
 
 use serde_json::{Value, json};
 use weir_conntrack::{Entry, PRIVILEGED, Table};
-use weir_dataplane::pipeline::Tables;
+use weir_dataplane::tables::Tables;
 use weir_packet::{Address, Protocol, Tick};
 
 /// Destinations that are counted at once.

@@ -15,9 +15,10 @@ use rand_chacha::{
 use serde_json::{Value, json};
 use weir_dataplane::{
     action_log::{self, Entry},
-    decide::{self, Arrival, Decision, Origin, Verdict},
+    decide::{self, Decision, Verdict},
     forwarding::{Encapsulation, Forwarding, RouteKind, Routed},
     model::{Cluster, Role},
+    origin::{Arrival, Origin},
     snapshot::Snapshot,
 };
 use weir_nat::Affinity;

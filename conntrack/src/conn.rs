@@ -15,18 +15,21 @@
 //! Keys are written before a connection is published and then stay; the protocol is in the state word. Attributes are
 //! relaxed atomics: each is a value of its own, and none says anything about another.
 
-use std::marker::PhantomData;
+use std::{
+    hash::{BuildHasher, RandomState},
+    marker::PhantomData,
+};
 
 use weir_packet::{Address, Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::{
-    ConnId, Lifecycle, OFFLOADED, Observed, SctpState, Table, TcpState, Tracked,
-    sctp::Sctp,
-    state::{Expendable, State},
-    storage::Zeroable,
-    tcp::{self, Standing, Step, Windows},
-    timeouts::TimeoutClass,
+    observed::{Observed, Tracked},
+    sctp::{Sctp, SctpState},
+    state::{Expendable, Lifecycle, OFFLOADED, State},
+    storage::{self, Zeroable},
+    tcp::{self, Standing, Step, TcpLine, TcpSettings, TcpState, Windows},
+    timeouts::{ByClass, TimeoutClass},
 };
 
 /// Words of a line.
@@ -220,11 +223,85 @@ fn read_address<A: Address>(from: &[AtomicU32]) -> A {
     A::from_words(words)
 }
 
+/// A connection of a table. Good for the turn in which it was found: later, its index may be another's.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ConnId(pub(crate) u32);
+
+impl ConnId {
+    /// A number below the table's capacity.
+    #[inline]
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// The connections of a table, and what they are followed by.
+pub(crate) struct Conns<A> {
+    lines: storage::Lines<Line>,
+    tcp: storage::Lines<TcpLine>,
+    settings: TcpSettings,
+    timeouts: ByClass,
+    /// Keys the digests of [`ConnRef::note_datagram`].
+    digests: RandomState,
+    family: PhantomData<A>,
+}
+
+impl<A: Address> Conns<A> {
+    pub(crate) fn new(
+        lines: storage::Lines<Line>,
+        tcp: storage::Lines<TcpLine>,
+        settings: TcpSettings,
+        timeouts: ByClass,
+    ) -> Self {
+        Self { lines, tcp, settings, timeouts, digests: RandomState::new(), family: PhantomData }
+    }
+
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, index: u32, has_tcp_line: bool) {
+        let first = index as usize * Lines::<A>::COUNT;
+        (first..first + Lines::<A>::COUNT).for_each(|line| self.lines.prefetch(line));
+        if has_tcp_line {
+            self.tcp.prefetch(index as usize);
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn lines(&self, index: u32) -> Lines<'_, A> {
+        Lines::of(&self.lines, index)
+    }
+
+    /// A digest of something that nobody else can make.
+    fn digest(&self, of: impl std::hash::Hash) -> u64 {
+        self.digests.hash_one(of)
+    }
+
+    #[inline(always)]
+    pub(crate) fn tcp_line(&self, index: u32) -> &TcpLine {
+        &self.tcp[index as usize]
+    }
+
+    /// What a TCP segment is judged by.
+    #[inline(always)]
+    pub(crate) fn tcp_rules(&self) -> (&TcpSettings, &ByClass) {
+        (&self.settings, &self.timeouts)
+    }
+
+    #[inline(always)]
+    pub(crate) fn timeout_ticks(&self, state: State) -> u32 {
+        self.timeouts.ticks(state.timeout_class())
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_expired(&self, state: State, lines: Lines<'_, A>, now: Tick) -> bool {
+        now.since(lines.last_seen()) >= self.timeout_ticks(state)
+    }
+}
+
 /// A connection of a table, in the turn in which it was looked up or inserted.
 ///
 /// It may be removed meanwhile by another worker. Its words then stay as they are until the turn is over.
 pub struct ConnRef<'t, A: Address> {
-    table: &'t Table<A>,
+    conns: &'t Conns<A>,
     id: ConnId,
     lines: Lines<'t, A>,
 }
@@ -239,8 +316,8 @@ impl<A: Address> Copy for ConnRef<'_, A> {}
 
 impl<'t, A: Address> ConnRef<'t, A> {
     #[inline(always)]
-    pub(crate) fn new(table: &'t Table<A>, id: ConnId) -> Self {
-        Self { table, id, lines: table.lines(id.0) }
+    pub(crate) fn new(conns: &'t Conns<A>, id: ConnId) -> Self {
+        Self { conns, id, lines: conns.lines(id.0) }
     }
 
     /// Its name in the table.
@@ -295,7 +372,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
         state.is_live()
             && state.protocol() == key.protocol
             && self.lines.has_key(direction, key)
-            && !self.table.is_expired(state, self.lines, now)
+            && !self.conns.is_expired(state, self.lines, now)
     }
 
     /// Its IP protocol.
@@ -323,7 +400,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
     /// may send who guesses the ports (RFC 5927, 4.1). A window's worth behind the last is allowed, as errors come late. Yes, where nothing of
     /// that direction was seen.
     pub fn may_be_in_flight(self, direction: Direction, tcp_seq: u32) -> bool {
-        self.table.tcp_line(self.id.0).may_be_in_flight(direction, tcp_seq)
+        self.conns.tcp_line(self.id.0).may_be_in_flight(direction, tcp_seq)
     }
 
     /// Remembers a datagram of the original direction by what it carries, so that it is known again ([`Self::is_noted`]) where somebody
@@ -332,7 +409,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
     /// # Panics
     /// Where the connection's protocol has numbers of its own to be remembered (TCP, SCTP).
     pub fn note_datagram(self, payload: &[u8]) {
-        self.table.tcp_line(self.id.0).note(self.digest(payload));
+        self.conns.tcp_line(self.id.0).note(self.digest(payload));
     }
 
     /// Whether a datagram with that payload is one of the last that were remembered. Nobody else than who sees the flow's packets can make
@@ -341,13 +418,13 @@ impl<'t, A: Address> ConnRef<'t, A> {
     /// # Panics
     /// As [`Self::note_datagram`].
     pub fn is_noted(self, payload: &[u8]) -> bool {
-        self.table.tcp_line(self.id.0).has_note(self.digest(payload))
+        self.conns.tcp_line(self.id.0).has_note(self.digest(payload))
     }
 
     fn digest(self, payload: &[u8]) -> u64 {
         assert!(!matches!(self.protocol(), Protocol::TCP | Protocol::SCTP), "its words have another meaning");
         let Identity { index, incarnation } = self.identity();
-        self.table.digest((index, incarnation, payload))
+        self.conns.digest((index, incarnation, payload))
     }
 
     /// The device that the first packet came from.
@@ -426,12 +503,12 @@ impl<'t, A: Address> ConnRef<'t, A> {
     /// [`OFFLOADED`](crate::OFFLOADED).
     #[inline]
     pub fn offload_slot(self) -> u32 {
-        self.table.tcp_line(self.id.0).offload_slot().load(Ordering::Acquire)
+        self.conns.tcp_line(self.id.0).offload_slot().load(Ordering::Acquire)
     }
 
     /// Notes where the connection is handed over to. Before it is marked as [`OFFLOADED`](crate::OFFLOADED).
     pub fn set_offload_slot(self, slot: u32) {
-        self.table.tcp_line(self.id.0).offload_slot().store(slot, Ordering::Release);
+        self.conns.tcp_line(self.id.0).offload_slot().store(slot, Ordering::Release);
     }
 
     /// The windows of an established TCP connection that has proved itself, for somebody else to follow them: `None` of any other, and
@@ -439,7 +516,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
     pub fn windows(self) -> Option<Windows> {
         let state = self.state();
         let is_settled = state.is_live() && state.tcp_state() == Some(TcpState::Established) && state.assured();
-        if is_settled { self.table.tcp_line(self.id.0).windows() } else { None }
+        if is_settled { self.conns.tcp_line(self.id.0).windows() } else { None }
     }
 
     /// Takes over windows that somebody else has followed since ([`Self::windows`]): forward only. `last`: whose segments may have been
@@ -447,8 +524,8 @@ impl<'t, A: Address> ConnRef<'t, A> {
     ///
     /// `are_ahead`: they are known to be ahead. By more than half of sequence space, 2 GiB, the numbers alone do not tell that.
     pub fn absorb(self, sides: &[[u32; 4]; 2], last: Direction, are_ahead: bool) {
-        let line = self.table.tcp_line(self.id.0);
-        let (settings, timeouts) = self.table.tcp_rules();
+        let line = self.conns.tcp_line(self.id.0);
+        let (settings, timeouts) = self.conns.tcp_rules();
         let Some(timeout) = line.absorb(sides, last, are_ahead, settings, timeouts) else { return };
         self.update(|state| match state.tcp_state() {
             Some(TcpState::Established) => Some(state.in_timeout_class(timeout)),
@@ -474,7 +551,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
     /// Gives a TCP connection no longer to live than one that was reset has (tcp_timeout_close), from the first time on that this is said.
     /// A segment that is followed gives it its time back. Of other protocols nothing changes.
     pub fn end_soon(self, now: Tick) {
-        let (_, timeouts) = self.table.tcp_rules();
+        let (_, timeouts) = self.conns.tcp_rules();
         let closed = TimeoutClass::TcpClose;
         let is_longer =
             |state: State| state.tcp_state().is_some() && timeouts.ticks(state.timeout_class()) > timeouts.of(closed);
@@ -488,7 +565,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
     /// Whether its timeout is over.
     #[inline]
     pub fn is_expired(self, now: Tick) -> bool {
-        self.table.is_expired(self.state(), self.lines, now)
+        self.conns.is_expired(self.state(), self.lines, now)
     }
 
     /// Its life, as listings show it.
@@ -529,7 +606,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
     /// is over, or one that repeats what nobody has answered. While this one goes on as it was, such a repetition is its own. `false` for
     /// what has no connections, whose every packet is like its first.
     pub fn is_opened_again_by(self, direction: Direction, observed: &Observed) -> bool {
-        let (state, line) = (self.state(), self.table.tcp_line(self.id.0));
+        let (state, line) = (self.state(), self.conns.tcp_line(self.id.0));
         match (state.tcp_state(), state.sctp_state()) {
             (Some(state), _) => tcp::opens_again(state, direction, observed),
             (_, Some(state)) => Sctp::load(line).opens_again(state, direction, &observed.sctp),
@@ -603,8 +680,8 @@ impl<'t, A: Address> ConnRef<'t, A> {
                 |state: &AtomicU64| state.compare_exchange(word.0, next.0, Ordering::AcqRel, Ordering::Relaxed).is_ok();
             next == word || exchange(self.lines.state())
         };
-        let (settings, timeouts) = self.table.tcp_rules();
-        let followed = self.table.tcp_line(self.id.0).follow_ordinary(direction, segment, settings, timeouts, enter);
+        let (settings, timeouts) = self.conns.tcp_rules();
+        let followed = self.conns.tcp_line(self.id.0).follow_ordinary(direction, segment, settings, timeouts, enter);
         if followed {
             self.touch(now);
         }
@@ -622,8 +699,8 @@ impl<'t, A: Address> ConnRef<'t, A> {
 
     #[inline(always)]
     fn track_segment(&self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
-        let line = self.table.tcp_line(self.id.0);
-        let (settings, timeouts) = self.table.tcp_rules();
+        let line = self.conns.tcp_line(self.id.0);
+        let (settings, timeouts) = self.conns.tcp_rules();
         let mut word = self.state();
         loop {
             let Some(state) = word.tcp_state().filter(|_| word.is_live()) else { return Tracked::Accept };
@@ -644,7 +721,7 @@ impl<'t, A: Address> ConnRef<'t, A> {
 
     #[cold]
     fn track_sctp(&self, direction: Direction, observed: &Observed, now: Tick) -> Tracked {
-        let line = self.table.tcp_line(self.id.0);
+        let line = self.conns.tcp_line(self.id.0);
         let mut word = self.state();
         loop {
             let Some(state) = word.sctp_state().filter(|_| word.is_live()) else { return Tracked::Accept };
@@ -757,8 +834,8 @@ pub struct Entry<A: Address> {
 
 impl<A: Address> Entry<A> {
     /// A copy of the connection with that index, if it is live and not expired. For any thread, in a turn or not.
-    pub(crate) fn read(table: &Table<A>, index: u32, now: Tick) -> Option<Self> {
-        let lines = table.lines(index);
+    pub(crate) fn read(conns: &Conns<A>, index: u32, now: Tick) -> Option<Self> {
+        let lines = conns.lines(index);
         loop {
             let state = State(lines.state().load(Ordering::Acquire));
             if !state.is_live() {
@@ -775,9 +852,9 @@ impl<A: Address> Entry<A> {
                 sctp_state: state.sctp_state(),
                 assured: state.assured(),
                 last_seen,
-                remaining_ticks: table.timeout_ticks(state).saturating_sub(now.since(last_seen)),
+                remaining_ticks: conns.timeout_ticks(state).saturating_sub(now.since(last_seen)),
                 offload_slot: (state.flags() & OFFLOADED != 0)
-                    .then(|| table.tcp_line(index).offload_slot().load(Ordering::Relaxed)),
+                    .then(|| conns.tcp_line(index).offload_slot().load(Ordering::Relaxed)),
             };
             // A sequence lock's reader: words of a later use of the index come with its state word.
             weir_sync::atomic::fence(Ordering::Acquire);

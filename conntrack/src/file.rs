@@ -31,9 +31,11 @@ use weir_sync::{
 };
 
 use crate::{
-    Table, TableConfig, conn,
+    Table, TableConfig,
+    arrays::{Arrays, Layout},
+    conn,
     state::State,
-    storage::{Arrays, Layout, Lines, Memory},
+    storage::{Lines, Memory},
 };
 
 /// The first eight bytes of a table's file.
@@ -172,7 +174,7 @@ impl<A: Address> Table<A> {
         for index in 0..saved.used {
             let lines = conn::Lines::<A>::of(&saved.arrays.conns, index);
             let state = State(lines.state().load(Ordering::Acquire));
-            if !state.is_live() || self.is_expired(state, lines, now) {
+            if !state.is_live() || self.conns.is_expired(state, lines, now) {
                 continue;
             }
             if self.adopt(&mut handle, lines, &saved.arrays.tcp[index as usize]) {

@@ -254,7 +254,7 @@ mod tests {
     use std::{collections::HashSet, net::Ipv4Addr};
 
     use super::*;
-    use crate::storage::{Arrays, Layout};
+    use crate::arrays::{Arrays, Layout};
 
     fn indices(capacity: u32, domain: Arc<Domain>) -> Arc<Indices> {
         let Arrays { links, used, .. } = Arrays::new(&Layout::new::<Ipv4Addr>(7, capacity));

@@ -2,16 +2,20 @@
 //!
 //! - [`table`]: [`Table`], lookup, insertion, removal, ageing; its opening comment is the theory of the whole.
 //! - [`conn`]: [`ConnRef`], one connection: keys, attributes, tracking.
-//! - [`observed`]: [`Observed`], what tracking needs to know of a packet.
+//! - [`observed`]: [`Observed`], what tracking needs to know of a packet; of SCTP [`sctp_packet`].
+//! - [`opening`]: whether a packet may open a connection.
 //! - [`tcp`]: TCP's states and windows, RFC 9293 as netfilter follows it from the middle.
 //! - [`sctp`]: SCTP's states, RFC 9260 as netfilter follows it.
 //! - [`timeouts`]: how long an idle connection lives, under netfilter's names.
 //! - [`file`](mod@file): a table that outlives its process.
 //! - [`hash`]: the keyed hash of flow keys.
+//!
+//! No two files name each other: plain data lies below what acts on it.
 
 // The theory of the structures names their private parts too.
 #![allow(rustdoc::private_intra_doc_links)]
 
+mod arrays;
 mod bucket;
 pub mod conn;
 #[cfg(not(loom))]
@@ -19,21 +23,22 @@ pub mod file;
 pub mod hash;
 mod index;
 pub mod observed;
+pub mod opening;
 pub mod sctp;
+pub mod sctp_packet;
 mod state;
 mod storage;
 pub mod table;
 pub mod tcp;
 pub mod timeouts;
 
-pub use conn::{Attributes, ConnRef, Entry, Identity};
+pub use conn::{Attributes, ConnId, ConnRef, Entry, Identity};
 pub use hash::Hash;
-pub use observed::{Observed, Opening, Tracked};
-pub use sctp::{SctpPacket, SctpState};
-pub use state::{Expendable, Lifecycle};
-pub use table::{
-    Candidate, ConnId, Counts, Handle, Hit, Insert, MAX_ENTRIES, NewConn, OFFLOADED, Offloader, PRIVILEGED, Table,
-    TableConfig,
-};
+pub use observed::{Observed, Tracked};
+pub use opening::Opening;
+pub use sctp::SctpState;
+pub use sctp_packet::SctpPacket;
+pub use state::{Expendable, Lifecycle, OFFLOADED, PRIVILEGED};
+pub use table::{Candidate, Counts, Handle, Hit, Insert, MAX_ENTRIES, NewConn, Offloader, Table, TableConfig};
 pub use tcp::{TcpSettings, TcpState, Windows};
 pub use timeouts::{Timeouts, UnknownTimeout};

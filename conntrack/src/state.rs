@@ -2,7 +2,15 @@
 
 use weir_packet::{Protocol, Tick};
 
-use crate::{PRIVILEGED, sctp::SctpState, tcp::TcpState, timeouts::TimeoutClass};
+use crate::{sctp::SctpState, tcp::TcpState, timeouts::TimeoutClass};
+
+/// One of two bits of [`crate::Attributes::flags`] that the table knows: a connection of those for whom a share is kept. Until it is over, it is
+/// removed to make room for another only where that has it too, or where the samples show nothing else.
+pub const PRIVILEGED: u8 = 1 << 7;
+
+/// The other: a connection that was handed over to somebody else ([`crate::ConnRef::offload_slot`]), who is told to give it back before it is
+/// removed.
+pub const OFFLOADED: u8 = 1 << 6;
 
 /// Where a connection stands between two uses of its index. See [`crate::table`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

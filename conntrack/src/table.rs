@@ -110,11 +110,7 @@
 //! - Harris, Fraser, Pratt, "A practical multi-word compare-and-swap operation", DISC 2002: publication with helping.
 //! - Michael, "High performance dynamic lock-free hash tables and list-based sets", SPAA 2002.
 
-use std::{
-    fmt,
-    hash::{BuildHasher, RandomState},
-    sync::OnceLock,
-};
+use std::{fmt, sync::OnceLock};
 
 use weir_packet::{Address, Direction, FlowKey, Protocol, Tick};
 use weir_sync::{
@@ -123,16 +119,17 @@ use weir_sync::{
 };
 
 use crate::{
-    Attributes, ConnRef, Entry, Hash, Identity, Lifecycle, Observed, Timeouts,
+    arrays::{Arrays, Layout},
     bucket::{Bucket, SLOTS, SlotRef},
-    conn,
-    hash::Hasher,
+    conn::{self, Attributes, ConnId, ConnRef, Conns, Entry, Identity},
+    hash::{Hash, Hasher},
     index::{Indices, Stock},
+    observed::Observed,
     sctp::{Sctp, SctpState},
-    state::{Phase, State},
-    storage::{Arrays, Layout, Lines},
+    state::{Lifecycle, OFFLOADED, PRIVILEGED, Phase, State},
+    storage::Lines,
     tcp::{Tcp, TcpLine, TcpSettings},
-    timeouts::{ByClass, TimeoutClass},
+    timeouts::{TimeoutClass, Timeouts},
 };
 
 /// Buckets in which a key may live. At full load about one insertion in 10^10 finds all of them full.
@@ -156,14 +153,6 @@ const SAMPLES: u32 = 4;
 /// An established connection with a packet in the last minute is never removed to make room: 6000 ticks of 10 ms.
 pub const ACTIVE_TICKS: u32 = 6000;
 
-/// One of two bits of [`Attributes::flags`] that the table knows: a connection of those for whom a share is kept. Until it is over, it is
-/// removed to make room for another only where that has it too, or where the samples show nothing else.
-pub const PRIVILEGED: u8 = 1 << 7;
-
-/// The other: a connection that was handed over to somebody else ([`ConnRef::offload_slot`]), who is told to give it back before it is
-/// removed.
-pub const OFFLOADED: u8 = 1 << 6;
-
 /// To whom connections may be handed over.
 pub trait Offloader: Send + Sync {
     /// Takes back what has that slot. From then on none of its packets passes there. For any thread, and quick.
@@ -181,18 +170,6 @@ pub struct TableConfig {
     pub timeouts: Timeouts,
     /// How strictly TCP is followed.
     pub tcp: TcpSettings,
-}
-
-/// A connection of a table. Good for the turn in which it was found: later, its index may be another's.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct ConnId(pub(crate) u32);
-
-impl ConnId {
-    /// A number below the table's capacity.
-    #[inline]
-    pub fn index(self) -> usize {
-        self.0 as usize
-    }
 }
 
 /// A connection that has the key that was asked for.
@@ -313,23 +290,17 @@ impl fmt::Debug for Handle {
 /// The connections of one address family.
 pub struct Table<A: Address> {
     buckets: Lines<Bucket>,
-    conns: Lines<conn::Line>,
-    tcp: Lines<TcpLine>,
+    pub(crate) conns: Conns<A>,
     sizes: Sizes,
     /// Connections that were inserted, or are being, and not removed.
     live: Gauge,
     seed: u64,
     hasher: Hasher,
-    timeouts: ByClass,
-    tcp_settings: TcpSettings,
     indices: Arc<Indices>,
     domain: Arc<Domain>,
     counters: Counters<COUNTS>,
     cursor: CachePadded<AtomicU32>,
     offloader: OnceLock<std::sync::Arc<dyn Offloader>>,
-    /// Keys the digests of [`ConnRef::note_datagram`].
-    digests: RandomState,
-    family: std::marker::PhantomData<A>,
 }
 
 /// The sizes of a table.
@@ -394,21 +365,16 @@ impl<A: Address> Table<A> {
     pub(crate) fn with(config: TableConfig, domain: Arc<Domain>, arrays: Arrays, sizes: Sizes) -> Self {
         Self {
             buckets: arrays.buckets,
-            conns: arrays.conns,
-            tcp: arrays.tcp,
+            conns: Conns::new(arrays.conns, arrays.tcp, config.tcp, config.timeouts.by_class()),
             sizes,
             live: Gauge::default(),
             seed: config.seed[0],
             hasher: Hasher::new(config.seed),
-            timeouts: config.timeouts.by_class(),
-            tcp_settings: config.tcp,
             indices: Indices::new(arrays.links, arrays.used, Arc::clone(&domain)),
             domain,
             counters: Counters::new(),
             cursor: CachePadded::new(AtomicU32::new(0)),
             offloader: OnceLock::new(),
-            digests: RandomState::new(),
-            family: std::marker::PhantomData,
         }
     }
 
@@ -489,11 +455,7 @@ impl<A: Address> Table<A> {
     #[inline]
     pub fn prefetch_candidate(&self, candidate: Candidate, protocol: Protocol) {
         let Some((index, _)) = candidate.0.get() else { return };
-        let first = index as usize * conn::Lines::<A>::COUNT;
-        (first..first + conn::Lines::<A>::COUNT).for_each(|line| self.conns.prefetch(line));
-        if protocol == Protocol::TCP {
-            self.tcp.prefetch(index as usize);
-        }
+        self.conns.prefetch(index, protocol == Protocol::TCP);
     }
 
     /// The candidate's connection, and which of its keys `key` is, if it has that key, is live and has not expired: then what [`Table::lookup`]
@@ -519,14 +481,15 @@ impl<A: Address> Table<A> {
     pub fn lookup(&self, key: &FlowKey<A>, hash: Hash, now: Tick, turn: &Turn<'_>) -> Option<Hit> {
         debug_assert!(turn.is_of(&self.domain));
         self.search(key, hash, |index, direction, lines, state| {
-            (state.is_live() && !self.is_expired(state, lines, now)).then_some(Hit { conn: ConnId(index), direction })
+            (state.is_live() && !self.conns.is_expired(state, lines, now))
+                .then_some(Hit { conn: ConnId(index), direction })
         })
     }
 
     /// A connection that was found in this turn.
     #[inline]
     pub fn conn(&self, id: ConnId) -> ConnRef<'_, A> {
-        ConnRef::new(self, id)
+        ConnRef::new(&self.conns, id)
     }
 
     /// Makes room for one more connection at the limit: removes the one of a few that is worth least. `kept_free` connections
@@ -561,14 +524,14 @@ impl<A: Address> Table<A> {
             let mut least: Option<(Count, u32, u32, State)> = None;
             for offset in 0..sample {
                 let index = (start + offset) % used;
-                let lines = self.lines(index);
+                let lines = self.conns.lines(index);
                 let state = State(lines.state().load(Ordering::Acquire));
                 if !state.is_live() {
                     continue;
                 }
                 let idle = now.since(lines.last_seen());
                 let worth = match state.lifecycle() {
-                    _ if idle >= self.timeout_ticks(state) => Count::Expired,
+                    _ if idle >= self.conns.timeout_ticks(state) => Count::Expired,
                     Lifecycle::Closed => Count::EvictedClosing,
                     _ if spares_privileged && state.flags() & PRIVILEGED != 0 => continue,
                     Lifecycle::Closing => Count::EvictedClosing,
@@ -647,7 +610,7 @@ impl<A: Address> Table<A> {
     /// Where `handle` is of another table.
     pub fn remove(&self, handle: &mut Handle, conn: ConnId, turn: &Turn<'_>) -> bool {
         debug_assert!(turn.is_of(&self.domain));
-        let word = self.lines(conn.0).state();
+        let word = self.conns.lines(conn.0).state();
         let mut state = State(word.load(Ordering::Relaxed));
         while state.is_live() {
             match self.remove_from(handle, conn.0, state) {
@@ -672,7 +635,7 @@ impl<A: Address> Table<A> {
         turn: &Turn<'_>,
     ) -> bool {
         debug_assert!(turn.is_of(&self.domain));
-        let lines = self.lines(conn.0);
+        let lines = self.conns.lines(conn.0);
         let state = State(lines.state().load(Ordering::Acquire));
         state.is_live()
             && state.expendable(now.since(lines.last_seen()), for_privileged).is_some()
@@ -694,9 +657,12 @@ impl<A: Address> Table<A> {
             }) else {
                 break;
             };
-            let lines = self.lines(index);
+            let lines = self.conns.lines(index);
             let state = State(lines.state().load(Ordering::Acquire));
-            if state.is_live() && self.is_expired(state, lines, now) && self.remove_from(handle, index, state).is_ok() {
+            if state.is_live()
+                && self.conns.is_expired(state, lines, now)
+                && self.remove_from(handle, index, state).is_ok()
+            {
                 handle.count(Count::Expired);
                 swept += 1;
             }
@@ -719,15 +685,17 @@ impl<A: Address> Table<A> {
         if identity.index >= self.indices.used() {
             return None;
         }
-        let state = State(self.lines(identity.index).state().load(Ordering::Acquire));
+        let state = State(self.conns.lines(identity.index).state().load(Ordering::Acquire));
         let is_it = state.is_live() && state.incarnation() == identity.incarnation;
-        is_it.then(|| ConnRef::new(self, ConnId(identity.index)))
+        is_it.then(|| ConnRef::new(&self.conns, ConnId(identity.index)))
     }
 
     /// Shows every connection that is live and has not expired, each as of one moment; those that come or go meanwhile
     /// perhaps. For any thread, in a turn or, better for long listings, outside of one: it disturbs no worker.
     pub fn for_each(&self, now: Tick, mut show: impl FnMut(&Entry<A>)) {
-        (0..self.indices.used()).filter_map(|index| Entry::read(self, index, now)).for_each(|entry| show(&entry));
+        (0..self.indices.used())
+            .filter_map(|index| Entry::read(&self.conns, index, now))
+            .for_each(|entry| show(&entry));
     }
 
     /// Connections have indices below this number, which only grows.
@@ -737,7 +705,7 @@ impl<A: Address> Table<A> {
 
     /// The connection with that index, if it is live and not expired, as of one moment. For any thread, as [`Table::for_each`].
     pub fn entry(&self, index: u32, now: Tick) -> Option<Entry<A>> {
-        if index < self.indices.used() { Entry::read(self, index, now) } else { None }
+        if index < self.indices.used() { Entry::read(&self.conns, index, now) } else { None }
     }
 
     /// Takes a connection that was listed out of the table; `false` if it is there no more.
@@ -746,7 +714,7 @@ impl<A: Address> Table<A> {
     /// Where `handle` is of another table.
     pub fn remove_listed(&self, handle: &mut Handle, identity: Identity, turn: &Turn<'_>) -> bool {
         debug_assert!(turn.is_of(&self.domain));
-        let word = self.lines(identity.index).state();
+        let word = self.conns.lines(identity.index).state();
         let mut state = State(word.load(Ordering::Acquire));
         while state.is_live() && state.incarnation() == identity.incarnation {
             match self.remove_from(handle, identity.index, state) {
@@ -755,37 +723,6 @@ impl<A: Address> Table<A> {
             }
         }
         false
-    }
-
-    #[inline(always)]
-    pub(crate) fn lines(&self, index: u32) -> conn::Lines<'_, A> {
-        conn::Lines::of(&self.conns, index)
-    }
-
-    /// A digest of something that nobody else can make.
-    pub(crate) fn digest(&self, of: impl std::hash::Hash) -> u64 {
-        self.digests.hash_one(of)
-    }
-
-    #[inline(always)]
-    pub(crate) fn tcp_line(&self, index: u32) -> &TcpLine {
-        &self.tcp[index as usize]
-    }
-
-    /// What a TCP segment is judged by.
-    #[inline(always)]
-    pub(crate) fn tcp_rules(&self) -> (&TcpSettings, &ByClass) {
-        (&self.tcp_settings, &self.timeouts)
-    }
-
-    #[inline(always)]
-    pub(crate) fn timeout_ticks(&self, state: State) -> u32 {
-        self.timeouts.ticks(state.timeout_class())
-    }
-
-    #[inline(always)]
-    pub(crate) fn is_expired(&self, state: State, lines: conn::Lines<'_, A>, now: Tick) -> bool {
-        now.since(lines.last_seen()) >= self.timeout_ticks(state)
     }
 
     #[inline(always)]
@@ -820,7 +757,7 @@ impl<A: Address> Table<A> {
             let (slots, overflowed) = bucket.matches(tag);
             for slot in slots {
                 let Some((index, direction)) = bucket.slot(slot).get() else { continue };
-                let lines = self.lines(index);
+                let lines = self.conns.lines(index);
                 let state = State(lines.state().load(Ordering::Acquire));
                 if lines.has_key(direction, key)
                     && state.protocol() == key.protocol
@@ -860,7 +797,7 @@ impl<A: Address> Table<A> {
     fn outlives(&self, handle: &mut Handle, index: u32, lines: conn::Lines<'_, A>, now: Tick) -> bool {
         let mut state = State(lines.state().load(Ordering::Acquire));
         while state.is_live() {
-            if !self.is_expired(state, lines, now) {
+            if !self.conns.is_expired(state, lines, now) {
                 return true;
             }
             match self.remove_from(handle, index, state) {
@@ -876,7 +813,7 @@ impl<A: Address> Table<A> {
 
     /// Writes a connection under an index that nobody else knows.
     fn fill(&self, index: u32, new: &NewConn<A>, now: Tick) -> State {
-        let lines = self.lines(index);
+        let lines = self.conns.lines(index);
         let before = State(lines.state().load(Ordering::Relaxed));
         let mut state = before.filling(new.original.protocol, new.attributes.flags, now);
         lines.state().store(state.0, Ordering::Relaxed);
@@ -885,8 +822,9 @@ impl<A: Address> Table<A> {
         lines.fill([&new.original, &new.reply], &new.attributes, now);
         let timeout = match new.original.protocol {
             Protocol::TCP => {
-                let (tcp, tcp_state, timeout) = Tcp::open(&new.first, &self.tcp_settings, &self.timeouts);
-                self.tcp_line(index).fill(&tcp);
+                let (settings, timeouts) = self.conns.tcp_rules();
+                let (tcp, tcp_state, timeout) = Tcp::open(&new.first, settings, timeouts);
+                self.conns.tcp_line(index).fill(&tcp);
                 state = state.in_tcp_state(tcp_state);
                 timeout
             }
@@ -896,7 +834,7 @@ impl<A: Address> Table<A> {
             Protocol::SCTP => {
                 // What may not open one is not to come here; if it does, it is as good as over.
                 let (sctp, sctp_state) = Sctp::open(&new.first.sctp).unwrap_or((Sctp::default(), SctpState::Closed));
-                sctp.fill(self.tcp_line(index));
+                sctp.fill(self.conns.tcp_line(index));
                 state = state.in_sctp_state(sctp_state);
                 sctp_state.timeout_class()
             }
@@ -927,9 +865,9 @@ impl<A: Address> Table<A> {
     pub(crate) fn adopt(&self, handle: &mut Handle, from: conn::Lines<'_, A>, tcp: &TcpLine) -> bool {
         let Some(index) = self.allocate(handle) else { return false };
         let state = State(from.state().load(Ordering::Relaxed));
-        let lines = self.lines(index);
+        let lines = self.conns.lines(index);
         lines.fill_from(from);
-        self.tcp_line(index).fill_from(tcp);
+        self.conns.tcp_line(index).fill_from(tcp);
         let keys = [Direction::Original, Direction::Reply].map(|direction| lines.key(direction, state.protocol()));
         lines.state().store(state.in_phase(Phase::Filling).0, Ordering::Relaxed);
         if !self.publish(index, state, [&keys[0], &keys[1]], keys.map(|key| self.hash(&key))) {
@@ -952,13 +890,13 @@ impl<A: Address> Table<A> {
             self.displace(hashes[0], original);
             return false;
         }
-        self.lines(index).state().store(filled.in_phase(Phase::Published).0, Ordering::Release);
+        self.conns.lines(index).state().store(filled.in_phase(Phase::Published).0, Ordering::Release);
         true
     }
 
     /// Brings a published connection to its end, live or aborted, whoever's it is; the phase found at the end.
     fn validate(&self, handle: &mut Handle, index: u32, now: Tick) -> Phase {
-        let lines = self.lines(index);
+        let lines = self.conns.lines(index);
         let word = lines.state();
         let state = State(word.load(Ordering::Acquire));
         if state.phase() != Phase::Published {
@@ -1011,10 +949,10 @@ impl<A: Address> Table<A> {
             && let Some(offloader) = self.offloader.get()
         {
             // Before: nobody carries on what is no connection any more. Where the exchange fails, it was taken back for nothing.
-            offloader.take_back(self.tcp_line(index).offload_slot().load(Ordering::Acquire));
+            offloader.take_back(self.conns.tcp_line(index).offload_slot().load(Ordering::Acquire));
         }
         let removed = state.in_phase(Phase::Removed);
-        let word = self.lines(index).state();
+        let word = self.conns.lines(index).state();
         word.compare_exchange(state.0, removed.0, Ordering::AcqRel, Ordering::Acquire).map_err(State)?;
         self.unlink(index);
         self.give_back(handle, index);
@@ -1024,7 +962,7 @@ impl<A: Address> Table<A> {
 
     /// Takes both keys out of their buckets. For the one thread that has ended, or inserted, the connection.
     fn unlink(&self, index: u32) {
-        let lines = self.lines(index);
+        let lines = self.conns.lines(index);
         let protocol = State(lines.state().load(Ordering::Relaxed)).protocol();
         let [original, reply] = [Direction::Original, Direction::Reply].map(|direction| lines.key(direction, protocol));
         self.displace(self.hash(&original), SlotRef::new(index, Direction::Original));

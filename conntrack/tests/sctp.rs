@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 
 use weir_conntrack::{
     Attributes, Insert, Lifecycle, NewConn, Observed, Opening, SctpPacket, SctpState, Table, TableConfig, TcpSettings,
-    Timeouts, Tracked, sctp::MAX_CHUNKS, sctp::MAX_EVENTS,
+    Timeouts, Tracked, sctp_packet::MAX_CHUNKS, sctp_packet::MAX_EVENTS,
 };
 use weir_packet::{Direction, FlowKey, Ports, Protocol, Tick};
 use weir_sync::Domain;

@@ -37,8 +37,9 @@ use weir_dataplane::{
     frame::{IfIndex, Packet},
     memory::MemoryDriver,
     model::{Cluster, Device, Links, Neighbor, Node, Pool, Role, TunnelMode, Workload},
-    pipeline::{Context, Event, Pipeline, Tables, process_burst},
+    pipeline::{Context, Event, Pipeline, process_burst},
     snapshot::{Rules, Snapshot},
+    tables::Tables,
 };
 use weir_nat::{Affinity, ServicePort, ServiceTable, SnatPorts};
 use weir_packet::{Mac, Protocol, Tick};

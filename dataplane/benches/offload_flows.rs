@@ -85,7 +85,7 @@ fn measure(flows: u32) {
         let mut handle = router.tables.v4.handle();
         let mut participant = router.domain.join();
         let mut requests = Vec::new();
-        let now = weir_dataplane::worker::now();
+        let now = weir_dataplane::clock::now();
         for flow in 0..flows {
             let turn = participant.enter();
             let attributes = Attributes { device: CLIENT_POD.0, generation: 1, flags: CANDIDATE, ..Attributes::default() };

@@ -11,8 +11,9 @@ use weir_policy::{EndpointId, Judgement, PolicyDirection, RuleId, model::HostSta
 
 use crate::{
     allowance::Allowance,
-    decide::{Decision, Origin},
+    decide::Decision,
     forwarding::Routed,
+    origin::Origin,
     snapshot::{Rules, Snapshot},
 };
 

@@ -8,62 +8,11 @@ use weir_packet::{Address, DropReason, FlowKey, Ports, Protocol, Tick};
 use weir_policy::{Judgement, PolicyDirection};
 
 use crate::{
-    forwarding::{AdjacencyId, Device, Forwarding, Route, RouteKind, Routed, WorkloadId},
-    frame::IfIndex,
-    host_endpoints::HostEndpointNumber,
+    forwarding::{AdjacencyId, Forwarding, Route, RouteKind, Routed, WorkloadId},
     host_policy::{self, Before, HostJudgements},
-    model::Role,
+    origin::{Arrival, Origin},
     snapshot::Snapshot,
 };
-
-/// Where a packet came from.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Origin {
-    /// A workload of this node.
-    Workload(WorkloadId),
-    /// This node's own kernel.
-    Host,
-    /// An uplink, a tunnel included.
-    Uplink,
-}
-
-impl Origin {
-    /// Where packets that `device` receives come from; `None` for a workload device behind which no known workload is.
-    #[inline]
-    pub fn of(device: &Device) -> Option<Self> {
-        match device.role {
-            Role::Uplink => Some(Self::Uplink),
-            Role::Host => Some(Self::Host),
-            Role::Workload => device.workload.map(Self::Workload),
-        }
-    }
-}
-
-/// Where a packet came from, with what a host endpoint there has to say.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Arrival {
-    /// Where it came from.
-    pub origin: Origin,
-    /// The host endpoint of the uplink or tunnel that it came by, or that the node's own packet leaves by, where that is known otherwise
-    /// than by its route.
-    pub host_endpoint: Option<HostEndpointNumber>,
-}
-
-impl Arrival {
-    /// By a device of these tables. What comes through a tunnel arrives by the tunnel's own device, which only a host endpoint for "*"
-    /// governs.
-    #[inline]
-    pub fn by(origin: Origin, device: IfIndex, through_tunnel: bool, forwarding: &Forwarding) -> Self {
-        let host_endpoint = if forwarding.host_endpoints().is_empty() {
-            None
-        } else if through_tunnel {
-            forwarding.host_endpoints().everywhere()
-        } else {
-            forwarding.device_by_index(device).and_then(|device| forwarding.device(device).host_endpoint)
-        };
-        Self { origin, host_endpoint }
-    }
-}
 
 /// What happens to the first packet of a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -119,10 +68,7 @@ pub struct Decision<'s, A: Address> {
 impl<A: Address> Decision<'_, A> {
     /// The adjacency of a packet that is forwarded.
     pub fn adjacency(&self) -> Option<AdjacencyId> {
-        match self.route {
-            Route::Via(id) => Some(id),
-            Route::NoSuchPod | Route::None => None,
-        }
+        self.route.adjacency()
     }
 }
 
@@ -226,7 +172,7 @@ pub fn decide<'s, A: Routed>(
             if kind == RouteKind::Host && !claimed {
                 decision.verdict = Verdict::Local;
             }
-            let leaves = matches!(kind, RouteKind::Direct | RouteKind::Ipip);
+            let leaves = kind.leaves_node();
             // A reply to the node's own port would never reach weir: what the kernel sends to a service takes a port of weir's.
             let own_port = claimed && from == Origin::Host;
             let outgoing = leaves && forwarding.nat_outgoing(decision.translated.src, decision.translated.dst);

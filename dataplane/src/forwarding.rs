@@ -100,7 +100,7 @@ pub struct Adjacency {
     pub kind: RouteKind,
 }
 
-/// An adjacency as the straight way needs it: all in one line, as far as IPIP goes ([`crate::straight`]).
+/// An adjacency as the straight way needs it: all in one line, as far as IPIP goes ([`crate::pipeline`], straight.rs).
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
 pub struct Hop {
@@ -137,6 +137,19 @@ pub enum RouteKind {
     Host,
 }
 
+impl RouteKind {
+    /// Whether it leads away from this node and what is on it.
+    #[inline]
+    pub fn leaves_node(self) -> bool {
+        matches!(self, Self::Direct | Self::Ipip)
+    }
+}
+
+/// The source MAC address of what is handed to the node's kernel at `mac`: never one of the trunk's own form, which names a device.
+pub(crate) fn host_source(Mac([a, b, c, d, e, f]): Mac) -> Mac {
+    Mac([a, b, c, d, e, f ^ 1])
+}
+
 /// Where a destination is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Route {
@@ -146,6 +159,14 @@ pub enum Route {
     NoSuchPod,
     /// Nowhere that weir knows.
     None,
+}
+
+impl Route {
+    /// The next hop there.
+    #[inline]
+    pub fn adjacency(self) -> Option<AdjacencyId> {
+        if let Self::Via(adjacency) = self { Some(adjacency) } else { None }
+    }
 }
 
 /// Who owns a pod's address.
@@ -381,12 +402,16 @@ impl Forwarding {
         }
     }
 
+    /// The next hop of packets to `destination`.
+    pub(crate) fn adjacency_to<A: Routed>(&self, destination: A) -> Option<AdjacencyId> {
+        // Who asked from a loopback address is the node itself; no route leads there.
+        if destination.is_loopback() { Some(self.host) } else { self.route(destination).adjacency() }
+    }
+
     /// The device by which packets to `destination` leave.
     pub fn device_towards<A: Routed>(&self, destination: A) -> Option<&Device> {
-        match self.route(destination) {
-            Route::Via(id) => self.adjacency(id).device.map(|device| self.device(device)),
-            Route::NoSuchPod | Route::None => None,
-        }
+        let adjacency = self.adjacency(self.route(destination).adjacency()?);
+        adjacency.device.map(|device| self.device(device))
     }
 
     /// Whether packets to `address`, and so from it, go through a tunnel.
@@ -433,7 +458,7 @@ impl Forwarding {
                 (headers, u16::MAX - IPIP_HEADER_BYTES as u16)
             }
         };
-        // As `decide::Origin` has it: of a pod's device behind which no known pod is, nothing is admitted.
+        // As `Origin` has it: of a pod's device behind which no known pod is, nothing is admitted.
         let admitted = device.filter(|device| device.role != Role::Workload || device.workload.is_some());
         Hop {
             device: admitted.map_or(Hop::NO_DEVICE, |device| device.index),

@@ -42,8 +42,8 @@ use weir_packet::{
 };
 
 use crate::{
-    decide::Origin,
     frame::{IfIndex, Packet},
+    origin::Origin,
 };
 
 /// Packets that are followed at once, per worker and family.

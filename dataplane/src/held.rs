@@ -59,24 +59,24 @@ impl Held {
         self.packets.is_empty()
     }
 
-    /// Keeps `held`. `Ok(true)` where somebody must ask for its next hop: nobody has in the last second.
+    /// Whether one more packet may wait for that next hop.
+    pub fn has_room(&self, device: IfIndex, next_hop: IpAddr) -> bool {
+        self.packets.len() < CAPACITY && self.waiting_for(device, next_hop).count() < PER_NEXT_HOP
+    }
+
+    /// Keeps `held`, for which there is room. Whether somebody must ask for its next hop: nobody has in the last second.
     ///
     /// A question can be lost, and a steady flow has always a packet that waits: that one waits is no reason not to ask.
-    ///
-    /// # Errors
-    /// The packet itself, where too many wait already.
-    pub fn push(&mut self, held: HeldPacket) -> Result<bool, Packet> {
-        let same = |other: &&Waiting| (other.held.device, other.held.next_hop) == (held.device, held.next_hop);
-        let (mut waiting, mut asks) = (0, true);
-        for other in self.packets.iter().filter(same) {
-            waiting += 1;
-            asks &= !other.asked || held.since.since(other.held.since) > ASK_AGAIN;
-        }
-        if waiting >= PER_NEXT_HOP || self.packets.len() >= CAPACITY {
-            return Err(held.packet);
-        }
-        self.packets.push(Waiting { held, asked: asks });
-        Ok(asks)
+    pub fn push(&mut self, held: HeldPacket) -> bool {
+        let asked = self
+            .waiting_for(held.device, held.next_hop)
+            .any(|other| other.asked && held.since.since(other.held.since) <= ASK_AGAIN);
+        self.packets.push(Waiting { held, asked: !asked });
+        !asked
+    }
+
+    fn waiting_for(&self, device: IfIndex, next_hop: IpAddr) -> impl Iterator<Item = &Waiting> {
+        self.packets.iter().filter(move |waiting| (waiting.held.device, waiting.held.next_hop) == (device, next_hop))
     }
 
     /// Removes and returns the first packet for which `take` says so.

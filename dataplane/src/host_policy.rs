@@ -10,57 +10,17 @@
 //!
 //! An Allow of untracked policy or of policy before DNAT is the last word of that host endpoint, not of the pods' own policy.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
-
 use ipnet::IpNet;
 use weir_packet::{DropReason, FlowKey, Protocol};
-use weir_policy::{Classifier, HostEndpointId, Judgement, PolicyDirection, model::HostStage};
+use weir_policy::{HostEndpointId, Judgement, PolicyDirection, model::HostStage};
 
 use crate::{
-    decide::{Arrival, Origin},
     forwarding::{Forwarding, Route, RouteKind, Routed},
     host_endpoints::HostEndpointNumber,
-    model::{Cluster, EndpointToHost, Failsafe, HostSettings},
+    model::{EndpointToHost, Failsafe},
+    origin::{Arrival, Origin},
     snapshot::Snapshot,
 };
-
-/// Host endpoints' compiled policy, and the node's settings.
-#[derive(Debug)]
-pub struct HostRules {
-    /// By number in the cluster.
-    endpoints: Vec<Option<HostEndpointId>>,
-    settings: HostSettings,
-    /// Whether any host endpoint has untracked policy, so that each packet must be asked about.
-    has_untracked: bool,
-    /// Stands for the settings: 0 for those that deny nothing to nobody.
-    stamp: u32,
-}
-
-impl HostRules {
-    pub(crate) fn new(policy: &Classifier, cluster: &Cluster) -> Self {
-        let endpoints: Vec<_> =
-            cluster.host_endpoints.iter().map(|endpoint| policy.host_endpoint(&endpoint.name)).collect();
-        let settings = cluster.host_settings.clone();
-        let says_nothing = endpoints.is_empty() && settings.endpoint_to_host == EndpointToHost::Accept;
-        // Not the tables' hash, to which lists are as good as joined and variants as good as equal. This one is the same in every process.
-        let mut hasher = DefaultHasher::new();
-        settings.hash(&mut hasher);
-        let stamp = if says_nothing { 0 } else { hasher.finish() as u32 | 1 };
-        let has_untracked =
-            endpoints.iter().flatten().any(|endpoint| policy.has_stage(*endpoint, HostStage::Untracked));
-        Self { endpoints, settings, has_untracked, stamp }
-    }
-
-    /// Whether any host endpoint has untracked policy.
-    #[inline]
-    pub fn has_untracked(&self) -> bool {
-        self.has_untracked
-    }
-
-    fn policy(&self, number: HostEndpointNumber) -> Result<HostEndpointId, DropReason> {
-        self.endpoints.get(number.0 as usize).copied().flatten().ok_or(DropReason::PolicyNotReady)
-    }
-}
 
 /// A stage of a host endpoint that was asked about a packet.
 #[derive(Clone, Copy, Debug)]
@@ -366,10 +326,7 @@ fn leaves_by(arrival: Arrival) -> Option<HostEndpointNumber> {
 }
 
 fn kind_of(forwarding: &Forwarding, route: Route) -> Option<RouteKind> {
-    match route {
-        Route::Via(adjacency) => Some(forwarding.adjacency(adjacency).kind),
-        Route::NoSuchPod | Route::None => None,
-    }
+    route.adjacency().map(|adjacency| forwarding.adjacency(adjacency).kind)
 }
 
 impl Failsafe {

@@ -15,7 +15,7 @@ use weir_sync::{Tally, WorkerNumber};
 
 use crate::{
     forwarding::{Forwarding, WorkloadId, local_workloads},
-    host_policy::HostRules,
+    host_rules::HostRules,
     model::Cluster,
 };
 

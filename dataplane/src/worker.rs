@@ -11,18 +11,18 @@ use std::{
     time::Duration,
 };
 
-use nix::time::{ClockId, clock_gettime};
 use weir_nat::Affinity;
-use weir_packet::Tick;
 use weir_sync::{Participant, Published};
 
 use crate::{
     afxdp::AfXdp,
+    clock::now,
     driver::{Driver, PortId},
     frame::Packet,
     offload::Offload,
-    pipeline::{Context, Pipeline, Tables, process_burst},
+    pipeline::{Context, Pipeline, process_burst},
     snapshot::Snapshot,
+    tables::Tables,
 };
 
 /// Connections of each table that one turn looks at, to remove the expired.
@@ -31,12 +31,6 @@ const SWEEP_SHARE: u32 = 32;
 const IDLE_TURNS: u32 = 200;
 /// Longest sleep: held packets and expired connections are looked after that often without traffic.
 const MAX_SLEEP: Duration = Duration::from_millis(100);
-
-/// The time by the clock that all processes of a boot share (CLOCK_MONOTONIC), since connections outlive a process.
-pub fn now() -> Tick {
-    let time = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every kernel has this clock");
-    Tick::from_ns(time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
-}
 
 /// What the workers of one process share.
 #[derive(Debug)]

@@ -41,8 +41,9 @@ use weir_dataplane::{
         keeper::{Keeper, Keys},
         recipe::Key,
     },
-    pipeline::{Context, Event, Family, Pipeline, Tables, process_burst},
+    pipeline::{Context, Event, Pipeline, process_burst},
     snapshot::{Rules, Snapshot},
+    tables::{Family, Tables},
 };
 use weir_nat::{Affinity, Endpoint, ServicePort, SnatPorts};
 use weir_packet::{Direction, DropReason, FlowKey, Protocol, Tick};

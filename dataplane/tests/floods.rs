@@ -11,7 +11,7 @@ use std::net::IpAddr;
 
 use packets::{Packet, TCP, received};
 use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service, sum};
-use weir_dataplane::{frame::IfIndex, pipeline::capacity_with_share};
+use weir_dataplane::{frame::IfIndex, tables::capacity_with_share};
 use weir_nat::SnatPorts;
 use weir_packet::{DropReason, Protocol, Tick};
 

@@ -56,6 +56,7 @@ use weir_conntrack::{ConnRef, Identity, OFFLOADED, Windows};
 use weir_dataplane::{
     afxdp::trunk::origin,
     attach::{Attachment, Counter, KernelKeys, OffloadMaps, Owned, TrunkSettings, UplinkHook},
+    clock::now,
     frame::{IfIndex, LinkType},
     offload::{
         Offload, Request,
@@ -63,7 +64,6 @@ use weir_dataplane::{
         keeper::{Keeper, Keys},
     },
     snapshot::Rules,
-    worker::now,
 };
 use weir_nat::SnatPorts;
 use weir_packet::{Address, Direction, DropReason, FlowKey, Mac, Ports, Protocol};

@@ -32,6 +32,7 @@ use rand_chacha::{
 use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service};
 use weir_conntrack::{OFFLOADED, Windows};
 use weir_dataplane::{
+    clock::now,
     forwarding::Forwarding,
     frame::IfIndex,
     model::{Cluster, Links},
@@ -42,7 +43,6 @@ use weir_dataplane::{
         recipe::{Exit, Key},
     },
     snapshot::{Rules, Snapshot},
-    worker::now,
 };
 use weir_nat::SnatPorts;
 use weir_packet::{Direction, FlowKey, Mac, Ports, Protocol, Tick};

@@ -284,7 +284,7 @@ fn a_flow_to_a_backend_that_is_the_frontend_stays_there() {
 /// A process before this one has judged the flow, and its pod's object does not come: what policy it has nobody knows.
 #[test]
 fn a_flow_from_before_a_restart_waits_for_its_pods_policy() {
-    fn taken_over<A: weir_dataplane::pipeline::Family>(router: &mut Router, src: IpAddr, dst: IpAddr) {
+    fn taken_over<A: weir_dataplane::tables::Family>(router: &mut Router, src: IpAddr, dst: IpAddr) {
         let [src, dst] = [src, dst].map(|address| A::from_ip(address).expect("of the family"));
         let key = FlowKey { src, dst, ports: Ports::new(5000, 53), protocol: Protocol::UDP };
         let found = router.connection(&key, |conn, _| {

@@ -25,8 +25,8 @@ use weir_dataplane::{
     frame::{IfIndex, LinkType},
     model::{Cluster, Device, Links, Role, Route},
     offload::{Offload, flow::Mapped},
-    pipeline::Family,
     snapshot::Rules,
+    tables::Family,
 };
 use weir_nat::SnatPorts;
 use weir_packet::{DropReason, Mac, Protocol, Tick};

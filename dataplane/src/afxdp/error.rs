@@ -2,8 +2,10 @@
 
 use std::io;
 
-use super::settings::MAX_RING_ENTRIES;
 use crate::frame::MAX_MTU;
+
+/// The largest rx or tx ring: a slip in a configuration must not ask for gigabytes.
+pub const MAX_RING_ENTRIES: u32 = 1 << 15;
 
 /// Why a worker's sockets could not be opened, or do not work any more.
 #[derive(Debug, thiserror::Error)]

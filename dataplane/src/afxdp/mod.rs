@@ -37,13 +37,13 @@ use nix::{errno::Errno, net::if_::if_nametoindex};
 use weir_packet::Mac;
 
 pub use self::{
-    error::AfXdpError,
-    settings::{AfXdpSettings, MAX_RING_ENTRIES, PortSettings, RingSizes},
+    error::{AfXdpError, MAX_RING_ENTRIES},
+    settings::{AfXdpSettings, PortSettings, RingSizes},
     sys::receive_queues,
 };
 use self::{
-    ring::Rings,
-    umem::{Chunk, Frames, Socket},
+    ring::{Chunk, Rings},
+    umem::{Frames, Socket},
 };
 use crate::{
     driver::{Driver, PortId},

@@ -18,6 +18,8 @@ use nix::{
     },
 };
 
+/// The pages that rings are mapped in.
+pub(super) const PAGE_BYTES: usize = 4096;
 /// How many descriptors one sendto handles in copy mode (Linux 6.17); missing in libc.
 const XDP_MAX_TX_SKB_BUDGET: libc::c_int = 9;
 /// Its value before it is set, and its least one (TX_BATCH_SIZE, net/xdp/xsk.c).

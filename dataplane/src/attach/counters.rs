@@ -2,7 +2,7 @@
 
 use aya::maps::{MapData, PerCpuArray};
 
-use super::{AttachError, maps::map_error};
+use super::error::{AttachError, map_error};
 
 /// A counter of the programs; `bpf/counters.h` has the same in the same order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]

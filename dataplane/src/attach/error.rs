@@ -214,3 +214,8 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+/// Names the map in an error.
+pub(super) fn map_error(name: &'static str) -> impl Fn(MapError) -> AttachError {
+    move |source| AttachError::Map { name, source: Box::new(source) }
+}

@@ -9,7 +9,7 @@ use aya::programs::{
 };
 use nix::{errno::Errno, net::if_::if_nameindex};
 
-use super::{AttachError, error::chain};
+use super::error::{AttachError, chain};
 
 /// The first priority there is, so that no other filter comes before it.
 const PRIORITY: u16 = 1;

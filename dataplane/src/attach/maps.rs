@@ -8,7 +8,7 @@ use aya::{
 };
 
 use super::{
-    AttachError,
+    error::{AttachError, map_error},
     pins::{self, Pins},
 };
 use crate::offload::flow::Flow;
@@ -145,9 +145,4 @@ pub(super) fn take<M: TryFrom<aya::maps::Map, Error = MapError>>(
 /// The sockets of a loaded object.
 pub(super) fn take_sockets(object: &mut Ebpf) -> Result<aya::maps::XskMap<MapData>, AttachError> {
     take(object, SOCKETS)
-}
-
-/// Names the map in an error.
-pub(super) fn map_error(name: &'static str) -> impl Fn(MapError) -> AttachError {
-    move |source| AttachError::Map { name, source: Box::new(source) }
 }

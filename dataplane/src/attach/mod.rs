@@ -87,7 +87,8 @@ pub use self::{
     trunk::{KERNEL_END, KERNEL_END_MAC, ROUTER_END, ROUTER_END_MAC, Trunk},
 };
 use self::{
-    maps::{MAX_WORKLOADS, WorkloadEntry, map_error},
+    error::map_error,
+    maps::{MAX_WORKLOADS, WorkloadEntry},
     owned::OwnedMaps,
     pins::Pins,
     trunk::Link,

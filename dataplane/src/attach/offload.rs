@@ -14,8 +14,8 @@ use libbpf_rs::{MapCore as _, MapFlags, MapHandle};
 use weir_sync::atomic::AtomicU64;
 
 use super::{
-    AttachError,
-    maps::{self, EPOCH, FlowName, KeyV4, KeyV6, map_error},
+    error::{AttachError, map_error},
+    maps::{self, EPOCH, FlowName, KeyV4, KeyV6},
     pins::Pins,
 };
 use weir_packet::Mac;

@@ -10,8 +10,8 @@ use ipnet::IpNet;
 use weir_packet::Protocol;
 
 use super::{
-    AttachError,
-    maps::{MAX_NODE_ADDRESSES, MAX_OWN_PORTS, MAX_PREFIXES, OwnPortV4, OwnPortV6, PORT_WORDS, map_error, take},
+    error::{AttachError, map_error},
+    maps::{MAX_NODE_ADDRESSES, MAX_OWN_PORTS, MAX_PREFIXES, OwnPortV4, OwnPortV6, PORT_WORDS, take},
 };
 
 /// What uplinks take away from the node's kernel.

@@ -24,7 +24,7 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
-use super::{AttachError, maps::map_error};
+use super::error::{AttachError, map_error};
 
 /// Where the BPF file system is mounted by custom.
 const BPF_MOUNT: &str = "/sys/fs/bpf";

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use super::AttachError;
+use super::error::AttachError;
 
 /// Runs `ip` in the calling thread's network namespace; its output.
 pub(super) fn ip(arguments: &[&str]) -> Result<Vec<u8>, AttachError> {

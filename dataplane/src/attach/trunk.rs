@@ -7,7 +7,7 @@ use serde_json::Value;
 use weir_packet::Mac;
 
 use super::{
-    AttachError,
+    error::AttachError,
     maps::MAX_QUEUES,
     tools::{ethtool, failed, ip},
 };

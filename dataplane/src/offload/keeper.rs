@@ -18,9 +18,9 @@ use super::{
     recipe::{self, Key, Recipe, Stays},
 };
 use crate::{
-    pipeline::{Family, Tables},
+    clock::now,
     snapshot::Snapshot,
-    worker::now,
+    tables::{Family, Tables},
 };
 
 /// How long a publication waits for flows to be confirmed. Those for which there was no time visit a worker.

@@ -11,10 +11,11 @@ use weir_sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 use super::flow::{Flow, Way};
 use crate::{
-    decide::{self, Origin},
-    forwarding::{Encapsulation, Route, RouteKind, Routed},
+    decide,
+    forwarding::{Encapsulation, Route, RouteKind, Routed, host_source},
     frame::IfIndex,
-    pipeline::{self, host_source},
+    origin::Origin,
+    rejudge::{self, Rejudged},
     snapshot::Snapshot,
 };
 
@@ -108,12 +109,16 @@ pub enum Stays {
 ///
 /// # Errors
 /// Where it stays with the workers.
-pub fn of_connection<A: pipeline::Family>(
+pub fn of_connection<A: Routed>(
     conn: &ConnRef<'_, A>,
     snapshot: &Snapshot,
     near: &BTreeSet<u32>,
 ) -> Result<Recipe, Stays> {
-    pipeline::stands(conn, snapshot)?;
+    match rejudge::outlook(conn, snapshot) {
+        Rejudged::Keep => {}
+        Rejudged::Drains => return Err(Stays::Drains),
+        Rejudged::Cut(_) | Rejudged::Reset(_) | Rejudged::Anew => return Err(Stays::Unsettled),
+    }
     // What untracked policy lets go belongs to no connection, whatever its key.
     if snapshot.rules.host.has_untracked() {
         return Err(Stays::Elsewhere);

@@ -8,13 +8,14 @@ use std::{
 
 use proptest::{prelude::*, sample::select};
 use weir_dataplane::{
-    decide::{self, Arrival, Decision, Origin, Verdict},
+    decide::{self, Decision, Verdict},
     forwarding::{Forwarding, Routed},
     frame::IfIndex,
     model::{
         Cluster, Device, EndpointToHost, Failsafe, HostEndpoint, HostSettings, Links, Neighbor, Node, Pool, Role,
         Route, TunnelMode, Workload,
     },
+    origin::{Arrival, Origin},
     snapshot::{Rules, Snapshot},
 };
 use weir_nat::{Affinity, ServiceTable, SnatPorts};

@@ -17,8 +17,9 @@ use weir_dataplane::{
     memory::MemoryDriver,
     model::{Cluster, Device, Links, Neighbor, Node, Pool, Role, Route, TunnelMode, Workload},
     offload::Offload,
-    pipeline::{Context, Event, Family, Pipeline, Tables, process_burst},
+    pipeline::{Context, Event, Pipeline, process_burst},
     snapshot::{Rules, Snapshot},
+    tables::{Family, Tables},
 };
 use weir_nat::{Affinity, ServiceTable, SnatPorts};
 use weir_packet::{Direction, DropReason, FlowKey, Mac, Protocol, Tick};

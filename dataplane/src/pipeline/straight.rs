@@ -4,7 +4,7 @@
 //! *What.* A whole TCP or UDP packet without IP options, of a connection that exists, was judged by this very generation and is only followed
 //! on (no first answer, no SYN, FIN or RST), that comes from where its connection's packets come from, with a TTL above 1, to a next hop whose
 //! MAC address is known and which it fits. [`forward`] asks for all of that and, only then, writes: to the connection, and to the packet.
-//! To everything else it says no, and the general way ([`crate::pipeline`]) handles the packet from its beginning.
+//! To everything else it says no, and the general way ([`super`]) handles the packet from its beginning.
 //!
 //! *Why.* The general way learns much that is of no use here: offsets, origins, who owns an address. The same answers are in the connection and
 //! in its two next hops.
@@ -13,19 +13,19 @@
 //! connection and counters. So no rule is written here alone, and leaving this file out changes nothing but the time that packets take:
 //! dataplane/tests/two_ways.rs sends the same packets through two workers, one of which never goes straight. Who adds a question to the general way
 //! asks whether a packet of a judged connection can fail it; if so, it is asked here too, or its connections are given no next hop that
-//! this way takes ([`crate::pipeline`], `hop_words`).
+//! this way takes ([`next_hops::words`]).
 //!
 //! | the general way asks | and here |
 //! |---|---|
 //! | the device is known and has an origin | it is the connection's, or that of the answers' next hop, in tables of one generation |
 //! | the frame was for this node | the link type |
 //! | headers are sane | [`weir_packet::glance`] |
-//! | addresses may be on the wire and are forwarded | no connection has other keys, but for answers from addresses that may not: `hop_words` |
+//! | addresses may be on the wire and are forwarded | no connection has other keys, but for answers from addresses that may not: [`next_hops::words`] |
 //! | who sent a tunnel packet owns its source | it is the peer of the tunnel that answers go into ([`Hop::is_peer_known`]) |
 //! | untracked policy | nothing that comes by an uplink goes straight where there is any |
 //! | the source is where it should be, policy, service | the device; the generation |
 //! | the layer-4 checksum, where the packet may change a state | no such packet goes straight |
-//! | windows, states | [`ConnRef::track_ordinary`], [`ConnRef::track_repeated`] |
+//! | windows, states | [`weir_conntrack::ConnRef::track_ordinary`], [`weir_conntrack::ConnRef::track_repeated`] |
 //! | TTL, MTU, MAC address | themselves |
 //!
 //! # A burst
@@ -38,7 +38,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use weir_conntrack::{Candidate, ConnRef, Hash, Observed};
+use weir_conntrack::{Candidate, Hash, Observed};
 use weir_packet::{
     Address, Direction, Protocol,
     glance::{Glance, TunnelEnds, glance_ipip, glance_ipv4, glance_ipv6},
@@ -46,13 +46,14 @@ use weir_packet::{
     rewrite,
 };
 
+use super::context::Context;
 use crate::{
     driver::PortId,
-    forwarding::Hop,
     frame::{LinkType, Packet},
     model::Role,
-    pipeline::{Context, Family},
+    next_hops,
     snapshot::Snapshot,
+    tables::Family,
 };
 
 const ETHERNET_BYTES: usize = 14;
@@ -165,12 +166,6 @@ pub(crate) fn go(packet: &mut Packet, seen: &Seen, tunnel_id: &mut u16, context:
     }
 }
 
-/// The next hop of a direction, if the connection has one by these tables. The number of any other is beyond all that there are.
-#[inline(always)]
-fn next_hop<'s, A: Family>(conn: ConnRef<'_, A>, direction: Direction, snapshot: &'s Snapshot) -> Option<&'s Hop> {
-    snapshot.forwarding.hop(conn.next_hop(direction) ^ snapshot.generation << 16)
-}
-
 /// `L3`: where its own IP header is.
 #[inline(always)]
 fn forward<A: Family, const L3: usize>(
@@ -186,19 +181,19 @@ fn forward<A: Family, const L3: usize>(
     if conn.generation() != snapshot.generation {
         return None;
     }
-    let hop = next_hop(conn, direction, snapshot)?;
+    let hop = next_hops::straight(conn, direction, snapshot)?;
     if glance.ttl <= 1 || u32::from(glance.ip_bytes) > hop.fits_bytes {
         return None;
     }
     let comes_from = match direction {
         Direction::Original => conn.device(),
-        Direction::Reply => next_hop(conn, Direction::Original, snapshot)?.device.0,
+        Direction::Reply => next_hops::straight(conn, Direction::Original, snapshot)?.device.0,
     };
     if packet.device.0 != comes_from {
         return None;
     }
     if let Some(ends) = tunnel {
-        let back = next_hop(conn, direction.flip(), snapshot)?;
+        let back = next_hops::straight(conn, direction.flip(), snapshot)?;
         if !back.is_peer_known || back.device != packet.device || back.headers.ends() != Some(ends.swapped()) {
             return None;
         }

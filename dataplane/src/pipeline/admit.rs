@@ -1,0 +1,103 @@
+//! Admission: where a packet came from, its headers, and whether it is to be routed.
+
+use weir_packet::{
+    Address, DropReason, Protocol,
+    parse::{self, Kind, Parsed, View},
+};
+
+use super::{Admitted, End, Handler, tunnel};
+use crate::{
+    driver::Driver,
+    forwarding::Forwarding,
+    frame::{LinkType, Packet},
+    origin::Origin,
+    tables::Family,
+};
+
+/// How far a packet may go.
+enum Scope {
+    /// Anywhere.
+    Routed,
+    /// No further than its link: between a pod and its gateway.
+    Pod,
+    /// No further than its link, where it is the node's own kernel's.
+    Kernel,
+}
+
+impl<D: Driver> Handler<'_, D> {
+    /// The beginning of the general way.
+    #[inline]
+    pub(super) fn admit(&mut self, packet: &mut Packet) -> Result<Admitted, DropReason> {
+        let forwarding = &*self.context.snapshot.forwarding;
+        let device = forwarding.device_by_index(packet.device).ok_or(DropReason::UnknownDevice)?;
+        let origin = Origin::of(forwarding.device(device)).ok_or(DropReason::UnknownDevice)?;
+        if packet.link == LinkType::Other {
+            return Err(DropReason::WrongMac);
+        }
+        let parsed = match parse::parse_start(packet.bytes(), packet.total_bytes()) {
+            // To a host port on a loopback address, which only the node's own kernel can ask for.
+            Err(DropReason::MartianAddress) if origin == Origin::Host => {
+                parse::parse_start_of_own(packet.bytes(), packet.total_bytes())
+            }
+            parsed => parsed,
+        };
+        match parsed? {
+            Parsed::V4(mut view) => {
+                if view.key.protocol == Protocol::IPIP && origin == Origin::Uplink {
+                    view = tunnel::decapsulate(packet, &view, forwarding)?;
+                }
+                match scope(packet, &view, origin, forwarding)? {
+                    Scope::Routed => {}
+                    Scope::Kernel => return Ok(Admitted::End(End::Punt)),
+                    // IPv4 has ARP for its neighbours; multicast and IGMP end here.
+                    Scope::Pod => return Err(DropReason::LinkScope),
+                }
+                self.cut_padding(packet, &view);
+                Ok(Admitted::V4(view, origin))
+            }
+            Parsed::V6(view) => {
+                match scope(packet, &view, origin, forwarding)? {
+                    Scope::Routed => {}
+                    Scope::Kernel => return Ok(Admitted::End(End::Punt)),
+                    Scope::Pod => return self.neighbor_solicitation(packet, &view, device).map(Admitted::End),
+                }
+                self.cut_padding(packet, &view);
+                Ok(Admitted::V6(view, origin))
+            }
+            Parsed::Arp(arp) => self.arp(packet, &arp, origin, device).map(Admitted::End),
+            Parsed::Other { .. } if origin == Origin::Uplink => Ok(Admitted::End(End::Punt)),
+            Parsed::Other { .. } => Err(DropReason::UnknownEtherType),
+        }
+    }
+
+    /// Ethernet padding is none of the packet's.
+    #[inline]
+    fn cut_padding<A: Address>(&mut self, packet: &mut Packet, view: &View<A>) {
+        self.driver.truncate(packet, usize::from(view.end));
+    }
+}
+
+#[inline]
+fn scope<A: Family>(
+    packet: &Packet,
+    view: &View<A>,
+    origin: Origin,
+    forwarding: &Forwarding,
+) -> Result<Scope, DropReason> {
+    let multicast = view.key.dst.is_multicast_or_broadcast();
+    if matches!(packet.link, LinkType::Broadcast | LinkType::Multicast) && !multicast {
+        return Err(DropReason::WrongMac);
+    }
+    if matches!(view.kind, Kind::Control) || multicast {
+        return match origin {
+            Origin::Uplink => Ok(Scope::Kernel),
+            Origin::Workload(_) => Ok(Scope::Pod),
+            Origin::Host => Err(DropReason::LinkScope),
+        };
+    }
+    if view.key.dst.is_bound_to_link() || view.key.src.is_bound_to_link() {
+        let for_node = view.key.dst.is_bound_to_link() || forwarding.is_local(view.key.dst);
+        return if origin == Origin::Uplink && for_node { Ok(Scope::Kernel) } else { Err(DropReason::LinkScope) };
+    }
+    Ok(Scope::Routed)
+}

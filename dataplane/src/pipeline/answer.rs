@@ -1,0 +1,105 @@
+//! Answers: what a sender is told about a packet that may not go on.
+
+use weir_conntrack::ConnRef;
+use weir_packet::{
+    Direction, DropReason, Protocol,
+    build::{self, IcmpError},
+    parse::View,
+};
+
+use super::Handler;
+use crate::{
+    counters::Counter,
+    driver::Driver,
+    forwarding::RouteKind,
+    frame::{ONE_FRAME_BYTES, Packet},
+    tables::Family,
+};
+
+// Each returns why the packet is dropped.
+impl<D: Driver> Handler<'_, D> {
+    /// Tells the sender of a packet that may not go on: TCP by a RST, others by an ICMP error.
+    #[cold]
+    pub(super) fn reject<A: Family>(&mut self, packet: &Packet, view: &View<A>, reason: DropReason) -> DropReason {
+        let error = match reason {
+            DropReason::NoSuchPod => IcmpError::HostUnreachable,
+            DropReason::NoRoute => IcmpError::NetUnreachable,
+            _ => IcmpError::PortUnreachable,
+        };
+        if view.key.protocol != Protocol::TCP || error != IcmpError::PortUnreachable {
+            return self.answer_error(packet, view, error, reason);
+        }
+        if self.pipeline.resets.take(self.context.now) {
+            self.answer(packet, view.key.src, |out, frame, _| build::tcp_reset(out, frame, view));
+        }
+        reason
+    }
+
+    /// Sends the sender of a packet an ICMP error.
+    #[cold]
+    pub(super) fn answer_error<A: Family>(
+        &mut self,
+        packet: &Packet,
+        view: &View<A>,
+        error: IcmpError,
+        reason: DropReason,
+    ) -> DropReason {
+        if self.pipeline.errors.take(self.context.now) {
+            self.answer(packet, view.key.src, |out, frame, source| {
+                // The node's own process that asked from a loopback address takes an answer from there only.
+                let source = if view.key.src.is_loopback() { Some(view.key.dst) } else { source };
+                build::icmp_error(out, frame, view, source?, error)
+            });
+        }
+        reason
+    }
+
+    /// A segment of a connection whose backend is gone. Both ends are told: its sender by a RST, and where that is the backend, the client
+    /// by one made of the very segment, whose number is the one that it expects. The connection stays for as long as one that was reset does,
+    /// so that whatever either end sends yet is answered too.
+    #[cold]
+    pub(super) fn reset<A: Family>(
+        &mut self,
+        packet: &Packet,
+        view: &View<A>,
+        conn: &ConnRef<'_, A>,
+        direction: Direction,
+        reason: DropReason,
+    ) -> DropReason {
+        // A damaged one changes nothing and is no reason to tell anybody.
+        if !self.checksum_ok(packet, view) {
+            return DropReason::Invalid;
+        }
+        conn.end_soon(self.context.now);
+        if direction == Direction::Reply && self.pipeline.resets.take(self.context.now) {
+            let to = conn.key(Direction::Original).invert();
+            self.answer(packet, to.dst, |out, frame, _| build::tcp_reset_onwards(out, frame, view, &to));
+        }
+        self.reject(packet, view, reason)
+    }
+
+    /// Answers `packet` by one to `destination`, and routes that there. `write` gets the whole frame that it is an answer to, and
+    /// this node's address on the way there.
+    fn answer<A: Family>(
+        &mut self,
+        packet: &Packet,
+        destination: A,
+        write: impl FnOnce(&mut [u8], &[u8], Option<A>) -> Option<usize>,
+    ) {
+        let forwarding = &*self.context.snapshot.forwarding;
+        let Some(hop) = forwarding.adjacency_to(destination) else { return };
+        let Some(mut answer) = self.driver.allocate() else { return };
+        answer.set_len(ONE_FRAME_BYTES);
+        let frame = self.driver.arena().whole(packet, &mut self.pipeline.whole);
+        let Some(length) = write(answer.bytes_mut(), frame, forwarding.address_towards(hop)) else {
+            return self.driver.release(answer);
+        };
+        answer.set_len(length);
+        self.pipeline.count(Counter::Generated);
+        let ended = match forwarding.adjacency(hop).kind {
+            RouteKind::Host => Ok(self.punt(&mut answer)),
+            _ => self.send(&mut answer, destination, hop),
+        };
+        self.end(answer, ended);
+    }
+}
