@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::settings::MAX_RING_ENTRIES;
+use super::ring::MAX_RING_ENTRIES;
 use crate::frame::MAX_MTU;
 
 /// Why a worker's sockets could not be opened, or do not work any more.
@@ -51,7 +51,7 @@ pub enum AfXdpError {
          (ulimit -l, LimitMEMLOCK=)"
     )]
     NoMemory {
-        /// What the settings ask for ([`super::AfXdpSettings::memory_bytes`]).
+        /// What the settings ask for (`AfXdpSettings::memory_bytes`).
         bytes: usize,
         /// The system's error.
         source: io::Error,

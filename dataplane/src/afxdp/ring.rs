@@ -30,11 +30,13 @@ use core::sync::atomic::{
 use std::{io, os::fd::BorrowedFd, ptr::NonNull};
 
 use super::{
-    settings::PAGE_BYTES,
-    sys::{Mapping, RingKind, RingOffsets, SocketOffsets},
-    umem::Chunk,
+    chunk::Chunk,
+    sys::{Mapping, PAGE_BYTES, RingKind, RingOffsets, SocketOffsets},
 };
 use crate::frame::FRAME_BYTES;
+
+/// The largest rx or tx ring: a slip in a configuration must not ask for gigabytes.
+pub const MAX_RING_ENTRIES: u32 = 1 << 15;
 
 /// One ring seen from one of its sides.
 #[derive(Debug)]

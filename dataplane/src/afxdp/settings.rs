@@ -4,17 +4,17 @@ use std::num::NonZeroU32;
 
 use weir_packet::Mac;
 
-use super::{error::AfXdpError, ring::RingEntries};
+use super::{
+    error::AfXdpError,
+    ring::{MAX_RING_ENTRIES, RingEntries},
+    sys::PAGE_BYTES,
+};
 use crate::frame::{Arena, IfIndex, MAX_FRAMES, MAX_MTU, ONE_FRAME_MTU, frames_of_mtu};
 
-/// The largest rx or tx ring: a slip in a configuration must not ask for gigabytes.
-pub const MAX_RING_ENTRIES: u32 = 1 << 15;
 /// Ports have numbers of one byte.
 const MAX_PORTS: usize = 256;
 /// Bytes before a ring's entries: the kernel's struct xdp_ring with 64-byte cache lines (net/xdp/xsk_queue.h).
 const RING_HEADER_BYTES: usize = 320;
-/// The pages that rings are mapped in.
-pub(super) const PAGE_BYTES: usize = 4096;
 
 /// Entries of the rx and tx rings of a port; powers of two up to [`MAX_RING_ENTRIES`]. A packet takes one for each frame, so a ring
 /// holds about as many bytes of long packets as of short ones.

@@ -23,6 +23,9 @@ const XDP_MAX_TX_SKB_BUDGET: libc::c_int = 9;
 /// Its value before it is set, and its least one (TX_BATCH_SIZE, net/xdp/xsk.c).
 const DEFAULT_SEND_BUDGET: u32 = 32;
 
+/// The pages that rings are mapped in.
+pub(super) const PAGE_BYTES: usize = 4096;
+
 /// ETHTOOL_GCHANNELS (include/uapi/linux/ethtool.h); missing in libc.
 const ETHTOOL_GCHANNELS: u32 = 0x3c;
 
