@@ -36,7 +36,7 @@ use crate::{
     forwarding::{Adjacency, AdjacencyId, DeviceId, Encapsulation, Forwarding, Route, RouteKind, Routed},
     fragments::{self, Fate, Fragments, Lead, Slot},
     frame::{IfIndex, LinkType, MAX_PACKET_BYTES, ONE_FRAME_BYTES, Packet},
-    held::{Held, HeldPacket, PATIENCE},
+    held::{Held, HeldPacket},
     host_policy,
     offload::{self, Offload, recipe::Stays},
     snapshot::Snapshot,
@@ -451,8 +451,7 @@ impl Pipeline {
                 }
             }
         }
-        let now = context.now;
-        while let Some(held) = self.held.take_if(|h| now.since(h.since) > PATIENCE) {
+        while let Some(held) = self.held.take_overdue(context.now) {
             self.end(driver, held.packet, End::Drop(DropReason::NeighborUnresolved));
         }
     }
