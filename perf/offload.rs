@@ -5,7 +5,9 @@
 //! TCP by iperf3, one stream and eight, both ways, at MTU 1500 and 9000; round trips of UDP; UDP packets of 64
 //! bytes, and what one costs; requests of wrk to nginx. Client and sender have core 0, server and echo core 1.
 //!
-//!     cargo run --release --example offload [-- ROUNDS [SECONDS]]
+//!     cargo run --release --example offload [-- ROUNDS [SECONDS [ROWS]]]
+//!
+//! With ROWS, a part of a name ("8 streams"), only rows of TCP with such names are measured, on one node at an MTU of 1500, and kube-proxy is left out.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -158,9 +160,11 @@ fn main() -> Result<(), Failure> {
     let mut arguments = std::env::args().skip(1);
     let rounds: usize = arguments.next().map_or(Ok(5), |a| a.parse())?;
     let seconds: u32 = arguments.next().map_or(Ok(1), |a| a.parse())?;
-    let mut bench = Bench::new(seconds)?;
+    let rows = arguments.next();
+    let mut bench = Bench::new(seconds, rows)?;
     let settings = [(&NEAR, 1500), (&NEAR, JUMBO_MTU), (&FAR, 1500), (&FAR, JUMBO_MTU)]
         .map(|(server, mtu)| Setting { server, mtu });
+    let settings = if bench.rows.is_some() { &settings[..1] } else { &settings };
     let mut figures: Vec<Figures> = settings.iter().map(|_| Figures::new()).collect();
     for round in 0..rounds {
         for (setting, figures) in settings.iter().zip(&mut figures) {
@@ -186,7 +190,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 /// A table in Markdown, a column for each way.
 fn table(figures: &Figures) -> String {
     let ways: Vec<&str> =
-        WAYS.iter().map(|way| way.title).filter(|way| figures.contains_key(&(TCP[0].0, *way))).collect();
+        WAYS.iter().map(|way| way.title).filter(|way| figures.keys().any(|(_, of)| of == way)).collect();
     let mut text = format!("| | {} |\n|---|{}\n", ways.join(" | "), "---|".repeat(ways.len()));
     let measures = TCP.iter().map(|tcp| tcp.0).chain([P50, P99, PACKETS, CPU, CPU_OF_PATH, KEPT, NEW]);
     for measure in measures.filter(|measure| figures.contains_key(&(*measure, PLAIN))) {
@@ -194,11 +198,14 @@ fn table(figures: &Figures) -> String {
         for way in &ways {
             let of_way = &figures[&(measure, *way)];
             let ratio = |base: &'static str| {
-                median(of_way.iter().zip(&figures[&(measure, base)]).map(|(value, base)| value / base).collect())
+                let base = figures.get(&(measure, base))?;
+                let ratio = median(of_way.iter().zip(base).map(|(value, base)| value / base).collect());
+                Some(format!("{ratio:.2}"))
             };
             let value = median(of_way.clone());
             let digits = if value < 100.0 { 2 } else { 0 };
-            text += &format!(" {value:.digits$} ({:.2}, {:.2}) |", ratio(PLAIN), ratio(KUBE_PROXY));
+            let ratios: Vec<_> = [PLAIN, KUBE_PROXY].into_iter().filter_map(ratio).collect();
+            text += &format!(" {value:.digits$} ({}) |", ratios.join(", "));
         }
         text += "\n";
     }
@@ -319,10 +326,12 @@ struct Bench {
     /// The tunnel that this kernel has.
     tunnel: &'static str,
     seconds: u32,
+    /// Part of the names of the rows that alone are measured.
+    rows: Option<String>,
 }
 
 impl Bench {
-    fn new(seconds: u32) -> Result<Self, Failure> {
+    fn new(seconds: u32, rows: Option<String>) -> Result<Self, Failure> {
         let weir = std::env::current_exe()?.parent().and_then(|p| p.parent()).ok_or("no target folder")?.join("weir");
         let mut lab = Lab::new(&weir)?;
         lab.add_switch()?;
@@ -358,16 +367,18 @@ impl Bench {
         if has_ipip {
             lab.ip("switch", "link delete try")?;
         }
-        Ok(Self { routers: Vec::new(), lab, tunnel: if has_ipip { "ipip" } else { "vxlan" }, seconds })
+        Ok(Self { routers: Vec::new(), lab, tunnel: if has_ipip { "ipip" } else { "vxlan" }, seconds, rows })
     }
 
     /// Every way once. Which comes first changes from round to round.
     fn round(&mut self, setting: &Setting, round: usize, figures: &mut Figures) -> Result<(), Failure> {
         self.set_mtu(setting)?;
         let mut modes = setting.modes();
+        let rows = self.rows.clone();
+        modes.retain(|mode| rows.is_none() || *mode != Mode::KubeProxy);
         let first = round % modes.len();
         modes.rotate_left(first);
-        let is_full = setting.mtu == 1500;
+        let is_full = setting.mtu == 1500 && rows.is_none();
         let sending = if is_full { self.sending()? } else { 0.0 };
         for mode in modes {
             self.enter(mode, setting)?;
@@ -378,7 +389,9 @@ impl Bench {
                 };
                 wait_until(&format!("an answer by {}", way.title), LIMIT, || echoed(&self.lab, &target).ok())?;
                 let mut note = |measure, value| figures.entry((measure, way.title)).or_default().push(value);
-                for (measure, arguments) in TCP {
+                for (measure, arguments) in
+                    TCP.into_iter().filter(|(name, _)| rows.as_ref().is_none_or(|rows| name.contains(rows.as_str())))
+                {
                     note(measure, self.tcp(way, &target, arguments)?);
                 }
                 if !is_full {

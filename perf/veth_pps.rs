@@ -22,7 +22,7 @@ use std::{
 
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
-use weir::lab::Lab;
+use weir::lab::{Lab, wait_until};
 use weir_dataplane::{
     afxdp::{AfXdp, AfXdpSettings, PortSettings, RingSizes},
     attach::{self, Attachment, SocketDevice, TrunkSettings},
@@ -39,6 +39,8 @@ const SINK: (&str, &str, &str) = ("default/sink", "10.1.1.11", "sink0");
 const PAYLOAD_BYTES: usize = 18;
 /// Packets per send call.
 const SEGMENTS: usize = 64;
+/// Where a flow is to have begun.
+const LIMIT: Duration = Duration::from_secs(20);
 /// The sender's core, and the forwarder's.
 const CORES: (usize, usize) = (0, 1);
 
@@ -173,6 +175,9 @@ fn measure(lab: &Lab, seconds: f64) -> Result<f64, Failure> {
         }
         Ok(())
     });
+    // The sink's MAC address has to be found first, and on a busy machine that takes its time; then a flow has half a second to settle.
+    let before = received(lab)?;
+    wait_until("the first thousand packets", LIMIT, || received(lab).ok().filter(|now| now - before > 1000))?;
     thread::sleep(Duration::from_millis(500));
     let (begin, first) = (Instant::now(), received(lab)?);
     thread::sleep(Duration::from_secs_f64(seconds));

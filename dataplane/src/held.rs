@@ -79,6 +79,12 @@ impl Held {
         self.packets.iter().filter(move |waiting| (waiting.held.device, waiting.held.next_hop) == (device, next_hop))
     }
 
+    /// Removes and returns the oldest packet, where it has waited too long ([`PATIENCE`]).
+    pub fn take_overdue(&mut self, now: Tick) -> Option<HeldPacket> {
+        let oldest = &self.packets.first()?.held;
+        (now.since(oldest.since) > PATIENCE).then(|| self.packets.remove(0).held)
+    }
+
     /// Removes and returns the first packet for which `take` says so.
     pub fn take_if(&mut self, take: impl Fn(&HeldPacket) -> bool) -> Option<HeldPacket> {
         let index = self.packets.iter().position(|waiting| take(&waiting.held))?;

@@ -2,10 +2,8 @@
 
 use std::io;
 
+use super::ring::MAX_RING_ENTRIES;
 use crate::frame::MAX_MTU;
-
-/// The largest rx or tx ring: a slip in a configuration must not ask for gigabytes.
-pub const MAX_RING_ENTRIES: u32 = 1 << 15;
 
 /// Why a worker's sockets could not be opened, or do not work any more.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +51,7 @@ pub enum AfXdpError {
          (ulimit -l, LimitMEMLOCK=)"
     )]
     NoMemory {
-        /// What the settings ask for ([`super::AfXdpSettings::memory_bytes`]).
+        /// What the settings ask for (`AfXdpSettings::memory_bytes`).
         bytes: usize,
         /// The system's error.
         source: io::Error,

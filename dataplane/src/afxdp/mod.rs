@@ -20,10 +20,15 @@
 //! *Thread safety.* Nothing is shared: a driver is used by one thread at a time, and a queue has one driver.
 //!
 //! *Copy mode.* Receive work is done by the kernel on the CPU of the sender's or of the device's soft interrupt. Send work is done in
-//! sendto on the worker's CPU, which is nearly all of a packet's cost, and always has to be asked for.
+//! sendto on the worker's CPU, which is nearly all of a packet's cost, and always has to be asked for: one call for all that a turn sends on a port.
+//! Receiving costs no call, and neither does a look that finds nothing.
+//!
+//! *Files.* Each names only files above it in this list: [`chunk`] and [`sys`] (one chunk; system calls), [`trunk`] (the trunk's MAC addresses),
+//! [`ring`] (the four rings), [`error`], [`settings`], [`umem`] (memory and sockets), this one.
 //!
 //! *References.* Documentation/networking/af_xdp.rst; net/xdp/xsk.c.
 
+mod chunk;
 mod error;
 mod ring;
 mod settings;
@@ -36,14 +41,16 @@ use std::{io, os::fd::BorrowedFd, thread, time::Duration};
 use nix::{errno::Errno, net::if_::if_nametoindex};
 use weir_packet::Mac;
 
+use self::{
+    chunk::Chunk,
+    ring::Rings,
+    umem::{Frames, Socket},
+};
 pub use self::{
-    error::{AfXdpError, MAX_RING_ENTRIES},
+    error::AfXdpError,
+    ring::MAX_RING_ENTRIES,
     settings::{AfXdpSettings, PortSettings, RingSizes},
     sys::receive_queues,
-};
-use self::{
-    ring::{Chunk, Rings},
-    umem::{Frames, Socket},
 };
 use crate::{
     driver::{Driver, PortId},
@@ -440,7 +447,7 @@ impl AfXdp {
     }
 
     /// The first port's failure that nothing but opening anew repairs, as when its device was removed. To be looked at now and then:
-    /// `transmit` finds it when it sends on the port, and [`AfXdp::sleep`] before it sleeps (with a timeout of 0 it only looks).
+    /// `transmit` finds it when it sends on the port, [`AfXdp::check`] on any.
     pub fn fault(&self) -> Option<AfXdpError> {
         self.ports.iter().find_map(|port| {
             let source = port.failure?.into();
@@ -448,16 +455,19 @@ impl AfXdp {
         })
     }
 
+    /// Finds out which devices are gone: [`AfXdp::fault`] tells. A system call for each port, to be made now and then.
+    pub fn check(&mut self) {
+        self.ports.iter_mut().filter(|port| port.failure.is_none()).for_each(Port::check);
+    }
+
     /// Sleeps until a packet arrives on any port, or `timeout` is over. False after the timeout or a signal. A packet that came since the
-    /// last `receive` ends it at once, and so does a port's failure that it finds. A device that is removed meanwhile is found by the
-    /// next call: the kernel does not tell pollers.
+    /// last `receive` ends it at once, and so does a port's failure that it meets. That a device is removed does not: the kernel does not tell pollers.
     pub fn sleep(&mut self, timeout: Duration) -> bool {
         self.reap();
         let mut timeout = timeout;
         for port in self.ports.iter_mut().filter(|port| port.failure.is_none()) {
             port.refill(&mut self.frames.free);
             port.send(&mut self.frames.free);
-            port.check();
             if port.failure.is_some() {
                 return true;
             }

@@ -29,29 +29,14 @@ use core::sync::atomic::{
 };
 use std::{io, os::fd::BorrowedFd, ptr::NonNull};
 
-use super::sys::{Mapping, PAGE_BYTES, RingKind, RingOffsets, SocketOffsets};
+use super::{
+    chunk::Chunk,
+    sys::{Mapping, PAGE_BYTES, RingKind, RingOffsets, SocketOffsets},
+};
 use crate::frame::FRAME_BYTES;
 
-/// The exclusive right to one chunk of a UMEM, as its address: bytes from the UMEM's start.
-#[derive(Debug)]
-pub(super) struct Chunk(u64);
-
-impl Chunk {
-    /// The chunk that holds byte `address`.
-    ///
-    /// # Safety
-    /// Nobody else has it, in any form: the kernel has just returned it, or it was never handed out.
-    #[inline]
-    pub unsafe fn at(address: u64) -> Self {
-        Self(address & !(FRAME_BYTES as u64 - 1))
-    }
-
-    /// Ends the right; the address of the chunk's first byte.
-    #[inline]
-    pub fn into_address(self) -> u64 {
-        self.0
-    }
-}
+/// The largest rx or tx ring: a slip in a configuration must not ask for gigabytes.
+pub const MAX_RING_ENTRIES: u32 = 1 << 15;
 
 /// One ring seen from one of its sides.
 #[derive(Debug)]

@@ -5,8 +5,8 @@ use std::num::NonZeroU32;
 use weir_packet::Mac;
 
 use super::{
-    error::{AfXdpError, MAX_RING_ENTRIES},
-    ring::RingEntries,
+    error::AfXdpError,
+    ring::{MAX_RING_ENTRIES, RingEntries},
     sys::PAGE_BYTES,
 };
 use crate::frame::{Arena, IfIndex, MAX_FRAMES, MAX_MTU, ONE_FRAME_MTU, frames_of_mtu};

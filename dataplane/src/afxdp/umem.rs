@@ -26,7 +26,10 @@ use xsk_rs::{
     },
 };
 
-use super::ring::{Chunk, Received, RingEntries, Rings};
+use super::{
+    chunk::Chunk,
+    ring::{Received, RingEntries, Rings},
+};
 use crate::frame::{Arena, FRAME_BYTES, Frame, HEADROOM_BYTES, Segment};
 
 const _: () = assert!(FRAME_BYTES == XDP_UMEM_MIN_CHUNK_SIZE as usize);

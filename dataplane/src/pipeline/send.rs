@@ -12,7 +12,6 @@ use crate::{
     driver::Driver,
     forwarding::{AdjacencyId, Encapsulation},
     frame::Packet,
-    held::PATIENCE,
     tables::Family,
 };
 
@@ -83,7 +82,7 @@ impl<D: Driver> Handler<'_, D> {
                 self.end(held.packet, ended);
             }
         }
-        while let Some(held) = self.pipeline.held.take_if(|held| now.since(held.since) > PATIENCE) {
+        while let Some(held) = self.pipeline.held.take_overdue(now) {
             self.end(held.packet, Err(DropReason::NeighborUnresolved));
         }
     }
