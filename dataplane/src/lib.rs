@@ -18,6 +18,7 @@ pub mod hits;
 pub mod host_endpoints;
 pub mod host_policy;
 pub mod memory;
+pub mod memory_worker;
 mod mix;
 pub mod model;
 pub mod offload;
