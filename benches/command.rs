@@ -1,259 +1,208 @@
-//! `weir bench`: the pipeline on memory rings, established flows of UDP with DNAT and IPIP, one core.
+//! `weir bench`: what a packet of an established connection costs in the pipeline, on memory rings.
 //!
-//! Each round writes a burst of packets into frames, handles it, and takes the frames back. What writing and taking back cost alone is
-//! measured the same way and subtracted. Rounds with and without the pipeline alternate, so that a noisy machine disturbs both alike.
+//! It is here and not with the other commands so that `path bench` is the same without building all of weir.
 
-use std::{
-    fmt::Write as _,
-    fs, hint,
-    net::Ipv4Addr,
-    process::ExitCode,
-    sync::Arc,
-    time::{Duration, Instant},
+use std::{str::FromStr, time::Duration};
+
+use crate::{
+    cases::{CASES, Case},
+    machine::Machine,
+    measure::{BURST, Bench, Flows, Length, Measurement},
 };
+use serde_json::{Value, json};
 
-use etherparse::PacketBuilder;
-use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
-use serde_json::json;
-use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
-use weir_dataplane::{
-    counters::COUNTERS,
-    driver::Driver,
-    forwarding::Forwarding,
-    frame::{IfIndex, Packet},
-    memory::MemoryDriver,
-    model::{Device, Links, Neighbor, Role},
-    pipeline::{Context, Pipeline, Tables, process_burst},
-    snapshot::Snapshot,
-};
-use weir_nat::Affinity;
-use weir_packet::{Mac, Tick};
-use weir_policy::Compiler;
-use weir_sync::{Counters, Domain, Published};
+/// The cases that are asked for.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Cases(Vec<Case>);
 
-use crate::{compile, kernel::Listening, translate};
+impl FromStr for Cases {
+    type Err = String;
 
-const BURST: usize = 64;
-const PODS: u32 = 32;
-const PORTS_PER_POD: u32 = 32_768;
-const FIRST_PORT: u32 = 16_384;
-const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
-
-/// The results of one case.
-#[derive(Debug, Clone)]
-pub struct Measurement {
-    /// Flows that the packets belong to.
-    pub flows: u32,
-    /// Time per packet, writing and taking back subtracted.
-    pub ns_per_packet: f64,
-    /// Time per packet for writing and taking back alone.
-    pub overhead_ns: f64,
-    /// Cycles per packet, by the processor's nominal frequency; `None` where /proc/cpuinfo does not tell.
-    pub cycles_per_packet: Option<f64>,
-}
-
-/// Runs the benchmark and prints its results.
-pub fn run(flows: u32, seconds: f64, as_json: bool) -> ExitCode {
-    match measure(flows, Duration::from_secs_f64(seconds.clamp(0.1, 600.0))) {
-        Ok(m) if as_json => {
-            println!(
-                "{}",
-                json!({
-                    "case": "established IPv4 UDP, DNAT, IPIP, one core", "flows": m.flows, "nsPerPacket": m.ns_per_packet,
-                    "cyclesPerPacket": m.cycles_per_packet, "packetsPerSecond": 1e9 / m.ns_per_packet,
-                    "overheadNs": m.overhead_ns,
-                })
-            );
-            ExitCode::SUCCESS
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "all" {
+            return Ok(Self(CASES.into()));
         }
-        Ok(m) => {
-            let cycles = m.cycles_per_packet.map_or(String::new(), |c| format!(", {c:.0} cycles"));
-            println!("established IPv4 UDP, DNAT, IPIP, one core, {} flows:", m.flows);
-            println!("  {:.1} ns per packet{cycles}, {:.2} Mpps", m.ns_per_packet, 1e3 / m.ns_per_packet);
-            println!("  (writing packets into frames and taking frames back: {:.1} ns, subtracted)", m.overhead_ns);
-            ExitCode::SUCCESS
-        }
-        Err(message) => {
-            eprintln!("weir: {message}");
-            ExitCode::FAILURE
-        }
+        Case::named(text).map(|case| Self(vec![case])).map_err(|error| error + ", or all")
     }
 }
 
-/// Measures for about `duration`.
+/// What to measure.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Settings {
+    /// Which cases.
+    pub cases: Cases,
+    /// Flows that the packets belong to, of all workers together.
+    pub flows: u32,
+    /// Workers at once.
+    pub workers: usize,
+    /// How long each case is measured.
+    pub time: Duration,
+}
+
+/// What is said below the options: each case, and how figures come about.
+pub fn help() -> String {
+    let cases: String = CASES.iter().map(|case| format!("  {:<15} {}\n", case.name, case.description)).collect();
+    format!(
+        "Cases:\n{cases}\n\
+         Every flow is open, answered, and allowed by policy; packets are small, in bursts of {BURST}. Packets are written\n\
+         into frames of memory, not received: what writing and taking them back costs is measured alone and subtracted.\n\
+         With several workers each case is measured twice: with flows apart, as where a NIC spreads them, and with all\n\
+         workers on the same flows. Nanoseconds are per packet and worker, medians of rounds, quartiles behind them;\n\
+         packets a second are of all workers. Cycles are the time-stamp counter's, whose rate is measured at the start.\n\n\
+         Examples:\n  \
+         weir bench                                          every case, ten thousand flows, one worker\n  \
+         weir bench --case udp-dnat-ipip --flows 1000000     one case, where the connections are in no cache\n  \
+         weir bench --case both --workers 2 --json           two workers, for a program to read"
+    )
+}
+
+/// Measures, and prints a line for each result, or one JSON document.
 ///
 /// # Errors
-/// Where there are too many flows, or the benchmark's own configuration does not load.
-pub fn measure(flows: u32, duration: Duration) -> Result<Measurement, String> {
-    if flows == 0 || flows > PODS * PORTS_PER_POD {
-        return Err(format!("--flows must be 1 to {}", PODS * PORTS_PER_POD));
+/// Where there are too many workers for this machine, or flows for the case, or a packet was not forwarded.
+pub fn run(settings: &Settings, as_json: bool) -> Result<(), String> {
+    let machine = Machine::here();
+    let (processors, workers) = (machine.processors, settings.workers);
+    if workers == 0 || workers > processors {
+        return Err(format!("{workers} workers: each needs a processor of its own, and there are {processors} here"));
     }
-    let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
-    fs::write(folder.path().join("cluster.yaml"), manifests()).map_err(|e| e.to_string())?;
-    let config = folder.path().join("weir.yaml");
-    fs::write(&config, "nodeName: node-a\nmanifests: [cluster.yaml]\nserviceCIDRs: [10.96.0.0/16]\n")
-        .map_err(|e| e.to_string())?;
-    let loaded = translate::load(&config).map_err(|problems| problems.render(false))?;
-
-    let links = links(&loaded.cluster);
-    let rules = Arc::new(compile::rules(&loaded, &mut Compiler::default()).map_err(|e| e.to_string())?);
-    let snat = Arc::new(compile::snat_ports(&loaded, &rules, &Listening::default()).map_err(|e| e.to_string())?);
-    let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &links).map_err(|e| e.to_string())?);
-    let domain = Domain::new();
-    let published = Published::new(&domain, Snapshot { generation: 1, rules, snat, forwarding });
-    let table = || TableConfig {
-        max_entries: flows + flows / 8 + 1024,
-        seed: [1, 2],
-        timeouts: Timeouts::default(),
-        tcp: TcpSettings::default(),
-    };
-    let tables = Tables {
-        v4: Table::new(table(), domain.clone()),
-        v6: Table::new(TableConfig { max_entries: 16, ..table() }, domain.clone()),
-    };
-    let affinity = Affinity::new(1, [1, 2]);
-    let (events, _kept) = crossbeam::channel::bounded(16);
-    let counters = Counters::<COUNTERS>::new();
-    let mut pipeline = Pipeline::new(&tables, counters.join(), ChaCha8Rng::seed_from_u64(7), events, BURST, 2);
-    let mut driver = MemoryDriver::new(2, 4 * BURST as u32);
-    let mut participant = domain.join();
-    let packets: Vec<(IfIndex, Vec<u8>)> = (0..flows).map(packet).collect();
-
-    let mut burst = Vec::with_capacity(BURST);
-    let mut next = 0;
-    let mut round = |with_pipeline: bool| {
-        fill(&mut driver, &mut burst, &packets, &mut next);
-        let turn = participant.enter();
-        let context = Context::new(published.load(&turn), &tables, &affinity, &turn, Tick(1));
-        if with_pipeline {
-            process_burst(&mut pipeline, &mut driver, &mut burst, &context);
-            pipeline.flush(&mut driver);
-            driver.drain_sent(|_, bytes| {
-                hint::black_box(bytes);
-            });
-        } else {
-            burst.drain(..).for_each(|packet| driver.release(packet));
+    if !as_json {
+        println!("{}", machine.text());
+        if cfg!(debug_assertions) {
+            println!("weir {}, built without optimisation: figures say nothing", env!("CARGO_PKG_VERSION"));
         }
-    };
-    // Opens every flow.
-    for _ in 0..=flows as usize / BURST {
-        round(true);
+        println!("{} flows, bursts of {BURST}; medians, (quartiles)", settings.flows);
     }
-    let mut with = Vec::new();
-    let mut without = Vec::new();
-    const ROUNDS: u32 = 256;
-    let begin = Instant::now();
-    while begin.elapsed() < duration || with.is_empty() {
-        for (with_pipeline, samples) in [(true, &mut with), (false, &mut without)] {
-            let start = Instant::now();
-            for _ in 0..ROUNDS {
-                round(with_pipeline);
-            }
-            samples.push(start.elapsed().as_nanos() as f64 / f64::from(ROUNDS) / BURST as f64);
+    let mut results = Vec::new();
+    measure(settings, |measured| {
+        if !as_json {
+            println!("{}", line(&measured, machine.tsc_hz));
+        }
+        results.push(measured);
+    })?;
+    if as_json {
+        println!("{:#}", document(&machine, &results));
+    }
+    Ok(())
+}
+
+/// Hands each result to `each` as soon as it is there.
+fn measure(settings: &Settings, mut each: impl FnMut(Measurement)) -> Result<(), String> {
+    let all_shares: &[Flows] = if settings.workers == 1 { &[Flows::Apart] } else { &[Flows::Apart, Flows::Same] };
+    for case in &settings.cases.0 {
+        for shares in all_shares {
+            let mut bench = Bench::new(*case, settings.flows, settings.workers, *shares)?;
+            each(bench.measure(Length::Time(settings.time))?);
         }
     }
-    let totals = pipeline.totals();
-    if totals.dropped() > 0 || tables.v4.len() < flows as usize {
-        return Err(format!("the benchmark's packets were not all forwarded: {totals:?}"));
-    }
-    let overhead_ns = median(&mut without);
-    let ns_per_packet = median(&mut with) - overhead_ns;
-    Ok(Measurement {
-        flows,
-        ns_per_packet,
-        overhead_ns,
-        cycles_per_packet: megahertz().map(|mhz| ns_per_packet * mhz / 1e3),
+    Ok(())
+}
+
+fn line(measured: &Measurement, tsc_hz: Option<f64>) -> String {
+    let (name, ns) = (measured.case.name, measured.ns);
+    let cycles = tsc_hz.map_or(String::new(), |hz| format!(", {:5.0} cycles", ns.median * hz / 1e9));
+    let workers = match measured.workers {
+        1 => String::new(),
+        workers => format!(", {workers} workers, flows {}", measured.shares.name()),
+    };
+    format!(
+        "{name:<15} {:6.2} Mpps, {:6.1} ns ({:.1}-{:.1}) per packet{cycles}{workers}",
+        measured.packets_per_second() / 1e6,
+        ns.median,
+        ns.low,
+        ns.high
+    )
+}
+
+fn document(machine: &Machine, results: &[Measurement]) -> Value {
+    let round = |value: f64| (value * 10.0).round() / 10.0;
+    let result = |measured: &Measurement| {
+        let ns = measured.ns;
+        json!({
+            "case": measured.case.name,
+            "description": measured.case.description,
+            "flows": measured.flows,
+            "workers": measured.workers,
+            "flowsAre": if measured.workers == 1 { Value::Null } else { measured.shares.name().into() },
+            "packetsPerSecond": measured.packets_per_second().round(),
+            "nsPerPacket": {"median": round(ns.median), "lowerQuartile": round(ns.low), "upperQuartile": round(ns.high)},
+            "cyclesPerPacket": machine.tsc_hz.map(|hz| round(ns.median * hz / 1e9)),
+            "overheadNs": round(measured.overhead_ns),
+            "rounds": measured.rounds,
+        })
+    };
+    json!({
+        "weir": {
+            "version": env!("CARGO_PKG_VERSION"),
+            // Who builds packages sets it; a build in a working tree does not know whether its sources are a commit's.
+            "commit": option_env!("WEIR_COMMIT"),
+            "optimised": !cfg!(debug_assertions),
+        },
+        "machine": machine.to_json(),
+        "burst": BURST,
+        "results": results.iter().map(result).collect::<Vec<_>>(),
     })
 }
 
-fn median(samples: &mut [f64]) -> f64 {
-    samples.sort_by(f64::total_cmp);
-    samples[samples.len() / 2]
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn megahertz() -> Option<f64> {
-    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
-    text.lines().find_map(|line| line.strip_prefix("cpu MHz")?.split_once(':')?.1.trim().parse().ok())
-}
-
-fn fill(driver: &mut MemoryDriver, burst: &mut Vec<Packet>, packets: &[(IfIndex, Vec<u8>)], next: &mut usize) {
-    for _ in 0..BURST {
-        let (device, bytes) = &packets[*next];
-        *next = if *next + 1 == packets.len() { 0 } else { *next + 1 };
-        let mut packet = driver.allocate().expect("frames for a burst");
-        packet.set_len(bytes.len());
-        packet.bytes_mut().copy_from_slice(bytes);
-        packet.device = *device;
-        burst.push(packet);
+    fn settings(cases: &str, workers: usize) -> Settings {
+        Settings { cases: cases.parse().unwrap(), flows: 200, workers, time: Duration::ZERO }
     }
-}
 
-fn pod_address(pod: u32) -> Ipv4Addr {
-    Ipv4Addr::new(10, 1, 1, 10 + pod as u8)
-}
-
-fn packet(flow: u32) -> (IfIndex, Vec<u8>) {
-    let (pod, port) = (flow / PORTS_PER_POD, FIRST_PORT + flow % PORTS_PER_POD);
-    let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 1, pod as u8], [0xee; 6])
-        .ipv4(pod_address(pod).octets(), VIP.octets(), 64)
-        .udp(port as u16, 53);
-    let mut frame = Vec::new();
-    builder.write(&mut frame, &[0; 18]).expect("a vector takes every byte");
-    (IfIndex(pod + 2), frame)
-}
-
-fn links(cluster: &weir_dataplane::model::Cluster) -> Links {
-    let uplink = Device {
-        name: "eth0".into(),
-        index: IfIndex(1),
-        role: Role::Uplink,
-        mac: Mac([2, 0, 0, 0, 0, 1]),
-        mtu: 1500,
-        addresses: vec!["192.168.10.1/24".parse().expect("a prefix")],
-    };
-    let workloads = cluster.workloads.iter().filter(|w| w.node.as_deref() == Some("node-a")).enumerate();
-    let devices = workloads.map(|(pod, workload)| Device {
-        name: workload.device.clone(),
-        index: IfIndex(pod as u32 + 2),
-        role: Role::Workload,
-        mac: Mac([0xee; 6]),
-        mtu: 1500,
-        addresses: Vec::new(),
-    });
-    let other = Neighbor {
-        address: "192.168.10.2".parse().expect("an address"),
-        mac: Mac([2, 0, 0, 0, 0, 2]),
-        device: IfIndex(1),
-    };
-    Links {
-        devices: std::iter::once(uplink).chain(devices).collect(),
-        routes: Vec::new(),
-        neighbors: vec![other],
-        ..Links::default()
+    fn measured(settings: &Settings) -> Vec<Measurement> {
+        let mut results = Vec::new();
+        measure(settings, |measured| results.push(measured)).unwrap();
+        results
     }
-}
 
-fn manifests() -> String {
-    let mut text = String::from(
-        "{apiVersion: v1, kind: Node, metadata: {name: node-a}, spec: {podCIDRs: [10.1.1.0/24]}, \
-         status: {addresses: [{type: InternalIP, address: 192.168.10.1}]}}\n---\n\
-         {apiVersion: v1, kind: Node, metadata: {name: node-b}, spec: {podCIDRs: [10.1.2.0/24]}, \
-         status: {addresses: [{type: InternalIP, address: 192.168.10.2}]}}\n---\n\
-         {apiVersion: projectcalico.org/v3, kind: IPPool, metadata: {name: pool}, spec: {cidr: 10.1.0.0/16, ipipMode: Always}}\n---\n\
-         {apiVersion: v1, kind: Namespace, metadata: {name: default}}\n---\n\
-         {apiVersion: v1, kind: Service, metadata: {namespace: default, name: dns}, spec: {clusterIP: 10.96.0.10, \
-         clusterIPs: [10.96.0.10], ports: [{name: dns, protocol: UDP, port: 53}]}}\n---\n\
-         {apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, addressType: IPv4, metadata: {namespace: default, name: dns-1, \
-         labels: {kubernetes.io/service-name: dns}}, endpoints: [{addresses: [10.1.2.10], nodeName: node-b}], \
-         ports: [{name: dns, protocol: UDP, port: 5353}]}\n",
-    );
-    for pod in 0..PODS {
-        let _ = write!(
-            text,
-            "---\n{{apiVersion: v1, kind: Pod, metadata: {{namespace: default, name: pod-{pod}}}, spec: {{nodeName: node-a, \
-             containers: [{{name: c}}]}}, status: {{podIP: {0}, podIPs: [{{ip: {0}}}]}}}}\n",
-            pod_address(pod)
-        );
+    #[test]
+    fn all_are_all_cases_and_an_unknown_one_names_them() {
+        let Cases(all) = "all".parse().unwrap();
+        assert_eq!(all, CASES);
+        let error = "udp-dnat".parse::<Cases>().unwrap_err();
+        for case in CASES {
+            assert_eq!(case.name.parse(), Ok(Cases(vec![case])));
+            assert!(error.contains(case.name) && help().contains(case.name), "{error}");
+        }
+        assert!(error.starts_with("no case udp-dnat;") && error.ends_with("or all"), "{error}");
     }
-    text
+
+    #[test]
+    fn every_case_runs_and_is_told_of() {
+        let results = measured(&settings("all", 1));
+        let machine = Machine { tsc_hz: Some(2e9), ..Machine::here() };
+        let document = document(&machine, &results);
+        assert_eq!(document["weir"]["version"], env!("CARGO_PKG_VERSION"));
+        for field in ["processor", "processors", "kernel", "tscHz", "tscHzFrom"] {
+            assert!(!document["machine"][field].is_null(), "{field}");
+        }
+        let told = document["results"].as_array().unwrap();
+        assert_eq!(told.len(), CASES.len());
+        for ((case, told), measured) in CASES.iter().zip(told).zip(&results) {
+            assert_eq!((told["case"].as_str(), told["flows"].as_u64()), (Some(case.name), Some(200)));
+            assert_eq!((told["workers"].as_u64(), told["flowsAre"].is_null()), (Some(1), true));
+            for field in ["packetsPerSecond", "cyclesPerPacket", "overheadNs", "rounds"] {
+                assert!(told[field].is_number(), "{field}");
+            }
+            for field in ["median", "lowerQuartile", "upperQuartile"] {
+                assert!(told["nsPerPacket"][field].is_number(), "{field}");
+            }
+            let line = line(measured, machine.tsc_hz);
+            assert!(line.starts_with(case.name) && line.contains("Mpps") && line.contains("cycles"), "{line}");
+            assert!(!line.contains("workers"), "{line}");
+        }
+    }
+
+    #[test]
+    fn two_workers_have_flows_apart_and_the_same() {
+        let results = measured(&settings("tcp-pod", 2));
+        assert_eq!(results.iter().map(|one| one.shares).collect::<Vec<_>>(), [Flows::Apart, Flows::Same]);
+        assert!(line(&results[1], None).ends_with("2 workers, flows same"));
+        let document = document(&Machine { tsc_hz: None, ..Machine::here() }, &results);
+        assert_eq!(document["results"][0]["flowsAre"], "apart");
+        assert!(document["results"][1]["cyclesPerPacket"].is_null());
+    }
 }
