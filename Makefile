@@ -16,7 +16,7 @@ LOOM_FLAGS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMP
 
 CLUSTER_TARGETS = cluster cluster-build cluster-status cluster-shell cluster-e2e cluster-down cluster-test
 
-.PHONY: $(CLUSTER_TARGETS) help setup build release cni demo demo-memory test lint unit loom e2e storm cases instructions record-instructions bench bench-path bench-tables bench-reload bench-cni perf perf-offload soak properties fuzz miri install clean
+.PHONY: $(CLUSTER_TARGETS) help setup build release cni demo demo-memory test lint unit loom e2e storm cases instructions record-instructions bench bench-path bench-tables bench-reload bench-cni report publish-report perf perf-offload soak properties fuzz miri install clean
 
 help: ## Lists the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,8 +81,17 @@ bench-path: ## Instructions, time and cycles per packet in ten cases, as lines a
 
 bench: setup ## Criterion benchmarks of the hot structures, and the pipeline on memory rings.
 	$(CARGO) bench --workspace
-	$(CARGO) run --release -- bench --flows 10000
-	$(CARGO) run --release -- bench --flows 1000000
+	$(CARGO) run --release -- bench
+	$(CARGO) run --release -- bench --case udp-dnat-ipip --flows 1000000
+
+report: release ## Runs the benchmarks that take minutes (PARTS=... names some), writes target/report/report.md, report.json and plots. Root for veth.
+	./scripts/setup.sh valgrind:valgrind pkg-config:pkg-config /usr/include/dpdk/rte_eal.h:libdpdk-dev dpdk-testpmd:dpdk-dev
+	$(CARGO) build --release -p weir-benches
+	$(CARGO) build --release -p weir --example veth_pps --example offload --example reload
+	$(CARGO) run --release -p weir-benches --bin report -- run $(PARTS)
+
+publish-report: ## Puts the tables of target/report into perf/RESULTS.md.
+	$(CARGO) run --release -p weir-benches --bin report -- publish perf/RESULTS.md
 
 bench-tables: setup ## The connection table beside other concurrent maps and DPDK's rte_hash. Needs root for a package.
 	./perf/tables.sh

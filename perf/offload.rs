@@ -24,6 +24,7 @@ use std::{
 
 use serde_json::Value;
 use weir::lab::{INTERRUPTED, Lab, LabError, Process, check_interrupted, wait_until};
+use weir_benches::figures::{Spread, tell};
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -177,6 +178,7 @@ fn main() -> Result<(), Failure> {
     );
     println!("Tunnel of the kernel: {}. Load: {}", bench.tunnel, load()?);
     for (setting, figures) in settings.iter().zip(&figures) {
+        tell_all(&setting.title(), figures);
         println!("\n{}\n\n{}", setting.title(), table(figures));
     }
     Ok(())
@@ -185,6 +187,23 @@ fn main() -> Result<(), Failure> {
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
+}
+
+/// Tells the report every figure, and its ratios to those of the kernel in the same round.
+fn tell_all(title: &str, figures: &Figures) {
+    for way in &WAYS {
+        for ((measure, of_way), values) in figures {
+            if *of_way != way.title {
+                continue;
+            }
+            tell(&format!("offload: {title}"), measure, way.title, "", Spread::of(&mut values.clone()));
+            for base in [PLAIN, KUBE_PROXY] {
+                let of_base = &figures[&(*measure, base)];
+                let mut ratios: Vec<f64> = values.iter().zip(of_base).map(|(value, base)| value / base).collect();
+                tell(&format!("offload, ratio to {base}: {title}"), measure, way.title, "", Spread::of(&mut ratios));
+            }
+        }
+    }
 }
 
 /// A table in Markdown, a column for each way.

@@ -16,6 +16,7 @@ use weir::{
     compile,
     translate::{Loaded, Loader, LocalPod, LocalPods, workload_device},
 };
+use weir_benches::figures::{Spread, tell};
 use weir_dataplane::{forwarding::Forwarding, snapshot::Rules};
 use weir_policy::Compiler;
 
@@ -75,22 +76,32 @@ fn measure(services: u32) -> Result<(), Box<dyn std::error::Error>> {
         pod_steps.iter_mut().zip([next.times.translate, compile]).for_each(|(step, took)| step.push(took));
         loaded = next;
     }
-    let median = |mut step: Vec<Duration>| {
-        step.sort_unstable();
-        ms(step[step.len() / 2])
-    };
-    let [read, translate, compile, forwarding] = steps.map(median);
-    let [pod_translate, pod_compile] = pod_steps.map(median);
-    let mb = |bytes: usize| format!("{:.1} MB", bytes as f64 / 1e6);
-    println!(
-        "| {services} | {} | {} | {} | {read} | {translate} | {compile} | {forwarding} | {pod_translate} | {pod_compile} | {} | {} | {} |",
-        ms(load_read),
-        ms(load_translate),
-        ms(load_compile),
-        mb(text_bytes),
-        mb(table_bytes),
-        mb(resident_bytes()?.saturating_sub(held_before)),
-    );
+    let held_bytes = resident_bytes()?.saturating_sub(held_before);
+    let row = format!("{services} services");
+    let [read, translate, compile, forwarding] = steps;
+    let [pod_translate, pod_compile] = pod_steps;
+    print!("| {services} |");
+    for (column, step) in [
+        ("load: read", vec![load_read]),
+        ("load: translate", vec![load_translate]),
+        ("load: compile", vec![load_compile]),
+        ("change: read", read),
+        ("change: translate", translate),
+        ("change: compile", compile),
+        ("change: forwarding", forwarding),
+        ("pod: translate", pod_translate),
+        ("pod: compile", pod_compile),
+    ] {
+        let spread = Spread::of(&mut step.iter().map(|time| time.as_secs_f64() * 1e3).collect::<Vec<_>>());
+        print!(" {:.1} |", spread.median);
+        tell("reload", &row, column, "ms", spread);
+    }
+    for (column, bytes) in [("text", text_bytes), ("service table", table_bytes), ("held", held_bytes)] {
+        let megabytes = bytes as f64 / 1e6;
+        print!(" {megabytes:.1} MB |");
+        tell("memory for reloads", &row, column, "MB", Spread::of(&mut [megabytes]));
+    }
+    println!();
     Ok(())
 }
 
@@ -110,10 +121,6 @@ fn compiled(loaded: &Loaded, policy: &mut Compiler) -> Result<(Rules, Duration),
     let begin = Instant::now();
     let rules = compile::rules(loaded, policy)?;
     Ok((rules, begin.elapsed()))
-}
-
-fn ms(duration: Duration) -> String {
-    format!("{:.1}", duration.as_secs_f64() * 1e3)
 }
 
 /// Writes weir.yaml and all files; how many bytes of manifests.

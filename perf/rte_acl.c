@@ -2,19 +2,20 @@
  *
  * A fifth of the rules are CIDRs, the others ten pods each, which here have neighbouring addresses and so are one range; each rule
  * has a protocol and a port. Looked up are 4096 packets, one by one as weir judges them, and in bursts of 32, which is what
- * rte_acl is made for. Every verdict is compared with a linear scan first. Usage: rte_acl LARGEST ROUNDS (perf/classify.sh
+ * rte_acl is made for. Every verdict is compared with a linear scan first. Usage: rte_acl LARGEST ROUNDS (perf/dpdk.sh
  * builds and runs it).
  */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include <rte_acl.h>
 #include <rte_eal.h>
 #include <rte_errno.h>
 #include <rte_malloc.h>
+
+#include "figures.h"
 
 #define PACKETS 4096
 #define BURST 32
@@ -57,25 +58,12 @@ static uint32_t below(uint32_t limit)
 	return (uint32_t)((random_state >> 33) % limit);
 }
 
-static double now(void)
-{
-	struct timespec time;
-	clock_gettime(CLOCK_MONOTONIC, &time);
-	return time.tv_sec * 1e9 + time.tv_nsec;
-}
-
 static struct rule rule_of(uint32_t number)
 {
 	uint16_t port = 8000 + number % 50;
 	if (number % 5 == 0)
 		return (struct rule){0xc0000000u + (number << 8), 0xc00000ffu + (number << 8), port};
 	return (struct rule){0x0a000001u + 10 * number, 0x0a00000au + 10 * number, port};
-}
-
-static int compare(const void *a, const void *b)
-{
-	double first = *(const double *)a, second = *(const double *)b;
-	return (first > second) - (first < second);
 }
 
 static size_t allocated(void)
@@ -116,9 +104,9 @@ static void measure(uint32_t rules, int rounds)
 	size_t before = allocated();
 	struct rte_acl_config configuration = {.num_categories = 1, .num_fields = FIELDS};
 	memcpy(configuration.defs, definitions, sizeof(definitions));
-	double start = now();
+	double start = now_ns();
 	int error = rte_acl_build(context, &configuration);
-	double build = now() - start;
+	double build = now_ns() - start;
 	if (error != 0) {
 		printf("%7u rules: cannot be built: %s\n", rules, strerror(-error));
 		rte_acl_free(context);
@@ -152,21 +140,23 @@ static void measure(uint32_t rules, int rounds)
 
 	double single[64], burst[64];
 	for (int round = 0; round < rounds; round++) {
-		start = now();
+		start = now_ns();
 		for (int pass = 0; pass < PASSES; pass++)
 			for (int index = 0; index < PACKETS; index++)
 				rte_acl_classify(context, &data[index], &results[index], 1, 1);
-		single[round] = (now() - start) / (PASSES * PACKETS);
-		start = now();
+		single[round] = (now_ns() - start) / (PASSES * PACKETS);
+		start = now_ns();
 		for (int pass = 0; pass < PASSES; pass++)
 			for (int index = 0; index < PACKETS; index += BURST)
 				rte_acl_classify(context, &data[index], &results[index], BURST, 1);
-		burst[round] = (now() - start) / (PASSES * PACKETS);
+		burst[round] = (now_ns() - start) / (PASSES * PACKETS);
 	}
-	qsort(single, rounds, sizeof(double), compare);
-	qsort(burst, rounds, sizeof(double), compare);
-	printf("%7u rules: %6.1f ns alone, %6.1f ns in bursts of %d, built in %.1f ms, %zu KiB\n", rules, single[rounds / 2],
-	       burst[rounds / 2], BURST, build / 1e6, memory / 1024);
+	char row[32];
+	snprintf(row, sizeof(row), "%u rules", rules);
+	double one = figure("policy", row, "rte_acl", "ns", single, rounds, 0);
+	double many = figure("policy", row, "rte_acl in bursts of 32", "ns", burst, rounds, 0);
+	printf("%7u rules: %6.1f ns alone, %6.1f ns in bursts of %d, built in %.1f ms, %zu KiB\n", rules, one, many, BURST,
+	       build / 1e6, memory / 1024);
 	rte_acl_free(context);
 }
 

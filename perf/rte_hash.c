@@ -2,7 +2,7 @@
  *
  * Each connection has two keys of 16 bytes (source, destination, ports, protocol), both of which hold its number; its 64 bytes lie in an
  * array. Lookups are made in bursts of 32 with rte_hash_lookup_bulk, which prefetches. One line per figure, nanoseconds per
- * operation and thread, median of the rounds. Usage: rte_hash LARGEST ROUNDS MILLISECONDS (perf/rte_hash.sh builds and runs it).
+ * operation and thread, median of the rounds. Usage: rte_hash LARGEST ROUNDS MILLISECONDS (perf/dpdk.sh builds and runs it).
  */
 #define _GNU_SOURCE
 #include <inttypes.h>
@@ -12,7 +12,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include <rte_eal.h>
 #include <rte_errno.h>
@@ -21,6 +20,8 @@
 #include <rte_lcore.h>
 #include <rte_malloc.h>
 #include <rte_rcu_qsbr.h>
+
+#include "figures.h"
 
 #define BURST 32
 #define CHURN 1024
@@ -52,13 +53,6 @@ static void keys_of(uint32_t client, uint32_t protocol, struct key out[2])
 	uint16_t port = 20000 + (client & 0xff);
 	out[0] = (struct key){ src, dst, port, 53, protocol };
 	out[1] = (struct key){ 0x0af40102, src, 53, port, protocol };
-}
-
-static double now_ns(void)
-{
-	struct timespec time;
-	clock_gettime(CLOCK_MONOTONIC, &time);
-	return time.tv_sec * 1e9 + time.tv_nsec;
 }
 
 static void insert(uint32_t client, unsigned int thread)
@@ -152,12 +146,6 @@ static void *run_job(void *argument)
 	return NULL;
 }
 
-static int ascending(const void *a, const void *b)
-{
-	double x = *(const double *)a, y = *(const double *)b;
-	return (x > y) - (x < y);
-}
-
 int main(int argc, char **argv)
 {
 	char *eal[] = { argv[0], "--no-huge", "-m", "8192", "--no-pci", "--no-shconf", "--log-level=4", "--no-telemetry" };
@@ -232,8 +220,10 @@ int main(int argc, char **argv)
 				}
 				pthread_barrier_destroy(&barrier);
 			}
-			qsort(taken, rounds, sizeof(double), ascending);
-			printf("rte_hash %10" PRIu32 " %-28s %8.1f\n", flows, works[work].name, taken[rounds / 2]);
+			char row[64];
+			snprintf(row, sizeof(row), "%" PRIu32 " connections, %s", flows, works[work].name);
+			double median = figure("connection table", row, "rte_hash", "ns", taken, rounds, 0);
+			printf("rte_hash %10" PRIu32 " %-28s %8.1f\n", flows, works[work].name, median);
 			fflush(stdout);
 		}
 		rte_hash_free(table);

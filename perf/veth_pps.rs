@@ -1,10 +1,10 @@
-//! Packets per second through veth: weir beside a bare AF_XDP forwarder, on the same devices, alternating in one run.
+//! Packets per second through veth: weir beside a bare AF_XDP forwarder and the node's kernel, on the same devices, alternating in one run.
 //!
 //! Two pods on one node. One sends small UDP packets as fast as its kernel can (UDP_SEGMENT: many packets a call); the other
 //! counts what arrives and drops it (nftables, raw hook). The bare forwarder uses the same trunk, programs and rings as weir and does
 //! nothing but set the target device: the difference is weir's own work. weir is measured on both of its paths: `offload: off`, where
 //! a worker handles every packet, and `auto`, where the kernel's programs carry the flow; the programs' counters must say that it was that one.
-//! Ratios of medians are what counts; absolute figures of a shared machine are not.
+//! The kernel forwards by its own routes, without any rule. Ratios of medians are what counts; absolute figures of a shared machine are not.
 //!
 //!     cargo run --release --example veth_pps [-- ROUNDS [SECONDS]]
 
@@ -23,6 +23,7 @@ use std::{
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 use weir::lab::{Lab, wait_until};
+use weir_benches::figures::{Spread, tell};
 use weir_dataplane::{
     afxdp::{AfXdp, AfXdpSettings, PortSettings, RingSizes},
     attach::{self, Attachment, SocketDevice, TrunkSettings},
@@ -41,6 +42,8 @@ const PAYLOAD_BYTES: usize = 18;
 const SEGMENTS: usize = 64;
 /// Where a flow is to have begun.
 const LIMIT: Duration = Duration::from_secs(20);
+/// Who forwards, in the order of each round.
+const NAMES: [&str; 4] = ["weir, worker", "weir, offload", "bare forwarder", "kernel"];
 /// The sender's core, and the forwarder's.
 const CORES: (usize, usize) = (0, 1);
 
@@ -59,36 +62,41 @@ fn main() -> Result<(), Failure> {
     lab.run_in(SINK.0, &["nft", "add table inet sink; add chain inet sink discard { type filter hook prerouting priority raw; policy drop; }"])?;
     let paths = [("off", configuration(&lab, "off")?), ("auto", configuration(&lab, "auto")?)];
 
-    let mut rates: [Vec<f64>; 3] = Default::default();
+    let mut rates: [Vec<f64>; 4] = Default::default();
     for round in 0..rounds {
         for (number, (offload, config)) in paths.iter().enumerate() {
             rates[number].push(through_weir(&lab, config, offload, seconds)?);
         }
         let forwarder = Forwarder::start(&lab)?;
-        let rate = measure(&lab, seconds)?;
+        rates[2].push(measure(&lab, seconds)?);
         forwarder.stop(&lab)?;
-        rates[2].push(rate);
-        println!(
-            "round {}: weir's worker {:.3} Mpps, weir's offload {:.3} Mpps, bare forwarder {:.3} Mpps",
-            round + 1,
-            rates[0][round] / 1e6,
-            rates[1][round] / 1e6,
-            rate / 1e6
-        );
+        rates[3].push(through_kernel(&lab, seconds)?);
+        let shown = NAMES.iter().zip(&rates).map(|(name, rates)| format!("{name} {:.3} Mpps", rates[round] / 1e6));
+        println!("round {}: {}", round + 1, shown.collect::<Vec<_>>().join(", "));
     }
-    let [worker, offload, bare] = rates;
-    let ratio = |of: &[f64]| median(of.iter().zip(&bare).map(|(w, b)| w / b).collect());
-    let ratios = (ratio(&worker), ratio(&offload));
-    println!(
-        "medians of {rounds} alternating rounds of {seconds} s: bare forwarder {:.3} Mpps; weir's worker {:.3} Mpps, ratio of pairs {:.3}; \
-         weir's offload {:.3} Mpps, ratio of pairs {:.3}",
-        median(bare) / 1e6,
-        median(worker) / 1e6,
-        ratios.0,
-        median(offload) / 1e6,
-        ratios.1
-    );
+    println!("medians of {rounds} alternating rounds of {seconds} s, and of each round's ratio to the bare forwarder:");
+    let bare = rates[2].clone();
+    for (name, rates) in NAMES.iter().zip(&rates) {
+        let mpps = Spread::of(&mut rates.iter().map(|rate| rate / 1e6).collect::<Vec<_>>());
+        let ratio = Spread::of(&mut rates.iter().zip(&bare).map(|(rate, bare)| rate / bare).collect::<Vec<_>>());
+        println!("{name}: {:.3} Mpps, {:.3}", mpps.median, ratio.median);
+        tell("veth", name, "rate", "Mpps", mpps);
+        tell("veth, ratio to the bare forwarder in the same round", name, "ratio", "", ratio);
+    }
     Ok(())
+}
+
+/// Packets per second through the node's own kernel, once its routes are there.
+fn through_kernel(lab: &Lab, seconds: f64) -> Result<f64, Failure> {
+    // Pods ask for the gateway's MAC, which nobody answers for: the bare forwarder has told them.
+    let shell = |script: &str| lab.run_in("node", &["sh", "-ec", script]);
+    for (_, address, device) in [SENDER, SINK] {
+        shell(&format!("ip route add {address}/32 dev {device} proto 99"))?;
+    }
+    shell("echo 1 > /proc/sys/net/ipv4/ip_forward")?;
+    let rate = measure(lab, seconds);
+    shell("echo 0 > /proc/sys/net/ipv4/ip_forward; ip route flush proto 99")?;
+    rate
 }
 
 /// Packets per second through weir, by the path that was asked for.
@@ -110,11 +118,6 @@ fn through_weir(lab: &Lab, config: &Path, offload: &str, seconds: f64) -> Result
     router.wait(Duration::from_secs(5))?;
     lab.weir("node", &["detach", "-c", &config])?;
     Ok(rate)
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn configuration(lab: &Lab, offload: &str) -> Result<PathBuf, Failure> {

@@ -5,7 +5,7 @@
 //! - [`translate`]: resources to the plain models that the dataplane compiles its tables from.
 //! - [`compile`]: models to tables.
 //! - [`prepare`]: a changed configuration made ready beside the running router.
-//! - [`check`], [`trace`], [`policy`], [`replay`], [`run`], [`demo`], [`bench`]: the commands of these names.
+//! - [`check`], [`trace`], [`policy`], [`replay`], [`run`], [`demo`]: the commands of these names. `weir bench` is weir-benches'.
 //! - [`services`]: the services of a running router.
 //! - `action_log`: the lines that Log rules write.
 //! - [`flow`], [`explain`]: what traces are asked, and how they tell of services.
@@ -18,7 +18,6 @@
 //! - [`lab`]: clusters in network namespaces, for the demo and the end-to-end tests.
 
 mod action_log;
-pub mod bench;
 pub mod check;
 pub mod compile;
 pub mod config;

@@ -48,7 +48,7 @@ enum Command {
     Run(Run),
     /// Build a small cluster of network namespaces, run the router in it, send real traffic, and check what happens. Needs root.
     Demo(Demo),
-    /// Measure the pipeline on memory rings: packets per second and cycles per packet.
+    /// Measure the pipeline on memory rings: packets a second, time and cycles of a packet, in ten cases.
     Bench(Bench),
     /// Show a running router: modes, workers, counters.
     Status(Ask),
@@ -138,16 +138,26 @@ struct Demo {
 }
 
 #[derive(Args)]
+#[command(after_help = weir_benches::command::help())]
 struct Bench {
-    /// Flows that the packets belong to.
+    /// Which case, or `all`.
+    #[arg(long, value_name = "NAME", default_value = "all")]
+    case: weir_benches::command::Cases,
+    /// Flows that the packets belong to, of all workers together.
     #[arg(long, default_value_t = 10_000)]
     flows: u32,
-    /// Seconds to measure for each case.
-    #[arg(long, default_value_t = 2.0)]
-    seconds: f64,
+    /// Workers at once, each on a processor of its own.
+    #[arg(long, default_value_t = 1)]
+    workers: usize,
+    /// Seconds to measure for each result.
+    #[arg(long, default_value = "1", value_parser = seconds)]
+    seconds: Duration,
     /// How results are printed.
     #[arg(long, value_enum, default_value = "text")]
     output: Output,
+    /// The same as --output json.
+    #[arg(long, conflicts_with = "output")]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -280,10 +290,14 @@ fn device_and_file(text: &str) -> Result<(String, PathBuf), String> {
     }
 }
 
+fn seconds(text: &str) -> Result<Duration, String> {
+    let parsed = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    parsed.ok_or_else(|| "expected seconds, like 2.5".into())
+}
+
 fn seconds_and_file(text: &str) -> Result<(Duration, PathBuf), String> {
-    let parsed = text.split_once('=').and_then(|(seconds, file)| {
-        Some((Duration::try_from_secs_f64(seconds.parse().ok()?).ok()?, file)).filter(|_| !file.is_empty())
-    });
+    let parsed = text.split_once('=').and_then(|(at, file)| Some((seconds(at).ok()?, file)));
+    let parsed = parsed.filter(|(_, file)| !file.is_empty());
     parsed.map(|(at, file)| (at, file.into())).ok_or_else(|| "expected SECONDS=FILE, like 2.5=other.yaml".into())
 }
 
@@ -330,7 +344,18 @@ fn main() -> ExitCode {
             Err(error) => failed(&error),
         },
         Command::Demo(args) => weir::demo::run(args.memory),
-        Command::Bench(args) => weir::bench::run(args.flows, args.seconds, args.output == Output::Json),
+        Command::Bench(args) => {
+            let settings = weir_benches::command::Settings {
+                cases: args.case,
+                flows: args.flows,
+                workers: args.workers,
+                time: args.seconds,
+            };
+            match weir_benches::command::run(&settings, args.json || args.output == Output::Json) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(message) => failed(&message),
+            }
+        }
         Command::Status(args) => match weir::control::status(&args.config.config) {
             Ok(status) => {
                 let text = weir::control::status_text(&status);

@@ -2,24 +2,23 @@
 
 use std::{sync::Arc, time::Duration};
 
-use crossbeam::channel::Receiver;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use serde_json::Value;
 use weir_dataplane::{
-    counters::{COUNTERS, Totals},
+    counters::Totals,
     driver::Driver,
     forwarding::Forwarding,
-    frame::{LinkType, MAX_MTU, Packet, frames_of_mtu},
-    memory::{InjectError, MemoryDriver},
+    frame::{LinkType, MAX_MTU, frames_of_mtu},
+    memory::InjectError,
+    memory_worker::{MemoryWorker, Room, Shared},
     model::{Cluster, Device, Links, Neighbor, Role},
-    pipeline::{Context, Event, Pipeline, process_burst},
+    pipeline::{Context, Event, process_burst},
     snapshot::{Rules, Snapshot},
-    tables::Tables,
 };
 use weir_nat::{Affinity, SnatPorts};
 use weir_packet::{Mac, Tick};
 use weir_policy::Compiler;
-use weir_sync::{Counters, Domain, Participant, Published};
+use weir_sync::Domain;
 
 use crate::{
     compile::{self, CompileError},
@@ -49,14 +48,8 @@ pub struct MemoryRouter {
     rules: Arc<Rules>,
     snat: Arc<SnatPorts>,
     generation: u32,
-    published: Published<Snapshot>,
-    tables: Tables,
-    affinity: Affinity,
-    participant: Participant,
-    pipeline: Pipeline,
-    driver: MemoryDriver,
-    events: Receiver<Event>,
-    burst: Vec<Packet>,
+    shared: Shared,
+    worker: MemoryWorker,
     tcp_loose: bool,
     now: Tick,
 }
@@ -75,28 +68,21 @@ impl MemoryRouter {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let tables = compile::tables(&loaded.config.conntrack, &domain, &mut random);
         let ports = 1 + links.devices.iter().filter(|d| d.role == Role::Uplink).count();
-        let (sender, events) = crossbeam::channel::bounded(1024);
-        let counters = Counters::<COUNTERS>::new();
-        let pipeline = Pipeline::new(&tables, counters.join(), random, sender, 1, ports)
-            .with_fragment_lifetimes(compile::fragment_lifetimes(&loaded.config.conntrack));
+        let first = Snapshot { generation: 1, rules: rules.clone(), snat: snat.clone(), forwarding };
+        let affinity = Affinity::new(Affinity::DEFAULT_CLIENTS, [seed, !seed]);
+        let shared = Shared::new(domain, first, tables, affinity);
+        let mut worker = MemoryWorker::new(&shared, random, Room { burst: 1, ports, frames: FRAMES, events: 1024 });
+        let lifetimes = compile::fragment_lifetimes(&loaded.config.conntrack);
+        worker.pipeline = worker.pipeline.with_fragment_lifetimes(lifetimes);
         Ok(Self {
-            published: Published::new(
-                &domain,
-                Snapshot { generation: 1, rules: rules.clone(), snat: snat.clone(), forwarding },
-            ),
-            participant: domain.join(),
+            shared,
+            worker,
             links,
             cluster: loaded.cluster,
             policy,
             rules,
             snat,
             generation: 1,
-            tables,
-            affinity: Affinity::new(Affinity::DEFAULT_CLIENTS, [seed, !seed]),
-            pipeline,
-            driver: MemoryDriver::new(ports, FRAMES),
-            events,
-            burst: Vec::with_capacity(1),
             tcp_loose: loaded.config.conntrack.tcp_loose,
             now: Tick::default(),
         })
@@ -116,7 +102,7 @@ impl MemoryRouter {
         self.snat = Arc::new(compile::snat_ports(&loaded, &self.rules, &Listening::default())?);
         self.cluster = loaded.cluster;
         self.publish()?;
-        self.affinity.forget_gone(&self.rules.services);
+        self.shared.affinity.forget_gone(&self.rules.services);
         Ok(())
     }
 
@@ -131,7 +117,7 @@ impl MemoryRouter {
     fn publish(&mut self) -> Result<(), MemoryRouterError> {
         let forwarding = Forwarding::compile(&self.cluster, &self.links).map_err(CompileError::from)?;
         self.generation += 1;
-        self.published.publish(Snapshot {
+        self.shared.published.publish(Snapshot {
             generation: self.generation,
             rules: self.rules.clone(),
             snat: self.snat.clone(),
@@ -149,17 +135,17 @@ impl MemoryRouter {
         let device = &self.links.devices[device];
         let (index, link) = (device.index, link_type(device, bytes));
         let port = {
-            let turn = self.participant.enter();
-            let forwarding = &self.published.load(&turn).forwarding;
+            let turn = self.worker.participant.enter();
+            let forwarding = &self.shared.published.load(&turn).forwarding;
             let id = forwarding.device_by_index(index).expect("compiled from the same devices");
             forwarding.device(id).port
         };
-        match self.driver.inject(port, index, link, bytes) {
+        match self.worker.driver.inject(port, index, link, bytes) {
             Ok(()) => {}
-            Err(InjectError::TooLong(_)) => self.pipeline.count_oversized(),
+            Err(InjectError::TooLong(_)) => self.worker.pipeline.count_oversized(),
             Err(InjectError::NoFrame) => unreachable!("frames outnumber what can be held"),
         }
-        self.driver.receive(port, &mut self.burst, 1);
+        self.worker.driver.receive(port, &mut self.worker.burst, 1);
         self.turn();
         if self.take_events() {
             self.publish()?;
@@ -170,20 +156,18 @@ impl MemoryRouter {
     }
 
     fn turn(&mut self) {
-        let turn = self.participant.enter();
-        let context = Context {
-            tcp_loose: self.tcp_loose,
-            ..Context::new(self.published.load(&turn), &self.tables, &self.affinity, &turn, self.now)
-        };
-        process_burst(&mut self.pipeline, &mut self.driver, &mut self.burst, &context);
-        self.pipeline.maintain(&mut self.driver, &context, SWEEP_SHARE);
-        self.pipeline.flush(&mut self.driver);
+        let tcp_loose = self.tcp_loose;
+        self.worker.turn(&self.shared, self.now, |pipeline, driver, burst, context| {
+            let context = Context { tcp_loose, ..*context };
+            process_burst(pipeline, driver, burst, &context);
+            pipeline.maintain(driver, &context, SWEEP_SHARE);
+        });
     }
 
     /// Learns what workloads told of themselves. Nobody is there to resolve others.
     fn take_events(&mut self) -> bool {
         let mut learned = false;
-        for event in self.events.clone().try_iter() {
+        for event in self.worker.events.clone().try_iter() {
             match event {
                 Event::Learned { device, address, mac } => learned |= self.learn(Neighbor { address, mac, device }),
                 Event::Resolve { .. } | Event::Logged(_) => {}
@@ -195,7 +179,7 @@ impl MemoryRouter {
     /// Hands every packet that was sent since the last call to `look`: the name of the device that it left by, and its bytes.
     pub fn drain_sent(&mut self, mut look: impl FnMut(&str, &[u8])) {
         let names = &self.links.devices;
-        self.driver.drain_sent(|device, bytes| {
+        self.worker.driver.drain_sent(|device, bytes| {
             look(names.iter().find(|d| d.index == device).map_or("host", |d| d.name.as_str()), bytes);
         });
     }
@@ -207,16 +191,16 @@ impl MemoryRouter {
 
     /// Gives up what still waits; the counters at the end.
     pub fn finish(&mut self) -> Totals {
-        self.pipeline.give_up_held(&mut self.driver);
-        debug_assert_eq!(self.driver.outstanding(), 0, "every frame is back");
-        self.pipeline.totals()
+        self.worker.pipeline.give_up_held(&mut self.worker.driver);
+        debug_assert_eq!(self.worker.driver.outstanding(), 0, "every frame is back");
+        self.worker.pipeline.totals()
     }
 
     /// Live connections, in a stable order.
     pub fn connections(&self) -> Vec<Value> {
         let mut all = Vec::new();
-        self.tables.v4.for_each(self.now, |entry| all.push(connection(entry)));
-        self.tables.v6.for_each(self.now, |entry| all.push(connection(entry)));
+        self.shared.tables.v4.for_each(self.now, |entry| all.push(connection(entry)));
+        self.shared.tables.v6.for_each(self.now, |entry| all.push(connection(entry)));
         all.sort_by_cached_key(Value::to_string);
         all
     }

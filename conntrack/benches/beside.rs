@@ -9,6 +9,10 @@
 //! Rounds of all alternate, so that a noisy machine disturbs all alike; each figure is the median of its rounds. `cargo bench -p
 //! weir-conntrack --bench beside -- [--largest CONNECTIONS] [--rounds N] [--milliseconds N]`.
 
+#[allow(dead_code, reason = "each benchmark uses a part of it")]
+#[path = "../../benches/figures.rs"]
+mod figures;
+
 use std::{
     hint::black_box,
     net::Ipv4Addr,
@@ -20,6 +24,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use figures::{Spread, tell};
 use hashbrown::HashMap;
 use parking_lot::Mutex;
 use rand_chacha::{
@@ -372,11 +377,6 @@ fn run(
     })
 }
 
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let option = |name: &str, default: u64| {
@@ -433,7 +433,11 @@ fn main() {
         }
         for (candidate, taken) in candidates.iter().zip(&mut taken) {
             print!("{:<36}", candidate.name());
-            taken.iter_mut().for_each(|values| print!("{:>28.1}", median(values)));
+            for (values, (work, ..)) in taken.iter_mut().zip(&works) {
+                let spread = Spread::of(values);
+                print!("{:>28.1}", spread.median);
+                tell("connection table", &format!("{flows} connections, {work}"), candidate.name(), "ns", spread);
+            }
             println!();
         }
     }

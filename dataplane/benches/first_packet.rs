@@ -14,6 +14,10 @@
 //! Criterion measures one after the other, which a loaded machine makes incomparable. `first_packet SERVICES RULES ROUNDS` does one size
 //! alone, for tools that count instructions.
 
+#[allow(dead_code, reason = "each benchmark uses a part of it")]
+#[path = "../../benches/figures.rs"]
+mod figures;
+
 use std::{
     env,
     hint::black_box,
@@ -22,32 +26,28 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crossbeam::channel::Receiver;
 use etherparse::PacketBuilder;
+use figures::{Spread, tell};
 use ipnet::IpNet;
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
 };
-use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
 use weir_dataplane::{
-    counters::COUNTERS,
-    driver::Driver,
     forwarding::Forwarding,
     frame::{IfIndex, Packet},
     memory::MemoryDriver,
+    memory_worker::{MemoryWorker, Room, Shared},
     model::{Cluster, Device, Links, Neighbor, Node, Pool, Role, TunnelMode, Workload},
-    pipeline::{Context, Event, Pipeline, process_burst},
+    pipeline::{Context, Pipeline, process_burst},
     snapshot::{Rules, Snapshot},
-    tables::Tables,
 };
-use weir_nat::{Affinity, ServicePort, ServiceTable, SnatPorts};
+use weir_nat::{ServicePort, ServiceTable, SnatPorts};
 use weir_packet::{Mac, Protocol, Tick};
 use weir_policy::{
     Classifier, Selector,
     model::{Endpoint, EntityMatch, Peer, Policy, PortMatch, Rule, Tier},
 };
-use weir_sync::{Counters, Domain, Participant, Published};
 
 /// Services, and policy rules of both directions together.
 const SIZES: [(u32, u32); 6] = [(10, 10), (1000, 1000), (10_000, 10), (10, 10_000), (10_000, 10_000), (50_000, 10_000)];
@@ -293,18 +293,12 @@ fn links() -> Links {
 /// A worker over memory, in a cluster of one size.
 struct Worker {
     size: Size,
-    published: Published<Snapshot>,
-    tables: Tables,
-    affinity: Affinity,
-    participant: Participant,
-    pipeline: Pipeline,
-    driver: MemoryDriver,
-    burst: Vec<Packet>,
+    shared: Shared,
+    worker: MemoryWorker,
     frame: Vec<u8>,
     random: ChaCha8Rng,
     flow: u32,
     now: Tick,
-    _events: Receiver<Event>,
 }
 
 impl Worker {
@@ -313,33 +307,21 @@ impl Worker {
         let forwarding = Arc::new(Forwarding::compile(&cluster, &links()).expect("few next hops"));
         let rules = Arc::new(Rules::new(size.service_table(), size.classifier(), &cluster).counting(1));
         let snat = Arc::new(SnatPorts::new(10_000..=29_999, []).expect("ports are left"));
-        let domain = Domain::new();
-        let table = |max_entries| TableConfig {
-            max_entries,
-            seed: [1, 2],
-            timeouts: Timeouts::default(),
-            tcp: TcpSettings::default(),
-        };
         // Some of it is kept for the node itself.
-        let v4 = Table::new(table(FLOWS + FLOWS / 16), domain.clone());
-        let tables = Tables { v4, v6: Table::new(table(16), domain.clone()) };
-        let (events, kept) = crossbeam::channel::bounded(16);
-        let counters = Counters::<COUNTERS>::new();
-        let pipeline = Pipeline::new(&tables, counters.join(), ChaCha8Rng::seed_from_u64(7), events, BURST, 2);
+        let entries = [FLOWS + FLOWS / 16, 16];
+        let shared = Shared::repeatable(Snapshot { generation: 1, rules, snat, forwarding }, entries);
         Self {
             size,
-            published: Published::new(&domain, Snapshot { generation: 1, rules, snat, forwarding }),
-            participant: domain.join(),
-            tables,
-            affinity: Affinity::new(1, [1, 2]),
-            pipeline,
-            driver: MemoryDriver::new(2, 4 * BURST as u32),
-            burst: Vec::with_capacity(BURST),
+            worker: MemoryWorker::new(
+                &shared,
+                ChaCha8Rng::seed_from_u64(7),
+                Room { burst: BURST, ports: 2, frames: 4 * BURST as u32, events: 16 },
+            ),
+            shared,
             frame: Vec::new(),
             random: ChaCha8Rng::seed_from_u64(11),
             flow: 0,
             now: Tick(1),
-            _events: kept,
         }
     }
 
@@ -350,7 +332,7 @@ impl Worker {
 
     /// Writes the first packets of flows that no pass of this age has.
     fn fill(&mut self) {
-        while self.burst.len() < BURST {
+        while self.worker.burst.len() < BURST {
             let number = self.flow;
             self.flow += 1;
             let service = cluster_ip(self.below(self.size.services));
@@ -371,11 +353,7 @@ impl Worker {
                 .syn()
                 .write(&mut self.frame, &[])
                 .expect("a vector takes every byte");
-            let mut packet = self.driver.allocate().expect("frames for a burst");
-            packet.set_len(self.frame.len());
-            packet.bytes_mut().copy_from_slice(&self.frame);
-            packet.device = device;
-            self.burst.push(packet);
+            self.worker.push(device, &self.frame);
         }
     }
 
@@ -383,29 +361,29 @@ impl Worker {
     fn pass(&mut self, mut sample: impl FnMut(Duration)) {
         for _ in 0..FLOWS as usize / BURST {
             self.fill();
-            let turn = self.participant.enter();
-            let context = Context::new(self.published.load(&turn), &self.tables, &self.affinity, &turn, self.now);
-            let begin = Instant::now();
-            handle(&mut self.pipeline, &mut self.driver, &mut self.burst, &context);
-            sample(begin.elapsed());
-            self.driver.drain_sent(|_, bytes| {
+            self.worker.turn(&self.shared, self.now, |pipeline, driver, burst, context| {
+                let begin = Instant::now();
+                handle(pipeline, driver, burst, context);
+                sample(begin.elapsed());
+            });
+            self.worker.driver.drain_sent(|_, bytes| {
                 black_box(bytes);
             });
         }
         assert_eq!(
-            self.tables.v4.len(),
+            self.shared.tables.v4.len(),
             FLOWS as usize,
             "every packet opens a connection: {:?}",
-            self.pipeline.totals()
+            self.worker.pipeline.totals()
         );
         self.now = Tick(self.now.0.wrapping_add(LONGER_THAN_TIMEOUTS));
         // What one turn takes out has its place free some turns later.
         for _ in 0..4 {
-            let turn = self.participant.enter();
-            let context = Context::new(self.published.load(&turn), &self.tables, &self.affinity, &turn, self.now);
-            self.pipeline.maintain(&mut self.driver, &context, u32::MAX);
+            self.worker.turn(&self.shared, self.now, |pipeline, driver, _, context| {
+                pipeline.maintain(driver, context, u32::MAX);
+            });
         }
-        assert!(self.tables.v4.is_empty());
+        assert!(self.shared.tables.v4.is_empty());
     }
 }
 
@@ -424,25 +402,26 @@ fn main() {
     };
     let mut workers: Vec<_> = sizes
         .into_iter()
-        .map(|(services, rules)| (Worker::new(Size { services, rules: rules / 2 }), Vec::<Duration>::new()))
+        .map(|(services, rules)| (Worker::new(Size { services, rules: rules / 2 }), Vec::<f64>::new()))
         .collect();
     for _ in 0..rounds {
         for (worker, samples) in &mut workers {
             (0..WARMING_PASSES).for_each(|_| worker.pass(drop));
-            worker.pass(|time| samples.push(time));
+            worker.pass(|time| samples.push(time.as_nanos() as f64 / BURST as f64));
         }
     }
     println!("ns per new flow, median (lower quartile) of bursts of {BURST}; sizes took turns for {rounds} rounds");
     let mut first = None;
     for (worker, samples) in &mut workers {
-        samples.sort();
-        let quantile = |part: usize| samples[samples.len() * part / 4].as_nanos() as f64 / BURST as f64;
-        let (median, quartile) = (quantile(2), quantile(1));
+        let spread = Spread::of(samples);
+        let (median, quartile) = (spread.median, spread.low);
+        let (services, rules) = (worker.size.services, 2 * worker.size.rules);
+        tell("new flow", &format!("{services} services, {rules} rules"), "weir", "ns", spread);
         let (base_median, base_quartile) = *first.get_or_insert((median, quartile));
         println!(
             "{:>6} services, {:>6} rules: {median:7.1} ({quartile:7.1}), {:.2} ({:.2}) times the first, of {} new flows",
-            worker.size.services,
-            2 * worker.size.rules,
+            services,
+            rules,
             median / base_median,
             quartile / base_quartile,
             worker.flow,

@@ -22,6 +22,7 @@ pub mod host_endpoints;
 pub mod host_policy;
 pub mod host_rules;
 pub mod memory;
+pub mod memory_worker;
 mod mix;
 pub mod model;
 mod next_hops;

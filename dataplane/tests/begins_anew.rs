@@ -28,26 +28,25 @@ use keys::SharedKeys;
 use packets::{Packet, SCTP, TCP, UDP, received};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service, sum, tunnelled};
-use weir_conntrack::{Identity, Lifecycle, SctpState, Table, TableConfig, TcpSettings, TcpState, Timeouts};
+use weir_conntrack::{Identity, Lifecycle, SctpState, Table, TcpState};
 use weir_dataplane::{
-    counters::{COUNTERS, Totals},
+    counters::Totals,
     driver::Driver,
     forwarding::Forwarding,
     frame::{IfIndex, LinkType},
-    memory::MemoryDriver,
+    memory_worker::{MemoryWorker, Room, Shared},
     offload::{
         Offload, Request,
         flow::{Mapped, Phase},
         keeper::{Keeper, Keys},
         recipe::Key,
     },
-    pipeline::{Context, Event, Pipeline, process_burst},
+    pipeline::process_burst,
     snapshot::{Rules, Snapshot},
-    tables::{Family, Tables},
+    tables::Family,
 };
-use weir_nat::{Affinity, Endpoint, ServicePort, SnatPorts};
+use weir_nat::{Endpoint, ServicePort, SnatPorts};
 use weir_packet::{Direction, DropReason, FlowKey, Protocol, Tick};
-use weir_sync::{Counters, Domain, Participant, Published};
 
 use Change::*;
 use Direction::{Original, Reply};
@@ -1711,49 +1710,28 @@ fn a_flow_of_a_later_generation_is_not_judged_by_an_earlier_one() {
 }
 
 /// One of two workers on the same tables.
-struct OtherWorker {
-    pipeline: Pipeline,
-    driver: MemoryDriver,
-    participant: Participant,
-    _events: Receiver<Event>,
-}
-
-/// What two workers share.
-struct Shared {
-    domain: Arc<Domain>,
-    published: Published<Snapshot>,
-    tables: Tables,
-    affinity: Affinity,
-    counters: Counters<COUNTERS>,
-}
+struct OtherWorker(MemoryWorker);
 
 impl OtherWorker {
     fn new(shared: &Shared, seed: u64) -> Self {
-        let (sender, receiver) = crossbeam::channel::bounded(64);
-        let random = ChaCha8Rng::seed_from_u64(seed);
-        Self {
-            pipeline: Pipeline::new(&shared.tables, shared.counters.join(), random, sender, 64, 2),
-            driver: MemoryDriver::new(2, 256),
-            participant: shared.domain.join(),
-            _events: receiver,
-        }
+        let room = Room { burst: 64, ports: 2, frames: 256, events: 64 };
+        Self(MemoryWorker::new(shared, ChaCha8Rng::seed_from_u64(seed), room))
     }
 
     /// A turn for each packet; all that was sent.
     fn run(&mut self, shared: &Shared, packets: &[(IfIndex, Packet)]) -> Left {
         let mut sent = Vec::new();
         for (device, packet) in packets {
-            let mut frame = self.driver.packet_of(&[&packet.frame()]).expect("a frame");
+            let mut frame = self.0.driver.packet_of(&[&packet.frame()]).expect("a frame");
             (frame.device, frame.link) = (*device, LinkType::Host);
-            let turn = self.participant.enter();
-            let snapshot = shared.published.load(&turn);
-            let context = Context::new(snapshot, &shared.tables, &shared.affinity, &turn, Tick(1000));
-            process_burst(&mut self.pipeline, &mut self.driver, &mut vec![frame], &context);
-            self.pipeline.maintain(&mut self.driver, &context, 32);
-            self.pipeline.flush(&mut self.driver);
-            self.driver.drain_sent(|device, bytes| sent.push((device, bytes.to_vec())));
+            self.0.burst.push(frame);
+            self.0.turn(shared, Tick(1000), |pipeline, driver, burst, context| {
+                process_burst(pipeline, driver, burst, context);
+                pipeline.maintain(driver, context, 32);
+            });
+            self.0.driver.drain_sent(|device, bytes| sent.push((device, bytes.to_vec())));
         }
-        assert!(self.pipeline.totals().balance() && self.driver.outstanding() == 0);
+        assert!(self.0.pipeline.totals().balance() && self.0.driver.outstanding() == 0);
         received(&sent).into_iter().map(|((device, _), bytes)| (device, read(bytes))).collect()
     }
 }
@@ -1763,10 +1741,6 @@ impl OtherWorker {
 #[test]
 fn two_workers_open_one_connection_where_an_old_one_is_over() {
     let way = Way { family: 0, protocol: Protocol::TCP, is_outside: false, has_affinity: false, is_offloaded: false };
-    let domain = Domain::new();
-    let table =
-        || TableConfig { max_entries: 1024, seed: [1, 2], timeouts: Timeouts::default(), tcp: TcpSettings::default() };
-    let tables = Tables { v4: Table::new(table(), domain.clone()), v6: Table::new(table(), domain.clone()) };
     let forwarding = Arc::new(Forwarding::compile(&cluster(), &links()).unwrap());
     let snat = Arc::new(SnatPorts::new(10_000..=20_000, []).unwrap());
     let by_change = [Alive, Gone].map(|change| Arc::new(way.rules(change)));
@@ -1776,9 +1750,7 @@ fn two_workers_open_one_connection_where_an_old_one_is_over() {
         snat: snat.clone(),
         forwarding: forwarding.clone(),
     };
-    let published = Published::new(&domain, snapshot(1));
-    let counters = Counters::<COUNTERS>::new();
-    let shared = Shared { domain, published, tables, affinity: Affinity::new(64, [1, 2]), counters };
+    let shared = Shared::repeatable(snapshot(1), [1024; 2]);
     let (mut one, mut other) = (OtherWorker::new(&shared, 3), OtherWorker::new(&shared, 4));
     let old = way.backend(OLD);
     let (new, new_device) = way.backend(NEW);

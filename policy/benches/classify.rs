@@ -5,6 +5,10 @@
 //! a port that their rule does not allow. The ten pods have neighbouring addresses, and so are one range, or
 //! scattered ones; or each label is in thirty rules.
 
+#[allow(dead_code, reason = "each benchmark uses a part of it")]
+#[path = "../../benches/figures.rs"]
+mod figures;
+
 use std::{
     hint::black_box,
     net::Ipv4Addr,
@@ -12,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use figures::{Spread, tell};
 use ipnet::IpNet;
 use weir_packet::{FlowKey, Ports, Protocol};
 use weir_policy::{Classifier, PolicyDirection, Selector, model::*};
@@ -150,9 +155,14 @@ fn scan(rules: &[(u32, u32, u16)], key: &FlowKey<Ipv4Addr>) -> Option<usize> {
     rules.iter().position(|(low, high, of_rule)| tcp && (*low..=*high).contains(&source) && *of_rule == port)
 }
 
-/// Nanoseconds per call of `judge` over all packets: the fastest and the median of many short passes. On a machine with
-/// other work the fastest is the one that was not interrupted.
-fn passes(packets: &[FlowKey<Ipv4Addr>], mut judge: impl FnMut(&FlowKey<Ipv4Addr>)) -> (f64, f64) {
+/// Nanoseconds per call of `judge` over all packets, in many short passes: they are told, and their fastest and median come back. On a machine
+/// with other work the fastest is the one that was not interrupted.
+fn passes(
+    row: &str,
+    column: &str,
+    packets: &[FlowKey<Ipv4Addr>],
+    mut judge: impl FnMut(&FlowKey<Ipv4Addr>),
+) -> (f64, f64) {
     let begin = Instant::now();
     let mut passes = Vec::new();
     while passes.len() < 20 || begin.elapsed() < Duration::from_secs(2) {
@@ -160,8 +170,9 @@ fn passes(packets: &[FlowKey<Ipv4Addr>], mut judge: impl FnMut(&FlowKey<Ipv4Addr
         packets.iter().for_each(|key| judge(black_box(key)));
         passes.push(pass.elapsed().as_nanos() as f64 / packets.len() as f64);
     }
-    passes.sort_by(f64::total_cmp);
-    (passes[0], passes[passes.len() / 2])
+    let spread = Spread::of(&mut passes);
+    tell("policy", row, column, "ns", spread);
+    (passes[0], spread.median)
 }
 
 fn main() {
@@ -169,7 +180,7 @@ fn main() {
     for rules in [10, 100, 1_000, 10_000, 100_000] {
         let own = Shape { rules, labels: rules };
         let list = linear(own);
-        let (fastest, median) = passes(&packets(own, Pods::Blocks), |key| {
+        let (fastest, median) = passes(&format!("{rules} rules"), "linear scan", &packets(own, Pods::Blocks), |key| {
             black_box(scan(&list, key));
         });
         println!("{rules:>7} rules: linear scan    {fastest:8.1} ({median:8.1})");
@@ -199,7 +210,8 @@ fn compiled(name: &str, shape: Shape, pods: Pods) {
         let judgement = classifier.judge(endpoint, PolicyDirection::Ingress, key);
         assert_eq!(judgement.allow, scan(&list, &in_block).is_some(), "{key:?}");
     }
-    let (fastest, median) = passes(&packets, |key| {
+    let row = format!("{} rules", shape.rules);
+    let (fastest, median) = passes(&row, &format!("weir, {name}"), &packets, |key| {
         black_box(classifier.judge(endpoint, PolicyDirection::Ingress, key));
     });
     let memory = classifier.memory_bytes() / 1024;

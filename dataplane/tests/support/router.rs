@@ -3,28 +3,26 @@
 //! Node a is the router under test, with two pods; node b has a third pod, over a tunnel for IPv4 and a direct route for IPv6; others are
 //! outside of the cluster, on the uplink's link.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, ops::Deref, sync::Arc};
 
-use crossbeam::channel::{Receiver, Sender};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
-use weir_conntrack::{ConnRef, Table, TableConfig, TcpSettings, Timeouts};
+use weir_conntrack::ConnRef;
 use weir_dataplane::{
     action_log::Logged,
-    counters::{COUNTERS, Totals},
+    counters::Totals,
     driver::Driver,
     forwarding::Forwarding,
     frame::{IfIndex, LinkType, MAX_FRAMES, ONE_FRAME_BYTES, Packet, frames_of_mtu},
-    memory::MemoryDriver,
+    memory_worker::{MemoryWorker, Room, Shared},
     model::{Cluster, Device, Links, Neighbor, Node, Pool, Role, Route, TunnelMode, Workload},
     offload::Offload,
-    pipeline::{Context, Event, Pipeline, process_burst},
+    pipeline::{Context, Event, process_burst},
     snapshot::{Rules, Snapshot},
-    tables::{Family, Tables},
+    tables::Family,
 };
-use weir_nat::{Affinity, ServiceTable, SnatPorts};
+use weir_nat::{ServiceTable, SnatPorts};
 use weir_packet::{Direction, DropReason, FlowKey, Mac, Protocol, Tick};
 use weir_policy::Classifier;
-use weir_sync::{Counters, Domain, Participant, Published};
 
 pub const UPLINK: IfIndex = IfIndex(2);
 pub const CLIENT_POD: IfIndex = IfIndex(11);
@@ -172,14 +170,10 @@ pub fn tiered(services: Vec<weir_nat::ServicePort>, tiers: Vec<weir_policy::mode
 
 /// A worker over memory.
 pub struct Router {
-    pub domain: Arc<Domain>,
-    pub published: Arc<Published<Snapshot>>,
-    pub tables: Arc<Tables>,
-    pub affinity: Affinity,
-    participant: Participant,
-    counters: Counters<COUNTERS>,
-    pipeline: Pipeline,
-    driver: MemoryDriver,
+    shared: Shared,
+    worker: MemoryWorker,
+    /// Of each worker.
+    room: Room,
     snat: Arc<SnatPorts>,
     pub forwarding: Arc<Forwarding>,
     generation: u32,
@@ -190,7 +184,14 @@ pub struct Router {
     pub frame_bytes: Vec<usize>,
     /// How the packets of a turn were addressed at the link layer, over and over.
     pub link_types: Vec<LinkType>,
-    events: (Sender<Event>, Receiver<Event>),
+}
+
+impl Deref for Router {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.shared
+    }
 }
 
 impl Router {
@@ -206,29 +207,18 @@ impl Router {
 
     /// In another cluster, with other devices.
     pub fn between(cluster: &Cluster, links: &Links, rules: Rules, snat: SnatPorts, max_entries: u32) -> Self {
-        let domain = Domain::new();
         let largest = links.devices.iter().map(|device| device.mtu).max();
         let forwarding = Arc::new(Forwarding::compile(cluster, links).unwrap());
-        let table =
-            || TableConfig { max_entries, seed: [1, 2], timeouts: Timeouts::default(), tcp: TcpSettings::default() };
-        let tables = Tables { v4: Table::new(table(), domain.clone()), v6: Table::new(table(), domain.clone()) };
-        let tables = Arc::new(tables);
-        let events = crossbeam::channel::bounded(64);
-        let counters = Counters::<COUNTERS>::new();
-        let random = ChaCha8Rng::seed_from_u64(3);
-        let pipeline = Pipeline::new(&tables, counters.join(), random, events.0.clone(), 64, 2);
         let snat = Arc::new(snat);
         let snapshot =
             Snapshot { generation: 1, rules: Arc::new(rules), snat: snat.clone(), forwarding: forwarding.clone() };
+        let shared = Shared::repeatable(snapshot, [max_entries; 2]);
+        let frames = 1024 * frames_of_mtu(largest.unwrap_or(1500));
+        let room = Room { burst: 64, ports: 2, frames, events: 64 };
         Self {
-            published: Arc::new(Published::new(&domain, snapshot)),
-            participant: domain.join(),
-            domain,
-            tables,
-            counters,
-            affinity: Affinity::new(64, [1, 2]),
-            pipeline,
-            driver: MemoryDriver::new(2, 1024 * frames_of_mtu(largest.unwrap_or(1500))),
+            worker: MemoryWorker::new(&shared, ChaCha8Rng::seed_from_u64(3), room),
+            room,
+            shared,
             snat,
             forwarding,
             generation: 1,
@@ -236,23 +226,23 @@ impl Router {
             offload: None,
             frame_bytes: vec![ONE_FRAME_BYTES],
             link_types: vec![LinkType::Host],
-            events,
         }
     }
 
     /// The same, whose worker handles every packet the general way.
     pub fn without_straight_way(self) -> Self {
-        Self { pipeline: self.pipeline.without_straight_way(), ..self }
+        let worker = MemoryWorker { pipeline: self.worker.pipeline.without_straight_way(), ..self.worker };
+        Self { worker, ..self }
     }
 
     /// Packets that went the straight way.
     pub fn went_straight(&self) -> u64 {
-        self.pipeline.went_straight()
+        self.worker.pipeline.went_straight()
     }
 
     pub fn publish(&mut self, rules: Rules) {
         let next = self.next(rules, self.forwarding.clone());
-        self.published.publish(next);
+        self.shared.published.publish(next);
     }
 
     /// What is to be published next.
@@ -269,7 +259,7 @@ impl Router {
         key: &FlowKey<A>,
         look: impl FnOnce(ConnRef<'_, A>, Direction) -> R,
     ) -> Option<R> {
-        let (turn, table) = (self.participant.enter(), A::table(&self.tables));
+        let (turn, table) = (self.worker.participant.enter(), A::table(&self.shared.tables));
         let hit = table.lookup(key, table.hash(key), self.now, &turn)?;
         Some(look(table.conn(hit.conn), hit.direction))
     }
@@ -286,23 +276,22 @@ impl Router {
 
     /// Another worker takes the turns from now on. The one so far holds nothing.
     pub fn change_worker(&mut self) {
-        assert_eq!(self.pipeline.held(), 0);
-        let (counters, random) = (self.counters.join(), ChaCha8Rng::seed_from_u64(4));
-        self.pipeline = Pipeline::new(&self.tables, counters, random, self.events.0.clone(), 64, 2);
+        assert_eq!((self.worker.pipeline.held(), self.worker.events.len()), (0, 0));
+        self.worker = MemoryWorker::new(&self.shared, ChaCha8Rng::seed_from_u64(4), self.room);
     }
 
     fn packet(&mut self, bytes: &[u8]) -> Packet {
         let mut sizes = self.frame_bytes.iter().cycle();
         let (first, mut rest) = bytes.split_at(bytes.len().min(*sizes.next().expect("a size")));
-        let mut packet = self.driver.packet_of(&[first]).expect("frames for a burst");
+        let mut packet = self.worker.driver.packet_of(&[first]).expect("frames for a burst");
         for size in sizes {
             if rest.is_empty() {
                 break;
             }
             let (next, later) = rest.split_at(rest.len().min(*size));
-            let next = self.driver.packet_of(&[next]).expect("frames for a burst");
-            let (segment, _) = self.driver.arena().split(next);
-            self.driver.arena_mut().append(&mut packet, segment);
+            let next = self.worker.driver.packet_of(&[next]).expect("frames for a burst");
+            let (segment, _) = self.worker.driver.arena().split(next);
+            self.worker.driver.arena_mut().append(&mut packet, segment);
             rest = later;
         }
         packet
@@ -315,32 +304,24 @@ impl Router {
 
     /// The same, in a turn that began when that snapshot was in force, or `None`: by the one that is now.
     pub fn turn_by(&mut self, snapshot: Option<&Snapshot>, frames: &[(IfIndex, Vec<u8>)]) -> Vec<(IfIndex, Vec<u8>)> {
-        let mut burst = Vec::with_capacity(frames.len());
         for (number, (device, bytes)) in frames.iter().enumerate() {
             let mut packet = self.packet(bytes);
             (packet.device, packet.link) = (*device, self.link_types[number % self.link_types.len()]);
-            burst.push(packet);
+            self.worker.burst.push(packet);
         }
-        let turn = self.participant.enter();
-        let context = Context {
-            offload: self.offload.as_deref(),
-            ..Context::new(
-                snapshot.unwrap_or_else(|| self.published.load(&turn)),
-                &self.tables,
-                &self.affinity,
-                &turn,
-                self.now,
-            )
-        };
-        process_burst(&mut self.pipeline, &mut self.driver, &mut burst, &context);
-        self.pipeline.maintain(&mut self.driver, &context, 32);
-        self.pipeline.flush(&mut self.driver);
+        let offload = self.offload.as_deref();
+        self.worker.turn(&self.shared, self.now, |pipeline, driver, burst, context| {
+            let context = Context { offload, snapshot: snapshot.unwrap_or(context.snapshot), ..*context };
+            process_burst(pipeline, driver, burst, &context);
+            pipeline.maintain(driver, &context, 32);
+        });
         let mut sent = Vec::new();
-        self.driver.drain_sent(|device, bytes| sent.push((device, bytes.to_vec())));
-        assert!(self.pipeline.totals().balance(), "{:?}", self.pipeline.totals());
-        let held = self.pipeline.totals().held;
+        self.worker.driver.drain_sent(|device, bytes| sent.push((device, bytes.to_vec())));
+        let totals = self.totals();
+        assert!(totals.balance(), "{totals:?}");
+        let held = totals.held;
         assert!(
-            (held..=MAX_FRAMES as u64 * held).contains(&u64::from(self.driver.outstanding())),
+            (held..=MAX_FRAMES as u64 * held).contains(&u64::from(self.worker.driver.outstanding())),
             "frames for each held packet"
         );
         sent
@@ -361,7 +342,7 @@ impl Router {
             Event::Logged(logged) => Some(logged),
             Event::Resolve { .. } | Event::Learned { .. } => None,
         };
-        self.events.1.try_iter().filter_map(logged).collect()
+        self.worker.events.try_iter().filter_map(logged).collect()
     }
 
     /// What MAC addresses were asked for since this was asked last.
@@ -370,11 +351,11 @@ impl Router {
             Event::Resolve { device, address } => Some((device, address)),
             Event::Logged(_) | Event::Learned { .. } => None,
         };
-        self.events.1.try_iter().filter_map(asked).collect()
+        self.worker.events.try_iter().filter_map(asked).collect()
     }
 
     pub fn totals(&self) -> Totals {
-        self.pipeline.totals()
+        self.worker.pipeline.totals()
     }
 
     pub fn drops(&self) -> BTreeMap<DropReason, u64> {
@@ -383,8 +364,8 @@ impl Router {
 
     /// Ends the worker: nothing is held any more, no frame is missing.
     pub fn finish(mut self) -> Totals {
-        self.pipeline.give_up_held(&mut self.driver);
-        assert_eq!(self.driver.outstanding(), 0);
+        self.worker.pipeline.give_up_held(&mut self.worker.driver);
+        assert_eq!(self.worker.driver.outstanding(), 0);
         let totals = self.totals();
         assert!(totals.balance() && totals.held == 0, "{totals:?}");
         totals
