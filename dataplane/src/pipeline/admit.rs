@@ -41,8 +41,8 @@ impl<D: Driver> Handler<'_, D> {
             }
             parsed => parsed,
         };
-        match parsed? {
-            Parsed::V4(mut view) => {
+        match parsed {
+            Ok(Parsed::V4(mut view)) => {
                 if view.key.protocol == Protocol::IPIP && origin == Origin::Uplink {
                     view = tunnel::decapsulate(packet, &view, forwarding)?;
                 }
@@ -55,7 +55,7 @@ impl<D: Driver> Handler<'_, D> {
                 self.cut_padding(packet, &view);
                 Ok(Admitted::V4(view, origin))
             }
-            Parsed::V6(view) => {
+            Ok(Parsed::V6(view)) => {
                 match scope(packet, &view, origin, forwarding)? {
                     Scope::Routed => {}
                     Scope::Kernel => return Ok(Admitted::End(End::Punt)),
@@ -64,9 +64,10 @@ impl<D: Driver> Handler<'_, D> {
                 self.cut_padding(packet, &view);
                 Ok(Admitted::V6(view, origin))
             }
-            Parsed::Arp(arp) => self.arp(packet, &arp, origin, device).map(Admitted::End),
-            Parsed::Other { .. } if origin == Origin::Uplink => Ok(Admitted::End(End::Punt)),
-            Parsed::Other { .. } => Err(DropReason::UnknownEtherType),
+            Ok(Parsed::Arp(arp)) => self.arp(packet, &arp, origin, device).map(Admitted::End),
+            Ok(Parsed::Other { .. }) if origin == Origin::Uplink => Ok(Admitted::End(End::Punt)),
+            Ok(Parsed::Other { .. }) => Err(DropReason::UnknownEtherType),
+            Err(reason) => Err(reason),
         }
     }
 

@@ -98,7 +98,7 @@ impl<D: Driver> Handler<'_, D> {
         self.pipeline.count(Counter::Generated);
         let ended = match forwarding.adjacency(hop).kind {
             RouteKind::Host => Ok(self.punt(&mut answer)),
-            _ => self.send(&mut answer, destination, hop),
+            _ => self.send::<A>(&mut answer, hop),
         };
         self.end(answer, ended);
     }

@@ -78,14 +78,14 @@ impl<D: Driver> Handler<'_, D> {
         }
         rewrite::decrement_ttl(packet.bytes_mut(), view);
         if is_too_big(view, adjacency) {
-            return self.split(packet, to.dst, hop);
+            return self.split::<A>(packet, hop);
         }
-        self.send(packet, to.dst, hop)
+        self.send::<A>(packet, hop)
     }
 
     /// Splits an IPv4 packet that is longer than the next hop's MTU; the pieces are sent, the packet is consumed.
     #[cold]
-    fn split<A: Family>(&mut self, packet: &Packet, destination: A, hop: AdjacencyId) -> Result<End, DropReason> {
+    fn split<A: Family>(&mut self, packet: &Packet, hop: AdjacencyId) -> Result<End, DropReason> {
         let mtu = self.context.snapshot.forwarding.adjacency(hop).mtu as usize;
         let frame = self.driver.arena().whole(packet, &mut self.pipeline.whole);
         let Ok(Parsed::V4(view)) = parse::parse_ip(frame, ETHERNET_BYTES, Ipv4Addr::ETHERTYPE) else {
@@ -106,7 +106,7 @@ impl<D: Driver> Handler<'_, D> {
         for mut piece in pieces.into_iter().flatten() {
             if complete {
                 self.pipeline.count(Counter::Generated);
-                let ended = self.send(&mut piece, destination, hop);
+                let ended = self.send::<A>(&mut piece, hop);
                 self.end(piece, ended);
             } else {
                 self.driver.release(piece);

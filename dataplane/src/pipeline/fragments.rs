@@ -60,7 +60,8 @@ impl<'a, D: Driver> Handler<'a, D> {
             fate => return self.go_after(packet, view, slot, fate),
         }
         let segment = self.observed(&packet, view);
-        let course = self.track(&packet, known);
+        let hash = A::table(self.context.tables).hash(&view.key);
+        let course = self.track(&packet, known, hash);
         let fate = match &course {
             Ok(Course::Connection(conn, direction)) => {
                 let to = conn.key(direction.flip()).invert();

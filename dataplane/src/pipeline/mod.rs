@@ -40,7 +40,7 @@ mod straight;
 mod track;
 mod tunnel;
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use crossbeam::channel::Sender;
 use rand_chacha::{ChaCha8Rng, rand_core::Rng};
@@ -147,9 +147,12 @@ enum End {
     Punt,
     /// It is answered, or something is sent in its place.
     Consume,
-    /// It waits for the MAC address of that next hop on the device that it names.
-    Hold(IpAddr),
+    /// It waits for the MAC address of that next hop.
+    Hold(AdjacencyId),
 }
+
+// It comes back from stage to stage in a register.
+const _: () = assert!(size_of::<Result<End, DropReason>>() <= 8);
 
 impl<D: Driver> Handler<'_, D> {
     /// The general way of one packet.
@@ -177,12 +180,22 @@ impl<D: Driver> Handler<'_, D> {
     /// Of a packet with a key: whole, or a first fragment.
     #[inline]
     fn track_and_forward<A: Family>(&mut self, packet: &mut Packet, known: Known<'_, A>) -> Result<End, DropReason> {
-        let course = self.track(packet, known)?;
+        let hash = A::table(self.context.tables).hash(&known.view.key);
+        let course = self.track(packet, known, hash)?;
         self.forward(packet, known.view, &course)
     }
 
     /// Moves a packet to where it ends.
-    fn end(&mut self, mut packet: Packet, ended: Result<End, DropReason>) {
+    #[inline]
+    fn end(&mut self, packet: Packet, ended: Result<End, DropReason>) {
+        match ended {
+            Ok(End::Transmit(port)) => self.pipeline.egress[usize::from(port.0)].push(packet),
+            other => self.end_otherwise(packet, other),
+        }
+    }
+
+    #[inline(never)]
+    fn end_otherwise(&mut self, mut packet: Packet, ended: Result<End, DropReason>) {
         let Self { pipeline, driver, context } = self;
         match ended {
             Ok(End::Transmit(port)) => pipeline.egress[usize::from(port.0)].push(packet),
@@ -194,8 +207,9 @@ impl<D: Driver> Handler<'_, D> {
                 pipeline.count(Counter::Consumed);
                 driver.release(packet);
             }
-            Ok(End::Hold(next_hop)) => {
-                let device = packet.device;
+            Ok(End::Hold(hop)) => {
+                let (device, next_hop) =
+                    (packet.device, send::next_hop(&packet, context.snapshot.forwarding.adjacency(hop)));
                 if pipeline.held.push(HeldPacket { packet, device, next_hop, since: context.now }) {
                     // A full channel: the packets wait in vain and are counted as unresolved; the next ones ask again.
                     let _ = pipeline.events.try_send(Event::Resolve { device, address: next_hop });

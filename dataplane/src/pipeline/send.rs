@@ -1,6 +1,6 @@
 //! The last step: tunnel header, Ethernet header, or a wait for the next hop's MAC address.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use weir_packet::{
     Address, DropReason,
@@ -10,7 +10,7 @@ use weir_packet::{
 use super::{ETHERNET_BYTES, End, Handler};
 use crate::{
     driver::Driver,
-    forwarding::{AdjacencyId, Encapsulation},
+    forwarding::{Adjacency, AdjacencyId, Encapsulation},
     frame::Packet,
     tables::Family,
 };
@@ -18,15 +18,12 @@ use crate::{
 impl<D: Driver> Handler<'_, D> {
     /// Sends a whole packet to its next hop.
     #[inline]
-    pub(super) fn send<A: Family>(
-        &mut self,
-        packet: &mut Packet,
-        destination: A,
-        hop: AdjacencyId,
-    ) -> Result<End, DropReason> {
+    pub(super) fn send<A: Family>(&mut self, packet: &mut Packet, hop: AdjacencyId) -> Result<End, DropReason> {
         let forwarding = &*self.context.snapshot.forwarding;
         let adjacency = forwarding.adjacency(hop);
         let device = forwarding.device(adjacency.device.ok_or(DropReason::NoRoute)?);
+        packet.device = device.index;
+        let mac = adjacency.mac.or_else(|| forwarding.neighbor(device.index, next_hop(packet, adjacency)));
         let mut ethertype = A::ETHERTYPE;
         if let Encapsulation::Ipip { src, dst } = adjacency.encapsulation {
             if !packet.grow_front(IPIP_HEADER_BYTES as u16) {
@@ -39,25 +36,14 @@ impl<D: Driver> Handler<'_, D> {
             rewrite::write_ipip_header(header, inner, src, dst, id);
             ethertype = Ipv4Addr::ETHERTYPE;
         }
-        packet.device = device.index;
-        let mac = match adjacency.mac {
-            Some(mac) => mac,
-            None => {
-                // An unspecified next hop stands for the destination itself, on the link.
-                let next_hop = match adjacency.next_hop {
-                    unspecified if unspecified.is_unspecified() => destination.to_ip(),
-                    next_hop => next_hop,
-                };
-                let known = forwarding.neighbor(device.index, next_hop);
-                if known.is_none() && self.pipeline.held.has_room(device.index, next_hop) {
-                    rewrite::set_ethernet(packet.bytes_mut(), Default::default(), device.mac, ethertype);
-                    return Ok(End::Hold(next_hop));
-                }
-                known.ok_or(DropReason::NeighborUnresolved)?
-            }
-        };
-        rewrite::set_ethernet(packet.bytes_mut(), mac, device.mac, ethertype);
-        Ok(End::Transmit(device.port))
+        rewrite::set_ethernet(packet.bytes_mut(), mac.unwrap_or_default(), device.mac, ethertype);
+        if mac.is_some() {
+            Ok(End::Transmit(device.port))
+        } else if self.pipeline.held.has_room(device.index, next_hop(packet, adjacency)) {
+            Ok(End::Hold(hop))
+        } else {
+            Err(DropReason::NeighborUnresolved)
+        }
     }
 
     /// Sends held packets whose neighbour is known now, and gives up those that waited too long.
@@ -85,5 +71,19 @@ impl<D: Driver> Handler<'_, D> {
         while let Some(held) = self.pipeline.held.take_overdue(now) {
             self.end(held.packet, Err(DropReason::NeighborUnresolved));
         }
+    }
+}
+
+/// Whose MAC address a packet to that adjacency needs.
+#[cold]
+pub(super) fn next_hop(packet: &Packet, adjacency: &Adjacency) -> IpAddr {
+    if !adjacency.next_hop.is_unspecified() {
+        return adjacency.next_hop;
+    }
+    // An unspecified next hop stands for the destination itself, on the link, and so in no tunnel.
+    let header = &packet.bytes()[ETHERNET_BYTES..];
+    match header[0] >> 4 {
+        4 => Ipv4Addr::read(&header[16..]).to_ip(),
+        _ => Ipv6Addr::read(&header[24..]).to_ip(),
     }
 }

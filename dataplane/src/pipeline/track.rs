@@ -1,6 +1,6 @@
 //! Tracking: the connection of a packet, and whether it stands by these tables.
 
-use weir_conntrack::{ConnRef, Observed, Opening, SctpPacket, Tracked};
+use weir_conntrack::{ConnRef, Hash, Observed, Opening, SctpPacket, Tracked};
 use weir_packet::{
     Address, Direction, DropReason, Protocol,
     options::TcpOptions,
@@ -28,6 +28,7 @@ impl<'a, D: Driver> Handler<'a, D> {
         &mut self,
         packet: &Packet,
         known: Known<'_, A>,
+        hash: Hash,
     ) -> Result<Course<'a, A>, DropReason> {
         let Known { view, origin } = known;
         let context = self.context;
@@ -39,7 +40,6 @@ impl<'a, D: Driver> Handler<'a, D> {
             return self.first_packet(packet, known);
         }
         let table = A::table(context.tables);
-        let hash = table.hash(&view.key);
         // Twice at most: what opens a connection where an old one is over, or does not stand any more, opens anew.
         for _ in 0..2 {
             let Some(hit) = table.lookup(&view.key, hash, context.now, context.turn) else { break };
