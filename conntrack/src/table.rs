@@ -188,6 +188,12 @@ pub struct Candidate(SlotRef);
 impl Candidate {
     /// Nowhere.
     pub const NONE: Self = Self(SlotRef::NONE);
+
+    /// Whether it is nowhere: the key is in no connection, most likely.
+    #[inline]
+    pub fn is_none(self) -> bool {
+        self == Self::NONE
+    }
 }
 
 /// A connection to be inserted.

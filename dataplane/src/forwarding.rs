@@ -408,6 +408,12 @@ impl Forwarding {
         if destination.is_loopback() { Some(self.host) } else { self.route(destination).adjacency() }
     }
 
+    /// Looks up who has an address as [`Self::route`] will, so that what that reads is near when it does.
+    #[inline]
+    pub(crate) fn foresee<A: Routed>(&self, destination: A) {
+        std::hint::black_box(A::family(self).pods.get(&destination));
+    }
+
     /// The device by which packets to `destination` leave.
     pub fn device_towards<A: Routed>(&self, destination: A) -> Option<&Device> {
         let adjacency = self.adjacency(self.route(destination).adjacency()?);

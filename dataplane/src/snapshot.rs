@@ -60,6 +60,12 @@ impl Rules {
         self.backend_hits[usize::from(A::BITS == 128)].add(worker, slot.0 as usize);
     }
 
+    /// Reads that count, so that it is near when it is counted in.
+    #[inline]
+    pub(crate) fn foresee_backend<A: Address>(&self, worker: WorkerNumber, slot: BackendSlot) {
+        self.backend_hits[usize::from(A::BITS == 128)].foresee(worker, slot.0 as usize);
+    }
+
     /// New connections of each backend that had any.
     pub fn backend_hits(&self) -> impl Iterator<Item = (BackendIdentity, u64)> + '_ {
         let [v4, v6] = &self.backend_hits;

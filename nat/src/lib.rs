@@ -18,7 +18,7 @@ pub use compile::CompileError;
 pub use model::{Endpoint, HostAddresses, Model, ServicePort, TrafficPolicy};
 pub use snat::{AllocateError, Allocated, Attempt, MAX_TRIES, NoSnatPorts, SnatPorts};
 pub use table::{
-    Backend, BackendIdentity, BackendSlot, Conflict, Decision, Family, ServiceId, ServiceTable, Services, Source,
-    Standing,
+    Backend, BackendIdentity, BackendSlot, Conflict, Decision, Family, Foreseen, ServiceId, ServiceTable, Services,
+    Source, Standing,
 };
 pub use usage::{Usage, WhyNot, usage};

@@ -76,6 +76,10 @@ impl BackendIdentity {
     }
 }
 
+/// A frontend that was looked up ahead of the decision about a packet to it.
+#[derive(Clone, Copy, Debug)]
+pub struct Foreseen(Target);
+
 /// What service NAT takes the sender of a packet for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
@@ -205,7 +209,7 @@ pub(crate) enum Kind {
 }
 
 /// A record's number and the kind of address, in one word.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Target(u32);
 
 impl Target {
@@ -327,6 +331,36 @@ impl<A: Address> Services<A> {
                 .affinity
                 .map(|timeout| Choice::new(record, timeout, key.src, (backend.address, backend.port), before)),
         }
+    }
+
+    /// The frontend of a first packet, ahead of [`Services::decide`].
+    ///
+    /// Whoever decides about several packets at once looks ahead for all of them, and each step for all of them before the next: what
+    /// the steps read, which nothing else has read lately, is then fetched for several packets at a time. Nothing follows from it: what is
+    /// decided is decided by `decide`.
+    #[inline]
+    pub fn foresee(&self, key: &FlowKey<A>) -> Option<Foreseen> {
+        self.target(key).map(Foreseen)
+    }
+
+    /// The backend that [`Services::decide`] comes to, if `drawn` is its first random number and the client is bound to none.
+    #[inline]
+    pub fn foresee_backend(&self, Foreseen(target): Foreseen, client: A, drawn: u64) -> Option<BackendSlot> {
+        let record = &self.records[target.record()];
+        let (policy, _) = self.policy(target, record, client);
+        let count = self.list(record, policy).len();
+        // Short of the rare draw that is repeated.
+        let index = (u128::from(drawn) * count as u128) >> 64;
+        (count > 0).then(|| BackendSlot(record.segments[segments_of(policy).start] + index as u32))
+    }
+
+    /// The address and port of a backend.
+    ///
+    /// # Panics
+    /// Where `slot` is of another table that had more backends.
+    #[inline]
+    pub fn backend(&self, slot: BackendSlot) -> &Backend<A> {
+        &self.backends[slot.0 as usize]
     }
 
     /// What service NAT takes `address` for as a source.

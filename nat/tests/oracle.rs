@@ -213,8 +213,13 @@ fn compiled<A: Family>(
     let name = |service| table.service_name(service).to_owned();
     Ok(match decide(table, key, &mut || number) {
         Decision::NotAService => Verdict::NotAService,
-        Decision::Translate { backend, masquerade, candidates, service, slot: _, choice } => {
+        Decision::Translate { backend, masquerade, candidates, service, slot, choice } => {
             prop_assert!(candidates.contains(&backend));
+            let services = table.services::<A>();
+            let foreseen =
+                services.foresee(key).and_then(|foreseen| services.foresee_backend(foreseen, key.src, number));
+            prop_assert_eq!(foreseen, Some(slot), "what is read ahead is what is needed");
+            prop_assert_eq!(services.backend(slot), &backend);
             // Rule 26: whatever the next connection's number is, it comes to the same backend.
             prop_assert_eq!(choice.is_some(), model.services[service.0 as usize].affinity.is_some());
             if let Some(choice) = choice {

@@ -127,6 +127,38 @@ pub fn glance_ipv6(start: &[u8], frame_bytes: usize) -> Option<Glance<Ipv6Addr>>
     Some(Glance { key, ip_bytes: 40_u16.wrapping_add(l4_bytes), ttl: header[7], tos: 0 })
 }
 
+/// The flow of what looks like a TCP segment that opens a connection, in an IPv4 packet that may lie in another. Nearly nothing of the packet
+/// is looked at: good for reading ahead only.
+pub fn guess_opening_ipv4(start: &[u8]) -> Option<FlowKey<Ipv4Addr>> {
+    let outer: &[u8; 20] = start.get(ETHERNET_BYTES..)?.first_chunk()?;
+    let own = if outer[9] == Protocol::IPIP.0 { ETHERNET_BYTES + 20 } else { ETHERNET_BYTES };
+    let header: &[u8; 20] = start.get(own..)?.first_chunk()?;
+    let l4: &[u8; 20] = start.get(own + 20..)?.first_chunk()?;
+    let is_one = header[0] == 0x45 && header[9] == Protocol::TCP.0 && is_opening(l4);
+    is_one.then(|| FlowKey {
+        src: Ipv4Addr::read(&header[12..16]),
+        dst: Ipv4Addr::read(&header[16..20]),
+        ports: ports(l4),
+        protocol: Protocol::TCP,
+    })
+}
+
+/// The same of an IPv6 packet.
+pub fn guess_opening_ipv6(start: &[u8]) -> Option<FlowKey<Ipv6Addr>> {
+    let header: &[u8; 40] = start.get(ETHERNET_BYTES..)?.first_chunk()?;
+    let l4: &[u8; 20] = start.get(ETHERNET_BYTES + 40..)?.first_chunk()?;
+    (header[6] == Protocol::TCP.0 && is_opening(l4)).then(|| FlowKey {
+        src: Ipv6Addr::read(&header[8..24]),
+        dst: Ipv6Addr::read(&header[24..40]),
+        ports: ports(l4),
+        protocol: Protocol::TCP,
+    })
+}
+
+fn is_opening(tcp: &[u8; 20]) -> bool {
+    tcp[13] & (TcpFields::SYN | TcpFields::ACK) == TcpFields::SYN
+}
+
 /// Whether an IPv4 header has no options, is no fragment's, and has a right checksum.
 #[inline(always)]
 fn is_plain_ipv4(header: &[u8; 20]) -> bool {

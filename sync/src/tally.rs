@@ -40,6 +40,17 @@ impl Tally {
         }
     }
 
+    /// Reads a worker's counter, so that it is near when it is counted in.
+    #[inline]
+    pub fn foresee(&self, worker: WorkerNumber, index: usize) {
+        std::hint::black_box(
+            self.workers
+                .get(worker.0)
+                .and_then(|array| array.get(index))
+                .map(|counter| counter.load(Ordering::Relaxed)),
+        );
+    }
+
     /// The sums over all workers that are not zero, by ascending index.
     pub fn sums(&self) -> impl Iterator<Item = (usize, u64)> {
         (0..self.length).map(|index| (index, self.sum(index))).filter(|(_, sum)| *sum > 0)

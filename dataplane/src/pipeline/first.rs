@@ -5,7 +5,7 @@ use weir_conntrack::{Opening, Tracked};
 use weir_packet::{DropReason, FlowKey, Protocol, parse::View};
 use weir_policy::model::HostStage;
 
-use super::{Course, Event, Handler, Known, forward::obstacle, open::Opened, track::follow};
+use super::{Course, Event, Handler, Known, Pipeline, forward::obstacle, open::Opened, track::follow};
 use crate::{
     action_log,
     counters::Counter,
@@ -121,7 +121,8 @@ impl<'a, D: Driver> Handler<'a, D> {
 
     fn decide<A: Family>(&mut self, arrival: Arrival, key: &FlowKey<A>) -> Decision<'a, A> {
         let context = self.context;
-        let random = &mut || self.pipeline.random.next_u64();
+        let Pipeline { drawn, choices, .. } = &mut *self.pipeline;
+        let random = &mut || drawn.take().unwrap_or_else(|| choices.next_u64());
         decide::decide(context.snapshot, arrival, key, context.affinity, context.now, random)
     }
 

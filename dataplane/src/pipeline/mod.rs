@@ -2,7 +2,8 @@
 //!
 //! [`process_burst`] is a plain function of a burst, a [`Context`] (snapshot, tables, clock) and the worker's own [`Pipeline`]
 //! (counters, random source, held packets); any driver will do, none is needed to test it. Packets are handled in the order in which they
-//! came. Nearly all go the straight way (straight.rs); the others, and those that it refuses, go the general one, which knows every rule.
+//! came. Nearly all go the straight way (straight.rs); the others, and those that it refuses, go the general one, which knows every rule. What
+//! first packets need is read ahead for all of a burst (ahead.rs).
 //!
 //! # The stages of the general way
 //! In the order of a packet's life; each is a file:
@@ -27,6 +28,7 @@
 //! to be sent is sent by [`Pipeline::flush`].
 
 mod admit;
+mod ahead;
 mod answer;
 mod context;
 mod first;
@@ -43,7 +45,10 @@ mod tunnel;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use crossbeam::channel::Sender;
-use rand_chacha::{ChaCha8Rng, rand_core::Rng};
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{Rng, SeedableRng},
+};
 use weir_conntrack::ConnRef;
 use weir_packet::{
     Direction, DropReason,
@@ -52,7 +57,7 @@ use weir_packet::{
 use weir_sync::WorkerCounters;
 
 pub use self::context::{Context, Event};
-use self::straight::Seen;
+use self::{ahead::Ahead, straight::Seen};
 use crate::{
     action_log::ActionLog,
     allowance::Allowance,
@@ -82,17 +87,23 @@ pub fn process_burst<D: Driver>(
     // Taken and put back, so that the packets can be handled with all of the pipeline; no allocation happens.
     let mut seen = std::mem::take(&mut pipeline.seen);
     straight::see(burst, &mut seen, context);
-    straight::fetch(&mut seen, context);
+    if straight::fetch(&mut seen, context) >= ahead::FEWEST {
+        let Pipeline { ahead, counters, choices, .. } = &mut *pipeline;
+        ahead.read(&seen, context, counters.number(), &mut || choices.next_u64());
+    }
     pipeline.went_straight += burst.len() as u64;
-    for (mut packet, seen) in burst.drain(..).zip(&seen) {
+    for (place, (mut packet, seen)) in burst.drain(..).zip(&seen).enumerate() {
         match straight::go(&mut packet, seen, &mut pipeline.tunnel_id, context) {
             Some(port) => pipeline.egress[usize::from(port.0)].push(packet),
             None => {
                 pipeline.went_straight -= 1;
+                pipeline.drawn = pipeline.ahead.drawn(place);
                 Handler { pipeline: &mut *pipeline, driver: &mut *driver, context }.handle(packet);
             }
         }
     }
+    pipeline.drawn = None;
+    pipeline.ahead.clear();
     seen.clear();
     pipeline.seen = seen;
 }
@@ -225,7 +236,10 @@ impl<D: Driver> Handler<'_, D> {
 pub struct Pipeline {
     own: Both,
     counters: WorkerCounters<COUNTERS>,
+    /// For ports.
     random: ChaCha8Rng,
+    /// For backends. Numbers that are drawn ahead and not used change no port.
+    choices: ChaCha8Rng,
     events: Sender<Event>,
     held: Held,
     tunnel_id: u16,
@@ -235,6 +249,9 @@ pub struct Pipeline {
     action_log: ActionLog,
     /// What was seen of the packets of a burst.
     seen: Vec<Seen>,
+    ahead: Ahead,
+    /// The random number that was drawn ahead for the packet that is handled.
+    drawn: Option<u64>,
     /// Whether any packet may go straight.
     goes_straight: bool,
     /// Packets that did.
@@ -258,6 +275,7 @@ impl Pipeline {
             own: Both::new(tables, &mut || random.next_u64()),
             counters,
             tunnel_id: random.next_u32() as u16,
+            choices: ChaCha8Rng::from_rng(&mut random),
             random,
             events,
             held: Held::new(),
@@ -266,6 +284,8 @@ impl Pipeline {
             resets: Allowance::of_answers(),
             action_log: ActionLog::new(),
             seen: Vec::with_capacity(burst),
+            ahead: Ahead::new(burst),
+            drawn: None,
             goes_straight: true,
             went_straight: 0,
             // Every packet of a burst may have been answered, and held packets may be set free with it.

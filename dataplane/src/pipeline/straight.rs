@@ -40,8 +40,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use weir_conntrack::{Candidate, Hash, Observed};
 use weir_packet::{
-    Address, Direction, Protocol,
-    glance::{Glance, TunnelEnds, glance_ipip, glance_ipv4, glance_ipv6},
+    Address, Direction, FlowKey, Protocol,
+    glance::{Glance, TunnelEnds, glance_ipip, glance_ipv4, glance_ipv6, guess_opening_ipv4, guess_opening_ipv6},
     options::TcpOptions,
     rewrite,
 };
@@ -68,6 +68,10 @@ pub(crate) enum Seen {
     Tunnelled(Header<Ipv4Addr>, TunnelEnds),
     /// An IPv6 packet.
     V6(Header<Ipv6Addr>),
+    /// One that opens a flow, most likely.
+    Opening4(FlowKey<Ipv4Addr>),
+    /// The same over IPv6.
+    Opening6(FlowKey<Ipv6Addr>),
     /// None that goes straight.
     Other,
 }
@@ -117,7 +121,18 @@ fn look(packet: &Packet, has_untracked: bool, seen: &mut Vec<Seen>, context: &Co
         }
         _ => {}
     }
-    seen.push(Seen::Other);
+    seen.push(guess(start));
+}
+
+/// What a packet may be that does not go straight.
+#[cold]
+fn guess(start: &[u8]) -> Seen {
+    let opening = match start.get(12..14) {
+        Some([8, 0]) => guess_opening_ipv4(start).map(Seen::Opening4),
+        Some([0x86, 0xdd]) => guess_opening_ipv6(start).map(Seen::Opening6),
+        _ => None,
+    };
+    opening.unwrap_or(Seen::Other)
 }
 
 /// Whether untracked policy may be about a packet.
@@ -136,23 +151,38 @@ impl<A: Family> Header<A> {
         Self { glance, hash, candidate: Candidate::NONE }
     }
 
+    /// Whether it has no connection, most likely.
     #[inline(always)]
-    fn fetch(&mut self, context: &Context<'_>) {
+    fn fetch(&mut self, context: &Context<'_>) -> bool {
         let table = A::table(context.tables);
         self.candidate = table.candidate(self.hash, context.turn);
         table.prefetch_candidate(self.candidate, self.glance.key.protocol);
+        self.has_no_connection()
+    }
+
+    #[inline]
+    pub(crate) fn has_no_connection(&self) -> bool {
+        self.candidate.is_none()
+    }
+
+    #[inline]
+    pub(crate) fn key(&self) -> &FlowKey<A> {
+        &self.glance.key
     }
 }
 
-/// Second loop: by now the buckets have arrived, so that the connections' own lines can be asked for.
-pub(crate) fn fetch(seen: &mut [Seen], context: &Context<'_>) {
+/// Second loop: by now the buckets have arrived, so that the connections' own lines can be asked for. How many have none.
+pub(crate) fn fetch(seen: &mut [Seen], context: &Context<'_>) -> usize {
+    let mut misses = 0;
     for seen in seen {
-        match seen {
+        misses += usize::from(match seen {
             Seen::V4(header) | Seen::Tunnelled(header, _) => header.fetch(context),
             Seen::V6(header) => header.fetch(context),
-            Seen::Other => {}
-        }
+            Seen::Opening4(_) | Seen::Opening6(_) => true,
+            Seen::Other => false,
+        });
     }
+    misses
 }
 
 /// Sends a packet on, where it goes straight: the port to put it out by. `None`, and nothing is changed, where it does not.
@@ -162,7 +192,7 @@ pub(crate) fn go(packet: &mut Packet, seen: &Seen, tunnel_id: &mut u16, context:
         Seen::V4(header) => forward::<_, ETHERNET_BYTES>(packet, header, None, tunnel_id, context),
         Seen::Tunnelled(header, ends) => forward::<_, TUNNELLED_BYTES>(packet, header, Some(*ends), tunnel_id, context),
         Seen::V6(header) => forward::<_, ETHERNET_BYTES>(packet, header, None, tunnel_id, context),
-        Seen::Other => None,
+        Seen::Opening4(_) | Seen::Opening6(_) | Seen::Other => None,
     }
 }
 
