@@ -34,7 +34,6 @@ use rand_chacha::{
     rand_core::{Rng, SeedableRng},
 };
 use weir_dataplane::{
-    driver::Driver,
     forwarding::Forwarding,
     frame::{IfIndex, Packet},
     memory::MemoryDriver,
