@@ -80,7 +80,7 @@ pub const CASES: [Case; 10] = [
     },
     Case {
         name: "tcp-dnat-ipip",
-        description: "the same over TCP, whose windows are followed",
+        description: "IPv4 TCP of a pod to a service: DNAT, IPIP, windows followed",
         is_ipv6: false,
         is_tcp: true,
         target: Target::Service,
@@ -120,7 +120,7 @@ pub const CASES: [Case; 10] = [
     },
     Case {
         name: "tcp-pod",
-        description: "the same over TCP",
+        description: "IPv4 TCP from pod to pod of this node, windows followed",
         is_ipv6: false,
         is_tcp: true,
         target: Target::Local,
@@ -136,7 +136,7 @@ pub const CASES: [Case; 10] = [
     },
     Case {
         name: "tcp6-dnat",
-        description: "the same over TCP",
+        description: "IPv6 TCP of a pod to a service: DNAT, direct route, windows followed",
         is_ipv6: true,
         is_tcp: true,
         target: Target::Service,

@@ -44,14 +44,14 @@ pub fn help() -> String {
     let cases: String = CASES.iter().map(|case| format!("  {:<15} {}\n", case.name, case.description)).collect();
     format!(
         "Cases:\n{cases}\n\
-         Every flow is open, answered, and allowed by policy; packets are small, in bursts of {BURST}. Packets are written\n\
-         into frames of memory, not received: what writing and taking them back costs is measured alone and subtracted.\n\
-         With several workers each case is measured twice: with flows apart, as where a NIC spreads them, and with all\n\
-         workers on the same flows. Nanoseconds are per packet and worker, medians of rounds, quartiles behind them;\n\
-         packets a second are of all workers. Cycles are the time-stamp counter's, whose rate is measured at the start.\n\n\
+         Every flow is open, answered, and allowed by policy; packets are small, in bursts of {BURST}. They are written into frames of \
+         memory, not received: what writing and taking them back costs is measured alone and subtracted. With several workers each case \
+         is measured twice: with flows apart, as where a NIC spreads them, and with all workers on the same flows. Nanoseconds are per \
+         packet and worker, medians of rounds, quartiles behind them; packets a second are of all workers. Cycles are the time-stamp \
+         counter's, whose rate is measured at the start.\n\n\
          Examples:\n  \
          weir bench                                          every case, ten thousand flows, one worker\n  \
-         weir bench --case udp-dnat-ipip --flows 1000000     one case, where the connections are in no cache\n  \
+         weir bench --case udp-dnat-ipip --flows 1000000     one case, too large for the caches\n  \
          weir bench --case both --workers 2 --json           two workers, for a program to read"
     )
 }
