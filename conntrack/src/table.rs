@@ -457,11 +457,13 @@ impl<A: Address> Table<A> {
         }
     }
 
-    /// Asks for the lines of a candidate that following a packet of that protocol will touch: its keys and state, and TCP's windows.
+    /// Asks for the lines of a candidate that following a packet of that protocol will touch: its keys and state, and TCP's windows. Whether
+    /// there is one.
     #[inline]
-    pub fn prefetch_candidate(&self, candidate: Candidate, protocol: Protocol) {
-        let Some((index, _)) = candidate.0.get() else { return };
+    pub fn prefetch_candidate(&self, candidate: Candidate, protocol: Protocol) -> bool {
+        let Some((index, _)) = candidate.0.get() else { return false };
         self.conns.prefetch(index, protocol == Protocol::TCP);
+        true
     }
 
     /// The candidate's connection, and which of its keys `key` is, if it has that key, is live and has not expired: then what [`Table::lookup`]

@@ -130,6 +130,9 @@ pub fn glance_ipv6(start: &[u8], frame_bytes: usize) -> Option<Glance<Ipv6Addr>>
 /// The flow of what looks like a TCP segment that opens a connection, in an IPv4 packet that may lie in another. Nearly nothing of the packet
 /// is looked at: good for reading ahead only.
 pub fn guess_opening_ipv4(start: &[u8]) -> Option<FlowKey<Ipv4Addr>> {
+    if start.get(12..ETHERNET_BYTES)? != Ipv4Addr::ETHERTYPE.to_be_bytes() {
+        return None;
+    }
     let outer: &[u8; 20] = start.get(ETHERNET_BYTES..)?.first_chunk()?;
     let own = if outer[9] == Protocol::IPIP.0 { ETHERNET_BYTES + 20 } else { ETHERNET_BYTES };
     let header: &[u8; 20] = start.get(own..)?.first_chunk()?;
@@ -145,6 +148,9 @@ pub fn guess_opening_ipv4(start: &[u8]) -> Option<FlowKey<Ipv4Addr>> {
 
 /// The same of an IPv6 packet.
 pub fn guess_opening_ipv6(start: &[u8]) -> Option<FlowKey<Ipv6Addr>> {
+    if start.get(12..ETHERNET_BYTES)? != Ipv6Addr::ETHERTYPE.to_be_bytes() {
+        return None;
+    }
     let header: &[u8; 40] = start.get(ETHERNET_BYTES..)?.first_chunk()?;
     let l4: &[u8; 20] = start.get(ETHERNET_BYTES + 40..)?.first_chunk()?;
     (header[6] == Protocol::TCP.0 && is_opening(l4)).then(|| FlowKey {

@@ -13,19 +13,23 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use weir_nat::{BackendSlot, Foreseen};
-use weir_packet::{FlowKey, Ports};
+use weir_packet::{
+    FlowKey, Ports,
+    glance::{guess_opening_ipv4, guess_opening_ipv6},
+};
 use weir_sync::WorkerNumber;
 
 use super::{context::Context, straight::Seen};
-use crate::tables::Family;
+use crate::{frame::Packet, tables::Family};
 
 /// With fewer packets in a burst that have no connection, there is nothing to overlap.
-pub(crate) const FEWEST: usize = 2;
+pub(super) const FEWEST: usize = 2;
 
 /// A packet that probably opens a connection.
 #[derive(Debug)]
 struct Miss<A: Family> {
-    place: usize,
+    /// Its place among those that have none.
+    number: usize,
     key: FlowKey<A>,
     frontend: Option<Foreseen>,
     slot: Option<BackendSlot>,
@@ -33,52 +37,62 @@ struct Miss<A: Family> {
 
 /// What was read ahead of a burst.
 #[derive(Debug)]
-pub(crate) struct Ahead {
+pub(super) struct Ahead {
     v4: Vec<Miss<Ipv4Addr>>,
     v6: Vec<Miss<Ipv6Addr>>,
-    /// By place in the burst.
+    /// For each packet that seemed to have no connection, in their order.
     drawn: Vec<Option<u64>>,
+    /// How many of them were handled.
+    handled: usize,
 }
 
 impl Ahead {
     /// For bursts of at most so many packets.
-    pub(crate) fn new(burst: usize) -> Self {
-        Self { v4: Vec::with_capacity(burst), v6: Vec::with_capacity(burst), drawn: Vec::with_capacity(burst) }
+    pub(super) fn new(burst: usize) -> Self {
+        let (v4, v6, drawn) = (Vec::with_capacity(burst), Vec::with_capacity(burst), Vec::with_capacity(burst));
+        Self { v4, v6, drawn, handled: 0 }
     }
 
-    /// The random number that was drawn for the packet at this place.
-    #[inline]
-    pub(crate) fn drawn(&self, place: usize) -> Option<u64> {
-        self.drawn.get(place).copied().flatten()
+    /// The random number that was drawn for the next packet that seems to have no connection.
+    pub(super) fn next(&mut self) -> Option<u64> {
+        self.handled += 1;
+        self.drawn.get(self.handled - 1).copied().flatten()
     }
 
     /// Forgets the burst.
     #[inline]
-    pub(crate) fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.drawn.clear();
+        self.handled = 0;
     }
 
-    /// Reads ahead for the packets of a burst that have no connection.
-    pub(crate) fn read(
+    /// Reads ahead for the packets of a burst that seem to have no connection.
+    #[inline(never)]
+    pub(super) fn read(
         &mut self,
+        burst: &[Packet],
         seen: &[Seen],
         context: &Context<'_>,
         worker: WorkerNumber,
         random: &mut impl FnMut() -> u64,
     ) {
-        let Self { v4, v6, drawn } = self;
-        for (place, seen) in seen.iter().enumerate() {
+        let Self { v4, v6, drawn, .. } = self;
+        for (packet, seen) in burst.iter().zip(seen).filter(|(_, seen)| seen.is_miss()) {
+            let number = drawn.len();
+            drawn.push(None);
             match seen {
-                Seen::V4(header) | Seen::Tunnelled(header, _) if header.has_no_connection() => {
-                    v4.push(Miss::new(place, *header.key()));
+                Seen::V4(header) | Seen::Tunnelled(header, _) => {
+                    v4.extend(header.miss().map(|key| Miss::new(number, *key)))
                 }
-                Seen::V6(header) if header.has_no_connection() => v6.push(Miss::new(place, *header.key())),
-                Seen::Opening4(key) => v4.push(Miss::new(place, *key)),
-                Seen::Opening6(key) => v6.push(Miss::new(place, *key)),
-                Seen::V4(_) | Seen::Tunnelled(..) | Seen::V6(_) | Seen::Other => {}
+                Seen::V6(header) => v6.extend(header.miss().map(|key| Miss::new(number, *key))),
+                // Segments that open a connection are not looked at before.
+                Seen::Other => {
+                    let start = packet.bytes();
+                    v4.extend(guess_opening_ipv4(start).map(|key| Miss::new(number, key)));
+                    v6.extend(guess_opening_ipv6(start).map(|key| Miss::new(number, key)));
+                }
             }
         }
-        drawn.resize(seen.len(), None);
         read_ahead(v4, drawn, context, worker, random);
         read_ahead(v6, drawn, context, worker, random);
         v4.clear();
@@ -87,8 +101,8 @@ impl Ahead {
 }
 
 impl<A: Family> Miss<A> {
-    fn new(place: usize, key: FlowKey<A>) -> Self {
-        Self { place, key, frontend: None, slot: None }
+    fn new(number: usize, key: FlowKey<A>) -> Self {
+        Self { number, key, frontend: None, slot: None }
     }
 }
 
@@ -105,11 +119,11 @@ fn read_ahead<A: Family>(
         table.prefetch(table.hash(&miss.key));
         miss.frontend = services.foresee(&miss.key);
     }
-    for Miss { place, key, frontend, slot } in &mut *misses {
+    for Miss { number, key, frontend, slot } in &mut *misses {
         if let Some(frontend) = *frontend {
-            let number = random();
-            drawn[*place] = Some(number);
-            *slot = services.foresee_backend(frontend, key.src, number);
+            let random = random();
+            drawn[*number] = Some(random);
+            *slot = services.foresee_backend(frontend, key.src, random);
         }
     }
     for Miss { key, slot, .. } in &mut *misses {

@@ -89,15 +89,15 @@ pub fn process_burst<D: Driver>(
     straight::see(burst, &mut seen, context);
     if straight::fetch(&mut seen, context) >= ahead::FEWEST {
         let Pipeline { ahead, counters, choices, .. } = &mut *pipeline;
-        ahead.read(&seen, context, counters.number(), &mut || choices.next_u64());
+        ahead.read(burst, &seen, context, counters.number(), &mut || choices.next_u64());
     }
     pipeline.went_straight += burst.len() as u64;
-    for (place, (mut packet, seen)) in burst.drain(..).zip(&seen).enumerate() {
+    for (mut packet, seen) in burst.drain(..).zip(&seen) {
         match straight::go(&mut packet, seen, &mut pipeline.tunnel_id, context) {
             Some(port) => pipeline.egress[usize::from(port.0)].push(packet),
             None => {
                 pipeline.went_straight -= 1;
-                pipeline.drawn = pipeline.ahead.drawn(place);
+                pipeline.drawn = if seen.is_miss() { pipeline.ahead.next() } else { None };
                 Handler { pipeline: &mut *pipeline, driver: &mut *driver, context }.handle(packet);
             }
         }

@@ -41,7 +41,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use weir_conntrack::{Candidate, Hash, Observed};
 use weir_packet::{
     Address, Direction, FlowKey, Protocol,
-    glance::{Glance, TunnelEnds, glance_ipip, glance_ipv4, glance_ipv6, guess_opening_ipv4, guess_opening_ipv6},
+    glance::{Glance, TunnelEnds, glance_ipip, glance_ipv4, glance_ipv6},
     options::TcpOptions,
     rewrite,
 };
@@ -68,15 +68,22 @@ pub(crate) enum Seen {
     Tunnelled(Header<Ipv4Addr>, TunnelEnds),
     /// An IPv6 packet.
     V6(Header<Ipv6Addr>),
-    /// One that opens a flow, most likely.
-    Opening4(FlowKey<Ipv4Addr>),
-    /// The same over IPv6.
-    Opening6(FlowKey<Ipv6Addr>),
     /// None that goes straight.
     Other,
 }
 
 const _: () = assert!(size_of::<Seen>() <= 64);
+
+impl Seen {
+    /// Whether the packet seems to have no connection.
+    pub(super) fn is_miss(&self) -> bool {
+        match self {
+            Self::V4(header) | Self::Tunnelled(header, _) => header.miss().is_some(),
+            Self::V6(header) => header.miss().is_some(),
+            Self::Other => true,
+        }
+    }
+}
 
 /// Of a packet that may go straight.
 #[derive(Debug)]
@@ -121,18 +128,7 @@ fn look(packet: &Packet, has_untracked: bool, seen: &mut Vec<Seen>, context: &Co
         }
         _ => {}
     }
-    seen.push(guess(start));
-}
-
-/// What a packet may be that does not go straight.
-#[cold]
-fn guess(start: &[u8]) -> Seen {
-    let opening = match start.get(12..14) {
-        Some([8, 0]) => guess_opening_ipv4(start).map(Seen::Opening4),
-        Some([0x86, 0xdd]) => guess_opening_ipv6(start).map(Seen::Opening6),
-        _ => None,
-    };
-    opening.unwrap_or(Seen::Other)
+    seen.push(Seen::Other);
 }
 
 /// Whether untracked policy may be about a packet.
@@ -151,36 +147,33 @@ impl<A: Family> Header<A> {
         Self { glance, hash, candidate: Candidate::NONE }
     }
 
-    /// Whether it has no connection, most likely.
+    /// Asks for its connection's lines; whether there are any.
     #[inline(always)]
     fn fetch(&mut self, context: &Context<'_>) -> bool {
         let table = A::table(context.tables);
         self.candidate = table.candidate(self.hash, context.turn);
-        table.prefetch_candidate(self.candidate, self.glance.key.protocol);
-        self.has_no_connection()
+        table.prefetch_candidate(self.candidate, self.glance.key.protocol)
     }
 
+    /// Its flow, if that has no connection, most likely.
     #[inline]
-    pub(crate) fn has_no_connection(&self) -> bool {
-        self.candidate.is_none()
-    }
-
-    #[inline]
-    pub(crate) fn key(&self) -> &FlowKey<A> {
-        &self.glance.key
+    pub(super) fn miss(&self) -> Option<&FlowKey<A>> {
+        self.candidate.is_none().then_some(&self.glance.key)
     }
 }
 
-/// Second loop: by now the buckets have arrived, so that the connections' own lines can be asked for. How many have none.
+/// Second loop: by now the buckets have arrived, so that the connections' own lines can be asked for. How many seem to have none.
 pub(crate) fn fetch(seen: &mut [Seen], context: &Context<'_>) -> usize {
     let mut misses = 0;
     for seen in seen {
-        misses += usize::from(match seen {
+        let has_connection = match seen {
             Seen::V4(header) | Seen::Tunnelled(header, _) => header.fetch(context),
             Seen::V6(header) => header.fetch(context),
-            Seen::Opening4(_) | Seen::Opening6(_) => true,
             Seen::Other => false,
-        });
+        };
+        if !has_connection {
+            misses += 1;
+        }
     }
     misses
 }
@@ -192,7 +185,7 @@ pub(crate) fn go(packet: &mut Packet, seen: &Seen, tunnel_id: &mut u16, context:
         Seen::V4(header) => forward::<_, ETHERNET_BYTES>(packet, header, None, tunnel_id, context),
         Seen::Tunnelled(header, ends) => forward::<_, TUNNELLED_BYTES>(packet, header, Some(*ends), tunnel_id, context),
         Seen::V6(header) => forward::<_, ETHERNET_BYTES>(packet, header, None, tunnel_id, context),
-        Seen::Opening4(_) | Seen::Opening6(_) | Seen::Other => None,
+        Seen::Other => None,
     }
 }
 
