@@ -198,7 +198,8 @@ fn tell_all(title: &str, figures: &Figures) {
             }
             tell(&format!("offload: {title}"), measure, way.title, "", Spread::of(&mut values.clone()));
             for base in [PLAIN, KUBE_PROXY] {
-                let of_base = &figures[&(*measure, base)];
+                // With rows chosen, a way may lack what it is compared to.
+                let Some(of_base) = figures.get(&(*measure, base)) else { continue };
                 let mut ratios: Vec<f64> = values.iter().zip(of_base).map(|(value, base)| value / base).collect();
                 tell(&format!("offload, ratio to {base}: {title}"), measure, way.title, "", Spread::of(&mut ratios));
             }
@@ -215,7 +216,10 @@ fn table(figures: &Figures) -> String {
     for measure in measures.filter(|measure| figures.contains_key(&(*measure, PLAIN))) {
         text += &format!("| {measure} |");
         for way in &ways {
-            let of_way = &figures[&(measure, *way)];
+            let Some(of_way) = figures.get(&(measure, *way)) else {
+                text += " |";
+                continue;
+            };
             let ratio = |base: &'static str| {
                 let base = figures.get(&(measure, base))?;
                 let ratio = median(of_way.iter().zip(base).map(|(value, base)| value / base).collect());
