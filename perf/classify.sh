@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 largest=${1:-100000} rounds=${2:-7}
-cargo bench -p weir-policy --bench classify
+cargo bench -p weir-benches --bench classify
 echo
 perf/dpdk.sh rte_acl "$largest" "$rounds"
 echo

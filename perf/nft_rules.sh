@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a new connection costs through a forwarding namespace with N nftables rules, of the shape of policy/benches/classify.rs: a source
+# What a new connection costs through a forwarding namespace with N nftables rules, of the shape of benches/classify.rs: a source
 # prefix, a protocol and a port each. The sender's own rule is the one in the middle, so half of the rules are evaluated, as for a
 # packet of a random rule. Every datagram has another destination and so is a new connection of conntrack; established ones pass
 # before the rules. Shown is the fastest of the rounds. perf/nft_rules.sh [ROUNDS]; needs root.

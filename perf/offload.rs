@@ -23,8 +23,8 @@ use std::{
 };
 
 use serde_json::Value;
-use weir::lab::{INTERRUPTED, Lab, LabError, Process, check_interrupted, wait_until};
 use weir_benches::figures::{Spread, tell};
+use weir_lab::{INTERRUPTED, Lab, LabError, Process, check_interrupted, wait_until};
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -198,8 +198,7 @@ fn tell_all(title: &str, figures: &Figures) {
             }
             tell(&format!("offload: {title}"), measure, way.title, "", Spread::of(&mut values.clone()));
             for base in [PLAIN, KUBE_PROXY] {
-                // With rows chosen, a way may lack what it is compared to.
-                let Some(of_base) = figures.get(&(*measure, base)) else { continue };
+                let of_base = &figures[&(*measure, base)];
                 let mut ratios: Vec<f64> = values.iter().zip(of_base).map(|(value, base)| value / base).collect();
                 tell(&format!("offload, ratio to {base}: {title}"), measure, way.title, "", Spread::of(&mut ratios));
             }
@@ -216,10 +215,7 @@ fn table(figures: &Figures) -> String {
     for measure in measures.filter(|measure| figures.contains_key(&(*measure, PLAIN))) {
         text += &format!("| {measure} |");
         for way in &ways {
-            let Some(of_way) = figures.get(&(measure, *way)) else {
-                text += " |";
-                continue;
-            };
+            let of_way = &figures[&(measure, *way)];
             let ratio = |base: &'static str| {
                 let base = figures.get(&(measure, base))?;
                 let ratio = median(of_way.iter().zip(base).map(|(value, base)| value / base).collect());

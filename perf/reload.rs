@@ -12,11 +12,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use weir::{
+use weir_benches::figures::{Spread, tell};
+use weir_cluster::{
     compile,
     translate::{Loaded, Loader, LocalPod, LocalPods, workload_device},
 };
-use weir_benches::figures::{Spread, tell};
 use weir_dataplane::{forwarding::Forwarding, snapshot::Rules};
 use weir_policy::Compiler;
 

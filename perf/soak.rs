@@ -26,7 +26,7 @@ use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
 };
-use weir::{compile, translate};
+use weir_cluster::{compile, translate};
 use weir_conntrack::Table;
 use weir_dataplane::{
     counters::{COUNTERS, Totals},

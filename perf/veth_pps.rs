@@ -22,7 +22,6 @@ use std::{
 
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
-use weir::lab::{Lab, wait_until};
 use weir_benches::figures::{Spread, tell};
 use weir_dataplane::{
     afxdp::{AfXdp, AfXdpSettings, PortSettings, RingSizes},
@@ -30,6 +29,7 @@ use weir_dataplane::{
     driver::{Driver, PortId},
     frame::IfIndex,
 };
+use weir_lab::{Lab, wait_until};
 use weir_packet::Mac;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -205,7 +205,7 @@ struct Forwarder {
 
 impl Forwarder {
     fn start(lab: &Lab) -> Result<Self, Failure> {
-        let pins = weir::run::pin_folder(&lab.node_name("node"));
+        let pins = weir_node::run::pin_folder(&lab.node_name("node"));
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, pin_dir) = (stop.clone(), pins.clone());
         let (ready, is_ready) = std::sync::mpsc::channel();

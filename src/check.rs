@@ -6,27 +6,29 @@ use std::{
     process::ExitCode,
 };
 
-use weir_policy::Compiler;
-
-use crate::{
+use weir_cluster::{
     compile,
-    config::{Problems, Severity, Span},
+    text::{Problems, Severity, Span},
     translate::{Loaded, load_with_review},
 };
+use weir_policy::Compiler;
 
-/// The form of what is printed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Output {
-    /// For a person.
-    #[default]
-    Text,
-    /// For a program: a list of {file, line, column, severity, message, help}.
-    Json,
+use crate::common::{ConfigFile, Output};
+
+/// Load and compile the configuration and all manifests; print every problem as file:line:column.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// How problems are printed.
+    #[arg(long, value_enum, default_value = "text")]
+    output: Output,
 }
 
 /// Checks the configuration: problems go to standard error and a summary to standard output; as JSON, the list of
 /// problems goes to standard output. Exit status 0, or 1 where there is an error.
-pub fn run(config: &Path, output: Output) -> ExitCode {
+pub fn run(args: &Args) -> ExitCode {
+    let (config, output) = (&*args.config.config, args.output);
     let outcome = load_and_compile(config);
     let colour = output == Output::Text && std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let Report { stdout, stderr, success } = report(&outcome, config, output, colour);

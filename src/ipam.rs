@@ -1,17 +1,49 @@
 //! `weir ipam`: which addresses this node's pods have, had, and leak.
 
 use std::{
-    io,
+    io::{self, BufWriter, Write as _},
     path::{Path, PathBuf},
+    process::ExitCode,
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use weir_node::ipam::explain::{self, Report};
+use weir_cluster::{config::RouterConfig, text::Problems};
+use weir_node::{
+    control::{self, AskError},
+    ipam::explain::{self, Report},
+};
 
 use crate::{
-    config::{Problems, RouterConfig},
-    control::{self, AskError},
+    common::{Failed, Output, as_json, written},
+    status,
 };
+
+/// What is asked about addresses.
+#[derive(clap::Subcommand)]
+pub enum Command {
+    /// Show the ranges, and each address that a pod has or had.
+    Show(status::Args),
+    /// List what keeps an address from being given, or lets it be given twice; exit status 1 if there is anything.
+    Check(status::Args),
+}
+
+/// Asks, and prints; exit status 1 where `check` finds anything.
+///
+/// # Errors
+/// Where neither a router nor its files can be asked.
+pub fn run(command: &Command) -> Result<ExitCode, Failed> {
+    let out = &mut BufWriter::new(io::stdout().lock());
+    let (Command::Show(args) | Command::Check(args)) = command;
+    let report = report(&args.config.config)?;
+    let text = match (command, args.output) {
+        (_, Output::Json) => as_json(&report)?,
+        (Command::Show(_), Output::Text) => report.text(now_ms()),
+        (Command::Check(_), Output::Text) => report.leaks_text(),
+    };
+    written(out.write_all(text.as_bytes()).and_then(|()| out.flush()))?;
+    let all_well = matches!(command, Command::Show(_)) || report.leaks.is_empty();
+    Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
 
 /// Why nothing can be said.
 #[derive(Debug, thiserror::Error)]

@@ -6,9 +6,10 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::{self, BufReader, BufWriter, Write},
+    io::{self, BufReader, BufWriter, IsTerminal as _, Write},
     net::IpAddr,
     path::PathBuf,
+    process::ExitCode,
     time::Duration,
 };
 
@@ -18,29 +19,69 @@ use pcap_file::{
     pcap::{PcapPacket, PcapReader, PcapWriter},
 };
 use serde_json::Value;
-use weir_dataplane::{counters::Totals, forwarding::is_link_local};
-
-use crate::{
+use weir_cluster::{
     compile,
-    config::Problems,
-    memory_router::{MemoryRouter, MemoryRouterError},
-    report::counters_json,
+    text::Problems,
     translate::{Loaded, Loader},
 };
+use weir_dataplane::{counters::Totals, forwarding::is_link_local};
+use weir_node::{
+    memory_router::{MemoryRouter, MemoryRouterError},
+    report::{counters_json, counters_text},
+};
 
-/// What to replay.
-#[derive(Debug)]
-pub struct Settings {
-    /// weir.yaml.
-    pub config: PathBuf,
-    /// Device name and capture file of each input.
-    pub inputs: Vec<(String, PathBuf)>,
-    /// The folder that the outputs go to; made if it is missing.
-    pub out: PathBuf,
-    /// Seeds the random source.
-    pub seed: u64,
-    /// Configurations to change to, at times after the first packet.
-    pub reloads: Vec<(Duration, PathBuf)>,
+use crate::{
+    bench::seconds,
+    common::{ConfigFile, Failed},
+};
+
+/// Run the whole dataplane over packet captures instead of devices, without privileges.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// A device and the capture of what it receives (classic Ethernet pcap); may be given several times.
+    #[arg(long = "in", value_name = "DEVICE=FILE", required = true, value_parser = device_and_file)]
+    inputs: Vec<(String, PathBuf)>,
+    /// The folder for DEVICE.pcap, counters.json and conntrack.json.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Seed of the random source: the same inputs and seed give the same bytes.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Change to another configuration, at a time after the first packet; may be given several times.
+    #[arg(long, value_name = "SECONDS=FILE", value_parser = seconds_and_file)]
+    config_at: Vec<(Duration, PathBuf)>,
+}
+
+fn device_and_file(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((device, file)) if !device.is_empty() && !file.is_empty() => Ok((device.into(), file.into())),
+        _ => Err("expected DEVICE=FILE, like eth0=in.pcap".into()),
+    }
+}
+
+fn seconds_and_file(text: &str) -> Result<(Duration, PathBuf), String> {
+    let parsed = text.split_once('=').and_then(|(at, file)| Some((seconds(at).ok()?, file)));
+    let parsed = parsed.filter(|(_, file)| !file.is_empty());
+    parsed.map(|(at, file)| (at, file.into())).ok_or_else(|| "expected SECONDS=FILE, like 2.5=other.yaml".into())
+}
+
+/// Runs a replay, and says what became of the packets.
+///
+/// # Errors
+/// Where a configuration or an input is bad, or an output cannot be written.
+pub fn run(args: &Args) -> Result<ExitCode, Failed> {
+    let outcome = match replay(args) {
+        Err(ReplayError::Config(problems)) => return Err(Failed::config(&problems)),
+        outcome => outcome?,
+    };
+    for faults in &outcome.faults {
+        let shown = faults.render(io::stderr().is_terminal());
+        eprintln!("weir: objects are faulty, and their last good versions stay:\n{shown}");
+    }
+    eprintln!("{}; see {}", counters_text(&outcome.totals), args.out.display());
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Why a replay failed.
@@ -96,12 +137,12 @@ pub struct Outcome {
 ///
 /// # Errors
 /// Where a configuration or an input is bad, or an output cannot be written.
-pub fn run(settings: &Settings) -> Result<Outcome, ReplayError> {
+fn replay(args: &Args) -> Result<Outcome, ReplayError> {
     let refused = |problems| ReplayError::Config(Box::new(problems));
     let mut faults = Vec::new();
-    let mut loader = Loader::new(&settings.config);
+    let mut loader = Loader::new(&args.config.config);
     let mut versions = vec![(Duration::ZERO, loader.load().map_err(refused)?)];
-    let mut reloads: Vec<_> = settings.reloads.iter().collect();
+    let mut reloads: Vec<_> = args.config_at.iter().collect();
     reloads.sort_by_key(|(at, _)| *at);
     for (at, path) in reloads {
         let (_, previous) = versions.last().expect("the first one");
@@ -116,18 +157,18 @@ pub fn run(settings: &Settings) -> Result<Outcome, ReplayError> {
     let mut reloads = versions.peekable();
 
     let links = compile::links_of(&loaded.config);
-    let mut router = MemoryRouter::new(loaded, links, settings.seed)?;
+    let mut router = MemoryRouter::new(loaded, links, args.seed)?;
     let mut devices = Vec::new();
-    for (name, _) in &settings.inputs {
+    for (name, _) in &args.inputs {
         let device = router.devices().iter().position(|d| d.name == *name).ok_or_else(|| {
             let known: Vec<&str> = router.devices().iter().map(|d| d.name.as_str()).collect();
             ReplayError::UnknownDevice(name.clone(), known.join(", "))
         })?;
         devices.push(device);
     }
-    let inputs = read_inputs(&settings.inputs, &devices)?;
+    let inputs = read_inputs(&args.inputs, &devices)?;
     let names: Vec<&str> = router.devices().iter().map(|d| d.name.as_str()).collect();
-    let mut outputs = Outputs::new(settings, &names)?;
+    let mut outputs = Outputs::new(args, &names)?;
 
     let start = inputs.first().map(|i| i.at).unwrap_or_default();
     for input in inputs {
@@ -196,10 +237,10 @@ struct Outputs {
 
 impl Outputs {
     /// Makes the folder. What an earlier replay left of `devices` there is removed: a file says that its device sent something.
-    fn new(settings: &Settings, devices: &[&str]) -> Result<Self, ReplayError> {
-        let folder = &settings.out;
+    fn new(args: &Args, devices: &[&str]) -> Result<Self, ReplayError> {
+        let folder = &args.out;
         fs::create_dir_all(folder).map_err(|source| ReplayError::Write { path: folder.into(), source })?;
-        let inputs: Vec<PathBuf> = settings.inputs.iter().filter_map(|(_, path)| fs::canonicalize(path).ok()).collect();
+        let inputs: Vec<PathBuf> = args.inputs.iter().filter_map(|(_, path)| fs::canonicalize(path).ok()).collect();
         for device in devices {
             let path = folder.join(format!("{device}.pcap"));
             if fs::canonicalize(&path).is_ok_and(|path| inputs.contains(&path)) {

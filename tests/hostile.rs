@@ -3,8 +3,9 @@
 use std::{path::Path, time::Duration};
 
 use proptest::prelude::*;
-use weir::{compile, memory_router::MemoryRouter, translate};
+use weir_cluster::{compile, translate};
 use weir_dataplane::model::{Links, Role};
+use weir_node::memory_router::MemoryRouter;
 use weir_packet::Mac;
 
 fn router() -> MemoryRouter {

@@ -3,7 +3,7 @@
 use std::fs;
 
 use serde_json::Value;
-use weir::{trace::Tracer, translate};
+use weir_cluster::{trace::Tracer, translate};
 
 const CLUSTER: &str = "
 apiVersion: v1

@@ -1,4 +1,28 @@
-//! The router of a node. So far: pods made and taken away ([`pods`]), and their addresses ([`ipam`]).
+//! The router of a node.
+//!
+//! - [`run`]: start, serve, reload. [`prepare`]: a changed configuration made ready beside the running router.
+//! - [`kernel`]: the node's kernel, followed and set up.
+//! - [`pods`]: pods made and taken away, and their addresses ([`ipam`]); `book`: those pods as control keeps them.
+//! - [`control`]: asking a running router; [`conntrack`], [`services`]: answers of many lines; [`report`]: what is told alike.
+//! - [`connections`]: where the connection tables are. [`health`]: what load balancers ask of the node.
+//! - [`memory_router`]: the same pipeline over memory rings, for replays.
 
+mod action_log;
+mod book;
+pub mod connections;
+pub mod conntrack;
+pub mod control;
+pub mod health;
 pub mod ipam;
+pub mod kernel;
+mod listener;
+pub mod memory_router;
+mod offload;
 pub mod pods;
+mod prefixes;
+pub mod prepare;
+pub mod report;
+pub mod run;
+pub mod services;
+mod snat_use;
+mod trouble;

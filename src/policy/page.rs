@@ -2,12 +2,11 @@
 
 use std::{fmt::Write as _, net::IpAddr};
 
-use weir_policy::PolicyDirection;
-
-use super::{
+use weir_cluster::policy::{
     listing::{Counted, HostListing, Listed, ListedPolicy, Listing, Overview, Side},
     words,
 };
+use weir_policy::PolicyDirection;
 
 /// The overview for a person.
 pub fn overview_text(overview: &Overview) -> String {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{
+use weir_cluster::policy::{
     groups::{self, Groups},
     matrix::{Cell, Matrix, Verdict},
 };

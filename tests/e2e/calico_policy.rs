@@ -3,7 +3,7 @@
 
 use std::{io::ErrorKind, net::TcpStream, thread, time::Duration};
 
-use weir::lab::wait_until;
+use weir_lab::wait_until;
 
 use crate::{
     manifests::{Manifests, ServiceSpec},

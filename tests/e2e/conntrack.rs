@@ -76,7 +76,7 @@ fn connections_are_listed_filtered_counted_deleted_and_watched() {
         }
     };
     // The watch looks from its start on: what it tells proves that it looks. What came before is not told.
-    weir::lab::wait_until("the watch", DEADLINE, || {
+    weir_lab::wait_until("the watch", DEADLINE, || {
         site.pings("default/client", "-c 1 10.1.1.20");
         event_within("new", "icmp", Duration::from_secs(1))
     })

@@ -100,7 +100,7 @@ fn a_bad_reload_keeps_the_last_good_configuration() {
         let before = std::fs::read_to_string(site.lab.folder().join(file)).unwrap();
         let outcomes = site.router("node-a").log().matches(outcome).count();
         site.write(file, &text);
-        weir::lab::wait_until("the outcome", DEADLINE, || {
+        weir_lab::wait_until("the outcome", DEADLINE, || {
             let log = site.router("node-a").log();
             (log.matches(outcome).count() > outcomes && log.contains(reason)).then_some(())
         })
@@ -112,7 +112,7 @@ fn a_bad_reload_keeps_the_last_good_configuration() {
         // Back to what it was, which is taken over again.
         let reloads = site.router("node-a").log().matches("reloaded").count();
         site.write(file, &before);
-        weir::lab::wait_until("the reload", DEADLINE, || {
+        weir_lab::wait_until("the reload", DEADLINE, || {
             (site.router("node-a").log().matches("reloaded").count() > reloads).then_some(())
         })
         .unwrap();

@@ -1,7 +1,7 @@
 //! Hits per policy rule: counted by two workers, shown by `weir policy list`, kept through a reload.
 
 use serde_json::Value;
-use weir::lab::wait_until;
+use weir_lab::wait_until;
 
 use crate::{
     manifests::{Manifests, ONLY_FRIENDS},

@@ -7,7 +7,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use weir::lab::wait_until;
+use weir_lab::wait_until;
 
 use crate::{
     manifests::{Manifests, ServiceSpec},

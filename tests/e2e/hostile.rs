@@ -73,7 +73,7 @@ fn hostile_frames_never_stop_the_router() {
     let device = site.cluster.workloads.iter().find(|w| w.name == "default/attacker").unwrap().device.clone();
     site.lab.ip("default/attacker", "link set eth0 mtu 9000").unwrap();
     site.lab.ip("node-a", &format!("link set {device} mtu 9000")).unwrap();
-    weir::lab::wait_until("the refusal", DEADLINE, || {
+    weir_lab::wait_until("the refusal", DEADLINE, || {
         site.router("node-a").log().contains("stays closed").then_some(())
     })
     .unwrap();
@@ -83,7 +83,7 @@ fn hostile_frames_never_stop_the_router() {
     works(&site, "jumbo frames");
     site.lab.ip("node-a", &format!("link set {device} mtu 1500")).unwrap();
     site.lab.ip("default/attacker", "link set eth0 mtu 1500").unwrap();
-    weir::lab::wait_until("the pod's return", DEADLINE, || {
+    weir_lab::wait_until("the pod's return", DEADLINE, || {
         site.ping("default/attacker", "-c 1 10.1.1.20").0.then_some(())
     })
     .unwrap();

@@ -8,8 +8,7 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
-
-use weir::lab::wait_until;
+use weir_lab::wait_until;
 
 use crate::{
     manifests::Manifests,
@@ -26,7 +25,7 @@ fn a_killed_router_leaves_the_node_reachable_and_pods_closed_and_a_restart_adopt
     let mut site = Site::build(&one_node(), &manifests.text(), "");
     let (config, url) = (site.config("node-a").display().to_string(), "http://10.1.1.20/");
     let detach = ["detach", "-c", config.as_str()];
-    let pins = weir::run::pin_folder(&site.lab.node_name("node-a"));
+    let pins = weir_node::run::pin_folder(&site.lab.node_name("node-a"));
     site.serve("default/server", &[80]);
     // A kubelet's port, which lies within snat.portRange.
     site.serve("node-a", &[10250]);
@@ -119,7 +118,7 @@ fn what_fails_while_a_router_runs_does_not_end_it() {
     assert_eq!(trouble(&site), None);
 
     // A client that says nothing, and one that says too much, keep nobody waiting.
-    let socket = weir::control::socket_path(&site.lab.node_name("node-a"));
+    let socket = weir_node::control::socket_path(&site.lab.node_name("node-a"));
     let silent = std::os::unix::net::UnixStream::connect(&socket).unwrap();
     let endless = std::os::unix::net::UnixStream::connect(&socket).unwrap();
     std::io::Write::write_all(&mut &endless, &[b'x'; 1000]).unwrap();
@@ -191,7 +190,7 @@ fn pods_come_and_go_under_traffic() {
             for name in &names {
                 delays.push(appear(&mut site, name));
                 // The flood towards it fills what may wait for its MAC address, so a first answer may be lost.
-                weir::lab::wait_until("the new pod's ping", DEADLINE, || {
+                weir_lab::wait_until("the new pod's ping", DEADLINE, || {
                     site.ping(name, "-c 1 10.1.1.20").0.then_some(())
                 })
                 .unwrap();
@@ -200,7 +199,7 @@ fn pods_come_and_go_under_traffic() {
                 site.lab.remove_pod(name).unwrap();
             }
             let count = |site: &Site| site.status("node-a")["workloads"].as_u64().unwrap();
-            weir::lab::wait_until("the pods' going", DEADLINE, || (count(&site) == 2).then_some(())).unwrap();
+            weir_lab::wait_until("the pods' going", DEADLINE, || (count(&site) == 2).then_some(())).unwrap();
         }
         stop.store(true, Ordering::Relaxed);
         steady.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -214,7 +213,7 @@ fn pods_come_and_go_under_traffic() {
         exchanges.load(Ordering::Relaxed)
     );
     assert!(exchanges.load(Ordering::Relaxed) > 100);
-    let gone = fs::read_dir(weir::run::pin_folder(&site.lab.node_name("node-a"))).unwrap();
+    let gone = fs::read_dir(weir_node::run::pin_folder(&site.lab.node_name("node-a"))).unwrap();
     let pins: Vec<String> = gone.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     let workloads = pins.iter().filter(|name| name.contains("workload") && name.chars().any(|c| c.is_ascii_digit()));
     assert_eq!(workloads.count(), 2, "the links of those that went are gone: {pins:?}");

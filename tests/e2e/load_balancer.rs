@@ -115,7 +115,7 @@ fn the_health_check_node_port_follows_the_endpoints() {
     let until = |count: Option<u32>| {
         for (from, family) in [("client", 0), ("client", 1), ("default/client", 0), ("node-a", 0)] {
             let mut last = None;
-            weir::lab::wait_until("the answer", crate::site::DEADLINE, || {
+            weir_lab::wait_until("the answer", crate::site::DEADLINE, || {
                 last = ask(from, family).map(|(code, body)| (code, serde_json::from_str::<Value>(&body).unwrap()));
                 (last == count.map(expected)).then_some(())
             })

@@ -9,7 +9,7 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
-use weir::lab::wait_until;
+use weir_lab::wait_until;
 
 use crate::{
     manifests::{Manifests, ONLY_FRIENDS, ServiceSpec},

@@ -6,7 +6,7 @@
 use std::{net::TcpStream, time::Duration};
 
 use nix::sys::signal::Signal;
-use weir::lab::wait_until;
+use weir_lab::wait_until;
 
 use crate::{
     manifests::ONLY_FRIENDS,

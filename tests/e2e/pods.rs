@@ -14,7 +14,7 @@ use std::{
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use weir::lab::wait_until;
+use weir_lab::wait_until;
 
 use crate::{
     manifests::{Manifests, ONLY_FRIENDS},
@@ -129,7 +129,7 @@ fn pods(site: &Site) -> (u64, BTreeSet<String>) {
 
 /// How many devices of pods have a link.
 fn pinned_workloads(site: &Site) -> usize {
-    let pins = fs::read_dir(weir::run::pin_folder(&site.lab.node_name("node-a"))).unwrap();
+    let pins = fs::read_dir(weir_node::run::pin_folder(&site.lab.node_name("node-a"))).unwrap();
     let names = pins.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name.strip_prefix("workload_").is_some_and(|index| index.parse::<u32>().is_ok())).count()
 }

@@ -102,7 +102,7 @@ fn scenario_advanced_policy_demo_as_far_as_its_kinds_are_implemented() {
         site.write("policies.yaml", &policies);
         let check = Command::new(weir_binary()).args(["check", "-c", &config]).output().unwrap();
         if check.status.success() {
-            weir::lab::wait_until("the reload", DEADLINE, || {
+            weir_lab::wait_until("the reload", DEADLINE, || {
                 site.status("node-a")["generation"]
                     .as_u64()
                     .filter(|_| site.router("node-a").log().contains("reloaded"))
@@ -114,7 +114,7 @@ fn scenario_advanced_policy_demo_as_far_as_its_kinds_are_implemented() {
         // A kind that weir does not enforce yet is refused by name, and what was in force stays.
         let said = String::from_utf8_lossy(&check.stdout).into_owned() + &String::from_utf8_lossy(&check.stderr);
         assert!(said.contains("not implemented"), "{said}");
-        weir::lab::wait_until("the refusal", DEADLINE, || {
+        weir_lab::wait_until("the refusal", DEADLINE, || {
             (site.router("node-a").log().matches("reload refused").count() > refusals).then_some(())
         })
         .unwrap();

@@ -236,7 +236,7 @@ fn downloads_through_services_live_through_kill_9() {
         });
         let near = site.connect(from, address, DEADLINE).unwrap();
         let accepted = || listeners.iter().find_map(|listener| listener.accept().ok());
-        let (far, seen) = weir::lab::wait_until("the connection", DEADLINE, accepted).unwrap();
+        let (far, seen) = weir_lab::wait_until("the connection", DEADLINE, accepted).unwrap();
         far.set_nonblocking(false).unwrap();
         for end in [&near, &far] {
             end.set_read_timeout(Some(DEADLINE)).unwrap();
@@ -262,7 +262,7 @@ fn downloads_through_services_live_through_kill_9() {
             let goals = received.each_ref().map(|count| count.load(Ordering::Relaxed) + (1 << 20));
             let reached = || received.iter().zip(goals).all(|(count, goal)| count.load(Ordering::Relaxed) >= goal);
             let begin = Instant::now();
-            weir::lab::wait_until(what, DEADLINE, || reached().then_some(())).unwrap();
+            weir_lab::wait_until(what, DEADLINE, || reached().then_some(())).unwrap();
             begin.elapsed()
         };
         progress("the downloads' start");

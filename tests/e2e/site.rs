@@ -19,12 +19,10 @@ use nix::{
     sys::signal::Signal,
 };
 use serde_json::Value;
-use weir::{
-    demo::law,
-    lab::{Lab, LabError, Process, wait_until},
-    translate,
-};
+use weir::demo::law;
+use weir_cluster::translate;
 use weir_dataplane::model::Cluster;
+use weir_lab::{Lab, LabError, Process, wait_until};
 
 /// Generous: a loaded machine is no failure.
 pub const DEADLINE: Duration = Duration::from_secs(20);

@@ -113,7 +113,7 @@ fn connection_to(site: &Site, listeners: &[(&str, TcpListener)], backend: &str) 
         .find_map(|_| {
             let near = site.connect("default/client", &format!("{WEB}:80"), DEADLINE).unwrap();
             let accept = || listeners.iter().find_map(|(pod, listener)| Some((*pod, listener.accept().ok()?.0)));
-            let (pod, far) = weir::lab::wait_until("the connection", DEADLINE, accept).unwrap();
+            let (pod, far) = weir_lab::wait_until("the connection", DEADLINE, accept).unwrap();
             far.set_nonblocking(false).unwrap();
             far.set_write_timeout(Some(DEADLINE)).unwrap();
             (pod == backend).then_some((near, far))
@@ -204,7 +204,7 @@ fn a_storm_of_reloads_loses_nothing() {
     let last = |slice: Option<Value>, number: u32| {
         site.write("policies.yaml", &changed(number, slice.as_ref()));
         let [high, low] = (number as u16).to_be_bytes();
-        weir::lab::wait_until("the last change", DEADLINE, || {
+        weir_lab::wait_until("the last change", DEADLINE, || {
             let socket = site.udp("default/client", "0.0.0.0:0");
             socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
             socket.connect(format!("{}:53", marker(high, low))).unwrap();

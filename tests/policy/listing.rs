@@ -4,11 +4,9 @@ use std::{path::Path, process::Command};
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use weir::{
-    policy::{
-        listing::{self, Hits, Listed, Lister, Listing, Side},
-        page,
-    },
+use weir::policy::page;
+use weir_cluster::{
+    policy::listing::{self, Hits, Listed, Lister, Listing, Side},
     translate::{self, Loaded},
 };
 use weir_packet::{FlowKey, Ports, Protocol};

@@ -5,12 +5,11 @@ use std::{path::Path, process::Command};
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use weir::{
+use weir::policy::{grid, svg};
+use weir_cluster::{
     policy::{
-        grid,
         groups::{self, Groups},
         matrix::{Answer, Cell, Matrix, Pod, Probe, Question},
-        svg,
     },
     trace::Tracer,
     translate::{self, Loaded},
@@ -204,7 +203,7 @@ fn a_question_about_nobody_is_an_error() {
     let error = Matrix::new(&demo(), &question).err().unwrap().to_string();
     assert!(error.contains("web/nobody"), "{error}");
     for bad in ["tcp", "tcp/0", "tcp/65536", "icmp/8", "http/80", "80"] {
-        assert!(bad.parse::<weir::policy::matrix::Port>().is_err(), "{bad}");
+        assert!(bad.parse::<weir_cluster::policy::matrix::Port>().is_err(), "{bad}");
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{fmt::Write as _, fs, path::Path};
 
 use proptest::{collection::vec, option, prelude::*, sample::select};
-use weir::{
+use weir_cluster::{
     policy::matrix::Port,
     translate::{self, Loaded},
 };

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use weir_cluster::config::Cni;
 use weir_node::pods::{NodeRanges, Settings};
 
 use crate::node::{Asked, Node, Sandbox, V4, V6, addresses, eventually};
@@ -23,7 +24,7 @@ fn router_process() {
         node_name: "node-a".into(),
         socket: folder.join("run/cni.sock"),
         state: folder.join("state"),
-        cool_down: Settings::COOL_DOWN,
+        cool_down: Cni::COOL_DOWN,
         patience: Duration::from_millis(500),
     };
     // Control answers at once; it sees devices of this process's namespace, which is the node's.

@@ -17,6 +17,7 @@ use std::{
 use nix::sched::{CloneFlags, setns};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+use weir_cluster::config;
 use weir_node::{
     ipam::explain::Report,
     pods::{Ask, InForce, LocalPod, NodeRanges, Pods, Settings, device_name},
@@ -218,7 +219,7 @@ impl Node {
             node_name: "node-a".into(),
             socket: folder.path().join("run/cni.sock"),
             state: folder.path().join("state"),
-            cool_down: Settings::COOL_DOWN,
+            cool_down: config::Cni::COOL_DOWN,
             patience: Duration::from_millis(500),
         };
         let ranges = NodeRanges {

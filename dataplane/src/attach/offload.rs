@@ -11,6 +11,7 @@ use aya::{
     maps::{Array, HashMap, IterableMap as _, MapData, MapError},
 };
 use libbpf_rs::{MapCore as _, MapFlags, MapHandle};
+use weir_packet::Mac;
 use weir_sync::atomic::AtomicU64;
 
 use super::{
@@ -18,7 +19,6 @@ use super::{
     maps::{self, EPOCH, FlowName, KeyV4, KeyV6},
     pins::Pins,
 };
-use weir_packet::Mac;
 
 use crate::{
     frame::IfIndex,

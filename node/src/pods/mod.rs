@@ -151,19 +151,10 @@ pub struct Settings {
     pub socket: PathBuf,
     /// The state folder.
     pub state: PathBuf,
-    /// For how long an address that was given back is not given again: [`Settings::COOL_DOWN`].
+    /// For how long an address that was given back is not given again.
     pub cool_down: Duration,
     /// How long an ADD waits for the pod's object.
     pub patience: Duration,
-}
-
-impl Settings {
-    /// [`Settings::cool_down`] unless something else is asked for.
-    pub const COOL_DOWN: Duration = Duration::from_secs(60);
-    /// [`Settings::patience`] unless something else is asked for.
-    pub const PATIENCE: Duration = Duration::from_secs(5);
-    /// The most that [`Settings::patience`] can be: `weir-cni` waits for the whole ADD, and runtimes wait for it.
-    pub const MAX_PATIENCE: Duration = Duration::from_secs(20);
 }
 
 /// What can change while the router runs.

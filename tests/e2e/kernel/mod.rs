@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use weir::translate;
+use weir_cluster::translate;
 
 use self::{
     cluster::{BACKEND, NODE, OTHER, OUTSIDE, POD},

@@ -22,6 +22,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Value, json};
 use sha1::{Digest, Sha1};
 use tokio::sync::mpsc;
+use weir_cluster::config::Cni;
 use weir_cni::{
     CniError,
     queue::Queue,
@@ -420,7 +421,7 @@ impl Keeper {
     }
 
     fn patience(&self) -> Duration {
-        self.settings.patience.min(Settings::MAX_PATIENCE)
+        self.settings.patience.min(Cni::MAX_PATIENCE)
     }
 
     fn put_limit(&self) -> Duration {

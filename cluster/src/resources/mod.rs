@@ -1,0 +1,382 @@
+//! Kubernetes and Calico resources read from YAML files.
+//!
+//! Every document becomes an [`Object`] of its kind: the typed value with the tree that it was read from, so that later
+//! stages can point at the place of what they refuse. Kinds outside the contract are skipped with a note.
+
+pub mod at;
+pub mod calico;
+pub mod cluster_network_policy;
+pub mod identity;
+mod made;
+pub mod object;
+pub mod piece;
+pub mod subject;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    sync::Arc,
+};
+
+use k8s_openapi::api::{
+    core::v1::{Namespace, Node as KubernetesNode, Pod, Service, ServiceAccount},
+    discovery::v1::EndpointSlice,
+    networking::v1::NetworkPolicy,
+};
+
+use self::{
+    calico::{
+        IpPool, WorkloadEndpoint,
+        host::{FelixConfiguration, HostEndpoint},
+        policy::{self, GlobalNetworkPolicy, NetworkSet, Profile, StagedKubernetesNetworkPolicy, Tier},
+    },
+    cluster_network_policy::ClusterNetworkPolicy,
+    piece::{Item, Piece},
+};
+use crate::text::{Diagnostic, Problems, Severity, Source, Span};
+
+pub use identity::{Identities, Identity, ObjectId};
+pub use made::{Memo, Same};
+pub use object::{Base, Content, Object};
+pub use subject::Subject;
+
+/// A policy that cannot be read and has no earlier version: it denies what it selects.
+#[derive(Debug)]
+pub struct Denying {
+    /// Its number in [`Objects`].
+    pub origin: u32,
+    /// Its identity.
+    pub id: ObjectId,
+    /// What it selects.
+    pub subject: Subject,
+}
+
+/// Where an object comes from: what messages, traces and metrics call it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// Its kind.
+    pub kind: &'static str,
+    /// Its namespace; `None` for kinds without.
+    pub namespace: Option<String>,
+    /// Its name.
+    pub name: String,
+    /// The file.
+    pub file: String,
+    /// The line where it begins, from 1.
+    pub line: usize,
+}
+
+impl std::fmt::Display for Origin {
+    /// "kind/namespace/name" or "kind/name".
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.namespace {
+            Some(namespace) => write!(f, "{}/{namespace}/{}", self.kind, self.name),
+            None => write!(f, "{}/{}", self.kind, self.name),
+        }
+    }
+}
+
+/// All resources, by kind, in the order of reading.
+#[derive(Debug, Default)]
+pub struct Manifests {
+    /// v1 Node.
+    pub nodes: Vec<Object<KubernetesNode>>,
+    /// v1 Namespace.
+    pub namespaces: Vec<Object<Namespace>>,
+    /// v1 Pod.
+    pub pods: Vec<Object<Pod>>,
+    /// v1 Service.
+    pub services: Vec<Object<Service>>,
+    /// v1 ServiceAccount.
+    pub service_accounts: Vec<Object<ServiceAccount>>,
+    /// discovery.k8s.io/v1 EndpointSlice.
+    pub endpoint_slices: Vec<Object<EndpointSlice>>,
+    /// networking.k8s.io/v1 NetworkPolicy.
+    pub network_policies: Vec<Object<NetworkPolicy>>,
+    /// projectcalico.org/v3 IPPool.
+    pub pools: Vec<Object<IpPool>>,
+    /// projectcalico.org/v3 WorkloadEndpoint.
+    pub workload_endpoints: Vec<Object<WorkloadEndpoint>>,
+    /// projectcalico.org/v3 GlobalNetworkPolicy.
+    pub global_network_policies: Vec<Object<GlobalNetworkPolicy>>,
+    /// projectcalico.org/v3 NetworkPolicy.
+    pub calico_network_policies: Vec<Object<policy::NetworkPolicy>>,
+    /// projectcalico.org/v3 StagedGlobalNetworkPolicy.
+    pub staged_global_network_policies: Vec<Object<GlobalNetworkPolicy>>,
+    /// projectcalico.org/v3 StagedNetworkPolicy.
+    pub staged_network_policies: Vec<Object<policy::NetworkPolicy>>,
+    /// projectcalico.org/v3 StagedKubernetesNetworkPolicy.
+    pub staged_kubernetes_network_policies: Vec<Object<StagedKubernetesNetworkPolicy>>,
+    /// policy.networking.k8s.io/v1beta1 ClusterNetworkPolicy.
+    pub cluster_network_policies: Vec<Object<ClusterNetworkPolicy>>,
+    /// projectcalico.org/v3 Tier.
+    pub tiers: Vec<Object<Tier>>,
+    /// projectcalico.org/v3 GlobalNetworkSet and NetworkSet.
+    pub network_sets: Vec<Object<NetworkSet>>,
+    /// projectcalico.org/v3 Profile.
+    pub profiles: Vec<Object<Profile>>,
+    /// projectcalico.org/v3 HostEndpoint.
+    pub host_endpoints: Vec<Object<HostEndpoint>>,
+    /// projectcalico.org/v3 FelixConfiguration.
+    pub felix_configurations: Vec<Object<FelixConfiguration>>,
+    /// Policies that could not be read and deny what they select.
+    pub denying: Vec<Denying>,
+    /// Where each object stands, by its number.
+    pub objects: Objects,
+}
+
+/// Where objects stand, by the number that models and tables have for each.
+#[derive(Debug, Default)]
+pub struct Objects {
+    placements: Vec<Placement>,
+    /// Positions in `placements`, by number.
+    by_number: Vec<Option<u32>>,
+}
+
+/// An object of a text.
+#[derive(Debug)]
+struct Placement {
+    item: Arc<Item>,
+    source: Arc<Source>,
+    base: Base,
+    /// What stands for it instead of itself.
+    substitute: Option<Substitute>,
+}
+
+impl Placement {
+    fn id(&self) -> &ObjectId {
+        self.item.identity.id()
+    }
+
+    fn origin(&self) -> Origin {
+        let ObjectId { kind, namespace, name, .. } = self.id().clone();
+        let (line, _) = self.source.line_column(self.base.offset + self.item.start);
+        let namespace = Some(namespace).filter(|namespace| !namespace.is_empty());
+        Origin { kind, namespace, name, file: self.source.name().to_owned(), line }
+    }
+}
+
+impl Objects {
+    /// The object with this number.
+    pub fn get(&self, number: u32) -> Option<Origin> {
+        let position = (*self.by_number.get(number as usize)?)?;
+        Some(self.placements[position as usize].origin())
+    }
+
+    /// All objects that are in force, in the order of reading.
+    pub fn iter(&self) -> impl Iterator<Item = Origin> + '_ {
+        let in_force = self.placements.iter().filter(|placement| placement.substitute != Some(Substitute::LastGood));
+        in_force.map(Placement::origin)
+    }
+
+    /// How many objects of each kind are in force.
+    pub fn counts(&self) -> BTreeMap<&'static str, usize> {
+        let mut counts = BTreeMap::new();
+        for placement in self.placements.iter().filter(|one| one.substitute != Some(Substitute::LastGood)) {
+            *counts.entry(placement.id().kind).or_default() += 1;
+        }
+        counts
+    }
+
+    /// The object in whose text a place is.
+    pub fn at(&self, place: Span) -> Option<&ObjectId> {
+        let holds = |placement: &&Placement| {
+            let span = placement.base.place(placement.item.extent);
+            span.file == place.file && (span.start..span.end).contains(&place.start)
+        };
+        self.placements.iter().find(holds).map(Placement::id)
+    }
+
+    /// All objects in the texts that were read, those that were passed over too.
+    pub fn mentioned(&self) -> HashSet<&ObjectId> {
+        self.placements.iter().map(Placement::id).collect()
+    }
+
+    /// The objects that stand for themselves, each with the name of its text.
+    pub fn good(&self) -> impl Iterator<Item = (&ObjectId, &str)> {
+        let good = self.placements.iter().filter(|placement| placement.substitute.is_none());
+        good.map(|placement| (placement.id(), placement.source.name()))
+    }
+}
+
+/// What stands for an object that cannot be read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Substitute {
+    /// The last version that could be.
+    LastGood,
+    /// Nothing; a policy denies what it selects.
+    Nothing,
+}
+
+/// A kind that the contract names.
+#[derive(Debug)]
+struct Kind {
+    groups: &'static [&'static str],
+    /// The versions that are read, the newest first: they have one schema, and one object may be given in several.
+    versions: &'static [&'static str],
+    name: &'static str,
+    namespaced: bool,
+    /// What a field of its spec that weir does not know is: a rule with such a part may let more through than it says.
+    unknown: Severity,
+}
+
+impl Kind {
+    /// The group by which its objects are identified.
+    fn group(&self) -> &'static str {
+        self.groups[0]
+    }
+
+    fn api_version(&self, group: &str) -> String {
+        let newest = self.versions[0];
+        if group.is_empty() { newest.to_owned() } else { format!("{group}/{newest}") }
+    }
+}
+
+/// The group of Calico's kinds, by which two NetworkPolicies of one name are told apart.
+const CALICO_GROUP: &str = "projectcalico.org";
+const CORE: &[&str] = &[""];
+const KUBERNETES_POLICY: &[&str] = &["networking.k8s.io"];
+const CALICO: &[&str] = &[CALICO_GROUP, "crd.projectcalico.org"];
+const CLUSTER_POLICY: &[&str] = &["policy.networking.k8s.io"];
+const V1: &[&str] = &["v1"];
+const V3: &[&str] = &["v3"];
+
+const fn kind(
+    groups: &'static [&'static str],
+    versions: &'static [&'static str],
+    name: &'static str,
+    namespaced: bool,
+    unknown: Severity,
+) -> Kind {
+    Kind { groups, versions, name, namespaced, unknown }
+}
+
+/// The kinds of the contract (the design, "Contract: the configuration file").
+const KINDS: &[Kind] = &[
+    kind(CORE, V1, "Node", false, Severity::Warning),
+    kind(CORE, V1, "Namespace", false, Severity::Warning),
+    kind(CORE, V1, "Pod", true, Severity::Warning),
+    kind(CORE, V1, "Service", true, Severity::Warning),
+    kind(CORE, V1, "ServiceAccount", true, Severity::Warning),
+    kind(&["discovery.k8s.io"], V1, "EndpointSlice", true, Severity::Warning),
+    kind(KUBERNETES_POLICY, V1, "NetworkPolicy", true, Severity::Error),
+    kind(CALICO, V3, "IPPool", false, Severity::Warning),
+    kind(CALICO, V3, "WorkloadEndpoint", true, Severity::Warning),
+    kind(CALICO, V3, "GlobalNetworkPolicy", false, Severity::Error),
+    kind(CALICO, V3, "NetworkPolicy", true, Severity::Error),
+    kind(CALICO, V3, "Tier", false, Severity::Error),
+    kind(CALICO, V3, "GlobalNetworkSet", false, Severity::Error),
+    kind(CALICO, V3, "NetworkSet", true, Severity::Error),
+    kind(CALICO, V3, "HostEndpoint", false, Severity::Error),
+    kind(CALICO, V3, "Profile", false, Severity::Error),
+    kind(CALICO, V3, "StagedGlobalNetworkPolicy", false, Severity::Error),
+    kind(CALICO, V3, "StagedNetworkPolicy", true, Severity::Error),
+    kind(CALICO, V3, "StagedKubernetesNetworkPolicy", true, Severity::Error),
+    kind(CALICO, V3, "FelixConfiguration", false, Severity::Note),
+    kind(CLUSTER_POLICY, &["v1beta1", "v1alpha2"], "ClusterNetworkPolicy", false, Severity::Error),
+];
+
+/// The version under which kubectl dumps Calico's kinds.
+const CALICO_CRD: (&str, &str) = ("crd.projectcalico.org", "v1");
+
+impl Manifests {
+    /// All objects of pieces of texts but for those in `passed_over`.
+    pub fn of<'p>(
+        pieces: impl Iterator<Item = (Base, &'p Arc<Source>, &'p Piece)> + Clone,
+        passed_over: &BTreeMap<ObjectId, Substitute>,
+        problems: &mut Problems,
+    ) -> Self {
+        let mut manifests = Self::default();
+        let newest = newest_versions(pieces.clone().map(|(_, _, piece)| piece));
+        for (base, source, piece) in pieces {
+            replay(&piece.findings, base, problems);
+            for item in &piece.items {
+                if let Some(newest) = newest.get(item.identity.id()).filter(|newest| **newest < item.version) {
+                    let [counts, passed_over] = [*newest, item.version].map(|version| item.kind.versions[version]);
+                    let id = item.identity.id();
+                    let message = format!("{id}: its {passed_over} is passed over, as its {counts} is here too");
+                    problems.note(base.place(item.name), message);
+                    continue;
+                }
+                let substitute = passed_over.get(item.identity.id()).copied();
+                manifests.place(item, source, base, substitute, problems);
+            }
+        }
+        manifests
+    }
+
+    /// Adds objects as they were at an earlier load from the same [`Library`].
+    pub fn add_last_good(&mut self, earlier: &Objects, ids: &BTreeSet<ObjectId>, problems: &mut Problems) {
+        let mut files: Vec<(&Arc<Source>, u32)> = Vec::new();
+        for placement in &earlier.placements {
+            if placement.substitute.is_some() || !ids.contains(placement.id()) {
+                continue;
+            }
+            let known = files.iter().find(|(source, _)| Arc::ptr_eq(source, &placement.source));
+            let file = known.map(|(_, file)| *file).unwrap_or_else(|| {
+                let file = problems.share_source(Arc::clone(&placement.source));
+                files.push((&placement.source, file));
+                file
+            });
+            let base = Base { file, ..placement.base };
+            self.place(&placement.item, &placement.source, base, None, problems);
+        }
+    }
+
+    fn place(
+        &mut self,
+        item: &Arc<Item>,
+        source: &Arc<Source>,
+        base: Base,
+        substitute: Option<Substitute>,
+        problems: &mut Problems,
+    ) {
+        let number = item.identity.number();
+        let position = self.objects.placements.len() as u32;
+        self.objects.placements.push(Placement {
+            item: Arc::clone(item),
+            source: Arc::clone(source),
+            base,
+            substitute,
+        });
+        if substitute == Some(Substitute::LastGood) {
+            return;
+        }
+        if self.objects.by_number.len() <= number as usize {
+            self.objects.by_number.resize(number as usize + 1, None);
+        }
+        let first = self.objects.by_number[number as usize].replace(position);
+        if substitute == Some(Substitute::Nothing) {
+            if let Some(subject) = &item.subject {
+                self.denying.push(Denying { origin: number, id: item.identity.id().clone(), subject: subject.clone() });
+            }
+            return;
+        }
+        let first = first.map(|first| &self.objects.placements[first as usize]);
+        if let Some(first) = first.filter(|first| first.substitute.is_none()) {
+            let place = problems.place(first.base.place(first.item.name));
+            let help = format!("the other is at {place}; keep one");
+            problems.error(base.place(item.name), format!("{} is defined twice", item.identity.id()), help);
+        }
+        replay(&item.findings, base, problems);
+        if let Some(body) = &item.body {
+            body.place(base, number, self);
+        }
+    }
+}
+
+/// The newest version of each object of a kind that is read in several.
+fn newest_versions<'p>(pieces: impl Iterator<Item = &'p Piece>) -> HashMap<&'p ObjectId, usize> {
+    let mut newest: HashMap<&ObjectId, usize> = HashMap::new();
+    for item in pieces.flat_map(|piece| &piece.items).filter(|item| item.kind.versions.len() > 1) {
+        let version = newest.entry(item.identity.id()).or_insert(item.version);
+        *version = item.version.min(*version);
+    }
+    newest
+}
+
+/// Reports what was found in a piece of text, at the place where it is now.
+fn replay(findings: &[Diagnostic], base: Base, problems: &mut Problems) {
+    for finding in findings {
+        problems.push(Diagnostic { span: base.place(finding.span), ..finding.clone() });
+    }
+}

@@ -1,0 +1,356 @@
+//! A piece of text read: a document, or an item of a list of objects.
+//!
+//! What is read out of a piece depends on its characters alone, and places in it are counted from its beginning. So a piece
+//! that did not change, or only moved within its file, need not be read again.
+
+use std::{ops::Range, sync::Arc};
+
+use k8s_openapi::api::{
+    core::v1::{Namespace, Node as KubernetesNode, Pod, Service, ServiceAccount},
+    discovery::v1::EndpointSlice,
+    networking::v1::NetworkPolicy,
+};
+use serde::de::DeserializeOwned;
+
+use super::{
+    CALICO_CRD, CALICO_GROUP, Identities, Identity, KINDS, Kind, Manifests, ObjectId,
+    at::At,
+    calico::{
+        IpPool, WorkloadEndpoint,
+        host::{FelixConfiguration, HostEndpoint},
+        policy::{self, GlobalNetworkPolicy, NetworkSet, Profile, StagedKubernetesNetworkPolicy, Tier},
+    },
+    cluster_network_policy::ClusterNetworkPolicy,
+    made::Made,
+    object::{Base, Content, Object},
+    subject::Subject,
+};
+use crate::text::{
+    Diagnostic, Problems, Severity, Source, Span,
+    problem::nearest,
+    tree::{self, Node, Value},
+    typed,
+};
+
+/// What a piece of text is.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Form {
+    /// A document.
+    Document,
+    /// One "- item" of a document that is a list of objects.
+    ListItem,
+}
+
+/// What a piece of text holds.
+#[derive(Debug, Default)]
+pub struct Piece {
+    /// What is wrong outside of every object.
+    pub(super) findings: Vec<Diagnostic>,
+    /// The objects.
+    pub(super) items: Vec<Arc<Item>>,
+}
+
+/// An object of a piece, also where it cannot be read as its type.
+#[derive(Debug)]
+pub(super) struct Item {
+    pub(super) identity: Arc<Identity>,
+    pub(super) kind: &'static Kind,
+    /// Which of the kind's versions it is given in.
+    pub(super) version: usize,
+    /// The object with all that is in it.
+    pub(super) extent: Span,
+    /// Where it begins.
+    pub(super) start: u32,
+    /// The place of its name.
+    pub(super) name: Span,
+    /// What is wrong with it.
+    pub(super) findings: Vec<Diagnostic>,
+    /// Of a policy: what it denies where it cannot be read.
+    pub(super) subject: Option<Subject>,
+    /// `None` where it cannot be read.
+    pub(super) body: Option<Body>,
+}
+
+/// Makes [`Body`] out of one line per kind: its group and name, its type, and its list in [`Manifests`].
+macro_rules! bodies {
+    ($($variant:ident: $group:pat, $name:pat, $type:ty => $list:ident;)+) => {
+        /// An object of any kind.
+        #[derive(Debug)]
+        pub(super) enum Body {
+            $($variant(Arc<Content<$type>>),)+
+        }
+
+        impl Body {
+            fn read(kind: &Kind, object: Untyped<'_>) -> Option<Self> {
+                match (kind.group(), kind.name) {
+                    $(($group, $name) => Some(Self::$variant(object.content()?)),)+
+                    (group, name) => unreachable!("{name} of {group:?} has no list"),
+                }
+            }
+
+            /// Adds it to the list of its kind.
+            pub fn place(&self, base: Base, origin: u32, manifests: &mut Manifests) {
+                match self {
+                    $(Self::$variant(content) => manifests.$list.push(Object::new(Arc::clone(content), base, origin)),)+
+                }
+            }
+        }
+    };
+}
+
+bodies! {
+    Node: _, "Node", KubernetesNode => nodes;
+    Namespace: _, "Namespace", Namespace => namespaces;
+    Pod: _, "Pod", Pod => pods;
+    Service: _, "Service", Service => services;
+    ServiceAccount: _, "ServiceAccount", ServiceAccount => service_accounts;
+    EndpointSlice: _, "EndpointSlice", EndpointSlice => endpoint_slices;
+    CalicoNetworkPolicy: CALICO_GROUP, "NetworkPolicy", policy::NetworkPolicy => calico_network_policies;
+    NetworkPolicy: _, "NetworkPolicy", NetworkPolicy => network_policies;
+    ClusterNetworkPolicy: _, "ClusterNetworkPolicy", ClusterNetworkPolicy => cluster_network_policies;
+    IpPool: _, "IPPool", IpPool => pools;
+    WorkloadEndpoint: _, "WorkloadEndpoint", WorkloadEndpoint => workload_endpoints;
+    GlobalNetworkPolicy: _, "GlobalNetworkPolicy", GlobalNetworkPolicy => global_network_policies;
+    StagedGlobalNetworkPolicy: _, "StagedGlobalNetworkPolicy", GlobalNetworkPolicy => staged_global_network_policies;
+    StagedNetworkPolicy: _, "StagedNetworkPolicy", policy::NetworkPolicy => staged_network_policies;
+    StagedKubernetesNetworkPolicy: _, "StagedKubernetesNetworkPolicy", StagedKubernetesNetworkPolicy
+        => staged_kubernetes_network_policies;
+    Tier: _, "Tier", Tier => tiers;
+    NetworkSet: _, "GlobalNetworkSet" | "NetworkSet", NetworkSet => network_sets;
+    Profile: _, "Profile", Profile => profiles;
+    HostEndpoint: _, "HostEndpoint", HostEndpoint => host_endpoints;
+    FelixConfiguration: _, "FelixConfiguration", FelixConfiguration => felix_configurations;
+}
+
+impl Piece {
+    /// Reads a piece. `None` where it is no list item by itself: then the document must be read as a whole. Call it within
+    /// [`tree::on_reader_thread`].
+    pub fn read(form: Form, text: &str, identities: &Identities) -> Option<Self> {
+        let mut reading = Reading { piece: Self::default(), problems: Problems::default(), identities };
+        let file = reading.problems.add_source(Source::new("", text.to_owned()));
+        let node = tree::read_document(file, 0..text.len(), &mut reading.problems);
+        let node = match (form, node) {
+            (Form::Document, node) => node,
+            (Form::ListItem, Some(Node { value: Value::List(mut items), .. }))
+                if items.len() == 1 && reading.problems.diagnostics().is_empty() =>
+            {
+                items.pop()
+            }
+            (Form::ListItem, _) => return None,
+        };
+        if let Some(node) = node {
+            reading.add(node);
+        }
+        let Reading { mut piece, problems, .. } = reading;
+        for finding in problems.diagnostics() {
+            // A key that is given twice is the object's fault, though the reader of trees finds it.
+            let holds = |item: &&mut Arc<Item>| (item.extent.start..item.extent.end).contains(&finding.span.start);
+            match piece.items.iter_mut().find(holds).and_then(Arc::get_mut) {
+                Some(item) => item.findings.push(finding.clone()),
+                None => piece.findings.push(finding.clone()),
+            }
+        }
+        Some(piece)
+    }
+}
+
+struct Reading<'i> {
+    piece: Piece,
+    problems: Problems,
+    identities: &'i Identities,
+}
+
+impl Reading<'_> {
+    fn add(&mut self, mut node: Node) {
+        let problems = &mut self.problems;
+        if !matches!(node.value, Value::Map(_)) {
+            let message = format!("expected a Kubernetes object, found {}", node.describe());
+            return problems.error(node.span, message, None);
+        }
+        let text = |key: &str, problems: &mut Problems| -> Option<String> {
+            let Some((_, value)) = node.entry(key) else {
+                let help = "every object begins with apiVersion and kind".to_owned();
+                problems.error(node.span, format!("{key} is missing"), help);
+                return None;
+            };
+            let text = value.as_str().filter(|text| !text.is_empty());
+            if text.is_none() {
+                problems.error(value.span, format!("{key}: expected a string, found {}", value.describe()), None);
+            }
+            text.map(str::to_owned)
+        };
+        let (Some(api_version), Some(kind_name)) = (text("apiVersion", problems), text("kind", problems)) else {
+            return;
+        };
+        if is_list(&kind_name) && node.get("items").is_some() {
+            let Value::Map(entries) = &mut node.value else { return };
+            let items = entries.iter_mut().find(|(key, _)| key.text == "items").map(|(_, items)| &mut items.value);
+            match items {
+                Some(Value::List(items)) => {
+                    for item in std::mem::take(items) {
+                        self.add(item);
+                    }
+                }
+                Some(Value::Null) | None => {}
+                Some(_) => problems.error(At::root(&node).key("items").span(), "items: expected a list", None),
+            }
+            return;
+        }
+        let (group, version) = api_version.split_once('/').unwrap_or(("", &api_version));
+        let of_group = || KINDS.iter().filter(|kind| kind.groups.contains(&group));
+        let version_span = At::root(&node).key("apiVersion").span();
+        let kind_span = At::root(&node).key("kind").span();
+        let Some(kind) = of_group().find(|kind| kind.name == kind_name) else {
+            if kind_name == "NetworkPolicy" && group == "extensions" {
+                let help = "write apiVersion: networking.k8s.io/v1".to_owned();
+                return problems.error(version_span, format!("NetworkPolicy of {api_version} is not read"), help);
+            }
+            return match nearest(&kind_name, of_group().map(|kind| kind.name)) {
+                Some(known) => {
+                    let message = format!("{kind_name} of {api_version} is skipped: weir does not know this kind");
+                    problems.warning(kind_span, message, format!("did you mean {known}?"));
+                }
+                None => problems.note(kind_span, format!("{kind_name} of {api_version} is skipped")),
+            };
+        };
+        let known = kind.versions.iter().position(|known| *known == version);
+        let Some(version) = known.or((group, version).eq(&CALICO_CRD).then_some(0)) else {
+            let help = format!("write apiVersion: {}", kind.api_version(group));
+            return problems.error(version_span, format!("{kind_name} of {api_version} is not read"), help);
+        };
+        self.add_object(kind, version, node);
+    }
+
+    fn add_object(&mut self, kind: &'static Kind, version: usize, node: Node) {
+        let metadata = At::root(&node).key("metadata");
+        let field = |key: &str| node.get("metadata").and_then(|metadata| metadata.get(key));
+        let Some(name) = field("name").and_then(Node::as_str).filter(|name| !name.is_empty()) else {
+            let place = metadata.key("name");
+            let message = match field("name") {
+                Some(found) => format!("{}: metadata.name: expected a name, found {}", kind.name, found.describe()),
+                None => format!("{}: metadata.name is missing", kind.name),
+            };
+            let help = "every object needs a name of its own".to_owned();
+            return self.problems.error(place.span(), message, help);
+        };
+        let given = field("namespace").and_then(Node::as_str).filter(|namespace| !namespace.is_empty());
+        let namespace = match (kind.namespaced, given) {
+            (true, given) => given.unwrap_or("default").to_owned(),
+            (false, _) => String::new(),
+        };
+        let id = ObjectId { group: kind.group(), kind: kind.name, namespace, name: name.to_owned() };
+        let subject = Subject::read(kind, &node);
+        let (extent, start, name) = (node.extent(), node.span.start, metadata.key("name").span());
+        let mut problems = Problems::default();
+        let body = Body::read(kind, Untyped { id: &id, node, unknown: kind.unknown, problems: &mut problems });
+        let item = Item {
+            identity: self.identities.of(id),
+            kind,
+            version,
+            extent,
+            start,
+            name,
+            findings: problems.diagnostics().to_vec(),
+            subject,
+            body,
+        };
+        self.piece.items.push(Arc::new(item));
+    }
+}
+
+/// Whether a kind's objects are lists of other objects.
+fn is_list(kind: &str) -> bool {
+    kind.ends_with("List")
+}
+
+/// An object about to be read as its type.
+struct Untyped<'a> {
+    id: &'a ObjectId,
+    node: Node,
+    /// What a field of its spec that its type does not have is.
+    unknown: Severity,
+    problems: &'a mut Problems,
+}
+
+impl Untyped<'_> {
+    fn content<T: DeserializeOwned>(self) -> Option<Arc<Content<T>>> {
+        let Self { id, node, unknown, problems } = self;
+        let subject = id.to_string();
+        let unknown = |path: &str| if path.starts_with("spec") { unknown } else { Severity::Warning };
+        let value = typed::read(&node, &format!("{subject}: "), unknown, problems)?;
+        let ObjectId { namespace, name, .. } = id.clone();
+        Some(Arc::new(Content { subject, namespace, name, value, node, made: Made::default() }))
+    }
+}
+
+/// The items of a document that is a block list of objects under the key `items`, as kubectl writes it; `None` where that cannot be told
+/// from the indentation of its lines.
+///
+/// Each item is then read by itself, and if one cannot be (a text in quotes that goes on over the lines of several, an alias of
+/// another item's anchor), the document is read as a whole. Call it within [`tree::on_reader_thread`].
+pub fn list_items(document: &str) -> Option<Vec<Range<usize>>> {
+    let mut lines = Lines { text: document, offset: 0 };
+    let head_end = loop {
+        let line = lines.next()?;
+        if document[line.clone()].trim_end() == "items:" {
+            break line.end;
+        }
+    };
+    let mut items: Vec<Range<usize>> = Vec::new();
+    let mut list_indent = None;
+    let mut tail_start = document.len();
+    for line in lines {
+        let content = document[line.clone()].trim_start_matches(' ');
+        let indent = line.len() - content.len();
+        let is_blank = content.trim().is_empty() || content.starts_with('#');
+        let begins_item = content.strip_prefix('-').is_some_and(|rest| rest.starts_with([' ', '\n', '\r']));
+        match list_indent {
+            _ if is_blank => {}
+            None if begins_item => list_indent = Some(indent),
+            None => return None,
+            Some(expected) if indent > expected => {}
+            Some(expected) if indent == expected && begins_item => {}
+            Some(_) => {
+                tail_start = line.start;
+                break;
+            }
+        }
+        match items.last_mut() {
+            Some(item) if is_blank || Some(indent) != list_indent => item.end = line.end,
+            None if is_blank => {}
+            _ => items.push(line),
+        }
+    }
+    let frame = format!("{}{}", &document[..head_end], &document[tail_start..]);
+    (!items.is_empty() && is_frame_of_list(&frame)).then_some(items)
+}
+
+/// Whether a document without its items is a list of objects.
+fn is_frame_of_list(frame: &str) -> bool {
+    let mut problems = Problems::default();
+    let file = problems.add_source(Source::new("", frame.to_owned()));
+    let Some(node) = tree::read_document(file, 0..frame.len(), &mut problems) else { return false };
+    let text = |key: &str| node.get(key).and_then(Node::as_str).filter(|text| !text.is_empty());
+    let items = node.get("items").map(|items| &items.value);
+    problems.diagnostics().is_empty()
+        && text("apiVersion").is_some()
+        && text("kind").is_some_and(is_list)
+        && matches!(items, Some(Value::Null))
+}
+
+/// The ranges of a text's lines, line breaks included.
+struct Lines<'t> {
+    text: &'t str,
+    offset: usize,
+}
+
+impl Iterator for Lines<'_> {
+    type Item = Range<usize>;
+
+    fn next(&mut self) -> Option<Range<usize>> {
+        let line = self.text[self.offset..].split_inclusive('\n').next()?;
+        let start = self.offset;
+        self.offset += line.len();
+        Some(start..self.offset)
+    }
+}

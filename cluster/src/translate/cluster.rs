@@ -1,0 +1,479 @@
+//! Nodes, pods and pools.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+};
+
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1 as core;
+use sha1::{Digest, Sha1};
+use weir_dataplane::model::{Cluster, Node, Pool, TunnelMode, Workload};
+
+use super::LocalPods;
+use crate::{
+    config::RouterConfig,
+    resources::{
+        Manifests, Object,
+        at::{At, Reporter},
+        calico::{EncapsulationMode, IpPool, WorkloadEndpoint},
+    },
+    text::{
+        Problems, Span,
+        address::{parse_cidr, parse_ip, parse_network},
+        problem::nearest,
+    },
+};
+
+/// Calico's name for the host's end of a pod's veth pair: "cali" and the first 11 hex digits of the SHA-1 of
+/// "namespace.pod".
+pub fn workload_device(namespace: &str, pod: &str) -> String {
+    let digest = Sha1::digest(format!("{namespace}.{pod}"));
+    let hex: String = digest.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+    format!("cali{}", &hex[..11])
+}
+
+/// Whether a pod has an end of its own: it is not on the host's network, and it has not ended.
+pub(super) fn is_workload(pod: &core::Pod) -> bool {
+    !is_on_host_network(pod) && !has_ended(pod)
+}
+
+pub(super) fn is_on_host_network(pod: &core::Pod) -> bool {
+    pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or(false)
+}
+
+/// Whether none of its containers will run again.
+pub(super) fn has_ended(pod: &core::Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    matches!(phase, Some("Succeeded" | "Failed"))
+}
+
+fn is_terminating(pod: &core::Pod) -> bool {
+    pod.metadata.deletion_timestamp.is_some()
+}
+
+/// The node that a pod is on.
+fn node_of(pod: &core::Pod) -> Option<&str> {
+    pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref())
+}
+
+/// The object that says what a workload is.
+#[derive(Clone, Copy)]
+pub(super) enum Described<'m> {
+    /// Its Pod.
+    Pod(&'m Object<core::Pod>),
+    /// Its WorkloadEndpoint, without a Pod.
+    Endpoint,
+    /// None yet: a pod that this node's CNI plugin made.
+    NotYet,
+}
+
+/// The WorkloadEndpoint of each pod, by "namespace/pod".
+pub(super) fn endpoints_of_pods(manifests: &Manifests) -> HashMap<String, &Object<WorkloadEndpoint>> {
+    let of_pod = |endpoint: &&Object<WorkloadEndpoint>| {
+        endpoint.value.spec.orchestrator.as_deref().is_none_or(|orchestrator| orchestrator == "k8s")
+    };
+    let name = |endpoint: &Object<WorkloadEndpoint>| {
+        endpoint.value.spec.pod.as_ref().map(|pod| format!("{}/{pod}", endpoint.namespace))
+    };
+    let endpoints = manifests.workload_endpoints.iter().filter(of_pod);
+    endpoints.filter_map(|endpoint| Some((name(endpoint)?, endpoint))).collect()
+}
+
+/// What a WorkloadEndpoint that is no pod's is called.
+pub(super) fn endpoint_name(endpoint: &Object<WorkloadEndpoint>) -> String {
+    let workload = endpoint.value.spec.pod.as_deref().unwrap_or(&endpoint.name);
+    format!("{}/{workload}", endpoint.namespace)
+}
+
+/// The cluster, and what describes each of its workloads.
+pub(super) fn translate<'m>(
+    config: &RouterConfig,
+    manifests: &'m Manifests,
+    local_pods: &LocalPods,
+    problems: &mut Problems,
+) -> (Cluster, Vec<Described<'m>>) {
+    let mut cluster = Cluster {
+        node_name: config.node_name.clone(),
+        service_cidrs: config.service_cidrs.clone(),
+        local_addresses: config.local_addresses.clone(),
+        snat_ports: config.snat.port_range,
+        ..Cluster::default()
+    };
+    for object in &manifests.nodes {
+        cluster.nodes.push(object.made(problems, node).clone());
+    }
+    check_node_name(config, manifests, problems);
+    pools(manifests, &mut cluster, problems);
+    let described = Workloads::of(manifests, local_pods, &mut cluster, problems);
+    cluster.pod_cidrs = match &config.pod_cidrs {
+        Some(given) => given.clone(),
+        None if !cluster.pools.is_empty() => cluster.pools.iter().map(|pool| pool.cidr).collect(),
+        None => cluster.nodes.iter().flat_map(|node| node.pod_cidrs.iter().copied()).collect(),
+    };
+    (cluster, described)
+}
+
+fn check_node_name(config: &RouterConfig, manifests: &Manifests, problems: &mut Problems) {
+    let names = || manifests.nodes.iter().map(|node| node.name.as_str());
+    if !config.node_name.is_empty() && !manifests.nodes.is_empty() && !names().any(|name| name == config.node_name) {
+        // weir.yaml is the first file that is read.
+        let text = problems.source(0).text();
+        let start = text.find(&config.node_name).unwrap_or(0) as u32;
+        let span = Span { file: 0, start, end: start + config.node_name.len() as u32 };
+        let help = match nearest(&config.node_name, names()) {
+            Some(known) => format!("did you mean {known}?"),
+            None => format!("the nodes are: {}", names().take(8).collect::<Vec<_>>().join(", ")),
+        };
+        problems.warning(span, format!("the manifests have no Node {}", config.node_name), help);
+    }
+}
+
+const IPV4_ADDRESS: &str = "projectcalico.org/IPv4Address";
+const IPIP_TUNNEL_ADDRESS: &str = "projectcalico.org/IPv4IPIPTunnelAddr";
+
+fn node(object: &Object<core::Node>, problems: &mut Problems) -> Node {
+    let mut report = object.reporter(problems);
+    let mut node = Node { name: object.name.clone(), ..Node::default() };
+    let addresses_at = object.at().key("status").key("addresses");
+    let addresses = object.value.status.as_ref().and_then(|status| status.addresses.as_deref()).unwrap_or_default();
+    for (index, address) in addresses.iter().enumerate() {
+        let list = match address.type_.as_str() {
+            "InternalIP" => &mut node.internal_ips,
+            "ExternalIP" => &mut node.other_ips,
+            // Names.
+            _ => continue,
+        };
+        let at = addresses_at.item(index).key("address");
+        let field = format!("status.addresses[{index}].address");
+        list.extend(report.read(at, &field, parse_ip(&address.address)));
+    }
+    let annotations_at = object.at().key("metadata").key("annotations");
+    let annotations = object.value.metadata.annotations.as_ref();
+    let annotation = |key: &str| annotations.and_then(|all| all.get(key)).filter(|value| !value.is_empty());
+    if let Some(value) = annotation(IPV4_ADDRESS) {
+        match parse_cidr(value).or_else(|error| parse_ip(value).map(IpNet::from).map_err(|_| error)) {
+            Ok(IpNet::V4(net)) => node.ipv4_address = Some(net),
+            _ => report.error(
+                annotations_at.key(IPV4_ADDRESS),
+                format_args!("annotation {IPV4_ADDRESS}: {value:?} is not an IPv4 address with its subnet"),
+                "write it like 192.0.2.1/24".to_owned(),
+            ),
+        }
+    }
+    if let Some(value) = annotation(IPIP_TUNNEL_ADDRESS) {
+        match parse_ip(value) {
+            Ok(IpAddr::V4(address)) => node.tunnel_address = Some(address),
+            _ => report.error(
+                annotations_at.key(IPIP_TUNNEL_ADDRESS),
+                format_args!("annotation {IPIP_TUNNEL_ADDRESS}: {value:?} is not an IPv4 address"),
+                "write it like 192.0.2.1".to_owned(),
+            ),
+        }
+    }
+    let spec_at = object.at().key("spec");
+    if let Some(spec) = &object.value.spec {
+        for (index, cidr) in spec.pod_cidrs.iter().flatten().enumerate() {
+            let at = spec_at.key("podCIDRs").item(index);
+            node.pod_cidrs.extend(pod_network(&mut report, at, &format!("spec.podCIDRs[{index}]"), cidr));
+        }
+        if let Some(cidr) = &spec.pod_cidr {
+            let at = spec_at.key("podCIDR");
+            let first = pod_network(&mut report, at, "spec.podCIDR", cidr);
+            match (first, node.pod_cidrs.first()) {
+                (Some(first), None) => node.pod_cidrs.push(first),
+                (Some(first), Some(listed)) if first != *listed => {
+                    let help = "make it the first of podCIDRs".to_owned();
+                    report.error(at, format_args!("spec.podCIDR {first} is not spec.podCIDRs[0], {listed}"), help);
+                }
+                _ => {}
+            }
+        }
+    }
+    node
+}
+
+/// A range that pods have. Weir takes it from the node's kernel, which must keep its own ways: so not all addresses that there are.
+fn pod_network(report: &mut Reporter<'_>, at: At<'_>, field: &str, text: &str) -> Option<IpNet> {
+    let net = report.read(at, field, parse_network(text))?;
+    if net.prefix_len() == 0 {
+        let help = "write the range that pods have addresses of".to_owned();
+        report.error(at, format_args!("{field}: {net} is every address, the nodes' own too"), help);
+        return None;
+    }
+    Some(net)
+}
+
+fn pools(manifests: &Manifests, cluster: &mut Cluster, problems: &mut Problems) {
+    for object in &manifests.pools {
+        let Some(pool) = pool(object, problems) else { continue };
+        let overlaps = |other: &Pool| other.cidr.contains(&pool.cidr) || pool.cidr.contains(&other.cidr);
+        if let Some(other) = cluster.pools.iter().find(|other| overlaps(other)) {
+            let message = format!("spec.cidr: {} overlaps {} of another pool", pool.cidr, other.cidr);
+            let help = "an address must belong to one pool".to_owned();
+            object.reporter(problems).error(object.at().key("spec").key("cidr"), message, help);
+        }
+        cluster.pools.push(pool);
+    }
+}
+
+fn pool(object: &Object<IpPool>, problems: &mut Problems) -> Option<Pool> {
+    let mut report = object.reporter(problems);
+    let spec = &object.value.spec;
+    let at = object.at().key("spec");
+    if let Some(mode) = spec.vxlan_mode.filter(|mode| *mode != EncapsulationMode::Never) {
+        report.not_implemented(at.key("vxlanMode"), format_args!("spec.vxlanMode {mode:?}"));
+    }
+    let cidr = pod_network(&mut report, at.key("cidr"), "spec.cidr", &spec.cidr)?;
+    let ipip = match spec.ipip_mode {
+        None | Some(EncapsulationMode::Never) => TunnelMode::Never,
+        Some(EncapsulationMode::Always) => TunnelMode::Always,
+        Some(EncapsulationMode::CrossSubnet) => TunnelMode::CrossSubnet,
+    };
+    if ipip != TunnelMode::Never && cidr.addr().is_ipv6() {
+        let help = "IPIP carries IPv4 only: write ipipMode: Never".to_owned();
+        report.error(at.key("ipipMode"), format_args!("spec.ipipMode {ipip:?} of an IPv6 pool"), help);
+    }
+    Some(Pool { cidr, ipip, nat_outgoing: spec.nat_outgoing.unwrap_or(false) })
+}
+
+/// Workloads as they are gathered, and who owns which address.
+struct Workloads<'m, 'c> {
+    cluster: &'c mut Cluster,
+    described: Vec<Described<'m>>,
+    owners: HashMap<IpAddr, String>,
+}
+
+impl<'m, 'c> Workloads<'m, 'c> {
+    fn of(
+        manifests: &'m Manifests,
+        local_pods: &LocalPods,
+        cluster: &'c mut Cluster,
+        problems: &mut Problems,
+    ) -> Vec<Described<'m>> {
+        let mut workloads = Self { cluster, described: Vec::new(), owners: HashMap::new() };
+        workloads.add_local_pods(manifests, local_pods);
+        workloads.add_pods(manifests, local_pods, problems);
+        workloads.add_endpoints(manifests, local_pods, problems);
+        workloads.described
+    }
+
+    /// First come those that are certain to be there. Their addresses are theirs, whatever objects say.
+    fn add_local_pods(&mut self, manifests: &'m Manifests, local_pods: &LocalPods) {
+        let node_name = self.cluster.node_name.clone();
+        let mut objects: HashMap<&str, &Object<core::Pod>> = HashMap::new();
+        let here = |object: &&Object<core::Pod>| node_of(&object.value) == Some(node_name.as_str());
+        for object in manifests.pods.iter().filter(here) {
+            let named = local_pods.get(&object.full_name());
+            if let Some(pod) = named.filter(|pod| pod.is_described_by(&object.value)) {
+                objects.insert(&pod.name, object);
+            }
+        }
+        for pod in local_pods.iter() {
+            self.owners.extend(pod.addresses.iter().map(|address| (*address, pod.name.clone())));
+            self.cluster.workloads.push(Workload {
+                name: pod.name.clone(),
+                node: Some(node_name.clone()),
+                addresses: pod.addresses.clone(),
+                device: pod.device.clone(),
+                mac: Some(pod.mac),
+            });
+            let object = objects.get(pod.name.as_str());
+            self.described.push(object.map_or(Described::NotYet, |object| Described::Pod(object)));
+        }
+    }
+
+    fn add_pods(&mut self, manifests: &'m Manifests, local_pods: &LocalPods, problems: &mut Problems) {
+        let endpoints = endpoints_of_pods(manifests);
+        let lost = lost_addresses(manifests);
+        for object in &manifests.pods {
+            let facts = object.made(problems, pod);
+            let node = node_of(&object.value);
+            if !facts.is_workload || self.is_made_here(&facts.name, node, local_pods) {
+                continue;
+            }
+            let endpoint = endpoints.get(&facts.name).map(|endpoint| endpoint.made(problems, workload_endpoint));
+            let given = endpoint.map(|read| &read.addresses).filter(|addresses| !addresses.is_empty());
+            let mut addresses = given.unwrap_or(&facts.addresses).clone();
+            let mut report = object.reporter(problems);
+            if addresses.is_empty() {
+                report.note(object.at().key("metadata").key("name"), "it has no address yet and is left out");
+                continue;
+            }
+            if facts.is_terminating {
+                addresses.retain(|address| !lost.contains(address) && !self.owners.contains_key(address));
+                if addresses.is_empty() {
+                    continue;
+                }
+            }
+            let device = endpoint.and_then(|read| read.device.as_ref()).unwrap_or(&facts.device).clone();
+            let mac = endpoint.and_then(|read| read.mac);
+            let node = node.map(str::to_owned);
+            let workload = Workload { name: facts.name.clone(), node, addresses, device, mac };
+            self.add(workload, Described::Pod(object), local_pods, object.at().key("status"), &mut report);
+        }
+    }
+
+    fn add_endpoints(&mut self, manifests: &'m Manifests, local_pods: &LocalPods, problems: &mut Problems) {
+        let pods: HashSet<String> = match manifests.workload_endpoints.as_slice() {
+            [] => return,
+            _ => manifests.pods.iter().map(|object| object.full_name()).collect(),
+        };
+        for object in &manifests.workload_endpoints {
+            let name = endpoint_name(object);
+            let node = object.value.spec.node.clone();
+            if pods.contains(&name) || self.is_made_here(&name, node.as_deref(), local_pods) {
+                continue;
+            }
+            let read = object.made(problems, workload_endpoint);
+            let mut report = object.reporter(problems);
+            let Some(device) = read.device.clone() else {
+                let help = "write the name of the host's end of its veth pair".to_owned();
+                report.error(object.at().key("spec"), "spec.interfaceName is missing", help);
+                continue;
+            };
+            let workload = Workload { name, node, addresses: read.addresses.clone(), device, mac: read.mac };
+            self.add(workload, Described::Endpoint, local_pods, object.at(), &mut report);
+        }
+    }
+
+    /// Whether a workload of that name on that node is, or was before, what the CNI plugin has made on this one: no two of a node have one
+    /// name at once.
+    fn is_made_here(&self, name: &str, node: Option<&str>, local_pods: &LocalPods) -> bool {
+        node == Some(self.cluster.node_name.as_str()) && local_pods.get(name).is_some()
+    }
+
+    /// Adds a workload that objects tell of, without what the pods have that this node made.
+    fn add(
+        &mut self,
+        mut workload: Workload,
+        described: Described<'m>,
+        local_pods: &LocalPods,
+        at: At<'_>,
+        report: &mut Reporter<'_>,
+    ) {
+        let had_any = !workload.addresses.is_empty();
+        workload.addresses.retain(|address| {
+            let Some(owner) = self.owners.get(address) else { return true };
+            let help = "one of the two is probably gone: take it out".to_owned();
+            report.warning(at, format_args!("{address} is the address of {owner} too"), help);
+            !local_pods.get(owner).is_some_and(|pod| pod.addresses.contains(address))
+        });
+        if had_any && workload.addresses.is_empty() {
+            return;
+        }
+        self.owners.extend(workload.addresses.iter().map(|address| (*address, workload.name.clone())));
+        self.cluster.workloads.push(workload);
+        self.described.push(described);
+    }
+}
+
+/// Addresses of terminating pods that living ones have by now.
+fn lost_addresses(manifests: &Manifests) -> HashSet<IpAddr> {
+    let of = |terminating: bool| {
+        let pods = manifests.pods.iter().filter(move |object| is_terminating(&object.value) == terminating);
+        // What is wrong with them is told where they become workloads.
+        let facts = pods.map(|object| object.made(&mut Problems::default(), pod)).filter(|facts| facts.is_workload);
+        facts.flat_map(|facts| facts.addresses.iter().copied())
+    };
+    let of_terminating: HashSet<IpAddr> = of(true).collect();
+    if of_terminating.is_empty() { of_terminating } else { of(false).filter(|a| of_terminating.contains(a)).collect() }
+}
+
+/// What forwarding takes from a Pod.
+struct PodFacts {
+    /// "namespace/name".
+    name: String,
+    addresses: Vec<IpAddr>,
+    is_workload: bool,
+    is_terminating: bool,
+    /// By Calico's rule.
+    device: String,
+}
+
+fn pod(object: &Object<core::Pod>, problems: &mut Problems) -> PodFacts {
+    PodFacts {
+        name: object.full_name(),
+        addresses: pod_addresses(object, problems),
+        is_workload: is_workload(&object.value),
+        is_terminating: is_terminating(&object.value),
+        device: workload_device(&object.namespace, &object.name),
+    }
+}
+
+fn pod_addresses(object: &Object<core::Pod>, problems: &mut Problems) -> Vec<IpAddr> {
+    let mut report = object.reporter(problems);
+    let at = object.at().key("status");
+    let Some(status) = &object.value.status else { return Vec::new() };
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    for (index, entry) in status.pod_ips.iter().flatten().enumerate() {
+        let at = at.key("podIPs").item(index).key("ip");
+        addresses.extend(report.read(at, &format!("status.podIPs[{index}].ip"), parse_ip(&entry.ip)));
+    }
+    if let Some(ip) = status.pod_ip.as_ref().filter(|ip| !ip.is_empty())
+        && let Some(address) = report.read(at.key("podIP"), "status.podIP", parse_ip(ip))
+    {
+        if addresses.is_empty() {
+            addresses.push(address);
+        } else if addresses[0] != address {
+            let help = "make it the first of podIPs".to_owned();
+            report.error(at.key("podIP"), format_args!("status.podIP {address} is not status.podIPs[0]"), help);
+        }
+    }
+    addresses
+}
+
+/// What forwarding takes from a WorkloadEndpoint.
+struct EndpointFacts {
+    addresses: Vec<IpAddr>,
+    device: Option<String>,
+    mac: Option<weir_packet::Mac>,
+}
+
+fn workload_endpoint(object: &Object<WorkloadEndpoint>, problems: &mut Problems) -> EndpointFacts {
+    let mut report = object.reporter(problems);
+    let spec = &object.value.spec;
+    let at = object.at().key("spec");
+    for (field, is_set) in [
+        ("ipNATs", !spec.ip_nats.is_empty()),
+        ("allowSpoofedSourcePrefixes", !spec.allow_spoofed_source_prefixes.is_empty()),
+        ("qosControls", spec.qos_controls.is_some()),
+    ] {
+        if is_set {
+            report.not_implemented(at.name_of(field), format_args!("spec.{field}"));
+        }
+    }
+    let mut addresses = Vec::new();
+    for (index, text) in spec.ip_networks.iter().enumerate() {
+        let at = at.key("ipNetworks").item(index);
+        let field = format!("spec.ipNetworks[{index}]");
+        let net = parse_cidr(text).or_else(|error| parse_ip(text).map(IpNet::from).map_err(|_| error));
+        match report.read(at, &field, net) {
+            Some(net) if net.prefix_len() == net.max_prefix_len() => addresses.push(net.addr()),
+            Some(net) => {
+                let help = format!("write {}", IpNet::from(net.addr()));
+                report.error(at, format_args!("{field}: {text:?} is not a single address"), help);
+            }
+            None => {}
+        }
+    }
+    let mac = spec.mac.as_ref().and_then(|text| match text.parse() {
+        Ok(mac) => Some(mac),
+        Err(error) => {
+            let error: weir_packet::mac::MacParseError = error;
+            report.error(at.key("mac"), format_args!("spec.mac: {text:?} is not a MAC address"), error.to_string());
+            None
+        }
+    });
+    EndpointFacts { addresses, device: spec.interface_name.clone().filter(|name| !name.is_empty()), mac }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_have_calicos_names() {
+        assert_eq!(workload_device("default", "a1"), "cali5cce677186e");
+    }
+}

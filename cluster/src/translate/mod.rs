@@ -1,0 +1,387 @@
+//! Resources to the plain models that the lower crates compile their tables from.
+//!
+//! One pass over each kind: it reads addresses, ports and selectors, refuses what the API server would refuse, and
+//! fills the models. What is at fault is reported at its place and left out, so that one run shows everything.
+
+mod cluster;
+mod host;
+mod host_ports;
+mod local_pods;
+mod policy;
+mod ports;
+#[cfg(test)]
+mod reload_tests;
+mod review;
+mod services;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use weir_packet::Protocol;
+
+use crate::{
+    config::RouterConfig,
+    resources::{Manifests, ObjectId, Objects, Substitute},
+    sources::{Library, library::Texts},
+    text::{Problems, Severity},
+};
+
+use cluster::Described;
+pub use cluster::workload_device;
+pub use host_ports::{Room, Unserved};
+pub use local_pods::{LocalPod, LocalPods};
+use ports::Publishers;
+
+/// A configuration that was read and translated without an error.
+#[derive(Debug)]
+pub struct Loaded {
+    /// weir.yaml.
+    pub config: RouterConfig,
+    /// What forwarding is compiled from.
+    pub cluster: weir_dataplane::model::Cluster,
+    /// What service NAT is compiled from.
+    pub services: weir_nat::Model,
+    /// What policy is compiled from.
+    pub policy: weir_policy::model::Model,
+    /// Where objects come from; the models' `origin` is a number of these.
+    pub objects: Arc<Objects>,
+    /// How many objects of each kind were read.
+    pub counts: BTreeMap<&'static str, usize>,
+    /// Warnings and notes.
+    pub notes: Problems,
+    /// The files and folders that were read, weir.yaml first: what to watch.
+    pub files: Vec<PathBuf>,
+    /// Objects whose newest version is faulty, and what stands for them; only after [`Loader::reload`].
+    pub faulty: Vec<Faulty>,
+    /// The pods that this node's CNI plugin had made.
+    pub local_pods: Arc<LocalPods>,
+    /// Names of those whose objects are not there yet. They are workloads that no policy lets anything through to or from.
+    pub undescribed: BTreeSet<String>,
+    host_ports: host_ports::HostPorts,
+    /// This node's addresses, as weir.yaml or its Node have them.
+    node_addresses: Vec<IpAddr>,
+    publishers: Publishers,
+    /// How long it took.
+    pub times: LoadTimes,
+}
+
+/// How long a load took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LoadTimes {
+    /// Reading and parsing the files.
+    pub read: Duration,
+    /// Translating the objects.
+    pub translate: Duration,
+}
+
+/// An object whose newest version is faulty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Faulty {
+    /// Which: kind and name, or the text that cannot be read.
+    pub object: String,
+    /// What stands for it.
+    pub substitute: Substitute,
+    /// What is wrong, with its place.
+    pub problem: String,
+}
+
+impl Loaded {
+    /// The ports that workloads publish, named or not, by workload.
+    pub fn published_ports(&self) -> BTreeMap<String, BTreeSet<(Protocol, u16)>> {
+        self.publishers.ports()
+    }
+
+    /// Puts the addresses that devices have now beside those of the Node, unless weir.yaml gives them with `localAddresses`.
+    pub fn add_local_addresses(&mut self, addresses: &[IpAddr]) {
+        if self.config.local_addresses.is_none() {
+            let known = &mut self.services.local_addresses;
+            known.clone_from(&self.node_addresses);
+            for address in addresses {
+                if !known.contains(address) {
+                    known.push(*address);
+                }
+            }
+        }
+    }
+}
+
+/// Reads weir.yaml and its manifests and translates them.
+///
+/// # Errors
+/// All problems, warnings and notes included, where at least one is an error.
+pub fn load(path: &Path) -> Result<Loaded, Problems> {
+    Loader::new(path).load()
+}
+
+/// As [`load`], and warns of what is valid but probably not meant so, which takes a look at everything.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_with_review(path: &Path) -> Result<Loaded, Problems> {
+    Loader { reviews: true, ..Loader::new(path) }.load()
+}
+
+/// Loads a configuration, at first and again and again; what did not change is taken as it was.
+#[derive(Debug)]
+pub struct Loader {
+    path: PathBuf,
+    library: Library,
+    /// Whether what is valid is looked through for what is probably not meant so.
+    reviews: bool,
+    kept: Kept,
+    local_pods: Arc<LocalPods>,
+    /// What was read for the last load that succeeded.
+    read: Option<Read>,
+}
+
+/// What was made of several objects at the load before.
+#[derive(Debug, Default)]
+struct Kept {
+    services: services::Assembled,
+    policy: policy::Kept,
+}
+
+/// What was read: weir.yaml and the texts of the manifests, with the problems of reading.
+#[derive(Debug)]
+struct Read {
+    config: RouterConfig,
+    texts: Texts,
+    problems: Problems,
+    took: Duration,
+}
+
+impl Read {
+    /// With the times of a load that is done.
+    fn timed(&self, loaded: Loaded, begin: Instant) -> Loaded {
+        Loaded { times: LoadTimes { read: self.took, translate: begin.elapsed() }, ..loaded }
+    }
+}
+
+impl Loader {
+    /// For the weir.yaml at `path`.
+    pub fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            library: Library::default(),
+            reviews: false,
+            kept: Kept::default(),
+            local_pods: Arc::default(),
+            read: None,
+        }
+    }
+
+    /// The pods that this node's CNI plugin has made, for the loads from now on.
+    pub fn set_local_pods(&mut self, pods: Arc<LocalPods>) {
+        self.local_pods = pods;
+    }
+
+    /// From now on for another weir.yaml, of the same cluster.
+    pub fn set_path(&mut self, path: &Path) {
+        path.clone_into(&mut self.path);
+    }
+
+    /// One that has loaded nothing yet, with the numbers of this one's objects.
+    #[cfg(test)]
+    fn afresh(&self) -> Self {
+        Self { library: self.library.afresh(), local_pods: Arc::clone(&self.local_pods), ..Self::new(&self.path) }
+    }
+
+    /// Reads and translates everything.
+    ///
+    /// # Errors
+    /// All problems, warnings and notes included, where at least one is an error.
+    pub fn load(&mut self) -> Result<Loaded, Problems> {
+        let read = self.read()?;
+        let begin = Instant::now();
+        let loaded = self.attempt(&read, None).map_err(|failed| failed.problems)?;
+        let loaded = read.timed(loaded, begin);
+        self.read = Some(read);
+        Ok(loaded)
+    }
+
+    /// As [`Loader::load`], but an object at fault does not stop the rest: its last good version stands for it, or, where there is none,
+    /// nothing, so that a policy denies what it selects. [`Loaded::faulty`] names what is at fault; all problems come with it, to be shown.
+    /// `previous` is what is in force, loaded by this loader.
+    ///
+    /// # Errors
+    /// All problems, where one is not an object's but of weir.yaml itself.
+    pub fn reload(&mut self, previous: &Objects) -> Result<(Loaded, Option<Problems>), Problems> {
+        let read = self.read()?;
+        let outcome = self.translate_again(&read, previous);
+        if outcome.is_ok() {
+            self.read = Some(read);
+        }
+        outcome
+    }
+
+    /// As [`Loader::reload`], but without a look at the files: with what the last load that succeeded has read. What changed is
+    /// [`Loader::set_local_pods`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn reload_local_pods(&mut self, previous: &Objects) -> Result<(Loaded, Option<Problems>), Problems> {
+        let Some(mut read) = self.read.take() else { return self.reload(previous) };
+        read.took = Duration::ZERO;
+        let outcome = self.translate_again(&read, previous);
+        self.read = Some(read);
+        outcome
+    }
+
+    fn translate_again(&mut self, read: &Read, previous: &Objects) -> Result<(Loaded, Option<Problems>), Problems> {
+        let begin = Instant::now();
+        let all = match self.attempt(read, None) {
+            Ok(loaded) => return Ok((read.timed(loaded, begin), None)),
+            Err(failed) => failed.problems,
+        };
+        let good: HashSet<&ObjectId> = previous.good().map(|(id, _)| id).collect();
+        let mut faulty: BTreeMap<ObjectId, (Substitute, String)> = BTreeMap::new();
+        // Each round substitutes for an object that the one before did not, or takes a substitute out, so there is a last one.
+        loop {
+            let substitutes = faulty.iter().map(|(id, (substitute, _))| (id.clone(), *substitute)).collect();
+            let Failed { problems, manifests } = match self.attempt(read, Some((&substitutes, previous))) {
+                Ok(mut loaded) => {
+                    let named = faulty.into_iter().map(|(id, (substitute, problem))| Faulty {
+                        object: id.to_string(),
+                        substitute,
+                        problem,
+                    });
+                    loaded.faulty.extend(named);
+                    return Ok((read.timed(loaded, begin), Some(all)));
+                }
+                Err(failed) => *failed,
+            };
+            for error in problems.of(Severity::Error) {
+                let Some(id) = manifests.objects.at(error.span) else { continue };
+                let substitute = match substitutes.get(id) {
+                    None if good.contains(id) => Substitute::LastGood,
+                    _ => Substitute::Nothing,
+                };
+                if substitutes.get(id) != Some(&substitute) {
+                    faulty.insert(id.clone(), (substitute, problems.line(error)));
+                }
+            }
+            if faulty.iter().all(|(id, (substitute, _))| substitutes.get(id) == Some(substitute)) {
+                return Err(all);
+            }
+        }
+    }
+
+    fn read(&mut self) -> Result<Read, Problems> {
+        let begin = Instant::now();
+        let mut problems = Problems::default();
+        let Some((config, spans)) = RouterConfig::read(&self.path, &mut problems) else {
+            problems.sort();
+            return Err(problems);
+        };
+        let texts = self.library.read(&config.manifests, &spans, &self.path, &mut problems);
+        Ok(Read { config, texts, problems, took: begin.elapsed() })
+    }
+
+    /// Translates what was read. At a reload with the given substitutes, and with last good versions of what a text that cannot be read
+    /// has lost.
+    fn attempt(
+        &mut self,
+        read: &Read,
+        reload: Option<(&BTreeMap<ObjectId, Substitute>, &Objects)>,
+    ) -> Result<Loaded, Box<Failed>> {
+        let mut problems = read.problems.clone();
+        let none = BTreeMap::new();
+        let substitutes = reload.map_or(&none, |(substitutes, _)| substitutes);
+        let mut manifests = Manifests::of(read.texts.pieces(), substitutes, &mut problems);
+        let mut faulty = Vec::new();
+        if let Some((substitutes, previous)) = reload {
+            let last_good = substitutes.iter().filter(|(_, substitute)| **substitute == Substitute::LastGood);
+            let mut wanted: BTreeSet<ObjectId> = last_good.map(|(id, _)| id.clone()).collect();
+            // An error outside of every object: the text may have lost any that it held.
+            let unreadable =
+                problems.take_errors(|error| error.span.file != 0 && manifests.objects.at(error.span).is_none());
+            let mentioned = manifests.objects.mentioned();
+            for error in unreadable {
+                let name = problems.source(error.span.file).name();
+                let problem = problems.line(&error);
+                let of_text = previous.good().filter(|(_, text)| *text == name).map(|(id, _)| id);
+                let lost: Vec<&ObjectId> =
+                    of_text.filter(|id| !mentioned.contains(id) && !wanted.contains(id)).collect();
+                if lost.is_empty() {
+                    faulty.push(Faulty { object: name.to_owned(), substitute: Substitute::Nothing, problem });
+                    continue;
+                }
+                for id in lost {
+                    faulty.push(Faulty {
+                        object: id.to_string(),
+                        substitute: Substitute::LastGood,
+                        problem: problem.clone(),
+                    });
+                    wanted.insert(id.clone());
+                }
+            }
+            manifests.add_last_good(previous, &wanted, &mut problems);
+        }
+        let config = read.config.clone();
+        let pods = &self.local_pods;
+        let files = std::iter::once(&self.path).chain(&read.texts.files).cloned().collect();
+        match translate(config, &mut manifests, pods, &mut self.kept, self.reviews, problems) {
+            Ok(loaded) => Ok(Loaded { faulty, files, ..loaded }),
+            Err(problems) => Err(Box::new(Failed { problems, manifests })),
+        }
+    }
+}
+
+/// An attempt that found errors.
+struct Failed {
+    problems: Problems,
+    /// What was read.
+    manifests: Manifests,
+}
+
+fn translate(
+    config: RouterConfig,
+    manifests: &mut Manifests,
+    local_pods: &Arc<LocalPods>,
+    kept: &mut Kept,
+    reviews: bool,
+    mut problems: Problems,
+) -> Result<Loaded, Problems> {
+    let (mut cluster, described) = cluster::translate(&config, manifests, local_pods, &mut problems);
+    host::translate(&config, manifests, &mut cluster, &mut problems);
+    let mut services = services::translate(&config, manifests, &cluster, &mut kept.services, &mut problems);
+    let host_ports = host_ports::translate(&config, manifests, local_pods, &cluster, &mut services, &mut problems);
+    let node_addresses = services.local_addresses.clone();
+    let policy = policy::translate(&config, manifests, &cluster, &described, &mut kept.policy, &mut problems);
+    let undescribed = cluster.workloads.iter().zip(&described);
+    let undescribed = undescribed.filter(|(_, by)| matches!(by, Described::NotYet)).map(|(pod, _)| pod.name.clone());
+    let undescribed = undescribed.collect();
+    if reviews {
+        review::review(&config, manifests, &cluster, &mut problems);
+    }
+    problems.sort();
+    if problems.has_errors() {
+        return Err(problems);
+    }
+    debug_assert!(problems.of(Severity::Error).next().is_none());
+    let objects = Arc::new(std::mem::take(&mut manifests.objects));
+    Ok(Loaded {
+        config,
+        cluster,
+        services,
+        policy,
+        counts: objects.counts(),
+        objects,
+        notes: problems,
+        files: Vec::new(),
+        faulty: Vec::new(),
+        local_pods: Arc::clone(local_pods),
+        undescribed,
+        host_ports,
+        node_addresses,
+        publishers: Publishers::take(manifests),
+        times: LoadTimes::default(),
+    })
+}

@@ -1,0 +1,64 @@
+//! The endpoints behind services, for rules that name a service: all that EndpointSlices list, ready or not.
+
+use std::{cell::OnceCell, collections::HashMap};
+
+use ipnet::IpNet;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use weir_packet::Protocol;
+use weir_policy::model::ServiceEndpoint;
+
+use crate::{
+    resources::{Manifests, Object},
+    text::address::parse_ip,
+    translate::services::SERVICE_NAME_LABEL,
+};
+
+/// Endpoints by service. Nothing is looked at before a rule names a service.
+pub(super) struct ServiceEndpoints<'m> {
+    slices: &'m [Object<EndpointSlice>],
+    /// Positions in `slices`, by "namespace/service".
+    by_service: OnceCell<HashMap<String, Vec<usize>>>,
+}
+
+impl<'m> ServiceEndpoints<'m> {
+    /// Faults of slices are told where services are translated.
+    pub(super) fn new(manifests: &'m Manifests) -> Self {
+        Self { slices: &manifests.endpoint_slices, by_service: OnceCell::new() }
+    }
+
+    fn slices_of(&self, namespace: &str, name: &str) -> impl Iterator<Item = &EndpointSlice> {
+        let by_service = self.by_service.get_or_init(|| {
+            let mut by_service: HashMap<String, Vec<usize>> = HashMap::new();
+            for (position, object) in self.slices.iter().enumerate() {
+                let labels = object.value.metadata.labels.as_ref();
+                if let Some(name) = labels.and_then(|labels| labels.get(SERVICE_NAME_LABEL)) {
+                    by_service.entry(format!("{}/{name}", object.namespace)).or_default().push(position);
+                }
+            }
+            by_service
+        });
+        let positions = by_service.get(&format!("{namespace}/{name}")).into_iter().flatten();
+        positions.map(|position| &self.slices[*position].value)
+    }
+
+    /// A service's endpoints, with protocol and port or by their address alone.
+    pub(super) fn of(&self, namespace: &str, name: &str, with_ports: bool) -> Vec<ServiceEndpoint> {
+        let mut endpoints = Vec::new();
+        for slice in self.slices_of(namespace, name) {
+            let texts = slice.endpoints.iter().flatten().flat_map(|endpoint| &endpoint.addresses);
+            let addresses: Vec<IpNet> = texts.filter_map(|text| parse_ip(text).ok()).map(IpNet::from).collect();
+            if !with_ports {
+                endpoints.extend(addresses.iter().map(|address| (*address, None)));
+                continue;
+            }
+            for port in slice.ports.iter().flatten() {
+                let protocol = Protocol::from_name(port.protocol.as_deref().unwrap_or("TCP"));
+                let number = port.port.and_then(|number| u16::try_from(number).ok());
+                if let (Some(protocol), Some(number)) = (protocol, number) {
+                    endpoints.extend(addresses.iter().map(|address| (*address, Some((protocol, number)))));
+                }
+            }
+        }
+        endpoints
+    }
+}

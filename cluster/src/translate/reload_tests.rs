@@ -1,0 +1,247 @@
+//! Loading again and again, with what is kept, beside loading afresh: the same models, problems and substitutes.
+
+use std::{fmt::Write as _, fs, path::Path};
+
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{Rng, SeedableRng},
+};
+
+use super::*;
+
+/// Everything that a load gives, without the numbers of objects, which depend on what came before.
+fn outcome(loaded: &Result<(Loaded, Option<Problems>), Problems>) -> String {
+    let lines = |problems: &Problems| serde_json::to_string_pretty(&problems.to_json()).expect("JSON");
+    let (loaded, all) = match loaded {
+        Ok((loaded, all)) => (loaded, all),
+        Err(problems) => return format!("refused:\n{}", lines(problems)),
+    };
+    let mut text = format!("{:#?}\n{:#?}\n{:?}\n{:?}\n", loaded.cluster, loaded.faulty, loaded.counts, loaded.files);
+    writeln!(text, "{:?}", loaded.undescribed).expect("a String takes it");
+    let origin = |number: u32| loaded.objects.get(number).map(|origin| format!("{origin:?}"));
+    let mut services = loaded.services.clone();
+    for service in services.services.iter_mut().map(std::sync::Arc::make_mut) {
+        writeln!(text, "{}: {:?}", service.name, origin(service.origin)).expect("a String takes it");
+        service.origin = 0;
+    }
+    writeln!(text, "{services:#?}\n{:#?}\n{:?}", loaded.policy.endpoints, loaded.unserved_host_ports())
+        .expect("a String takes it");
+    for policy in loaded.policy.tiers.iter().flat_map(|tier| &tier.policies) {
+        let parts = (&policy.selector, &policy.ingress, &policy.egress, origin(policy.origin));
+        writeln!(text, "{}: {parts:#?}", policy.name).expect("a String takes it");
+    }
+    text + &lines(&loaded.notes) + &all.as_ref().map_or(String::new(), lines)
+}
+
+/// A made-up cluster's documents, edited step by step.
+struct Editor {
+    random: ChaCha8Rng,
+    documents: Vec<String>,
+    as_list: bool,
+}
+
+impl Editor {
+    fn below(&mut self, bound: usize) -> usize {
+        self.random.next_u32() as usize % bound
+    }
+
+    /// An object of any kind, most of them without a fault, in a few names that meet.
+    fn document(&mut self) -> String {
+        let (name, other, number) = (self.below(6), self.below(6), self.below(200));
+        let bad = self.below(12) == 0;
+        match self.below(9) {
+            7 => format!(
+                "apiVersion: policy.networking.k8s.io/{}\nkind: ClusterNetworkPolicy\nmetadata: {{name: c{name}}}\nspec:\n  tier: Admin\n  \
+                 priority: {number}\n  subject: {{namespaces: {{}}}}\n  egress:\n  - action: {}\n    to: [{{nodes: {{matchLabels: {{l: \
+                 v{}}}}}}}]\n",
+                ["v1alpha2", "v1beta1"][number % 2],
+                if bad { "Maybe" } else { "Deny" },
+                other % 3
+            ),
+            8 => format!(
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: p{name}, namespace: x}}\nspec:\n  nodeName: node-a\n  containers: [{{name: \
+                 c, ports: [{{containerPort: 80, hostPort: {}, hostIP: '{}'}}]}}]\nstatus: {{podIP: 10.1.0.{number}}}\n",
+                8000 + number % 3,
+                if bad { "here" } else { ["", "0.0.0.0", "192.168.0.1"][other % 3] }
+            ),
+            0 => format!(
+                "apiVersion: v1\nkind: Service\nmetadata: {{name: s{name}, namespace: x}}\nspec:\n  clusterIP: 10.96.{name}.{}\n  \
+                 ports:\n  - {{name: a, port: {}, nodePort: {}}}\n  type: NodePort\n",
+                if bad { 300 } else { number },
+                80 + other,
+                30000 + number
+            ),
+            1 => format!(
+                "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: e{name}\n  namespace: x\n  labels: \
+                 {{kubernetes.io/service-name: s{other}}}\naddressType: {}\nports: [{{name: a, port: 8080}}]\nendpoints:\n- addresses: \
+                 [10.1.0.{number}]\n  nodeName: node-a\n- addresses: [10.1.1.{number}]\n  # far away\n  conditions: {{ready: false}}\n",
+                if bad { "IPv7" } else { "IPv4" }
+            ),
+            2 => format!(
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: p{name}, namespace: x, labels: {{app: a{other}}}, uid: u{}{}}}\nspec:\n  \
+                 nodeName: node-{}\n  containers: [{{name: c, ports: [{{name: web, containerPort: {}}}]}}]\nstatus: {{podIP: \
+                 10.1.0.{number}}}\n",
+                number % 2,
+                if number % 5 == 0 { ", deletionTimestamp: '2026-01-01T00:00:00Z'" } else { "" },
+                if number % 7 == 0 { "b" } else { "a" },
+                if bad { 0 } else { 8080 }
+            ),
+            3 => format!(
+                "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata:\n  name: n{name}\n  namespace: x\nspec:\n  \
+                 podSelector: {{matchLabels: {{app: a{other}}}}}\n  ingress:\n  - {}: [{{ipBlock: {{cidr: 10.1.0.0/{}}}}}]\n",
+                if bad { "form" } else { "from" },
+                16 + number % 8
+            ),
+            4 => format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: x, labels: {{l: v{number}}}}}\n"),
+            _ if bad => {
+                ["kind: Pod\n", "a: [\n", "- 1\n", "apiVersion: v1\nkind: Pod\nkind: Pod\nmetadata: {name: p1}\n"]
+                    [number % 4]
+                    .to_owned()
+            }
+            _ => format!(
+                "apiVersion: v1\nkind: Node\nmetadata: {{name: node-a, labels: {{l: v{}}}}}\nstatus:\n  addresses: [{{type: InternalIP, address: \
+                 192.168.0.{number}}}]\n",
+                other % 3
+            ),
+        }
+    }
+
+    fn edit(&mut self) {
+        let documents = self.documents.len().max(1);
+        let (at, to) = (self.below(documents), self.below(documents));
+        let document = self.document();
+        match self.below(10) {
+            0..=2 if !self.documents.is_empty() => self.documents[at] = document,
+            3 if !self.documents.is_empty() => drop(self.documents.remove(at)),
+            4 if !self.documents.is_empty() => self.documents.swap(at, to),
+            // Everything behind it moves.
+            5 if !self.documents.is_empty() => self.documents[at].insert_str(0, "# one line more\n"),
+            6 => self.as_list = !self.as_list,
+            _ if self.documents.len() < 12 => self.documents.insert(at.min(self.documents.len()), document),
+            _ => self.documents.clear(),
+        }
+    }
+
+    /// A pod made, made again, or taken away; addresses meet those of objects.
+    fn edit_pods(&mut self, pods: &mut LocalPods) {
+        let (name, number) = (format!("x/p{}", self.below(6)), self.below(200));
+        if self.below(3) == 0 {
+            return pods.remove(&name);
+        }
+        pods.insert(Arc::new(LocalPod {
+            uid: [None, Some("u0"), Some("u1")][self.below(3)].map(str::to_owned),
+            sandbox: number.to_string(),
+            device: format!("cali{number}"),
+            mac: weir_packet::Mac([2, 0, 0, 0, 0, number as u8]),
+            addresses: vec![format!("10.1.0.{number}").parse().unwrap()],
+            name,
+        }));
+    }
+
+    fn text(&self) -> String {
+        if !self.as_list {
+            return self.documents.join("---\n");
+        }
+        let mut text = "apiVersion: v1\nitems:\n".to_owned();
+        for document in &self.documents {
+            for (number, line) in document.lines().enumerate() {
+                writeln!(text, "{}{line}", if number == 0 { "- " } else { "  " }).expect("a String takes it");
+            }
+        }
+        text + "kind: List\nmetadata: {resourceVersion: \"\"}\n"
+    }
+}
+
+#[test]
+fn what_is_kept_from_load_to_load_changes_no_outcome() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("weir.yaml");
+    fs::write(&path, "nodeName: node-a\nmanifests: [one.yaml, two.yaml]\n").unwrap();
+    let mut editors = [1, 2].map(|seed| Editor {
+        random: ChaCha8Rng::seed_from_u64(seed),
+        documents: Vec::new(),
+        as_list: seed == 1,
+    });
+    let write = |editor: &Editor, name: &str| fs::write(folder.path().join(name), editor.text()).unwrap();
+    write(&editors[0], "one.yaml");
+    write(&editors[1], "two.yaml");
+    let mut keeping = Loader::new(&path);
+    let mut previous = keeping.load().unwrap();
+    let mut previous_afresh = keeping.afresh().load().unwrap();
+    let (mut refused, mut with_faults, mut of_pods) = (0, 0, 0);
+    let (mut pods, mut is_refused) = (LocalPods::default(), false);
+    for step in 0..600 {
+        let which = usize::from(step % 3 == 0);
+        let only_pods = step % 4 == 1;
+        if only_pods || step % 8 == 2 {
+            editors[which].edit_pods(&mut pods);
+            keeping.set_local_pods(Arc::new(pods.clone()));
+        }
+        if !only_pods {
+            editors[which].edit();
+            write(&editors[which], ["one.yaml", "two.yaml"][which]);
+        }
+        // After a refusal the files say something else than what is in force.
+        let unread = only_pods && !is_refused;
+        of_pods += usize::from(unread);
+        let kept =
+            if unread { keeping.reload_local_pods(&previous.objects) } else { keeping.reload(&previous.objects) };
+        let afresh = keeping.afresh().reload(&previous_afresh.objects);
+        let (kept_outcome, afresh_outcome) = (outcome(&kept), outcome(&afresh));
+        let differing = kept_outcome.lines().zip(afresh_outcome.lines()).find(|(kept, afresh)| kept != afresh);
+        assert!(
+            kept_outcome == afresh_outcome,
+            "step {step}: {differing:?}\n{}",
+            editors.each_ref().map(Editor::text).join("\n=====\n")
+        );
+        is_refused = kept.is_err();
+        match (kept, afresh) {
+            (Ok((kept, all)), Ok((afresh, _))) => {
+                with_faults += usize::from(all.is_some());
+                (previous, previous_afresh) = (kept, afresh);
+            }
+            _ => refused += 1,
+        }
+    }
+    assert!(with_faults > 40 && refused < 300, "{with_faults} with faults, {refused} refused");
+    assert!(of_pods > 100, "{of_pods} without a look at the files");
+}
+
+/// The documents of a list that kubectl wrote and those of a stream are read to the same objects, each by itself.
+#[test]
+fn an_unchanged_object_is_the_same_one_wherever_it_moves_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let namespace = |name: &str| format!("apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {name}\n");
+    let item = |name: &str| namespace(name).replace('\n', "\n  ").trim_end().to_owned() + "\n";
+    fs::write(path("weir.yaml"), "nodeName: a\nmanifests: [m.yaml]\n").unwrap();
+    let stream = |names: &[&str]| names.iter().map(|name| namespace(name)).collect::<Vec<_>>().join("---\n");
+    let list = |names: &[&str]| {
+        let items: String = names.iter().map(|name| format!("- {}", item(name))).collect();
+        format!("apiVersion: v1\nitems:\n{items}kind: List\n")
+    };
+    for text in [&stream as &dyn Fn(&[&str]) -> String, &list] {
+        let mut library = Library::default();
+        let mut read = |text: String| {
+            fs::write(path("m.yaml"), text).unwrap();
+            let mut problems = Problems::default();
+            problems.add_source(crate::text::Source::new("weir.yaml", String::new()));
+            let texts = library.read(&[path("m.yaml")], &[], Path::new("weir.yaml"), &mut problems);
+            let manifests = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut problems);
+            assert!(problems.diagnostics().is_empty(), "{problems}");
+            let place = |at: crate::resources::at::At<'_>| problems.place(at.span());
+            let objects = manifests.namespaces.iter();
+            objects
+                .map(|object| (object.name.clone(), object.content().clone(), object.origin, place(object.at())))
+                .collect::<Vec<_>>()
+        };
+        let before = read(text(&["a", "b", "c"]));
+        let after = read(text(&["new", "b", "a"]));
+        let same = |old: usize, new: usize| {
+            let ((old_name, old_content, old_origin, _), (name, content, origin, _)) = (&before[old], &after[new]);
+            old_name == name && std::sync::Arc::ptr_eq(old_content, content) && old_origin == origin
+        };
+        assert!(same(1, 1) && same(0, 2), "{before:?} {after:?}");
+        assert!(before[2].3 == after[2].3 && before[0].3 != after[2].3, "{before:?} {after:?}");
+    }
+}

@@ -1,0 +1,566 @@
+//! Services and EndpointSlices (the design's companion on services says which fields count).
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+use k8s_openapi::api::{
+    core::v1::{Service, ServicePort as KubernetesPort, ServiceSpec},
+    discovery::v1::{Endpoint as SliceEndpoint, EndpointSlice},
+};
+use weir_dataplane::model::Cluster;
+use weir_nat::{Endpoint, MAX_AFFINITY_SECONDS, Model, ServicePort, TrafficPolicy};
+use weir_packet::Protocol;
+
+use crate::{
+    config::RouterConfig,
+    resources::{
+        Content, Manifests, Memo, Object, Same,
+        at::{At, Reporter},
+    },
+    text::{
+        Problems, Span,
+        address::{parse_ip, parse_network},
+        problem::nearest,
+    },
+};
+
+pub(super) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+/// Kubernetes's default for the timeout of ClientIP affinity, in seconds.
+const AFFINITY_SECONDS: u32 = 10_800;
+
+/// The service ports of each service, by its number.
+pub(super) type Assembled = Memo<u32, Parts, Vec<Arc<ServicePort>>>;
+
+/// What service ports are made of.
+#[derive(Debug, PartialEq)]
+pub(super) struct Parts {
+    node_name: Arc<str>,
+    service: Same<Content<Service>>,
+    slices: Vec<Same<Content<EndpointSlice>>>,
+}
+
+pub(super) fn translate(
+    config: &RouterConfig,
+    manifests: &Manifests,
+    cluster: &Cluster,
+    assembled: &mut Assembled,
+    problems: &mut Problems,
+) -> Model {
+    let this_node = manifests.nodes.iter().find(|node| node.name == config.node_name);
+    let zone = this_node.and_then(|node| node.value.metadata.labels.as_ref()?.get(ZONE_LABEL).cloned());
+    let local_addresses = config.local_addresses.clone().unwrap_or_else(|| {
+        let node = cluster.nodes.iter().find(|node| node.name == config.node_name);
+        node.map_or(Vec::new(), |node| node.internal_ips.iter().chain(&node.other_ips).copied().collect())
+    });
+    let mut model = Model {
+        node_name: config.node_name.clone(),
+        zone: zone.filter(|zone| !zone.is_empty()),
+        pod_cidrs: cluster.pod_cidrs.clone(),
+        masquerade_all: config.masquerade_all,
+        node_port_addresses: config.node_port_addresses.clone(),
+        local_addresses,
+        service_cidrs: config.service_cidrs.clone(),
+        unserved: Vec::new(),
+        services: Vec::with_capacity(manifests.services.len()),
+    };
+    let mut slices = slices(manifests, problems);
+    let node_name: Arc<str> = config.node_name.as_str().into();
+    let mut claims = Claims::default();
+    assembled.turn();
+    for object in &manifests.services {
+        let Some(facts) = object.made(problems, service) else { continue };
+        claims.of(object, facts, problems);
+        let slices = slices.remove(&(object.namespace.as_str(), object.name.as_str())).unwrap_or_default();
+        let is_served =
+            |name: &str, protocol| facts.ports.iter().any(|p| (p.name.as_str(), p.protocol) == (name, protocol));
+        model
+            .unserved
+            .extend(slices.iter().flat_map(|(_, slice)| slice.backends(|name, protocol| !is_served(name, protocol))));
+        let parts = Parts {
+            node_name: Arc::clone(&node_name),
+            service: Same(Arc::clone(object.content())),
+            slices: slices.iter().map(|(slice, _)| Same(Arc::clone(slice.content()))).collect(),
+        };
+        let ports = assembled.get(object.origin, parts, |_| {
+            let slices: Vec<&Slice> = slices.iter().map(|(_, slice)| *slice).collect();
+            service_ports(object, facts, &slices, &config.node_name)
+        });
+        model.services.extend(ports);
+    }
+    model.unserved.extend(slices.values().flatten().flat_map(|(_, slice)| slice.backends(|_, _| true)));
+    model.unserved.sort_unstable();
+    model.unserved.dedup();
+    model
+}
+
+/// What services take from an EndpointSlice.
+struct Slice {
+    service: String,
+    /// Its endpoints by port name and protocol.
+    ports: BTreeMap<(String, Protocol), Vec<Endpoint>>,
+}
+
+impl Slice {
+    /// The backends of its ports of these names and protocols.
+    fn backends(&self, of: impl Fn(&str, Protocol) -> bool) -> impl Iterator<Item = (Protocol, IpAddr, u16)> {
+        let ports = self.ports.iter().filter(move |((name, protocol), _)| of(name, *protocol));
+        ports.flat_map(|((_, protocol), endpoints)| endpoints.iter().map(|one| (*protocol, one.address, one.port)))
+    }
+}
+
+type SlicesByService<'m> = HashMap<(&'m str, &'m str), Vec<(&'m Object<EndpointSlice>, &'m Slice)>>;
+
+/// The slices by namespace and service, each service's in the order of their names.
+fn slices<'m>(manifests: &'m Manifests, problems: &mut Problems) -> SlicesByService<'m> {
+    let mut slices = SlicesByService::with_capacity(manifests.endpoint_slices.len());
+    for object in &manifests.endpoint_slices {
+        if let Some(facts) = object.made(problems, slice) {
+            slices.entry((&object.namespace, &facts.service)).or_default().push((object, facts));
+        }
+    }
+    for slices in slices.values_mut() {
+        slices.sort_by_key(|(object, _)| &object.name);
+    }
+    slices
+}
+
+fn slice(object: &Object<EndpointSlice>, problems: &mut Problems) -> Option<Slice> {
+    let mut report = object.reporter(problems);
+    let slice = &object.value;
+    let at = object.at();
+    let is_ipv6 = match slice.address_type.as_str() {
+        "IPv4" => false,
+        "IPv6" => true,
+        "FQDN" => return None,
+        "" => {
+            let help = "write addressType: IPv4 or IPv6".to_owned();
+            report.error(at, "addressType is missing", help);
+            return None;
+        }
+        other => {
+            let help = "it is one of IPv4, IPv6, FQDN".to_owned();
+            report.error(at.key("addressType"), format_args!("addressType: {other:?} is not known"), help);
+            return None;
+        }
+    };
+    let mut endpoints = Vec::new();
+    for (index, endpoint) in slice.endpoints.iter().flatten().enumerate() {
+        let at = at.key("endpoints").item(index);
+        endpoints.extend(slice_endpoint(endpoint, index, is_ipv6, at, &mut report).map(|address| (address, endpoint)));
+    }
+    let mut ports: BTreeMap<(String, Protocol), Vec<Endpoint>> = BTreeMap::new();
+    for (index, port) in slice.ports.iter().flatten().enumerate() {
+        let at = at.key("ports").item(index);
+        let protocol = protocol(port.protocol.as_deref(), at.key("protocol"), &format!("ports[{index}]"), &mut report);
+        // A port without a number gives no backend.
+        let Some(number) = port.port else { continue };
+        let number = port_number(number, at.key("port"), &format!("ports[{index}].port"), &mut report);
+        if let (Some(protocol), Some(number)) = (protocol, number) {
+            let list = ports.entry((port.name.clone().unwrap_or_default(), protocol)).or_default();
+            list.extend(endpoints.iter().map(|(address, endpoint)| model_endpoint(*address, number, endpoint)));
+        }
+    }
+    let service = slice.metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME_LABEL));
+    let Some(service) = service.filter(|name| !name.is_empty()) else {
+        let message = format!("it has no label {SERVICE_NAME_LABEL} and belongs to no service");
+        report.note(at.key("metadata").key("name"), message);
+        return None;
+    };
+    Some(Slice { service: service.clone(), ports })
+}
+
+/// Keeps each address and port once: the first, or, where slices disagree, the one on this node, as kube-proxy does.
+fn each_once(endpoints: &mut Vec<Endpoint>, node_name: &str) {
+    let is_local = |endpoint: &Endpoint| endpoint.node_name.as_deref() == Some(node_name);
+    let mut places: HashMap<(IpAddr, u16), usize> = HashMap::new();
+    let mut unique: Vec<Endpoint> = Vec::with_capacity(endpoints.len());
+    for endpoint in endpoints.drain(..) {
+        match places.get(&(endpoint.address, endpoint.port)) {
+            Some(place) if is_local(&endpoint) && !is_local(&unique[*place]) => unique[*place] = endpoint,
+            Some(_) => {}
+            None => {
+                places.insert((endpoint.address, endpoint.port), unique.len());
+                unique.push(endpoint);
+            }
+        }
+    }
+    *endpoints = unique;
+}
+
+/// The address of an endpoint; the API says that clients use the first one only.
+fn slice_endpoint(
+    endpoint: &SliceEndpoint,
+    index: usize,
+    is_ipv6: bool,
+    at: At<'_>,
+    report: &mut Reporter<'_>,
+) -> Option<IpAddr> {
+    let Some(first) = endpoint.addresses.first() else {
+        let help = "an endpoint has at least one address".to_owned();
+        report.error(at, format_args!("endpoints[{index}].addresses is missing"), help);
+        return None;
+    };
+    let mut result = None;
+    for (number, text) in endpoint.addresses.iter().enumerate() {
+        let at = at.key("addresses").item(number);
+        let field = format!("endpoints[{index}].addresses[{number}]");
+        let Some(address) = report.read(at, &field, parse_ip(text)) else { continue };
+        if address.is_ipv6() != is_ipv6 {
+            let family = if is_ipv6 { "IPv6" } else { "IPv4" };
+            let help = "a slice holds addresses of one family; put the others in a slice of their own".to_owned();
+            report.error(at, format_args!("{field}: {text} is not an {family} address as addressType says"), help);
+        } else if number == 0 {
+            result = Some(address);
+        }
+    }
+    debug_assert!(result.is_none() || parse_ip(first).ok() == result);
+    result
+}
+
+fn model_endpoint(address: IpAddr, port: u16, endpoint: &SliceEndpoint) -> Endpoint {
+    let conditions = endpoint.conditions.as_ref();
+    let ready = conditions.and_then(|conditions| conditions.ready).unwrap_or(true);
+    let hints = endpoint.hints.as_ref();
+    Endpoint {
+        address,
+        port,
+        node_name: endpoint.node_name.clone(),
+        ready,
+        serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(ready),
+        terminating: conditions.and_then(|conditions| conditions.terminating).unwrap_or(false),
+        zone_hints: hints
+            .and_then(|hints| hints.for_zones.as_ref())
+            .map_or(Vec::new(), |zones| zones.iter().map(|zone| zone.name.clone()).collect()),
+        node_hints: hints
+            .and_then(|hints| hints.for_nodes.as_ref())
+            .map_or(Vec::new(), |nodes| nodes.iter().map(|node| node.name.clone()).collect()),
+    }
+}
+
+/// What only one service may have, with who has it.
+#[derive(Default)]
+struct Claims<'m> {
+    cluster_ips: HashMap<IpAddr, (&'m str, Span)>,
+    node_ports: HashMap<(u16, Protocol), (&'m str, Span)>,
+}
+
+impl<'m> Claims<'m> {
+    fn of(&mut self, object: &'m Object<Service>, facts: &ServiceFacts, problems: &mut Problems) {
+        let mut report = object.reporter(problems);
+        let at = object.at().key("spec");
+        for (address, span) in &facts.cluster_ips {
+            let claim = (object.subject.as_str(), object.base().place(*span));
+            if let Some((other, place)) = self.cluster_ips.insert(*address, claim) {
+                let help = format!("it is at {}", report.place(place));
+                report.error(at.key("clusterIP"), format_args!("its cluster IP {address} is {other}'s too"), help);
+            }
+        }
+        let health = facts.health_check_node_port.map(|number| (number, Protocol::TCP, at.key("healthCheckNodePort")));
+        let node_ports = facts.ports.iter().filter_map(|port| {
+            Some((port.node_port?, port.protocol, at.key("ports").item(port.index).key("nodePort")))
+        });
+        for (number, protocol, at) in health.into_iter().chain(node_ports) {
+            let claim = (object.subject.as_str(), at.span());
+            if let Some((other, place)) = self.node_ports.insert((number, protocol), claim) {
+                let help = format!("it is at {}", report.place(place));
+                report.error(at, format_args!("node port {number} ({protocol}) is {other}'s too"), help);
+            }
+        }
+    }
+}
+
+/// What a service that is served says by itself.
+struct ServiceFacts {
+    /// Not empty; with their places in the service's piece of text.
+    cluster_ips: Vec<(IpAddr, Span)>,
+    ports: Vec<Port>,
+    internal_policy: TrafficPolicy,
+    external_policy: TrafficPolicy,
+    affinity: Option<u32>,
+    health_check_node_port: Option<u16>,
+    external_ips: Vec<IpAddr>,
+    load_balancer_ips: Vec<IpAddr>,
+    source_ranges: Vec<IpNet>,
+}
+
+/// `None` where it is not served.
+fn service(object: &Object<Service>, problems: &mut Problems) -> Option<ServiceFacts> {
+    let mut report = object.reporter(problems);
+    let at = object.at().key("spec");
+    let Some(spec) = &object.value.spec else {
+        let help = "a service without ports serves nothing".to_owned();
+        report.error(object.at(), "spec is missing", help);
+        return None;
+    };
+    let kind = spec.type_.as_deref().unwrap_or("ClusterIP");
+    one_of(kind, &["ClusterIP", "NodePort", "LoadBalancer", "ExternalName"], at.key("type"), "spec.type", &mut report);
+    if kind == "ExternalName" {
+        return None;
+    }
+    let ports = ports(spec, kind, at, &mut report);
+    let external_policy = policy(spec.external_traffic_policy.as_deref(), at, "externalTrafficPolicy", &mut report);
+    let internal_policy = policy(spec.internal_traffic_policy.as_deref(), at, "internalTrafficPolicy", &mut report);
+    let affinity = affinity(spec, at, &mut report);
+    let health_check_node_port = health_check_node_port(spec, kind, external_policy, at, &mut report);
+    let cluster_ips = cluster_ips(spec, at, &mut report);
+    let mut external_ips = external_ips(spec, at, &mut report);
+    let mut load_balancer_ips = load_balancer_ips(object, &mut report);
+    let mut source_ranges = source_ranges(spec, at, &mut report);
+    if spec.cluster_ip.as_deref() == Some("None") {
+        return None;
+    }
+    if cluster_ips.is_empty() {
+        // Kubernetes allocates one when it accepts the service.
+        report.note(object.at().key("metadata").key("name"), "it has no cluster IP and is not served");
+        return None;
+    }
+    let families = |is_ipv6: bool| cluster_ips.iter().any(|(address, _)| address.is_ipv6() == is_ipv6);
+    external_ips.retain(|ip| families(ip.is_ipv6()));
+    load_balancer_ips.retain(|ip| families(ip.is_ipv6()));
+    source_ranges.retain(|net| families(net.addr().is_ipv6()));
+    Some(ServiceFacts {
+        cluster_ips,
+        ports,
+        internal_policy,
+        external_policy,
+        affinity,
+        health_check_node_port,
+        external_ips,
+        load_balancer_ips,
+        source_ranges,
+    })
+}
+
+/// A service's ports with the backends that its slices give.
+fn service_ports(
+    object: &Object<Service>,
+    facts: &ServiceFacts,
+    slices: &[&Slice],
+    node_name: &str,
+) -> Vec<Arc<ServicePort>> {
+    let endpoints = |port: &Port| {
+        let key = (port.name.clone(), port.protocol);
+        let mut endpoints: Vec<Endpoint> =
+            slices.iter().filter_map(|slice| slice.ports.get(&key)).flatten().cloned().collect();
+        each_once(&mut endpoints, node_name);
+        endpoints
+    };
+    let service_port = |port: &Port| ServicePort {
+        name: if port.name.is_empty() { object.full_name() } else { format!("{}:{}", object.full_name(), port.name) },
+        protocol: port.protocol,
+        port: port.port,
+        cluster_ips: facts.cluster_ips.iter().map(|(address, _)| *address).collect(),
+        host_port: None,
+        node_port: port.node_port,
+        external_ips: facts.external_ips.clone(),
+        load_balancer_ips: facts.load_balancer_ips.clone(),
+        source_ranges: facts.source_ranges.clone(),
+        internal_policy: facts.internal_policy,
+        external_policy: facts.external_policy,
+        affinity: facts.affinity,
+        health_check_node_port: facts.health_check_node_port,
+        endpoints: endpoints(port),
+        origin: object.origin,
+    };
+    facts.ports.iter().map(|port| Arc::new(service_port(port))).collect()
+}
+
+/// The port where load balancers ask for local backends: only services that keep external traffic local have one.
+fn health_check_node_port(
+    spec: &ServiceSpec,
+    kind: &str,
+    external_policy: TrafficPolicy,
+    at: At<'_>,
+    report: &mut Reporter<'_>,
+) -> Option<u16> {
+    let given = spec.health_check_node_port.filter(|port| *port != 0)?;
+    let at = at.key("healthCheckNodePort");
+    let number = port_number(given, at, "spec.healthCheckNodePort", report)?;
+    if kind == "LoadBalancer" && external_policy == TrafficPolicy::Local {
+        return Some(number);
+    }
+    let help = "it counts with type: LoadBalancer and externalTrafficPolicy: Local only".to_owned();
+    report.warning(at, format_args!("spec.healthCheckNodePort {number} is not answered"), help);
+    None
+}
+
+struct Port {
+    /// Which of the service's ports it is.
+    index: usize,
+    name: String,
+    protocol: Protocol,
+    port: u16,
+    node_port: Option<u16>,
+}
+
+fn ports(spec: &ServiceSpec, kind: &str, at: At<'_>, report: &mut Reporter<'_>) -> Vec<Port> {
+    let list: &[KubernetesPort] = spec.ports.as_deref().unwrap_or_default();
+    let at = at.key("ports");
+    if list.is_empty() && spec.cluster_ip.as_deref() != Some("None") {
+        report.error(at, "spec.ports is missing", "a service has at least one port".to_owned());
+    }
+    let mut ports = Vec::new();
+    let (mut names, mut numbers) = (HashSet::new(), HashSet::new());
+    for (index, port) in list.iter().enumerate() {
+        let at = at.item(index);
+        let field = format!("spec.ports[{index}]");
+        let name = port.name.clone().unwrap_or_default();
+        if name.is_empty() && list.len() > 1 {
+            let help = "the ports of a service with several have names".to_owned();
+            report.error(at, format_args!("{field}.name is missing"), help);
+        } else if !names.insert(name.clone()) {
+            report.error(at.key("name"), format_args!("{field}.name: {name:?} is given twice"), None);
+        }
+        let protocol = protocol(port.protocol.as_deref(), at.key("protocol"), &field, report);
+        let number = port_number(port.port, at.key("port"), &format!("{field}.port"), report);
+        let node_port = match port.node_port.filter(|port| *port != 0) {
+            Some(_) if kind == "ClusterIP" => {
+                let help = "write type: NodePort or LoadBalancer, or take it out".to_owned();
+                report.error(at.key("nodePort"), format_args!("{field}.nodePort of a service of type {kind}"), help);
+                None
+            }
+            Some(number) => port_number(number, at.key("nodePort"), &format!("{field}.nodePort"), report),
+            None => None,
+        };
+        let (Some(protocol), Some(number)) = (protocol, number) else { continue };
+        if !numbers.insert((protocol, number)) {
+            report.error(at.key("port"), format_args!("{field}: port {number} ({protocol}) is given twice"), None);
+        }
+        ports.push(Port { index, name, protocol, port: number, node_port });
+    }
+    ports
+}
+
+fn one_of(value: &str, known: &[&str], at: At<'_>, field: &str, report: &mut Reporter<'_>) -> bool {
+    let is_known = known.contains(&value);
+    if !is_known {
+        let help = match nearest(value, known.iter().copied()) {
+            Some(name) => format!("did you mean {name}?"),
+            None => format!("it is one of {}", known.join(", ")),
+        };
+        report.error(at, format_args!("{field}: {value:?} is not known"), help);
+    }
+    is_known
+}
+
+/// TCP, UDP or SCTP; unset is TCP.
+pub(super) fn protocol(name: Option<&str>, at: At<'_>, field: &str, report: &mut Reporter<'_>) -> Option<Protocol> {
+    match name.unwrap_or("TCP") {
+        "TCP" => Some(Protocol::TCP),
+        "UDP" => Some(Protocol::UDP),
+        "SCTP" => Some(Protocol::SCTP),
+        other => {
+            one_of(other, &["TCP", "UDP", "SCTP"], at, &format!("{field}.protocol"), report);
+            None
+        }
+    }
+}
+
+pub(super) fn port_number(number: i32, at: At<'_>, field: &str, report: &mut Reporter<'_>) -> Option<u16> {
+    let port = u16::try_from(number).ok().filter(|port| *port != 0);
+    if port.is_none() {
+        let help = "a port is a number from 1 to 65535".to_owned();
+        report.error(at, format_args!("{field}: {number} is not a port"), help);
+    }
+    port
+}
+
+fn policy(value: Option<&str>, at: At<'_>, field: &str, report: &mut Reporter<'_>) -> TrafficPolicy {
+    match value {
+        None | Some("" | "Cluster") => TrafficPolicy::Cluster,
+        Some("Local") => TrafficPolicy::Local,
+        Some(other) => {
+            one_of(other, &["Cluster", "Local"], at.key(field), &format!("spec.{field}"), report);
+            TrafficPolicy::Cluster
+        }
+    }
+}
+
+fn affinity(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Option<u32> {
+    match spec.session_affinity.as_deref() {
+        None | Some("" | "None") => None,
+        Some("ClientIP") => {
+            let config = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
+            let Some(given) = config.and_then(|client_ip| client_ip.timeout_seconds) else {
+                return Some(AFFINITY_SECONDS);
+            };
+            let seconds = u32::try_from(given).ok().filter(|seconds| (1..=MAX_AFFINITY_SECONDS).contains(seconds));
+            if seconds.is_none() {
+                let at = at.key("sessionAffinityConfig").key("clientIP").key("timeoutSeconds");
+                let field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds";
+                let help = format!("write 1 to {MAX_AFFINITY_SECONDS}, or leave it out for {AFFINITY_SECONDS}");
+                report.error(at, format_args!("{field}: {given} is out of range"), help);
+            }
+            Some(seconds.unwrap_or(AFFINITY_SECONDS))
+        }
+        Some(other) => {
+            one_of(other, &["None", "ClientIP"], at.key("sessionAffinity"), "spec.sessionAffinity", report);
+            None
+        }
+    }
+}
+
+/// The cluster IPs with their places; none of a headless service.
+fn cluster_ips(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Vec<(IpAddr, Span)> {
+    let mut addresses: Vec<(IpAddr, Span)> = Vec::new();
+    for (index, text) in spec.cluster_ips.iter().flatten().enumerate() {
+        let at = at.key("clusterIPs").item(index);
+        if text != "None" && !text.is_empty() {
+            let address = report.read(at, &format!("spec.clusterIPs[{index}]"), parse_ip(text));
+            addresses.extend(address.map(|address| (address, at.span())));
+        }
+    }
+    if let Some(text) = spec.cluster_ip.as_ref().filter(|text| !text.is_empty() && *text != "None") {
+        let at = at.key("clusterIP");
+        match (report.read(at, "spec.clusterIP", parse_ip(text)), addresses.first()) {
+            (Some(address), None) => addresses.push((address, at.span())),
+            (Some(address), Some((listed, _))) if address != *listed => {
+                let help = "make it the first of clusterIPs".to_owned();
+                report.error(at, format_args!("spec.clusterIP {address} is not spec.clusterIPs[0], {listed}"), help);
+            }
+            _ => {}
+        }
+    }
+    addresses
+}
+
+fn external_ips(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Vec<IpAddr> {
+    let mut addresses = Vec::new();
+    for (index, text) in spec.external_ips.iter().flatten().enumerate() {
+        let at = at.key("externalIPs").item(index);
+        addresses.extend(report.read(at, &format!("spec.externalIPs[{index}]"), parse_ip(text.trim())));
+    }
+    addresses
+}
+
+fn load_balancer_ips(object: &Object<Service>, report: &mut Reporter<'_>) -> Vec<IpAddr> {
+    let at = object.at().key("status").key("loadBalancer").key("ingress");
+    let status = object.value.status.as_ref().and_then(|status| status.load_balancer.as_ref());
+    let mut addresses = Vec::new();
+    for (index, ingress) in status.and_then(|status| status.ingress.as_ref()).into_iter().flatten().enumerate() {
+        let at = at.item(index);
+        let field = format!("status.loadBalancer.ingress[{index}]");
+        let mode = ingress.ip_mode.as_deref().unwrap_or("VIP");
+        one_of(mode, &["VIP", "Proxy"], at.key("ipMode"), &format!("{field}.ipMode"), report);
+        if let Some(text) = ingress.ip.as_ref().filter(|text| !text.is_empty()) {
+            let address = report.read(at.key("ip"), &format!("{field}.ip"), parse_ip(text));
+            addresses.extend(address.filter(|_| mode == "VIP"));
+        }
+    }
+    addresses
+}
+
+fn source_ranges(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Vec<IpNet> {
+    let mut ranges = Vec::new();
+    for (index, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
+        let at = at.key("loadBalancerSourceRanges").item(index);
+        let field = format!("spec.loadBalancerSourceRanges[{index}]");
+        ranges.extend(report.read(at, &field, parse_network(text.trim())));
+    }
+    ranges
+}

@@ -1,0 +1,352 @@
+//! A changed configuration made ready on a thread of its own, so that control goes on serving the kernel's and the workers' events:
+//! read, translated, compiled; all but what the kernel must be told.
+
+use std::{
+    collections::HashSet,
+    fmt,
+    future::pending,
+    net::IpAddr,
+    panic::resume_unwind,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use tokio::task::{JoinHandle, spawn_blocking};
+use weir_cluster::{
+    compile::{self, CompileError},
+    config::RouterConfig,
+    resources::Objects,
+    sockets::{Listening, Sockets, ephemeral_ports},
+    text::{Problems, Severity},
+    translate::{LoadTimes, Loaded, Loader, LocalPods, Room},
+};
+use weir_dataplane::{attach::MAX_OWN_PORTS, snapshot::Rules};
+use weir_nat::SnatPorts;
+use weir_packet::Protocol;
+use weir_policy::Compiler;
+
+/// Errors of a refused reload that are kept to be shown; the log has all.
+const SHOWN_ERRORS: usize = 20;
+
+/// How much of a configuration may have changed.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Scope {
+    /// The pods that this node's CNI plugin made.
+    LocalPods,
+    /// The files too.
+    Files,
+}
+
+/// What is in force and what is known, when the next configuration begins to be prepared.
+pub struct Basis {
+    /// The objects of the configuration in force.
+    pub in_force: Arc<Objects>,
+    /// The node's addresses.
+    pub own_addresses: Vec<IpAddr>,
+    /// The pods that this node's CNI plugin has made.
+    pub local_pods: Arc<LocalPods>,
+    /// Ports that sockets of the node listen on, as they were looked at last.
+    pub listening: Listening,
+    /// The host ports that are served.
+    pub host_ports: HashSet<(String, Protocol)>,
+}
+
+/// A configuration that is ready to be taken over.
+pub struct Prepared {
+    /// How much may be another than before.
+    pub scope: Scope,
+    /// What was read and translated.
+    pub loaded: Loaded,
+    /// All problems, where an object is at fault and another stands for it.
+    pub problems: Option<Problems>,
+    /// Services and policy.
+    pub rules: Rules,
+    /// Ports that sockets of the node listen on, as far as it matters.
+    pub listening: Listening,
+    /// The other ones.
+    pub snat: SnatPorts,
+    /// How long it took.
+    pub times: Times,
+}
+
+/// Why a changed configuration is not taken over.
+pub enum Refused {
+    /// It has errors that are not single objects'.
+    Config(Problems),
+    /// It is too large.
+    Compile(CompileError),
+}
+
+/// What became of a preparation; a refusal with what was tried.
+pub type Outcome = Result<Prepared, (Scope, Refused)>;
+
+impl Refused {
+    /// The errors, a line each.
+    pub fn lines(&self) -> Vec<String> {
+        match self {
+            Self::Config(problems) => {
+                problems.of(Severity::Error).take(SHOWN_ERRORS).map(|error| problems.line(error)).collect()
+            }
+            Self::Compile(error) => vec![error.to_string()],
+        }
+    }
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Config(problems) => f.write_str(&problems.render(false)),
+            Self::Compile(error) => error.fmt(f),
+        }
+    }
+}
+
+/// How long the steps of taking a configuration over took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Times {
+    /// Reading and translating.
+    pub load: LoadTimes,
+    /// Compiling services and policy.
+    pub compile: Duration,
+    /// Devices, the kernel's maps and routes, and the snapshot itself.
+    pub publish: Duration,
+}
+
+impl Times {
+    /// Milliseconds, by step.
+    pub fn to_json(self) -> Value {
+        let Self { load, compile, publish } = self;
+        let ms = |duration: Duration| (duration.as_secs_f64() * 1e4).round() / 10.0;
+        json!({"read": ms(load.read), "translate": ms(load.translate), "compile": ms(compile), "publish": ms(publish)})
+    }
+}
+
+/// What makes the next configuration out of the one before.
+struct Tools {
+    loader: Loader,
+    policy: Compiler,
+}
+
+/// Prepares one configuration at a time. What changes in the meantime leads to one more.
+pub struct Preparer {
+    /// Not there while it is at work.
+    tools: Option<Tools>,
+    at_work: Option<JoinHandle<(Tools, Outcome)>>,
+    once_more: Option<Scope>,
+}
+
+impl Preparer {
+    /// With the loader and the compiler of the configuration that is in force.
+    pub fn new(loader: Loader, policy: Compiler) -> Self {
+        Self { tools: Some(Tools { loader, policy }), at_work: None, once_more: None }
+    }
+
+    /// The compiler of policy, while nothing is prepared.
+    pub fn policy(&mut self) -> Option<&mut Compiler> {
+        self.tools.as_mut().map(|tools| &mut tools.policy)
+    }
+
+    /// Begins to prepare what the files say now, or, by `scope`, what they said and the pods that there are now; where that is under way,
+    /// sees to it that it is done once more, as what was read already may have changed. Needs a tokio runtime.
+    pub fn begin(&mut self, scope: Scope, basis: impl FnOnce() -> Basis) {
+        let scope = self.once_more.take().map_or(scope, |due| due.max(scope));
+        let Some(mut tools) = self.tools.take() else {
+            self.once_more = Some(scope);
+            return;
+        };
+        let basis = basis();
+        self.at_work = Some(spawn_blocking(move || {
+            let prepared = prepare(&mut tools, scope, basis).map_err(|refused| (scope, refused));
+            (tools, prepared)
+        }));
+    }
+
+    /// Waits until what was begun is done; for ever where nothing was. Cancel-safe.
+    pub async fn done(&mut self) -> Outcome {
+        let Some(at_work) = &mut self.at_work else { return pending().await };
+        let finished = at_work.await;
+        self.at_work = None;
+        let (tools, prepared) = match finished {
+            Ok(finished) => finished,
+            // Nothing cancels it.
+            Err(error) => resume_unwind(error.into_panic()),
+        };
+        self.tools = Some(tools);
+        prepared
+    }
+
+    /// Whether, and with what, to begin again, now that it is done.
+    pub fn due(&self) -> Option<Scope> {
+        self.once_more.filter(|_| self.at_work.is_none())
+    }
+
+    /// Asks for one more after the one that is done.
+    pub fn once_more(&mut self) {
+        self.once_more = Some(Scope::Files);
+    }
+}
+
+fn prepare(tools: &mut Tools, scope: Scope, basis: Basis) -> Result<Prepared, Refused> {
+    let Basis { in_force, own_addresses, local_pods, listening: looked_at, host_ports } = basis;
+    tools.loader.set_local_pods(local_pods);
+    let outcome = match scope {
+        Scope::Files => tools.loader.reload(&in_force),
+        Scope::LocalPods => tools.loader.reload_local_pods(&in_force),
+    };
+    let (mut loaded, problems) = outcome.map_err(Refused::Config)?;
+    loaded.add_local_addresses(&own_addresses);
+    loaded.settle_host_ports(room(&loaded.config), &host_ports, Sockets::read);
+    let begin = Instant::now();
+    let rules = compile::rules(&loaded, &mut tools.policy).map_err(Refused::Compile)?;
+    let listening = match scope {
+        Scope::Files => listening(&loaded),
+        // Where there are many sockets, to list them takes longer than all else.
+        Scope::LocalPods => looked_at,
+    };
+    let snat = compile::snat_ports(&loaded, &rules, &listening).map_err(Refused::Compile)?;
+    let times = Times { load: loaded.times, compile: begin.elapsed(), publish: Duration::ZERO };
+    Ok(Prepared { scope, loaded, problems, rules, listening, snat, times })
+}
+
+/// What host ports must leave to the node.
+pub fn room(config: &RouterConfig) -> Room {
+    Room { snat: config.snat.port_range, ephemeral: ephemeral_ports(), frontends: MAX_OWN_PORTS as usize }
+}
+
+/// The ports that the node listens on, as far as they matter to this configuration.
+pub fn listening(loaded: &Loaded) -> Listening {
+    Listening::read().relevant(loaded.config.snat.port_range, !loaded.cluster.host_endpoints.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use weir_cluster::translate::LocalPod;
+
+    fn service(name: &str, last: u8) -> String {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: 10.96.0.{last}, ports: [{{port: 80}}]}}\n"
+        )
+    }
+
+    fn basis(objects: &Arc<Objects>, local_pods: &Arc<LocalPods>) -> Basis {
+        Basis {
+            in_force: Arc::clone(objects),
+            own_addresses: Vec::new(),
+            local_pods: Arc::clone(local_pods),
+            listening: Listening::default(),
+            host_ports: HashSet::new(),
+        }
+    }
+
+    fn names(prepared: &Prepared) -> Vec<&str> {
+        prepared.loaded.services.services.iter().map(|service| service.name.as_str()).collect()
+    }
+
+    #[test]
+    fn changes_while_it_is_at_work_lead_to_one_more_and_none_is_lost() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let folder = tempfile::tempdir().unwrap();
+            // As a whole at once: half a text would be another one.
+            let write = |name: &str, text: &str| {
+                let new = folder.path().join("new");
+                fs::write(&new, text).unwrap();
+                fs::rename(new, folder.path().join(name)).unwrap();
+            };
+            write("weir.yaml", "nodeName: a\nmanifests: [m.yaml]\n");
+            write("m.yaml", &service("one", 1));
+            let mut loader = Loader::new(&folder.path().join("weir.yaml"));
+            let first = loader.load().unwrap();
+            let none = Arc::default();
+            let mut preparer = Preparer::new(loader, Compiler::default());
+            assert_eq!(preparer.due(), None);
+
+            write("m.yaml", &(service("one", 1) + &service("two", 2)));
+            preparer.begin(Scope::Files, || basis(&first.objects, &none));
+            // It has read the file, or not yet.
+            write("m.yaml", &(service("one", 1) + &service("three", 3)));
+            for _ in 0..3 {
+                preparer.begin(Scope::Files, || basis(&first.objects, &none));
+                assert_eq!(preparer.due(), None, "it is still at work");
+            }
+            let prepared = preparer.done().await.ok().unwrap();
+            assert!(["default/two", "default/three"].contains(&names(&prepared)[1]), "{:?}", names(&prepared));
+            assert_eq!(preparer.due(), Some(Scope::Files));
+            preparer.begin(Scope::Files, || basis(&prepared.loaded.objects, &none));
+            let prepared = preparer.done().await.ok().unwrap();
+            assert_eq!(names(&prepared), ["default/one", "default/three"]);
+            assert_eq!(preparer.due(), None);
+
+            // A refusal leaves it as able as before, with the last good objects.
+            write("weir.yaml", "nodeName: a\nmanifests: [m.yaml]\ntypo: 1\n");
+            preparer.begin(Scope::Files, || basis(&prepared.loaded.objects, &none));
+            let (_, refused) = preparer.done().await.err().unwrap();
+            assert!(refused.lines()[0].ends_with("weir.yaml:3:1: unknown field typo"), "{:?}", refused.lines());
+            write("weir.yaml", "nodeName: a\nmanifests: [m.yaml]\n");
+            write("m.yaml", "---\napiVersion: [\n");
+            preparer.begin(Scope::Files, || basis(&prepared.loaded.objects, &none));
+            let prepared = preparer.done().await.ok().unwrap();
+            assert_eq!(names(&prepared), ["default/one", "default/three"]);
+            assert_eq!(prepared.loaded.faulty.len(), 2);
+        });
+    }
+
+    #[test]
+    fn pods_are_prepared_without_the_files_and_also_where_those_are_refused() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let folder = tempfile::tempdir().unwrap();
+            let (weir, manifests) = (folder.path().join("weir.yaml"), folder.path().join("m.yaml"));
+            fs::write(&weir, "nodeName: a\nmanifests: [m.yaml]\n").unwrap();
+            fs::write(&manifests, service("one", 1)).unwrap();
+            let mut loader = Loader::new(&weir);
+            let first = loader.load().unwrap();
+            let mut preparer = Preparer::new(loader, Compiler::default());
+            let pods = |names: &[&str]| {
+                let mut pods = LocalPods::default();
+                for (name, last) in names.iter().zip(1..) {
+                    pods.insert(Arc::new(LocalPod {
+                        name: format!("x/{name}"),
+                        uid: None,
+                        sandbox: String::new(),
+                        device: format!("cali{name}"),
+                        mac: weir_packet::Mac([2, 0, 0, 0, 0, last]),
+                        addresses: vec![IpAddr::from([10, 0, 0, last])],
+                    }));
+                }
+                Arc::new(pods)
+            };
+            let workloads = |prepared: &Prepared| {
+                let all = prepared.loaded.cluster.workloads.iter().map(|workload| workload.name.clone());
+                (all.collect::<Vec<_>>(), names(prepared).len())
+            };
+            let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+
+            // The files have changed, but nobody has said so yet.
+            fs::write(&manifests, service("one", 1) + &service("two", 2)).unwrap();
+            preparer.begin(Scope::LocalPods, || basis(&first.objects, &pods(&["p"])));
+            // One more comes meanwhile, and then a file: all that is asked for is done.
+            preparer.begin(Scope::LocalPods, || unreachable!("it is at work"));
+            preparer.begin(Scope::Files, || unreachable!("it is at work"));
+            preparer.begin(Scope::LocalPods, || unreachable!("it is at work"));
+            let prepared = preparer.done().await.ok().unwrap();
+            assert_eq!((prepared.scope, workloads(&prepared)), (Scope::LocalPods, (names(&["x/p"]), 1)));
+            assert_eq!(preparer.due(), Some(Scope::Files));
+            preparer.begin(Scope::Files, || basis(&prepared.loaded.objects, &pods(&["p", "q"])));
+            let prepared = preparer.done().await.ok().unwrap();
+            assert_eq!((prepared.scope, workloads(&prepared)), (Scope::Files, (names(&["x/p", "x/q"]), 2)));
+
+            fs::write(&weir, "nodeName: a\nmanifests: [m.yaml]\ntypo: 1\n").unwrap();
+            preparer.begin(Scope::Files, || basis(&prepared.loaded.objects, &pods(&["q"])));
+            assert_eq!(preparer.done().await.err().unwrap().0, Scope::Files);
+            preparer.begin(Scope::LocalPods, || basis(&prepared.loaded.objects, &pods(&["q"])));
+            let prepared = preparer.done().await.ok().unwrap();
+            assert_eq!((prepared.scope, workloads(&prepared)), (Scope::LocalPods, (names(&["x/q"]), 2)));
+            assert_eq!(prepared.loaded.local_pods, pods(&["q"]));
+        });
+    }
+}

@@ -1,0 +1,73 @@
+//! What several commands share: their common arguments, and how an answer or a failure is printed.
+
+use std::{
+    fmt::Display,
+    io::{self, IsTerminal as _},
+    path::PathBuf,
+};
+
+use clap::ValueEnum;
+use weir_cluster::text::Problems;
+
+/// Which configuration.
+#[derive(clap::Args)]
+pub struct ConfigFile {
+    /// The router's configuration file.
+    #[arg(short, long, value_name = "FILE", default_value = "weir.yaml")]
+    pub config: PathBuf,
+}
+
+/// How an answer is printed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum Output {
+    /// For a person.
+    #[default]
+    Text,
+    /// For a program.
+    Json,
+}
+
+/// Why a command failed, for a person.
+pub struct Failed(String);
+
+impl<E: Display> From<E> for Failed {
+    fn from(error: E) -> Self {
+        Self(error.to_string())
+    }
+}
+
+impl Failed {
+    /// With what is wrong with a configuration.
+    pub fn config(problems: &Problems) -> Self {
+        Self(format!("the configuration has errors\n{}", problems.render(io::stderr().is_terminal())))
+    }
+
+    /// What to print after "weir: ".
+    pub fn message(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Whether to print in colours, to standard output.
+pub fn has_colour() -> bool {
+    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none()
+}
+
+/// JSON for a program, over several lines.
+///
+/// # Errors
+/// What cannot be written as JSON.
+pub fn as_json(value: &impl serde::Serialize) -> Result<String, Failed> {
+    Ok(serde_json::to_string_pretty(value)? + "\n")
+}
+
+/// Who reads no more, as `head`, has what they wanted.
+///
+/// # Errors
+/// All other errors.
+pub fn written(result: io::Result<()>) -> Result<(), Failed> {
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}
