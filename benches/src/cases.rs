@@ -31,8 +31,12 @@ const REMOTE_POD: [&str; 2] = ["10.1.2.10", "fd00:1:2::10"];
 const SERVICE_PORT: u16 = 53;
 const BACKEND_PORT: u16 = 5353;
 
-/// The most flows that a case has: ports of all pods.
-pub const MAX_FLOWS: u32 = PODS * 32_768;
+/// Flows to one destination port: source ports of all pods.
+const FLOWS_OF_PORT: u32 = PODS * 32_768;
+/// Ports of the service and of each server. Cases with up to a million flows use the first.
+const PORTS: u16 = 16;
+/// The most flows that a case has.
+pub const MAX_FLOWS: u32 = FLOWS_OF_PORT * PORTS as u32;
 /// Packets that one TCP stream may send: its window of 1 GiB, less what rounds off, is never opened anew.
 const MAX_SEGMENTS: u64 = ((1 << 30) - (1 << 20)) / PAYLOAD.len() as u64;
 
@@ -234,16 +238,16 @@ fn links() -> Links {
 }
 
 fn rules(cluster: &Cluster) -> Rules {
-    let service = |name: &str, protocol| {
+    let service = |protocol, number: u16| {
         Arc::new(ServicePort {
-            name: name.into(),
+            name: format!("default/dns:{protocol}-{number}"),
             protocol,
-            port: SERVICE_PORT,
+            port: SERVICE_PORT + number,
             cluster_ips: SERVICE.map(ip).into(),
             endpoints: REMOTE_POD
                 .map(|address| Endpoint {
                     address: ip(address),
-                    port: BACKEND_PORT,
+                    port: BACKEND_PORT + number,
                     node_name: Some("node-b".into()),
                     ready: true,
                     serving: true,
@@ -255,12 +259,13 @@ fn rules(cluster: &Cluster) -> Rules {
             ..ServicePort::default()
         })
     };
+    let protocols = [Protocol::UDP, Protocol::TCP];
     let services = ServiceTable::compile(&weir_nat::Model {
         node_name: "node-a".into(),
         pod_cidrs: cluster.pod_cidrs.clone(),
         local_addresses: ["192.168.10.1", "fd00:10::1"].map(ip).into(),
         service_cidrs: cluster.service_cidrs.clone(),
-        services: vec![service("default/dns:udp", Protocol::UDP), service("default/dns:tcp", Protocol::TCP)],
+        services: (0..PORTS).flat_map(|number| protocols.map(|protocol| service(protocol, number))).collect(),
         ..weir_nat::Model::default()
     })
     .expect("the services compile");
@@ -360,13 +365,15 @@ pub(crate) struct Sender {
 impl Sender {
     /// The packet of a flow, from who opened it or back; of TCP one that carries data, or the SYN or ACK that `handshake` says.
     fn new(case: Case, flow: u32, is_answer: bool, handshake: Option<Segment>) -> Self {
-        let (pod, port) = (flow % PODS, (FIRST_PORT + flow / PODS) as u16);
+        let (number, of_port) = ((flow / FLOWS_OF_PORT) as u16, flow % FLOWS_OF_PORT);
+        let (pod, port) = (of_port % PODS, (FIRST_PORT + of_port / PODS) as u16);
+        let backend_port = BACKEND_PORT + number;
         let family = usize::from(case.is_ipv6);
         let other_pod = (pod + 1) % PODS;
         let (to, to_port) = match case.target {
-            Target::Service => (ip(SERVICE[family]), SERVICE_PORT),
-            Target::Remote => (ip(REMOTE_POD[family]), BACKEND_PORT),
-            Target::Local => (pod_address(other_pod, case.is_ipv6), BACKEND_PORT),
+            Target::Service => (ip(SERVICE[family]), SERVICE_PORT + number),
+            Target::Remote => (ip(REMOTE_POD[family]), backend_port),
+            Target::Local => (pod_address(other_pod, case.is_ipv6), backend_port),
         };
         let from = match case.target {
             Target::Local => to,
@@ -376,9 +383,9 @@ impl Sender {
         let (device, macs, addresses, ports) = if !is_answer {
             (pod_device(pod), [pod_mac(pod), VETH_MAC], [client, to], [port, to_port])
         } else if case.target == Target::Local {
-            (pod_device(other_pod), [pod_mac(other_pod), VETH_MAC], [from, client], [BACKEND_PORT, port])
+            (pod_device(other_pod), [pod_mac(other_pod), VETH_MAC], [from, client], [backend_port, port])
         } else {
-            (UPLINK, [OTHER_MAC, NODE_MAC], [from, client], [BACKEND_PORT, port])
+            (UPLINK, [OTHER_MAC, NODE_MAC], [from, client], [backend_port, port])
         };
         let link = PacketBuilder::ethernet2(macs[0], macs[1]);
         let network = match addresses {
