@@ -6,7 +6,6 @@
 
 use std::{
     collections::BTreeSet,
-    future::pending,
     net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -14,10 +13,7 @@ use std::{
 
 use ipnet::IpNet;
 use serde_json::{Value, json};
-use tokio::{
-    sync::{mpsc, oneshot},
-    time::sleep_until,
-};
+use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 use weir_cluster::{
     config::RouterConfig,
@@ -37,8 +33,6 @@ const TUNNEL_BYTES: u32 = 20;
 
 /// The pods of this node, and their maker.
 pub struct Pods {
-    // Before the server, whose end waits for what is under way: it ends at once where nobody will answer.
-    asks: mpsc::Receiver<Ask>,
     book: Book,
     server: Arc<Server>,
     /// What the server was told last that it may give.
@@ -85,11 +79,12 @@ enum Standing {
 }
 
 impl Pods {
-    /// Starts the server, where weir.yaml has a section `cni`.
+    /// Starts the server, where weir.yaml has a section `cni`. What it asks is for control; who drops this must have dropped that before, as the
+    /// server's end waits for what is under way.
     ///
     /// # Errors
     /// Where the state cannot be read or the socket cannot be had.
-    pub fn start(config: &RouterConfig) -> Result<Option<Self>, PodsError> {
+    pub fn start(config: &RouterConfig) -> Result<Option<(Self, mpsc::Receiver<Ask>)>, PodsError> {
         let Some(cni) = &config.cni else { return Ok(None) };
         let (sender, asks) = mpsc::channel(ASKS);
         let settings = Settings {
@@ -105,7 +100,7 @@ impl Pods {
             all.insert(Arc::new(local_pod(&made)));
         }
         let book = Book { all: Arc::new(all), ..Book::default() };
-        Ok(Some(Self { asks, book, server: Arc::new(server), told: NodeRanges::default() }))
+        Ok(Some((Self { book, server: Arc::new(server), told: NodeRanges::default() }, asks)))
     }
 
     /// The pods, and who waits.
@@ -131,6 +126,18 @@ impl Pods {
                 info!(?pod_cidrs, mtu, "what new pods get");
             }
             self.told = ranges;
+        }
+    }
+
+    /// When somebody has waited long enough, if anybody waits.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.book.puts.iter().filter_map(|put| put.deadline).min()
+    }
+
+    /// Ends the patience of those who have waited long enough: [`Book::settle`] answers them then.
+    pub fn expire(&mut self, now: Instant) {
+        for put in &mut self.book.puts {
+            put.deadline = put.deadline.filter(|deadline| *deadline > now);
         }
     }
 
@@ -288,35 +295,6 @@ impl Book {
         // What was made of them goes with the next configuration that can be in force.
         for gone in self.gones.drain(..) {
             let _ = gone.answer.send(());
-        }
-    }
-}
-
-/// The next thing that is asked, or `None` when somebody has waited long enough and [`Book::settle`] is due; for ever nothing where weir
-/// makes no pods. Cancel-safe.
-pub async fn next(pods: &mut Option<Pods>) -> Option<Ask> {
-    let Some(Pods { asks, book: Book { puts, .. }, .. }) = pods else { return pending().await };
-    let deadline = puts.iter().filter_map(|put| put.deadline).min();
-    let patience_ends = async {
-        match deadline {
-            Some(deadline) => sleep_until(deadline.into()).await,
-            None => pending().await,
-        }
-    };
-    let asked = async {
-        match asks.recv().await {
-            Some(ask) => ask,
-            // The server's thread has ended, which its status says.
-            None => pending().await,
-        }
-    };
-    tokio::select! {
-        ask = asked => Some(ask),
-        () = patience_ends => {
-            for put in puts {
-                put.deadline = put.deadline.filter(|its| Some(*its) > deadline);
-            }
-            None
         }
     }
 }

@@ -4,8 +4,9 @@
 use std::{
     collections::HashMap,
     fmt::Write as _,
+    fs,
     io::{self, BufRead, BufReader, Write},
-    os::unix::net::UnixStream,
+    os::unix::{fs::PermissionsExt as _, net::UnixStream},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -38,6 +39,13 @@ pub enum Request {
     Ipam,
 }
 
+impl Request {
+    /// Whether the answer has many lines.
+    pub fn is_long(&self) -> bool {
+        matches!(self, Self::Conntrack(_) | Self::Services(_))
+    }
+}
+
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
@@ -61,6 +69,15 @@ pub enum AskError {
     /// The router does not know what is asked for.
     #[error("the router refuses: {0}; is it of the same version?")]
     Refused(String),
+}
+
+/// Makes [`RUN_FOLDER`], for root alone: what is asked there changes what the node lets through.
+///
+/// # Errors
+/// Where it cannot be made or changed.
+pub fn make_run_folder() -> io::Result<()> {
+    fs::create_dir_all(RUN_FOLDER)?;
+    fs::set_permissions(RUN_FOLDER, fs::Permissions::from_mode(0o700))
 }
 
 /// The socket of the router of a node.

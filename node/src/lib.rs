@@ -1,6 +1,6 @@
 //! The router of a node.
 //!
-//! - [`run`]: start, serve, reload. [`prepare`]: a changed configuration made ready beside the running router.
+//! - [`run`]: the router from its start to its end; `router`: control, which decides what is in force. [`prepare`]: a changed configuration made ready beside the running router.
 //! - [`kernel`]: the node's kernel, followed and set up.
 //! - [`pods`]: pods made and taken away, and their addresses ([`ipam`]); `book`: those pods as control keeps them.
 //! - [`control`]: asking a running router; [`conntrack`], [`services`]: answers of many lines; [`report`]: what is told alike.
@@ -22,6 +22,7 @@ pub mod pods;
 mod prefixes;
 pub mod prepare;
 pub mod report;
+mod router;
 pub mod run;
 pub mod services;
 mod snat_use;

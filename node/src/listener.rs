@@ -9,11 +9,11 @@ use std::{
     time::Duration,
 };
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
-    sync::{Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::{sleep, timeout},
 };
 use tracing::warn;
@@ -21,26 +21,32 @@ use tracing::warn;
 use crate::control::Request;
 
 /// Clients whose request is being read; more are turned away.
-const CLIENTS: usize = 64;
+const CLIENTS: usize = 4096;
+/// Answers of many lines that are being written at most, and answers of one line, which find a place also where all of the others are taken.
+const LONG: usize = 56;
+const SHORT: usize = 16;
 /// How long a request may take to arrive.
-const ARRIVAL: Duration = Duration::from_secs(5);
+const ARRIVAL: Duration = Duration::from_secs(1);
 /// Most bytes of a request.
 const MAX_REQUEST_BYTES: u64 = 64 << 10;
 /// How long nobody is let in after a connection could not be: those there are give their descriptors back.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// Makes a message of a request, of who is to be answered, and of a place among those who are, to be dropped once it is done.
+pub type Wrap<M> = fn(Request, UnixStream, OwnedSemaphorePermit) -> M;
+
 /// The socket; removed when this is dropped.
 pub struct Listener {
     path: PathBuf,
-    requests: mpsc::Receiver<(Request, UnixStream)>,
 }
 
 impl Listener {
-    /// Listens at `path`, in the place of whoever did before. Needs a tokio runtime.
+    /// Listens at `path`, in the place of whoever did before, and hands each request to `inbox`, with a place among those who are answered.
+    /// Needs a tokio runtime.
     ///
     /// # Errors
     /// Where there can be no socket.
-    pub fn start(path: &Path) -> io::Result<Self> {
+    pub fn start<M: Send + 'static>(path: &Path, inbox: mpsc::Sender<M>, message: Wrap<M>) -> io::Result<Self> {
         // It has its mode before it has its name.
         let mut beside = path.as_os_str().to_owned();
         beside.push(".new");
@@ -52,14 +58,9 @@ impl Listener {
         let listener = UnixListener::bind(&beside)?;
         fs::set_permissions(&beside, fs::Permissions::from_mode(0o600))?;
         fs::rename(&beside, path)?;
-        let (sender, requests) = mpsc::channel(CLIENTS);
-        tokio::spawn(accept(listener, sender));
-        Ok(Self { path: path.into(), requests })
-    }
-
-    /// The next request, and who is to be answered. Cancel-safe.
-    pub async fn next(&mut self) -> Option<(Request, UnixStream)> {
-        self.requests.recv().await
+        let desk = Desk { inbox, message, long: places(LONG), short: places(SHORT) };
+        tokio::spawn(accept(listener, Arc::new(desk)));
+        Ok(Self { path: path.into() })
     }
 }
 
@@ -69,19 +70,32 @@ impl Drop for Listener {
     }
 }
 
-async fn accept(listener: UnixListener, requests: mpsc::Sender<(Request, UnixStream)>) {
-    let room = Arc::new(Semaphore::new(CLIENTS));
+fn places(count: usize) -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(count))
+}
+
+/// Where requests go.
+struct Desk<M> {
+    inbox: mpsc::Sender<M>,
+    message: Wrap<M>,
+    /// Places for answers of many lines, and of one.
+    long: Arc<Semaphore>,
+    short: Arc<Semaphore>,
+}
+
+async fn accept<M: Send + 'static>(listener: UnixListener, desk: Arc<Desk<M>>) {
+    let room = places(CLIENTS);
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = requests.closed() => return,
+            () = desk.inbox.closed() => return,
         };
         match accepted {
             Ok((stream, _)) => {
                 let Ok(place) = room.clone().try_acquire_owned() else { continue };
-                let requests = requests.clone();
+                let desk = Arc::clone(&desk);
                 tokio::spawn(async move {
-                    if let Ok(Err(error)) = timeout(ARRIVAL, read(stream, &requests)).await {
+                    if let Ok(Err(error)) = timeout(ARRIVAL, read(stream, &desk)).await {
                         warn!(%error, "a client was not answered");
                     }
                     drop(place);
@@ -95,8 +109,8 @@ async fn accept(listener: UnixListener, requests: mpsc::Sender<(Request, UnixStr
     }
 }
 
-/// Reads a client's request, and hands it over if it is one.
-async fn read(stream: UnixStream, requests: &mpsc::Sender<(Request, UnixStream)>) -> io::Result<()> {
+/// Reads a client's request, and hands it over if it is one and there is a place for its answer.
+async fn read<M>(stream: UnixStream, desk: &Desk<M>) -> io::Result<()> {
     let mut stream = BufReader::new(stream);
     let mut line = Vec::new();
     (&mut stream).take(MAX_REQUEST_BYTES).read_until(b'\n', &mut line).await?;
@@ -105,19 +119,22 @@ async fn read(stream: UnixStream, requests: &mpsc::Sender<(Request, UnixStream)>
         return Ok(());
     }
     let mut stream = stream.into_inner();
-    match serde_json::from_slice(&line) {
-        Ok(request) => drop(requests.send((request, stream)).await),
-        Err(error) => writeln_to(&mut stream, &json!({"error": error.to_string()})).await?,
-    }
-    Ok(())
-}
-
-/// Answers by one line.
-///
-/// # Errors
-/// Where the client is gone.
-pub async fn writeln_to(stream: &mut UnixStream, answer: &Value) -> io::Result<()> {
-    let mut text = answer.to_string();
+    let refusal = match serde_json::from_slice::<Request>(&line) {
+        Ok(request) => {
+            let places = if request.is_long() { &desk.long } else { &desk.short };
+            match places.clone().try_acquire_owned() {
+                Ok(place) => {
+                    drop(desk.inbox.send((desk.message)(request, stream, place)).await);
+                    return Ok(());
+                }
+                Err(_) => {
+                    "too many answers are being written already; try again when some of those who ask have ended".into()
+                }
+            }
+        }
+        Err(error) => error.to_string(),
+    };
+    let mut text = json!({"error": refusal}).to_string();
     text.push('\n');
     stream.write_all(text.as_bytes()).await
 }

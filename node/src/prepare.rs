@@ -4,15 +4,13 @@
 use std::{
     collections::HashSet,
     fmt,
-    future::pending,
     net::IpAddr,
-    panic::resume_unwind,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::task::spawn_blocking;
 use weir_cluster::{
     compile::{self, CompileError},
     config::RouterConfig,
@@ -66,6 +64,8 @@ pub struct Prepared {
     pub listening: Listening,
     /// The other ones.
     pub snat: SnatPorts,
+    /// The node's addresses that it was prepared with.
+    pub own_addresses: Vec<IpAddr>,
     /// How long it took.
     pub times: Times,
 }
@@ -128,23 +128,25 @@ struct Tools {
     policy: Compiler,
 }
 
+/// A preparation that is done.
+pub struct Finished {
+    tools: Tools,
+    outcome: Outcome,
+}
+
 /// Prepares one configuration at a time. What changes in the meantime leads to one more.
 pub struct Preparer {
     /// Not there while it is at work.
     tools: Option<Tools>,
-    at_work: Option<JoinHandle<(Tools, Outcome)>>,
     once_more: Option<Scope>,
+    deliver: Arc<dyn Fn(Finished) + Send + Sync>,
 }
 
 impl Preparer {
-    /// With the loader and the compiler of the configuration that is in force.
-    pub fn new(loader: Loader, policy: Compiler) -> Self {
-        Self { tools: Some(Tools { loader, policy }), at_work: None, once_more: None }
-    }
-
-    /// The compiler of policy, while nothing is prepared.
-    pub fn policy(&mut self) -> Option<&mut Compiler> {
-        self.tools.as_mut().map(|tools| &mut tools.policy)
+    /// With the loader and the compiler of the configuration that is in force. `deliver` gets what is done, for [`Preparer::finish`]; it is
+    /// called on a thread that may wait.
+    pub fn new(loader: Loader, policy: Compiler, deliver: impl Fn(Finished) + Send + Sync + 'static) -> Self {
+        Self { tools: Some(Tools { loader, policy }), once_more: None, deliver: Arc::new(deliver) }
     }
 
     /// Begins to prepare what the files say now, or, by `scope`, what they said and the pods that there are now; where that is under way,
@@ -155,35 +157,22 @@ impl Preparer {
             self.once_more = Some(scope);
             return;
         };
-        let basis = basis();
-        self.at_work = Some(spawn_blocking(move || {
-            let prepared = prepare(&mut tools, scope, basis).map_err(|refused| (scope, refused));
-            (tools, prepared)
-        }));
+        let (basis, deliver) = (basis(), Arc::clone(&self.deliver));
+        spawn_blocking(move || {
+            let outcome = prepare(&mut tools, scope, basis).map_err(|refused| (scope, refused));
+            deliver(Finished { tools, outcome });
+        });
     }
 
-    /// Waits until what was begun is done; for ever where nothing was. Cancel-safe.
-    pub async fn done(&mut self) -> Outcome {
-        let Some(at_work) = &mut self.at_work else { return pending().await };
-        let finished = at_work.await;
-        self.at_work = None;
-        let (tools, prepared) = match finished {
-            Ok(finished) => finished,
-            // Nothing cancels it.
-            Err(error) => resume_unwind(error.into_panic()),
-        };
+    /// Takes back what is needed for the next one; what became of this one.
+    pub fn finish(&mut self, Finished { tools, outcome }: Finished) -> Outcome {
         self.tools = Some(tools);
-        prepared
+        outcome
     }
 
     /// Whether, and with what, to begin again, now that it is done.
     pub fn due(&self) -> Option<Scope> {
-        self.once_more.filter(|_| self.at_work.is_none())
-    }
-
-    /// Asks for one more after the one that is done.
-    pub fn once_more(&mut self) {
-        self.once_more = Some(Scope::Files);
+        self.once_more.filter(|_| self.tools.is_some())
     }
 }
 
@@ -206,7 +195,7 @@ fn prepare(tools: &mut Tools, scope: Scope, basis: Basis) -> Result<Prepared, Re
     };
     let snat = compile::snat_ports(&loaded, &rules, &listening).map_err(Refused::Compile)?;
     let times = Times { load: loaded.times, compile: begin.elapsed(), publish: Duration::ZERO };
-    Ok(Prepared { scope, loaded, problems, rules, listening, snat, times })
+    Ok(Prepared { scope, loaded, problems, rules, listening, snat, own_addresses, times })
 }
 
 /// What host ports must leave to the node.
@@ -222,6 +211,8 @@ pub fn listening(loaded: &Loaded) -> Listening {
 #[cfg(test)]
 mod tests {
     use std::fs;
+
+    use tokio::sync::mpsc;
 
     use super::*;
     use weir_cluster::translate::LocalPod;
@@ -240,6 +231,18 @@ mod tests {
             listening: Listening::default(),
             host_ports: HashSet::new(),
         }
+    }
+
+    /// A preparer, and what it delivers.
+    fn preparer(loader: Loader) -> (Preparer, mpsc::UnboundedReceiver<Finished>) {
+        let (sender, finished) = mpsc::unbounded_channel();
+        let deliver = move |done| drop(sender.send(done));
+        (Preparer::new(loader, Compiler::default(), deliver), finished)
+    }
+
+    async fn done((preparer, finished): &mut (Preparer, mpsc::UnboundedReceiver<Finished>)) -> Outcome {
+        let finished = finished.recv().await.expect("something was begun");
+        preparer.finish(finished)
     }
 
     fn names(prepared: &Prepared) -> Vec<&str> {
@@ -262,34 +265,34 @@ mod tests {
             let mut loader = Loader::new(&folder.path().join("weir.yaml"));
             let first = loader.load().unwrap();
             let none = Arc::default();
-            let mut preparer = Preparer::new(loader, Compiler::default());
-            assert_eq!(preparer.due(), None);
+            let mut preparer = preparer(loader);
+            assert_eq!(preparer.0.due(), None);
 
             write("m.yaml", &(service("one", 1) + &service("two", 2)));
-            preparer.begin(Scope::Files, || basis(&first.objects, &none));
+            preparer.0.begin(Scope::Files, || basis(&first.objects, &none));
             // It has read the file, or not yet.
             write("m.yaml", &(service("one", 1) + &service("three", 3)));
             for _ in 0..3 {
-                preparer.begin(Scope::Files, || basis(&first.objects, &none));
-                assert_eq!(preparer.due(), None, "it is still at work");
+                preparer.0.begin(Scope::Files, || basis(&first.objects, &none));
+                assert_eq!(preparer.0.due(), None, "it is still at work");
             }
-            let prepared = preparer.done().await.ok().unwrap();
+            let prepared = done(&mut preparer).await.ok().unwrap();
             assert!(["default/two", "default/three"].contains(&names(&prepared)[1]), "{:?}", names(&prepared));
-            assert_eq!(preparer.due(), Some(Scope::Files));
-            preparer.begin(Scope::Files, || basis(&prepared.loaded.objects, &none));
-            let prepared = preparer.done().await.ok().unwrap();
+            assert_eq!(preparer.0.due(), Some(Scope::Files));
+            preparer.0.begin(Scope::Files, || basis(&prepared.loaded.objects, &none));
+            let prepared = done(&mut preparer).await.ok().unwrap();
             assert_eq!(names(&prepared), ["default/one", "default/three"]);
-            assert_eq!(preparer.due(), None);
+            assert_eq!(preparer.0.due(), None);
 
             // A refusal leaves it as able as before, with the last good objects.
             write("weir.yaml", "nodeName: a\nmanifests: [m.yaml]\ntypo: 1\n");
-            preparer.begin(Scope::Files, || basis(&prepared.loaded.objects, &none));
-            let (_, refused) = preparer.done().await.err().unwrap();
+            preparer.0.begin(Scope::Files, || basis(&prepared.loaded.objects, &none));
+            let (_, refused) = done(&mut preparer).await.err().unwrap();
             assert!(refused.lines()[0].ends_with("weir.yaml:3:1: unknown field typo"), "{:?}", refused.lines());
             write("weir.yaml", "nodeName: a\nmanifests: [m.yaml]\n");
             write("m.yaml", "---\napiVersion: [\n");
-            preparer.begin(Scope::Files, || basis(&prepared.loaded.objects, &none));
-            let prepared = preparer.done().await.ok().unwrap();
+            preparer.0.begin(Scope::Files, || basis(&prepared.loaded.objects, &none));
+            let prepared = done(&mut preparer).await.ok().unwrap();
             assert_eq!(names(&prepared), ["default/one", "default/three"]);
             assert_eq!(prepared.loaded.faulty.len(), 2);
         });
@@ -305,7 +308,7 @@ mod tests {
             fs::write(&manifests, service("one", 1)).unwrap();
             let mut loader = Loader::new(&weir);
             let first = loader.load().unwrap();
-            let mut preparer = Preparer::new(loader, Compiler::default());
+            let mut preparer = preparer(loader);
             let pods = |names: &[&str]| {
                 let mut pods = LocalPods::default();
                 for (name, last) in names.iter().zip(1..) {
@@ -328,23 +331,23 @@ mod tests {
 
             // The files have changed, but nobody has said so yet.
             fs::write(&manifests, service("one", 1) + &service("two", 2)).unwrap();
-            preparer.begin(Scope::LocalPods, || basis(&first.objects, &pods(&["p"])));
+            preparer.0.begin(Scope::LocalPods, || basis(&first.objects, &pods(&["p"])));
             // One more comes meanwhile, and then a file: all that is asked for is done.
-            preparer.begin(Scope::LocalPods, || unreachable!("it is at work"));
-            preparer.begin(Scope::Files, || unreachable!("it is at work"));
-            preparer.begin(Scope::LocalPods, || unreachable!("it is at work"));
-            let prepared = preparer.done().await.ok().unwrap();
+            preparer.0.begin(Scope::LocalPods, || unreachable!("it is at work"));
+            preparer.0.begin(Scope::Files, || unreachable!("it is at work"));
+            preparer.0.begin(Scope::LocalPods, || unreachable!("it is at work"));
+            let prepared = done(&mut preparer).await.ok().unwrap();
             assert_eq!((prepared.scope, workloads(&prepared)), (Scope::LocalPods, (names(&["x/p"]), 1)));
-            assert_eq!(preparer.due(), Some(Scope::Files));
-            preparer.begin(Scope::Files, || basis(&prepared.loaded.objects, &pods(&["p", "q"])));
-            let prepared = preparer.done().await.ok().unwrap();
+            assert_eq!(preparer.0.due(), Some(Scope::Files));
+            preparer.0.begin(Scope::Files, || basis(&prepared.loaded.objects, &pods(&["p", "q"])));
+            let prepared = done(&mut preparer).await.ok().unwrap();
             assert_eq!((prepared.scope, workloads(&prepared)), (Scope::Files, (names(&["x/p", "x/q"]), 2)));
 
             fs::write(&weir, "nodeName: a\nmanifests: [m.yaml]\ntypo: 1\n").unwrap();
-            preparer.begin(Scope::Files, || basis(&prepared.loaded.objects, &pods(&["q"])));
-            assert_eq!(preparer.done().await.err().unwrap().0, Scope::Files);
-            preparer.begin(Scope::LocalPods, || basis(&prepared.loaded.objects, &pods(&["q"])));
-            let prepared = preparer.done().await.ok().unwrap();
+            preparer.0.begin(Scope::Files, || basis(&prepared.loaded.objects, &pods(&["q"])));
+            assert_eq!(done(&mut preparer).await.err().unwrap().0, Scope::Files);
+            preparer.0.begin(Scope::LocalPods, || basis(&prepared.loaded.objects, &pods(&["q"])));
+            let prepared = done(&mut preparer).await.ok().unwrap();
             assert_eq!((prepared.scope, workloads(&prepared)), (Scope::LocalPods, (names(&["x/q"]), 2)));
             assert_eq!(prepared.loaded.local_pods, pods(&["q"]));
         });

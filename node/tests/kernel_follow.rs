@@ -134,37 +134,37 @@ fn a_link_that_appears_is_seen_whole_and_its_end_too() {
         let mut state = follow().await;
         let rules = RoleRules::new(["eth0"], ["cali0123456789a"]);
         let mut tracker = DeviceTracker::new(Role::Workload);
-        assert!(tracker.update(state.all(), &rules).is_empty());
+        assert!(tracker.update(&state.view().all(), &rules).is_empty());
 
         run(&format!(
             "ip link add cali0123456789a mtu 1400 address 02:00:00:00:00:07 numrxqueues 3 numtxqueues 2 \
              type veth peer name eth0 netns {}",
             pod.thread
         ));
-        until(&mut state, "the veth is there", |state| state.link("cali0123456789a").is_some()).await;
-        let link = state.link("cali0123456789a").unwrap().clone();
+        until(&mut state, "the veth is there", |state| state.view().link("cali0123456789a").is_some()).await;
+        let link = state.view().link("cali0123456789a").unwrap().clone();
         assert_eq!(link.mac, Some("02:00:00:00:00:07".parse().unwrap()));
         assert_eq!((link.mtu, link.rx_queues, link.tx_queues), (1400, 3, 2));
         assert_eq!((link.kind.as_deref(), link.peer_elsewhere, link.up), (Some("veth"), true, false));
         assert!(link.peer.is_some());
-        let changes = tracker.update(state.all(), &rules);
+        let changes = tracker.update(&state.view().all(), &rules);
         assert_eq!(
             (changes.appeared.as_slice(), changes.gone.len(), changes.altered.len()),
             (&[link.clone()][..], 0, 0)
         );
-        let devices = state.links(&rules).devices;
+        let devices = state.view().links(&rules).devices;
         assert_eq!(devices.len(), 1, "lo has no role: {devices:?}");
         assert_eq!((devices[0].role, devices[0].index, devices[0].mtu), (Role::Workload, link.index, 1400));
 
         run("ip link set cali0123456789a up");
-        until(&mut state, "it is up", |state| state.link("cali0123456789a").is_some_and(|link| link.up)).await;
-        assert_eq!(tracker.update(state.all(), &rules).altered.len(), 1);
+        until(&mut state, "it is up", |state| state.view().link("cali0123456789a").is_some_and(|link| link.up)).await;
+        assert_eq!(tracker.update(&state.view().all(), &rules).altered.len(), 1);
 
         run("ip link del cali0123456789a");
-        until(&mut state, "it is gone", |state| state.link("cali0123456789a").is_none()).await;
-        let changes = tracker.update(state.all(), &rules);
+        until(&mut state, "it is gone", |state| state.view().link("cali0123456789a").is_none()).await;
+        let changes = tracker.update(&state.view().all(), &rules);
         assert_eq!((changes.appeared.len(), changes.gone.len()), (0, 1));
-        assert!(state.links(&rules).devices.is_empty());
+        assert!(state.view().links(&rules).devices.is_empty());
     });
 }
 
@@ -174,11 +174,11 @@ fn a_veth_whose_peer_moves_into_a_pod_is_noticed() {
         let pod = Namespace::new();
         let mut state = follow().await;
         run("ip link add calia type veth peer name tmp0");
-        until(&mut state, "the pair is there", |state| state.link("calia").is_some()).await;
-        assert!(!state.link("calia").unwrap().peer_elsewhere);
+        until(&mut state, "the pair is there", |state| state.view().link("calia").is_some()).await;
+        assert!(!state.view().link("calia").unwrap().peer_elsewhere);
         run(&format!("ip link set tmp0 netns {}", pod.thread));
-        until(&mut state, "the peer is elsewhere", |state| state.link("calia").unwrap().peer_elsewhere).await;
-        assert!(state.link("tmp0").is_none());
+        until(&mut state, "the peer is elsewhere", |state| state.view().link("calia").unwrap().peer_elsewhere).await;
+        assert!(state.view().link("tmp0").is_none());
     });
 }
 
@@ -190,13 +190,13 @@ fn a_device_that_leaves_and_comes_back_with_its_index_counts_as_new() {
         let mut state = follow().await;
         let rules = RoleRules::new([""; 0], ["calia"]);
         let mut tracker = DeviceTracker::new(Role::Workload);
-        let first = tracker.update(state.all(), &rules).appeared.remove(0);
+        let first = tracker.update(&state.view().all(), &rules).appeared.remove(0);
         run(&format!("ip link set calia netns {}", elsewhere.thread));
         let home = gettid();
         elsewhere.run(&format!("ip link set calia netns {home}"));
-        let mut changes = tracker.update(state.all(), &rules);
+        let mut changes = tracker.update(&state.view().all(), &rules);
         until(&mut state, "it went and came", |state| {
-            changes = tracker.update(state.all(), &rules);
+            changes = tracker.update(&state.view().all(), &rules);
             !changes.appeared.is_empty()
         })
         .await;
@@ -214,7 +214,7 @@ fn addresses_routes_and_neighbours_are_followed_both_ways() {
         );
         let mut state = follow().await;
         let rules = RoleRules::new(["eth0"], [""; 0]);
-        let eth0 = state.link("eth0").unwrap().index;
+        let eth0 = state.view().link("eth0").unwrap().index;
 
         ip_batch(
             "addr add 192.168.7.1/24 dev eth0\naddr add 192.168.7.2/24 dev eth0\naddr add fd00:7::1/64 dev eth0 nodad\n\
@@ -233,11 +233,11 @@ fn addresses_routes_and_neighbours_are_followed_both_ways() {
             via("fd00:8::/64", Some("fd00:7::9"), 1024),
         ];
         until(&mut state, "all is there", |state| {
-            let links = state.links(&rules);
+            let links = state.view().links(&rules);
             links.routes == wanted && links.neighbors.len() == 2 && links.devices[0].addresses.len() == 3
         })
         .await;
-        let links = state.links(&rules);
+        let links = state.view().links(&rules);
         let own: Vec<_> = links.devices[0].addresses.iter().map(ToString::to_string).collect();
         assert_eq!(own, ["192.168.7.1/24", "fd00:7::1/64", "192.168.7.2/24"], "the secondary one comes last");
         let macs: BTreeSet<(IpAddr, Mac, IfIndex)> =
@@ -249,7 +249,7 @@ fn addresses_routes_and_neighbours_are_followed_both_ways() {
                 (addr("fd00:7::9"), "02:00:00:00:00:0a".parse().unwrap(), eth0),
             ])
         );
-        assert_eq!(state.node_addresses(&rules), [addr("192.168.7.1"), addr("192.168.7.2"), addr("fd00:7::1")]);
+        assert_eq!(state.view().node_addresses(&rules), [addr("192.168.7.1"), addr("192.168.7.2"), addr("fd00:7::1")]);
 
         // A route that is replaced, one that is a black hole, one with two hops.
         ip_batch(
@@ -259,15 +259,15 @@ fn addresses_routes_and_neighbours_are_followed_both_ways() {
              neigh replace 192.168.7.9 lladdr 02:00:00:00:00:0c dev eth0 nud stale\n",
         );
         until(&mut state, "replaced and added", |state| {
-            let links = state.links(&rules);
+            let links = state.view().links(&rules);
             links.routes.contains(&via("10.1.0.0/16", Some("192.168.7.8"), 0))
                 && links.routes.contains(&via("10.3.0.0/16", Some("192.168.7.5"), 0))
                 && links.routes.contains(&via("fd00:8::/64", Some("fd00:7::9"), 1024))
                 && links.neighbors.iter().any(|n| n.mac == Mac([2, 0, 0, 0, 0, 0xc]))
-                && state.notes(&rules).len() == 3
+                && state.view().notes(&rules).len() == 3
         })
         .await;
-        let notes = state.notes(&rules).join("\n");
+        let notes = state.view().notes(&rules).join("\n");
         for part in ["10.2.0.0/16: blackhole", "10.3.0.0/16: weir uses the first", "fd00:8::/64: weir uses the first"] {
             assert!(notes.contains(part), "{part} in {notes}");
         }
@@ -277,28 +277,28 @@ fn addresses_routes_and_neighbours_are_followed_both_ways() {
              neigh del fd00:7::9 dev eth0\nroute del fd00:8::/64 via fd00:7::9\n",
         );
         until(&mut state, "removed", |state| {
-            let links = state.links(&rules);
+            let links = state.view().links(&rules);
             links.neighbors.is_empty()
                 && links.routes.len() == 5
                 && links.routes.contains(&via("fd00:8::/64", Some("fd00:7::8"), 1024))
-                && state.notes(&rules).is_empty()
+                && state.view().notes(&rules).is_empty()
         })
         .await;
 
         // The kernel flushes the IPv4 routes of an address and of a device that goes down without a word.
         run("ip addr flush dev eth0 to 192.168.7.0/24");
         until(&mut state, "no IPv4 route is left", |state| {
-            state.links(&rules).routes.iter().all(|route| route.to.addr().is_ipv6())
+            state.view().links(&rules).routes.iter().all(|route| route.to.addr().is_ipv6())
         })
         .await;
         ip_batch("addr add 192.168.7.1/24 dev eth0\nroute add 10.1.0.0/16 via 192.168.7.9\n");
         until(&mut state, "routes are back", |state| {
-            state.links(&rules).routes.contains(&via("10.1.0.0/16", Some("192.168.7.9"), 0))
+            state.view().links(&rules).routes.contains(&via("10.1.0.0/16", Some("192.168.7.9"), 0))
         })
         .await;
         run("ip link set eth0 down");
         until(&mut state, "the device is down and has no route", |state| {
-            !state.link("eth0").unwrap().up && state.links(&rules).routes.is_empty()
+            !state.view().link("eth0").unwrap().up && state.view().links(&rules).routes.is_empty()
         })
         .await;
     });
@@ -321,16 +321,17 @@ fn three_hundred_veths_at_once_are_all_seen() {
             .collect();
         ip_batch(&batch);
         until(&mut state, "all are up", |state| {
-            state.links(&rules).devices.len() == 300 && names.iter().all(|name| state.link(name).is_some_and(|l| l.up))
+            state.view().links(&rules).devices.len() == 300
+                && names.iter().all(|name| state.view().link(name).is_some_and(|l| l.up))
         })
         .await;
-        let changes = tracker.update(state.all(), &rules);
+        let changes = tracker.update(&state.view().all(), &rules);
         assert_eq!((changes.appeared.len(), changes.gone.len(), changes.altered.len()), (300, 0, 0));
-        assert!(state.all().filter(|link| link.name.starts_with("cali")).all(|link| link.peer_elsewhere));
+        assert!(state.view().all().iter().filter(|link| link.name.starts_with("cali")).all(|link| link.peer_elsewhere));
 
         ip_batch(&names.iter().map(|name| format!("link del {name}\n")).collect::<String>());
-        until(&mut state, "all are gone", |state| state.links(&rules).devices.is_empty()).await;
-        assert_eq!(tracker.update(state.all(), &rules).gone.len(), 300);
+        until(&mut state, "all are gone", |state| state.view().links(&rules).devices.is_empty()).await;
+        assert_eq!(tracker.update(&state.view().all(), &rules).gone.len(), 300);
     });
 }
 
@@ -348,7 +349,7 @@ fn more_changes_than_the_socket_holds_are_read_anew() {
         let routes: String =
             (0..40_000u32).map(|i| format!("route add 10.{}.{}.0/24 via 192.168.7.9\n", i >> 8, i & 255)).collect();
         ip_batch(&routes);
-        until(&mut state, "every route is there", |state| state.links(&rules).routes.len() == 40_001).await;
+        until(&mut state, "every route is there", |state| state.view().links(&rules).routes.len() == 40_001).await;
         assert!(state.readings() > 1, "the socket's queue ran over");
     });
 }
@@ -367,14 +368,14 @@ fn a_neighbour_is_resolved_on_request_and_a_missing_one_reported() {
         fs::write("/proc/sys/net/ipv4/neigh/eth0/retrans_time_ms", "100").unwrap();
         let mut state = follow().await;
         let rules = RoleRules::new(["eth0"], [""; 0]);
-        let eth0 = state.link("eth0").unwrap().index;
+        let eth0 = state.view().link("eth0").unwrap().index;
         let resolver = state.resolver();
         for address in ["192.168.7.9", "fd00:7::9"] {
-            assert!(state.links(&rules).neighbors.iter().all(|n| n.address != addr(address)));
+            assert!(state.view().links(&rules).neighbors.iter().all(|n| n.address != addr(address)));
             resolver.resolve(addr(address), eth0).await.unwrap();
             until(&mut state, "it is resolved", |state| {
                 let mac = Mac([2, 0, 0, 0, 0, 9]);
-                state.links(&rules).neighbors.iter().any(|n| (n.address, n.mac) == (addr(address), mac))
+                state.view().links(&rules).neighbors.iter().any(|n| (n.address, n.mac) == (addr(address), mac))
             })
             .await;
             // Of one that is known already too.
@@ -416,7 +417,7 @@ fn plumbing(folder: &Path) -> (HostPlumbing, PathBuf) {
 }
 
 async fn links(rules: &RoleRules) -> Links {
-    follow().await.links(rules)
+    follow().await.view().links(rules)
 }
 
 fn device_of(target: &str) -> String {

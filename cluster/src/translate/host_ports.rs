@@ -193,6 +193,15 @@ impl Loaded {
         self.host_ports.unserved()
     }
 
+    /// Whether a host port that waited for a socket of the node to go need not any more.
+    pub fn has_freed_host_ports(&self, sockets: &Sockets) -> bool {
+        let mut in_use = self.host_ports.refused.iter().filter(|(_, why)| *why == Why::InUse);
+        in_use.any(|(port, _)| {
+            let on = port.host_port.expect("a host port");
+            !sockets.any(port.protocol, port.port, |at| on.includes_socket_at(at))
+        })
+    }
+
     /// The ports that wait for a socket of the node to go.
     pub fn host_ports_in_use(&self) -> impl Iterator<Item = u16> + '_ {
         self.host_ports.refused.iter().filter(|(_, why)| *why == Why::InUse).map(|(port, _)| port.port)

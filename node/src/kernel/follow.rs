@@ -1,6 +1,12 @@
 //! Following the kernel: subscriptions, dumps, and what changed.
 
-use std::{future::Future, net::IpAddr, pin::Pin, time::Duration};
+use std::{
+    future::Future,
+    net::IpAddr,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use futures::{FutureExt, StreamExt, channel::mpsc::UnboundedReceiver};
 use nix::sys::socket::{setsockopt, sockopt};
@@ -72,9 +78,46 @@ impl Changed {
 
 type Dump = Pin<Box<dyn Future<Output = Result<Picture, KernelError>> + Send>>;
 
-/// The kernel's links, addresses, routes and neighbours, kept current.
+/// What is known of the kernel's links, addresses, routes and neighbours, for whoever asks: clones see the same. Nobody holds it while waiting.
+#[derive(Clone, Debug, Default)]
+pub struct View(Arc<Mutex<Picture>>);
+
+impl View {
+    pub(super) fn picture(&self) -> MutexGuard<'_, Picture> {
+        // A panic while it was changed leaves at worst something out, which the next dump tells.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the dataplane is compiled from: devices with a role (up or not), routes over uplinks, neighbours on devices
+    /// with a role. The node's own kernel is among the devices once the trunk is there.
+    pub fn links(&self, rules: &RoleRules) -> Links {
+        self.picture().links(rules)
+    }
+
+    /// All devices of the namespace, by index.
+    pub fn all(&self) -> Vec<Link> {
+        self.picture().all().cloned().collect()
+    }
+
+    /// The device of that name.
+    pub fn link(&self, name: &str) -> Option<Link> {
+        self.picture().all().find(|link| link.name == name).cloned()
+    }
+
+    /// Every address of this node that others could use: no loopback, no link-local IPv6, none of the trunk's.
+    pub fn node_addresses(&self, rules: &RoleRules) -> Vec<IpAddr> {
+        self.picture().node_addresses(rules)
+    }
+
+    /// What of the kernel's routes weir does not follow as the kernel does, one line each.
+    pub fn notes(&self, rules: &RoleRules) -> Vec<String> {
+        self.picture().notes(rules)
+    }
+}
+
+/// Keeps a [`View`] current.
 pub struct KernelState {
-    picture: Picture,
+    view: View,
     events: UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>,
     requests: Requests,
     dump: Option<Dump>,
@@ -96,6 +139,16 @@ impl KernelState {
     /// # Errors
     /// Where there is no rtnetlink socket or the kernel refuses a list.
     pub async fn follow(settings: FollowSettings) -> Result<Self, KernelError> {
+        let state = Self::follow_on(settings, View::default()).await?;
+        state.view.picture().take_changed();
+        Ok(state)
+    }
+
+    /// The same, where a view was kept before: what differs from it is the first change.
+    ///
+    /// # Errors
+    /// As [`KernelState::follow`].
+    pub async fn follow_on(settings: FollowSettings, view: View) -> Result<Self, KernelError> {
         let mut tasks = JoinSet::new();
         let (mut connection, _, events) = rtnetlink::new_multicast_connection(&[
             MulticastGroup::Link,
@@ -114,13 +167,12 @@ impl KernelState {
         }
         tasks.spawn(connection);
         let requests = Requests::open(&mut tasks)?;
-        let mut picture = Picture::default();
-        picture.replace(read_all(requests.clone()).await?);
-        picture.take_changed();
+        let fresh = read_all(requests.clone()).await?;
+        view.picture().replace(fresh);
         let mut audit = interval_at(Instant::now() + settings.audit, settings.audit);
         audit.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Self {
-            picture,
+            view,
             events,
             requests,
             dump: None,
@@ -147,12 +199,12 @@ impl KernelState {
             while self.dump.is_none()
                 && let Some(event) = self.events.next().now_or_never()
             {
-                self.picture.apply(event.ok_or(KernelError::Closed)?.0);
+                self.view.picture().apply(event.ok_or(KernelError::Closed)?.0);
             }
-            if self.dump.is_none() && self.rests.is_none() && self.picture.wants_dump() {
+            if self.dump.is_none() && self.rests.is_none() && self.view.picture().wants_dump() {
                 self.dump = Some(Box::pin(read_all(self.requests.clone())));
             }
-            if self.due.is_none() && !self.picture.changed().is_empty() {
+            if self.due.is_none() && !self.view.picture().changed().is_empty() {
                 self.due = Some(Instant::now() + self.gather);
             }
             let due = self.due;
@@ -162,12 +214,12 @@ impl KernelState {
                 biased;
                 () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
                     self.due = None;
-                    return Ok(self.picture.take_changed());
+                    return Ok(self.view.picture().take_changed());
                 }
                 fresh = async { self.dump.as_mut().expect("guarded by the branch's condition").await }, if dumping => {
                     self.dump = None;
                     match fresh {
-                        Ok(fresh) => self.picture.replace(fresh),
+                        Ok(fresh) => self.view.picture().replace(fresh),
                         Err(error) => {
                             self.rests = Some(Instant::now() + DUMP_PAUSE);
                             return Err(error);
@@ -180,45 +232,16 @@ impl KernelState {
                 }
                 // While a dump is read, events wait: they belong on top of it.
                 event = self.events.next(), if !dumping => {
-                    self.picture.apply(event.ok_or(KernelError::Closed)?.0);
+                    self.view.picture().apply(event.ok_or(KernelError::Closed)?.0);
                 }
-                _ = self.audit.tick() => self.picture.distrust(),
+                _ = self.audit.tick() => self.view.picture().distrust(),
             }
         }
     }
 
-    /// What the dataplane is compiled from: devices with a role (up or not), routes over uplinks, neighbours on devices
-    /// with a role. The node's own kernel is among the devices once the trunk is there.
-    pub fn links(&self, rules: &RoleRules) -> Links {
-        self.picture.links(rules)
-    }
-
-    /// All devices of the namespace, by index.
-    pub fn all(&self) -> impl Iterator<Item = &Link> {
-        self.picture.all()
-    }
-
-    /// The device of that name.
-    pub fn link(&self, name: &str) -> Option<&Link> {
-        self.all().find(|link| link.name == name)
-    }
-
-    /// The device of that name as the kernel describes it now, which may be ahead of what was followed.
-    ///
-    /// # Errors
-    /// Where the kernel refuses or the connection to it ended.
-    pub async fn ask(&self, name: &str) -> Result<Option<Link>, KernelError> {
-        Ok(self.requests.link(name).await?.and_then(|message| link_of(message, 0)))
-    }
-
-    /// Every address of this node that others could use: no loopback, no link-local IPv6, none of the trunk's.
-    pub fn node_addresses(&self, rules: &RoleRules) -> Vec<IpAddr> {
-        self.picture.node_addresses(rules)
-    }
-
-    /// What of the kernel's routes weir does not follow as the kernel does, one line each.
-    pub fn notes(&self, rules: &RoleRules) -> Vec<String> {
-        self.picture.notes(rules)
+    /// What is known.
+    pub fn view(&self) -> &View {
+        &self.view
     }
 
     /// How often everything was read, the first time included. A number that grows faster than the audit says that the
@@ -227,21 +250,29 @@ impl KernelState {
         self.readings
     }
 
-    /// A handle that makes the kernel resolve neighbours. It works as long as this is there.
+    /// A handle that asks the kernel. It works as long as this is there.
     pub fn resolver(&self) -> Resolver {
         Resolver { requests: self.requests.clone() }
     }
 }
 
-/// Makes the kernel resolve neighbours; clones share one socket.
+/// Asks the kernel one thing; clones share one socket.
 #[derive(Clone)]
 pub struct Resolver {
     requests: Requests,
 }
 
 impl Resolver {
+    /// The device of that name as the kernel describes it now, which may be ahead of what was followed.
+    ///
+    /// # Errors
+    /// Where the kernel refuses or the connection to it ended.
+    pub async fn device(&self, name: &str) -> Result<Option<Link>, KernelError> {
+        Ok(self.requests.link(name).await?.and_then(|message| link_of(message, 0)))
+    }
+
     /// Makes the kernel send an ARP request or a neighbour solicitation for `address` on `device`, as its own traffic
-    /// would (NTF_USE). Returns when it has begun: the result comes as a neighbour of [`KernelState::links`], or after
+    /// would (NTF_USE). Returns when it has begun: the result comes as a neighbour of [`View::links`], or after
     /// the kernel's own tries (three, one second each) in [`Changed::failed`]. Asking again while it resolves costs
     /// nothing on the wire.
     ///

@@ -15,7 +15,7 @@ mod picture;
 
 use std::{io, path::PathBuf};
 
-pub use follow::{Changed, FollowSettings, KernelState, Resolver};
+pub use follow::{Changed, FollowSettings, KernelState, Resolver, View};
 pub use host::{HostPlumbing, HostReport, HostSettings, LOOPBACK_SOURCES, ROUTE_TABLE, RULE_PRIORITY, Wanted};
 pub use picture::{DeviceChanges, DeviceTracker, Link, RoleRules};
 

@@ -674,9 +674,9 @@ impl DeviceTracker {
     }
 
     /// The difference to the last call. A device whose role is new or gone by `rules` counts as appeared or gone.
-    pub fn update<'a>(&mut self, links: impl IntoIterator<Item = &'a Link>, rules: &RoleRules) -> DeviceChanges {
+    pub fn update(&mut self, links: &[Link], rules: &RoleRules) -> DeviceChanges {
         let now: BTreeMap<IfIndex, Link> = links
-            .into_iter()
+            .iter()
             .filter(|link| rules.role(&link.name) == Some(self.role) && link.mac.is_some())
             .map(|link| (link.index, link.clone()))
             .collect();

@@ -1,0 +1,162 @@
+//! Configurations: prepared beside control, taken over when they are ready.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use tracing::{error, warn};
+use weir_cluster::{
+    config::{Cni, RouterConfig},
+    resources::Substitute,
+    translate::{Faulty, Unserved},
+};
+
+use super::{Router, assemble::role_rules};
+use crate::{
+    book::Pods,
+    health,
+    prepare::{Basis, Finished, Prepared, Scope, Times},
+};
+
+/// Something that was taken over and is not in force yet.
+#[derive(Default)]
+pub(super) struct Pending {
+    /// Of a configuration: whether its files may be other ones, and how long it took until then.
+    pub(super) times: Option<(bool, Times)>,
+    /// When it was taken over.
+    pub(super) begun: Option<Instant>,
+}
+
+/// What became of changed configurations.
+#[derive(Default)]
+pub(super) struct Reloads {
+    /// The first load's.
+    start: Times,
+    /// The last reload's.
+    last: Option<Times>,
+    /// The last one's for the sake of pods that weir made.
+    pods: Option<Times>,
+    taken_over: u64,
+    refused: u64,
+    /// Why the newest one is refused; empty where it is in force.
+    problems: Vec<String>,
+}
+
+impl Reloads {
+    pub(super) fn start(&mut self, times: Times) {
+        self.start = times;
+    }
+
+    pub(super) fn pods(&mut self, times: Times) {
+        self.pods = Some(times);
+    }
+
+    pub(super) fn taken_over(&mut self, times: Times) {
+        self.last = Some(times);
+        self.taken_over += 1;
+        self.problems.clear();
+    }
+
+    fn refused(&mut self, problems: Vec<String>) {
+        self.refused += 1;
+        self.problems = problems;
+    }
+
+    pub(super) fn to_json(&self) -> Value {
+        json!({
+            "newestInForce": self.problems.is_empty(), "problems": self.problems,
+            "reloads": self.taken_over, "refused": self.refused,
+            "startMs": self.start.to_json(), "lastReloadMs": self.last.map(Times::to_json),
+            "lastPodsMs": self.pods.map(Times::to_json),
+        })
+    }
+}
+
+impl Router {
+    /// Begins to prepare a configuration of what is known now; where one is being prepared, sees to one more.
+    pub(super) fn begin_reload(&mut self, scope: Scope) {
+        self.own_addresses = self.addresses();
+        let Self { preparer, loaded, pods, listening, own_addresses, .. } = self;
+        preparer.begin(scope, || Basis {
+            in_force: Arc::clone(&loaded.objects),
+            own_addresses: own_addresses.clone(),
+            local_pods: pods.as_ref().map(|pods| Arc::clone(pods.all())).unwrap_or_default(),
+            listening: listening.clone(),
+            host_ports: loaded.served_host_ports(),
+        });
+    }
+
+    /// Takes over a configuration that is ready. A bad one changes nothing.
+    pub(super) fn prepared(&mut self, finished: Finished) {
+        let mut due = None;
+        match self.preparer.finish(finished) {
+            Ok(prepared) => self.take_over(prepared),
+            Err((Scope::LocalPods, refused)) => {
+                error!("pods cannot be put in force:\n{refused}");
+                if let Some(pods) = &mut self.pods {
+                    pods.book().refuse(&self.loaded.local_pods, &refused.to_string());
+                }
+            }
+            Err((Scope::Files, refused)) => {
+                error!("reload refused, the last good configuration stays:\n{refused}");
+                self.reloads.refused(refused.lines());
+                // Neither pods nor the node's addresses wait for who mends the files.
+                let is_in_force = |pods: &Pods| Arc::ptr_eq(pods.all(), &self.loaded.local_pods);
+                let has_pods = self.pods.as_ref().is_some_and(|pods| !is_in_force(pods));
+                due = (has_pods || self.own_addresses != self.in_force_addresses).then_some(Scope::LocalPods);
+            }
+        }
+        if let Some(scope) = self.preparer.due().max(due) {
+            self.begin_reload(scope);
+        }
+    }
+
+    fn take_over(&mut self, prepared: Prepared) {
+        let Prepared { scope, loaded, problems, rules, listening, snat, own_addresses, times } = prepared;
+        let has_new_files = scope == Scope::Files;
+        if let Some(problems) = problems.filter(|_| has_new_files) {
+            warn!("objects are faulty, and others stand for them:\n{}", problems.render(false));
+            for Faulty { object, substitute, .. } in &loaded.faulty {
+                match substitute {
+                    Substitute::LastGood => warn!(object, "its last good version stays"),
+                    Substitute::Nothing => warn!(object, "left out; a policy denies what it selects"),
+                }
+            }
+        }
+        let roles = role_rules(&loaded);
+        if loaded.config.workers != self.config().workers || roles.uplinks != self.devices.roles.uplinks {
+            warn!("changed workers, uplinks or nodeName take effect at the next start only");
+        }
+        let apart_from_mtu = |config: &RouterConfig| config.cni.clone().map(|cni| Cni { mtu: None, ..cni });
+        if apart_from_mtu(&loaded.config) != apart_from_mtu(self.config()) {
+            warn!("a changed section cni takes effect at the next start only, but for its mtu");
+        }
+        let before = self.loaded.unserved_host_ports();
+        for Unserved { pod, protocol, port, why } in
+            loaded.unserved_host_ports().iter().filter(|unserved| !before.contains(unserved))
+        {
+            warn!(pod, %protocol, port, "its hostPort is not served: {why}");
+        }
+        let has_other_files = loaded.config.manifests != self.config().manifests;
+        self.devices.roles.workloads = roles.workloads;
+        self.loaded = loaded;
+        self.rules = Arc::new(rules.counting(self.workers));
+        (self.listening, self.snat) = (listening, Arc::new(snat));
+        self.in_force_addresses = own_addresses;
+        if has_other_files {
+            // Once they are watched, they are read once more.
+            self.hands.watch(self.files());
+        }
+        self.hands.answer_health(health::wanted(&self.loaded.services));
+        // What was taken over before and has not come into force comes with this.
+        let had_new_files = self.pending.as_ref().and_then(|pending| pending.times).is_some_and(|(files, _)| files);
+        let times = Times { publish: Duration::ZERO, ..times };
+        self.pending =
+            Some(Pending { times: Some((has_new_files || had_new_files, times)), begun: Some(Instant::now()) });
+        if self.addresses() != self.in_force_addresses && self.preparer.due().is_none() {
+            self.begin_reload(Scope::LocalPods);
+        }
+    }
+}
