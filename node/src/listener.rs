@@ -155,33 +155,71 @@ mod tests {
         client
     }
 
+    type Asked = (Request, UnixStream, OwnedSemaphorePermit);
+
+    fn start(path: &Path) -> (Listener, mpsc::Receiver<Asked>) {
+        let (sender, asked) = mpsc::channel(16);
+        (Listener::start(path, sender, |request, stream, place| (request, stream, place)).unwrap(), asked)
+    }
+
+    /// The next request is for the status, and answered.
+    async fn answer(asked: &mut mpsc::Receiver<Asked>, client: Client) {
+        let (request, mut stream, _place) =
+            timeout(Duration::from_secs(10), asked.recv()).await.expect("at once").unwrap();
+        assert!(matches!(request, Request::Status));
+        stream.write_all(b"{\"generation\":1}\n").await.unwrap();
+        let mut answer = String::new();
+        std::io::BufReader::new(client).read_line(&mut answer).unwrap();
+        assert_eq!(answer, "{\"generation\":1}\n");
+    }
+
     #[tokio::test]
-    async fn a_client_that_says_nothing_keeps_nobody_waiting() {
+    async fn clients_that_say_nothing_keep_nobody_waiting() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("node.sock");
-        let mut listener = Listener::start(&path).unwrap();
+        let (listener, mut asked) = start(&path);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        let silent = client(&path, b"");
+        // More than the socket's own queue has room for, so somebody has to let them in meanwhile.
+        let at = path.clone();
+        let silent = tokio::task::spawn_blocking(move || (0..400).map(|_| client(&at, b"")).collect::<Vec<_>>());
+        let silent = silent.await.unwrap();
         let endless = client(&path, &[b'x'; 1000]);
-        let looked = client(&path, b"");
-        drop(looked);
-        let asks = client(&path, b"\"status\"\n");
-        let (request, mut stream) = timeout(Duration::from_secs(3), listener.next()).await.expect("at once").unwrap();
-        assert!(matches!(request, Request::Status));
-        writeln_to(&mut stream, &json!({"generation": 1})).await.unwrap();
-        let mut answer = String::new();
-        std::io::BufReader::new(asks).read_line(&mut answer).unwrap();
-        assert_eq!(answer, "{\"generation\":1}\n");
+        drop(client(&path, b""));
+        answer(&mut asked, client(&path, b"\"status\"\n")).await;
         drop((silent, endless));
         drop(listener);
         assert!(!path.exists());
     }
 
     #[tokio::test]
+    async fn answers_that_take_long_leave_places_for_short_ones() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("node.sock");
+        let (_listener, mut asked) = start(&path);
+        let mut watched = Vec::new();
+        for _ in 0..LONG {
+            let client = client(&path, b"{\"conntrack\": {\"action\": \"watch\"}}\n");
+            watched.push((client, asked.recv().await.unwrap()));
+        }
+        let one_more = client(&path, b"{\"services\": {}}\n");
+        let refusal = tokio::task::spawn_blocking(move || {
+            let mut answer = String::new();
+            std::io::BufReader::new(one_more).read_line(&mut answer).unwrap();
+            answer
+        });
+        assert!(refusal.await.unwrap().contains("too many answers"));
+        answer(&mut asked, client(&path, b"\"status\"\n")).await;
+        watched.pop();
+        let again = client(&path, b"{\"services\": {}}\n");
+        assert!(matches!(asked.recv().await.unwrap().0, Request::Services(_)));
+        drop(again);
+    }
+
+    #[tokio::test]
     async fn what_is_no_request_or_has_no_end_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("node.sock");
-        let mut listener = Listener::start(&path).unwrap();
+        let (_listener, mut asked) = start(&path);
         for says in [b"\"sttus\"\n".to_vec(), vec![b'x'; MAX_REQUEST_BYTES as usize]] {
             let asks = client(&path, &says);
             let answer = tokio::task::spawn_blocking(move || {
@@ -191,7 +229,7 @@ mod tests {
             });
             tokio::select! {
                 answer = answer => assert!(answer.as_ref().unwrap().starts_with("{\"error\":"), "{answer:?}"),
-                _ = listener.next() => panic!("that is no request"),
+                _ = asked.recv() => panic!("that is no request"),
             }
         }
     }

@@ -170,6 +170,12 @@ impl Preparer {
         outcome
     }
 
+    /// Whether nothing is being prepared.
+    #[cfg(test)]
+    pub(crate) fn is_idle(&self) -> bool {
+        self.tools.is_some()
+    }
+
     /// Whether, and with what, to begin again, now that it is done.
     pub fn due(&self) -> Option<Scope> {
         self.once_more.filter(|_| self.tools.is_some())

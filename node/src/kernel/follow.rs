@@ -113,6 +113,12 @@ impl View {
     pub fn notes(&self, rules: &RoleRules) -> Vec<String> {
         self.picture().notes(rules)
     }
+
+    /// Has these devices from now on, and no others.
+    #[cfg(test)]
+    pub(crate) fn set_links(&self, links: impl IntoIterator<Item = Link>) {
+        self.picture().set_links(links);
+    }
 }
 
 /// Keeps a [`View`] current.

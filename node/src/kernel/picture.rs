@@ -178,6 +178,12 @@ impl Picture {
         std::mem::take(&mut self.changed)
     }
 
+    /// Has these devices from now on, and no others.
+    #[cfg(test)]
+    pub(super) fn set_links(&mut self, links: impl IntoIterator<Item = Link>) {
+        self.links = links.into_iter().map(|link| (link.index.0, link)).collect();
+    }
+
     /// Takes over a picture made of a dump.
     pub(super) fn replace(&mut self, fresh: Picture) {
         let Picture { mut links, addresses, routes, neighbors, .. } = fresh;

@@ -280,8 +280,9 @@ impl Router {
     }
 
     fn say_it_runs(&self) {
-        let modes = self.hands.status();
-        for mode in modes["modes"].as_array().into_iter().flatten().filter(|mode| mode["program"] != "socket") {
+        let status = self.hands.status();
+        let modes = status.get("modes").and_then(serde_json::Value::as_array);
+        for mode in modes.into_iter().flatten().filter(|mode| mode["program"] != "socket") {
             let [device, program, reason] =
                 ["device", "program", "reason"].map(|key| mode[key].as_str().unwrap_or("-"));
             info!(device, program, mode = mode["mode"].as_str().unwrap_or("-"), reason, "program");
