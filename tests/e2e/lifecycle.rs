@@ -117,9 +117,11 @@ fn what_fails_while_a_router_runs_does_not_end_it() {
     let trouble = |site: &Site| site.status("node-a")["trouble"]["now"]["error"].as_str().map(str::to_owned);
     assert_eq!(trouble(&site), None);
 
-    // A client that says nothing, and one that says too much, keep nobody waiting.
+    // Clients that say nothing, one that says too much, and one that reads nothing keep nobody waiting.
     let socket = weir_node::control::socket_path(&site.lab.node_name("node-a"));
-    let silent = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    let silent: Vec<_> = (0..500).map(|_| std::os::unix::net::UnixStream::connect(&socket).unwrap()).collect();
+    let deaf = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    std::io::Write::write_all(&mut &deaf, b"{\"conntrack\":{\"action\":\"watch\"}}\n").unwrap();
     let endless = std::os::unix::net::UnixStream::connect(&socket).unwrap();
     std::io::Write::write_all(&mut &endless, &[b'x'; 1000]).unwrap();
 
@@ -136,7 +138,7 @@ fn what_fails_while_a_router_runs_does_not_end_it() {
     wait_until("its end", DEADLINE, || trouble(&site).is_none().then_some(())).unwrap();
     site.answered("default/client", "http://10.1.1.20/");
     assert!(site.router("node-a").log().contains("this is over"));
-    drop((silent, endless));
+    drop((silent, endless, deaf));
     site.finish();
 }
 

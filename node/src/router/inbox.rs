@@ -116,16 +116,9 @@ pub(super) fn follow_kernel(mut kernel: KernelState, resolver: watch::Sender<Res
                     if inbox.send(Message::KernelFailed(error)).await.is_err() {
                         return;
                     }
-                    while has_ended {
-                        pauses.pause().await;
-                        match KernelState::follow_on(FollowSettings::default(), view.clone()).await {
-                            Ok(again) => {
-                                kernel = again;
-                                resolver.send_replace(kernel.resolver());
-                                break;
-                            }
-                            Err(error) => drop(inbox.send(Message::KernelFailed(error)).await),
-                        }
+                    if has_ended {
+                        kernel = follow_anew(&view, &mut pauses, &inbox).await;
+                        resolver.send_replace(kernel.resolver());
                     }
                     Message::KernelChanged
                 }
@@ -135,6 +128,17 @@ pub(super) fn follow_kernel(mut kernel: KernelState, resolver: watch::Sender<Res
             }
         }
     });
+}
+
+/// Follows the kernel from the beginning, as soon as it lets.
+async fn follow_anew(view: &View, pauses: &mut Pauses, inbox: &mpsc::Sender<Message>) -> KernelState {
+    loop {
+        pauses.pause().await;
+        match KernelState::follow_on(FollowSettings::default(), view.clone()).await {
+            Ok(kernel) => return kernel,
+            Err(error) => drop(inbox.send(Message::KernelFailed(error)).await),
+        }
+    }
 }
 
 /// Watches the files that were asked for last. When others are asked for, they may have changed after they were read and before they were
