@@ -153,6 +153,7 @@ impl Router {
         // What was taken over before and has not come into force comes with this.
         let had_new_files = self.pending.as_ref().and_then(|pending| pending.times).is_some_and(|(files, _)| files);
         let times = Times { publish: Duration::ZERO, ..times };
+        self.due.changes = true;
         self.pending =
             Some(Pending { times: Some((has_new_files || had_new_files, times)), begun: Some(Instant::now()) });
         if self.addresses() != self.in_force_addresses && self.preparer.due().is_none() {

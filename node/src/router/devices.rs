@@ -85,7 +85,7 @@ impl Router {
     fn forget(&mut self, index: IfIndex) {
         self.devices.adopted.remove(&index);
         if let Err(error) = self.hands.forget(index.0) {
-            self.trouble.note(&error, Instant::now());
+            self.trouble.note(&error, self.now);
         }
     }
 
@@ -105,7 +105,7 @@ impl Router {
                 Ok(()) | Err(AttachError::DeviceGone { .. }) => {}
                 Err(error) => {
                     error!(device = link.name, %error, "the workload cannot be adopted");
-                    self.trouble.note(&error, Instant::now());
+                    self.trouble.note(&error, self.now);
                 }
             }
         }
@@ -124,7 +124,7 @@ impl Router {
             // Where weir makes the pods, one waits for it; what is there at the start has time.
             let at_once = self.serves && self.pods.is_some();
             if at_once {
-                self.devices.link_due = Some(Instant::now() + LINK_QUIET);
+                self.devices.link_due = Some(self.now + LINK_QUIET);
             }
             if let Err(error) = self.hands.adopt(link.index.0, &link.name, facts, at_once) {
                 self.devices.adopted.remove(&link.index);

@@ -170,10 +170,15 @@ pub(super) fn watch_files(mut files: Watch, mut paths: watch::Receiver<Vec<PathB
                     // Anew, whatever failed. What changed meanwhile is found by reading.
                     let wanted = paths.borrow_and_update().clone();
                     match Watch::new(wanted) {
-                        Ok(again) => files = again,
-                        Err(_) => paths.mark_changed(),
+                        Ok(again) => {
+                            files = again;
+                            Message::Files(Trigger::Files)
+                        }
+                        Err(error) => {
+                            paths.mark_changed();
+                            Message::FilesFailed(error)
+                        }
                     }
-                    Message::Files(Trigger::Files)
                 }
             };
             if inbox.send(message).await.is_err() {

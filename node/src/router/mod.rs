@@ -68,7 +68,7 @@ use crate::{
     kernel::{HostReport, KernelError, View, Wanted},
     prepare::{Preparer, Scope},
     run::RunError,
-    trouble::Trouble,
+    trouble::{Trouble, Try},
 };
 
 /// How often is looked which ports the node listens on.
@@ -118,6 +118,11 @@ pub(crate) struct Router {
     /// Where weir makes the pods of this node.
     pods: Option<Pods>,
     trouble: Trouble,
+    /// A new try of all that failed, until it is known what became of it.
+    trying: Option<Try>,
+    /// Whether the kernel is followed, and files are watched.
+    follows: bool,
+    watches: bool,
     notes: Vec<String>,
     hits: Hits,
     answers: Answers,
@@ -128,13 +133,15 @@ pub(crate) struct Router {
     /// Whether what was there at the start is in force.
     serves: bool,
     ports_due: Instant,
+    /// The time, as it was read last.
+    now: Instant,
 }
 
 /// What is to be looked at once all waiting messages are taken.
 #[derive(Default)]
 struct Due {
-    /// The kernel's devices, addresses, routes or neighbours.
-    kernel: bool,
+    /// What may differ from what is in force: the kernel's devices, addresses, routes or neighbours, or what was taken over.
+    changes: bool,
     /// Everything that may have failed.
     all: bool,
 }
@@ -143,21 +150,21 @@ impl Router {
     /// Serves until a signal or a dead worker ends it.
     pub(crate) async fn serve(&mut self) -> Result<(), RunError> {
         // What there is at the start is in force before anything else is looked at.
-        self.due = Due { kernel: true, all: false };
-        self.settle(Instant::now());
+        self.due.changes = true;
+        self.look(Instant::now());
         loop {
             let message = match self.wakes() {
                 Some(at) => match timeout_at(at.into(), self.inbox.recv()).await {
                     Ok(message) => message,
                     Err(_) => {
-                        self.expire(Instant::now());
-                        self.settle(Instant::now());
+                        self.look(Instant::now());
                         continue;
                     }
                 },
                 None => self.inbox.recv().await,
             };
             let Some(mut message) = message else { return Ok(()) };
+            self.now = Instant::now();
             let mut taken = 0;
             loop {
                 if self.take(message)? {
@@ -175,21 +182,28 @@ impl Router {
                     Err(_) => break,
                 }
             }
-            self.expire(Instant::now());
-            self.settle(Instant::now());
+            self.look(Instant::now());
         }
+    }
+
+    /// Does what it is time for.
+    fn look(&mut self, now: Instant) {
+        self.now = now;
+        self.expire(now);
+        self.settle(now);
     }
 
     /// When something is due without a message.
     fn wakes(&self) -> Option<Instant> {
         let paced = self.published.filter(|_| self.is_owed()).map(|published| published + PACE);
         let pods = self.pods.as_ref().and_then(Pods::deadline);
-        [paced, pods, self.devices.link_due, self.trouble.due(), Some(self.ports_due)].into_iter().flatten().min()
+        let trouble = self.trouble.due().filter(|_| !self.due.all);
+        [paced, pods, self.devices.link_due, trouble, Some(self.ports_due)].into_iter().flatten().min()
     }
 
-    /// Whether something waits for the next publication.
+    /// Whether something waits for the next publication, and it is not what has just failed.
     fn is_owed(&self) -> bool {
-        self.due.kernel || self.due.all || self.pending.is_some()
+        self.due.changes || self.due.all
     }
 
     /// What a timer asks for.
@@ -217,12 +231,18 @@ impl Router {
         match message {
             Message::End => return Ok(true),
             Message::WorkerFailed(worker, source) => return Err(RunError::Worker { worker, source }),
-            Message::KernelChanged => self.due.kernel = true,
-            Message::KernelFailed(error) => self.trouble.note(&error, Instant::now()),
-            Message::FilesFailed(error) => self.trouble.note(&error, Instant::now()),
+            Message::KernelChanged => (self.follows, self.due.changes) = (true, true),
+            Message::KernelFailed(error) => {
+                self.follows = false;
+                self.trouble.note(&error, self.now);
+            }
+            Message::FilesFailed(error) => {
+                self.watches = false;
+                self.trouble.note(&error, self.now);
+            }
             Message::Worker(Event::Resolve { device, address }) => self.hands.resolve(address, device),
             Message::Worker(Event::Learned { device, address, mac }) => {
-                self.due.kernel |= self.learned.insert((device, address), mac) != Some(mac);
+                self.due.changes |= self.learned.insert((device, address), mac) != Some(mac);
             }
             // Who hands events on writes it.
             Message::Worker(Event::Logged(_)) => {}
@@ -230,7 +250,9 @@ impl Router {
                 // What a signal asks for is set right also where no file changed.
                 if trigger == Trigger::Signal {
                     self.plumbed = None;
-                    self.due.kernel = true;
+                    self.due.changes = true;
+                } else {
+                    self.watches = true;
                 }
                 self.begin_reload(Scope::Files);
             }
@@ -259,18 +281,21 @@ impl Router {
     fn settle(&mut self, now: Instant) {
         let has_pace = self.published.is_none_or(|published| now >= published + PACE);
         if self.is_owed() && has_pace {
-            let tries_again = std::mem::take(&mut self.due.all).then(|| self.trouble.begin_try(now));
-            if tries_again.is_some() {
+            if std::mem::take(&mut self.due).all {
+                self.trying = Some(self.trouble.begin_try(now));
                 self.adopt_what_is_left();
             }
-            self.due.kernel = false;
             self.follow_devices();
             if let Err(error) = self.publish(now) {
                 self.trouble.note(&error, now);
             }
-            if let Some(begun) = tries_again {
-                self.trouble.end_try(&begun, now);
-            }
+        }
+        if self.follows
+            && self.watches
+            && !self.plumbing
+            && let Some(begun) = self.trying.take()
+        {
+            self.trouble.end_try(&begun, now);
         }
         self.settle_pods();
         if !self.serves && self.pending.is_none() && !self.plumbing {
@@ -296,7 +321,7 @@ impl Router {
             Ok(report) => self.tell(report),
             Err(error) => {
                 self.plumbed = None;
-                self.trouble.note(&error, Instant::now());
+                self.trouble.note(&error, self.now);
             }
         }
     }
@@ -324,6 +349,7 @@ impl Router {
         match weir_cluster::compile::snat_ports(&self.loaded, &self.rules, &listening) {
             Ok(snat) => {
                 (self.listening, self.snat) = (listening, Arc::new(snat));
+                self.due.changes = true;
                 self.pending.get_or_insert_with(Pending::default);
             }
             Err(error) => warn!(%error, "source ports stay as they were"),

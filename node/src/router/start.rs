@@ -407,6 +407,9 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
         due: Due::default(),
         pods,
         trouble: Trouble::default(),
+        trying: None,
+        follows: true,
+        watches: true,
         notes,
         answers: Answers { shared: Arc::clone(&shared), domain },
         shared: Arc::clone(&shared),
@@ -414,6 +417,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
         workers: workers as usize,
         serves: false,
         ports_due: Instant::now() + PORTS_INTERVAL,
+        now: Instant::now(),
     };
     Ok(Started { router, workers: Workers { shared, threads }, _listener: listener })
 }

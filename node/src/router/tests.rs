@@ -400,16 +400,21 @@ impl Play {
             due: Due::default(),
             pods: None,
             trouble: Trouble::default(),
+            trying: None,
+            follows: true,
+            watches: true,
             notes: Vec::new(),
             answers: Answers { shared: Arc::clone(&shared), domain },
             shared,
             counters: Counters::<COUNTERS>::new(),
             workers: 1,
             serves: false,
-            ports_due: now + Duration::from_secs(3600),
+            ports_due: now + Duration::from_secs(1 << 30),
+            now,
         };
         let mut play = Self { router, played, view, folder, uplink_mtu: 1500, now, prepared };
         play.show_devices();
+        play.router.due.changes = true;
         play
     }
 
@@ -499,13 +504,11 @@ impl Play {
                 assert_eq!(status["nodeName"], "a");
             }
             Step::Deliver => drop(self.deliver().await),
-            Step::Time(ms) => {
-                self.now += Duration::from_millis(ms.into());
-                self.router.expire(self.now);
-            }
+            Step::Time(ms) => self.now += Duration::from_millis(ms.into()),
             Step::Failing(of_hundred) => self.played.world().failing = of_hundred,
         }
-        self.router.settle(self.now);
+        self.router.look(self.now);
+        assert!(self.router.wakes().is_some_and(|at| at > self.now), "it waits, also for what fails");
         self.check();
     }
 
@@ -528,11 +531,10 @@ impl Play {
         self.take(Message::Files(Trigger::Files));
         for _ in 0..200 {
             self.now += Duration::from_secs(61);
-            self.router.expire(self.now);
-            self.router.settle(self.now);
+            self.router.look(self.now);
             self.check();
             let delivered = self.deliver().await;
-            self.router.settle(self.now);
+            self.router.look(self.now);
             if !delivered && !self.router.is_owed() && self.router.trouble.due().is_none() {
                 return;
             }
@@ -573,7 +575,7 @@ fn a_thousand_messages_that_wait_are_one_publication() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let mut play = Play::start(1);
-        play.router.settle(play.now);
+        play.router.look(play.now);
         while play.deliver().await {}
         let before = play.played.world().publications;
         for round in 0..1000 {
@@ -585,12 +587,12 @@ fn a_thousand_messages_that_wait_are_one_publication() {
             play.show_devices();
             play.take(Message::KernelChanged);
             // The last one was a moment ago.
-            play.router.settle(play.now);
+            play.router.look(play.now);
         }
         assert_eq!(play.played.world().publications, before, "it is not time for another one");
         assert_eq!(play.router.wakes(), Some(play.now + PACE));
         play.now += PACE;
-        play.router.settle(play.now);
+        play.router.look(play.now);
         let world = play.played.world();
         assert_eq!((world.publications, world.adopted.len()), (before + 1, PODS as usize));
     });
