@@ -36,6 +36,8 @@ pub(super) struct Devices {
     pub(super) adopted: BTreeMap<IfIndex, Adopted>,
     /// The largest MTU of a device that there is room for.
     pub(super) max_mtu: u32,
+    /// Names and MTUs of those that there is no room for, until it is told of them.
+    pub(super) too_large: Vec<(String, u32)>,
     /// When the next of those that were adopted at once gets its link.
     pub(super) link_due: Option<Instant>,
 }
@@ -131,24 +133,29 @@ impl Router {
                 return Err(error);
             }
         }
-        let max_mtu = self.devices.max_mtu;
-        if link.mtu > MAX_MTU {
-            error!(
-                device = link.name,
-                mtu = link.mtu,
-                "the workload stays closed: weir carries an MTU of at most {MAX_MTU}"
-            );
-        } else if link.mtu > max_mtu {
-            error!(
-                device = link.name,
-                mtu = link.mtu,
-                "the workload stays closed: by the devices that it was started with, weir has room for an MTU of at most {max_mtu}; start \
-                 weir again, or lower the MTU",
-            );
+        if link.mtu > self.devices.max_mtu.min(MAX_MTU) {
+            self.devices.too_large.push((link.name.clone(), link.mtu));
         } else {
             info!(device = link.name, index = link.index.0, "workload device adopted");
         }
         Ok(())
+    }
+
+    /// Tells of devices that are closed for their MTU, once they are: what was published last does not have them.
+    pub(super) fn tell_of_too_large(&mut self) {
+        let room = self.devices.max_mtu;
+        for (device, mtu) in self.devices.too_large.drain(..) {
+            if mtu > MAX_MTU {
+                error!(device, mtu, "the workload stays closed: weir carries an MTU of at most {MAX_MTU}");
+            } else {
+                error!(
+                    device,
+                    mtu,
+                    "the workload stays closed: by the devices that it was started with, weir has room for an MTU of at most {room}; start \
+                     weir again, or lower the MTU",
+                );
+            }
+        }
     }
 
     /// Gives a workload that was adopted at once its link.

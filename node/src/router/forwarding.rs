@@ -75,6 +75,7 @@ impl Router {
                 self.plumbed = Some(wanted);
             }
         }
+        self.tell_of_too_large();
         check_running(&self.view, &self.devices.roles, self.devices.max_mtu)
     }
 

@@ -382,6 +382,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
             tracker: DeviceTracker::new(Role::Workload),
             adopted: BTreeMap::new(),
             max_mtu,
+            too_large: Vec::new(),
             link_due: None,
         },
         path,

@@ -375,6 +375,7 @@ impl Play {
                 tracker: DeviceTracker::new(Role::Workload),
                 adopted: BTreeMap::new(),
                 max_mtu: 1500,
+                too_large: Vec::new(),
                 link_due: None,
             },
             path: weir,
