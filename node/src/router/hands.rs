@@ -17,7 +17,7 @@ use weir_dataplane::{
 };
 use weir_packet::Mac;
 
-use super::inbox::{Message, ask_for_device, look_at_ports, resolve};
+use super::inbox::{Message, ask_for_device, look_at_ports};
 use crate::{
     health::{Check, HealthChecks},
     kernel::{Resolver, Wanted},
@@ -85,6 +85,7 @@ pub(super) struct RealHands {
     pub(super) wanted: watch::Sender<Option<Wanted>>,
     pub(super) files: watch::Sender<Vec<PathBuf>>,
     pub(super) resolver: watch::Receiver<Resolver>,
+    pub(super) neighbors: mpsc::Sender<(IpAddr, IfIndex)>,
     pub(super) inbox: mpsc::Sender<Message>,
     /// Modes of the sockets, as the status has them.
     pub(super) sockets: Vec<Value>,
@@ -140,7 +141,8 @@ impl Hands for RealHands {
     }
 
     fn resolve(&mut self, address: IpAddr, device: IfIndex) {
-        resolve(self.resolver.borrow().clone(), address, device);
+        // Where there is no room, a worker asks again.
+        let _ = self.neighbors.try_send((address, device));
     }
 
     fn ask_for_device(&mut self, device: String, answer: oneshot::Sender<Result<(), String>>) {

@@ -3,7 +3,7 @@
 //! Each of them sends into one bounded channel, and waits where that is full. Control never waits for one of them. A task whose source ended
 //! opens it again, so only a dead worker ends the router.
 
-use std::{io, path::PathBuf, thread, time::Duration};
+use std::{io, net::IpAddr, path::PathBuf, thread, time::Duration};
 
 use tokio::{
     net::UnixStream,
@@ -16,7 +16,7 @@ use weir_cluster::{
     sockets::{Listening, Sockets},
     sources::watch::{Trigger, Watch, WatchError},
 };
-use weir_dataplane::pipeline::Event;
+use weir_dataplane::{frame::IfIndex, pipeline::Event};
 
 use crate::{
     action_log,
@@ -30,6 +30,8 @@ use crate::{
 
 /// Messages that may wait for control.
 const MESSAGES: usize = 4096;
+/// Neighbours that may wait to be asked for. Those for whom there is no room are asked for again in a second, if packets still wait for them.
+const NEIGHBORS: usize = 1024;
 /// How long is waited before a source that ended is opened again, doubled each time up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -282,11 +284,16 @@ pub(super) fn ask_for_device(
     });
 }
 
-/// Makes the kernel ask for a neighbour. A refusal means that the device just went; the packets that wait are dropped in time.
-pub(super) fn resolve(resolver: Resolver, address: std::net::IpAddr, device: weir_dataplane::frame::IfIndex) {
+/// Has the kernel asked for neighbours, one after the other. A refusal means that the device just went; the packets that wait are dropped in time.
+pub(super) fn resolve_neighbors(resolver: watch::Receiver<Resolver>) -> mpsc::Sender<(IpAddr, IfIndex)> {
+    let (sender, mut neighbors) = mpsc::channel::<(IpAddr, IfIndex)>(NEIGHBORS);
     tokio::spawn(async move {
-        if let Err(error) = resolver.resolve(address, device).await {
-            warn!(%address, device = device.0, %error, "a neighbour cannot be asked for");
+        while let Some((address, device)) = neighbors.recv().await {
+            let resolver = resolver.borrow().clone();
+            if let Err(error) = resolver.resolve(address, device).await {
+                warn!(%address, device = device.0, %error, "a neighbour cannot be asked for");
+            }
         }
     });
+    sender
 }

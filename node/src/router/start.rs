@@ -367,6 +367,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
         health: HealthChecks::start().map_err(system("cannot start the health checks"))?,
         wanted,
         files,
+        neighbors: inbox::resolve_neighbors(resolver_receiver.clone()),
         resolver: resolver_receiver,
         inbox: sender.clone(),
         sockets,
