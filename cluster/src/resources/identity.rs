@@ -4,10 +4,13 @@
 //! use, so that what was made of an unchanged object is unchanged itself; then it is free for another.
 
 use std::{
-    collections::HashMap,
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
+
+use hashbrown::{HashMap, HashSet};
+
+use super::slim::Name;
 
 /// What makes an object the same one in two versions of a manifest.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -17,9 +20,9 @@ pub struct ObjectId {
     /// Its kind.
     pub kind: &'static str,
     /// Its namespace; empty for kinds without.
-    pub namespace: String,
+    pub namespace: Name,
     /// Its name.
-    pub name: String,
+    pub name: Name,
 }
 
 impl fmt::Display for ObjectId {
@@ -65,6 +68,35 @@ impl Drop for Identity {
 #[derive(Clone, Debug, Default)]
 pub struct Identities {
     book: Arc<Mutex<Book>>,
+    /// The texts that objects repeat.
+    pub names: Names,
+}
+
+/// Texts that many hold, each once.
+#[derive(Clone, Debug, Default)]
+pub struct Names {
+    known: Arc<Mutex<HashSet<Name>>>,
+}
+
+impl Names {
+    /// The text as it is held already, or held from now on.
+    pub fn of(&self, text: &str) -> Name {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        match known.get(text) {
+            Some(name) => Arc::clone(name),
+            None => {
+                let name = Name::from(text);
+                known.insert(Arc::clone(&name));
+                name
+            }
+        }
+    }
+
+    /// Forgets what nobody else holds.
+    pub fn tidy(&self) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|name| Arc::strong_count(name) > 1);
+    }
 }
 
 #[derive(Debug, Default)]

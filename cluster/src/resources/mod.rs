@@ -10,6 +10,7 @@ pub mod identity;
 mod made;
 pub mod object;
 pub mod piece;
+pub mod slim;
 pub mod subject;
 
 use std::{
@@ -17,11 +18,7 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::api::{
-    core::v1::{Namespace, Node as KubernetesNode, Pod, Service, ServiceAccount},
-    discovery::v1::EndpointSlice,
-    networking::v1::NetworkPolicy,
-};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 
 use self::{
     calico::{
@@ -31,12 +28,13 @@ use self::{
     },
     cluster_network_policy::ClusterNetworkPolicy,
     piece::{Item, Piece},
+    slim::{EndpointSlice, KubernetesNode, Namespace, Pod, Service, ServiceAccount},
 };
 use crate::text::{Diagnostic, Problems, Severity, Source, Span};
 
 pub use identity::{Identities, Identity, ObjectId};
 pub use made::{Memo, Same};
-pub use object::{Base, Content, Object};
+pub use object::{Base, Content, InText, Object};
 pub use subject::Subject;
 
 /// A policy that cannot be read and has no earlier version: it denies what it selects.
@@ -136,7 +134,7 @@ pub struct Objects {
 #[derive(Debug)]
 struct Placement {
     item: Arc<Item>,
-    source: Arc<Source>,
+    text: InText,
     base: Base,
     /// What stands for it instead of itself.
     substitute: Option<Substitute>,
@@ -149,9 +147,10 @@ impl Placement {
 
     fn origin(&self) -> Origin {
         let ObjectId { kind, namespace, name, .. } = self.id().clone();
-        let (line, _) = self.source.line_column(self.base.offset + self.item.start);
-        let namespace = Some(namespace).filter(|namespace| !namespace.is_empty());
-        Origin { kind, namespace, name, file: self.source.name().to_owned(), line }
+        let source = &self.text.source;
+        let (line, _) = source.line_column(self.base.offset + self.item.start);
+        let namespace = Some(namespace.to_string()).filter(|namespace| !namespace.is_empty());
+        Origin { kind, namespace, name: name.to_string(), file: source.name().to_owned(), line }
     }
 }
 
@@ -194,7 +193,7 @@ impl Objects {
     /// The objects that stand for themselves, each with the name of its text.
     pub fn good(&self) -> impl Iterator<Item = (&ObjectId, &str)> {
         let good = self.placements.iter().filter(|placement| placement.substitute.is_none());
-        good.map(|placement| (placement.id(), placement.source.name()))
+        good.map(|placement| (placement.id(), placement.text.source.name()))
     }
 }
 
@@ -281,24 +280,26 @@ const CALICO_CRD: (&str, &str) = ("crd.projectcalico.org", "v1");
 impl Manifests {
     /// All objects of pieces of texts but for those in `passed_over`.
     pub fn of<'p>(
-        pieces: impl Iterator<Item = (Base, &'p Arc<Source>, &'p Piece)> + Clone,
+        pieces: impl Iterator<Item = (u32, InText, &'p Piece)> + Clone,
         passed_over: &BTreeMap<ObjectId, Substitute>,
         problems: &mut Problems,
     ) -> Self {
         let mut manifests = Self::default();
         let newest = newest_versions(pieces.clone().map(|(_, _, piece)| piece));
-        for (base, source, piece) in pieces {
+        for (file, text, piece) in pieces {
+            let base = text.base(file);
             replay(&piece.findings, base, problems);
             for item in &piece.items {
                 if let Some(newest) = newest.get(item.identity.id()).filter(|newest| **newest < item.version) {
-                    let [counts, passed_over] = [*newest, item.version].map(|version| item.kind.versions[version]);
+                    let [counts, passed_over] =
+                        [*newest, item.version].map(|version| item.kind.versions[usize::from(version)]);
                     let id = item.identity.id();
                     let message = format!("{id}: its {passed_over} is passed over, as its {counts} is here too");
                     problems.note(base.place(item.name), message);
                     continue;
                 }
                 let substitute = passed_over.get(item.identity.id()).copied();
-                manifests.place(item, source, base, substitute, problems);
+                manifests.place(item, text.clone(), base, substitute, problems);
             }
         }
         manifests
@@ -311,33 +312,28 @@ impl Manifests {
             if placement.substitute.is_some() || !ids.contains(placement.id()) {
                 continue;
             }
-            let known = files.iter().find(|(source, _)| Arc::ptr_eq(source, &placement.source));
+            let known = files.iter().find(|(source, _)| Arc::ptr_eq(source, &placement.text.source));
             let file = known.map(|(_, file)| *file).unwrap_or_else(|| {
-                let file = problems.share_source(Arc::clone(&placement.source));
-                files.push((&placement.source, file));
+                let file = problems.share_source(Arc::clone(&placement.text.source));
+                files.push((&placement.text.source, file));
                 file
             });
             let base = Base { file, ..placement.base };
-            self.place(&placement.item, &placement.source, base, None, problems);
+            self.place(&placement.item, placement.text.clone(), base, None, problems);
         }
     }
 
     fn place(
         &mut self,
         item: &Arc<Item>,
-        source: &Arc<Source>,
+        text: InText,
         base: Base,
         substitute: Option<Substitute>,
         problems: &mut Problems,
     ) {
         let number = item.identity.number();
         let position = self.objects.placements.len() as u32;
-        self.objects.placements.push(Placement {
-            item: Arc::clone(item),
-            source: Arc::clone(source),
-            base,
-            substitute,
-        });
+        self.objects.placements.push(Placement { item: Arc::clone(item), text: text.clone(), base, substitute });
         if substitute == Some(Substitute::LastGood) {
             return;
         }
@@ -347,7 +343,11 @@ impl Manifests {
         let first = self.objects.by_number[number as usize].replace(position);
         if substitute == Some(Substitute::Nothing) {
             if let Some(subject) = &item.subject {
-                self.denying.push(Denying { origin: number, id: item.identity.id().clone(), subject: subject.clone() });
+                self.denying.push(Denying {
+                    origin: number,
+                    id: item.identity.id().clone(),
+                    subject: (**subject).clone(),
+                });
             }
             return;
         }
@@ -359,14 +359,14 @@ impl Manifests {
         }
         replay(&item.findings, base, problems);
         if let Some(body) = &item.body {
-            body.place(base, number, self);
+            body.place(text, base, number, self);
         }
     }
 }
 
 /// The newest version of each object of a kind that is read in several.
-fn newest_versions<'p>(pieces: impl Iterator<Item = &'p Piece>) -> HashMap<&'p ObjectId, usize> {
-    let mut newest: HashMap<&ObjectId, usize> = HashMap::new();
+fn newest_versions<'p>(pieces: impl Iterator<Item = &'p Piece>) -> HashMap<&'p ObjectId, u8> {
+    let mut newest: HashMap<&ObjectId, u8> = HashMap::new();
     for item in pieces.flat_map(|piece| &piece.items).filter(|item| item.kind.versions.len() > 1) {
         let version = newest.entry(item.identity.id()).or_insert(item.version);
         *version = item.version.min(*version);

@@ -3,11 +3,17 @@
 use std::{ops::Deref, sync::Arc};
 
 use super::{
-    at::{At, Reporter},
+    at::{At, Reporter, Reread},
+    identity::{Identity, ObjectId},
     made::{Fact, Made},
+    piece::Form,
     replay,
+    slim::Slim,
 };
-use crate::text::{Problems, Span, tree::Node};
+use crate::text::{
+    Problems, Source, Span,
+    tree::{self, Node, Value},
+};
 
 /// Where a piece of text begins, from which the places in it are counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,20 +31,16 @@ impl Base {
     }
 }
 
-/// What a resource says: the same as long as its text is, whatever is around it. Places in it are counted from the beginning of the
-/// piece of text that it was read from.
+/// What a resource says: the same as long as its text is, whatever is around it. It derefs to what the resource is called.
 #[derive(Debug)]
 pub struct Content<T> {
-    /// What messages call it: "Service default/web".
-    pub subject: String,
-    /// Its namespace; empty for kinds without.
-    pub namespace: String,
-    /// Its name.
-    pub name: String,
+    pub(super) identity: Arc<Identity>,
     /// The value.
     pub value: T,
-    /// The tree.
-    pub node: Node,
+    /// Where it begins in its piece of text.
+    pub(super) start: u32,
+    /// Parts of it were dropped when its value was read.
+    pub(super) is_faulty: bool,
     pub(super) made: Made,
 }
 
@@ -47,30 +49,90 @@ impl<T> Content<T> {
     pub fn full_name(&self) -> String {
         format!("{}/{}", self.namespace, self.name)
     }
+
+    /// What messages call it: "Service default/web".
+    pub fn subject(&self) -> String {
+        self.identity.id().to_string()
+    }
+}
+
+impl<T> Deref for Content<T> {
+    type Target = ObjectId;
+
+    fn deref(&self) -> &ObjectId {
+        self.identity.id()
+    }
+}
+
+/// A piece of text, where it is now.
+#[derive(Clone, Debug)]
+pub struct InText {
+    /// The text.
+    pub source: Arc<Source>,
+    /// The piece in it.
+    pub piece: Span,
+    /// What the piece is.
+    pub form: Form,
+}
+
+impl InText {
+    /// Where the piece begins, in the text of that number.
+    pub fn base(&self, file: u32) -> Base {
+        Base { file, offset: self.piece.start }
+    }
 }
 
 /// A resource at its place.
 #[derive(Debug)]
 pub struct Object<T> {
     content: Arc<Content<T>>,
+    text: InText,
     base: Base,
     /// Its number in [`Objects`](super::Objects).
     pub origin: u32,
 }
 
+impl<T: Slim + Send + Sync> Reread for Object<T> {
+    fn reread(&self) -> Option<Arc<Node>> {
+        let InText { source, piece, form } = &self.text;
+        let tree = form.reread(source, *piece)?;
+        if self.content.is_faulty
+            && let Some(node) = self.object(&tree)
+        {
+            // The same parts are dropped as were then; what there is to say was said.
+            tree::on_reader_thread(|| T::drop_faulty(node)).ok()?;
+        }
+        Some(tree)
+    }
+
+    fn object<'n>(&self, tree: &'n Node) -> Option<&'n Node> {
+        find(tree, self.content.start)
+    }
+}
+
+/// The object that begins at `start`, which is the tree or an item of a list in it.
+fn find(tree: &Node, start: u32) -> Option<&Node> {
+    if tree.span.start == start && tree.get("items").is_none() {
+        return Some(tree);
+    }
+    let items = match tree.get("items").map(|items| &items.value) {
+        Some(Value::List(items)) => items.as_slice(),
+        _ => return (tree.span.start == start).then_some(tree),
+    };
+    // Items stand in order, but for those that are aliases of an anchor.
+    let before = items.partition_point(|item| item.span.start <= start);
+    let near = items[..before].last().and_then(|item| find(item, start));
+    near.or_else(|| items.iter().find_map(|item| find(item, start)))
+}
+
 impl<T> Object<T> {
-    pub(super) fn new(content: Arc<Content<T>>, base: Base, origin: u32) -> Self {
-        Self { content, base, origin }
+    pub(super) fn new(content: Arc<Content<T>>, text: InText, base: Base, origin: u32) -> Self {
+        Self { content, text, base, origin }
     }
 
     /// What it says; the same one at every load for as long as its text is unchanged.
     pub fn content(&self) -> &Arc<Content<T>> {
         &self.content
-    }
-
-    /// The place of the whole object.
-    pub fn at(&self) -> At<'_> {
-        At::in_piece(&self.content.node, self.base)
     }
 
     /// What `make` makes of this object alone: made once, and then what there was to report is reported again at each call. Places in
@@ -83,7 +145,7 @@ impl<T> Object<T> {
         let fact = self.content.made.get(|| {
             let mut problems = Problems::default();
             // The number is the same as long as any version of the object is in use.
-            let object = Self::new(Arc::clone(&self.content), Base::default(), self.origin);
+            let object = Self::new(Arc::clone(&self.content), self.text.clone(), Base::default(), self.origin);
             let value = make(&object, &mut problems);
             Fact { value, findings: problems.diagnostics().to_vec() }
         });
@@ -97,8 +159,21 @@ impl<T> Object<T> {
     }
 
     /// A reporter whose messages begin with this object's name.
-    pub fn reporter<'a>(&self, problems: &'a mut Problems) -> Reporter<'a> {
-        Reporter::new(problems, self.content.subject.clone())
+    pub fn reporter<'a>(&'a self, problems: &'a mut Problems) -> Reporter<'a> {
+        Reporter::on(problems, self.content.identity.id())
+    }
+}
+
+impl<T: Slim + Send + Sync> Object<T> {
+    /// The place of the whole object.
+    pub fn at(&self) -> At<'_> {
+        At::in_text(self, self.base)
+    }
+
+    /// Its tree, read once more.
+    pub fn tree<R>(&self, look: impl FnOnce(&Node) -> R) -> Option<R> {
+        let tree = self.reread()?;
+        self.object(&tree).map(look)
     }
 }
 

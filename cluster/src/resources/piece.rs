@@ -5,12 +5,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use k8s_openapi::api::{
-    core::v1::{Namespace, Node as KubernetesNode, Pod, Service, ServiceAccount},
-    discovery::v1::EndpointSlice,
-    networking::v1::NetworkPolicy,
-};
-use serde::de::DeserializeOwned;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 
 use super::{
     CALICO_CRD, CALICO_GROUP, Identities, Identity, KINDS, Kind, Manifests, ObjectId,
@@ -21,8 +16,10 @@ use super::{
         policy::{self, GlobalNetworkPolicy, NetworkSet, Profile, StagedKubernetesNetworkPolicy, Tier},
     },
     cluster_network_policy::ClusterNetworkPolicy,
+    identity::Names,
     made::Made,
-    object::{Base, Content, Object},
+    object::{Base, Content, InText, Object},
+    slim::{EndpointSlice, KubernetesNode, Namespace, Pod, Service, ServiceAccount, Slim},
     subject::Subject,
 };
 use crate::text::{
@@ -56,7 +53,7 @@ pub(super) struct Item {
     pub(super) identity: Arc<Identity>,
     pub(super) kind: &'static Kind,
     /// Which of the kind's versions it is given in.
-    pub(super) version: usize,
+    pub(super) version: u8,
     /// The object with all that is in it.
     pub(super) extent: Span,
     /// Where it begins.
@@ -64,9 +61,9 @@ pub(super) struct Item {
     /// The place of its name.
     pub(super) name: Span,
     /// What is wrong with it.
-    pub(super) findings: Vec<Diagnostic>,
+    pub(super) findings: Box<[Diagnostic]>,
     /// Of a policy: what it denies where it cannot be read.
-    pub(super) subject: Option<Subject>,
+    pub(super) subject: Option<Box<Subject>>,
     /// `None` where it cannot be read.
     pub(super) body: Option<Body>,
 }
@@ -89,9 +86,9 @@ macro_rules! bodies {
             }
 
             /// Adds it to the list of its kind.
-            pub fn place(&self, base: Base, origin: u32, manifests: &mut Manifests) {
+            pub fn place(&self, text: InText, base: Base, origin: u32, manifests: &mut Manifests) {
                 match self {
-                    $(Self::$variant(content) => manifests.$list.push(Object::new(Arc::clone(content), base, origin)),)+
+                    $(Self::$variant(content) => manifests.$list.push(Object::new(Arc::clone(content), text, base, origin)),)+
                 }
             }
         }
@@ -122,6 +119,17 @@ bodies! {
     FelixConfiguration: _, "FelixConfiguration", FelixConfiguration => felix_configurations;
 }
 
+impl Form {
+    /// The tree of such a piece of a text, read once more.
+    pub(super) fn reread(self, source: &Source, piece: Span) -> Option<Arc<Node>> {
+        source.tree(piece, |text| match (self, tree::reread(text)?) {
+            (Self::Document, node) => Some(node),
+            (Self::ListItem, Node { value: Value::List(mut items), .. }) => items.pop(),
+            (Self::ListItem, _) => None,
+        })
+    }
+}
+
 impl Piece {
     /// Reads a piece. `None` where it is no list item by itself: then the document must be read as a whole. Call it within
     /// [`tree::on_reader_thread`].
@@ -146,10 +154,12 @@ impl Piece {
             // A key that is given twice is the object's fault, though the reader of trees finds it.
             let holds = |item: &&mut Arc<Item>| (item.extent.start..item.extent.end).contains(&finding.span.start);
             match piece.items.iter_mut().find(holds).and_then(Arc::get_mut) {
-                Some(item) => item.findings.push(finding.clone()),
+                Some(item) => item.findings = item.findings.iter().chain([finding]).cloned().collect(),
                 None => piece.findings.push(finding.clone()),
             }
         }
+        piece.findings.shrink_to_fit();
+        piece.items.shrink_to_fit();
         Some(piece)
     }
 }
@@ -238,19 +248,32 @@ impl Reading<'_> {
             (true, given) => given.unwrap_or("default").to_owned(),
             (false, _) => String::new(),
         };
-        let id = ObjectId { group: kind.group(), kind: kind.name, namespace, name: name.to_owned() };
-        let subject = Subject::read(kind, &node);
+        let id = ObjectId {
+            group: kind.group(),
+            kind: kind.name,
+            namespace: self.identities.names.of(&namespace),
+            name: self.identities.names.of(name),
+        };
+        let identity = self.identities.of(id);
+        let subject = Subject::read(kind, &node).map(Box::new);
         let (extent, start, name) = (node.extent(), node.span.start, metadata.key("name").span());
         let mut problems = Problems::default();
-        let body = Body::read(kind, Untyped { id: &id, node, unknown: kind.unknown, problems: &mut problems });
+        let object = Untyped {
+            identity: &identity,
+            node: &node,
+            unknown: kind.unknown,
+            problems: &mut problems,
+            names: &self.identities.names,
+        };
+        let body = Body::read(kind, object);
         let item = Item {
-            identity: self.identities.of(id),
+            identity,
             kind,
-            version,
+            version: version as u8,
             extent,
             start,
             name,
-            findings: problems.diagnostics().to_vec(),
+            findings: problems.diagnostics().into(),
             subject,
             body,
         };
@@ -265,21 +288,27 @@ fn is_list(kind: &str) -> bool {
 
 /// An object about to be read as its type.
 struct Untyped<'a> {
-    id: &'a ObjectId,
-    node: Node,
+    identity: &'a Arc<Identity>,
+    node: &'a Node,
     /// What a field of its spec that its type does not have is.
     unknown: Severity,
     problems: &'a mut Problems,
+    names: &'a Names,
 }
 
 impl Untyped<'_> {
-    fn content<T: DeserializeOwned>(self) -> Option<Arc<Content<T>>> {
-        let Self { id, node, unknown, problems } = self;
-        let subject = id.to_string();
+    fn content<T: Slim>(self) -> Option<Arc<Content<T>>> {
+        let Self { identity, node, unknown, problems, names } = self;
+        let subject = format!("{}: ", identity.id());
         let unknown = |path: &str| if path.starts_with("spec") { unknown } else { Severity::Warning };
-        let value = typed::read(&node, &format!("{subject}: "), unknown, problems)?;
-        let ObjectId { namespace, name, .. } = id.clone();
-        Some(Arc::new(Content { subject, namespace, name, value, node, made: Made::default() }))
+        let whole = typed::read(node, &subject, unknown, problems)?;
+        Some(Arc::new(Content {
+            identity: Arc::clone(identity),
+            value: T::of(whole, names),
+            start: node.span.start,
+            is_faulty: problems.has_errors(),
+            made: Made::default(),
+        }))
     }
 }
 

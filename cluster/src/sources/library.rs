@@ -8,16 +8,18 @@
 use std::{
     collections::{BTreeSet, HashMap},
     fs,
+    num::NonZero,
     ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
     time::Duration,
 };
 
 use crate::{
     resources::{
         Identities,
-        object::Base,
+        object::InText,
         piece::{Form, Piece, list_items},
     },
     sources::watch::Stamp,
@@ -52,11 +54,12 @@ pub struct Texts {
 }
 
 impl Texts {
-    /// All pieces with their places and texts.
-    pub fn pieces(&self) -> impl Iterator<Item = (Base, &Arc<Source>, &Piece)> + Clone {
+    /// All pieces, each with the number of its text and where it is in that.
+    pub fn pieces(&self) -> impl Iterator<Item = (u32, InText, &Piece)> + Clone {
         self.texts.iter().flat_map(|(file, text)| {
-            let place = |span: &Span| Base { file: *file, offset: span.start };
-            text.pieces.iter().map(move |(_, span, piece)| (place(span), &text.source, &**piece))
+            text.pieces.iter().map(move |(form, span, piece)| {
+                (*file, InText { source: Arc::clone(&text.source), piece: *span, form: *form }, &**piece)
+            })
         })
     }
 }
@@ -79,6 +82,7 @@ impl Library {
             Ok((kept, texts)) => {
                 // What no path leads to any more is forgotten.
                 self.kept = kept;
+                self.identities.names.tidy();
                 texts
             }
             Err(error) => {
@@ -114,25 +118,77 @@ impl Text {
             pieces.map(|(form, span, piece)| ((*form, before.source.slice(*span)), piece)).collect()
         });
         let whole = source.text();
-        let piece = |form: Form, range: Range<usize>| {
-            let text = &whole[range.clone()];
-            let known = before.get(&(form, text)).map(|piece| Arc::clone(piece));
-            let piece = known.or_else(|| Piece::read(form, text, identities).map(Arc::new))?;
+        let cut: Vec<(Range<usize>, Vec<Range<usize>>)> = tree::document_ranges(whole)
+            .into_iter()
+            .map(|document| {
+                let items = list_items(&whole[document.clone()]).unwrap_or_default();
+                let in_text = |item: Range<usize>| item.start + document.start..item.end + document.start;
+                let items = items.into_iter().map(in_text).collect();
+                (document, items)
+            })
+            .collect();
+        let known =
+            |form: Form, range: &Range<usize>| before.get(&(form, &whole[range.clone()])).copied().map(Arc::clone);
+        let wanted = cut.iter().flat_map(|(document, items)| {
+            let whole = items.is_empty().then_some((Form::Document, document));
+            whole.into_iter().chain(items.iter().map(|item| (Form::ListItem, item)))
+        });
+        let unknown: Vec<(Form, &str)> = wanted
+            .filter(|(form, range)| known(*form, range).is_none())
+            .map(|(form, range)| (form, &whole[range.clone()]))
+            .collect();
+        let mut read = read_all(&unknown, identities).into_iter();
+        let mut piece = |form: Form, range: &Range<usize>| {
+            let piece = known(form, range).or_else(|| read.next().flatten())?;
             Some((form, Span { file: 0, start: range.start as u32, end: range.end as u32 }, piece))
         };
         let mut pieces = Vec::new();
-        for document in tree::document_ranges(whole) {
-            let items = list_items(&whole[document.clone()]).and_then(|items| {
-                let in_text = |item: Range<usize>| item.start + document.start..item.end + document.start;
-                items.into_iter().map(|item| piece(Form::ListItem, in_text(item))).collect::<Option<Vec<_>>>()
-            });
-            match items {
-                Some(items) => pieces.extend(items),
-                None => pieces.extend(piece(Form::Document, document)),
+        for (document, items) in &cut {
+            // All of them are taken out of what was read, also if one of them is no list item by itself.
+            let items: Vec<_> = items.iter().map(|item| piece(Form::ListItem, item)).collect();
+            match items.into_iter().collect::<Option<Vec<_>>>() {
+                Some(items) if !items.is_empty() => pieces.extend(items),
+                Some(_) => pieces.extend(piece(Form::Document, document)),
+                None => {
+                    let range = Span { file: 0, start: document.start as u32, end: document.end as u32 };
+                    let known = known(Form::Document, document);
+                    let read = || Piece::read(Form::Document, &whole[document.clone()], identities).map(Arc::new);
+                    pieces.extend(known.or_else(read).map(|piece| (Form::Document, range, piece)));
+                }
             }
         }
+        pieces.shrink_to_fit();
         Self { source: Arc::new(source), stamp, pieces }
     }
+}
+
+/// Texts of fewer bytes are read by one thread: another would take as long to begin.
+const SHARE_BYTES: usize = 32 << 10;
+
+/// Reads pieces of text, in their order, on as many threads as there are cores if there is enough to read. Call it within
+/// [`tree::on_reader_thread`].
+fn read_all(pieces: &[(Form, &str)], identities: &Identities) -> Vec<Option<Arc<Piece>>> {
+    let read = |(form, text): &(Form, &str)| Piece::read(*form, text, identities).map(Arc::new);
+    let bytes: usize = pieces.iter().map(|(_, text)| text.len()).sum();
+    let cores = thread::available_parallelism().map_or(1, NonZero::get);
+    let shares = cores.min(bytes / SHARE_BYTES).max(1);
+    let per_share = pieces.len().div_ceil(shares).max(1);
+    let mut parts = pieces.chunks(per_share);
+    let own = parts.next().unwrap_or_default();
+    thread::scope(|scope| {
+        let others: Vec<_> = parts
+            .map(|part| (part, tree::spawn_reader(scope, move || part.iter().map(read).collect::<Vec<_>>())))
+            .collect();
+        let mut all: Vec<_> = own.iter().map(read).collect();
+        for (part, other) in others {
+            match other {
+                Ok(other) => all.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))),
+                // There is no thread for it: this one reads it.
+                Err(_) => all.extend(part.iter().map(read)),
+            }
+        }
+        all
+    })
 }
 
 /// Goes through files and folders.

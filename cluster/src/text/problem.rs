@@ -87,6 +87,11 @@ impl Problems {
         format!("{}:{line}:{column}", source.name())
     }
 
+    /// Lets go of the trees that places were looked up in.
+    pub(crate) fn forget_trees(&self) {
+        self.sources.iter().for_each(|source| source.forget_tree());
+    }
+
     /// Adds one.
     pub fn push(&mut self, diagnostic: Diagnostic) {
         self.diagnostics.push(diagnostic);

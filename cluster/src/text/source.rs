@@ -1,6 +1,11 @@
 //! Texts of the files that were read, and places in them.
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use super::tree::Node;
 
 /// A place in a file: bytes `start..end` of file number `file` (see [`super::Problems::source`]).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash, PartialOrd, Ord)]
@@ -20,6 +25,8 @@ pub struct Source {
     text: String,
     /// Byte offset of the first character of each line.
     line_starts: Vec<u32>,
+    /// The tree of a part that holds many objects, for as long as messages about them are made.
+    tree: Mutex<Option<(Span, Arc<Node>)>>,
 }
 
 impl Source {
@@ -31,7 +38,7 @@ impl Source {
         let line_starts = std::iter::once(0)
             .chain(text.bytes().zip(1..).filter(|(byte, _)| *byte == b'\n').map(|(_, next)| next))
             .collect();
-        Self { name: name.into(), text, line_starts }
+        Self { name: name.into(), text, line_starts, tree: Mutex::default() }
     }
 
     /// The name that diagnostics show.
@@ -47,6 +54,24 @@ impl Source {
     /// The text at a span, empty where the span is not of this text.
     pub fn slice(&self, span: Span) -> &str {
         self.text.get(span.start as usize..span.end as usize).unwrap_or("")
+    }
+
+    /// The tree of a part: the one that is kept, or that `read` reads.
+    pub(crate) fn tree(&self, part: Span, read: impl FnOnce(&str) -> Option<Node>) -> Option<Arc<Node>> {
+        let mut kept = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, tree)) = kept.as_ref().filter(|(of, _)| *of == part) {
+            return Some(Arc::clone(tree));
+        }
+        let tree = Arc::new(read(self.slice(part))?);
+        if tree.get("items").is_some() {
+            *kept = Some((part, Arc::clone(&tree)));
+        }
+        Some(tree)
+    }
+
+    /// Lets go of a tree that is kept.
+    pub(crate) fn forget_tree(&self) {
+        *self.tree.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Index of the line that holds the byte at `offset`.

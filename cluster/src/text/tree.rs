@@ -187,11 +187,20 @@ pub fn read_documents(file: u32, problems: &mut Problems) -> Vec<Node> {
 /// # Errors
 /// Where the system has no thread for it.
 pub fn on_reader_thread<T: Send>(read: impl FnOnce() -> T + Send) -> io::Result<T> {
-    let outcome = thread::scope(|scope| {
-        let thread = thread::Builder::new().name("read-yaml".to_owned()).stack_size(READER_STACK_BYTES);
-        thread.spawn_scoped(scope, read).map(|reader| reader.join())
-    });
+    let outcome = thread::scope(|scope| spawn_reader(scope, read).map(|reader| reader.join()));
     outcome.map(|joined| joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+}
+
+/// As [`on_reader_thread`], beside what the caller does meanwhile.
+///
+/// # Errors
+/// As there.
+pub fn spawn_reader<'s, T: Send + 's>(
+    scope: &'s thread::Scope<'s, '_>,
+    read: impl FnOnce() -> T + Send + 's,
+) -> io::Result<thread::ScopedJoinHandle<'s, T>> {
+    let thread = thread::Builder::new().name("read-yaml".to_owned()).stack_size(READER_STACK_BYTES);
+    thread.spawn_scoped(scope, read)
 }
 
 /// Byte ranges of the documents of a stream, without those that hold only directives, comments and blanks.
@@ -245,6 +254,18 @@ pub(super) fn read_any(file: u32, range: Range<usize>, problems: &mut Problems) 
     }
     let node = Node::new(parsed.ok()?, &source, file, base);
     (!matches!(node.value, Value::Null)).then_some(node)
+}
+
+/// The tree of a text that was read before; what there is to say about it was said then. It may be called on any thread.
+pub fn reread(text: &str) -> Option<Node> {
+    plain::read(text, 0, 0).or_else(|| {
+        let read = || {
+            let mut problems = Problems::default();
+            let file = problems.add_source(Source::new("", text.to_owned()));
+            read_any(file, 0..text.len(), &mut problems)
+        };
+        on_reader_thread(read).ok().flatten()
+    })
 }
 
 fn options(duplicate_keys: DuplicateKeyPolicy) -> Options {

@@ -6,7 +6,6 @@ use std::{
 };
 
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1 as core;
 use sha1::{Digest, Sha1};
 use weir_dataplane::model::{Cluster, Node, Pool, TunnelMode, Workload};
 
@@ -17,6 +16,7 @@ use crate::{
         Manifests, Object,
         at::{At, Reporter},
         calico::{EncapsulationMode, IpPool, WorkloadEndpoint},
+        slim::{KubernetesNode, Pod},
     },
     text::{
         Problems, Span,
@@ -34,26 +34,26 @@ pub fn workload_device(namespace: &str, pod: &str) -> String {
 }
 
 /// Whether a pod has an end of its own: it is not on the host's network, and it has not ended.
-pub(super) fn is_workload(pod: &core::Pod) -> bool {
+pub(super) fn is_workload(pod: &Pod) -> bool {
     !is_on_host_network(pod) && !has_ended(pod)
 }
 
-pub(super) fn is_on_host_network(pod: &core::Pod) -> bool {
+pub(super) fn is_on_host_network(pod: &Pod) -> bool {
     pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or(false)
 }
 
 /// Whether none of its containers will run again.
-pub(super) fn has_ended(pod: &core::Pod) -> bool {
+pub(super) fn has_ended(pod: &Pod) -> bool {
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
     matches!(phase, Some("Succeeded" | "Failed"))
 }
 
-fn is_terminating(pod: &core::Pod) -> bool {
+fn is_terminating(pod: &Pod) -> bool {
     pod.metadata.deletion_timestamp.is_some()
 }
 
 /// The node that a pod is on.
-fn node_of(pod: &core::Pod) -> Option<&str> {
+fn node_of(pod: &Pod) -> Option<&str> {
     pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref())
 }
 
@@ -61,7 +61,7 @@ fn node_of(pod: &core::Pod) -> Option<&str> {
 #[derive(Clone, Copy)]
 pub(super) enum Described<'m> {
     /// Its Pod.
-    Pod(&'m Object<core::Pod>),
+    Pod(&'m Object<Pod>),
     /// Its WorkloadEndpoint, without a Pod.
     Endpoint,
     /// None yet: a pod that this node's CNI plugin made.
@@ -115,7 +115,7 @@ pub(super) fn translate<'m>(
 }
 
 fn check_node_name(config: &RouterConfig, manifests: &Manifests, problems: &mut Problems) {
-    let names = || manifests.nodes.iter().map(|node| node.name.as_str());
+    let names = || manifests.nodes.iter().map(|node| node.name.as_ref());
     if !config.node_name.is_empty() && !manifests.nodes.is_empty() && !names().any(|name| name == config.node_name) {
         // weir.yaml is the first file that is read.
         let text = problems.source(0).text();
@@ -132,12 +132,11 @@ fn check_node_name(config: &RouterConfig, manifests: &Manifests, problems: &mut 
 const IPV4_ADDRESS: &str = "projectcalico.org/IPv4Address";
 const IPIP_TUNNEL_ADDRESS: &str = "projectcalico.org/IPv4IPIPTunnelAddr";
 
-fn node(object: &Object<core::Node>, problems: &mut Problems) -> Node {
+fn node(object: &Object<KubernetesNode>, problems: &mut Problems) -> Node {
     let mut report = object.reporter(problems);
-    let mut node = Node { name: object.name.clone(), ..Node::default() };
+    let mut node = Node { name: object.name.to_string(), ..Node::default() };
     let addresses_at = object.at().key("status").key("addresses");
-    let addresses = object.value.status.as_ref().and_then(|status| status.addresses.as_deref()).unwrap_or_default();
-    for (index, address) in addresses.iter().enumerate() {
+    for (index, address) in object.value.addresses.iter().enumerate() {
         let list = match address.type_.as_str() {
             "InternalIP" => &mut node.internal_ips,
             "ExternalIP" => &mut node.other_ips,
@@ -149,8 +148,8 @@ fn node(object: &Object<core::Node>, problems: &mut Problems) -> Node {
         list.extend(report.read(at, &field, parse_ip(&address.address)));
     }
     let annotations_at = object.at().key("metadata").key("annotations");
-    let annotations = object.value.metadata.annotations.as_ref();
-    let annotation = |key: &str| annotations.and_then(|all| all.get(key)).filter(|value| !value.is_empty());
+    let annotations = &object.value.metadata.annotations;
+    let annotation = |key: &str| annotations.get(key).filter(|value| !value.is_empty());
     if let Some(value) = annotation(IPV4_ADDRESS) {
         match parse_cidr(value).or_else(|error| parse_ip(value).map(IpNet::from).map_err(|_| error)) {
             Ok(IpNet::V4(net)) => node.ipv4_address = Some(net),
@@ -173,7 +172,7 @@ fn node(object: &Object<core::Node>, problems: &mut Problems) -> Node {
     }
     let spec_at = object.at().key("spec");
     if let Some(spec) = &object.value.spec {
-        for (index, cidr) in spec.pod_cidrs.iter().flatten().enumerate() {
+        for (index, cidr) in spec.pod_cidrs.iter().enumerate() {
             let at = spec_at.key("podCIDRs").item(index);
             node.pod_cidrs.extend(pod_network(&mut report, at, &format!("spec.podCIDRs[{index}]"), cidr));
         }
@@ -261,8 +260,8 @@ impl<'m, 'c> Workloads<'m, 'c> {
     /// First come those that are certain to be there. Their addresses are theirs, whatever objects say.
     fn add_local_pods(&mut self, manifests: &'m Manifests, local_pods: &LocalPods) {
         let node_name = self.cluster.node_name.clone();
-        let mut objects: HashMap<&str, &Object<core::Pod>> = HashMap::new();
-        let here = |object: &&Object<core::Pod>| node_of(&object.value) == Some(node_name.as_str());
+        let mut objects: HashMap<&str, &Object<Pod>> = HashMap::new();
+        let here = |object: &&Object<Pod>| node_of(&object.value) == Some(node_name.as_str());
         for object in manifests.pods.iter().filter(here) {
             let named = local_pods.get(&object.full_name());
             if let Some(pod) = named.filter(|pod| pod.is_described_by(&object.value)) {
@@ -391,7 +390,7 @@ struct PodFacts {
     device: String,
 }
 
-fn pod(object: &Object<core::Pod>, problems: &mut Problems) -> PodFacts {
+fn pod(object: &Object<Pod>, problems: &mut Problems) -> PodFacts {
     PodFacts {
         name: object.full_name(),
         addresses: pod_addresses(object, problems),
@@ -401,14 +400,14 @@ fn pod(object: &Object<core::Pod>, problems: &mut Problems) -> PodFacts {
     }
 }
 
-fn pod_addresses(object: &Object<core::Pod>, problems: &mut Problems) -> Vec<IpAddr> {
+fn pod_addresses(object: &Object<Pod>, problems: &mut Problems) -> Vec<IpAddr> {
     let mut report = object.reporter(problems);
     let at = object.at().key("status");
     let Some(status) = &object.value.status else { return Vec::new() };
     let mut addresses: Vec<IpAddr> = Vec::new();
-    for (index, entry) in status.pod_ips.iter().flatten().enumerate() {
+    for (index, entry) in status.pod_ips.iter().enumerate() {
         let at = at.key("podIPs").item(index).key("ip");
-        addresses.extend(report.read(at, &format!("status.podIPs[{index}].ip"), parse_ip(&entry.ip)));
+        addresses.extend(report.read(at, &format!("status.podIPs[{index}].ip"), parse_ip(entry)));
     }
     if let Some(ip) = status.pod_ip.as_ref().filter(|ip| !ip.is_empty())
         && let Some(address) = report.read(at.key("podIP"), "status.podIP", parse_ip(ip))

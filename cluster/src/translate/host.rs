@@ -50,7 +50,7 @@ fn host_endpoint(object: &Object<host::HostEndpoint>, problems: &mut Problems) -
     }
     // Faults are told where its addresses are read as a peer's.
     let addresses: Vec<IpAddr> = spec.expected_ips.iter().filter_map(|text| parse_ip(text).ok()).collect();
-    HostEndpoint { name: object.name.clone(), interface, addresses }
+    HostEndpoint { name: object.name.to_string(), interface, addresses }
 }
 
 /// Calico's defaults, over which "default" goes, over which the node's own "node.NAME" goes, field by field.
@@ -59,7 +59,7 @@ fn host_settings(config: &RouterConfig, manifests: &Manifests, problems: &mut Pr
     let own = format!("node.{}", config.node_name);
     let mut is_configured = false;
     for name in ["default", own.as_str()] {
-        for object in manifests.felix_configurations.iter().filter(|object| object.name == name) {
+        for object in manifests.felix_configurations.iter().filter(|object| &*object.name == name) {
             if !is_configured {
                 // Calico's manifests install Accept; where somebody configures and does not say, Calico's own default is Drop.
                 settings.endpoint_to_host = EndpointToHost::Drop;

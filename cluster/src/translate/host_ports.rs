@@ -10,10 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::{
-    api::core::v1::{Container, Pod},
-    apimachinery::pkg::apis::meta::v1::Time,
-};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use weir_dataplane::{forwarding::local_workloads, model::Cluster};
 use weir_nat::{Endpoint, HostAddresses, Model, ServicePort};
 use weir_packet::Protocol;
@@ -21,7 +18,11 @@ use weir_packet::Protocol;
 use super::{Loaded, LocalPods, cluster::is_workload, services::port_number};
 use crate::{
     config::RouterConfig,
-    resources::{Manifests, Object, at::At},
+    resources::{
+        Manifests, Object,
+        at::At,
+        slim::{Container, Pod, PodSpec},
+    },
     sockets::Sockets,
     text::{Problems, address::parse_ip},
 };
@@ -262,7 +263,7 @@ pub(super) fn translate(
         local_workloads(cluster).map(|(_, workload)| (workload.name.as_str(), workload.addresses.as_slice())).collect();
     let mut pods = Vec::new();
     for object in &manifests.pods {
-        let is_here = |spec: &k8s_openapi::api::core::v1::PodSpec| spec.node_name.as_ref() == Some(&config.node_name);
+        let is_here = |spec: &PodSpec| spec.node_name.as_deref() == Some(config.node_name.as_str());
         if !object.value.spec.as_ref().is_some_and(is_here) || !is_workload(&object.value) {
             continue;
         }
@@ -420,9 +421,9 @@ fn asked(object: &Object<Pod>, problems: &mut Problems) -> Asked {
     // Init containers that go on running (sidecars) serve too.
     let is_sidecar = |container: &&Container| container.restart_policy.as_deref() == Some("Always");
     let containers = spec.containers.iter().enumerate().map(|(index, container)| ("containers", index, container));
-    let init = spec.init_containers.iter().flatten().enumerate().filter(|(_, container)| is_sidecar(container));
+    let init = spec.init_containers.iter().enumerate().filter(|(_, container)| is_sidecar(container));
     for (list, index, container) in containers.chain(init.map(|(index, one)| ("initContainers", index, one))) {
-        for (number, port) in container.ports.iter().flatten().enumerate() {
+        for (number, port) in container.ports.iter().enumerate() {
             let at = object.at().key("spec").key(list).item(index).key("ports").item(number);
             let field = format!("spec.{list}[{index}].ports[{number}]");
             let Some(host_port) = port.host_port.filter(|port| *port != 0) else { continue };

@@ -6,13 +6,10 @@
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
-use k8s_openapi::api::core::v1::Pod;
 use weir_packet::Mac;
 
 use super::cluster::{has_ended, is_on_host_network};
-
-/// The annotation of the object that stands for a static pod.
-const MIRRORED_UID: &str = "kubernetes.io/config.mirror";
+use crate::resources::slim::{MIRRORED_UID, Pod};
 
 /// A pod of this node as its CNI plugin made it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,9 +35,9 @@ impl LocalPod {
     /// is what its policy says. Where the runtime tells no uid, the object counts unless its pod has ended.
     pub(super) fn is_described_by(&self, object: &Pod) -> bool {
         // The kubelet knows a static pod by another uid than the object that stands for it, and writes the pod's there.
-        let mirrored = object.metadata.annotations.as_ref().and_then(|all| all.get(MIRRORED_UID));
+        let mirrored = object.metadata.annotations.get(MIRRORED_UID);
         let is_it = match (&self.uid, mirrored.or(object.metadata.uid.as_ref())) {
-            (Some(own), Some(uid)) => own == uid,
+            (Some(own), Some(uid)) => **own == **uid,
             _ => !has_ended(object),
         };
         is_it && !is_on_host_network(object)

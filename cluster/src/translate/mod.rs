@@ -361,6 +361,7 @@ fn translate(
     if reviews {
         review::review(&config, manifests, &cluster, &mut problems);
     }
+    problems.forget_trees();
     problems.sort();
     if problems.has_errors() {
         return Err(problems);

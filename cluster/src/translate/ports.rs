@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::util::intstr::IntOrString};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use weir_packet::Protocol;
 
 use super::cluster::endpoint_name;
-use crate::resources::{Manifests, Object, calico::WorkloadEndpoint};
+use crate::resources::{Manifests, Object, calico::WorkloadEndpoint, slim::Pod};
 
 /// All that may publish a port. What their ports are is worked out when somebody asks, which is never while packets wait.
 #[derive(Debug)]
@@ -26,8 +26,8 @@ impl Publishers {
         let mut published: BTreeMap<String, BTreeSet<(Protocol, u16)>> = BTreeMap::new();
         for pod in &self.pods {
             let Some(spec) = &pod.value.spec else { continue };
-            let sidecars = spec.init_containers.iter().flatten();
-            let ports = spec.containers.iter().chain(sidecars).flat_map(|container| container.ports.iter().flatten());
+            let containers = spec.containers.iter().chain(&spec.init_containers);
+            let ports = containers.flat_map(|container| &container.ports);
             let ports = ports.filter_map(|port| {
                 let protocol = Protocol::from_name(port.protocol.as_deref().unwrap_or("TCP"))?;
                 Some((protocol, u16::try_from(port.container_port).ok()?))

@@ -7,18 +7,14 @@ use std::{
 };
 
 use ipnet::IpNet;
-use k8s_openapi::api::{
-    core::v1::{Service, ServiceSpec},
-    discovery::v1::EndpointSlice,
-};
 use weir_dataplane::model::Cluster;
 
-use super::services::SERVICE_NAME_LABEL;
 use crate::{
     config::RouterConfig,
     resources::{
-        Manifests, Object,
+        Base, Manifests, Object,
         at::{At, Reporter},
+        slim::{EndpointSlice, SERVICE_NAME_LABEL, Service, ServiceSpec, Slim},
     },
     text::{
         Problems,
@@ -61,7 +57,7 @@ pub(super) fn review(config: &RouterConfig, manifests: &Manifests, cluster: &Clu
     let mut yaml = Problems::default();
     let file = yaml.share_source(Arc::clone(problems.source(0)));
     for root in tree::read_documents(file, &mut yaml) {
-        host_bits(&root, At::root(&root), &mut Reporter::new(problems, "weir.yaml".to_owned()));
+        host_bits(&root, Base { file, offset: 0 }, &mut Reporter::new(problems, "weir.yaml".to_owned()));
     }
     host_bits_of(&manifests.services, problems);
     host_bits_of(&manifests.network_policies, problems);
@@ -92,7 +88,7 @@ impl<'m> Owners<'m> {
         let mut cluster_ips = HashMap::new();
         for object in &manifests.services {
             let Some(spec) = &object.value.spec else { continue };
-            let texts = spec.cluster_ips.iter().flatten().chain(&spec.cluster_ip);
+            let texts = spec.cluster_ips.iter().chain(&spec.cluster_ip);
             for address in texts.filter_map(|text| parse_ip(text).ok()) {
                 cluster_ips.insert(address, object.full_name());
             }
@@ -141,11 +137,10 @@ fn addresses_of_others(
     report: &mut Reporter<'_>,
 ) {
     let name = object.full_name();
-    let external = spec.external_ips.iter().flatten().enumerate().map(|(index, text)| {
-        (object.at().key("spec").key("externalIPs").item(index), format!("spec.externalIPs[{index}]"), text.as_str())
+    let external = spec.external_ips.iter().enumerate().map(|(index, text)| {
+        (object.at().key("spec").key("externalIPs").item(index), format!("spec.externalIPs[{index}]"), &**text)
     });
-    let status = object.value.status.as_ref().and_then(|status| status.load_balancer.as_ref());
-    let ingress = status.and_then(|status| status.ingress.as_ref()).into_iter().flatten().enumerate();
+    let ingress = object.value.ingress.iter().enumerate();
     let ingress = ingress.filter(|(_, ingress)| ingress.ip_mode.as_deref() != Some("Proxy"));
     let ingress = ingress.filter_map(|(index, ingress)| {
         let at = object.at().key("status").key("loadBalancer").key("ingress").item(index).key("ip");
@@ -158,8 +153,8 @@ fn addresses_of_others(
             report.warning(at, format_args!("{field}: {address} is {use_of_it}"), help);
             continue;
         }
-        for port in spec.ports.iter().flatten() {
-            let protocol = port.protocol.clone().unwrap_or_else(|| "TCP".to_owned());
+        for port in spec.ports.iter() {
+            let protocol = port.protocol.as_deref().unwrap_or("TCP").to_owned();
             let other = claimed.entry((address, port.port, protocol)).or_insert_with(|| name.clone());
             if *other != name {
                 let message = format!("{field}: port {} of {address} is service {other}'s too, which wins", port.port);
@@ -179,10 +174,10 @@ fn open_ways(object: &Object<Service>, spec: &ServiceSpec, report: &mut Reporter
                        so one that the load balancer sends to another node changes its backend";
         report.warning(at.key("sessionAffinity"), message, help);
     }
-    if spec.load_balancer_source_ranges.as_ref().is_some_and(|ranges| !ranges.is_empty()) {
-        let ports = spec.ports.iter().flatten().filter_map(|port| port.node_port.filter(|port| *port != 0));
+    if !spec.load_balancer_source_ranges.is_empty() {
+        let ports = spec.ports.iter().filter_map(|port| port.node_port.filter(|port| *port != 0));
         let mut open: Vec<String> = ports.map(|port| format!("node port {port}")).collect();
-        open.extend(spec.external_ips.iter().flatten().map(|address| format!("external IP {address}")));
+        open.extend(spec.external_ips.iter().map(|address| format!("external IP {address}")));
         if !open.is_empty() {
             let help =
                 "they guard load balancer IPs only; set allocateLoadBalancerNodePorts: false, or guard nodes by policy";
@@ -200,7 +195,7 @@ impl<'m> Slices<'m> {
         let mut all: HashMap<_, BTreeSet<_>> = HashMap::new();
         for object in &manifests.endpoint_slices {
             let Some(service) = service_of(object) else { continue };
-            all.entry((object.namespace.as_str(), service)).or_default().extend(slice_ports(object));
+            all.entry((object.namespace.as_ref(), service)).or_default().extend(slice_ports(object));
         }
         Self(all)
     }
@@ -208,7 +203,7 @@ impl<'m> Slices<'m> {
 
 /// The service that a slice is of.
 fn service_of(object: &Object<EndpointSlice>) -> Option<&str> {
-    let name = object.value.metadata.labels.as_ref()?.get(SERVICE_NAME_LABEL)?;
+    let name = object.value.service.as_deref()?;
     (!name.is_empty()).then_some(name)
 }
 
@@ -217,7 +212,6 @@ fn slice_ports(object: &Object<EndpointSlice>) -> impl Iterator<Item = (&str, &s
         .value
         .ports
         .iter()
-        .flatten()
         .map(|port| (port.name.as_deref().unwrap_or_default(), port.protocol.as_deref().unwrap_or("TCP")))
 }
 
@@ -227,9 +221,8 @@ fn backends(object: &Object<Service>, spec: &ServiceSpec, slices: &Slices<'_>, r
         return;
     }
     let at = object.at();
-    let Some(known) = slices.0.get(&(object.namespace.as_str(), object.name.as_str())) else {
-        let has_selector = spec.selector.as_ref().is_some_and(|selector| !selector.is_empty());
-        let (why, help) = if has_selector {
+    let Some(known) = slices.0.get(&(object.namespace.as_ref(), object.name.as_ref())) else {
+        let (why, help) = if spec.has_selector {
             (
                 "no EndpointSlice belongs to it",
                 "add the output of `kubectl get endpointslices -o yaml` to the manifests",
@@ -240,7 +233,7 @@ fn backends(object: &Object<Service>, spec: &ServiceSpec, slices: &Slices<'_>, r
         let message = format!("{why}: every connection to it is rejected");
         return report.warning(at.key("metadata").key("name"), message, help.to_owned());
     };
-    for (index, port) in spec.ports.iter().flatten().enumerate() {
+    for (index, port) in spec.ports.iter().enumerate() {
         let (name, protocol) = (port.name.as_deref().unwrap_or_default(), port.protocol.as_deref().unwrap_or("TCP"));
         if known.contains(&(name, protocol)) {
             continue;
@@ -258,13 +251,13 @@ fn backends(object: &Object<Service>, spec: &ServiceSpec, slices: &Slices<'_>, r
 /// Slices that belong to no service, or have ports that it does not have.
 fn dangling_slices(manifests: &Manifests, problems: &mut Problems) {
     let services: HashMap<(&str, &str), &Object<Service>> =
-        manifests.services.iter().map(|object| ((object.namespace.as_str(), object.name.as_str()), object)).collect();
+        manifests.services.iter().map(|object| ((object.namespace.as_ref(), object.name.as_ref()), object)).collect();
     for object in &manifests.endpoint_slices {
         let Some(name) = service_of(object) else { continue };
         let mut report = object.reporter(problems);
         let at = object.at().key("metadata").key("labels").key(SERVICE_NAME_LABEL);
-        let Some(service) = services.get(&(object.namespace.as_str(), name)) else {
-            let of_namespace = services.keys().filter(|(namespace, _)| *namespace == object.namespace);
+        let Some(service) = services.get(&(object.namespace.as_ref(), name)) else {
+            let of_namespace = services.keys().filter(|(namespace, _)| *namespace == &*object.namespace);
             let help = nearest(name, of_namespace.map(|(_, name)| *name)).map(|known| format!("did you mean {known}?"));
             report.warning(at, format_args!("there is no service {}/{name}", object.namespace), help);
             continue;
@@ -273,7 +266,6 @@ fn dangling_slices(manifests: &Manifests, problems: &mut Problems) {
         let ports: Vec<(&str, &str)> = spec
             .ports
             .iter()
-            .flatten()
             .map(|port| (port.name.as_deref().unwrap_or_default(), port.protocol.as_deref().unwrap_or("TCP")))
             .collect();
         for (index, port) in slice_ports(object).enumerate().filter(|(_, port)| !ports.contains(port)) {
@@ -282,7 +274,7 @@ fn dangling_slices(manifests: &Manifests, problems: &mut Problems) {
                 Some(known) => format!("did you mean {known}?"),
                 None => "its name and protocol are those of one of the service's ports".to_owned(),
             };
-            let message = format!("ports[{index}]: {} has no port {:?} ({})", service.subject, port.0, port.1);
+            let message = format!("ports[{index}]: {} has no port {:?} ({})", service.subject(), port.0, port.1);
             report.warning(at, message, help);
         }
     }
@@ -290,7 +282,7 @@ fn dangling_slices(manifests: &Manifests, problems: &mut Problems) {
 
 /// Names of nodes and namespaces that do not exist. Where there are no nodes or namespaces at all, they were left out of the manifests.
 fn nodes_and_namespaces(manifests: &Manifests, problems: &mut Problems) {
-    let nodes: HashSet<&str> = manifests.nodes.iter().map(|node| node.name.as_str()).collect();
+    let nodes: HashSet<&str> = manifests.nodes.iter().map(|node| node.name.as_ref()).collect();
     let check_node = |name: &str, field: &str, at: At<'_>, report: &mut Reporter<'_>| {
         if !nodes.is_empty() && !nodes.contains(name) {
             let help = nearest(name, nodes.iter().copied()).map(|known| format!("did you mean {known}?"));
@@ -300,7 +292,7 @@ fn nodes_and_namespaces(manifests: &Manifests, problems: &mut Problems) {
     for object in &manifests.endpoint_slices {
         let mut seen = HashSet::new();
         let mut report = object.reporter(problems);
-        for (index, endpoint) in object.value.endpoints.iter().flatten().enumerate() {
+        for (index, endpoint) in object.value.endpoints.iter().enumerate() {
             if let Some(name) = endpoint.node_name.as_deref().filter(|name| seen.insert(*name)) {
                 let at = object.at().key("endpoints").item(index).key("nodeName");
                 check_node(name, &format!("endpoints[{index}].nodeName"), at, &mut report);
@@ -313,12 +305,12 @@ fn nodes_and_namespaces(manifests: &Manifests, problems: &mut Problems) {
             check_node(name, "spec.nodeName", at, &mut object.reporter(problems));
         }
     }
-    let namespaces: HashSet<&str> = manifests.namespaces.iter().map(|namespace| namespace.name.as_str()).collect();
+    let namespaces: HashSet<&str> = manifests.namespaces.iter().map(|namespace| namespace.name.as_ref()).collect();
     if namespaces.is_empty() {
         return;
     }
-    fn check<T>(objects: &[Object<T>], namespaces: &HashSet<&str>, problems: &mut Problems) {
-        for object in objects.iter().filter(|object| !namespaces.contains(object.namespace.as_str())) {
+    fn check<T: Slim + Send + Sync>(objects: &[Object<T>], namespaces: &HashSet<&str>, problems: &mut Problems) {
+        for object in objects.iter().filter(|object| !namespaces.contains(object.namespace.as_ref())) {
             let help =
                 nearest(&object.namespace, namespaces.iter().copied()).map(|known| format!("did you mean {known}?"));
             let message = format!("there is no Namespace {}, so no pod in it is protected", object.namespace);
@@ -329,38 +321,38 @@ fn nodes_and_namespaces(manifests: &Manifests, problems: &mut Problems) {
     check(&manifests.calico_network_policies, &namespaces, problems);
 }
 
-fn host_bits_of<T>(objects: &[Object<T>], problems: &mut Problems) {
+fn host_bits_of<T: Slim + Send + Sync>(objects: &[Object<T>], problems: &mut Problems) {
     for object in objects {
-        if let Some(spec) = object.node.get("spec") {
-            host_bits(spec, object.at().key("spec"), &mut object.reporter(problems));
-        }
+        object.tree(|node| {
+            if let Some(spec) = node.get("spec") {
+                host_bits(spec, object.base(), &mut object.reporter(problems));
+            }
+        });
     }
 }
 
 /// Prefixes with bits behind their length, below a node.
-fn host_bits(node: &Node, at: At<'_>, report: &mut Reporter<'_>) {
-    for (key, value) in node.entries() {
-        let at = at.key(&key.text);
+fn host_bits(node: &Node, base: Base, report: &mut Reporter<'_>) {
+    for (key, value) in node.entries().iter().filter(|(_, value)| !value.is_dropped()) {
         if PREFIX_KEYS.contains(&key.text.as_str()) {
-            let one = std::iter::once((value, at)).filter(|(value, _)| value.as_str().is_some());
-            let items = value.items().enumerate().map(|(index, item)| (item, at.item(index)));
-            for (value, at) in one.chain(items) {
+            let one = std::iter::once(value).filter(|value| value.as_str().is_some());
+            for value in one.chain(value.items()) {
                 let text = value.as_str().map(str::trim).unwrap_or_default();
                 if let Ok(net) = parse_cidr(text)
                     && net.trunc() != net
                 {
                     let help = format!("write {}, or {} for the one address", net.trunc(), IpNet::from(net.addr()));
                     report.warning(
-                        at,
+                        At::in_piece(value, base),
                         format_args!("{}: {text} has bits behind its prefix, which do not count", key.text),
                         help,
                     );
                 }
             }
         }
-        host_bits(value, at, report);
+        host_bits(value, base, report);
     }
-    for (index, item) in node.items().enumerate() {
-        host_bits(item, at.item(index), report);
+    for item in node.items() {
+        host_bits(item, base, report);
     }
 }

@@ -7,10 +7,6 @@ use std::{
 };
 
 use ipnet::IpNet;
-use k8s_openapi::api::{
-    core::v1::{Service, ServicePort as KubernetesPort, ServiceSpec},
-    discovery::v1::{Endpoint as SliceEndpoint, EndpointSlice},
-};
 use weir_dataplane::model::Cluster;
 use weir_nat::{Endpoint, MAX_AFFINITY_SECONDS, Model, ServicePort, TrafficPolicy};
 use weir_packet::Protocol;
@@ -20,15 +16,17 @@ use crate::{
     resources::{
         Content, Manifests, Memo, Object, Same,
         at::{At, Reporter},
+        slim::{
+            EndpointSlice, Name, SERVICE_NAME_LABEL, Service, ServicePort as KubernetesPort, ServiceSpec, SliceEndpoint,
+        },
     },
     text::{
-        Problems, Span,
+        Problems,
         address::{parse_ip, parse_network},
         problem::nearest,
     },
 };
 
-pub(super) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// Kubernetes's default for the timeout of ClientIP affinity, in seconds.
 const AFFINITY_SECONDS: u32 = 10_800;
@@ -51,8 +49,8 @@ pub(super) fn translate(
     assembled: &mut Assembled,
     problems: &mut Problems,
 ) -> Model {
-    let this_node = manifests.nodes.iter().find(|node| node.name == config.node_name);
-    let zone = this_node.and_then(|node| node.value.metadata.labels.as_ref()?.get(ZONE_LABEL).cloned());
+    let this_node = manifests.nodes.iter().find(|node| *node.name == *config.node_name);
+    let zone = this_node.and_then(|node| node.value.metadata.labels.get(ZONE_LABEL).map(|zone| zone.to_string()));
     let local_addresses = config.local_addresses.clone().unwrap_or_else(|| {
         let node = cluster.nodes.iter().find(|node| node.name == config.node_name);
         node.map_or(Vec::new(), |node| node.internal_ips.iter().chain(&node.other_ips).copied().collect())
@@ -75,7 +73,7 @@ pub(super) fn translate(
     for object in &manifests.services {
         let Some(facts) = object.made(problems, service) else { continue };
         claims.of(object, facts, problems);
-        let slices = slices.remove(&(object.namespace.as_str(), object.name.as_str())).unwrap_or_default();
+        let slices = slices.remove(&(object.namespace.as_ref(), object.name.as_ref())).unwrap_or_default();
         let is_served =
             |name: &str, protocol| facts.ports.iter().any(|p| (p.name.as_str(), p.protocol) == (name, protocol));
         model
@@ -100,7 +98,7 @@ pub(super) fn translate(
 
 /// What services take from an EndpointSlice.
 struct Slice {
-    service: String,
+    service: Name,
     /// Its endpoints by port name and protocol.
     ports: BTreeMap<(String, Protocol), Vec<Endpoint>>,
 }
@@ -133,7 +131,7 @@ fn slice(object: &Object<EndpointSlice>, problems: &mut Problems) -> Option<Slic
     let mut report = object.reporter(problems);
     let slice = &object.value;
     let at = object.at();
-    let is_ipv6 = match slice.address_type.as_str() {
+    let is_ipv6 = match &*slice.address_type {
         "IPv4" => false,
         "IPv6" => true,
         "FQDN" => return None,
@@ -149,29 +147,28 @@ fn slice(object: &Object<EndpointSlice>, problems: &mut Problems) -> Option<Slic
         }
     };
     let mut endpoints = Vec::new();
-    for (index, endpoint) in slice.endpoints.iter().flatten().enumerate() {
+    for (index, endpoint) in slice.endpoints.iter().enumerate() {
         let at = at.key("endpoints").item(index);
         endpoints.extend(slice_endpoint(endpoint, index, is_ipv6, at, &mut report).map(|address| (address, endpoint)));
     }
     let mut ports: BTreeMap<(String, Protocol), Vec<Endpoint>> = BTreeMap::new();
-    for (index, port) in slice.ports.iter().flatten().enumerate() {
+    for (index, port) in slice.ports.iter().enumerate() {
         let at = at.key("ports").item(index);
         let protocol = protocol(port.protocol.as_deref(), at.key("protocol"), &format!("ports[{index}]"), &mut report);
         // A port without a number gives no backend.
         let Some(number) = port.port else { continue };
         let number = port_number(number, at.key("port"), &format!("ports[{index}].port"), &mut report);
         if let (Some(protocol), Some(number)) = (protocol, number) {
-            let list = ports.entry((port.name.clone().unwrap_or_default(), protocol)).or_default();
+            let list = ports.entry((port.name.as_deref().unwrap_or_default().to_owned(), protocol)).or_default();
             list.extend(endpoints.iter().map(|(address, endpoint)| model_endpoint(*address, number, endpoint)));
         }
     }
-    let service = slice.metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME_LABEL));
-    let Some(service) = service.filter(|name| !name.is_empty()) else {
+    let Some(service) = slice.service.as_ref().filter(|name| !name.is_empty()) else {
         let message = format!("it has no label {SERVICE_NAME_LABEL} and belongs to no service");
         report.note(at.key("metadata").key("name"), message);
         return None;
     };
-    Some(Slice { service: service.clone(), ports })
+    Some(Slice { service: Arc::clone(service), ports })
 }
 
 /// Keeps each address and port once: the first, or, where slices disagree, the one on this node, as kube-proxy does.
@@ -200,75 +197,82 @@ fn slice_endpoint(
     at: At<'_>,
     report: &mut Reporter<'_>,
 ) -> Option<IpAddr> {
-    let Some(first) = endpoint.addresses.first() else {
+    let addresses = endpoint.addresses.as_slice();
+    if addresses.is_empty() {
         let help = "an endpoint has at least one address".to_owned();
         report.error(at, format_args!("endpoints[{index}].addresses is missing"), help);
         return None;
-    };
+    }
     let mut result = None;
-    for (number, text) in endpoint.addresses.iter().enumerate() {
+    for (number, given) in addresses.iter().enumerate() {
         let at = at.key("addresses").item(number);
-        let field = format!("endpoints[{index}].addresses[{number}]");
-        let Some(address) = report.read(at, &field, parse_ip(text)) else { continue };
+        let read = given.ip();
+        let is_of_family = matches!(&read, Ok(address) if address.is_ipv6() == is_ipv6);
+        let field = if is_of_family { String::new() } else { format!("endpoints[{index}].addresses[{number}]") };
+        let Some(address) = report.read(at, &field, read) else { continue };
         if address.is_ipv6() != is_ipv6 {
             let family = if is_ipv6 { "IPv6" } else { "IPv4" };
             let help = "a slice holds addresses of one family; put the others in a slice of their own".to_owned();
+            let text = given.text();
             report.error(at, format_args!("{field}: {text} is not an {family} address as addressType says"), help);
         } else if number == 0 {
             result = Some(address);
         }
     }
-    debug_assert!(result.is_none() || parse_ip(first).ok() == result);
     result
 }
 
 fn model_endpoint(address: IpAddr, port: u16, endpoint: &SliceEndpoint) -> Endpoint {
-    let conditions = endpoint.conditions.as_ref();
-    let ready = conditions.and_then(|conditions| conditions.ready).unwrap_or(true);
-    let hints = endpoint.hints.as_ref();
+    let ready = endpoint.ready.unwrap_or(true);
     Endpoint {
         address,
         port,
-        node_name: endpoint.node_name.clone(),
+        node_name: endpoint.node_name.as_deref().map(str::to_owned),
         ready,
-        serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(ready),
-        terminating: conditions.and_then(|conditions| conditions.terminating).unwrap_or(false),
-        zone_hints: hints
-            .and_then(|hints| hints.for_zones.as_ref())
-            .map_or(Vec::new(), |zones| zones.iter().map(|zone| zone.name.clone()).collect()),
-        node_hints: hints
-            .and_then(|hints| hints.for_nodes.as_ref())
-            .map_or(Vec::new(), |nodes| nodes.iter().map(|node| node.name.clone()).collect()),
+        serving: endpoint.serving.unwrap_or(ready),
+        terminating: endpoint.terminating.unwrap_or(false),
+        zone_hints: endpoint.hints.as_ref().map_or(Vec::new(), |hints| hints.zones.clone()),
+        node_hints: endpoint.hints.as_ref().map_or(Vec::new(), |hints| hints.nodes.clone()),
     }
 }
 
 /// What only one service may have, with who has it.
 #[derive(Default)]
 struct Claims<'m> {
-    cluster_ips: HashMap<IpAddr, (&'m str, Span)>,
-    node_ports: HashMap<(u16, Protocol), (&'m str, Span)>,
+    cluster_ips: HashMap<IpAddr, Claim<'m, Option<usize>>>,
+    node_ports: HashMap<(u16, Protocol), Claim<'m, Option<usize>>>,
 }
+
+/// Who has it, and which of its addresses or ports that is.
+type Claim<'m, P> = (&'m Object<Service>, P);
 
 impl<'m> Claims<'m> {
     fn of(&mut self, object: &'m Object<Service>, facts: &ServiceFacts, problems: &mut Problems) {
-        let mut report = object.reporter(problems);
-        let at = object.at().key("spec");
-        for (address, span) in &facts.cluster_ips {
-            let claim = (object.subject.as_str(), object.base().place(*span));
-            if let Some((other, place)) = self.cluster_ips.insert(*address, claim) {
-                let help = format!("it is at {}", report.place(place));
-                report.error(at.key("clusterIP"), format_args!("its cluster IP {address} is {other}'s too"), help);
+        for (address, position) in &facts.cluster_ips {
+            if let Some((other, position)) = self.cluster_ips.insert(*address, (object, *position)) {
+                let mut report = object.reporter(problems);
+                let spec = other.at().key("spec");
+                let place = match position {
+                    Some(position) => spec.key("clusterIPs").item(position),
+                    None => spec.key("clusterIP"),
+                };
+                let help = format!("it is at {}", report.place(place.span()));
+                let message = format!("its cluster IP {address} is {}'s too", other.subject());
+                report.error(object.at().key("spec").key("clusterIP"), message, help);
             }
         }
-        let health = facts.health_check_node_port.map(|number| (number, Protocol::TCP, at.key("healthCheckNodePort")));
-        let node_ports = facts.ports.iter().filter_map(|port| {
-            Some((port.node_port?, port.protocol, at.key("ports").item(port.index).key("nodePort")))
-        });
-        for (number, protocol, at) in health.into_iter().chain(node_ports) {
-            let claim = (object.subject.as_str(), at.span());
-            if let Some((other, place)) = self.node_ports.insert((number, protocol), claim) {
-                let help = format!("it is at {}", report.place(place));
-                report.error(at, format_args!("node port {number} ({protocol}) is {other}'s too"), help);
+        let health = facts.health_check_node_port.map(|number| (number, Protocol::TCP, None));
+        let node_ports = facts.ports.iter().filter_map(|port| Some((port.node_port?, port.protocol, Some(port.index))));
+        for (number, protocol, index) in health.into_iter().chain(node_ports) {
+            if let Some((other, other_index)) = self.node_ports.insert((number, protocol), (object, index)) {
+                let at = |object: &'m Object<Service>, index: Option<usize>| match index {
+                    Some(index) => object.at().key("spec").key("ports").item(index).key("nodePort"),
+                    None => object.at().key("spec").key("healthCheckNodePort"),
+                };
+                let mut report = object.reporter(problems);
+                let help = format!("it is at {}", report.place(at(other, other_index).span()));
+                let message = format!("node port {number} ({protocol}) is {}'s too", other.subject());
+                report.error(at(object, index), message, help);
             }
         }
     }
@@ -276,8 +280,8 @@ impl<'m> Claims<'m> {
 
 /// What a service that is served says by itself.
 struct ServiceFacts {
-    /// Not empty; with their places in the service's piece of text.
-    cluster_ips: Vec<(IpAddr, Span)>,
+    /// Not empty; each with its position in `clusterIPs` if it is from there.
+    cluster_ips: Vec<(IpAddr, Option<usize>)>,
     ports: Vec<Port>,
     internal_policy: TrafficPolicy,
     external_policy: TrafficPolicy,
@@ -399,7 +403,7 @@ struct Port {
 }
 
 fn ports(spec: &ServiceSpec, kind: &str, at: At<'_>, report: &mut Reporter<'_>) -> Vec<Port> {
-    let list: &[KubernetesPort] = spec.ports.as_deref().unwrap_or_default();
+    let list: &[KubernetesPort] = &spec.ports;
     let at = at.key("ports");
     if list.is_empty() && spec.cluster_ip.as_deref() != Some("None") {
         report.error(at, "spec.ports is missing", "a service has at least one port".to_owned());
@@ -409,7 +413,7 @@ fn ports(spec: &ServiceSpec, kind: &str, at: At<'_>, report: &mut Reporter<'_>) 
     for (index, port) in list.iter().enumerate() {
         let at = at.item(index);
         let field = format!("spec.ports[{index}]");
-        let name = port.name.clone().unwrap_or_default();
+        let name = port.name.as_deref().unwrap_or_default().to_owned();
         if name.is_empty() && list.len() > 1 {
             let help = "the ports of a service with several have names".to_owned();
             report.error(at, format_args!("{field}.name is missing"), help);
@@ -485,10 +489,7 @@ fn affinity(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Option
     match spec.session_affinity.as_deref() {
         None | Some("" | "None") => None,
         Some("ClientIP") => {
-            let config = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
-            let Some(given) = config.and_then(|client_ip| client_ip.timeout_seconds) else {
-                return Some(AFFINITY_SECONDS);
-            };
+            let Some(given) = spec.affinity_seconds else { return Some(AFFINITY_SECONDS) };
             let seconds = u32::try_from(given).ok().filter(|seconds| (1..=MAX_AFFINITY_SECONDS).contains(seconds));
             if seconds.is_none() {
                 let at = at.key("sessionAffinityConfig").key("clientIP").key("timeoutSeconds");
@@ -505,20 +506,20 @@ fn affinity(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Option
     }
 }
 
-/// The cluster IPs with their places; none of a headless service.
-fn cluster_ips(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Vec<(IpAddr, Span)> {
-    let mut addresses: Vec<(IpAddr, Span)> = Vec::new();
-    for (index, text) in spec.cluster_ips.iter().flatten().enumerate() {
+/// The cluster IPs, each with its position in `clusterIPs` if it is from there; none of a headless service.
+fn cluster_ips(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Vec<(IpAddr, Option<usize>)> {
+    let mut addresses: Vec<(IpAddr, Option<usize>)> = Vec::new();
+    for (index, text) in spec.cluster_ips.iter().enumerate() {
         let at = at.key("clusterIPs").item(index);
-        if text != "None" && !text.is_empty() {
+        if &**text != "None" && !text.is_empty() {
             let address = report.read(at, &format!("spec.clusterIPs[{index}]"), parse_ip(text));
-            addresses.extend(address.map(|address| (address, at.span())));
+            addresses.extend(address.map(|address| (address, Some(index))));
         }
     }
-    if let Some(text) = spec.cluster_ip.as_ref().filter(|text| !text.is_empty() && *text != "None") {
+    if let Some(text) = spec.cluster_ip.as_ref().filter(|text| !text.is_empty() && &***text != "None") {
         let at = at.key("clusterIP");
         match (report.read(at, "spec.clusterIP", parse_ip(text)), addresses.first()) {
-            (Some(address), None) => addresses.push((address, at.span())),
+            (Some(address), None) => addresses.push((address, None)),
             (Some(address), Some((listed, _))) if address != *listed => {
                 let help = "make it the first of clusterIPs".to_owned();
                 report.error(at, format_args!("spec.clusterIP {address} is not spec.clusterIPs[0], {listed}"), help);
@@ -531,7 +532,7 @@ fn cluster_ips(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Vec
 
 fn external_ips(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Vec<IpAddr> {
     let mut addresses = Vec::new();
-    for (index, text) in spec.external_ips.iter().flatten().enumerate() {
+    for (index, text) in spec.external_ips.iter().enumerate() {
         let at = at.key("externalIPs").item(index);
         addresses.extend(report.read(at, &format!("spec.externalIPs[{index}]"), parse_ip(text.trim())));
     }
@@ -540,9 +541,8 @@ fn external_ips(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Ve
 
 fn load_balancer_ips(object: &Object<Service>, report: &mut Reporter<'_>) -> Vec<IpAddr> {
     let at = object.at().key("status").key("loadBalancer").key("ingress");
-    let status = object.value.status.as_ref().and_then(|status| status.load_balancer.as_ref());
     let mut addresses = Vec::new();
-    for (index, ingress) in status.and_then(|status| status.ingress.as_ref()).into_iter().flatten().enumerate() {
+    for (index, ingress) in object.value.ingress.iter().enumerate() {
         let at = at.item(index);
         let field = format!("status.loadBalancer.ingress[{index}]");
         let mode = ingress.ip_mode.as_deref().unwrap_or("VIP");
@@ -557,7 +557,7 @@ fn load_balancer_ips(object: &Object<Service>, report: &mut Reporter<'_>) -> Vec
 
 fn source_ranges(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Vec<IpNet> {
     let mut ranges = Vec::new();
-    for (index, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
+    for (index, text) in spec.load_balancer_source_ranges.iter().enumerate() {
         let at = at.key("loadBalancerSourceRanges").item(index);
         let field = format!("spec.loadBalancerSourceRanges[{index}]");
         ranges.extend(report.read(at, &field, parse_network(text.trim())));

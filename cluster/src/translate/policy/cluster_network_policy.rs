@@ -11,7 +11,7 @@ use weir_policy::{
 
 use super::{
     PolicyName,
-    labels::{Labels, NAMESPACE_LABEL, NAMESPACE_PREFIX},
+    labels::{NAMESPACE_LABEL, NAMESPACE_PREFIX},
     rules::network,
     selectors::{label_selector, pods},
     tiers::{ADMIN_TIER, BASELINE_TIER},
@@ -47,10 +47,8 @@ impl<'m> Nodes<'m> {
     /// The IP addresses in status.addresses of the nodes that `selector` selects, which is what the API says that nodes are. A tunnel's
     /// address is none of these.
     fn selected(&self, selector: &Selector) -> Vec<Peer> {
-        let none = Labels::new();
         let nodes = self.manifests.nodes.iter().zip(&self.cluster.nodes);
-        let selected =
-            nodes.filter(|(object, _)| selector.matches(object.value.metadata.labels.as_ref().unwrap_or(&none)));
+        let selected = nodes.filter(|(object, _)| selector.matches(&object.value.metadata.labels.to_map()));
         let addresses = selected.flat_map(|(_, node)| node.internal_ips.iter().chain(&node.other_ips));
         addresses.map(|address| Peer::Block { cidr: IpNet::from(*address), except: Vec::new() }).collect()
     }

@@ -22,7 +22,7 @@ use crate::{
 /// The policy and its tier.
 pub(super) fn denying(faulty: &Denying) -> (&str, Policy) {
     let policy = PolicyName::of_id(&faulty.id).policy(faulty.origin);
-    let namespace = faulty.id.namespace.as_str();
+    let namespace = faulty.id.namespace.as_ref();
     match &faulty.subject {
         Subject::Kubernetes { pod_selector } => {
             let own = pod_selector.as_ref().and_then(|selector| {

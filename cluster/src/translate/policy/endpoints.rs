@@ -3,7 +3,7 @@
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
-use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::util::intstr::IntOrString};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use weir_dataplane::model::Cluster;
 use weir_packet::Protocol;
 use weir_policy::model::{Endpoint, EndpointKind, NamedPort};
@@ -18,6 +18,7 @@ use crate::{
         Content, Manifests, Memo, Object, Same,
         at::{At, Reporter},
         calico::{EndpointPort, WorkloadEndpoint},
+        slim::Pod,
     },
     text::Problems,
     translate::{
@@ -82,11 +83,11 @@ pub(super) fn workloads(
         };
         endpoints.push(kept.endpoints.get(number, parts, |parts| {
             let spec = pod.and_then(|pod| pod.value.spec.as_ref());
-            let given = spec.and_then(|spec| spec.service_account_name.as_ref().or(spec.service_account.as_ref()));
-            let given = given.or_else(|| calico.and_then(|object| object.value.spec.service_account_name.as_ref()));
-            let account = given.map(String::as_str).filter(|name| !name.is_empty()).unwrap_or("default");
+            let given = spec.and_then(|spec| spec.service_account_name.as_deref().or(spec.service_account.as_deref()));
+            let given = given.or_else(|| calico.and_then(|object| object.value.spec.service_account_name.as_deref()));
+            let account = given.filter(|name| !name.is_empty()).unwrap_or("default");
             let own = match (pod, calico) {
-                (Some(pod), _) => pod.value.metadata.labels.clone().unwrap_or_default(),
+                (Some(pod), _) => pod.value.metadata.labels.to_map(),
                 (None, calico) => calico.map_or_else(Labels::new, |object| object.value.labels()),
             };
             let of_kubernetes = || {
@@ -101,7 +102,7 @@ pub(super) fn workloads(
                 name: workload.name.clone(),
                 kind: EndpointKind::Workload,
                 local: parts.is_local,
-                namespace: Some(namespace.clone()),
+                namespace: Some(namespace.to_string()),
                 labels: inherited.of_workload(namespace, account, orchestrator, &profiles, &own),
                 nets: parts.addresses.iter().map(|address| IpNet::from(*address)).collect(),
                 ports: pod_ports.into_iter().chain(calico_ports).flatten().cloned().collect(),
@@ -121,9 +122,9 @@ pub(super) fn network_sets(
     let sets = manifests.network_sets.iter().map(|object| {
         let mut report = object.reporter(problems);
         let at = object.at().key("spec").key("nets");
-        let namespace = (!object.namespace.is_empty()).then(|| object.namespace.clone());
+        let namespace = (!object.namespace.is_empty()).then(|| object.namespace.to_string());
         Arc::new(Endpoint {
-            name: if namespace.is_some() { object.full_name() } else { object.name.clone() },
+            name: if namespace.is_some() { object.full_name() } else { object.name.to_string() },
             kind: EndpointKind::NetworkSet,
             labels: inherited.of_network_set(namespace.as_deref(), &object.value.labels()),
             namespace,
@@ -147,7 +148,7 @@ pub(super) fn host_endpoints(
         let nets =
             networks(&spec.expected_ips, object.at().key("spec").key("expectedIPs"), "spec.expectedIPs", &mut report);
         Arc::new(Endpoint {
-            name: object.name.clone(),
+            name: object.name.to_string(),
             kind: EndpointKind::HostEndpoint,
             local: spec.node.as_deref() == Some(config.node_name.as_str()),
             namespace: None,
@@ -171,10 +172,9 @@ fn container_ports(object: &Object<Pod>, problems: &mut Problems) -> Vec<NamedPo
     let spec_at = object.at().key("spec");
     let mut ports = Vec::new();
     // Init containers that go on running (sidecars) have ports too.
-    let init_containers = spec.init_containers.as_deref().unwrap_or_default();
-    for (list, containers) in [("containers", spec.containers.as_slice()), ("initContainers", init_containers)] {
+    for (list, containers) in [("containers", &spec.containers), ("initContainers", &spec.init_containers)] {
         for (index, container) in containers.iter().enumerate() {
-            for (number, port) in container.ports.iter().flatten().enumerate() {
+            for (number, port) in container.ports.iter().enumerate() {
                 let at = spec_at.key(list).item(index).key("ports").item(number);
                 let field = format!("spec.{list}[{index}].ports[{number}]");
                 let protocol = protocol(port.protocol.as_deref(), at.key("protocol"), &field, &mut report);
@@ -182,7 +182,7 @@ fn container_ports(object: &Object<Pod>, problems: &mut Problems) -> Vec<NamedPo
                 let port_at = at.key("containerPort");
                 let number = port_number(port.container_port, port_at, &container_port, &mut report);
                 if let (Some(protocol), Some(port_number), Some(name)) = (protocol, number, &port.name) {
-                    ports.push(NamedPort { name: name.clone(), protocol, port: port_number });
+                    ports.push(NamedPort { name: name.to_string(), protocol, port: port_number });
                 }
             }
         }

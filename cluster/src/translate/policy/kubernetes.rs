@@ -23,6 +23,7 @@ use crate::{
         Object,
         at::{At, Reporter},
         calico::policy::StagedKubernetesNetworkPolicy,
+        slim::Slim,
     },
     text::{Problems, address::parse_network, problem::nearest},
     translate::services::{port_number, protocol},
@@ -52,7 +53,12 @@ pub(super) fn staged_network_policy(object: &Object<StagedKubernetesNetworkPolic
     Policy { staged: true, ..policy(object, &spec, name, &mut object.reporter(problems)) }
 }
 
-fn policy<T>(object: &Object<T>, spec: &NetworkPolicySpec, name: PolicyName<'_>, report: &mut Reporter<'_>) -> Policy {
+fn policy<T: Slim + Send + Sync>(
+    object: &Object<T>,
+    spec: &NetworkPolicySpec,
+    name: PolicyName<'_>,
+    report: &mut Reporter<'_>,
+) -> Policy {
     let at = object.at().key("spec");
     let own = spec.pod_selector.clone().unwrap_or_default();
     let own = label_selector(&own, "", at.key("podSelector"), "spec.podSelector", report);
@@ -70,7 +76,7 @@ fn policy<T>(object: &Object<T>, spec: &NetworkPolicySpec, name: PolicyName<'_>,
         peers: rule.to.as_deref().unwrap_or_default(),
         ports: rule.ports.as_deref().unwrap_or_default(),
     });
-    let namespace = object.namespace.as_str();
+    let namespace = object.namespace.as_ref();
     let ingress: Vec<Rule> = ingress.flat_map(|rule| rule.translate(namespace, at, report)).collect();
     let egress_rules: Vec<Rule> = egress_rules.flat_map(|rule| rule.translate(namespace, at, report)).collect();
     let (mut governs_ingress, mut governs_egress) = (false, false);

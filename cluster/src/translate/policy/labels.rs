@@ -5,12 +5,11 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::{
-    api::core::v1::{Namespace, ServiceAccount},
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+use crate::resources::{
+    Content, Manifests, Object, Same,
+    calico::policy::Profile,
+    slim::{Metadata, Namespace, ServiceAccount},
 };
-
-use crate::resources::{Content, Manifests, Object, Same, calico::policy::Profile};
 
 pub(super) const NAMESPACE_LABEL: &str = "projectcalico.org/namespace";
 pub(super) const ORCHESTRATOR_LABEL: &str = "projectcalico.org/orchestrator";
@@ -37,19 +36,19 @@ pub(super) struct Sources {
 
 /// Labels that things inherit.
 pub(super) struct Inherited<'m> {
-    namespaces: HashMap<&'m str, &'m ObjectMeta>,
-    service_accounts: HashMap<(&'m str, &'m str), &'m ObjectMeta>,
+    namespaces: HashMap<&'m str, &'m Metadata>,
+    service_accounts: HashMap<(&'m str, &'m str), &'m Metadata>,
     profiles: HashMap<&'m str, &'m Labels>,
 }
 
 impl<'m> Inherited<'m> {
     pub(super) fn new(manifests: &'m Manifests) -> Self {
-        let namespaces = manifests.namespaces.iter().map(|object| (object.name.as_str(), &object.value.metadata));
+        let namespaces = manifests.namespaces.iter().map(|object| (object.name.as_ref(), &object.value.metadata));
         let accounts = manifests.service_accounts.iter();
         let accounts =
-            accounts.map(|object| ((object.namespace.as_str(), object.name.as_str()), &object.value.metadata));
+            accounts.map(|object| ((object.namespace.as_ref(), object.name.as_ref()), &object.value.metadata));
         let profiles = manifests.profiles.iter();
-        let profiles = profiles.map(|object| (object.name.as_str(), &object.value.spec.labels_to_apply));
+        let profiles = profiles.map(|object| (object.name.as_ref(), &object.value.spec.labels_to_apply));
         Self { namespaces: namespaces.collect(), service_accounts: accounts.collect(), profiles: profiles.collect() }
     }
 
@@ -128,8 +127,8 @@ impl<'m> Inherited<'m> {
     }
 }
 
-fn add(prefix: &str, name: &str, metadata: Option<&ObjectMeta>, labels: &mut Labels) {
-    let given = metadata.and_then(|metadata| metadata.labels.as_ref()).into_iter().flatten();
-    labels.extend(given.map(|(key, value)| (format!("{prefix}{key}"), value.clone())));
+fn add(prefix: &str, name: &str, metadata: Option<&Metadata>, labels: &mut Labels) {
+    let given = metadata.into_iter().flat_map(|metadata| metadata.labels.iter());
+    labels.extend(given.map(|(key, value)| (format!("{prefix}{key}"), value.to_string())));
     labels.insert(format!("{prefix}{NAME_LABEL}"), name.to_owned());
 }

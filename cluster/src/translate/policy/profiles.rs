@@ -32,12 +32,12 @@ pub(super) fn profiles(
         let mut report = object.reporter(problems);
         let (spec, at) = (&object.value.spec, object.at().key("spec"));
         profiles.push(Arc::new(Profile {
-            name: object.name.clone(),
+            name: object.name.to_string(),
             ingress: rules(&spec.ingress, PolicyDirection::Ingress, reader, at, &mut report),
             egress: rules(&spec.egress, PolicyDirection::Egress, reader, at, &mut report),
         }));
     }
-    let defined: HashSet<&str> = manifests.profiles.iter().map(|object| object.name.as_str()).collect();
+    let defined: HashSet<&str> = manifests.profiles.iter().map(|object| object.name.as_ref()).collect();
     let names: BTreeSet<&String> = endpoints.iter().flat_map(|endpoint| &endpoint.profiles).collect();
     let allow = || vec![Rule { number: 1, ..Rule::default() }];
     for name in names.into_iter().filter(|name| !defined.contains(name.as_str())) {

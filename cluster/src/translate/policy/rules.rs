@@ -142,7 +142,7 @@ impl Side<'_, '_> {
     }
 
     /// A text that is given: an empty one is not.
-    fn given<'s>(&'s self, text: &'s Option<String>, key: &str) -> Option<(&'s str, At<'s>, String)> {
+    fn given<'s>(&'s self, text: &'s Option<String>, key: &'static str) -> Option<(&'s str, At<'s>, String)> {
         let text = text.as_deref().filter(|text| !text.is_empty())?;
         Some((text, self.at.key(key), format!("{}.{key}", self.field)))
     }

@@ -3,15 +3,10 @@
 use std::{cell::OnceCell, collections::HashMap};
 
 use ipnet::IpNet;
-use k8s_openapi::api::discovery::v1::EndpointSlice;
 use weir_packet::Protocol;
 use weir_policy::model::ServiceEndpoint;
 
-use crate::{
-    resources::{Manifests, Object},
-    text::address::parse_ip,
-    translate::services::SERVICE_NAME_LABEL,
-};
+use crate::resources::{Manifests, Object, slim::EndpointSlice};
 
 /// Endpoints by service. Nothing is looked at before a rule names a service.
 pub(super) struct ServiceEndpoints<'m> {
@@ -30,8 +25,7 @@ impl<'m> ServiceEndpoints<'m> {
         let by_service = self.by_service.get_or_init(|| {
             let mut by_service: HashMap<String, Vec<usize>> = HashMap::new();
             for (position, object) in self.slices.iter().enumerate() {
-                let labels = object.value.metadata.labels.as_ref();
-                if let Some(name) = labels.and_then(|labels| labels.get(SERVICE_NAME_LABEL)) {
+                if let Some(name) = &object.value.service {
                     by_service.entry(format!("{}/{name}", object.namespace)).or_default().push(position);
                 }
             }
@@ -45,13 +39,13 @@ impl<'m> ServiceEndpoints<'m> {
     pub(super) fn of(&self, namespace: &str, name: &str, with_ports: bool) -> Vec<ServiceEndpoint> {
         let mut endpoints = Vec::new();
         for slice in self.slices_of(namespace, name) {
-            let texts = slice.endpoints.iter().flatten().flat_map(|endpoint| &endpoint.addresses);
-            let addresses: Vec<IpNet> = texts.filter_map(|text| parse_ip(text).ok()).map(IpNet::from).collect();
+            let texts = slice.endpoints.iter().flat_map(|endpoint| endpoint.addresses.as_slice());
+            let addresses: Vec<IpNet> = texts.filter_map(|text| text.ip().ok()).map(IpNet::from).collect();
             if !with_ports {
                 endpoints.extend(addresses.iter().map(|address| (*address, None)));
                 continue;
             }
-            for port in slice.ports.iter().flatten() {
+            for port in slice.ports.iter() {
                 let protocol = Protocol::from_name(port.protocol.as_deref().unwrap_or("TCP"));
                 let number = port.port.and_then(|number| u16::try_from(number).ok());
                 if let (Some(protocol), Some(number)) = (protocol, number) {
