@@ -130,12 +130,12 @@ impl Size {
             let endpoint = |address: Ipv4Addr, node: u32| weir_nat::Endpoint {
                 address: address.into(),
                 port: self.port(number),
-                node_name: Some(node_name(node)),
+                node_name: Some(node_name(node).into()),
                 ready: true,
                 serving: true,
                 terminating: false,
-                zone_hints: Vec::new(),
-                node_hints: Vec::new(),
+                zone_hints: Default::default(),
+                node_hints: Default::default(),
             };
             let backends = || (0..BACKENDS_OF_EACH_KIND).map(move |index| number * BACKENDS_OF_EACH_KIND + index);
             let here = backends().map(|backend| endpoint(server(backend % SERVERS), 0));

@@ -21,12 +21,12 @@ fn model(services: u32) -> Model {
     let endpoint = |number: u32| Endpoint {
         address: Ipv4Addr::from_bits(0x0a00_0000 + number).into(),
         port: 8080,
-        node_name: Some(format!("node-{}", number % 100)),
+        node_name: Some(format!("node-{}", number % 100).into()),
         ready: true,
         serving: true,
         terminating: false,
-        zone_hints: Vec::new(),
-        node_hints: Vec::new(),
+        zone_hints: Default::default(),
+        node_hints: Default::default(),
     };
     let service = |number: u32| ServicePort {
         name: format!("namespace-{}/service-{number}:http", number % 50),

@@ -252,8 +252,8 @@ fn rules(cluster: &Cluster) -> Rules {
                     ready: true,
                     serving: true,
                     terminating: false,
-                    zone_hints: Vec::new(),
-                    node_hints: Vec::new(),
+                    zone_hints: Default::default(),
+                    node_hints: Default::default(),
                 })
                 .into(),
             ..ServicePort::default()

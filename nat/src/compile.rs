@@ -359,7 +359,7 @@ pub(crate) fn read_candidates<'a, A: Address>(
     candidates.clear();
     candidates.extend((0_u32..).zip(&service.endpoints).filter_map(|(listing, endpoint)| {
         let (address, port, condition) = (A::from_ip(endpoint.address)?, endpoint.port, Condition::of(endpoint));
-        let local = endpoint.node_name.as_ref() == Some(&model.node_name);
+        let local = endpoint.node_name.as_deref() == Some(model.node_name.as_str());
         Some(Candidate { address, port, condition, local, listing, endpoint })
     }));
     // Of one listed twice, as while it moves between slices, the most usable listing is kept, then the first.
@@ -422,11 +422,11 @@ pub(crate) enum Hints<'a> {
 
 impl<'a> Hints<'a> {
     fn of<A>(model: &'a Model, candidates: &[Candidate<'_, A>]) -> Self {
-        let apply = |hints: fn(&Endpoint) -> &[String], wanted: &str| {
+        let apply = |hints: fn(&Endpoint) -> &crate::Hints, wanted: &str| {
             let mut named = false;
             let ready = candidates.iter().filter(|one| one.condition == Condition::Ready);
             ready.map(|one| hints(one.endpoint)).all(|hints| {
-                named |= hints.iter().any(|hint| hint == wanted);
+                named |= hints.name(wanted);
                 !hints.is_empty()
             }) && named
         };
@@ -442,8 +442,8 @@ impl<'a> Hints<'a> {
     pub(crate) fn admit(&self, endpoint: &Endpoint) -> bool {
         match self {
             Self::Ignored => true,
-            Self::Node(name) => endpoint.node_hints.iter().any(|hint| hint == name),
-            Self::Zone(name) => endpoint.zone_hints.iter().any(|hint| hint == name),
+            Self::Node(name) => endpoint.node_hints.name(name),
+            Self::Zone(name) => endpoint.zone_hints.name(name),
         }
     }
 }

@@ -15,7 +15,7 @@ mod usage;
 
 pub use affinity::{Affinity, Choice, Clients, MAX_AFFINITY_SECONDS};
 pub use compile::CompileError;
-pub use model::{Endpoint, HostAddresses, Model, ServicePort, TrafficPolicy};
+pub use model::{Endpoint, Hints, HostAddresses, Model, ServicePort, TrafficPolicy};
 pub use snat::{AllocateError, Allocated, Attempt, MAX_TRIES, NoSnatPorts, SnatPorts};
 pub use table::{
     Backend, BackendIdentity, BackendSlot, Conflict, Decision, Family, Foreseen, ServiceId, ServiceTable, Services,

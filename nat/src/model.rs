@@ -164,7 +164,7 @@ pub struct Endpoint {
     /// The backend's port; not zero.
     pub port: u16,
     /// The node that it is on; without one it is never local.
-    pub node_name: Option<String>,
+    pub node_name: Option<Arc<str>>,
     /// Condition `ready`; unset means true.
     pub ready: bool,
     /// Condition `serving`; unset means true.
@@ -172,7 +172,35 @@ pub struct Endpoint {
     /// Condition `terminating`; unset means false.
     pub terminating: bool,
     /// `hints.forZones`.
-    pub zone_hints: Vec<String>,
+    pub zone_hints: Hints,
     /// `hints.forNodes`.
-    pub node_hints: Vec<String>,
+    pub node_hints: Hints,
 }
+
+/// Names of zones or nodes, which most endpoints have none of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hints(Option<Box<Vec<Arc<str>>>>);
+
+impl Hints {
+    /// Whether one of them is that.
+    pub fn name(&self, wanted: &str) -> bool {
+        self.iter().any(|hint| **hint == *wanted)
+    }
+}
+
+impl std::ops::Deref for Hints {
+    type Target = [Arc<str>];
+
+    fn deref(&self) -> &[Arc<str>] {
+        self.0.as_deref().map_or(&[], Vec::as_slice)
+    }
+}
+
+impl<N: Into<Arc<str>>> FromIterator<N> for Hints {
+    fn from_iter<I: IntoIterator<Item = N>>(names: I) -> Self {
+        let names: Vec<Arc<str>> = names.into_iter().map(Into::into).collect();
+        Self((!names.is_empty()).then(|| Box::new(names)))
+    }
+}
+
+const _: () = assert!(size_of::<Endpoint>() <= 56, "a cluster has hundreds of thousands");

@@ -3,6 +3,7 @@
 use std::{
     fmt,
     net::{Ipv4Addr, Ipv6Addr},
+    sync::Arc,
 };
 
 use weir_packet::Address;
@@ -22,11 +23,11 @@ pub enum WhyNot {
     /// It is terminating, and the list has ready ones.
     Terminating,
     /// Every ready backend has node hints, some for this node, and these are its own.
-    OtherNodes(Vec<String>),
+    OtherNodes(Vec<Arc<str>>),
     /// Every ready backend has zone hints, some for this zone, and these are its own.
-    OtherZones(Vec<String>),
+    OtherZones(Vec<Arc<str>>),
     /// Not local: it is on this other node.
-    NotHere(String),
+    NotHere(Arc<str>),
     /// Not local: it has no `nodeName`.
     NoNode,
 }
@@ -37,7 +38,7 @@ impl fmt::Display for WhyNot {
             Self::NotServing => f.write_str("not serving"),
             Self::NotReady => f.write_str("not ready"),
             Self::Terminating => f.write_str("terminating, and others are ready"),
-            Self::OtherNodes(nodes) => write!(f, "hinted to other nodes: {}", nodes.join(", ")),
+            Self::OtherNodes(nodes) => write!(f, "hinted to other nodes: {}", nodes.to_vec().join(", ")),
             Self::OtherZones(zones) => write!(f, "hinted to other zones: {}", zones.join(", ")),
             Self::NotHere(node) => write!(f, "on {node}, not on this node"),
             Self::NoNode => f.write_str("without nodeName, so never local"),
@@ -79,12 +80,12 @@ fn of_family<'m, A: Address>(model: &'m Model, service: &'m ServicePort, all: &m
     };
     let elsewhere = |endpoint: &Endpoint| match hints {
         _ if hints.admit(endpoint) => None,
-        Hints::Node(_) => Some(WhyNot::OtherNodes(endpoint.node_hints.clone())),
-        Hints::Zone(_) | Hints::Ignored => Some(WhyNot::OtherZones(endpoint.zone_hints.clone())),
+        Hints::Node(_) => Some(WhyNot::OtherNodes(endpoint.node_hints.to_vec())),
+        Hints::Zone(_) | Hints::Ignored => Some(WhyNot::OtherZones(endpoint.zone_hints.to_vec())),
     };
     let not_local = |one: &Candidate<'_, A>| match &one.endpoint.node_name {
         _ if one.local => None,
-        Some(node) => Some(WhyNot::NotHere(node.clone())),
+        Some(node) => Some(WhyNot::NotHere(Arc::clone(node))),
         None => Some(WhyNot::NoNode),
     };
     all.extend(candidates.iter().map(|one| Usage {

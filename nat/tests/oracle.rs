@@ -12,8 +12,8 @@ use common::*;
 use ipnet::IpNet;
 use proptest::{collection::vec, prelude::*, sample::select};
 use weir_nat::{
-    Affinity, Decision, Endpoint, Family, HostAddresses, Model, ServicePort, ServiceTable, Standing, TrafficPolicy,
-    usage,
+    Affinity, Decision, Endpoint, Family, Hints, HostAddresses, Model, ServicePort, ServiceTable, Standing,
+    TrafficPolicy, usage,
 };
 use weir_packet::{DropReason, FlowKey, Ports, Protocol, Tick};
 
@@ -74,18 +74,19 @@ fn lists<'a>(model: &'a Model, service: &'a ServicePort, family: IpAddr) -> [Vec
     };
     let (mut cluster, ready) = or_terminating(&once);
     if ready {
-        let all_and_one = |hints: fn(&Endpoint) -> &Vec<String>, name: &String| {
-            cluster.iter().all(|one| !hints(one).is_empty()) && cluster.iter().any(|one| hints(one).contains(name))
+        let all_and_one = |hints: fn(&Endpoint) -> &Hints, name: &str| {
+            cluster.iter().all(|one| !hints(one).is_empty()) && cluster.iter().any(|one| hints(one).name(name))
         };
         if all_and_one(|one| &one.node_hints, &model.node_name) {
-            cluster.retain(|one| one.node_hints.contains(&model.node_name));
+            cluster.retain(|one| one.node_hints.name(&model.node_name));
         } else if let Some(zone) = &model.zone
             && all_and_one(|one| &one.zone_hints, zone)
         {
-            cluster.retain(|one| one.zone_hints.contains(zone));
+            cluster.retain(|one| one.zone_hints.name(zone));
         }
     }
-    let here: Vec<_> = once.into_iter().filter(|one| one.node_name.as_ref() == Some(&model.node_name)).collect();
+    let here: Vec<_> =
+        once.into_iter().filter(|one| one.node_name.as_deref() == Some(model.node_name.as_str())).collect();
     [cluster, or_terminating(&here).0]
 }
 
@@ -289,8 +290,8 @@ fn protocol() -> impl Strategy<Value = Protocol> {
     select(vec![Protocol::TCP, Protocol::TCP, Protocol::UDP, Protocol::SCTP])
 }
 
-fn names(names: &'static [&'static str]) -> impl Strategy<Value = Vec<String>> {
-    vec(select(names).prop_map(str::to_owned), 0..3)
+fn names(names: &'static [&'static str]) -> impl Strategy<Value = Hints> {
+    vec(select(names), 0..3).prop_map(|names| names.into_iter().collect())
 }
 
 prop_compose! {
@@ -303,7 +304,7 @@ prop_compose! {
         zone_hints in names(&["zone-a", "zone-b"]),
         node_hints in names(&["node-a", "node-b"]),
     ) -> Endpoint {
-        let node_name = node_name.map(str::to_owned);
+        let node_name = node_name.map(Into::into);
         Endpoint { address, port, node_name, ready, serving, terminating, zone_hints, node_hints }
     }
 }

@@ -6,8 +6,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use common::*;
 use weir_nat::{
-    CompileError, Decision, Endpoint, HostAddresses, Model, ServiceId, ServicePort, ServiceTable, Source, Standing,
-    TrafficPolicy,
+    CompileError, Decision, Endpoint, Hints, HostAddresses, Model, ServiceId, ServicePort, ServiceTable, Source,
+    Standing, TrafficPolicy,
 };
 use weir_packet::{DropReason, FlowKey, Ports, Protocol};
 
@@ -139,10 +139,10 @@ fn rule_07_node_hints_come_first<A: Carried>() {
     assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&["10.1.0.1:8080"], false));
     let both = ["10.1.0.1:8080", "10.1.0.2:8080"];
     assert_eq!(tcp::<A>(&model, OUTSIDE, (NODE, 3001)), forward(&both, false), "the local list has no hints");
-    port(&mut model, 0).endpoints[0].node_hints = vec!["node-c".into()];
+    port(&mut model, 0).endpoints[0].node_hints = ["node-c"].into_iter().collect();
     assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&["10.1.0.2:8080"], false), "then zones");
-    port(&mut model, 0).endpoints[1].node_hints.clear();
-    port(&mut model, 0).endpoints[0].node_hints = vec!["node-a".into()];
+    port(&mut model, 0).endpoints[1].node_hints = Hints::default();
+    port(&mut model, 0).endpoints[0].node_hints = ["node-a"].into_iter().collect();
     assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&["10.1.0.2:8080"], false), "not all have one");
 }
 

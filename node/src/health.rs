@@ -90,7 +90,7 @@ pub fn wanted(model: &Model) -> BTreeMap<SocketAddr, Check> {
             families[usize::from(cluster_ip.is_ipv6())].get_or_insert_default();
         }
         for endpoint in &port.endpoints {
-            let is_local = endpoint.node_name.as_ref() == Some(&model.node_name);
+            let is_local = endpoint.node_name.as_deref() == Some(model.node_name.as_str());
             if let Some(local) = &mut families[usize::from(endpoint.address.is_ipv6())]
                 && is_local
                 && endpoint.ready
@@ -307,8 +307,8 @@ mod tests {
             ready,
             serving: true,
             terminating: !ready,
-            zone_hints: Vec::new(),
-            node_hints: Vec::new(),
+            zone_hints: Default::default(),
+            node_hints: Default::default(),
         }
     }
 

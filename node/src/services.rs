@@ -77,7 +77,7 @@ fn describe(model: &Model, service: &ServicePort, hits: &HashMap<BackendIdentity
             total += hits;
             json!({
                 "address": address_port(endpoint.address, endpoint.port),
-                "node": endpoint.node_name,
+                "node": endpoint.node_name.as_deref(),
                 "cluster": cluster.is_none(),
                 "local": local.is_none(),
                 "notCluster": why(cluster),
@@ -215,12 +215,12 @@ mod tests {
         let endpoint = |address: &str, node: Option<&str>, (ready, serving, terminating)| Endpoint {
             address: address.parse().unwrap(),
             port: 8080,
-            node_name: node.map(str::to_owned),
+            node_name: node.map(Into::into),
             ready,
             serving,
             terminating,
-            zone_hints: Vec::new(),
-            node_hints: Vec::new(),
+            zone_hints: Default::default(),
+            node_hints: Default::default(),
         };
         let ready = (true, true, false);
         let service = ServicePort {

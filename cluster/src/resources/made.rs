@@ -5,11 +5,12 @@
 
 use std::{
     any::Any,
-    collections::HashMap,
     fmt,
     hash::Hash,
     sync::{Arc, OnceLock},
 };
+
+use hashbrown::{HashMap, hash_map};
 
 use crate::text::Diagnostic;
 
@@ -75,34 +76,48 @@ impl<T> PartialEq for Same<T> {
 /// forgotten.
 #[derive(Debug)]
 pub struct Memo<K, I, V> {
-    before: HashMap<K, (I, V)>,
-    now: HashMap<K, (I, V)>,
+    kept: HashMap<K, Entry<I, V>>,
+    turn: bool,
+}
+
+#[derive(Debug)]
+struct Entry<I, V> {
+    inputs: I,
+    value: V,
+    /// When it was last asked for: in this turn, or in the one before.
+    turn: bool,
 }
 
 impl<K, I, V> Default for Memo<K, I, V> {
     fn default() -> Self {
-        Self { before: HashMap::new(), now: HashMap::new() }
+        Self { kept: HashMap::new(), turn: false }
     }
 }
 
-impl<K: Eq + Hash, I: PartialEq, V: Clone> Memo<K, I, V> {
+impl<K: Eq + Hash, I, V> Memo<K, I, V> {
     /// Begins another pass.
     pub fn turn(&mut self) {
-        self.before = std::mem::take(&mut self.now);
-        self.now.reserve(self.before.len());
+        let turn = self.turn;
+        self.kept.retain(|_, entry| entry.turn == turn);
+        self.turn = !turn;
     }
 
-    /// The value for `key`: what the pass before had, if that was made of equal inputs.
-    pub fn get(&mut self, key: K, inputs: I, make: impl FnOnce(&I) -> V) -> V {
-        let (inputs, value) = match self.before.remove(&key) {
-            Some((known, value)) if known == inputs => (known, value),
-            _ => {
-                let value = make(&inputs);
-                (inputs, value)
+    /// The value for `key`: what is kept, if the inputs that it was made of `are_equal` to those of now.
+    pub fn get(&mut self, key: K, are_equal: impl FnOnce(&I) -> bool, make: impl FnOnce() -> (I, V)) -> &V {
+        let turn = self.turn;
+        let made = |(inputs, value)| Entry { inputs, value, turn };
+        match self.kept.entry(key) {
+            hash_map::Entry::Occupied(kept) => {
+                let kept = kept.into_mut();
+                if are_equal(&kept.inputs) {
+                    kept.turn = turn;
+                } else {
+                    *kept = made(make());
+                }
+                &kept.value
             }
-        };
-        self.now.insert(key, (inputs, value.clone()));
-        value
+            hash_map::Entry::Vacant(free) => &free.insert(made(make())).value,
+        }
     }
 }
 
@@ -126,10 +141,11 @@ mod tests {
         let (one, other) = (Same(Arc::new(1)), Same(Arc::new(1)));
         let mut made = 0;
         let mut get = |memo: &mut Memo<_, _, _>, key: u8, input: &Same<i32>| {
-            memo.get(key, input.clone(), |_| {
+            let make = || {
                 made += 1;
-                made
-            })
+                (input.clone(), made)
+            };
+            *memo.get(key, |known| known == input, make)
         };
         assert_eq!([get(&mut memo, 1, &one), get(&mut memo, 2, &one)], [1, 2]);
         memo.turn();

@@ -10,6 +10,7 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
 };
 use serde::de::DeserializeOwned;
+use weir_nat::Hints;
 
 use super::{calico::Resource, identity::Names};
 use crate::text::{Problems, Severity, address::parse_ip, tree::Node, typed};
@@ -394,16 +395,16 @@ pub struct SliceEndpoint {
     /// Condition `terminating`.
     pub terminating: Option<bool>,
     /// Whom it is meant for.
-    pub hints: Option<Arc<Hints>>,
+    pub hints: Option<Box<ForZonesAndNodes>>,
 }
 
 /// Whom an endpoint is meant for.
 #[derive(Clone, Debug, Default)]
-pub struct Hints {
+pub struct ForZonesAndNodes {
     /// hints.forZones.
-    pub zones: Vec<String>,
+    pub zones: Hints,
     /// hints.forNodes.
-    pub nodes: Vec<String>,
+    pub nodes: Hints,
 }
 
 /// Addresses of an endpoint: nearly always one.
@@ -481,9 +482,9 @@ impl Slim for EndpointSlice {
         let endpoint = |endpoint: discovery::Endpoint| {
             let mut addresses: Vec<Address> = endpoint.addresses.into_iter().map(Address::of).collect();
             let conditions = endpoint.conditions.unwrap_or_default();
-            let hints = endpoint.hints.map(|hints| Hints {
-                zones: hints.for_zones.into_iter().flatten().map(|zone| zone.name).collect(),
-                nodes: hints.for_nodes.into_iter().flatten().map(|node| node.name).collect(),
+            let hints = endpoint.hints.map(|hints| ForZonesAndNodes {
+                zones: hints.for_zones.into_iter().flatten().map(|zone| names.of(&zone.name)).collect(),
+                nodes: hints.for_nodes.into_iter().flatten().map(|node| names.of(&node.name)).collect(),
             });
             SliceEndpoint {
                 addresses: match addresses.len() {
@@ -494,7 +495,7 @@ impl Slim for EndpointSlice {
                 ready: conditions.ready,
                 serving: conditions.serving,
                 terminating: conditions.terminating,
-                hints: hints.map(Arc::new),
+                hints: hints.map(Box::new),
             }
         };
         let label = whole.metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME_LABEL));

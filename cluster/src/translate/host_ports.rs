@@ -12,7 +12,7 @@ use std::{
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use weir_dataplane::{forwarding::local_workloads, model::Cluster};
-use weir_nat::{Endpoint, HostAddresses, Model, ServicePort};
+use weir_nat::{Endpoint, Hints, HostAddresses, Model, ServicePort};
 use weir_packet::Protocol;
 
 use super::{Loaded, LocalPods, cluster::is_workload, services::port_number};
@@ -282,8 +282,11 @@ pub(super) fn translate(
         (a.terminating, &a.created, a_name).cmp(&(b.terminating, &b.created, b_name))
     });
 
-    let mut taken = Taken::of_services(model);
     let mut host_ports = HostPorts::default();
+    if pods.is_empty() {
+        return host_ports;
+    }
+    let mut taken = Taken::of_services(model);
     for (asked, name, addresses, object) in pods {
         for port in &asked.ports {
             let is_failsafe = is_failsafe(port, cluster);
@@ -340,12 +343,12 @@ fn endpoint(address: IpAddr, port: u16, config: &RouterConfig) -> Endpoint {
     Endpoint {
         address,
         port,
-        node_name: Some(config.node_name.clone()),
+        node_name: Some(config.node_name.as_str().into()),
         ready: true,
         serving: true,
         terminating: false,
-        zone_hints: Vec::new(),
-        node_hints: Vec::new(),
+        zone_hints: Hints::default(),
+        node_hints: Hints::default(),
     }
 }
 

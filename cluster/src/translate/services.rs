@@ -1,14 +1,11 @@
 //! Services and EndpointSlices (the design's companion on services says which fields count).
 
-use std::{
-    collections::{BTreeMap, HashMap, HashSet},
-    net::IpAddr,
-    sync::Arc,
-};
+use std::{collections::HashSet, net::IpAddr, sync::Arc};
 
+use hashbrown::HashMap;
 use ipnet::IpNet;
 use weir_dataplane::model::Cluster;
-use weir_nat::{Endpoint, MAX_AFFINITY_SECONDS, Model, ServicePort, TrafficPolicy};
+use weir_nat::{Endpoint, Hints, MAX_AFFINITY_SECONDS, Model, ServicePort, TrafficPolicy};
 use weir_packet::Protocol;
 
 use crate::{
@@ -17,7 +14,8 @@ use crate::{
         Content, Manifests, Memo, Object, Same,
         at::{At, Reporter},
         slim::{
-            EndpointSlice, Name, SERVICE_NAME_LABEL, Service, ServicePort as KubernetesPort, ServiceSpec, SliceEndpoint,
+            Address, Addresses, EndpointSlice, Name, SERVICE_NAME_LABEL, Service, ServicePort as KubernetesPort,
+            ServiceSpec, SliceEndpoint,
         },
     },
     text::{
@@ -32,14 +30,24 @@ const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 const AFFINITY_SECONDS: u32 = 10_800;
 
 /// The service ports of each service, by its number.
-pub(super) type Assembled = Memo<u32, Parts, Vec<Arc<ServicePort>>>;
+pub(super) type Assembled = Memo<u32, Parts, Box<[Arc<ServicePort>]>>;
 
 /// What service ports are made of.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub(super) struct Parts {
     node_name: Arc<str>,
     service: Same<Content<Service>>,
-    slices: Vec<Same<Content<EndpointSlice>>>,
+    slices: Box<[Same<Content<EndpointSlice>>]>,
+}
+
+impl Parts {
+    fn are(&self, node_name: &str, service: &Object<Service>, slices: &[OfService<'_>]) -> bool {
+        let is = |(known, (slice, _)): (&Same<_>, &OfService<'_>)| Arc::ptr_eq(&known.0, slice.content());
+        Arc::ptr_eq(&self.service.0, service.content())
+            && self.slices.len() == slices.len()
+            && self.slices.iter().zip(slices).all(is)
+            && *self.node_name == *node_name
+    }
 }
 
 pub(super) fn translate(
@@ -68,7 +76,7 @@ pub(super) fn translate(
     };
     let mut slices = slices(manifests, problems);
     let node_name: Arc<str> = config.node_name.as_str().into();
-    let mut claims = Claims::default();
+    let mut claims = Claims { cluster_ips: HashMap::with_capacity(manifests.services.len()), ..Claims::default() };
     assembled.turn();
     for object in &manifests.services {
         let Some(facts) = object.made(problems, service) else { continue };
@@ -78,40 +86,65 @@ pub(super) fn translate(
             |name: &str, protocol| facts.ports.iter().any(|p| (p.name.as_str(), p.protocol) == (name, protocol));
         model
             .unserved
-            .extend(slices.iter().flat_map(|(_, slice)| slice.backends(|name, protocol| !is_served(name, protocol))));
-        let parts = Parts {
-            node_name: Arc::clone(&node_name),
-            service: Same(Arc::clone(object.content())),
-            slices: slices.iter().map(|(slice, _)| Same(Arc::clone(slice.content()))).collect(),
+            .extend(slices.iter().flat_map(|slice| backends(*slice, |name, protocol| !is_served(name, protocol))));
+        let make = || {
+            let parts = Parts {
+                node_name: Arc::clone(&node_name),
+                service: Same(Arc::clone(object.content())),
+                slices: slices.iter().map(|(slice, _)| Same(Arc::clone(slice.content()))).collect(),
+            };
+            (parts, service_ports(object, facts, &slices, &config.node_name))
         };
-        let ports = assembled.get(object.origin, parts, |_| {
-            let slices: Vec<&Slice> = slices.iter().map(|(_, slice)| *slice).collect();
-            service_ports(object, facts, &slices, &config.node_name)
-        });
-        model.services.extend(ports);
+        let ports = assembled.get(object.origin, |parts| parts.are(&node_name, object, &slices), make);
+        model.services.extend(ports.iter().cloned());
     }
-    model.unserved.extend(slices.values().flatten().flat_map(|(_, slice)| slice.backends(|_, _| true)));
+    model.unserved.extend(slices.values().flatten().flat_map(|slice| backends(*slice, |_, _| true)));
     model.unserved.sort_unstable();
     model.unserved.dedup();
     model
 }
 
-/// What services take from an EndpointSlice.
+/// What services take from an EndpointSlice, besides its endpoints.
 struct Slice {
     service: Name,
-    /// Its endpoints by port name and protocol.
-    ports: BTreeMap<(String, Protocol), Vec<Endpoint>>,
+    is_ipv6: bool,
+    ports: Box<[PortOfSlice]>,
+}
+
+struct PortOfSlice {
+    name: Name,
+    protocol: Protocol,
+    number: u16,
 }
 
 impl Slice {
-    /// The backends of its ports of these names and protocols.
-    fn backends(&self, of: impl Fn(&str, Protocol) -> bool) -> impl Iterator<Item = (Protocol, IpAddr, u16)> {
-        let ports = self.ports.iter().filter(move |((name, protocol), _)| of(name, *protocol));
-        ports.flat_map(|((_, protocol), endpoints)| endpoints.iter().map(|one| (*protocol, one.address, one.port)))
+    /// Those endpoints that have an address, with the one that clients use.
+    fn endpoints<'s>(&self, slice: &'s EndpointSlice) -> impl Iterator<Item = (IpAddr, &'s SliceEndpoint)> {
+        let is_ipv6 = self.is_ipv6;
+        slice.endpoints.iter().filter_map(move |endpoint| {
+            // The API says that clients use the first one only.
+            let address = endpoint.addresses.as_slice().first()?.ip().ok()?;
+            (address.is_ipv6() == is_ipv6).then_some((address, endpoint))
+        })
     }
 }
 
-type SlicesByService<'m> = HashMap<(&'m str, &'m str), Vec<(&'m Object<EndpointSlice>, &'m Slice)>>;
+/// A slice, of a service.
+type OfService<'m> = (&'m Object<EndpointSlice>, &'m Slice);
+
+/// The backends of a slice's ports of these names and protocols.
+fn backends<'m>(
+    (object, slice): OfService<'m>,
+    of: impl Fn(&str, Protocol) -> bool,
+) -> impl Iterator<Item = (Protocol, IpAddr, u16)> {
+    let ports = slice.ports.iter().filter(move |port| of(&port.name, port.protocol));
+    let of_port = |port: &'m PortOfSlice| {
+        slice.endpoints(&object.value).map(|(address, _)| (port.protocol, address, port.number))
+    };
+    ports.flat_map(of_port)
+}
+
+type SlicesByService<'m> = HashMap<(&'m str, &'m str), Vec<OfService<'m>>>;
 
 /// The slices by namespace and service, each service's in the order of their names.
 fn slices<'m>(manifests: &'m Manifests, problems: &mut Problems) -> SlicesByService<'m> {
@@ -146,12 +179,13 @@ fn slice(object: &Object<EndpointSlice>, problems: &mut Problems) -> Option<Slic
             return None;
         }
     };
-    let mut endpoints = Vec::new();
     for (index, endpoint) in slice.endpoints.iter().enumerate() {
-        let at = at.key("endpoints").item(index);
-        endpoints.extend(slice_endpoint(endpoint, index, is_ipv6, at, &mut report).map(|address| (address, endpoint)));
+        // Nearly all are of this form, and there is nothing to say about it.
+        if !matches!(endpoint.addresses, Addresses::One(Address::Ip(address)) if address.is_ipv6() == is_ipv6) {
+            check_endpoint(endpoint, index, is_ipv6, at.key("endpoints").item(index), &mut report);
+        }
     }
-    let mut ports: BTreeMap<(String, Protocol), Vec<Endpoint>> = BTreeMap::new();
+    let mut ports = Vec::with_capacity(slice.ports.len());
     for (index, port) in slice.ports.iter().enumerate() {
         let at = at.key("ports").item(index);
         let protocol = protocol(port.protocol.as_deref(), at.key("protocol"), &format!("ports[{index}]"), &mut report);
@@ -159,8 +193,7 @@ fn slice(object: &Object<EndpointSlice>, problems: &mut Problems) -> Option<Slic
         let Some(number) = port.port else { continue };
         let number = port_number(number, at.key("port"), &format!("ports[{index}].port"), &mut report);
         if let (Some(protocol), Some(number)) = (protocol, number) {
-            let list = ports.entry((port.name.as_deref().unwrap_or_default().to_owned(), protocol)).or_default();
-            list.extend(endpoints.iter().map(|(address, endpoint)| model_endpoint(*address, number, endpoint)));
+            ports.push(PortOfSlice { name: port.name.clone().unwrap_or_default(), protocol, number });
         }
     }
     let Some(service) = slice.service.as_ref().filter(|name| !name.is_empty()) else {
@@ -168,13 +201,13 @@ fn slice(object: &Object<EndpointSlice>, problems: &mut Problems) -> Option<Slic
         report.note(at.key("metadata").key("name"), message);
         return None;
     };
-    Some(Slice { service: Arc::clone(service), ports })
+    Some(Slice { service: Arc::clone(service), is_ipv6, ports: ports.into() })
 }
 
 /// Keeps each address and port once: the first, or, where slices disagree, the one on this node, as kube-proxy does.
 fn each_once(endpoints: &mut Vec<Endpoint>, node_name: &str) {
     let is_local = |endpoint: &Endpoint| endpoint.node_name.as_deref() == Some(node_name);
-    let mut places: HashMap<(IpAddr, u16), usize> = HashMap::new();
+    let mut places: HashMap<(IpAddr, u16), usize> = HashMap::with_capacity(endpoints.len());
     let mut unique: Vec<Endpoint> = Vec::with_capacity(endpoints.len());
     for endpoint in endpoints.drain(..) {
         match places.get(&(endpoint.address, endpoint.port)) {
@@ -189,37 +222,26 @@ fn each_once(endpoints: &mut Vec<Endpoint>, node_name: &str) {
     *endpoints = unique;
 }
 
-/// The address of an endpoint; the API says that clients use the first one only.
-fn slice_endpoint(
-    endpoint: &SliceEndpoint,
-    index: usize,
-    is_ipv6: bool,
-    at: At<'_>,
-    report: &mut Reporter<'_>,
-) -> Option<IpAddr> {
+/// Reports what is wrong with an endpoint's addresses.
+fn check_endpoint(endpoint: &SliceEndpoint, index: usize, is_ipv6: bool, at: At<'_>, report: &mut Reporter<'_>) {
     let addresses = endpoint.addresses.as_slice();
     if addresses.is_empty() {
         let help = "an endpoint has at least one address".to_owned();
         report.error(at, format_args!("endpoints[{index}].addresses is missing"), help);
-        return None;
     }
-    let mut result = None;
     for (number, given) in addresses.iter().enumerate() {
-        let at = at.key("addresses").item(number);
         let read = given.ip();
-        let is_of_family = matches!(&read, Ok(address) if address.is_ipv6() == is_ipv6);
-        let field = if is_of_family { String::new() } else { format!("endpoints[{index}].addresses[{number}]") };
-        let Some(address) = report.read(at, &field, read) else { continue };
-        if address.is_ipv6() != is_ipv6 {
-            let family = if is_ipv6 { "IPv6" } else { "IPv4" };
+        if matches!(&read, Ok(address) if address.is_ipv6() == is_ipv6) {
+            continue;
+        }
+        let at = at.key("addresses").item(number);
+        let field = format!("endpoints[{index}].addresses[{number}]");
+        if report.read(at, &field, read).is_some() {
+            let (text, family) = (given.text(), if is_ipv6 { "IPv6" } else { "IPv4" });
             let help = "a slice holds addresses of one family; put the others in a slice of their own".to_owned();
-            let text = given.text();
             report.error(at, format_args!("{field}: {text} is not an {family} address as addressType says"), help);
-        } else if number == 0 {
-            result = Some(address);
         }
     }
-    result
 }
 
 fn model_endpoint(address: IpAddr, port: u16, endpoint: &SliceEndpoint) -> Endpoint {
@@ -227,12 +249,12 @@ fn model_endpoint(address: IpAddr, port: u16, endpoint: &SliceEndpoint) -> Endpo
     Endpoint {
         address,
         port,
-        node_name: endpoint.node_name.as_deref().map(str::to_owned),
+        node_name: endpoint.node_name.clone(),
         ready,
         serving: endpoint.serving.unwrap_or(ready),
         terminating: endpoint.terminating.unwrap_or(false),
-        zone_hints: endpoint.hints.as_ref().map_or(Vec::new(), |hints| hints.zones.clone()),
-        node_hints: endpoint.hints.as_ref().map_or(Vec::new(), |hints| hints.nodes.clone()),
+        zone_hints: endpoint.hints.as_ref().map_or_else(Hints::default, |hints| hints.zones.clone()),
+        node_hints: endpoint.hints.as_ref().map_or_else(Hints::default, |hints| hints.nodes.clone()),
     }
 }
 
@@ -344,13 +366,20 @@ fn service(object: &Object<Service>, problems: &mut Problems) -> Option<ServiceF
 fn service_ports(
     object: &Object<Service>,
     facts: &ServiceFacts,
-    slices: &[&Slice],
+    slices: &[OfService<'_>],
     node_name: &str,
-) -> Vec<Arc<ServicePort>> {
+) -> Box<[Arc<ServicePort>]> {
     let endpoints = |port: &Port| {
-        let key = (port.name.clone(), port.protocol);
-        let mut endpoints: Vec<Endpoint> =
-            slices.iter().filter_map(|slice| slice.ports.get(&key)).flatten().cloned().collect();
+        let mut endpoints = Vec::new();
+        for (object, slice) in slices {
+            for of_slice in slice.ports.iter().filter(|one| *one.name == *port.name && one.protocol == port.protocol) {
+                endpoints.extend(
+                    slice
+                        .endpoints(&object.value)
+                        .map(|(address, endpoint)| model_endpoint(address, of_slice.number, endpoint)),
+                );
+            }
+        }
         each_once(&mut endpoints, node_name);
         endpoints
     };

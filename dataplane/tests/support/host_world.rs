@@ -186,8 +186,8 @@ fn services() -> ServiceTable {
             ready: true,
             serving: true,
             terminating: false,
-            zone_hints: Vec::new(),
-            node_hints: Vec::new(),
+            zone_hints: Default::default(),
+            node_hints: Default::default(),
         };
         let is_vip = front.contains(&VIP);
         // A service with a node port has a cluster IP too; to this one nobody sends.

@@ -121,8 +121,8 @@ pub fn service(
                 ready: true,
                 serving: true,
                 terminating: false,
-                zone_hints: Vec::new(),
-                node_hints: Vec::new(),
+                zone_hints: Default::default(),
+                node_hints: Default::default(),
             })
             .collect(),
         ..weir_nat::ServicePort::default()

@@ -10,7 +10,8 @@ use std::{
 
 use ipnet::{IpNet, Ipv6Net};
 use weir_nat::{
-    Affinity, Backend, Decision, Endpoint, Family, HostAddresses, Model, ServicePort, ServiceTable, TrafficPolicy,
+    Affinity, Backend, Decision, Endpoint, Family, Hints, HostAddresses, Model, ServicePort, ServiceTable,
+    TrafficPolicy,
 };
 use weir_packet::{DropReason, FlowKey, Ports, Protocol, Tick};
 
@@ -148,12 +149,12 @@ pub fn on(node: &str, address: &str) -> Endpoint {
     Endpoint {
         address: address.parse().expect("an address"),
         port: 8080,
-        node_name: (!node.is_empty()).then(|| node.to_owned()),
+        node_name: (!node.is_empty()).then(|| node.into()),
         ready: true,
         serving: true,
         terminating: false,
-        zone_hints: Vec::new(),
-        node_hints: Vec::new(),
+        zone_hints: Hints::default(),
+        node_hints: Hints::default(),
     }
 }
 
@@ -166,11 +167,11 @@ pub fn unready(endpoint: Endpoint) -> Endpoint {
 }
 
 pub fn zones(endpoint: Endpoint, zones: &[&str]) -> Endpoint {
-    Endpoint { zone_hints: zones.iter().map(|&zone| zone.to_owned()).collect(), ..endpoint }
+    Endpoint { zone_hints: zones.iter().copied().collect(), ..endpoint }
 }
 
 pub fn nodes(endpoint: Endpoint, nodes: &[&str]) -> Endpoint {
-    Endpoint { node_hints: nodes.iter().map(|&node| node.to_owned()).collect(), ..endpoint }
+    Endpoint { node_hints: nodes.iter().copied().collect(), ..endpoint }
 }
 
 pub fn policies(mut model: Model, internal: TrafficPolicy, external: TrafficPolicy) -> Model {

@@ -35,7 +35,7 @@ pub(in crate::translate) struct Kept {
 }
 
 /// What a workload's endpoint is made of, besides what its labels are inherited from.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 struct Parts {
     pod: Option<Same<Content<Pod>>>,
     calico: Option<Same<Content<WorkloadEndpoint>>>,
@@ -81,7 +81,7 @@ pub(super) fn workloads(
             addresses: workload.addresses.clone(),
             is_local: workload.node.as_deref() == Some(cluster.node_name.as_str()),
         };
-        endpoints.push(kept.endpoints.get(number, parts, |parts| {
+        let make = || {
             let spec = pod.and_then(|pod| pod.value.spec.as_ref());
             let given = spec.and_then(|spec| spec.service_account_name.as_deref().or(spec.service_account.as_deref()));
             let given = given.or_else(|| calico.and_then(|object| object.value.spec.service_account_name.as_deref()));
@@ -98,7 +98,7 @@ pub(super) fn workloads(
             };
             let profiles = calico.map_or_else(of_kubernetes, |object| object.value.spec.profiles.clone());
             let orchestrator = calico.and_then(|object| object.value.spec.orchestrator.as_deref()).unwrap_or("k8s");
-            Arc::new(Endpoint {
+            let endpoint = Arc::new(Endpoint {
                 name: workload.name.clone(),
                 kind: EndpointKind::Workload,
                 local: parts.is_local,
@@ -107,8 +107,10 @@ pub(super) fn workloads(
                 nets: parts.addresses.iter().map(|address| IpNet::from(*address)).collect(),
                 ports: pod_ports.into_iter().chain(calico_ports).flatten().cloned().collect(),
                 profiles,
-            })
-        }));
+            });
+            (parts.clone(), endpoint)
+        };
+        endpoints.push(Arc::clone(kept.endpoints.get(number, |known| *known == parts, make)));
     }
     endpoints
 }
