@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use weir_nat::{Endpoint, Model, ServicePort, TrafficPolicy};
+use weir_nat::{Endpoint, Hints, Model, ServicePort, TrafficPolicy};
 use weir_packet::Protocol;
 
 use super::{cluster::NODE, family::Family};
@@ -18,14 +18,14 @@ const MASQUERADE: &str = "0x4000";
 /// keep for this node, or else for its zone.
 fn backends(model: &Model, service: &ServicePort, policy: TrafficPolicy) -> Vec<(IpAddr, u16)> {
     let is_cluster = policy == TrafficPolicy::Cluster;
-    let is_local = |one: &Endpoint| one.node_name.as_ref() == Some(&model.node_name);
+    let is_local = |one: &Endpoint| one.node_name.as_deref() == Some(model.node_name.as_str());
     let listed = || service.endpoints.iter().filter(|one| is_cluster || is_local(one));
     let mut picked: Vec<&Endpoint> = listed().filter(|one| one.ready).collect();
     if picked.is_empty() {
         picked = listed().filter(|one| one.serving && one.terminating).collect();
     } else if is_cluster {
-        let hinted = |hints: fn(&Endpoint) -> &Vec<String>, own: Option<&String>| -> Option<Vec<&Endpoint>> {
-            let of_own = picked.iter().copied().filter(|one| own.is_some_and(|own| hints(one).contains(own)));
+        let hinted = |hints: fn(&Endpoint) -> &Hints, own: Option<&String>| -> Option<Vec<&Endpoint>> {
+            let of_own = picked.iter().copied().filter(|one| own.is_some_and(|own| hints(one).name(own)));
             let of_own: Vec<&Endpoint> = of_own.collect();
             (picked.iter().all(|one| !hints(one).is_empty()) && !of_own.is_empty()).then_some(of_own)
         };
