@@ -4,14 +4,20 @@
 //! A file whose stamp (device, inode, size, times) is as it was is taken as it was, without opening it. A file that was changed so shortly
 //! before it was read that another change could have left the same stamp is read again and compared. Of a changed text,
 //! those pieces are read (see [`crate::resources::piece`]) that it did not hold before, wherever in it they stood.
+//!
+//! A text that was good is not given up for less than a whole one. It stays where its file is being written or cannot be read, and where
+//! its folder is gone; and, for [`EMPTY_FOR`], where nothing is left in it, as a text that is about to be written anew is truncated first.
+//! What stays so is *held*, and told as such. The texts that an earlier process had in force serve in the same way
+//! ([`Library::remember`]).
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fs,
+    fs, io,
     ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -20,26 +26,41 @@ use crate::{
         object::Base,
         piece::{Form, Piece, list_items},
     },
-    sources::watch::Stamp,
+    sources::{
+        file::{self, Stamp, Unread},
+        revisit::Awaited,
+    },
     text::{Problems, Source, Span, tree},
 };
 
 /// How old a file's last change must be for its stamp to tell it from any later one: several times the tick of coarse file times.
 const SETTLED: Duration = Duration::from_millis(100);
 
+/// How long a text must have held no document, where it had some, before that is believed.
+pub const EMPTY_FOR: Duration = Duration::from_secs(5);
+/// How long the first reading waits for files to be closed that are being written.
+const PATIENCE: Duration = Duration::from_secs(2);
+const PAUSE: Duration = Duration::from_millis(20);
+
 /// The texts that were read last.
 #[derive(Debug, Default)]
 pub struct Library {
     identities: Identities,
     kept: HashMap<PathBuf, Arc<Text>>,
+    /// Since when texts that had documents hold none.
+    empty_since: HashMap<PathBuf, Instant>,
+    /// Whether it has read before.
+    has_read: bool,
 }
 
 /// A text with its pieces.
 #[derive(Debug)]
 struct Text {
     source: Arc<Source>,
-    /// `None` where the same stamp may come to stand for another text.
+    /// What its file had when it was read; `None` where it is from an earlier process.
     stamp: Option<Stamp>,
+    /// Whether no other text can have the same stamp.
+    settled: bool,
     pieces: Vec<(Form, Span, Arc<Piece>)>,
 }
 
@@ -48,37 +69,85 @@ struct Text {
 pub struct Texts {
     /// The files and folders: what to watch.
     pub files: Vec<PathBuf>,
-    texts: Vec<(u32, Arc<Text>)>,
+    /// What is not as its file says.
+    pub held: Vec<Held>,
+    /// What is to be looked at again.
+    pub awaited: Awaited,
+    texts: Vec<(u32, PathBuf, Arc<Text>)>,
+}
+
+/// A file or folder that does not count as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Which.
+    pub path: PathBuf,
+    /// Whether the text of before stands for it; else nothing does.
+    pub has_text: bool,
+    /// Why, with what stands for it.
+    pub problem: String,
+}
+
+/// A text that was in force.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InForce {
+    /// Its file.
+    pub path: PathBuf,
+    /// The state of the file that it is the text of; `None` where an earlier text is in force.
+    pub stamp: Option<Stamp>,
 }
 
 impl Texts {
     /// All pieces with their places and texts.
     pub fn pieces(&self) -> impl Iterator<Item = (Base, &Arc<Source>, &Piece)> + Clone {
-        self.texts.iter().flat_map(|(file, text)| {
+        self.texts.iter().flat_map(|(file, _, text)| {
             let place = |span: &Span| Base { file: *file, offset: span.start };
             text.pieces.iter().map(move |(_, span, piece)| (place(span), &text.source, &**piece))
         })
+    }
+
+    /// The texts, of which those with a number in `faulty` are not in force as they are.
+    pub fn in_force(&self, faulty: &BTreeSet<u32>) -> Vec<InForce> {
+        let held: BTreeSet<&Path> = self.held.iter().map(|held| &*held.path).collect();
+        let is_as_read = |file: &u32, path: &Path| !faulty.contains(file) && !held.contains(path);
+        let stamp = |file, path: &PathBuf, text: &Text| text.stamp.filter(|_| is_as_read(file, path));
+        let texts = self.texts.iter();
+        texts.map(|(file, path, text)| InForce { path: path.clone(), stamp: stamp(file, path, text) }).collect()
     }
 }
 
 impl Library {
     /// Reads all files and folders, but what did not change since the last time. `spans` says where weir.yaml, which is `config`,
-    /// names each; what cannot be read is reported.
-    pub fn read(&mut self, paths: &[PathBuf], spans: &[Span], config: &Path, problems: &mut Problems) -> Texts {
-        let mut reader = Reader { library: self, kept: HashMap::new(), texts: Texts::default(), seen: BTreeSet::new() };
+    /// names each; what cannot be read is reported. With `believes`, a text that has become empty is so.
+    pub fn read(
+        &mut self,
+        paths: &[PathBuf],
+        spans: &[Span],
+        config: &Path,
+        believes: bool,
+        problems: &mut Problems,
+    ) -> Texts {
+        let mut reader = Reader {
+            kept: HashMap::new(),
+            empty_since: HashMap::new(),
+            texts: Texts::default(),
+            seen: BTreeSet::new(),
+            believes,
+            deadline: Instant::now() + if self.has_read { Duration::ZERO } else { PATIENCE },
+            library: self,
+        };
         // weir.yaml may lie in the folder that it names.
         reader.seen.extend(config.canonicalize());
         let outcome = tree::on_reader_thread(|| {
             for (index, path) in paths.iter().enumerate() {
                 reader.path(path, spans.get(index).copied().unwrap_or_default(), true, problems);
             }
-            let Reader { kept, texts, .. } = reader;
-            (kept, texts)
+            let Reader { kept, empty_since, texts, .. } = reader;
+            (kept, empty_since, texts)
         });
         match outcome {
-            Ok((kept, texts)) => {
+            Ok((kept, empty_since, texts)) => {
                 // What no path leads to any more is forgotten.
-                self.kept = kept;
+                (self.kept, self.empty_since, self.has_read) = (kept, empty_since, true);
                 texts
             }
             Err(error) => {
@@ -86,6 +155,25 @@ impl Library {
                 Texts { files: paths.to_vec(), ..Texts::default() }
             }
         }
+    }
+
+    /// Takes texts as those that were read last: what an earlier process had in force.
+    pub fn remember(&mut self, texts: Vec<(PathBuf, String)>, problems: &mut Problems) -> Texts {
+        let mut remembered = Texts::default();
+        let outcome = tree::on_reader_thread(|| {
+            for (path, text) in texts {
+                let text = Arc::new(Text::read(Source::new(path.display().to_string(), text), None, &self.identities));
+                remembered.texts.push((
+                    problems.share_source(Arc::clone(&text.source)),
+                    path.clone(),
+                    Arc::clone(&text),
+                ));
+                self.kept.insert(path, text);
+            }
+        });
+        // Without a thread nothing is remembered, and reading will say so.
+        drop(outcome);
+        remembered
     }
 
     /// An empty one that numbers objects as this one does.
@@ -99,16 +187,16 @@ impl Library {
     pub fn add_text(&mut self, name: &str, text: String, texts: &mut Texts, problems: &mut Problems) {
         let before = self.kept.get(Path::new(name)).cloned();
         let source = Source::new(name, text);
-        let text = tree::on_reader_thread(|| Text::read(source, None, before.as_deref(), &self.identities));
+        let text = tree::on_reader_thread(|| Text::read(source, before.as_deref(), &self.identities));
         let text = Arc::new(text.expect("there are threads in tests"));
         self.kept.insert(name.into(), Arc::clone(&text));
-        texts.texts.push((problems.share_source(Arc::clone(&text.source)), text));
+        texts.texts.push((problems.share_source(Arc::clone(&text.source)), name.into(), text));
     }
 }
 
 impl Text {
     /// Reads the pieces that were not there `before`.
-    fn read(source: Source, stamp: Option<Stamp>, before: Option<&Self>, identities: &Identities) -> Self {
+    fn read(source: Source, before: Option<&Self>, identities: &Identities) -> Self {
         let before: HashMap<(Form, &str), &Arc<Piece>> = before.map_or_else(HashMap::new, |before| {
             let pieces = before.pieces.iter();
             pieces.map(|(form, span, piece)| ((*form, before.source.slice(*span)), piece)).collect()
@@ -131,7 +219,7 @@ impl Text {
                 None => pieces.extend(piece(Form::Document, document)),
             }
         }
-        Self { source: Arc::new(source), stamp, pieces }
+        Self { source: Arc::new(source), stamp: None, settled: false, pieces }
     }
 }
 
@@ -139,34 +227,34 @@ impl Text {
 struct Reader<'l> {
     library: &'l Library,
     kept: HashMap<PathBuf, Arc<Text>>,
+    empty_since: HashMap<PathBuf, Instant>,
     texts: Texts,
     /// Each file once, however it is named.
     seen: BTreeSet<PathBuf>,
+    believes: bool,
+    /// Until when files that have no earlier text may be waited for.
+    deadline: Instant,
 }
 
 impl Reader<'_> {
     /// Reads a file, or a folder with its subfolders. What a folder holds is read in the order of names, and only what
     /// is called *.yaml, *.yml or *.json; hidden entries are left out (a mounted ConfigMap has such links).
     fn path(&mut self, path: &Path, span: Span, named: bool, problems: &mut Problems) {
-        let shown = path.display();
         self.texts.files.push(path.to_owned());
         let canonical = match path.canonicalize() {
             Ok(canonical) => canonical,
-            Err(error) => {
-                let help = "paths are relative to the folder of weir.yaml".to_owned();
-                return problems.error(span, format!("cannot read {shown}: {error}"), help);
-            }
+            Err(error) => return self.lost(path, span, named, &error, problems),
         };
         if !self.seen.insert(canonical) {
             self.texts.files.pop();
             return;
         }
         if !path.is_dir() {
-            return self.file(path, span, problems);
+            return self.file(path, span, named, problems);
         }
         let entries = match std::fs::read_dir(path).and_then(|entries| entries.collect::<Result<Vec<_>, _>>()) {
             Ok(entries) => entries,
-            Err(error) => return problems.error(span, format!("cannot read the folder {shown}: {error}"), None),
+            Err(error) => return self.lost(path, span, named, &error, problems),
         };
         let mut paths: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).collect();
         paths.retain(|path| {
@@ -178,48 +266,129 @@ impl Reader<'_> {
         paths.sort();
         if named && paths.is_empty() {
             let help = "manifests are files called *.yaml, *.yml or *.json".to_owned();
-            problems.warning(span, format!("the folder {shown} holds no manifests"), help);
+            problems.warning(span, format!("the folder {} holds no manifests", path.display()), help);
         }
         for path in paths {
             self.path(&path, span, false, problems);
         }
     }
 
-    fn file(&mut self, path: &Path, span: Span, problems: &mut Problems) {
+    /// A path that leads nowhere: what was there stays.
+    fn lost(&mut self, path: &Path, span: Span, named: bool, error: &io::Error, problems: &mut Problems) {
         let shown = path.display().to_string();
-        let before = self.library.kept.get(path);
-        // The stamp comes first: what is written while the file is read has another.
-        let read = fs::metadata(path).map(|metadata| Stamp::of(&metadata)).and_then(|stamp| {
-            let is_known = before.is_some_and(|before| before.stamp == Some(stamp));
-            let bytes = if is_known { None } else { Some(fs::read(path)?) };
-            Ok((Some(stamp).filter(|stamp| stamp.is_older_than(SETTLED)), bytes))
-        });
-        let text = match (read, before) {
-            (Err(error), _) => return problems.error(span, format!("cannot read {shown}: {error}"), None),
-            (Ok((_, None)), Some(before)) => Arc::clone(before),
-            (Ok((stamp, bytes)), before) => {
-                let bytes = bytes.unwrap_or_default();
-                if bytes.len() > Source::MAX_BYTES {
-                    let help = "split it into several".to_owned();
-                    return problems.error(span, format!("{shown} is longer than 4 GiB"), help);
-                }
-                let text = match String::from_utf8(bytes) {
-                    Ok(text) => text,
-                    Err(error) => {
-                        let valid = error.utf8_error().valid_up_to();
-                        let text = String::from_utf8_lossy(error.as_bytes()).into_owned();
-                        let file = problems.add_source(Source::new(shown, text));
-                        let place = Span { file, start: valid as u32, end: valid as u32 };
-                        return problems.error(place, "this file is not UTF-8", "save it as UTF-8".to_owned());
-                    }
-                };
-                Arc::new(match before.filter(|before| before.source.text() == text) {
-                    Some(before) => Text { source: Arc::clone(&before.source), stamp, pieces: before.pieces.clone() },
-                    None => Text::read(Source::new(shown, text), stamp, before.map(|b| &**b), &self.library.identities),
-                })
+        // Whoever removes a file of a folder wants it gone, also while the folder is read.
+        if !named && fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            self.texts.files.pop();
+            return;
+        }
+        let below = self.library.kept.iter().filter(|(known, _)| known.starts_with(path));
+        let mut below: Vec<(PathBuf, Arc<Text>)> = below.map(|(path, text)| (path.clone(), Arc::clone(text))).collect();
+        if below.is_empty() {
+            let help = "paths are relative to the folder of weir.yaml".to_owned();
+            return problems.error(span, format!("cannot read {shown}: {error}"), help);
+        }
+        below.sort_by(|(one, _), (other, _)| one.cmp(other));
+        for (path, text) in below {
+            self.hold(&path, &text, span, &format!("cannot read {shown}: {error}"), problems);
+        }
+    }
+
+    /// Takes a file's text of before instead of what it holds.
+    fn hold(&mut self, path: &Path, text: &Arc<Text>, span: Span, why: &str, problems: &mut Problems) {
+        let kept = if text.stamp.is_none() { "the text that an earlier run had in force" } else { "its last text" };
+        let problem = format!("{why}; {kept} stands for it");
+        problems.warning(span, problem.clone(), None);
+        self.texts.held.push(Held { path: path.to_owned(), has_text: true, problem });
+        self.add(path, Arc::clone(text), problems);
+    }
+
+    fn add(&mut self, path: &Path, text: Arc<Text>, problems: &mut Problems) {
+        let file = problems.share_source(Arc::clone(&text.source));
+        self.texts.texts.push((file, path.to_owned(), Arc::clone(&text)));
+        self.kept.insert(path.to_owned(), text);
+    }
+
+    fn file(&mut self, path: &Path, span: Span, named: bool, problems: &mut Problems) {
+        let shown = path.display().to_string();
+        let library = self.library;
+        let before = library.kept.get(path);
+        // What is changed after this has another stamp, if this one is old enough.
+        let at_first = fs::metadata(path).ok().map(|metadata| Stamp::of(&metadata));
+        let settled = at_first.filter(|stamp| stamp.is_older_than(SETTLED));
+        if let Some(before) = before.filter(|before| before.settled && before.stamp == at_first) {
+            return self.add(path, Arc::clone(before), problems);
+        }
+        let mut read = file::read(path);
+        while matches!(read, Err(Unread::Written)) && before.is_none() && Instant::now() < self.deadline {
+            thread::sleep(PAUSE);
+            read = file::read(path);
+        }
+        let (stamp, bytes) = match read {
+            Ok((stamp, bytes)) => (stamp, bytes),
+            Err(error) => return self.unread(path, span, named, error, problems),
+        };
+        let text = match String::from_utf8(bytes) {
+            Ok(text) => text,
+            Err(error) => {
+                // Its objects stay, and it is compared with once more.
+                self.kept.extend(before.map(|before| (path.to_owned(), Arc::clone(before))));
+                let valid = error.utf8_error().valid_up_to();
+                let text = String::from_utf8_lossy(error.as_bytes()).into_owned();
+                let file = problems.add_source(Source::new(shown, text));
+                let place = Span { file, start: valid as u32, end: valid as u32 };
+                return problems.error(place, "this file is not UTF-8", "save it as UTF-8".to_owned());
             }
         };
-        self.texts.texts.push((problems.share_source(Arc::clone(&text.source)), Arc::clone(&text)));
-        self.kept.insert(path.to_owned(), text);
+        let text = match before.filter(|before| before.source.text() == text) {
+            Some(before) => {
+                Text { source: Arc::clone(&before.source), pieces: before.pieces.clone(), stamp: None, settled: false }
+            }
+            None => Text::read(Source::new(shown.clone(), text), before.map(|before| &**before), &library.identities),
+        };
+        let text = Arc::new(Text { stamp: Some(stamp), settled: settled == Some(stamp), ..text });
+        if let Some(before) = before.filter(|before| text.pieces.is_empty() && !before.pieces.is_empty())
+            && !self.believes
+        {
+            let since = library.empty_since.get(path).copied().unwrap_or_else(Instant::now);
+            let until = since + EMPTY_FOR;
+            if Instant::now() < until {
+                self.empty_since.insert(path.to_owned(), since);
+                let at = self.texts.awaited.at.map_or(until.into(), |at| at.min(until.into()));
+                self.texts.awaited.at = Some(at);
+                let seconds = EMPTY_FOR.as_secs();
+                let why = format!(
+                    "{shown} holds no document any more, which is believed after {seconds} s, or at once with SIGHUP"
+                );
+                return self.hold(path, before, span, &why, problems);
+            }
+        }
+        self.add(path, text, problems);
+    }
+
+    /// A file that is not to be read: what it held stays.
+    fn unread(&mut self, path: &Path, span: Span, named: bool, error: Unread, problems: &mut Problems) {
+        let shown = path.display().to_string();
+        if matches!(error, Unread::Written) {
+            self.texts.awaited.written.push(path.to_owned());
+        }
+        let library = self.library;
+        if let Some(before) = library.kept.get(path) {
+            return self.hold(path, before, span, &format!("{shown} is not read: {error}"), problems);
+        }
+        match error {
+            // One that is about to come.
+            Unread::Written if library.has_read => {
+                let problem = format!("{shown} is not read: {error}; it is as if it was not there");
+                problems.warning(span, problem.clone(), None);
+                self.texts.held.push(Held { path: path.to_owned(), has_text: false, problem });
+            }
+            Unread::NotRegular(_) if !named => problems.warning(span, format!("{shown} is skipped: {error}"), None),
+            Unread::NotRegular(_) => problems.error(span, format!("cannot read {shown}: {error}"), None),
+            error => {
+                let message = format!("cannot read {shown}: {error}");
+                let file = problems.add_source(Source::new(shown, String::new()));
+                problems.error(Span { file, ..Span::default() }, message, None);
+            }
+        }
     }
 }

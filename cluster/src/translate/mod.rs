@@ -29,8 +29,14 @@ use weir_packet::Protocol;
 use crate::{
     config::RouterConfig,
     resources::{Manifests, ObjectId, Objects, Substitute},
-    sources::{Library, library::Texts},
-    text::{Problems, Severity},
+    sources::{
+        Library, Revisit,
+        file::is_written,
+        keep::Kept as KeptTexts,
+        library::{Held, InForce, Texts},
+        revisit::Awaited,
+    },
+    text::{Problems, Severity, Source},
 };
 
 use cluster::Described;
@@ -60,6 +66,10 @@ pub struct Loaded {
     pub files: Vec<PathBuf>,
     /// Objects whose newest version is faulty, and what stands for them; only after [`Loader::reload`].
     pub faulty: Vec<Faulty>,
+    /// What is in force as an earlier run left it.
+    pub stale: Option<Stale>,
+    /// The texts that are in force, for the next run to begin from ([`crate::sources::keep`]).
+    pub in_force: Vec<InForce>,
     /// The pods that this node's CNI plugin had made.
     pub local_pods: Arc<LocalPods>,
     /// Names of those whose objects are not there yet. They are workloads that no policy lets anything through to or from.
@@ -70,6 +80,15 @@ pub struct Loaded {
     publishers: Publishers,
     /// How long it took.
     pub times: LoadTimes,
+}
+
+/// What is in force as an earlier run left it, since its sources do not say any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stale {
+    /// When that was written down, in seconds since 1970.
+    pub since_unix_seconds: u64,
+    /// Objects, or texts.
+    pub objects: BTreeSet<String>,
 }
 
 /// How long a load took.
@@ -139,6 +158,11 @@ pub struct Loader {
     local_pods: Arc<LocalPods>,
     /// What was read for the last load that succeeded.
     read: Option<Read>,
+    /// The objects that an earlier run had in force, until the start.
+    beginning: Objects,
+    /// Of these, what is in force yet.
+    stale: Option<Stale>,
+    revisit: Revisit,
 }
 
 /// What was made of several objects at the load before.
@@ -174,7 +198,40 @@ impl Loader {
             kept: Kept::default(),
             local_pods: Arc::default(),
             read: None,
+            beginning: Objects::default(),
+            stale: None,
+            revisit: Revisit::default(),
         }
+    }
+
+    /// Tells `revisit`, a watch's, what is to be looked at again, and is told by it what to believe.
+    pub fn follow(&mut self, revisit: Revisit) {
+        self.revisit = revisit;
+    }
+
+    /// Takes the texts that an earlier run had in force as those of before, for [`Loader::start`].
+    pub fn begin_from(&mut self, kept: KeptTexts) {
+        // They were good, and what is wrong with their files now is told by the load.
+        let mut problems = Problems::default();
+        problems.add_source(Source::new("", String::new()));
+        let texts = self.library.remember(kept.texts, &mut problems);
+        self.beginning = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut problems).objects;
+        self.stale = Some(Stale { since_unix_seconds: kept.since_unix_seconds, objects: BTreeSet::new() });
+    }
+
+    /// The first load of a router: as [`Loader::reload`], after what [`Loader::begin_from`] was given.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start(&mut self) -> Result<(Loaded, Option<Problems>), Problems> {
+        let previous = std::mem::take(&mut self.beginning);
+        let mut outcome = self.reload(&previous);
+        if let (Ok((loaded, _)), Some(stale)) = (&mut outcome, &mut self.stale) {
+            let last_good = loaded.faulty.iter().filter(|faulty| faulty.substitute == Substitute::LastGood);
+            stale.objects = last_good.map(|faulty| faulty.object.clone()).collect();
+            loaded.stale = Some(stale.clone()).filter(|stale| !stale.objects.is_empty());
+        }
+        outcome
     }
 
     /// The pods that this node's CNI plugin has made, for the loads from now on.
@@ -201,7 +258,7 @@ impl Loader {
         let read = self.read()?;
         let begin = Instant::now();
         let loaded = self.attempt(&read, None).map_err(|failed| failed.problems)?;
-        let loaded = read.timed(loaded, begin);
+        let loaded = self.finished(&read, loaded, begin, &BTreeSet::new());
         self.read = Some(read);
         Ok(loaded)
     }
@@ -237,9 +294,15 @@ impl Loader {
     fn translate_again(&mut self, read: &Read, previous: &Objects) -> Result<(Loaded, Option<Problems>), Problems> {
         let begin = Instant::now();
         let all = match self.attempt(read, None) {
-            Ok(loaded) => return Ok((read.timed(loaded, begin), None)),
+            Ok(loaded) => {
+                let loaded = self.finished(read, loaded, begin, &BTreeSet::new());
+                // What is not as its file says is told as a fault is.
+                let told = (!read.texts.held.is_empty()).then(|| read.problems.clone());
+                return Ok((loaded, told));
+            }
             Err(failed) => failed.problems,
         };
+        let faulty_texts = all.of(Severity::Error).map(|error| error.span.file).collect();
         let good: HashSet<&ObjectId> = previous.good().map(|(id, _)| id).collect();
         let mut faulty: BTreeMap<ObjectId, (Substitute, String)> = BTreeMap::new();
         // Each round substitutes for an object that the one before did not, or takes a substitute out, so there is a last one.
@@ -253,7 +316,7 @@ impl Loader {
                         problem,
                     });
                     loaded.faulty.extend(named);
-                    return Ok((read.timed(loaded, begin), Some(all)));
+                    return Ok((self.finished(read, loaded, begin, &faulty_texts), Some(all)));
                 }
                 Err(failed) => *failed,
             };
@@ -273,14 +336,36 @@ impl Loader {
         }
     }
 
+    /// A load with what is known of its texts.
+    fn finished(&mut self, read: &Read, mut loaded: Loaded, begin: Instant, faulty_texts: &BTreeSet<u32>) -> Loaded {
+        let held = read.texts.held.iter().map(|Held { path, has_text, problem }| Faulty {
+            object: path.display().to_string(),
+            substitute: if *has_text { Substitute::LastGood } else { Substitute::Nothing },
+            problem: problem.clone(),
+        });
+        loaded.faulty.extend(held);
+        loaded.in_force = read.texts.in_force(faulty_texts);
+        if let Some(stale) = &mut self.stale {
+            let last_good = loaded.faulty.iter().filter(|faulty| faulty.substitute == Substitute::LastGood);
+            let last_good: BTreeSet<&String> = last_good.map(|faulty| &faulty.object).collect();
+            stale.objects.retain(|object| last_good.contains(object));
+            loaded.stale = Some(stale.clone()).filter(|stale| !stale.objects.is_empty());
+        }
+        read.timed(loaded, begin)
+    }
+
     fn read(&mut self) -> Result<Read, Problems> {
         let begin = Instant::now();
         let mut problems = Problems::default();
+        let believes = self.revisit.takes_belief();
         let Some((config, spans)) = RouterConfig::read(&self.path, &mut problems) else {
+            let written = if is_written(&self.path) { vec![self.path.clone()] } else { Vec::new() };
+            self.revisit.set(Awaited { written, at: None });
             problems.sort();
             return Err(problems);
         };
-        let texts = self.library.read(&config.manifests, &spans, &self.path, &mut problems);
+        let texts = self.library.read(&config.manifests, &spans, &self.path, believes, &mut problems);
+        self.revisit.set(texts.awaited.clone());
         Ok(Read { config, texts, problems, took: begin.elapsed() })
     }
 
@@ -377,6 +462,8 @@ fn translate(
         notes: problems,
         files: Vec::new(),
         faulty: Vec::new(),
+        stale: None,
+        in_force: Vec::new(),
         local_pods: Arc::clone(local_pods),
         undescribed,
         host_ports,
