@@ -415,7 +415,8 @@ fn read_text(path: &Path) -> Result<String, Unread> {
 impl RouterConfig {
     /// The folder where the objects in force are kept for the next start.
     pub fn state_folder(&self) -> PathBuf {
-        self.state.clone().unwrap_or_else(|| Path::new("/var/lib/weir").join(&self.node_name))
+        // A name is no path.
+        self.state.clone().unwrap_or_else(|| Path::new("/var/lib/weir").join(self.node_name.replace('/', "_")))
     }
 
     /// Reads weir.yaml. Its text becomes a source of `problems`, and what is wrong is reported there; `None` where it

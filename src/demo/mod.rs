@@ -135,7 +135,12 @@ impl DemoCluster {
         // Sockets and pins carry the nodes' names, so a lab's are its own.
         let mut configs = BTreeMap::new();
         for (name, text) in FILES {
-            let text = NODES.iter().fold(text.to_owned(), |text, (node, _)| text.replace(node, &lab.node_name(node)));
+            let mut text =
+                NODES.iter().fold(text.to_owned(), |text, (node, _)| text.replace(node, &lab.node_name(node)));
+            if let Some((node, _)) = NODES.iter().find(|(node, _)| name == format!("{node}.yaml")) {
+                // Gone with the lab.
+                text += &format!("state: state-{node}\n");
+            }
             let path = lab.folder().join(name);
             fs::write(&path, text).map_err(|source| LabError::File { path: path.clone(), source })?;
             if let Some((node, _)) = NODES.iter().find(|(node, _)| name == format!("{node}.yaml")) {

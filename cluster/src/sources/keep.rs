@@ -302,3 +302,119 @@ fn write_whole(folder: &Path, path: &Path, bytes: &[u8]) -> Result<(), KeepError
         failed("the objects in force are not kept for the next start: cannot write", path)(source)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn in_force(paths: &[PathBuf]) -> Vec<InForce> {
+        let stamp = |path: &PathBuf| fs::metadata(path).ok().map(|metadata| Stamp::of(&metadata));
+        paths.iter().map(|path| InForce { path: path.clone(), stamp: stamp(path) }).collect()
+    }
+
+    fn texts(folder: &Path) -> Vec<String> {
+        Kept::read(folder).unwrap().unwrap().texts.into_iter().map(|(_, text)| text).collect()
+    }
+
+    /// Files with these texts, and a state folder that is not there yet.
+    fn world(texts: &[&str]) -> (tempfile::TempDir, Vec<PathBuf>, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let paths: Vec<PathBuf> = (0..texts.len()).map(|number| folder.path().join(format!("{number}.yaml"))).collect();
+        for (path, text) in paths.iter().zip(texts) {
+            fs::write(path, text).unwrap();
+        }
+        let state = folder.path().join("lib/state");
+        (folder, paths, state)
+    }
+
+    #[test]
+    fn texts_are_kept_as_they_were_in_force() {
+        let (_folder, paths, state) = world(&["a: 1\n", "", "\u{e9}: [\n"]);
+        assert_eq!(Kept::read(&state).unwrap(), None);
+        assert!(!Kept::remove(&state).unwrap());
+        assert!(Kept::write(&state, &in_force(&paths)).unwrap());
+        let kept = Kept::read(&state).unwrap().unwrap();
+        let all = paths.iter().cloned().zip(["a: 1\n", "", "\u{e9}: [\n"].map(str::to_owned));
+        assert_eq!(kept.texts, all.collect::<Vec<_>>());
+        assert!(kept.since_unix_seconds > 1_700_000_000);
+        assert!(!Kept::write(&state, &in_force(&paths)).unwrap(), "there is nothing new");
+
+        // One whose file has changed since, one of which an earlier text is in force, and one that is gone.
+        let before = in_force(&paths);
+        fs::write(&paths[0], "a: changed\n").unwrap();
+        fs::write(&paths[2], "broken").unwrap();
+        let now = [before[0].clone(), InForce { stamp: None, ..before[2].clone() }];
+        assert!(Kept::write(&state, &now).unwrap(), "one less");
+        assert_eq!(texts(&state), ["a: 1\n", "\u{e9}: [\n"]);
+        assert!(Kept::write(&state, &in_force(&paths)).unwrap());
+        assert_eq!(texts(&state), ["a: changed\n", "", "broken"]);
+        // Nothing is kept of a text that never was in force.
+        let never = InForce { path: "never".into(), stamp: None };
+        assert!(Kept::write(&state, &[never]).unwrap());
+        assert_eq!(texts(&state), Vec::<String>::new());
+        let files: Vec<_> = fs::read_dir(&state).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(files, [NAME]);
+        assert!(Kept::remove(&state).unwrap() && !state.exists());
+    }
+
+    #[test]
+    fn a_damaged_file_is_never_used_and_always_replaced() {
+        let (_folder, paths, state) = world(&["apiVersion: v1\n", "kind: Pod\n"]);
+        Kept::write(&state, &in_force(&paths)).unwrap();
+        let path = state.join(NAME);
+        let good = fs::read(&path).unwrap();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1 << (at % 8);
+            assert!(decode(&bad).is_err(), "a bit of byte {at}");
+            assert!(decode(&good[..at]).is_err(), "cut at {at}");
+        }
+        assert!(decode(&[&good[..], b"x"].concat()).is_err());
+        fs::write(&path, &good[..good.len() - 1]).unwrap();
+        let why = Kept::read(&state).unwrap_err().to_string();
+        assert!(why.ends_with("objects is not used: its checksum is wrong"), "{why}");
+        // What was left by a process that was killed, and a bad file, are in nobody's way.
+        fs::write(state.join("objects.new"), "half").unwrap();
+        assert!(Kept::write(&state, &in_force(&paths)).unwrap());
+        assert_eq!(texts(&state).len(), 2);
+
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(
+            Kept::read(&state).unwrap_err().to_string().ends_with("it is no file, and only regular files are read")
+        );
+        assert!(Kept::write(&state, &in_force(&paths)).is_err(), "a folder is in the way");
+        assert!(!state.join("objects.new").exists());
+    }
+
+    /// With a right checksum too, as a hostile hand can make one.
+    #[test]
+    fn no_size_that_a_file_names_is_believed() {
+        let sealed = |body: &[u8]| {
+            let whole = [&MAGIC[..], &VERSION.to_le_bytes(), &7u64.to_le_bytes(), body].concat();
+            let sum = checksum(&whole).to_le_bytes();
+            [&whole[..], &sum].concat()
+        };
+        let text = |path_bytes: u32, compressed_bytes: u32, rest: &[u8]| {
+            let words = [0; 8 * Stamp::WORDS];
+            [&path_bytes.to_le_bytes()[..], &compressed_bytes.to_le_bytes(), &words, rest].concat()
+        };
+        let one = 1u32.to_le_bytes();
+        assert_eq!(decode(&sealed(&0u32.to_le_bytes())).unwrap().0, 7);
+        for (body, why) in [
+            (u32::MAX.to_le_bytes().to_vec(), "it is cut short"),
+            ([&one[..], &text(u32::MAX, 0, b"")].concat(), "a path is too long"),
+            ([&one[..], &text(1, u32::MAX, b"a")].concat(), "it is cut short"),
+            ([&one[..], &text(1, 0, b"ab")].concat(), "it is longer than it says"),
+            ([&2u32.to_le_bytes()[..], &text(1, 0, b"a"), &text(1, 0, b"a")].concat(), "it has a path twice"),
+        ] {
+            assert_eq!(decode(&sealed(&body)).err(), Some(why));
+        }
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+        encoder.write_all(&vec![0; 1 << 20]).unwrap();
+        let bomb = encoder.finish().unwrap();
+        assert_eq!(inflate(&bomb, (1 << 20) - 1), Err("its texts are too long"));
+        assert_eq!(inflate(&bomb, 1 << 20).map(|bytes| bytes.len()), Ok(1 << 20));
+        assert_eq!(inflate(&bomb[..bomb.len() - 1], 1 << 20), Err("a text is damaged"));
+    }
+}

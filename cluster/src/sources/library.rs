@@ -392,3 +392,264 @@ impl Reader<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, fs::File, io::Write};
+
+    use super::*;
+    use crate::{resources::Manifests, text::Severity};
+
+    /// A folder with a library that reads it.
+    struct World {
+        folder: tempfile::TempDir,
+        library: Library,
+    }
+
+    /// What a reading found: the names of objects, what is held, and problems, without the folder's own name.
+    #[derive(Debug)]
+    struct Found {
+        objects: Vec<String>,
+        held: Vec<(String, bool)>,
+        problems: Vec<(Severity, String)>,
+        awaited: Awaited,
+        in_force: Vec<(String, bool)>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            fs::create_dir(folder.path().join("m")).unwrap();
+            Self { folder, library: Library::default() }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.folder.path().join(name)
+        }
+
+        fn put(&self, name: &str, objects: &[&str]) {
+            fs::write(self.path(name), text(objects)).unwrap();
+        }
+
+        fn read_all(&mut self, paths: &[&str], believes: bool) -> Found {
+            let paths: Vec<PathBuf> = paths.iter().map(|path| self.path(path)).collect();
+            let mut problems = Problems::default();
+            problems.add_source(Source::new("weir.yaml", String::new()));
+            let texts = self.library.read(&paths, &[], Path::new("weir.yaml"), believes, &mut problems);
+            let folder = format!("{}/", self.folder.path().display());
+            let own = |path: &Path| path.strip_prefix(self.folder.path()).unwrap().display().to_string();
+            Found {
+                objects: names(&texts),
+                held: texts.held.iter().map(|held| (own(&held.path), held.has_text)).collect(),
+                problems: problems.diagnostics().iter().map(|p| (p.severity, p.message.replace(&folder, ""))).collect(),
+                in_force: texts
+                    .in_force(&BTreeSet::new())
+                    .iter()
+                    .map(|text| (own(&text.path), text.stamp.is_some()))
+                    .collect(),
+                awaited: texts.awaited,
+            }
+        }
+
+        fn read(&mut self) -> Found {
+            self.read_all(&["m"], false)
+        }
+    }
+
+    fn text(objects: &[&str]) -> String {
+        let object = |name: &&str| format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}}}\n");
+        objects.iter().map(object).collect::<Vec<_>>().join("---\n")
+    }
+
+    fn names(texts: &Texts) -> Vec<String> {
+        let manifests = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut Problems::default());
+        manifests.namespaces.iter().map(|namespace| namespace.name.clone()).collect()
+    }
+
+    fn owned(names: &[(&str, bool)]) -> Vec<(String, bool)> {
+        names.iter().map(|(name, flag)| ((*name).to_owned(), *flag)).collect()
+    }
+
+    #[test]
+    fn a_text_that_becomes_empty_stays_for_five_seconds() {
+        for empty in ["", "# nothing but this\n", "---\n# first\n---\n\n"] {
+            let mut world = World::new();
+            world.put("m/a.yaml", &["a"]);
+            world.put("m/b.yaml", &["b"]);
+            assert_eq!(world.read().objects, ["a", "b"]);
+            fs::write(world.path("m/a.yaml"), empty).unwrap();
+            for _ in 0..2 {
+                let found = world.read();
+                assert_eq!(found.objects, ["a", "b"], "{empty:?}");
+                assert_eq!(found.held, owned(&[("m/a.yaml", true)]));
+                assert_eq!(found.in_force, owned(&[("m/a.yaml", false), ("m/b.yaml", true)]));
+                let [(Severity::Warning, why)] = &found.problems[..] else { panic!("{:?}", found.problems) };
+                assert!(why.starts_with("m/a.yaml holds no document any more, which is believed after 5 s"), "{why}");
+                let wait = found.awaited.at.unwrap().duration_since(tokio::time::Instant::now());
+                assert!(wait <= EMPTY_FOR && wait > Duration::from_secs(1), "{wait:?}");
+            }
+            // What comes within that time begins it anew.
+            world.put("m/a.yaml", &["new"]);
+            let found = world.read();
+            assert_eq!(
+                (found.objects, found.held.len(), found.awaited),
+                (owned_names(&["new", "b"]), 0, Awaited::default())
+            );
+            fs::write(world.path("m/a.yaml"), empty).unwrap();
+            assert_eq!(world.read().objects, ["new", "b"]);
+            let since = world.library.empty_since.values_mut().next().unwrap();
+            *since = since.checked_sub(EMPTY_FOR).unwrap();
+            let found = world.read();
+            assert_eq!((found.objects, found.held.len(), found.problems.len()), (owned_names(&["b"]), 0, 0));
+            assert!(world.library.empty_since.is_empty());
+        }
+    }
+
+    fn owned_names(names: &[&str]) -> Vec<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    #[test]
+    fn what_an_operator_asks_for_is_believed_at_once_and_so_is_a_removed_file_and_an_empty_list() {
+        let mut world = World::new();
+        world.put("m/a.yaml", &["a"]);
+        world.put("m/b.yaml", &["b"]);
+        world.put("m/c.yaml", &["c"]);
+        world.read();
+        fs::write(world.path("m/a.yaml"), "").unwrap();
+        assert_eq!(world.read().objects, ["a", "b", "c"]);
+        assert_eq!(world.read_all(&["m"], true).objects, ["b", "c"]);
+        fs::remove_file(world.path("m/b.yaml")).unwrap();
+        fs::write(world.path("m/c.yaml"), "apiVersion: v1\nkind: List\nitems: []\n").unwrap();
+        let found = world.read();
+        assert_eq!((found.objects.len(), found.held.len()), (0, 0), "{:?}", found.problems);
+    }
+
+    #[test]
+    fn what_is_being_written_is_what_it_was_before() {
+        let mut world = World::new();
+        world.put("m/a.yaml", &["a"]);
+        assert_eq!(world.read().objects, ["a"]);
+        let mut file = File::create(world.path("m/a.yaml")).unwrap();
+        file.write_all(text(&["half"]).as_bytes()).unwrap();
+        // A new one that is not finished is not there yet.
+        let new = File::create(world.path("m/new.yaml")).unwrap();
+        let begin = Instant::now();
+        let found = world.read();
+        assert_eq!(found.objects, ["a"]);
+        assert_eq!(found.held, owned(&[("m/a.yaml", true), ("m/new.yaml", false)]));
+        assert_eq!(found.awaited.written, [world.path("m/a.yaml"), world.path("m/new.yaml")]);
+        assert!(found.problems.iter().all(|(severity, _)| *severity == Severity::Warning), "{:?}", found.problems);
+        // Also for an operator who asks.
+        assert_eq!(world.read_all(&["m"], true).objects, ["a"]);
+        assert!(begin.elapsed() < PATIENCE, "what has an earlier text is not waited for");
+        file.write_all(format!("---\n{}", text(&["whole"])).as_bytes()).unwrap();
+        drop((file, new));
+        let found = world.read();
+        assert_eq!((found.objects.len(), found.held.len(), found.awaited), (2, 0, Awaited::default()));
+    }
+
+    #[test]
+    fn the_first_reading_waits_for_a_writer() {
+        let mut world = World::new();
+        let mut file = File::create(world.path("m/a.yaml")).unwrap();
+        let found = thread::scope(|scope| {
+            scope.spawn(move || {
+                thread::sleep(Duration::from_millis(300));
+                file.write_all(text(&["a"]).as_bytes()).unwrap();
+            });
+            world.read()
+        });
+        assert_eq!((found.objects, found.problems.len()), (owned_names(&["a"]), 0));
+        // But not for ever.
+        let mut world = World::new();
+        let _file = File::create(world.path("m/a.yaml")).unwrap();
+        let found = world.read();
+        let [(Severity::Error, why)] = &found.problems[..] else { panic!("{:?}", found.problems) };
+        assert!(why.starts_with("cannot read m/a.yaml: it is open for writing"), "{why}");
+        assert_eq!(found.awaited.written, [world.path("m/a.yaml")]);
+    }
+
+    #[test]
+    fn what_is_no_regular_file_is_skipped_and_said() {
+        let mut world = World::new();
+        world.put("m/a.yaml", &["a"]);
+        world.put("m/was.yaml", &["was"]);
+        let fifo = |name: &str| {
+            let made = std::process::Command::new("mkfifo").arg(world.path(name)).status().unwrap();
+            assert!(made.success());
+        };
+        fifo("m/b.yaml");
+        fifo("named.yaml");
+        let paths = ["m", "named.yaml"];
+        let found = world.read_all(&paths, false);
+        assert_eq!(found.objects, ["a", "was"]);
+        let said = [
+            (Severity::Warning, "m/b.yaml is skipped: it is a FIFO, and only regular files are read".to_owned()),
+            (Severity::Error, "cannot read named.yaml: it is a FIFO, and only regular files are read".to_owned()),
+        ];
+        assert_eq!(found.problems, said);
+        fs::remove_file(world.path("m/was.yaml")).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(world.path("m/was.yaml")).status().unwrap();
+        assert!(made.success());
+        let found = world.read();
+        assert_eq!((found.objects, found.held), (owned_names(&["a", "was"]), owned(&[("m/was.yaml", true)])));
+    }
+
+    #[test]
+    fn what_cannot_be_read_any_more_stays() {
+        let mut world = World::new();
+        fs::create_dir(world.path("m/sub")).unwrap();
+        world.put("m/a.yaml", &["a"]);
+        world.put("m/sub/b.yaml", &["b"]);
+        world.put("long.yaml", &["long"]);
+        let paths = ["m", "long.yaml"];
+        assert_eq!(world.read_all(&paths, false).objects, ["a", "b", "long"]);
+        fs::rename(world.path("m"), world.path("away")).unwrap();
+        File::options().write(true).open(world.path("long.yaml")).unwrap().set_len(file::MAX_BYTES + 1).unwrap();
+        for _ in 0..2 {
+            let found = world.read_all(&paths, false);
+            assert_eq!(found.objects, ["a", "b", "long"]);
+            assert_eq!(found.held, owned(&[("m/a.yaml", true), ("m/sub/b.yaml", true), ("long.yaml", true)]));
+        }
+        fs::rename(world.path("away"), world.path("m")).unwrap();
+        let found = world.read();
+        assert_eq!((found.objects, found.held.len()), (owned_names(&["a", "b"]), 0));
+        // A link that leads nowhere is none that was removed.
+        fs::remove_file(world.path("m/a.yaml")).unwrap();
+        std::os::unix::fs::symlink("none", world.path("m/a.yaml")).unwrap();
+        assert_eq!(world.read().held, owned(&[("m/a.yaml", true)]));
+        // Who never had a text has none.
+        let found = World::new().read_all(&["none"], false);
+        assert!(found.problems[0].1.starts_with("cannot read none: ") && found.problems[0].0 == Severity::Error);
+    }
+
+    #[test]
+    fn texts_of_an_earlier_run_stand_for_what_is_lost() {
+        let mut world = World::new();
+        for name in ["a", "gone", "written", "empty"] {
+            world.put(&format!("m/{name}.yaml"), &[name]);
+        }
+        let texts = ["a", "gone", "written", "empty", "removed"];
+        let texts = texts.map(|name| (world.path(&format!("m/{name}.yaml")), text(&[&format!("old-{name}")])));
+        let texts: Vec<_> = texts.into_iter().chain([(world.path("none/x.yaml"), text(&["x"]))]).collect();
+        let remembered = world.library.remember(texts, &mut Problems::default());
+        assert_eq!(names(&remembered).len(), 6);
+        fs::remove_file(world.path("m/gone.yaml")).unwrap();
+        std::os::unix::fs::symlink("nowhere", world.path("m/gone.yaml")).unwrap();
+        fs::write(world.path("m/empty.yaml"), "").unwrap();
+        let _file = File::create(world.path("m/written.yaml")).unwrap();
+        let begin = Instant::now();
+        let found = world.read_all(&["m", "none"], false);
+        assert!(begin.elapsed() < PATIENCE);
+        assert_eq!(found.objects, ["a", "old-empty", "old-gone", "old-written", "x"]);
+        let held = ["m/empty.yaml", "m/gone.yaml", "m/written.yaml", "none/x.yaml"].map(|name| (name, true));
+        assert_eq!(found.held, owned(&held));
+        assert!(
+            found
+                .problems
+                .iter()
+                .all(|(_, why)| why.ends_with("; the text that an earlier run had in force stands for it"))
+        );
+    }
+}

@@ -249,6 +249,12 @@ impl Watch {
         Ok(())
     }
 
+    /// With what the loader of these files was given before, instead of its own.
+    #[must_use]
+    pub fn sharing(self, revisit: Revisit) -> Self {
+        Self { revisit, ..self }
+    }
+
     /// What the loader of these files is to be given, so that it can say what is to be looked at again.
     pub fn revisit(&self) -> Revisit {
         self.revisit.clone()

@@ -26,7 +26,7 @@ use tokio::{
 use weir_cluster::{
     compile,
     sockets::{Listening, Sockets},
-    sources::watch::Trigger,
+    sources::{library::InForce, watch::Trigger},
     translate::{Loader, workload_device},
 };
 use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
@@ -241,6 +241,8 @@ impl Hands for Played {
     }
 
     fn answer_health(&mut self, _: BTreeMap<SocketAddr, Check>) {}
+
+    fn keep(&mut self, _: &[InForce]) {}
 
     fn watch(&mut self, _: Vec<PathBuf>) {}
 
