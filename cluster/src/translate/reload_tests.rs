@@ -304,7 +304,9 @@ fn a_start_begins_from_what_was_in_force_where_its_sources_are_lost() {
     services.sort();
     assert_eq!(services, all);
     let mut objects = ["Service default/s2".to_owned(), "Service default/s3".into(), shown("m/four.yaml")];
-    (faulty.sort(), stale.sort(), objects.sort());
+    faulty.sort();
+    stale.sort();
+    objects.sort();
     assert_eq!((faulty, &stale[..]), (objects.iter().map(|o| format!("{o}: LastGood")).collect(), &objects[..]));
     assert!(loaded.stale.as_ref().unwrap().since_unix_seconds > 1_700_000_000);
     assert!(!keep(&loaded), "a start that begins from what is kept keeps it");
