@@ -11,7 +11,6 @@ use weir_cluster::{
     text::{Problems, Severity, Span},
     translate::{Loaded, load_with_review},
 };
-use weir_policy::Compiler;
 
 use crate::common::{ConfigFile, Output};
 
@@ -42,7 +41,7 @@ pub fn run(args: &Args) -> ExitCode {
 fn load_and_compile(config: &Path) -> Result<Loaded, Problems> {
     let mut loaded = load_with_review(config)?;
     missing_cores(&mut loaded);
-    if let Err(error) = compile::rules(&loaded, &mut Compiler::default()) {
+    if let Err(error) = compile::snapshot(&loaded) {
         loaded.notes.error(Span::default(), error.to_string(), None);
     }
     if loaded.notes.has_errors() {

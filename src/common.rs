@@ -7,7 +7,10 @@ use std::{
 };
 
 use clap::ValueEnum;
-use weir_cluster::text::Problems;
+use weir_cluster::{
+    text::Problems,
+    translate::{Faulty, Loaded, load},
+};
 
 /// Which configuration.
 #[derive(clap::Args)]
@@ -15,6 +18,28 @@ pub struct ConfigFile {
     /// The router's configuration file.
     #[arg(short, long, value_name = "FILE", default_value = "weir.yaml")]
     pub config: PathBuf,
+}
+
+impl ConfigFile {
+    /// Loads as a router does at its start: what is at fault is told on standard error and left out, and the rest goes on.
+    ///
+    /// # Errors
+    /// A bad weir.yaml.
+    pub fn load(&self) -> Result<Loaded, Failed> {
+        let (loaded, _) = load(&self.config).map_err(|problems| Failed::config(&problems))?;
+        tell_faulty(&loaded.faulty);
+        Ok(loaded)
+    }
+}
+
+/// Tells on standard error what is at fault, with its place, and what became of it.
+pub fn tell_faulty(faulty: &[Faulty]) {
+    for one in faulty {
+        eprintln!("weir: {}: {} ({})", one.problem, one.outcome(), one.object);
+    }
+    if !faulty.is_empty() {
+        eprintln!("weir: `weir check` shows all that is wrong, with its lines");
+    }
 }
 
 /// How an answer is printed.

@@ -7,7 +7,7 @@ use std::{
     process::ExitCode,
 };
 
-use weir_cluster::{trace::Tracer, translate};
+use weir_cluster::trace::Tracer;
 
 use crate::common::{ConfigFile, Failed};
 
@@ -33,7 +33,7 @@ pub struct Args {
 /// # Errors
 /// A bad configuration, and what cannot be read or written.
 pub fn run(args: &Args) -> Result<ExitCode, Failed> {
-    let loaded = translate::load(&args.config.config).map_err(|problems| Failed::config(&problems))?;
+    let loaded = args.config.load()?;
     let mut tracer = Tracer::new(&loaded)?;
     let input: Box<dyn Read> = if args.flows.as_os_str() == "-" {
         Box::new(io::stdin())

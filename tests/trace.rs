@@ -48,7 +48,7 @@ fn trace_in(lines: &str, cluster: &str) -> (bool, Vec<Value>) {
     let config = folder.path().join("weir.yaml");
     fs::write(&config, "nodeName: node-a\nmanifests: [cluster.yaml]\n").unwrap();
     fs::write(folder.path().join("cluster.yaml"), cluster).unwrap();
-    let loaded = translate::load(&config).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
+    let loaded = translate::load_strictly(&config).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
     let mut output = Vec::new();
     let all_valid = Tracer::new(&loaded).unwrap().run(lines.as_bytes(), &mut output, false).unwrap();
     let answers = String::from_utf8(output).unwrap();
@@ -101,7 +101,7 @@ fn told(flow: &str, cluster: &str) -> Vec<String> {
     fs::write(&config, "nodeName: node-a\nmanifests: [cluster.yaml]\npodCIDRs: [10.1.0.0/16, 'fd00:1::/64']\n")
         .unwrap();
     fs::write(folder.path().join("cluster.yaml"), cluster).unwrap();
-    let loaded = translate::load(&config).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
+    let loaded = translate::load_strictly(&config).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
     let mut output = Vec::new();
     Tracer::new(&loaded).unwrap().run(flow.as_bytes(), &mut output, true).unwrap();
     let folder = format!("{}/", folder.path().display());

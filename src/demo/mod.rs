@@ -147,7 +147,7 @@ impl DemoCluster {
                 configs.insert(*node, path);
             }
         }
-        let loaded = translate::load(&configs["node-a"])
+        let loaded = translate::load_strictly(&configs["node-a"])
             .map_err(|problems| LabError::Command { command: "weir check".into(), message: problems.render(false) })?;
         let cluster = loaded.cluster;
         progress(&format!("pods: {} namespaces behind veth pairs, nginx in the servers", cluster.workloads.len()));

@@ -14,13 +14,10 @@ use std::{
     process::ExitCode,
 };
 
-use weir_cluster::{
-    policy::{
-        groups::Groups,
-        listing::Lister,
-        matrix::{self, Pods, Port, Question},
-    },
-    translate,
+use weir_cluster::policy::{
+    groups::Groups,
+    listing::Lister,
+    matrix::{self, Pods, Port, Question},
 };
 use weir_node::control::{self, AskError};
 
@@ -108,7 +105,7 @@ pub fn run(command: &Command) -> Result<ExitCode, Failed> {
 }
 
 fn matrix(args: &Matrix, out: &mut impl io::Write) -> Result<(), Failed> {
-    let loaded = translate::load(&args.config.config).map_err(|problems| Failed::config(&problems))?;
+    let loaded = args.config.load()?;
     let both = |pods: &[Pods]| pods.iter().chain(&args.namespace).cloned().collect();
     let question = Question { ports: args.ports.clone(), from: both(&args.from), to: both(&args.to) };
     let matrix = matrix::Matrix::new(&loaded, &question)?;
@@ -126,7 +123,7 @@ fn matrix(args: &Matrix, out: &mut impl io::Write) -> Result<(), Failed> {
 }
 
 fn list(args: &List, out: &mut impl io::Write) -> Result<(), Failed> {
-    let loaded = translate::load(&args.config.config).map_err(|problems| Failed::config(&problems))?;
+    let loaded = args.config.load()?;
     let json = args.output == Output::Json;
     let Some(endpoint) = &args.endpoint else {
         let overview = Lister::new(&loaded, None).overview();

@@ -112,7 +112,7 @@ impl Site {
             let path = site.write(&format!("{}.yaml", node.name), &config);
             site.configs.insert(node.name.clone(), path);
         }
-        site.cluster = match translate::load(site.config(&nodes[0].name)) {
+        site.cluster = match translate::load_strictly(site.config(&nodes[0].name)) {
             Ok(loaded) => loaded.cluster,
             Err(problems) => panic!("the test's manifests: {}", problems.render(false)),
         };

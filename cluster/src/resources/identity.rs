@@ -22,6 +22,13 @@ pub struct ObjectId {
     pub name: String,
 }
 
+impl ObjectId {
+    /// Whether it is a policy that is enforced: one that cannot be read denies what it selects.
+    pub fn is_policy(&self) -> bool {
+        matches!(self.kind, "NetworkPolicy" | "GlobalNetworkPolicy" | "ClusterNetworkPolicy")
+    }
+}
+
 impl fmt::Display for ObjectId {
     /// "kind namespace/name" or "kind name".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

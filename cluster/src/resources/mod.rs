@@ -162,6 +162,12 @@ impl Objects {
         Some(self.placements[position as usize].origin())
     }
 
+    /// The place of the name of the object with this number.
+    pub fn place(&self, number: u32) -> Option<Span> {
+        let placement = &self.placements[(*self.by_number.get(number as usize)?)? as usize];
+        Some(placement.base.place(placement.item.name))
+    }
+
     /// All objects that are in force, in the order of reading.
     pub fn iter(&self) -> impl Iterator<Item = Origin> + '_ {
         let in_force = self.placements.iter().filter(|placement| placement.substitute != Some(Substitute::LastGood));

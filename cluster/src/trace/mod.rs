@@ -8,7 +8,6 @@ pub mod flow;
 use std::{
     io::{BufRead, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    sync::Arc,
 };
 
 use rand_chacha::{
@@ -19,19 +18,18 @@ use serde_json::{Value, json};
 use weir_dataplane::{
     action_log::{self, Entry},
     decide::{self, Decision, Verdict},
-    forwarding::{Encapsulation, Forwarding, RouteKind, Routed},
+    forwarding::{Encapsulation, RouteKind, Routed},
     model::{Cluster, Role},
     origin::{Arrival, Origin},
     snapshot::Snapshot,
 };
 use weir_nat::Affinity;
 use weir_packet::{FlowKey, Ports, Protocol, Tick};
-use weir_policy::{Compiler, Judgement, RuleId, RuleOrigin, model::HostStage};
+use weir_policy::{Judgement, RuleId, RuleOrigin, model::HostStage};
 
 use crate::{
     compile::{self, CompileError, address_port},
     config::RouterConfig,
-    sockets::Listening,
     trace::{explain::Facts, flow::Flow},
     translate::Loaded,
 };
@@ -52,12 +50,9 @@ impl<'l> Tracer<'l> {
     /// # Errors
     /// Where a size is beyond what can be compiled.
     pub fn new(loaded: &'l Loaded) -> Result<Self, CompileError> {
-        let rules = Arc::new(compile::rules(loaded, &mut Compiler::default())?);
-        let snat = Arc::new(compile::snat_ports(loaded, &rules, &Listening::default())?);
-        let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &compile::links_of(&loaded.config))?);
         Ok(Self {
             loaded,
-            snapshot: Snapshot { generation: 1, rules, snat, forwarding },
+            snapshot: compile::snapshot(loaded)?,
             cluster: loaded.cluster.clone(),
             config: loaded.config.clone(),
             affinity: Affinity::new(Affinity::DEFAULT_CLIENTS, [0; 2]),

@@ -6,6 +6,7 @@
 mod cluster;
 mod host;
 mod host_ports;
+mod impossible;
 mod local_pods;
 mod policy;
 mod ports;
@@ -45,7 +46,7 @@ pub use host_ports::{Room, Unserved};
 pub use local_pods::{LocalPod, LocalPods};
 use ports::Publishers;
 
-/// A configuration that was read and translated without an error.
+/// A configuration that was read and translated, without what is at fault.
 #[derive(Debug)]
 pub struct Loaded {
     /// weir.yaml.
@@ -64,7 +65,7 @@ pub struct Loaded {
     pub notes: Problems,
     /// The files and folders that were read, weir.yaml first: what to watch.
     pub files: Vec<PathBuf>,
-    /// Objects whose newest version is faulty, and what stands for them; only after [`Loader::reload`].
+    /// Objects whose newest version is faulty, and what stands for them.
     pub faulty: Vec<Faulty>,
     /// What is in force as an earlier run left it.
     pub stale: Option<Stale>,
@@ -107,8 +108,39 @@ pub struct Faulty {
     pub object: String,
     /// What stands for it.
     pub substitute: Substitute,
+    /// What kind of thing it is.
+    pub kind: FaultyKind,
     /// What is wrong, with its place.
     pub problem: String,
+}
+
+/// What is at fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultyKind {
+    /// A policy that is enforced: where nothing stands for it, it denies what it selects.
+    Policy,
+    /// Another object.
+    Object,
+    /// A document of a text, where nobody knows what it held.
+    Document,
+}
+
+impl FaultyKind {
+    fn of(id: &ObjectId) -> Self {
+        if id.is_policy() { Self::Policy } else { Self::Object }
+    }
+}
+
+impl Faulty {
+    /// What became of it, in words that follow its name.
+    pub fn outcome(&self) -> &'static str {
+        match (self.substitute, self.kind) {
+            (Substitute::LastGood, _) => "its last good version stays",
+            (Substitute::Nothing, FaultyKind::Policy) => "it denies what it selects",
+            (Substitute::Nothing, FaultyKind::Object) => "it is left out",
+            (Substitute::Nothing, FaultyKind::Document) => "the document is left out",
+        }
+    }
 }
 
 impl Loaded {
@@ -131,20 +163,28 @@ impl Loaded {
     }
 }
 
-/// Reads weir.yaml and its manifests and translates them.
+/// Reads weir.yaml and its manifests and translates them; see [`Loader::load`].
 ///
 /// # Errors
-/// All problems, warnings and notes included, where at least one is an error.
-pub fn load(path: &Path) -> Result<Loaded, Problems> {
+/// As there.
+pub fn load(path: &Path) -> Result<(Loaded, Option<Problems>), Problems> {
     Loader::new(path).load()
 }
 
-/// As [`load`], and warns of what is valid but probably not meant so, which takes a look at everything.
+/// As [`load`], but no object may be at fault.
 ///
 /// # Errors
-/// As [`load`].
+/// All problems, warnings and notes included, where at least one is an error.
+pub fn load_strictly(path: &Path) -> Result<Loaded, Problems> {
+    Loader::new(path).load_strictly()
+}
+
+/// As [`load_strictly`], and warns of what is valid but probably not meant so, which takes a look at everything.
+///
+/// # Errors
+/// As there.
 pub fn load_with_review(path: &Path) -> Result<Loaded, Problems> {
-    Loader { reviews: true, ..Loader::new(path) }.load()
+    Loader { reviews: true, ..Loader::new(path) }.load_strictly()
 }
 
 /// Loads a configuration, at first and again and again; what did not change is taken as it was.
@@ -250,11 +290,20 @@ impl Loader {
         Self { library: self.library.afresh(), local_pods: Arc::clone(&self.local_pods), ..Self::new(&self.path) }
     }
 
-    /// Reads and translates everything.
+    /// Reads and translates everything, as a [`Loader::reload`] from nothing: an object at fault is left out, so that a policy denies what
+    /// it selects, and the rest proceeds.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load(&mut self) -> Result<(Loaded, Option<Problems>), Problems> {
+        self.reload(&Objects::default())
+    }
+
+    /// Reads and translates everything; no object may be at fault.
     ///
     /// # Errors
     /// All problems, warnings and notes included, where at least one is an error.
-    pub fn load(&mut self) -> Result<Loaded, Problems> {
+    pub fn load_strictly(&mut self) -> Result<Loaded, Problems> {
         let read = self.read()?;
         let begin = Instant::now();
         let loaded = self.attempt(&read, None).map_err(|failed| failed.problems)?;
@@ -263,9 +312,9 @@ impl Loader {
         Ok(loaded)
     }
 
-    /// As [`Loader::load`], but an object at fault does not stop the rest: its last good version stands for it, or, where there is none,
-    /// nothing, so that a policy denies what it selects. [`Loaded::faulty`] names what is at fault; all problems come with it, to be shown.
-    /// `previous` is what is in force, loaded by this loader.
+    /// Reads and translates everything. An object at fault does not stop the rest: its last good version stands for it, or, where there is
+    /// none, nothing, so that a policy denies what it selects. [`Loaded::faulty`] names what is at fault; all problems come with it, to be
+    /// shown. `previous` is what is in force, loaded by this loader.
     ///
     /// # Errors
     /// All problems, where one is not an object's but of weir.yaml itself.
@@ -313,6 +362,7 @@ impl Loader {
                     let named = faulty.into_iter().map(|(id, (substitute, problem))| Faulty {
                         object: id.to_string(),
                         substitute,
+                        kind: FaultyKind::of(&id),
                         problem,
                     });
                     loaded.faulty.extend(named);
@@ -395,13 +445,20 @@ impl Loader {
                 let lost: Vec<&ObjectId> =
                     of_text.filter(|id| !mentioned.contains(id) && !wanted.contains(id)).collect();
                 if lost.is_empty() {
-                    faulty.push(Faulty { object: name.to_owned(), substitute: Substitute::Nothing, problem });
+                    let object = name.to_owned();
+                    faulty.push(Faulty {
+                        object,
+                        substitute: Substitute::Nothing,
+                        kind: FaultyKind::Document,
+                        problem,
+                    });
                     continue;
                 }
                 for id in lost {
                     faulty.push(Faulty {
                         object: id.to_string(),
                         substitute: Substitute::LastGood,
+                        kind: FaultyKind::of(id),
                         problem: problem.clone(),
                     });
                     wanted.insert(id.clone());

@@ -166,8 +166,8 @@ fn what_is_kept_from_load_to_load_changes_no_outcome() {
     write(&editors[0], "one.yaml");
     write(&editors[1], "two.yaml");
     let mut keeping = Loader::new(&path);
-    let mut previous = keeping.load().unwrap();
-    let mut previous_afresh = keeping.afresh().load().unwrap();
+    let mut previous = keeping.load_strictly().unwrap();
+    let mut previous_afresh = keeping.afresh().load_strictly().unwrap();
     let (mut refused, mut with_faults, mut of_pods) = (0, 0, 0);
     let (mut pods, mut is_refused) = (LocalPods::default(), false);
     for step in 0..600 {

@@ -26,6 +26,7 @@ use crate::{
         address::{parse_ip, parse_network},
         problem::nearest,
     },
+    translate::impossible::{usable, usable_on_link},
 };
 
 pub(super) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
@@ -209,7 +210,8 @@ fn slice_endpoint(
     for (number, text) in endpoint.addresses.iter().enumerate() {
         let at = at.key("addresses").item(number);
         let field = format!("endpoints[{index}].addresses[{number}]");
-        let Some(address) = report.read(at, &field, parse_ip(text)) else { continue };
+        let address = report.read(at, &field, parse_ip(text));
+        let Some(address) = usable(report, at, &field, address) else { continue };
         if address.is_ipv6() != is_ipv6 {
             let family = if is_ipv6 { "IPv6" } else { "IPv4" };
             let help = "a slice holds addresses of one family; put the others in a slice of their own".to_owned();
@@ -511,13 +513,18 @@ fn cluster_ips(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Vec
     for (index, text) in spec.cluster_ips.iter().flatten().enumerate() {
         let at = at.key("clusterIPs").item(index);
         if text != "None" && !text.is_empty() {
-            let address = report.read(at, &format!("spec.clusterIPs[{index}]"), parse_ip(text));
+            let field = format!("spec.clusterIPs[{index}]");
+            let address = report.read(at, &field, parse_ip(text));
+            let address = usable(report, at, &field, address);
             addresses.extend(address.map(|address| (address, at.span())));
         }
     }
     if let Some(text) = spec.cluster_ip.as_ref().filter(|text| !text.is_empty() && *text != "None") {
         let at = at.key("clusterIP");
-        match (report.read(at, "spec.clusterIP", parse_ip(text)), addresses.first()) {
+        let address = report.read(at, "spec.clusterIP", parse_ip(text));
+        // One that is listed too was told of there.
+        let address = if addresses.is_empty() { usable(report, at, "spec.clusterIP", address) } else { address };
+        match (address, addresses.first()) {
             (Some(address), None) => addresses.push((address, at.span())),
             (Some(address), Some((listed, _))) if address != *listed => {
                 let help = "make it the first of clusterIPs".to_owned();
@@ -533,7 +540,9 @@ fn external_ips(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Ve
     let mut addresses = Vec::new();
     for (index, text) in spec.external_ips.iter().flatten().enumerate() {
         let at = at.key("externalIPs").item(index);
-        addresses.extend(report.read(at, &format!("spec.externalIPs[{index}]"), parse_ip(text.trim())));
+        let field = format!("spec.externalIPs[{index}]");
+        let address = report.read(at, &field, parse_ip(text.trim()));
+        addresses.extend(usable(report, at, &field, address));
     }
     addresses
 }
@@ -548,7 +557,9 @@ fn load_balancer_ips(object: &Object<Service>, report: &mut Reporter<'_>) -> Vec
         let mode = ingress.ip_mode.as_deref().unwrap_or("VIP");
         one_of(mode, &["VIP", "Proxy"], at.key("ipMode"), &format!("{field}.ipMode"), report);
         if let Some(text) = ingress.ip.as_ref().filter(|text| !text.is_empty()) {
-            let address = report.read(at.key("ip"), &format!("{field}.ip"), parse_ip(text));
+            let (at, field) = (at.key("ip"), format!("{field}.ip"));
+            let address = report.read(at, &field, parse_ip(text));
+            let address = usable_on_link(report, at, &field, address);
             addresses.extend(address.filter(|_| mode == "VIP"));
         }
     }

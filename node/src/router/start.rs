@@ -54,7 +54,7 @@ use super::{
     Due, PORTS_INTERVAL, Router,
     answers::Answers,
     assemble::{assemble_links, own_addresses, owned, role_rules},
-    configuration::{Pending, Reloads},
+    configuration::{Pending, Reloads, warn_of_faulty},
     devices::{Devices, near_devices},
     hands::{Hands as _, RealHands},
     inbox::{self, Message},
@@ -127,10 +127,8 @@ struct First {
 
 /// Reads and compiles everything, as the node is now.
 fn first(mut loader: Loader, view: &View) -> Result<First, RunError> {
-    let (mut loaded, faults) = loader.start().map_err(|problems| RunError::Config(Box::new(problems)))?;
-    if let Some(problems) = faults {
-        warn!("objects are faulty, and others stand for them:\n{}", problems.render(false));
-    }
+    let (mut loaded, problems) = loader.start().map_err(|problems| RunError::Config(Box::new(problems)))?;
+    warn_of_faulty(&loaded, problems.as_ref());
     let roles = role_rules(&loaded);
     let own_addresses = own_addresses(view, &roles);
     loaded.add_local_addresses(&own_addresses);

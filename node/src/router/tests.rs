@@ -321,7 +321,7 @@ impl Play {
         fs::write(&weir, "nodeName: a\nmanifests: [m.yaml]\ndevices: [{name: eth0, role: uplink}]\n").unwrap();
         fs::write(folder.path().join("m.yaml"), Self::manifests(0)).unwrap();
         let mut loader = Loader::new(&weir);
-        let mut loaded = loader.load().unwrap_or_else(|problems| panic!("{problems}"));
+        let mut loaded = loader.load_strictly().unwrap_or_else(|problems| panic!("{problems}"));
         let view = View::default();
         let roles = role_rules(&loaded);
         let own = own_addresses(&view, &roles);
