@@ -9,7 +9,7 @@ use std::{
 use clap::ValueEnum;
 use weir_cluster::{
     text::Problems,
-    translate::{Faulty, Loaded, load},
+    translate::{Assumptions, Faulty, Loaded, Loader},
 };
 
 /// Which configuration.
@@ -25,10 +25,28 @@ impl ConfigFile {
     ///
     /// # Errors
     /// A bad weir.yaml.
-    pub fn load(&self) -> Result<Loaded, Failed> {
-        let (loaded, _) = load(&self.config).map_err(|problems| Failed::config(&problems))?;
+    pub fn load(&self, assumptions: &Assumptions) -> Result<Loaded, Failed> {
+        let mut loader = Loader::assuming(&self.config, assumptions);
+        let (loaded, _) = loader.load().map_err(|problems| Failed::config(&problems))?;
         tell_faulty(&loaded.faulty);
         Ok(loaded)
+    }
+}
+
+/// Manifests as people write them, before a cluster has made pods and addresses of them.
+#[derive(clap::Args)]
+pub struct Unapplied {
+    /// Make up what manifests do not say before they are applied: two pods for each workload (Deployment, StatefulSet, DaemonSet,
+    /// ReplicaSet, Job, CronJob), on this and on another node, addresses of pods and services, endpoint slices. Then -c may also name a
+    /// folder or a file of manifests, without a weir.yaml.
+    #[arg(long)]
+    pub assume_pods: bool,
+}
+
+impl Unapplied {
+    /// With the namespace of objects that give none.
+    pub fn assumptions(&self, namespace: Option<&str>) -> Assumptions {
+        Assumptions { pods: self.assume_pods, namespace: namespace.map(str::to_owned) }
     }
 }
 

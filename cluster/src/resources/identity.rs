@@ -69,9 +69,18 @@ impl Drop for Identity {
 }
 
 /// All identities in use.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Identities {
     book: Arc<Mutex<Book>>,
+    /// The namespace of objects that give none.
+    namespace: Arc<str>,
+}
+
+impl Default for Identities {
+    /// The namespace is kubectl's.
+    fn default() -> Self {
+        Self::in_namespace("default")
+    }
 }
 
 #[derive(Debug, Default)]
@@ -82,6 +91,16 @@ struct Book {
 }
 
 impl Identities {
+    /// With this namespace for objects that give none.
+    pub fn in_namespace(namespace: &str) -> Self {
+        Self { book: Arc::default(), namespace: namespace.into() }
+    }
+
+    /// The namespace of objects that give none.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
     /// The identity of an object: the one that is in use, or a new one.
     pub fn of(&self, id: ObjectId) -> Arc<Identity> {
         let mut book = lock(&self.book);

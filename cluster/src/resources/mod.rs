@@ -14,6 +14,7 @@ pub mod subject;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    ops::Range,
     sync::Arc,
 };
 
@@ -30,9 +31,9 @@ use self::{
         policy::{self, GlobalNetworkPolicy, NetworkSet, Profile, StagedKubernetesNetworkPolicy, Tier},
     },
     cluster_network_policy::ClusterNetworkPolicy,
-    piece::{Item, Piece},
+    piece::{Form, Item, Piece},
 };
-use crate::text::{Diagnostic, Problems, Severity, Source, Span};
+use crate::text::{Diagnostic, Problems, Severity, Source, Span, tree};
 
 pub use identity::{Identities, Identity, ObjectId};
 pub use made::{Memo, Same};
@@ -293,8 +294,12 @@ impl Manifests {
     ) -> Self {
         let mut manifests = Self::default();
         let newest = newest_versions(pieces.clone().map(|(_, _, piece)| piece));
+        let mut templates = BTreeSet::new();
         for (base, source, piece) in pieces {
-            replay(&piece.findings, base, problems);
+            // Once for each text.
+            if !piece.is_template || templates.insert(base.file) {
+                replay(&piece.findings, base, problems);
+            }
             for item in &piece.items {
                 if let Some(newest) = newest.get(item.identity.id()).filter(|newest| **newest < item.version) {
                     let [counts, passed_over] = [*newest, item.version].map(|version| item.kind.versions[version]);
@@ -308,6 +313,31 @@ impl Manifests {
             }
         }
         manifests
+    }
+
+    /// Adds the objects of a text that no file holds.
+    pub fn add_text(&mut self, source: Source, identities: &Identities, problems: &mut Problems) {
+        let file = problems.add_source(source);
+        let source = Arc::clone(problems.source(file));
+        let pieces = tree::on_reader_thread(|| {
+            let documents = tree::document_ranges(source.text()).into_iter();
+            let read = |range: Range<usize>| {
+                let base = Base { file, offset: range.start as u32 };
+                Piece::read(Form::Document, &source.text()[range], identities).map(|piece| (base, piece))
+            };
+            documents.filter_map(read).collect::<Vec<_>>()
+        });
+        let pieces = match pieces {
+            Ok(pieces) => pieces,
+            Err(error) => {
+                let message = format!("there is no thread to read objects with: {error}");
+                return problems.error(Span { file, ..Span::default() }, message, None);
+            }
+        };
+        for (base, piece) in pieces {
+            replay(&piece.findings, base, problems);
+            piece.items.iter().for_each(|item| self.place(item, &source, base, None, problems));
+        }
     }
 
     /// Adds objects as they were at an earlier load from the same [`Library`].

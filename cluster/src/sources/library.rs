@@ -97,6 +97,11 @@ pub struct InForce {
 }
 
 impl Texts {
+    /// The texts.
+    pub fn sources(&self) -> impl Iterator<Item = &Arc<Source>> {
+        self.texts.iter().map(|(_, text)| &text.source)
+    }
+
     /// All pieces with their places and texts.
     pub fn pieces(&self) -> impl Iterator<Item = (Base, &Arc<Source>, &Piece)> + Clone {
         self.texts.iter().flat_map(|(file, _, text)| {
@@ -116,6 +121,16 @@ impl Texts {
 }
 
 impl Library {
+    /// One that takes objects without a namespace for those of this one.
+    pub fn in_namespace(namespace: &str) -> Self {
+        Self { identities: Identities::in_namespace(namespace), ..Self::default() }
+    }
+
+    /// What numbers the objects.
+    pub fn identities(&self) -> &Identities {
+        &self.identities
+    }
+
     /// Reads all files and folders, but what did not change since the last time. `spans` says where weir.yaml, which is `config`,
     /// names each; what cannot be read is reported. With `believes`, a text that has become empty is so.
     pub fn read(
@@ -251,6 +266,12 @@ impl Reader<'_> {
         }
         if !path.is_dir() {
             return self.file(path, span, named, problems);
+        }
+        if path.join("Chart.yaml").is_file() {
+            let file = problems.add_source(Source::new(path.join("Chart.yaml").display().to_string(), String::new()));
+            let help = format!("let Helm write it out: `helm template NAME {shown} > chart.yaml`, and read that file");
+            let message = format!("the folder {shown} is a Helm chart: nothing is read of it");
+            return problems.error(Span { file, ..Span::default() }, message, help);
         }
         let entries = match std::fs::read_dir(path).and_then(|entries| entries.collect::<Result<Vec<_>, _>>()) {
             Ok(entries) => entries,

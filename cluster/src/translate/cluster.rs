@@ -22,7 +22,7 @@ use crate::{
         calico::{EncapsulationMode, IpPool, WorkloadEndpoint},
     },
     text::{
-        Problems, Span,
+        Problems, Span, Topic,
         address::{parse_cidr, parse_ip, parse_network},
         problem::nearest,
     },
@@ -313,7 +313,11 @@ impl<'m, 'c> Workloads<'m, 'c> {
             let mut addresses = given.unwrap_or(&facts.addresses).clone();
             let mut report = object.reporter(problems);
             if addresses.is_empty() {
-                report.note(object.at().key("metadata").key("name"), "it has no address yet and is left out");
+                report.note_on(
+                    Topic::NoAddress,
+                    object.at().key("metadata").key("name"),
+                    "it has no address yet and is left out",
+                );
                 continue;
             }
             if facts.is_terminating {

@@ -3,6 +3,7 @@
 //! One pass over each kind: it reads addresses, ports and selectors, refuses what the API server would refuse, and
 //! fills the models. What is at fault is reported at its place and left out, so that one run shows everything.
 
+mod assume;
 mod cluster;
 mod host;
 mod host_ports;
@@ -40,6 +41,7 @@ use crate::{
     text::{Problems, Severity, Source},
 };
 
+pub use assume::{Assumed, Assumptions};
 use cluster::Described;
 pub use cluster::workload_device;
 pub use host_ports::{Room, Unserved};
@@ -71,6 +73,8 @@ pub struct Loaded {
     pub stale: Option<Stale>,
     /// The texts that are in force, for the next run to begin from ([`crate::sources::keep`]).
     pub in_force: Vec<InForce>,
+    /// What was made up; `None` where nothing may be.
+    pub assumed: Option<Assumed>,
     /// The pods that this node's CNI plugin had made.
     pub local_pods: Arc<LocalPods>,
     /// Names of those whose objects are not there yet. They are workloads that no policy lets anything through to or from.
@@ -179,12 +183,12 @@ pub fn load_strictly(path: &Path) -> Result<Loaded, Problems> {
     Loader::new(path).load_strictly()
 }
 
-/// As [`load_strictly`], and warns of what is valid but probably not meant so, which takes a look at everything.
+/// As [`load_strictly`] with assumptions, and warns of what is valid but probably not meant so, which takes a look at everything.
 ///
 /// # Errors
 /// As there.
-pub fn load_with_review(path: &Path) -> Result<Loaded, Problems> {
-    Loader { reviews: true, ..Loader::new(path) }.load_strictly()
+pub fn load_with_review(path: &Path, assumptions: &Assumptions) -> Result<Loaded, Problems> {
+    Loader { reviews: true, ..Loader::assuming(path, assumptions) }.load_strictly()
 }
 
 /// Loads a configuration, at first and again and again; what did not change is taken as it was.
@@ -196,6 +200,7 @@ pub struct Loader {
     reviews: bool,
     kept: Kept,
     local_pods: Arc<LocalPods>,
+    assumes_pods: bool,
     /// What was read for the last load that succeeded.
     read: Option<Read>,
     /// The objects that an earlier run had in force, until the start.
@@ -237,6 +242,7 @@ impl Loader {
             reviews: false,
             kept: Kept::default(),
             local_pods: Arc::default(),
+            assumes_pods: false,
             read: None,
             beginning: Objects::default(),
             stale: None,
@@ -272,6 +278,13 @@ impl Loader {
             loaded.stale = Some(stale.clone()).filter(|stale| !stale.objects.is_empty());
         }
         outcome
+    }
+
+    /// For the weir.yaml at `path`, or, where pods are assumed, manifests there, with what is to be taken for given.
+    pub fn assuming(path: &Path, assumptions: &Assumptions) -> Self {
+        let namespace = assumptions.namespace.as_deref();
+        let library = namespace.map_or_else(Library::default, Library::in_namespace);
+        Self { library, assumes_pods: assumptions.pods, ..Self::new(path) }
     }
 
     /// The pods that this node's CNI plugin has made, for the loads from now on.
@@ -408,13 +421,23 @@ impl Loader {
         let begin = Instant::now();
         let mut problems = Problems::default();
         let believes = self.revisit.takes_belief();
-        let Some((config, spans)) = RouterConfig::read(&self.path, &mut problems) else {
+        let made_up = if self.assumes_pods { assume::configuration(&self.path) } else { None };
+        // What is no weir.yaml is a manifest, though it lies at its path.
+        let no_path = Path::new("");
+        let (path, config) = match made_up {
+            Some(source) => {
+                let file = problems.add_source(source);
+                (no_path, RouterConfig::from_source(file, no_path, &mut problems))
+            }
+            None => (self.path.as_path(), RouterConfig::read(&self.path, &mut problems)),
+        };
+        let Some((config, spans)) = config else {
             let written = if is_written(&self.path) { vec![self.path.clone()] } else { Vec::new() };
             self.revisit.set(Awaited { written, at: None });
             problems.sort();
             return Err(problems);
         };
-        let texts = self.library.read(&config.manifests, &spans, &self.path, believes, &mut problems);
+        let texts = self.library.read(&config.manifests, &spans, path, believes, &mut problems);
         self.revisit.set(texts.awaited.clone());
         Ok(Read { config, texts, problems, took: begin.elapsed() })
     }
@@ -467,10 +490,14 @@ impl Loader {
             manifests.add_last_good(previous, &wanted, &mut problems);
         }
         let config = read.config.clone();
+        let assumed = self.assumes_pods.then(|| {
+            let identities = self.library.identities();
+            assume::assume(read.texts.sources(), &config, identities, &mut manifests, &mut problems)
+        });
         let pods = &self.local_pods;
         let files = std::iter::once(&self.path).chain(&read.texts.files).cloned().collect();
         match translate(config, &mut manifests, pods, &mut self.kept, self.reviews, problems) {
-            Ok(loaded) => Ok(Loaded { faulty, files, ..loaded }),
+            Ok(loaded) => Ok(Loaded { faulty, files, assumed, ..loaded }),
             Err(problems) => Err(Box::new(Failed { problems, manifests })),
         }
     }
@@ -502,6 +529,7 @@ fn translate(
     let undescribed = undescribed.collect();
     if reviews {
         review::review(&config, manifests, &cluster, &mut problems);
+        policy::lint(manifests, &policy, &mut problems);
     }
     problems.sort();
     if problems.has_errors() {
@@ -521,6 +549,7 @@ fn translate(
         faulty: Vec::new(),
         stale: None,
         in_force: Vec::new(),
+        assumed: None,
         local_pods: Arc::clone(local_pods),
         undescribed,
         host_ports,

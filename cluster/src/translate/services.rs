@@ -22,7 +22,7 @@ use crate::{
         at::{At, Reporter},
     },
     text::{
-        Problems, Span,
+        Problems, Span, Topic,
         address::{parse_ip, parse_network},
         problem::nearest,
     },
@@ -169,7 +169,7 @@ fn slice(object: &Object<EndpointSlice>, problems: &mut Problems) -> Option<Slic
     let service = slice.metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME_LABEL));
     let Some(service) = service.filter(|name| !name.is_empty()) else {
         let message = format!("it has no label {SERVICE_NAME_LABEL} and belongs to no service");
-        report.note(at.key("metadata").key("name"), message);
+        report.note_on(Topic::NoService, at.key("metadata").key("name"), message);
         return None;
     };
     Some(Slice { service: service.clone(), ports })
@@ -318,7 +318,11 @@ fn service(object: &Object<Service>, problems: &mut Problems) -> Option<ServiceF
     }
     if cluster_ips.is_empty() {
         // Kubernetes allocates one when it accepts the service.
-        report.note(object.at().key("metadata").key("name"), "it has no cluster IP and is not served");
+        report.note_on(
+            Topic::NoClusterIp,
+            object.at().key("metadata").key("name"),
+            "it has no cluster IP and is not served",
+        );
         return None;
     }
     let families = |is_ipv6: bool| cluster_ips.iter().any(|(address, _)| address.is_ipv6() == is_ipv6);

@@ -6,6 +6,7 @@ mod denying;
 mod endpoints;
 mod kubernetes;
 mod labels;
+mod lints;
 mod profiles;
 mod rules;
 mod selectors;
@@ -17,7 +18,7 @@ use std::sync::Arc;
 use weir_dataplane::model::Cluster;
 use weir_policy::model::{Model, Policy};
 
-pub(super) use self::endpoints::Kept;
+pub(super) use self::{endpoints::Kept, lints::lint};
 
 use self::{
     cluster_network_policy::Nodes, labels::Inherited, rules::RuleReader, services::ServiceEndpoints, tiers::Tiers,
