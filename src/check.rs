@@ -10,7 +10,7 @@ use std::{
 use weir_cluster::{
     compile,
     text::{Problems, Severity, Span, Topic},
-    translate::{Assumed, Assumptions, Loaded, load_with_review},
+    translate::{Assumed, Assumptions, Loaded, load_with_review, makes_pods},
 };
 
 use crate::common::{ConfigFile, Output, Unapplied};
@@ -123,7 +123,13 @@ fn report(outcome: &Result<Loaded, Problems>, config: &Path, form: Form) -> Repo
             stdout.push_str(&made_up(assumed));
         }
     }
-    let stderr = if verbose { problems.render(colour) } else { problems.render_in_short(colour) + &in_short(&topics) };
+    let mut stderr =
+        if verbose { problems.render(colour) } else { problems.render_in_short(colour) + &in_short(&topics) };
+    if topics.keys().any(|topic| makes_pods(topic)) {
+        stderr.push_str(
+            "Are these manifests from before they are applied? --assume-pods makes up their pods and addresses.\n",
+        );
+    }
     Report { stdout, stderr, success }
 }
 
@@ -184,6 +190,49 @@ mod tests {
         let (report, path) = check("nodeName: a\nmanifests: []\n", Output::Text);
         assert!(report.success);
         assert_eq!((report.stdout, report.stderr), (format!("{path}: no problems\n"), String::new()));
+    }
+
+    #[test]
+    fn notes_that_many_objects_have_are_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        let object = |version: &str, kind: &str, name: &str| {
+            format!(
+                "---\napiVersion: {version}\nkind: {kind}\nmetadata: {{name: {name}}}\nspec: {{ports: [{{port: 80}}]}}\n"
+            )
+        };
+        let mut text = object("apps/v1", "Deployment", "a") + &object("v1", "Service", "a");
+        (0..12).for_each(|n| text += &object("v1", "ConfigMap", &format!("c{n}")));
+        fs::write(folder.path().join("m.yaml"), text).unwrap();
+        let path = folder.path().join("weir.yaml");
+        fs::write(&path, "nodeName: a\nmanifests: [m.yaml]\n").unwrap();
+        let outcome = load_and_compile(&path, &Assumptions::default());
+        let form = |verbose: bool| Form { output: Output::Text, colour: false, verbose };
+        let short = report(&outcome, &path, form(false));
+        let told = [
+            "Notes, each with its place with --verbose:",
+            "     12  ConfigMap of v1: skipped",
+            "      1  Deployment of apps/v1: skipped",
+            "      1  Service: without a cluster IP, so not served",
+            "Are these manifests from before they are applied? --assume-pods makes up their pods and addresses.",
+        ];
+        assert!(short.stderr.ends_with(&(told.join("\n") + "\n")), "{}", short.stderr);
+        assert!(short.stdout.starts_with(&format!("{}: 1 warning, 3 notes\n", path.display())), "{}", short.stdout);
+        let long = report(&outcome, &path, form(true));
+        assert_eq!(long.stderr.matches("ConfigMap of v1 is skipped").count(), 12);
+        assert!(long.stdout.contains("14 notes"), "{}", long.stdout);
+        let json = report(&outcome, &path, Form { output: Output::Json, ..form(false) });
+        assert_eq!(json.stdout.matches("\"severity\": \"note\"").count(), 14);
+
+        let assumptions = Assumptions { pods: true, namespace: None };
+        let outcome = load_and_compile(folder.path().join("m.yaml").as_path(), &assumptions);
+        let assumed = report(&outcome, &path, form(false));
+        let made_up = "  made up: 0 pods of 0 workloads, addresses of 0 other pods and of 1 service, endpoint slices of 0 services\n";
+        assert!(assumed.stdout.ends_with(made_up), "{}", assumed.stdout);
+        assert!(
+            !assumed.stderr.contains("Deployment") && !assumed.stderr.contains("--assume-pods makes"),
+            "{}",
+            assumed.stderr
+        );
     }
 
     #[test]

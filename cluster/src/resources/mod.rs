@@ -315,8 +315,14 @@ impl Manifests {
         manifests
     }
 
-    /// Adds the objects of a text that no file holds.
-    pub fn add_text(&mut self, source: Source, identities: &Identities, problems: &mut Problems) {
+    /// Adds the objects of a text that no file holds, but for those in `passed_over`.
+    pub fn add_text(
+        &mut self,
+        source: Source,
+        identities: &Identities,
+        passed_over: &BTreeMap<ObjectId, Substitute>,
+        problems: &mut Problems,
+    ) {
         let file = problems.add_source(source);
         let source = Arc::clone(problems.source(file));
         let pieces = tree::on_reader_thread(|| {
@@ -336,7 +342,10 @@ impl Manifests {
         };
         for (base, piece) in pieces {
             replay(&piece.findings, base, problems);
-            piece.items.iter().for_each(|item| self.place(item, &source, base, None, problems));
+            for item in &piece.items {
+                let substitute = passed_over.get(item.identity.id()).copied();
+                self.place(item, &source, base, substitute, problems);
+            }
         }
     }
 

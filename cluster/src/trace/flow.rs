@@ -3,7 +3,6 @@
 use serde_json::{Map, Value, error::Category};
 use weir_packet::Protocol;
 
-use super::names::with_namespace;
 use crate::text::problem::nearest;
 
 /// Keys that a flow may have. What is expected of it is none of the router's, but flows are often kept with it.
@@ -41,12 +40,11 @@ pub enum Port {
     Name(String),
 }
 
-/// "namespace/name" of a service that is called "svc/name", "svc/namespace/name", or with "service".
-pub(super) fn service_of(text: &str) -> Option<String> {
+/// The name of a service that is called "svc/name", "svc/namespace/name", or with "service".
+pub(super) fn service_of(text: &str) -> Option<&str> {
     let (kind, name) = text.split_once('/')?;
-    // A namespace may be called so: a pod's name has no more parts.
     let is_service = ["svc", "service", "services"].contains(&kind.to_ascii_lowercase().as_str());
-    is_service.then(|| with_namespace(name))
+    is_service.then_some(name)
 }
 
 impl Flow {

@@ -62,7 +62,7 @@ impl Names<'_> {
     /// As [`Names::source`], and a port that it does not have.
     pub fn destination(&self, flow: &Flow) -> Result<End, String> {
         if let Some(service) = service_of(&flow.dst).filter(|_| !self.is_pod(&flow.dst)) {
-            return self.service(&service, flow);
+            return self.service(&self.with_namespace(service), flow);
         }
         let end = self.end(&flow.dst)?;
         let Some(Port::Name(name)) = &flow.dport else { return Ok(end) };
@@ -89,7 +89,7 @@ impl Names<'_> {
         }
         let (word, rest) = text.split_once('/').unwrap_or(("", text));
         let kind = KINDS.iter().find(|(_, words)| words.contains(&word.to_ascii_lowercase().as_str()));
-        let of_kind = kind.map(|(kind, _)| (Some(*kind), with_namespace(rest)));
+        let of_kind = kind.map(|(kind, _)| (Some(*kind), self.with_namespace(rest)));
         let of_any = text.contains('/').then(|| (None, text.to_owned()));
         for (kind, name) in of_kind.into_iter().chain(of_any) {
             if let Some(pod) = self.pod_of(kind, &name) {
@@ -115,7 +115,7 @@ impl Names<'_> {
         };
         match kind {
             Some(kind) => {
-                let name = with_namespace(rest);
+                let name = self.with_namespace(rest);
                 format!("no pod of {kind} {name} with an address is in the manifests{}", suggest(&name))
             }
             None if text.contains('/') => format!("no pod {text} with an address is in the manifests{}", suggest(text)),
@@ -125,6 +125,11 @@ impl Names<'_> {
                 format!("{text:?} is neither an IP address nor namespace/pod{help}")
             }
         }
+    }
+
+    /// "namespace/name"; a name alone is of the namespace that objects without one are in.
+    fn with_namespace(&self, name: &str) -> String {
+        if name.contains('/') { name.to_owned() } else { format!("{}/{name}", self.loaded.namespace) }
     }
 
     fn is_pod(&self, name: &str) -> bool {
@@ -204,11 +209,6 @@ fn no_port(of: &str, protocol: Protocol, name: &str, mut known: Vec<String>) -> 
         None => format!("; it has {}", known.join(", ")),
     };
     format!("{of} has no {protocol} port called {name:?}{help}")
-}
-
-/// As kubectl has it: without a namespace it is "default".
-pub(super) fn with_namespace(name: &str) -> String {
-    if name.contains('/') { name.to_owned() } else { format!("default/{name}") }
 }
 
 /// Whether a pod is called as the controller of that kind calls its pods: the workload's name, then a number or random letters, for a

@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use super::services::SERVICE_NAME_LABEL;
 use crate::{
     config::RouterConfig,
-    resources::{Identities, Manifests, Object},
+    resources::{Identities, Manifests, Object, ObjectId, Substitute},
     text::{
         Problems, Severity, Source, Topic,
         address::{parse_ip, parse_network},
@@ -64,8 +64,10 @@ const PODS: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 244, 0, 0), 16);
 const SERVICES: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 96, 0, 0), 12);
 const NODES: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 255, 0), 24);
 
+/// The group of the Prometheus operator's kinds, whose pods have labels and ports of its own making.
+const PROMETHEUS_OPERATOR: &str = "monitoring.coreos.com";
 /// Kinds that make pods, with their groups.
-const WORKLOADS: [(&str, &str); 9] = [
+const WORKLOADS: [(&str, &str); 11] = [
     ("apps", "Deployment"),
     ("apps", "StatefulSet"),
     ("apps", "DaemonSet"),
@@ -75,7 +77,16 @@ const WORKLOADS: [(&str, &str); 9] = [
     ("batch", "Job"),
     ("batch", "CronJob"),
     ("", "ReplicationController"),
+    (PROMETHEUS_OPERATOR, "Prometheus"),
+    (PROMETHEUS_OPERATOR, "Alertmanager"),
 ];
+
+/// Whether notes on this topic are about objects that [`Assumptions::pods`] makes pods of.
+pub fn makes_pods(topic: &Topic) -> bool {
+    let Topic::Skipped(kind) = topic else { return false };
+    let Some((name, version)) = kind.split_once(" of ") else { return false };
+    WORKLOADS.contains(&(version.split_once('/').map_or("", |(group, _)| group), name))
+}
 
 /// A weir.yaml for manifests without one: for a folder, and for a file that is not one itself.
 pub(super) fn configuration(path: &Path) -> Option<Source> {
@@ -98,23 +109,17 @@ fn is_configuration(path: &Path) -> bool {
     })
 }
 
-/// Makes up what is missing, into `manifests`; `sources` are the texts that they were read from.
+/// Makes up what is missing, into `manifests`, but for objects in `passed_over`; `sources` are the texts that they were read from.
 pub(super) fn assume<'s>(
     sources: impl Iterator<Item = &'s Arc<Source>>,
     config: &RouterConfig,
     identities: &Identities,
+    passed_over: &BTreeMap<ObjectId, Substitute>,
     manifests: &mut Manifests,
     problems: &mut Problems,
 ) -> Assumed {
     let mut assumed = Assumed::default();
-    problems.leave_out(|topic| match topic {
-        Topic::Skipped(kind) => WORKLOADS.iter().any(|(group, name)| {
-            kind.strip_prefix(name)
-                .and_then(|rest| rest.strip_prefix(" of "))
-                .is_some_and(|version| version.split_once('/').map_or("", |(group, _)| group) == *group)
-        }),
-        _ => false,
-    });
+    problems.leave_out(makes_pods);
     let workloads = workloads(sources, identities.namespace());
     let another = manifests.nodes.iter().map(|node| node.name.as_str()).find(|name| *name != config.node_name);
     let nodes = [config.node_name.clone(), another.unwrap_or(ANOTHER_NODE).to_owned()];
@@ -139,7 +144,7 @@ pub(super) fn assume<'s>(
             pods.push(format!("{}/{name}", workload.namespace));
         }
     }
-    manifests.add_text(text.source(), identities, problems);
+    manifests.add_text(text.source(), identities, passed_over, problems);
     for object in &mut manifests.pods {
         if let Some(changed) = addressed(object, &nodes[0], &mut addresses) {
             *object = changed;
@@ -163,7 +168,7 @@ pub(super) fn assume<'s>(
         }
     }
     let slices = slices(manifests, &mut assumed);
-    manifests.add_text(slices.source(), identities, problems);
+    manifests.add_text(slices.source(), identities, passed_over, problems);
     assumed
 }
 
@@ -302,6 +307,10 @@ struct Written {
 struct WrittenSpec {
     template: Option<Template>,
     job_template: Option<JobTemplate>,
+    // Of the Prometheus operator's kinds:
+    pod_metadata: Option<Metadata>,
+    service_account_name: Option<String>,
+    host_network: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -318,6 +327,42 @@ struct JobSpec {
 struct Template {
     metadata: Option<Metadata>,
     spec: TemplateSpec,
+}
+
+impl Template {
+    /// As the Prometheus operator makes the pods of a Prometheus or an Alertmanager.
+    fn of_operator(kind: &str, name: &str, spec: WrittenSpec) -> Self {
+        let WrittenSpec { pod_metadata, service_account_name, host_network, .. } = spec;
+        let lower = kind.to_lowercase();
+        let mut labels = pod_metadata.and_then(|metadata| metadata.labels).unwrap_or_default();
+        for (key, value) in [
+            ("app.kubernetes.io/name", lower.as_str()),
+            ("app.kubernetes.io/instance", name),
+            ("app.kubernetes.io/managed-by", "prometheus-operator"),
+            (lower.as_str(), name),
+        ] {
+            labels.insert(key.to_owned(), value.to_owned());
+        }
+        let port = |name: &str, container_port: i64, protocol: &str| ContainerPort {
+            name: Some(name.to_owned()),
+            protocol: Some(protocol.to_owned()),
+            container_port,
+            host_port: None,
+        };
+        let ports = match kind {
+            "Prometheus" => vec![port("web", 9090, "TCP")],
+            _ => vec![port("web", 9093, "TCP"), port("mesh-tcp", 9094, "TCP"), port("mesh-udp", 9094, "UDP")],
+        };
+        let reloader = vec![port("reloader-web", 8080, "TCP")];
+        let container = |name: &str, ports: Vec<ContainerPort>| Container {
+            name: Some(name.to_owned()),
+            restart_policy: None,
+            ports: Some(ports),
+        };
+        let containers = vec![container(&lower, ports), container("config-reloader", reloader)];
+        let metadata = Some(Metadata { labels: Some(labels), ..Metadata::default() });
+        Self { metadata, spec: TemplateSpec { containers, init_containers: None, service_account_name, host_network } }
+    }
 }
 
 /// What of a pod's spec has to do with its network.
@@ -374,12 +419,14 @@ impl Workload {
         let written: Written = typed::read(node, "", |_| Severity::Note, &mut Problems::default())?;
         let Written { metadata, spec } = written;
         let given = metadata.namespace.filter(|given| !given.is_empty());
-        Some(Self {
-            kind: kind.to_owned(),
-            namespace: given.unwrap_or_else(|| namespace.to_owned()),
-            name: metadata.name.filter(|name| !name.is_empty())?,
-            template: spec.template.or_else(|| spec.job_template?.spec.template)?,
-        })
+        let name = metadata.name.filter(|name| !name.is_empty())?;
+        let template = if group == PROMETHEUS_OPERATOR {
+            Template::of_operator(kind, &name, spec)
+        } else {
+            spec.template.or_else(|| spec.job_template?.spec.template)?
+        };
+        let name = if group == PROMETHEUS_OPERATOR { format!("{}-{name}", kind.to_lowercase()) } else { name };
+        Some(Self { kind: kind.to_owned(), namespace: given.unwrap_or_else(|| namespace.to_owned()), name, template })
     }
 
     fn full_name(&self) -> String {

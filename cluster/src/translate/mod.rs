@@ -41,7 +41,7 @@ use crate::{
     text::{Problems, Severity, Source},
 };
 
-pub use assume::{Assumed, Assumptions};
+pub use assume::{Assumed, Assumptions, makes_pods};
 use cluster::Described;
 pub use cluster::workload_device;
 pub use host_ports::{Room, Unserved};
@@ -73,6 +73,8 @@ pub struct Loaded {
     pub stale: Option<Stale>,
     /// The texts that are in force, for the next run to begin from ([`crate::sources::keep`]).
     pub in_force: Vec<InForce>,
+    /// The namespace of objects that give none.
+    pub namespace: String,
     /// What was made up; `None` where nothing may be.
     pub assumed: Option<Assumed>,
     /// The pods that this node's CNI plugin had made.
@@ -492,12 +494,15 @@ impl Loader {
         let config = read.config.clone();
         let assumed = self.assumes_pods.then(|| {
             let identities = self.library.identities();
-            assume::assume(read.texts.sources(), &config, identities, &mut manifests, &mut problems)
+            assume::assume(read.texts.sources(), &config, identities, substitutes, &mut manifests, &mut problems)
         });
         let pods = &self.local_pods;
         let files = std::iter::once(&self.path).chain(&read.texts.files).cloned().collect();
         match translate(config, &mut manifests, pods, &mut self.kept, self.reviews, problems) {
-            Ok(loaded) => Ok(Loaded { faulty, files, assumed, ..loaded }),
+            Ok(loaded) => {
+                let namespace = self.library.identities().namespace().to_owned();
+                Ok(Loaded { faulty, files, assumed, namespace, ..loaded })
+            }
             Err(problems) => Err(Box::new(Failed { problems, manifests })),
         }
     }
@@ -550,6 +555,7 @@ fn translate(
         stale: None,
         in_force: Vec::new(),
         assumed: None,
+        namespace: String::new(),
         local_pods: Arc::clone(local_pods),
         undescribed,
         host_ports,

@@ -17,8 +17,10 @@ use weir_policy::{
 use super::*;
 use crate::text::Source;
 
+mod assume;
 mod host;
 mod host_ports;
+mod lints;
 mod local_pods;
 mod policy;
 mod review;

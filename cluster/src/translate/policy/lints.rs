@@ -50,7 +50,7 @@ fn policies(manifests: &Manifests, model: &Model, problems: &mut Problems) {
     for (place, policy) in places {
         let selected: Vec<&Endpoint> =
             endpoints.iter().filter(|endpoint| policy.selector.matches(&endpoint.labels)).copied().collect();
-        if selected.is_empty() {
+        if selected.is_empty() && is_of_known_namespace(manifests, policy) {
             let help = "a label or a namespace may be misspelt; or its pods are not in the manifests, as an operator makes them".to_owned();
             problems.warning(place, format!("{} selects no pod", policy.name), help);
         }
@@ -79,6 +79,13 @@ fn policies(manifests: &Manifests, model: &Model, problems: &mut Problems) {
             }
         }
     }
+}
+
+/// Whether a policy's namespace is there. If it is not, that is told already.
+fn is_of_known_namespace(manifests: &Manifests, policy: &Policy) -> bool {
+    let namespace = manifests.objects.get(policy.origin).and_then(|origin| origin.namespace);
+    let is_there = |name: String| manifests.namespaces.iter().any(|namespace| namespace.name == name);
+    manifests.namespaces.is_empty() || namespace.is_none_or(is_there)
 }
 
 fn names(endpoint: &Endpoint) -> impl Iterator<Item = &str> {
