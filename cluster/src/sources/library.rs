@@ -99,7 +99,7 @@ pub struct InForce {
 impl Texts {
     /// The texts.
     pub fn sources(&self) -> impl Iterator<Item = &Arc<Source>> {
-        self.texts.iter().map(|(_, text)| &text.source)
+        self.texts.iter().map(|(_, _, text)| &text.source)
     }
 
     /// All pieces with their places and texts.
@@ -268,6 +268,7 @@ impl Reader<'_> {
             return self.file(path, span, named, problems);
         }
         if path.join("Chart.yaml").is_file() {
+            let shown = path.display();
             let file = problems.add_source(Source::new(path.join("Chart.yaml").display().to_string(), String::new()));
             let help = format!("let Helm write it out: `helm template NAME {shown} > chart.yaml`, and read that file");
             let message = format!("the folder {shown} is a Helm chart: nothing is read of it");

@@ -406,6 +406,7 @@ impl Loader {
         let held = read.texts.held.iter().map(|Held { path, has_text, problem }| Faulty {
             object: path.display().to_string(),
             substitute: if *has_text { Substitute::LastGood } else { Substitute::Nothing },
+            kind: FaultyKind::Document,
             problem: problem.clone(),
         });
         loaded.faulty.extend(held);
