@@ -98,8 +98,7 @@ fn ends_and_ports_have_names() {
     for (line, error) in [
         (
             flow("shop/frnt", "10.0.0.1", ", \"dport\": 1"),
-            "no pod shop/frnt with an address is in the manifests; did you mean \
-         shop/front-7d9f8b6c5d-x2x8k?",
+            "no pod shop/frnt with an address is in the manifests; did you mean shop/front?",
         ),
         (
             flow("shop/web", "10.0.0.1", ", \"dport\": 1"),

@@ -375,7 +375,7 @@ impl<'l> Tracer<'l> {
                     None => "not judged".into(),
                 },
             );
-            if judgement.is_none() && matches!(decision.verdict, Verdict::Forward) {
+            if judgement.is_none() && matches!(decision.verdict, Verdict::Forward | Verdict::Pass) {
                 let end = if name == "egress" { key.src.to_ip() } else { decision.translated.dst.to_ip() };
                 if let Some((pod, node)) = self.pod_elsewhere(end) {
                     step("", format!("{node}, the node of {pod}, decides about {name}"));

@@ -107,7 +107,8 @@ impl Names<'_> {
         let pods: Vec<&str> = self.pods().map(|pod| pod.name.as_str()).collect();
         let services = self.service_names();
         let suggest = |name: &str| {
-            let near = nearest(name, pods.iter().copied()).map(str::to_owned);
+            let known = pods.iter().copied().chain(pods.iter().filter_map(|pod| workload_of(pod)));
+            let near = nearest(name, known).map(str::to_owned);
             let service = || nearest(name, services.iter().map(String::as_str)).map(|near| format!("svc/{near}"));
             let exact = services.contains(name).then(|| format!("svc/{name}"));
             let near = exact.or(near).or_else(service);
@@ -211,6 +212,14 @@ fn no_port(of: &str, protocol: Protocol, name: &str, mut known: Vec<String>) -> 
     format!("{of} has no {protocol} port called {name:?}{help}")
 }
 
+/// The workload that a pod is probably of, by what controllers add to its name: see [`is_name_of_pod_of`].
+fn workload_of(pod: &str) -> Option<&str> {
+    let (one, _) = pod.rsplit_once('-').filter(|(one, _)| is_name_of_pod_of(pod, None, one))?;
+    let two =
+        one.rsplit_once('-').filter(|(_, hash)| hash.len() >= 8 && hash.bytes().any(|byte| byte.is_ascii_digit()));
+    Some(two.map_or(one, |(two, _)| two))
+}
+
 /// Whether a pod is called as the controller of that kind calls its pods: the workload's name, then a number or random letters, for a
 /// Deployment's and a CronJob's with one more part in between.
 fn is_name_of_pod_of(pod: &str, kind: Option<&str>, workload: &str) -> bool {
@@ -234,6 +243,19 @@ fn is_name_of_pod_of(pod: &str, kind: Option<&str>, workload: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn workloads_are_known_by_their_pods_names() {
+        for (pod, workload) in [
+            ("x/web-7d9f8b6c5d-x2x8k", Some("x/web")),
+            ("x/web-admin-0", Some("x/web-admin")),
+            ("x/agent-x2x8k", Some("x/agent")),
+            ("x/web", None),
+            ("x/web-server", None),
+        ] {
+            assert_eq!(workload_of(pod), workload, "{pod}");
+        }
+    }
 
     #[test]
     fn pods_are_known_by_their_workloads_names() {
