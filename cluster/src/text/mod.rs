@@ -6,6 +6,7 @@
 //! prints what was found; [`source`] holds the texts that positions refer to.
 
 pub mod address;
+mod plain;
 pub mod problem;
 pub mod source;
 pub mod tree;

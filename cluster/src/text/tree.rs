@@ -16,6 +16,7 @@ use serde_saphyr::{
 };
 
 use super::{
+    plain,
     problem::Problems,
     source::{Source, Span},
 };
@@ -33,7 +34,7 @@ pub struct Node {
     /// What it is.
     pub value: Value,
     /// Set where typed reading found it faulty and went on without it.
-    dropped: OnceLock<()>,
+    pub(super) dropped: OnceLock<()>,
 }
 
 /// A copy has nothing dropped.
@@ -221,6 +222,14 @@ pub fn document_ranges(text: &str) -> Vec<Range<usize>> {
 /// Reads the one document in a range of a text that [`Problems::add_source`] made known. `None` where it is empty or cannot
 /// be read, which is reported. Call it within [`on_reader_thread`].
 pub fn read_document(file: u32, range: Range<usize>, problems: &mut Problems) -> Option<Node> {
+    match plain::read(&problems.source(file).text()[range.clone()], file, range.start as u32) {
+        Some(node) => Some(node),
+        None => read_any(file, range, problems),
+    }
+}
+
+/// As [`read_document`], for all of YAML.
+pub(super) fn read_any(file: u32, range: Range<usize>, problems: &mut Problems) -> Option<Node> {
     let source = problems.source(file).clone();
     let text = &source.text()[range.clone()];
     let base = range.start as u32;
