@@ -8,6 +8,8 @@ PROPERTY_ROUNDS ?= 20
 PERF_ROUNDS ?= 5
 PERF_SECONDS ?= 1
 FUZZ_SANITIZER ?= none
+# Tests that run at once: most of the end-to-end ones wait for something most of the time, each in namespaces of its own.
+TEST_THREADS ?= 4
 # Tests of flow offload itself test nothing where it is off: the summary of such a run counts them as filtered out.
 WITHOUT_OFFLOAD = --skip offload_only
 CNI_FOLDER = $(or $(CARGO_TARGET_DIR),target)/cni
@@ -50,15 +52,15 @@ lint: ## Formatting, and clippy with warnings as errors.
 
 # The same commit must pass or fail each time, so properties get the same cases each time, here. New ones are for `make properties`.
 unit: export PROPTEST_RNG_SEED ?= 1
-unit: ## All tests of the workspace, the end-to-end ones one at a time, and those again without flow offload (WEIR_SKIP_E2E=1 skips those that need root).
-	$(CARGO) test --workspace -- --test-threads=1
+unit: ## All tests of the workspace, and the end-to-end ones again without flow offload (WEIR_SKIP_E2E=1 skips those that need root).
+	$(CARGO) test --workspace -- --test-threads=$(TEST_THREADS)
 	@# The whole workspace is named so that crates have the same features as above, and are not built once more.
-	WEIR_E2E_OFFLOAD=off $(CARGO) test --workspace --test e2e -- --test-threads=1 $(WITHOUT_OFFLOAD)
+	WEIR_E2E_OFFLOAD=off $(CARGO) test --workspace --test e2e -- --test-threads=$(TEST_THREADS) $(WITHOUT_OFFLOAD)
 
 loom: ## The lock-free structures under loom, bounded.
 	$(LOOM_FLAGS) $(CARGO) test --release -p weir-sync -p weir-conntrack --test loom
 
-e2e: setup ## The end-to-end tests alone (WEIR_E2E_OFFLOAD=off: without flow offload).
+e2e: setup ## The end-to-end tests alone, one at a time (WEIR_E2E_OFFLOAD=off: without flow offload).
 	$(CARGO) test --workspace --test e2e -- --test-threads=1 --nocapture $(if $(filter off,$(WEIR_E2E_OFFLOAD)),$(WITHOUT_OFFLOAD))
 
 storm: setup ## A hundred changes of the manifests a second for STORM_SECONDS (30), under traffic that must lose nothing. Needs root.

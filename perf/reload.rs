@@ -45,7 +45,7 @@ fn measure(services: u32) -> Result<(), Box<dyn std::error::Error>> {
     let held_before = resident_bytes()?;
     let text_bytes = write_cluster(folder.path(), services)?;
     let mut loader = Loader::new(&folder.path().join("weir.yaml"));
-    let mut loaded = loader.load().map_err(|problems| problems.render(false))?;
+    let mut loaded = loader.load_strictly().map_err(|problems| problems.render(false))?;
     let [load_read, load_translate] = [loaded.times.read, loaded.times.translate];
     let mut policy = Compiler::default();
     let (rules, load_compile) = compiled(&loaded, &mut policy)?;

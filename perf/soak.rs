@@ -609,7 +609,7 @@ fn prepare(folder: &Path) -> Result<Prepared, Failure> {
     let mut loaded = None;
     for variant in [false, true] {
         fs::write(folder.join("cluster.yaml"), manifests(variant))?;
-        let now = translate::load(&config).map_err(|problems| problems.render(false))?;
+        let now = translate::load_strictly(&config).map_err(|problems| problems.render(false))?;
         let links = compile::links_of(&now.config);
         let rules = Arc::new(compile::rules(&now, &mut policy)?);
         variants.push(Compiled { rules, forwarding: Arc::new(Forwarding::compile(&now.cluster, &links)?) });

@@ -1,6 +1,7 @@
 //! `weir check`: loads and compiles everything, and says all that is wrong.
 
 use std::{
+    collections::BTreeMap,
     io::{IsTerminal, Write},
     path::Path,
     process::ExitCode,
@@ -8,18 +9,25 @@ use std::{
 
 use weir_cluster::{
     compile,
-    text::{Problems, Severity, Span},
-    translate::{Loaded, load_with_review},
+    text::{Problems, Severity, Span, Topic},
+    translate::{Assumed, Assumptions, Loaded, load_with_review, makes_pods},
 };
-use weir_policy::Compiler;
 
-use crate::common::{ConfigFile, Output};
+use crate::common::{ConfigFile, Output, Unapplied};
 
 /// Load and compile the configuration and all manifests; print every problem as file:line:column.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     config: ConfigFile,
+    #[command(flatten)]
+    unapplied: Unapplied,
+    /// The namespace of objects that give none.
+    #[arg(short, long, value_name = "NS", default_value = "default")]
+    namespace: String,
+    /// Show each note with its place, also where many objects have the same.
+    #[arg(short, long)]
+    verbose: bool,
     /// How problems are printed.
     #[arg(long, value_enum, default_value = "text")]
     output: Output,
@@ -29,9 +37,9 @@ pub struct Args {
 /// problems goes to standard output. Exit status 0, or 1 where there is an error.
 pub fn run(args: &Args) -> ExitCode {
     let (config, output) = (&*args.config.config, args.output);
-    let outcome = load_and_compile(config);
+    let outcome = load_and_compile(config, &args.unapplied.assumptions(Some(&args.namespace)));
     let colour = output == Output::Text && std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let Report { stdout, stderr, success } = report(&outcome, config, output, colour);
+    let Report { stdout, stderr, success } = report(&outcome, config, Form { output, colour, verbose: args.verbose });
     // A reader that went away must not turn the answer into a panic.
     let _ = std::io::stderr().write_all(stderr.as_bytes());
     let _ = std::io::stdout().write_all(stdout.as_bytes());
@@ -39,10 +47,10 @@ pub fn run(args: &Args) -> ExitCode {
 }
 
 /// Loads, and compiles what was loaded as a running router does.
-fn load_and_compile(config: &Path) -> Result<Loaded, Problems> {
-    let mut loaded = load_with_review(config)?;
+fn load_and_compile(config: &Path, assumptions: &Assumptions) -> Result<Loaded, Problems> {
+    let mut loaded = load_with_review(config, assumptions)?;
     missing_cores(&mut loaded);
-    if let Err(error) = compile::rules(&loaded, &mut Compiler::default()) {
+    if let Err(error) = compile::snapshot(&loaded) {
         loaded.notes.error(Span::default(), error.to_string(), None);
     }
     if loaded.notes.has_errors() {
@@ -73,7 +81,17 @@ struct Report {
     success: bool,
 }
 
-fn report(outcome: &Result<Loaded, Problems>, config: &Path, output: Output, colour: bool) -> Report {
+/// How a report is written.
+#[derive(Clone, Copy)]
+struct Form {
+    output: Output,
+    colour: bool,
+    /// Whether notes that many objects have are told one by one.
+    verbose: bool,
+}
+
+fn report(outcome: &Result<Loaded, Problems>, config: &Path, form: Form) -> Report {
+    let Form { output, colour, verbose } = form;
     let (problems, success) = match outcome {
         Ok(loaded) => (&loaded.notes, true),
         Err(problems) => (problems, false),
@@ -82,7 +100,13 @@ fn report(outcome: &Result<Loaded, Problems>, config: &Path, output: Output, col
         let list = serde_json::to_string_pretty(&problems.to_json()).expect("plain data becomes JSON");
         return Report { stdout: format!("{list}\n"), stderr: String::new(), success };
     }
-    let count = |severity, one: &str| match problems.of(severity).count() {
+    let topics = problems.topics();
+    let told_in_short = if verbose { 0 } else { topics.values().sum::<usize>() - topics.len() };
+    let number = |severity| match severity {
+        Severity::Note => problems.of(severity).count() - told_in_short,
+        _ => problems.of(severity).count(),
+    };
+    let count = |severity, one: &str| match number(severity) {
         0 => None,
         1 => Some(format!("1 {one}")),
         more => Some(format!("{more} {one}s")),
@@ -95,8 +119,44 @@ fn report(outcome: &Result<Loaded, Problems>, config: &Path, output: Output, col
         for (kind, number) in &loaded.counts {
             stdout.push_str(&format!("  {kind}: {number}\n"));
         }
+        if let Some(assumed) = &loaded.assumed {
+            stdout.push_str(&made_up(assumed));
+        }
     }
-    Report { stdout, stderr: problems.render(colour), success }
+    let mut stderr =
+        if verbose { problems.render(colour) } else { problems.render_in_short(colour) + &in_short(&topics) };
+    if topics.keys().any(|topic| makes_pods(topic)) {
+        stderr.push_str(
+            "Are these manifests from before they are applied? --assume-pods makes up their pods and addresses.\n",
+        );
+    }
+    Report { stdout, stderr, success }
+}
+
+/// A line for each topic of notes, with the number of objects.
+fn in_short(topics: &BTreeMap<&Topic, usize>) -> String {
+    if topics.is_empty() {
+        return String::new();
+    }
+    let lines = topics.iter().map(|(topic, number)| format!("  {number:>5}  {topic}\n"));
+    format!("Notes, each with its place with --verbose:\n{}", lines.collect::<String>())
+}
+
+/// What --assume-pods has made up.
+fn made_up(assumed: &Assumed) -> String {
+    let pods = assumed.workloads.values().map(Vec::len).sum::<usize>();
+    let counted = |number: usize, one: &str| match number {
+        1 => format!("1 {one}"),
+        more => format!("{more} {one}s"),
+    };
+    format!(
+        "  made up: {} of {}, addresses of {} and of {}, endpoint slices of {}\n",
+        counted(pods, "pod"),
+        counted(assumed.workloads.len(), "workload"),
+        counted(assumed.pods, "other pod"),
+        counted(assumed.services, "service"),
+        counted(assumed.slices, "service"),
+    )
 }
 
 #[cfg(test)]
@@ -109,8 +169,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("weir.yaml");
         fs::write(&path, weir).unwrap();
-        let outcome = load_and_compile(&path);
-        (report(&outcome, &path, output, false), path.display().to_string())
+        let outcome = load_and_compile(&path, &Assumptions::default());
+        (report(&outcome, &path, Form { output, colour: false, verbose: false }), path.display().to_string())
     }
 
     #[test]
@@ -130,6 +190,49 @@ mod tests {
         let (report, path) = check("nodeName: a\nmanifests: []\n", Output::Text);
         assert!(report.success);
         assert_eq!((report.stdout, report.stderr), (format!("{path}: no problems\n"), String::new()));
+    }
+
+    #[test]
+    fn notes_that_many_objects_have_are_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        let object = |version: &str, kind: &str, name: &str| {
+            format!(
+                "---\napiVersion: {version}\nkind: {kind}\nmetadata: {{name: {name}}}\nspec: {{ports: [{{port: 80}}]}}\n"
+            )
+        };
+        let mut text = object("apps/v1", "Deployment", "a") + &object("v1", "Service", "a");
+        (0..12).for_each(|n| text += &object("v1", "ConfigMap", &format!("c{n}")));
+        fs::write(folder.path().join("m.yaml"), text).unwrap();
+        let path = folder.path().join("weir.yaml");
+        fs::write(&path, "nodeName: a\nmanifests: [m.yaml]\n").unwrap();
+        let outcome = load_and_compile(&path, &Assumptions::default());
+        let form = |verbose: bool| Form { output: Output::Text, colour: false, verbose };
+        let short = report(&outcome, &path, form(false));
+        let told = [
+            "Notes, each with its place with --verbose:",
+            "     12  ConfigMap of v1: skipped",
+            "      1  Deployment of apps/v1: skipped",
+            "      1  Service: without a cluster IP, so not served",
+            "Are these manifests from before they are applied? --assume-pods makes up their pods and addresses.",
+        ];
+        assert!(short.stderr.ends_with(&(told.join("\n") + "\n")), "{}", short.stderr);
+        assert!(short.stdout.starts_with(&format!("{}: 1 warning, 3 notes\n", path.display())), "{}", short.stdout);
+        let long = report(&outcome, &path, form(true));
+        assert_eq!(long.stderr.matches("ConfigMap of v1 is skipped").count(), 12);
+        assert!(long.stdout.contains("14 notes"), "{}", long.stdout);
+        let json = report(&outcome, &path, Form { output: Output::Json, ..form(false) });
+        assert_eq!(json.stdout.matches("\"severity\": \"note\"").count(), 14);
+
+        let assumptions = Assumptions { pods: true, namespace: None };
+        let outcome = load_and_compile(folder.path().join("m.yaml").as_path(), &assumptions);
+        let assumed = report(&outcome, &path, form(false));
+        let made_up = "  made up: 0 pods of 0 workloads, addresses of 0 other pods and of 1 service, endpoint slices of 0 services\n";
+        assert!(assumed.stdout.ends_with(made_up), "{}", assumed.stdout);
+        assert!(
+            !assumed.stderr.contains("Deployment") && !assumed.stderr.contains("--assume-pods makes"),
+            "{}",
+            assumed.stderr
+        );
     }
 
     #[test]

@@ -7,7 +7,10 @@ use std::{
 };
 
 use clap::ValueEnum;
-use weir_cluster::text::Problems;
+use weir_cluster::{
+    text::Problems,
+    translate::{Assumptions, Faulty, Loaded, Loader},
+};
 
 /// Which configuration.
 #[derive(clap::Args)]
@@ -15,6 +18,46 @@ pub struct ConfigFile {
     /// The router's configuration file.
     #[arg(short, long, value_name = "FILE", default_value = "weir.yaml")]
     pub config: PathBuf,
+}
+
+impl ConfigFile {
+    /// Loads as a router does at its start: what is at fault is told on standard error and left out, and the rest goes on.
+    ///
+    /// # Errors
+    /// A bad weir.yaml.
+    pub fn load(&self, assumptions: &Assumptions) -> Result<Loaded, Failed> {
+        let mut loader = Loader::assuming(&self.config, assumptions);
+        let (loaded, _) = loader.load().map_err(|problems| Failed::config(&problems))?;
+        tell_faulty(&loaded.faulty);
+        Ok(loaded)
+    }
+}
+
+/// Manifests as people write them, before a cluster has made pods and addresses of them.
+#[derive(clap::Args)]
+pub struct Unapplied {
+    /// Make up what manifests do not say before they are applied: two pods for each workload (Deployment, StatefulSet, DaemonSet,
+    /// ReplicaSet, Job, CronJob), on this and on another node, addresses of pods and services, endpoint slices. Then -c may also name a
+    /// folder or a file of manifests, without a weir.yaml.
+    #[arg(long)]
+    pub assume_pods: bool,
+}
+
+impl Unapplied {
+    /// With the namespace of objects that give none.
+    pub fn assumptions(&self, namespace: Option<&str>) -> Assumptions {
+        Assumptions { pods: self.assume_pods, namespace: namespace.map(str::to_owned) }
+    }
+}
+
+/// Tells on standard error what is at fault, with its place, and what became of it.
+pub fn tell_faulty(faulty: &[Faulty]) {
+    for one in faulty {
+        eprintln!("weir: {}: {} ({})", one.problem, one.outcome(), one.object);
+    }
+    if !faulty.is_empty() {
+        eprintln!("weir: `weir check` shows all that is wrong, with its lines");
+    }
 }
 
 /// How an answer is printed.

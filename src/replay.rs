@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::{self, BufReader, BufWriter, IsTerminal as _, Write},
+    io::{self, BufReader, BufWriter, Write},
     net::IpAddr,
     path::PathBuf,
     process::ExitCode,
@@ -22,7 +22,7 @@ use serde_json::Value;
 use weir_cluster::{
     compile,
     text::Problems,
-    translate::{Loaded, Loader},
+    translate::{Faulty, Loaded, Loader},
 };
 use weir_dataplane::{counters::Totals, forwarding::is_link_local};
 use weir_node::{
@@ -32,7 +32,7 @@ use weir_node::{
 
 use crate::{
     bench::seconds,
-    common::{ConfigFile, Failed},
+    common::{ConfigFile, Failed, tell_faulty},
 };
 
 /// Run the whole dataplane over packet captures instead of devices, without privileges.
@@ -76,10 +76,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Failed> {
         Err(ReplayError::Config(problems)) => return Err(Failed::config(&problems)),
         outcome => outcome?,
     };
-    for faults in &outcome.faults {
-        let shown = faults.render(io::stderr().is_terminal());
-        eprintln!("weir: objects are faulty, and their last good versions stay:\n{shown}");
-    }
+    outcome.faulty.iter().for_each(|of_version| tell_faulty(of_version));
     eprintln!("{}; see {}", counters_text(&outcome.totals), args.out.display());
     Ok(ExitCode::SUCCESS)
 }
@@ -129,8 +126,8 @@ struct Input {
 pub struct Outcome {
     /// The counters at its end.
     pub totals: Totals,
-    /// What is wrong with objects of configurations that were changed to; others stand for them, as in a running router.
-    pub faults: Vec<Problems>,
+    /// What is at fault in each of the configurations, in their order; the rest was in force, as in a running router.
+    pub faulty: Vec<Vec<Faulty>>,
 }
 
 /// Runs a replay.
@@ -139,18 +136,17 @@ pub struct Outcome {
 /// Where a configuration or an input is bad, or an output cannot be written.
 fn replay(args: &Args) -> Result<Outcome, ReplayError> {
     let refused = |problems| ReplayError::Config(Box::new(problems));
-    let mut faults = Vec::new();
     let mut loader = Loader::new(&args.config.config);
-    let mut versions = vec![(Duration::ZERO, loader.load().map_err(refused)?)];
+    let mut versions = vec![(Duration::ZERO, loader.load().map_err(refused)?.0)];
     let mut reloads: Vec<_> = args.config_at.iter().collect();
     reloads.sort_by_key(|(at, _)| *at);
     for (at, path) in reloads {
         let (_, previous) = versions.last().expect("the first one");
         loader.set_path(path);
-        let (next, problems) = loader.reload(&previous.objects).map_err(refused)?;
-        faults.extend(problems);
+        let (next, _) = loader.reload(&previous.objects).map_err(refused)?;
         versions.push((*at, next));
     }
+    let faulty = versions.iter().map(|(_, loaded)| loaded.faulty.clone()).collect();
     versions.iter_mut().for_each(|(_, loaded)| add_own_addresses(loaded));
     let mut versions = versions.into_iter();
     let (_, loaded) = versions.next().expect("the first one");
@@ -187,7 +183,7 @@ fn replay(args: &Args) -> Result<Outcome, ReplayError> {
     }
     let totals = router.finish();
     outputs.finish(&totals, router.connections())?;
-    Ok(Outcome { totals, faults })
+    Ok(Outcome { totals, faulty })
 }
 
 /// Puts the devices' addresses among the node's own, as a running router does.

@@ -16,7 +16,7 @@ fn every_drop_reason_has_its_row_in_counters_md() {
 fn example_configurations_load() {
     for file in ["configs/demo/node-a.yaml", "configs/demo/node-b.yaml"] {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
-        let loaded = weir_cluster::translate::load(&path)
+        let loaded = weir_cluster::translate::load_strictly(&path)
             .unwrap_or_else(|problems| panic!("{file}:\n{}", problems.render(false)));
         weir_cluster::compile::rules(&loaded, &mut Compiler::default()).unwrap();
     }

@@ -10,7 +10,7 @@ use weir_packet::Mac;
 
 fn router() -> MemoryRouter {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases/packets/nodeport-tcp/weir.yaml");
-    let loaded = translate::load(&path).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
+    let loaded = translate::load_strictly(&path).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
     let links: Links = compile::links_of(&loaded.config);
     MemoryRouter::new(loaded, links, 1).unwrap()
 }

@@ -48,11 +48,129 @@ fn trace_in(lines: &str, cluster: &str) -> (bool, Vec<Value>) {
     let config = folder.path().join("weir.yaml");
     fs::write(&config, "nodeName: node-a\nmanifests: [cluster.yaml]\n").unwrap();
     fs::write(folder.path().join("cluster.yaml"), cluster).unwrap();
-    let loaded = translate::load(&config).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
+    let loaded = translate::load_strictly(&config).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
     let mut output = Vec::new();
     let all_valid = Tracer::new(&loaded).unwrap().run(lines.as_bytes(), &mut output, false).unwrap();
     let answers = String::from_utf8(output).unwrap();
     (all_valid, answers.lines().map(|line| serde_json::from_str(line).unwrap()).collect())
+}
+
+const PODS: &str = "
+---
+apiVersion: v1
+kind: Pod
+metadata: {namespace: shop, name: front-7d9f8b6c5d-x2x8k, labels: {app: front}}
+spec: {nodeName: node-b, containers: [{name: c, ports: [{name: admin, containerPort: 9000}]}]}
+status: {podIP: 10.1.2.5}
+---
+apiVersion: v1
+kind: Pod
+metadata: {namespace: shop, name: front-7d9f8b6c5d-zzzzz, labels: {app: front}}
+spec: {nodeName: node-a}
+status: {podIP: 10.1.1.5}
+---
+apiVersion: v1
+kind: Pod
+metadata: {namespace: default, name: store-0}
+spec: {nodeName: node-b, containers: [{name: c, ports: [{name: sql, containerPort: 5432}]}]}
+status: {podIP: 10.1.2.6}
+";
+
+#[test]
+fn ends_and_ports_have_names() {
+    let cluster = format!("{CLUSTER}{PODS}");
+    let flow = |src: &str, dst: &str, more: &str| {
+        format!("{{\"src\": \"{src}\", \"dst\": \"{dst}\", \"proto\": \"tcp\"{more}}}\n")
+    };
+    let by_name = flow("deploy/shop/front", "svc/shop/web", ", \"dport\": \"https\"")
+        + &flow("shop/front", "service/shop/web", ", \"dport\": 443")
+        + &flow("sts/store", "shop/front-7d9f8b6c5d-x2x8k", ", \"dport\": \"admin\"")
+        + &flow("default/store-0", "store", ", \"dport\": \"sql\"")
+            .replace("\"store\"", "\"statefulset/default/store\"");
+    let by_number = flow("10.1.1.5", "10.96.0.10", ", \"dport\": 443")
+        + &flow("10.1.1.5", "10.96.0.10", ", \"dport\": 443")
+        + &flow("10.1.2.6", "10.1.2.5", ", \"dport\": 9000")
+        + &flow("10.1.2.6", "10.1.2.6", ", \"dport\": 5432");
+    let (all_valid, answers) = trace_in(&by_name, &cluster);
+    assert!(all_valid, "{answers:#?}");
+    assert_eq!(answers, trace_in(&by_number, &cluster).1);
+
+    for (line, error) in [
+        (
+            flow("shop/frnt", "10.0.0.1", ", \"dport\": 1"),
+            "no pod shop/frnt with an address is in the manifests; did you mean shop/front?",
+        ),
+        (
+            flow("shop/web", "10.0.0.1", ", \"dport\": 1"),
+            "no pod shop/web with an address is in the manifests; did you mean svc/shop/web?",
+        ),
+        (
+            flow("store-0", "10.0.0.1", ", \"dport\": 1"),
+            "\"store-0\" is neither an IP address nor namespace/pod; did you mean \
+         default/store-0?",
+        ),
+        (
+            flow("ds/shop/front", "10.0.0.1", ", \"dport\": 1"),
+            "no pod of DaemonSet shop/front with an address is in the manifests",
+        ),
+        (
+            flow("svc/shop/web", "10.0.0.1", ", \"dport\": 1"),
+            "src: svc/shop/web is a service, and packets come from pods: name a pod \
+         or a workload",
+        ),
+        (
+            flow("10.1.1.5", "svc/shop/wbe", ""),
+            "no service shop/wbe with a cluster IP is in the manifests; did you mean svc/shop/web?",
+        ),
+        (flow("10.1.1.5", "svc/web", ""), "no service default/web with a cluster IP is in the manifests"),
+        (flow("10.1.1.5", "svc/shop/web", ""), "dport is missing: svc/shop/web has the tcp ports 80, 443"),
+        (
+            flow("10.1.1.5", "svc/shop/web", ", \"dport\": \"htps\""),
+            "svc/shop/web has no tcp port called \"htps\"; did you mean https?",
+        ),
+        (
+            flow("10.1.1.5", "default/store-0", ", \"dport\": \"x\""),
+            "default/store-0 has no tcp port called \"x\"; it has sql",
+        ),
+    ] {
+        let (_, answers) = trace_in(&line, &cluster);
+        let told = answers[0]["error"].as_str().unwrap_or_else(|| panic!("{line} {answers:?}"));
+        let told = told.strip_prefix("line 1: ").unwrap();
+        assert!(told.starts_with(error), "{line} {told}");
+    }
+}
+
+#[test]
+fn the_text_tells_who_else_decides() {
+    let cluster = format!("{CLUSTER}{PODS}");
+    tells(
+        r#"{"src": "deploy/shop/front", "dst": "default/store-0", "proto": "tcp", "dport": 5432}"#,
+        &cluster,
+        &[
+            "asked     deploy/shop/front: pod shop/front-7d9f8b6c5d-zzzzz",
+            "from      workload shop/front-7d9f8b6c5d-zzzzz",
+            "ingress   not judged",
+            "node-b, the node of default/store-0, decides about ingress",
+        ],
+    );
+    tells(
+        r#"{"src": "default/store-0", "dst": "shop/front-7d9f8b6c5d-zzzzz", "proto": "tcp", "dport": 5432}"#,
+        &cluster,
+        &["egress    not judged", "node-b, the node of default/store-0, decides about egress"],
+    );
+    let host = "---
+apiVersion: projectcalico.org/v3
+kind: HostEndpoint
+metadata: {name: node-a-eth0}
+spec: {node: node-a, interfaceName: '*', expectedIPs: [192.168.10.1]}
+";
+    let ssh = |port: u16| {
+        format!("{{\"src\": \"198.51.100.9\", \"dst\": \"192.168.10.1\", \"proto\": \"tcp\", \"dport\": {port}}}")
+    };
+    let spared = "host      tcp/22 is a failsafe port: no policy of the host endpoint closes it";
+    tells(&ssh(22), &format!("{CLUSTER}{host}"), &[spared, "verdict   handed to this node's kernel"]);
+    assert!(!told(&ssh(23), &format!("{CLUSTER}{host}")).iter().any(|line| line.contains("failsafe")));
+    assert!(!told(&ssh(22), CLUSTER).iter().any(|line| line.contains("failsafe")), "no host endpoint governs it");
 }
 
 #[test]
@@ -101,7 +219,7 @@ fn told(flow: &str, cluster: &str) -> Vec<String> {
     fs::write(&config, "nodeName: node-a\nmanifests: [cluster.yaml]\npodCIDRs: [10.1.0.0/16, 'fd00:1::/64']\n")
         .unwrap();
     fs::write(folder.path().join("cluster.yaml"), cluster).unwrap();
-    let loaded = translate::load(&config).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
+    let loaded = translate::load_strictly(&config).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
     let mut output = Vec::new();
     Tracer::new(&loaded).unwrap().run(flow.as_bytes(), &mut output, true).unwrap();
     let folder = format!("{}/", folder.path().display());

@@ -5,10 +5,10 @@ use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 use rand_chacha::{ChaCha8Rng, rand_core::Rng};
 use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
 use weir_dataplane::{
-    forwarding::TooManyNextHops,
+    forwarding::{Forwarding, TooManyNextHops},
     frame::IfIndex,
     model::{Device, Links, Neighbor, Role, Route},
-    snapshot::Rules,
+    snapshot::{Rules, Snapshot},
     tables::{Tables, capacity_with_share},
 };
 use weir_nat::{CompileError as ServicesError, NoSnatPorts, ServiceTable, SnatPorts};
@@ -47,6 +47,18 @@ pub fn rules(loaded: &Loaded, policy: &mut PolicyCompiler) -> Result<Rules, Comp
     let services = ServiceTable::compile(&loaded.services)?;
     let policy = policy.compile(&loaded.policy)?;
     Ok(Rules::new(services, policy, &loaded.cluster))
+}
+
+/// Compiles everything without a running router's kernel, as far as weir.yaml gives its devices and routes: what `weir check` and `weir trace`
+/// go by.
+///
+/// # Errors
+/// Where a size is beyond what can be compiled.
+pub fn snapshot(loaded: &Loaded) -> Result<Snapshot, CompileError> {
+    let rules = rules(loaded, &mut PolicyCompiler::default())?;
+    let snat = snat_ports(loaded, &rules, &Listening::default())?;
+    let forwarding = Forwarding::compile(&loaded.cluster, &links_of(&loaded.config))?;
+    Ok(Snapshot { generation: 1, rules: Arc::new(rules), snat: Arc::new(snat), forwarding: Arc::new(forwarding) })
 }
 
 /// The ports that translated connections may have: `snat.portRange` without node ports, health-check node ports, and those that the node

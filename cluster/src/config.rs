@@ -1,9 +1,12 @@
 //! weir.yaml: the router's own configuration, `RouterConfig` of `weir.dev/v1alpha1`.
 
 use std::{
+    fs::File,
+    io::{self, Read},
     net::IpAddr,
     path::{Path, PathBuf},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use ipnet::IpNet;
@@ -11,6 +14,7 @@ use serde::{Deserialize, Deserializer};
 use weir_dataplane::{fragments, frame::MAX_MTU, model::Role, offload::MAX_UDP_PACKETS};
 use weir_packet::{Mac, Tick};
 
+use crate::sources::file::{self, Kind, Unread};
 use crate::text::{
     address::{parse_cidr, parse_ip},
     problem::{Problems, Severity, nearest},
@@ -65,6 +69,8 @@ pub struct RouterConfig {
     pub offload_udp_packets: u8,
     /// Where it is given, this router makes the pods of its node: weir-cni asks it.
     pub cni: Option<Cni>,
+    /// The folder where the objects in force are kept for the next start. `None`: [`RouterConfig::state_folder`].
+    pub state: Option<PathBuf>,
 }
 
 impl Default for RouterConfig {
@@ -89,6 +95,7 @@ impl Default for RouterConfig {
             offload_max_flows: 65_536,
             offload_udp_packets: 8,
             cni: None,
+            state: None,
         }
     }
 }
@@ -380,12 +387,43 @@ const MAX_SOCKET_PATH_BYTES: usize = 107;
 /// Beyond a day a cool-down is a mistake of units.
 const MAX_COOL_DOWN_SECONDS: u64 = 86_400;
 
+/// How long weir.yaml is waited for while somebody has it open for writing.
+const PATIENCE: Duration = Duration::from_secs(2);
+const PAUSE: Duration = Duration::from_millis(20);
+
+fn read_text(path: &Path) -> Result<String, Unread> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let bytes = match file::read(path) {
+            Ok((_, bytes)) => bytes,
+            Err(Unread::Written) if Instant::now() < until => {
+                thread::sleep(PAUSE);
+                continue;
+            }
+            // Who names a pipe on the command line means it.
+            Err(Unread::NotRegular(Kind::Fifo)) => {
+                let mut bytes = Vec::new();
+                File::open(path)?.take(file::MAX_BYTES).read_to_end(&mut bytes)?;
+                bytes
+            }
+            Err(error) => return Err(error),
+        };
+        return Ok(String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?);
+    }
+}
+
 impl RouterConfig {
+    /// The folder where the objects in force are kept for the next start.
+    pub fn state_folder(&self) -> PathBuf {
+        // A name is no path.
+        self.state.clone().unwrap_or_else(|| Path::new("/var/lib/weir").join(self.node_name.replace('/', "_")))
+    }
+
     /// Reads weir.yaml. Its text becomes a source of `problems`, and what is wrong is reported there; `None` where it
     /// cannot be read at all. The span is that of each entry of `manifests`.
     pub fn read(path: &Path, problems: &mut Problems) -> Option<(Self, Vec<Span>)> {
         let name = path.display().to_string();
-        let file = match std::fs::read_to_string(path) {
+        let file = match read_text(path) {
             Ok(text) => problems.add_source(Source::new(name, text)),
             Err(error) => {
                 let file = problems.add_source(Source::new(name, String::new()));
@@ -427,6 +465,7 @@ impl RouterConfig {
         for manifest in &mut config.manifests {
             *manifest = folder.join(&*manifest);
         }
+        config.state = config.state.map(|state| folder.join(state));
         if let Some(cni) = &mut config.cni {
             cni.socket = folder.join(&cni.socket);
             cni.state = folder.join(&cni.state);

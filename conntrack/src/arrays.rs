@@ -21,8 +21,8 @@ use crate::{
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Layout {
     buckets: usize,
-    conns: usize,
-    tcp: usize,
+    pub(crate) conns: usize,
+    pub(crate) tcp: usize,
     links: usize,
     /// All of it.
     pub(crate) bytes: usize,
@@ -58,7 +58,7 @@ pub(crate) struct Arrays {
 
 /// Where the word of [`Arrays::used`] stands in the header's page, in bytes.
 #[cfg(not(loom))]
-const USED_AT: usize = 1024;
+pub(crate) const USED_AT: usize = 1024;
 
 #[cfg(not(loom))]
 impl Arrays {

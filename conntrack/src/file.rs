@@ -9,6 +9,12 @@
 //!
 //! The new file takes the old one's name when it is complete; a process that is killed before has changed nothing.
 //!
+//! # Room
+//! A page of a full tmpfs that is first touched later is a SIGBUS. So all of the file's pages are there before the table is used
+//! (MADV_POPULATE_WRITE, madvise(2); unlike fallocate(2) it gets huge pages on a tmpfs mounted with `huge=advise`), and a file of
+//! before is read, never mapped ([`crate::saved`]). Where two tables do not fit, the live connections of the old one are held in memory
+//! while its file makes way, and a process that is killed just then loses them. Where not even one fits, the table is in memory.
+//!
 //! # Header
 //! Words of 64 bits at the start of the file: [`MAGIC`], [`VERSION`] and the address family, buckets and connections, the
 //! boot that the ticks count from (two words). The magic is written last.
@@ -18,11 +24,12 @@
 //! kernel would write every touched page back.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::{self, File, OpenOptions},
     io,
     path::{Path, PathBuf},
 };
 
+use nix::{errno::Errno, sys::statvfs::fstatvfs};
 use thiserror::Error;
 use weir_packet::{Address, Tick};
 use weir_sync::{
@@ -32,8 +39,9 @@ use weir_sync::{
 
 use crate::{
     Table, TableConfig,
-    arrays::{Arrays, Layout},
+    arrays::Arrays,
     conn,
+    saved::Saved,
     state::State,
     storage::{Lines, Memory},
 };
@@ -43,7 +51,7 @@ pub const MAGIC: [u8; 8] = *b"weirconn";
 /// Grows whenever a word of the layout gets another meaning.
 pub const VERSION: u32 = 1;
 
-const HEADER_WORDS: usize = 5;
+pub(crate) const HEADER_WORDS: usize = 5;
 /// Documentation/admin-guide/sysctl/kernel.rst, random/boot_id.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -83,6 +91,19 @@ pub enum Refusal {
     /// It is shorter than it says.
     #[error("it is cut short")]
     CutShort,
+    /// The system does not give its bytes.
+    #[error("it cannot be read")]
+    Unreadable,
+}
+
+/// A file system has no room for a table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
+#[error("a table of {needed_bytes} bytes needs {missing_bytes} more than there are")]
+pub struct NoRoom {
+    /// Bytes of the table.
+    pub needed_bytes: u64,
+    /// Bytes that there are too few of.
+    pub missing_bytes: u64,
 }
 
 /// What was taken over from the process before.
@@ -92,23 +113,18 @@ pub struct Restored {
     pub connections: usize,
     /// Connections that had no room in a smaller table.
     pub left_out: usize,
-    /// Why nothing was taken over, where there was a file.
+    /// Why nothing, or nothing more, was taken over, where there was a file.
     pub refused: Option<Refusal>,
+    /// Why the table is not in its file but in this process's memory.
+    pub no_room: Option<NoRoom>,
 }
 
-/// The table of a process that has ended.
-struct Saved<A: Address> {
-    arrays: Arrays,
-    used: u32,
-    family: std::marker::PhantomData<A>,
-}
-
-fn family<A: Address>() -> u32 {
+pub(crate) fn family<A: Address>() -> u32 {
     if A::WORDS == 1 { 4 } else { 6 }
 }
 
 /// This boot's number, as two words; zeroes where there is none.
-fn boot() -> [u64; 2] {
+pub(crate) fn boot() -> [u64; 2] {
     let text = fs::read_to_string(BOOT_ID).unwrap_or_default();
     let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
     let number = u128::from_str_radix(&digits, 16).unwrap_or(0);
@@ -117,10 +133,13 @@ fn boot() -> [u64; 2] {
 
 impl<A: Address> Table<A> {
     /// A table in a file, with the connections of the one that is there under that name. `now` is the time by the clock that
-    /// all processes of a boot share, as the times of connections are.
+    /// all processes of a boot share, as the times of connections are. Where the file has no room, the table is in memory.
     ///
     /// # Errors
     /// Where a process that lives has the file, or the system refuses.
+    ///
+    /// # Panics
+    /// Where there is neither room nor memory.
     pub fn in_file(
         config: TableConfig,
         domain: Arc<Domain>,
@@ -128,7 +147,7 @@ impl<A: Address> Table<A> {
         now: Tick,
     ) -> Result<(Self, Restored), FileError> {
         let failed = |what: &'static str| move |source| FileError::System { what, path: path.to_owned(), source };
-        let saved = Saved::<A>::open(path)?;
+        let mut saved = Saved::<A>::open(path)?;
         let new_path = path.with_extension("new");
         let file = OpenOptions::new()
             .read(true)
@@ -139,16 +158,32 @@ impl<A: Address> Table<A> {
             .map_err(failed("cannot make the connection table beside"))?;
         // Nobody has this file but another process that starts now, whose file it then is. One that was left is emptied.
         file.try_lock().map_err(|_| FileError::InUse(path.to_owned()))?;
-        file.set_len(0).map_err(failed("cannot empty the connection table beside"))?;
         let sizes = Self::sizes(&config);
         let layout = sizes.layout;
-        file.set_len(layout.bytes as u64).map_err(failed("cannot make room for the connection table"))?;
-        let memory = Memory::of_file(file).map_err(failed("cannot map the connection table"))?;
-        let table = Self::with(config, domain, Arrays::of(&memory, &layout), sizes);
-        let restored = match saved {
+        let reserve = || reserve(&file, layout.bytes).map_err(failed("cannot reserve memory for the connection table"));
+        let mut memory = reserve()?;
+        if memory.is_err() && path.exists() {
+            saved = saved.map(|saved| saved.and_then(Saved::into_memory));
+            fs::remove_file(path).map_err(failed("cannot remove the old connection table"))?;
+            memory = reserve()?;
+        }
+        let arrays = match &memory {
+            Ok(memory) => Arrays::of(memory, &layout),
+            Err(_) => Arrays::new(&layout),
+        };
+        let table = Self::with(config, domain, arrays, sizes);
+        let mut restored = match saved {
             Some(Ok(saved)) => table.restore(&saved, now),
             Some(Err(refusal)) => Restored { refused: Some(refusal), ..Restored::default() },
             None => Restored::default(),
+        };
+        let memory = match memory {
+            Ok(memory) => memory,
+            Err(no_room) => {
+                fs::remove_file(&new_path).map_err(failed("cannot remove the connection table beside"))?;
+                restored.no_room = Some(no_room);
+                return Ok((table, restored));
+            }
         };
 
         let header = Lines::<AtomicU64>::at(&memory, 0, HEADER_WORDS);
@@ -171,64 +206,62 @@ impl<A: Address> Table<A> {
     fn restore(&self, saved: &Saved<A>, now: Tick) -> Restored {
         let mut restored = Restored::default();
         let mut handle = self.handle();
-        for index in 0..saved.used {
-            let lines = conn::Lines::<A>::of(&saved.arrays.conns, index);
-            let state = State(lines.state().load(Ordering::Acquire));
-            if !state.is_live() || self.conns.is_expired(state, lines, now) {
-                continue;
-            }
-            if self.adopt(&mut handle, lines, &saved.arrays.tcp[index as usize]) {
-                restored.connections += 1;
-            } else {
-                restored.left_out += 1;
+        for chunk in saved.chunks() {
+            let chunk = match chunk {
+                Ok(chunk) => chunk,
+                Err(refusal) => return Restored { refused: Some(refusal), ..restored },
+            };
+            for index in 0..chunk.count {
+                let lines = conn::Lines::<A>::of(&chunk.conns, index);
+                let state = State(lines.state().load(Ordering::Acquire));
+                if !state.is_live() || self.conns.is_expired(state, lines, now) {
+                    continue;
+                }
+                if self.adopt(&mut handle, lines, &chunk.tcp[index as usize]) {
+                    restored.connections += 1;
+                } else {
+                    restored.left_out += 1;
+                }
             }
         }
         restored
     }
 }
 
-impl<A: Address> Saved<A> {
-    /// The table in a file, if there is one.
-    fn open(path: &Path) -> Result<Option<Result<Self, Refusal>>, FileError> {
-        let failed = |what: &'static str| move |source| FileError::System { what, path: path.to_owned(), source };
-        let file = match OpenOptions::new().read(true).write(true).open(path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(failed("cannot open the connection table")(error)),
-        };
-        file.try_lock().map_err(|_| FileError::InUse(path.to_owned()))?;
-        let length = file.metadata().map_err(failed("cannot read the length of the connection table"))?.len();
-        if length < crate::storage::PAGE_BYTES as u64 {
-            return Ok(Some(Err(Refusal::NotATable)));
-        }
-        let memory = Memory::of_file(file).map_err(failed("cannot map the connection table"))?;
-        Ok(Some(Self::read(&memory, length)))
+/// Zeroes of a file's own, all of whose pages are there.
+fn reserve(file: &File, bytes: usize) -> io::Result<Result<Arc<Memory>, NoRoom>> {
+    file.set_len(0)?;
+    let no_room = |free: u64| {
+        let needed_bytes = bytes as u64;
+        // Others may have given some back since it was refused.
+        NoRoom { needed_bytes, missing_bytes: needed_bytes.saturating_sub(free).max(crate::storage::PAGE_BYTES as u64) }
+    };
+    match free_bytes(file)? {
+        Some(free) if free < bytes as u64 => return Ok(Err(no_room(free))),
+        _ => {}
     }
+    file.set_len(bytes as u64)?;
+    let memory = Memory::of_file(file.try_clone()?)?;
+    match memory.populate() {
+        Ok(()) => Ok(Ok(memory)),
+        // The fault that would have been a SIGBUS (madvise(2), MADV_POPULATE_WRITE): others took the room meanwhile.
+        Err(error) if [Errno::EFAULT, Errno::ENOMEM].contains(&errno(&error)) => {
+            drop(memory);
+            file.set_len(0)?;
+            Ok(Err(no_room(free_bytes(file)?.unwrap_or(0))))
+        }
+        Err(error) => Err(error),
+    }
+}
 
-    fn read(memory: &Arc<Memory>, length: u64) -> Result<Self, Refusal> {
-        let header = Lines::<AtomicU64>::at(memory, 0, HEADER_WORDS);
-        let word = |at: usize| header[at].load(Ordering::Acquire);
-        let halves = |word: u64| ((word >> 32) as u32, word as u32);
-        if word(0) != u64::from_le_bytes(MAGIC) {
-            return Err(Refusal::NotATable);
-        }
-        match halves(word(1)) {
-            (VERSION, found) if found == family::<A>() => {}
-            (VERSION, found) => return Err(Refusal::Family(found)),
-            (version, _) => return Err(Refusal::Version(version)),
-        }
-        if [word(3), word(4)] != boot() {
-            return Err(Refusal::OtherBoot);
-        }
-        let (bucket_count, conn_count) = halves(word(2));
-        let layout = Layout::new::<A>(bucket_count, conn_count);
-        if (layout.bytes as u64) > length {
-            return Err(Refusal::CutShort);
-        }
-        let arrays = Arrays::of(memory, &layout);
-        let used = arrays.used[0].load(Ordering::Relaxed).min(conn_count);
-        Ok(Self { arrays, used, family: std::marker::PhantomData })
-    }
+fn errno(error: &io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(0))
+}
+
+/// What a file's file system has room for; `None` without a limit, as a tmpfs of size 0 (statvfs(3)).
+fn free_bytes(file: &File) -> io::Result<Option<u64>> {
+    let stat = fstatvfs(file)?;
+    Ok((stat.blocks() > 0).then(|| stat.blocks_available().saturating_mul(stat.fragment_size())))
 }
 
 #[cfg(all(test, not(miri)))]
@@ -289,7 +322,7 @@ mod tests {
             let domain = Domain::new();
             let mut participant = domain.join();
             let (table, restored) = Table::<A>::in_file(config(max_entries, seed), domain, &path, Tick(600)).unwrap();
-            assert_eq!(restored, Restored { connections: 333, left_out: 0, refused: None });
+            assert_eq!(restored, Restored { connections: 333, left_out: 0, ..Restored::default() });
             assert_eq!(table.len(), 333);
             let turn = participant.enter();
             for number in 0..500 {
@@ -334,9 +367,9 @@ mod tests {
             |max_entries, now| Table::<Ipv4Addr>::in_file(config(max_entries, 5), Domain::new(), &path, now).unwrap().1;
         // An unreplied UDP flow lives 30 seconds, a TCP connection after its SYN 120.
         let restored = open(1000, Tick(4000));
-        assert_eq!(restored, Restored { connections: 249, left_out: 0, refused: None });
+        assert_eq!(restored, Restored { connections: 249, left_out: 0, ..Restored::default() });
         let restored = open(100, Tick(4000));
-        assert_eq!(restored, Restored { connections: 100, left_out: 149, refused: None });
+        assert_eq!(restored, Restored { connections: 100, left_out: 149, ..Restored::default() });
     }
 
     #[test]

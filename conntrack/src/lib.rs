@@ -24,6 +24,8 @@ pub mod hash;
 mod index;
 pub mod observed;
 pub mod opening;
+#[cfg(not(loom))]
+mod saved;
 pub mod sctp;
 pub mod sctp_packet;
 mod state;

@@ -1,8 +1,9 @@
 //! The table's memory: one mapping, zero, and not there before it is touched.
 //!
 //! # What
-//! A table is sized for the worst case, so what it does not use must cost nothing: its memory is one mapping, anonymous or
-//! of a file, whose pages the kernel provides at their first use; huge ones where it has them (MADV_HUGEPAGE:
+//! A table is sized for the worst case, so what it does not use should cost nothing: its memory is one mapping whose pages the
+//! kernel provides at their first use. Not so where it is a file: a full tmpfs would then be a SIGBUS, so all pages are
+//! provided at once ([`Memory::populate`]). They are huge ones where the kernel has them (MADV_HUGEPAGE:
 //! Documentation/admin-guide/mm/transhuge.rst; a file must be on a tmpfs that is mounted with `huge=advise`). In a table
 //! of a million connections a lookup would otherwise miss the TLB twice.
 //!
@@ -58,6 +59,14 @@ impl Memory {
         Ok(Self::new(map, Some(file)))
     }
 
+    /// Provides all pages now, as writing to each would.
+    ///
+    /// # Errors
+    /// EFAULT where there are not enough, instead of the SIGBUS (madvise(2)).
+    pub(crate) fn populate(&self) -> io::Result<()> {
+        self.map.advise(memmap2::Advice::PopulateWrite)
+    }
+
     fn new(map: MmapRaw, file: Option<File>) -> Arc<Self> {
         // A kernel without huge pages refuses; small ones do as well. Miri has no such call.
         if !cfg!(miri) {
@@ -75,6 +84,14 @@ pub(crate) struct Lines<T> {
     /// Keeps what `first` points into.
     _memory: Arc<Memory>,
     _values: PhantomData<T>,
+}
+
+#[cfg(not(loom))]
+impl<T> Clone for Lines<T> {
+    /// The same values.
+    fn clone(&self) -> Self {
+        Self { _memory: Arc::clone(&self._memory), ..*self }
+    }
 }
 
 #[cfg(not(loom))]

@@ -148,6 +148,22 @@ fn is_failsafe<A: Routed>(snapshot: &Snapshot, direction: PolicyDirection, key: 
     failsafes.iter().any(|failsafe| failsafe.takes(key.protocol, key.ports.destination(), peer.to_ip()))
 }
 
+/// Whether a failsafe port spares a packet what a host endpoint's policy might have said of it; for explanations. `translated` is after DNAT.
+pub fn is_spared<A: Routed>(
+    snapshot: &Snapshot,
+    arrival: Arrival,
+    key: &FlowKey<A>,
+    translated: &FlowKey<A>,
+    route: Route,
+) -> bool {
+    let (endpoint, direction) = match arrival.origin {
+        Origin::Uplink => (arriving(&snapshot.forwarding, arrival), PolicyDirection::Ingress),
+        Origin::Host => (leaving(snapshot, arrival, translated, route), PolicyDirection::Egress),
+        Origin::Workload(_) => return false,
+    };
+    endpoint.is_some() && [key, translated].into_iter().any(|key| is_failsafe(snapshot, direction, key))
+}
+
 /// Whether a packet for the node itself may be an answer to what a failsafe port lets it ask: a port that no connection of weir's
 /// tells of, as the node's own packets leave past weir.
 #[cold]

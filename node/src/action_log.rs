@@ -91,7 +91,7 @@ spec: {selector: all(), types: [Ingress], ingress: [{action: Log}, {action: Deny
         let config = folder.path().join("weir.yaml");
         std::fs::write(&config, "nodeName: node-a\nmanifests: [cluster.yaml]\n").unwrap();
         std::fs::write(folder.path().join("cluster.yaml"), CLUSTER).unwrap();
-        let loaded = translate::load(&config).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
+        let loaded = translate::load_strictly(&config).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
         let rules = Arc::new(compile::rules(&loaded, &mut Compiler::default()).unwrap());
         let (endpoint, direction) = (rules.policy.endpoint("shop/web").unwrap(), PolicyDirection::Ingress);
         let [src, dst] = [[10, 1, 1, 9], [10, 1, 1, 21]].map(Ipv4Addr::from);

@@ -510,7 +510,7 @@ mod tests {
         let mut own = LocalPods::default();
         own.insert(Arc::new(local_pod(&made("web-0", "s1", 5))));
         loader.set_local_pods(Arc::new(own));
-        let loaded = loader.load().unwrap_or_else(|problems| panic!("{problems}"));
+        let loaded = loader.load_strictly().unwrap_or_else(|problems| panic!("{problems}"));
         let ranges = ranges(&loaded, &Links::default(), &[]);
         assert_eq!(ranges.left_out, ["10.1.0.1".parse::<IpAddr>().unwrap()]);
     }

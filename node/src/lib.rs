@@ -4,6 +4,7 @@
 //! - [`kernel`]: the node's kernel, followed and set up.
 //! - [`pods`]: pods made and taken away, and their addresses ([`ipam`]); `book`: those pods as control keeps them.
 //! - [`control`]: asking a running router; [`conntrack`], [`services`]: answers of many lines; [`report`]: what is told alike.
+//! - `keeper`: the objects in force kept for the next start.
 //! - [`connections`]: where the connection tables are. [`health`]: what load balancers ask of the node.
 //! - [`memory_router`]: the same pipeline over memory rings, for replays.
 
@@ -14,6 +15,7 @@ pub mod conntrack;
 pub mod control;
 pub mod health;
 pub mod ipam;
+mod keeper;
 pub mod kernel;
 mod listener;
 pub mod memory_router;

@@ -269,7 +269,7 @@ mod tests {
             write("weir.yaml", "nodeName: a\nmanifests: [m.yaml]\n");
             write("m.yaml", &service("one", 1));
             let mut loader = Loader::new(&folder.path().join("weir.yaml"));
-            let first = loader.load().unwrap();
+            let first = loader.load_strictly().unwrap();
             let none = Arc::default();
             let mut preparer = preparer(loader);
             assert_eq!(preparer.0.due(), None);
@@ -313,7 +313,7 @@ mod tests {
             fs::write(&weir, "nodeName: a\nmanifests: [m.yaml]\n").unwrap();
             fs::write(&manifests, service("one", 1)).unwrap();
             let mut loader = Loader::new(&weir);
-            let first = loader.load().unwrap();
+            let first = loader.load_strictly().unwrap();
             let mut preparer = preparer(loader);
             let pods = |names: &[&str]| {
                 let mut pods = LocalPods::default();

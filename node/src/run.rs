@@ -11,7 +11,12 @@ use std::{
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::net::UnixStream;
 use tracing::warn;
-use weir_cluster::{compile::CompileError, config::RouterConfig, sources::watch::WatchError, text::Problems};
+use weir_cluster::{
+    compile::CompileError,
+    config::RouterConfig,
+    sources::{keep::Kept, watch::WatchError},
+    text::Problems,
+};
 use weir_dataplane::{
     afxdp::AfXdpError,
     attach::{self, AttachError},
@@ -229,6 +234,10 @@ fn take_off(config: &Path) -> Result<Vec<String>, RunError> {
     let folder = connections::folder(&config.node_name);
     if connections::remove(&folder).map_err(system(format!("cannot remove {}", folder.display())))? {
         lines.push("removed the connection table".into());
+    }
+    let state = config.state_folder();
+    if Kept::remove(&state).map_err(system(format!("cannot remove what is in {}", state.display())))? {
+        lines.push("removed the objects kept for the next start".into());
     }
     if lines.is_empty() {
         lines.push("nothing was attached".into());

@@ -22,7 +22,10 @@ use nix::{
 };
 use weir_cluster::{
     sockets::PortSet,
-    sources::watch::{Trigger, Watch},
+    sources::{
+        revisit::Awaited,
+        watch::{Trigger, Watch},
+    },
 };
 use weir_dataplane::{
     frame::IfIndex,
@@ -785,5 +788,57 @@ fn other_paths_can_be_watched_and_a_hangup_always_counts() {
         kill(Pid::this(), Signal::SIGHUP).unwrap();
         let trigger = tokio::time::timeout(DEADLINE, watch.changed()).await.unwrap().unwrap();
         assert_eq!(trigger, Trigger::Signal);
+    });
+}
+
+#[test]
+fn a_file_counts_when_it_is_closed() {
+    watching(|folder| async move {
+        let [file, new] = ["a.yaml", "new.yaml"].map(|name| folder.join(name));
+        fs::write(&file, "a").unwrap();
+        let mut watch = Watch::new([&folder]).unwrap();
+        let mut writer = fs::File::create(&file).unwrap();
+        keeps_still(&mut watch, "truncated, and open").await;
+        writer.write_all(b"half").unwrap();
+        keeps_still(&mut watch, "half of it is written").await;
+        let created = fs::File::create(&new).unwrap();
+        keeps_still(&mut watch, "a new one, not finished").await;
+        drop(writer);
+        fires(&mut watch, "closed").await;
+        keeps_still(&mut watch, "the other one is still open").await;
+        drop(created);
+        fires(&mut watch, "the other one closed").await;
+        nix::unistd::truncate(&file, 1).unwrap();
+        fires(&mut watch, "truncated by name, which opens and closes nothing").await;
+    });
+}
+
+#[test]
+fn what_the_loader_awaits_is_looked_at_again() {
+    watching(|folder| async move {
+        let file = folder.join("a.yaml");
+        fs::write(&file, "a").unwrap();
+        let mut watch = Watch::new([&file]).unwrap();
+        let revisit = watch.revisit();
+        // Opened before it was to be read, and closed unchanged.
+        let writer = fs::OpenOptions::new().write(true).open(&file).unwrap();
+        revisit.set(Awaited { written: vec![file.clone()], at: None });
+        keeps_still(&mut watch, "it is open").await;
+        drop(writer);
+        fires(&mut watch, "closed as it was").await;
+        keeps_still(&mut watch, "which is one event").await;
+
+        let at = tokio::time::Instant::now() + Duration::from_millis(300);
+        let waiting = async {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            revisit.set(Awaited { written: Vec::new(), at: Some(at) });
+        };
+        tokio::join!(waiting, fires(&mut watch, "the time has come"));
+        assert!(tokio::time::Instant::now() >= at);
+        keeps_still(&mut watch, "which is one event, too").await;
+        assert!(!revisit.takes_belief());
+        kill(Pid::this(), Signal::SIGHUP).unwrap();
+        tokio::time::timeout(DEADLINE, watch.changed()).await.unwrap().unwrap();
+        assert!(revisit.takes_belief() && !revisit.takes_belief(), "an operator is believed, once");
     });
 }

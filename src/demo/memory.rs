@@ -174,7 +174,7 @@ impl Network {
 
 fn router(folder: &Path, name: &str) -> Result<(MemoryRouter, Cluster), LabError> {
     let failed = |message: String| LabError::Command { command: format!("the router of {name}"), message };
-    let loaded = translate::load(&folder.join(format!("{name}.yaml"))).map_err(|p| failed(p.render(false)))?;
+    let loaded = translate::load_strictly(&folder.join(format!("{name}.yaml"))).map_err(|p| failed(p.render(false)))?;
     let cluster = loaded.cluster.clone();
     let mut links = Links::default();
     let mut add = |name: &str, role, mac, addresses| {

@@ -135,14 +135,19 @@ impl DemoCluster {
         // Sockets and pins carry the nodes' names, so a lab's are its own.
         let mut configs = BTreeMap::new();
         for (name, text) in FILES {
-            let text = NODES.iter().fold(text.to_owned(), |text, (node, _)| text.replace(node, &lab.node_name(node)));
+            let mut text =
+                NODES.iter().fold(text.to_owned(), |text, (node, _)| text.replace(node, &lab.node_name(node)));
+            if let Some((node, _)) = NODES.iter().find(|(node, _)| name == format!("{node}.yaml")) {
+                // Gone with the lab.
+                text += &format!("state: state-{node}\n");
+            }
             let path = lab.folder().join(name);
             fs::write(&path, text).map_err(|source| LabError::File { path: path.clone(), source })?;
             if let Some((node, _)) = NODES.iter().find(|(node, _)| name == format!("{node}.yaml")) {
                 configs.insert(*node, path);
             }
         }
-        let loaded = translate::load(&configs["node-a"])
+        let loaded = translate::load_strictly(&configs["node-a"])
             .map_err(|problems| LabError::Command { command: "weir check".into(), message: problems.render(false) })?;
         let cluster = loaded.cluster;
         progress(&format!("pods: {} namespaces behind veth pairs, nginx in the servers", cluster.workloads.len()));

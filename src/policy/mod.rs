@@ -14,17 +14,14 @@ use std::{
     process::ExitCode,
 };
 
-use weir_cluster::{
-    policy::{
-        groups::Groups,
-        listing::Lister,
-        matrix::{self, Pods, Port, Question},
-    },
-    translate,
+use weir_cluster::policy::{
+    groups::Groups,
+    listing::Lister,
+    matrix::{self, Pods, Port, Question},
 };
 use weir_node::control::{self, AskError};
 
-use crate::common::{ConfigFile, Failed, Output, as_json, has_colour, written};
+use crate::common::{ConfigFile, Failed, Output, Unapplied, as_json, has_colour, written};
 
 /// What is asked about policy.
 #[derive(clap::Subcommand)]
@@ -51,6 +48,11 @@ pub struct List {
     endpoint: Option<String>,
     #[command(flatten)]
     config: ConfigFile,
+    #[command(flatten)]
+    unapplied: Unapplied,
+    /// The namespace of objects that give none.
+    #[arg(long, value_name = "NS", default_value = "default")]
+    default_namespace: String,
     /// How the list is printed.
     #[arg(long, value_enum, default_value = "text")]
     output: Output,
@@ -63,6 +65,7 @@ pub struct List {
     weir policy matrix --ports tcp/443,icmp                the same ports for every destination\n  \
     weir policy matrix --to db/postgres-0                  who reaches that pod\n  \
     weir policy matrix --from web --svg web.svg            what namespace web reaches, as a picture too\n  \
+    weir policy matrix -c deploy/ --assume-pods            the same of plain manifests in a folder, before they are applied\n  \
     weir policy matrix --output json | jq '.flows[] | select(.verdict != \"allowed\")'\n\
     It tells what policies say of a connection to the pod's own address, judged at both ends, whichever nodes they are on:\n\
     the source's egress and the destination's ingress policy, also where the first alone would deny it. What host endpoints rule for\n\
@@ -70,6 +73,11 @@ pub struct List {
 pub struct Matrix {
     #[command(flatten)]
     config: ConfigFile,
+    #[command(flatten)]
+    unapplied: Unapplied,
+    /// The namespace of objects that give none.
+    #[arg(long, value_name = "NS", default_value = "default")]
+    default_namespace: String,
     /// Ports to ask about: tcp/80, udp/53, sctp/5060, icmp (an echo request). Default: those that the containers of each destination
     /// publish, or tcp/80 where they publish none.
     #[arg(long, value_name = "PORT,...", value_delimiter = ',')]
@@ -108,7 +116,7 @@ pub fn run(command: &Command) -> Result<ExitCode, Failed> {
 }
 
 fn matrix(args: &Matrix, out: &mut impl io::Write) -> Result<(), Failed> {
-    let loaded = translate::load(&args.config.config).map_err(|problems| Failed::config(&problems))?;
+    let loaded = args.config.load(&args.unapplied.assumptions(Some(&args.default_namespace)))?;
     let both = |pods: &[Pods]| pods.iter().chain(&args.namespace).cloned().collect();
     let question = Question { ports: args.ports.clone(), from: both(&args.from), to: both(&args.to) };
     let matrix = matrix::Matrix::new(&loaded, &question)?;
@@ -126,7 +134,7 @@ fn matrix(args: &Matrix, out: &mut impl io::Write) -> Result<(), Failed> {
 }
 
 fn list(args: &List, out: &mut impl io::Write) -> Result<(), Failed> {
-    let loaded = translate::load(&args.config.config).map_err(|problems| Failed::config(&problems))?;
+    let loaded = args.config.load(&args.unapplied.assumptions(Some(&args.default_namespace)))?;
     let json = args.output == Output::Json;
     let Some(endpoint) = &args.endpoint else {
         let overview = Lister::new(&loaded, None).overview();

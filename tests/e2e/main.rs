@@ -10,6 +10,7 @@ mod calico_policy;
 mod conntrack;
 mod errors;
 mod fragments;
+mod half_truths;
 mod hits;
 mod host_endpoints;
 mod host_ports;

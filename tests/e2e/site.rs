@@ -103,15 +103,16 @@ impl Site {
             let config = format!(
                 "apiVersion: weir.dev/v1alpha1\nkind: RouterConfig\nnodeName: {}\nmanifests: [cluster.yaml, policies.yaml]\n\
                  serviceCIDRs: [10.96.0.0/16, \"fd00:96::/112\"]\nworkers: {{cores: {:?}, mode: adaptive}}\n\
-                 offload: {}\ndevices:\n- {{name: eth0, role: uplink}}\n",
+                 offload: {}\nstate: state-{}\ndevices:\n- {{name: eth0, role: uplink}}\n",
                 site.lab.node_name(&node.name),
                 node.cores,
-                offload_mode()
+                offload_mode(),
+                node.name
             );
             let path = site.write(&format!("{}.yaml", node.name), &config);
             site.configs.insert(node.name.clone(), path);
         }
-        site.cluster = match translate::load(site.config(&nodes[0].name)) {
+        site.cluster = match translate::load_strictly(site.config(&nodes[0].name)) {
             Ok(loaded) => loaded.cluster,
             Err(problems) => panic!("the test's manifests: {}", problems.render(false)),
         };
@@ -197,6 +198,11 @@ impl Site {
         self.routers.get_mut(node).expect("it was started")
     }
 
+    /// Asks a node's router to reload, whatever files say.
+    pub fn hang_up(&self, node: &str) {
+        self.routers[node].signal(Signal::SIGHUP);
+    }
+
     /// Takes a node's router out, which will have ended by the test's own doing.
     pub fn take_router(&mut self, node: &str) -> Process {
         self.routers.remove(node).expect("it was started")
@@ -233,9 +239,15 @@ impl Site {
     fn set_file(&self, name: &str, text: &str) {
         let before: Vec<usize> = self.routers.values().map(|r| r.log().matches("reloaded").count()).collect();
         self.write(name, text);
-        for (router, before) in self.routers.values().zip(before) {
+        if text.trim().is_empty() {
+            // That nothing is left in a file is believed at once if an operator says so.
+            self.routers.values().for_each(|router| router.signal(Signal::SIGHUP));
+        }
+        for ((node, router), before) in self.routers.iter().zip(before) {
             wait_until("the reload", DEADLINE, || (router.log().matches("reloaded").count() > before).then_some(()))
                 .unwrap();
+            let held = |status: &Value| status["faultyObjects"].to_string().contains("holds no document");
+            wait_until("that it is believed", DEADLINE, || (!held(&self.status(node))).then_some(())).unwrap();
         }
     }
 

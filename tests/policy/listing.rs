@@ -106,7 +106,7 @@ egress: what it sends
 }
 
 fn demo() -> Loaded {
-    translate::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/demo/node-a.yaml")).unwrap()
+    translate::load_strictly(&Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/demo/node-a.yaml")).unwrap()
 }
 
 fn workload(lister: &Lister<'_>, name: &str) -> Listing {
@@ -197,7 +197,8 @@ spec: {node: n1, interfaceName: eth0, expectedIPs: [192.168.10.1]}
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("all.yaml"), MANIFESTS).unwrap();
     std::fs::write(folder.path().join("weir.yaml"), "nodeName: n1\nmanifests: [all.yaml]\n").unwrap();
-    let loaded = translate::load(&folder.path().join("weir.yaml")).unwrap_or_else(|p| panic!("{}", p.render(false)));
+    let loaded =
+        translate::load_strictly(&folder.path().join("weir.yaml")).unwrap_or_else(|p| panic!("{}", p.render(false)));
     let lister = Lister::new(&loaded, None);
     let file = folder.path().join("all.yaml").display().to_string();
     let expected = "\

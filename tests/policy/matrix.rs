@@ -33,7 +33,7 @@ fn weir(arguments: &[&str]) -> String {
 }
 
 fn demo() -> Loaded {
-    translate::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join(DEMO)).unwrap()
+    translate::load_strictly(&Path::new(env!("CARGO_MANIFEST_DIR")).join(DEMO)).unwrap()
 }
 
 /// The demo's policies: web > was:8080 > db:3306 and was > web:80, db > was:8080; whatever else leaves or enters one of these namespaces

@@ -25,7 +25,7 @@ impl Cluster {
         let load = |node: &'static str| {
             let config = folder.join(format!("{node}.yaml"));
             fs::write(&config, format!("nodeName: {node}\nmanifests: [cluster.yaml]\n")).unwrap();
-            let loaded = translate::load(&config);
+            let loaded = translate::load_strictly(&config);
             (node, loaded.unwrap_or_else(|problems| panic!("{}\n{}", problems.render(false), self.manifests)))
         };
         NODES.map(load).into()

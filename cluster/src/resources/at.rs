@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{identity::ObjectId, object::Base};
 use crate::text::{
-    Problems, Span,
+    Problems, Span, Topic,
     tree::{Node, Value},
 };
 
@@ -188,6 +188,11 @@ impl<'a> Reporter<'a> {
     /// A note at a place.
     pub fn note(&mut self, at: At<'_>, message: impl std::fmt::Display) {
         self.problems.note(at.span(), format!("{}: {message}", self.subject));
+    }
+
+    /// A note of which there may be many alike.
+    pub fn note_on(&mut self, topic: Topic, at: At<'_>, message: impl std::fmt::Display) {
+        self.problems.note_on(topic, at.span(), format!("{}: {message}", self.subject));
     }
 
     /// "file:line:column" of a place.

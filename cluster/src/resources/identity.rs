@@ -25,6 +25,13 @@ pub struct ObjectId {
     pub name: Name,
 }
 
+impl ObjectId {
+    /// Whether it is a policy that is enforced: one that cannot be read denies what it selects.
+    pub fn is_policy(&self) -> bool {
+        matches!(self.kind, "NetworkPolicy" | "GlobalNetworkPolicy" | "ClusterNetworkPolicy")
+    }
+}
+
 impl fmt::Display for ObjectId {
     /// "kind namespace/name" or "kind name".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -65,11 +72,20 @@ impl Drop for Identity {
 }
 
 /// All identities in use.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Identities {
     book: Arc<Mutex<Book>>,
     /// The texts that objects repeat.
     pub names: Names,
+    /// The namespace of objects that give none.
+    namespace: Arc<str>,
+}
+
+impl Default for Identities {
+    /// The namespace is kubectl's.
+    fn default() -> Self {
+        Self::in_namespace("default")
+    }
 }
 
 /// Texts that many hold, each once.
@@ -107,6 +123,16 @@ struct Book {
 }
 
 impl Identities {
+    /// With this namespace for objects that give none.
+    pub fn in_namespace(namespace: &str) -> Self {
+        Self { book: Arc::default(), names: Names::default(), namespace: namespace.into() }
+    }
+
+    /// The namespace of objects that give none.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
     /// The identity of an object: the one that is in use, or a new one.
     pub fn of(&self, id: ObjectId) -> Arc<Identity> {
         let mut book = lock(&self.book);

@@ -15,6 +15,7 @@ pub mod subject;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    ops::Range,
     sync::Arc,
 };
 
@@ -27,10 +28,10 @@ use self::{
         policy::{self, GlobalNetworkPolicy, NetworkSet, Profile, StagedKubernetesNetworkPolicy, Tier},
     },
     cluster_network_policy::ClusterNetworkPolicy,
-    piece::{Item, Piece},
+    piece::{Form, Item, Piece},
     slim::{EndpointSlice, KubernetesNode, Namespace, Pod, Service, ServiceAccount},
 };
-use crate::text::{Diagnostic, Problems, Severity, Source, Span};
+use crate::text::{Diagnostic, Problems, Severity, Source, Span, tree};
 
 pub use identity::{Identities, Identity, ObjectId};
 pub use made::{Memo, Same};
@@ -161,6 +162,12 @@ impl Objects {
         Some(self.placements[position as usize].origin())
     }
 
+    /// The place of the name of the object with this number.
+    pub fn place(&self, number: u32) -> Option<Span> {
+        let placement = &self.placements[(*self.by_number.get(number as usize)?)? as usize];
+        Some(placement.base.place(placement.item.name))
+    }
+
     /// All objects that are in force, in the order of reading.
     pub fn iter(&self) -> impl Iterator<Item = Origin> + '_ {
         let in_force = self.placements.iter().filter(|placement| placement.substitute != Some(Substitute::LastGood));
@@ -286,9 +293,13 @@ impl Manifests {
     ) -> Self {
         let mut manifests = Self::default();
         let newest = newest_versions(pieces.clone().map(|(_, _, piece)| piece));
+        let mut templates = BTreeSet::new();
         for (file, text, piece) in pieces {
             let base = text.base(file);
-            replay(&piece.findings, base, problems);
+            // Once for each text.
+            if !piece.is_template || templates.insert(file) {
+                replay(&piece.findings, base, problems);
+            }
             for item in &piece.items {
                 if let Some(newest) = newest.get(item.identity.id()).filter(|newest| **newest < item.version) {
                     let [counts, passed_over] =
@@ -303,6 +314,40 @@ impl Manifests {
             }
         }
         manifests
+    }
+
+    /// Adds the objects of a text that no file holds, but for those in `passed_over`.
+    pub fn add_text(
+        &mut self,
+        source: Source,
+        identities: &Identities,
+        passed_over: &BTreeMap<ObjectId, Substitute>,
+        problems: &mut Problems,
+    ) {
+        let file = problems.add_source(source);
+        let source = Arc::clone(problems.source(file));
+        let pieces = tree::on_reader_thread(|| {
+            let documents = tree::document_ranges(source.text()).into_iter();
+            let read = |range: Range<usize>| {
+                let base = Base { file, offset: range.start as u32 };
+                Piece::read(Form::Document, &source.text()[range], identities).map(|piece| (base, piece))
+            };
+            documents.filter_map(read).collect::<Vec<_>>()
+        });
+        let pieces = match pieces {
+            Ok(pieces) => pieces,
+            Err(error) => {
+                let message = format!("there is no thread to read objects with: {error}");
+                return problems.error(Span { file, ..Span::default() }, message, None);
+            }
+        };
+        for (base, piece) in pieces {
+            replay(&piece.findings, base, problems);
+            for item in &piece.items {
+                let substitute = passed_over.get(item.identity.id()).copied();
+                self.place(item, &source, base, substitute, problems);
+            }
+        }
     }
 
     /// Adds objects as they were at an earlier load from the same [`Library`].

@@ -130,6 +130,19 @@ impl<T> Object<T> {
         Self { content, text, base, origin }
     }
 
+    /// This one, at the same place, with another value.
+    pub fn changed(&self, change: impl FnOnce(&mut T)) -> Self
+    where
+        T: Clone,
+    {
+        let Content { subject, namespace, name, value, node, .. } = &*self.content;
+        let mut value = value.clone();
+        change(&mut value);
+        let (subject, namespace, name) = (subject.clone(), namespace.clone(), name.clone());
+        let content = Content { subject, namespace, name, value, node: node.clone(), made: Made::default() };
+        Self::new(Arc::new(content), self.base, self.origin)
+    }
+
     /// What it says; the same one at every load for as long as its text is unchanged.
     pub fn content(&self) -> &Arc<Content<T>> {
         &self.content

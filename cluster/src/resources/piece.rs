@@ -23,7 +23,7 @@ use super::{
     subject::Subject,
 };
 use crate::text::{
-    Diagnostic, Problems, Severity, Source, Span,
+    Diagnostic, Problems, Severity, Source, Span, Topic,
     problem::nearest,
     tree::{self, Node, Value},
     typed,
@@ -43,6 +43,8 @@ pub enum Form {
 pub struct Piece {
     /// What is wrong outside of every object.
     pub(super) findings: Vec<Diagnostic>,
+    /// Whether it cannot be read as it is a template of YAML; the findings say so.
+    pub(super) is_template: bool,
     /// The objects.
     pub(super) items: Vec<Arc<Item>>,
 }
@@ -150,6 +152,9 @@ impl Piece {
             reading.add(node);
         }
         let Reading { mut piece, problems, .. } = reading;
+        if let Some(finding) = piece.items.is_empty().then(|| template(text, &problems)).flatten() {
+            return Some(Self { findings: vec![finding], is_template: true, ..piece });
+        }
         for finding in problems.diagnostics() {
             // A key that is given twice is the object's fault, though the reader of trees finds it.
             let holds = |item: &&mut Arc<Item>| (item.extent.start..item.extent.end).contains(&finding.span.start);
@@ -161,6 +166,36 @@ impl Piece {
         piece.findings.shrink_to_fit();
         piece.items.shrink_to_fit();
         Some(piece)
+    }
+}
+
+/// What to say of a text that is no YAML because it is a template of Helm's or of another tool that writes YAML with `{{ }}`.
+fn template(text: &str, problems: &Problems) -> Option<Diagnostic> {
+    // Within quotes and blocks of text, braces are as good as anything, and the text reads well.
+    let start = text.find("{{").filter(|_| problems.has_errors())? as u32;
+    Some(Diagnostic {
+        severity: Severity::Error,
+        span: Span { file: 0, start, end: start + 2 },
+        message: "this is a template, not YAML: nothing is read of it".to_owned(),
+        help: Some("let Helm fill it in: `helm template NAME CHART > chart.yaml`, and read that file".to_owned()),
+        topic: None,
+    })
+}
+
+/// Keys that only a kustomization has; it need not say its kind.
+const KUSTOMIZATION_KEYS: [&str; 7] =
+    ["resources", "bases", "components", "patches", "patchesStrategicMerge", "configMapGenerator", "secretGenerator"];
+
+/// Whether this is the file that kustomize begins with, with or without its kind.
+fn is_kustomization(node: &Node) -> bool {
+    let text = |key: &str| node.get(key).and_then(Node::as_str);
+    match text("kind") {
+        Some(kind) => {
+            let is_its_group =
+                || text("apiVersion").is_some_and(|version| version.starts_with("kustomize.config.k8s.io/"));
+            ["Kustomization", "Component"].contains(&kind) && is_its_group()
+        }
+        None => KUSTOMIZATION_KEYS.iter().any(|key| node.get(key).is_some()),
     }
 }
 
@@ -176,6 +211,13 @@ impl Reading<'_> {
         if !matches!(node.value, Value::Map(_)) {
             let message = format!("expected a Kubernetes object, found {}", node.describe());
             return problems.error(node.span, message, None);
+        }
+        if is_kustomization(&node) {
+            let message = "this is a kustomization, and what it makes of its resources is not read".to_owned();
+            let help =
+                "let kustomize write it out: `kubectl kustomize FOLDER > all.yaml`, and read that file".to_owned();
+            let start = node.span.start;
+            return problems.warning(Span { end: start, ..node.span }, message, help);
         }
         let text = |key: &str, problems: &mut Problems| -> Option<String> {
             let Some((_, value)) = node.entry(key) else {
@@ -220,7 +262,11 @@ impl Reading<'_> {
                     let message = format!("{kind_name} of {api_version} is skipped: weir does not know this kind");
                     problems.warning(kind_span, message, format!("did you mean {known}?"));
                 }
-                None => problems.note(kind_span, format!("{kind_name} of {api_version} is skipped")),
+                None => {
+                    let of_version = format!("{kind_name} of {api_version}");
+                    let message = format!("{of_version} is skipped");
+                    problems.note_on(Topic::Skipped(of_version.into()), kind_span, message);
+                }
             };
         };
         let known = kind.versions.iter().position(|known| *known == version);
@@ -245,7 +291,7 @@ impl Reading<'_> {
         };
         let given = field("namespace").and_then(Node::as_str).filter(|namespace| !namespace.is_empty());
         let namespace = match (kind.namespaced, given) {
-            (true, given) => given.unwrap_or("default").to_owned(),
+            (true, given) => given.unwrap_or(self.identities.namespace()).to_owned(),
             (false, _) => String::new(),
         };
         let id = ObjectId {

@@ -12,6 +12,10 @@
 //! symbolic link that the path leads through, and of the file itself; for a folder of manifests the folder and its
 //! visible subfolders. If one does not exist, its nearest existing ancestor is watched until it does.
 //!
+//! *Half truths.* A file that somebody has open for writing is, until it is closed, what it was before: the survey keeps its former stamp.
+//! A new one is not there yet. So that no close is missed they are looked at again, less and less often. The loader may want to see files
+//! again too, which it says by [`Revisit`].
+//!
 //! *No gap.* Folders are watched before the survey that counts, and the survey is repeated until its folders are those
 //! watched. A file that was changed within a tick of the survey is not told by its stamp from what it may become in the same tick: the next event
 //! then counts without one.
@@ -21,7 +25,7 @@ use std::{
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Component, Path, PathBuf},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use notify::{
@@ -34,10 +38,17 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
+use super::{
+    file::{Stamp, is_written},
+    revisit::{Awaited, Revisit},
+};
+
 /// How long further events are gathered after the first.
 const GATHER: Duration = Duration::from_millis(20);
 /// How long after a look that inotify refused the next one is made.
 const PAUSE: Duration = Duration::from_secs(10);
+/// How long after a look that found a file open for writing the next one is made, at first and at most.
+const WRITTEN_PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(10)];
 /// Two changes of a file within this time may leave the same stamp: the kernel's coarse clock ticks every 10 ms at most.
 const TICK: Duration = Duration::from_millis(10);
 /// Symbolic links followed for one path, as the kernel's own limit (path_resolution(7)).
@@ -66,36 +77,6 @@ pub enum Trigger {
     Files,
     /// SIGHUP, which counts even where no file changed.
     Signal,
-}
-
-/// What tells one state of a file from another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Stamp {
-    device: u64,
-    inode: u64,
-    bytes: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
-}
-
-impl Stamp {
-    pub(crate) fn of(metadata: &fs::Metadata) -> Self {
-        Self {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            bytes: metadata.size(),
-            modified: (metadata.mtime(), metadata.mtime_nsec()),
-            changed: (metadata.ctime(), metadata.ctime_nsec()),
-        }
-    }
-
-    /// Whether the file's last change was longer ago.
-    pub(crate) fn is_older_than(&self, age: Duration) -> bool {
-        let (seconds, nanoseconds) = self.changed;
-        let changed = u64::try_from(seconds).ok().map(|seconds| Duration::new(seconds, nanoseconds as u32));
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok();
-        matches!((changed, now), (Some(changed), Some(now)) if now.checked_sub(changed).is_some_and(|past| past > age))
-    }
 }
 
 /// The state of all watched files, and the folders to watch for it.
@@ -203,6 +184,9 @@ pub struct Watch {
     events: mpsc::Receiver<()>,
     hangup: Signal,
     due: Option<Instant>,
+    /// The next pause while files are open for writing.
+    pause: Duration,
+    revisit: Revisit,
     /// Whether the next event tells of a change even if no stamp does.
     suspicious: bool,
 }
@@ -237,6 +221,8 @@ impl Watch {
             events,
             hangup,
             due: None,
+            pause: WRITTEN_PAUSES[0],
+            revisit: Revisit::default(),
             suspicious: false,
         };
         watch.paths = paths.into_iter().map(Into::into).collect();
@@ -263,6 +249,17 @@ impl Watch {
         Ok(())
     }
 
+    /// With what the loader of these files was given before, instead of its own.
+    #[must_use]
+    pub fn sharing(self, revisit: Revisit) -> Self {
+        Self { revisit, ..self }
+    }
+
+    /// What the loader of these files is to be given, so that it can say what is to be looked at again.
+    pub fn revisit(&self) -> Revisit {
+        self.revisit.clone()
+    }
+
     /// Waits for the next reason to reload; what happens within some 20 ms is one.
     ///
     /// Cancel-safe: a call that is given up loses nothing.
@@ -272,33 +269,72 @@ impl Watch {
     pub async fn changed(&mut self) -> Result<Trigger, WatchError> {
         loop {
             let due = self.due;
+            let awaited = self.revisit.awaited();
+            // Those that were open when they were to be read are looked at as others are.
+            if !awaited.written.is_empty() && due.is_none() {
+                self.due = Some(Instant::now() + self.pause);
+                continue;
+            }
+            let due_late = due.is_none_or(|due| due > Instant::now() + GATHER);
             tokio::select! {
                 biased;
                 received = self.hangup.recv() => {
+                    self.revisit.believe();
                     return received.map(|()| Trigger::Signal).ok_or(WatchError::Ended);
                 }
-                () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
-                    let survey = match self.look() {
-                        Ok(survey) => survey,
-                        Err(error) => {
-                            self.due = Some(Instant::now() + PAUSE);
-                            return Err(error);
-                        }
-                    };
-                    self.due = None;
-                    let files_changed = survey.files != self.survey.files || self.suspicious;
-                    self.suspicious = files_changed && survey.may_miss_a_change();
-                    self.survey = survey;
-                    if files_changed {
+                () = wait_for(due), if due.is_some() => {
+                    if self.has_changed(&awaited)? {
                         return Ok(Trigger::Files);
                     }
                 }
-                event = self.events.recv(), if due.is_none() => {
+                () = wait_for(awaited.at), if awaited.at.is_some() => {
+                    self.revisit.replace(&awaited, Awaited { at: None, ..awaited.clone() });
+                    return Ok(Trigger::Files);
+                }
+                () = self.revisit.changed() => {}
+                event = self.events.recv(), if due_late => {
                     event.ok_or(WatchError::Ended)?;
                     self.due = Some(Instant::now() + GATHER);
                 }
             }
         }
+    }
+
+    /// Looks at the files that are due; whether to read them again.
+    fn has_changed(&mut self, awaited: &Awaited) -> Result<bool, WatchError> {
+        let mut survey = match self.look() {
+            Ok(survey) => survey,
+            Err(error) => {
+                self.due = Some(Instant::now() + PAUSE);
+                return Err(error);
+            }
+        };
+        self.due = None;
+        let others = survey.files.iter().filter(|(path, stamp)| self.survey.files.get(*path) != Some(stamp));
+        let written: Vec<PathBuf> = others.filter(|(path, _)| is_written(path)).map(|(path, _)| path.clone()).collect();
+        for path in &written {
+            match self.survey.files.get(path) {
+                Some(before) => survey.files.insert(path.clone(), *before),
+                None => survey.files.remove(path),
+            };
+        }
+        let closed = awaited.written.iter().any(|path| !is_written(path));
+        let files_changed = closed || survey.files != self.survey.files || self.suspicious;
+        self.suspicious = files_changed && survey.may_miss_a_change();
+        self.survey = survey;
+        if files_changed {
+            self.pause = WRITTEN_PAUSES[0];
+        }
+        if closed {
+            // Which are open now, the next reading says.
+            self.revisit.replace(awaited, Awaited { written: Vec::new(), ..awaited.clone() });
+        } else if !awaited.written.is_empty() || !written.is_empty() {
+            self.pause = (self.pause * 2).min(WRITTEN_PAUSES[1]);
+        }
+        if !written.is_empty() {
+            self.due = Some(Instant::now() + self.pause);
+        }
+        Ok(files_changed)
     }
 
     /// Surveys the paths, with the watches on the folders that this names.
@@ -332,6 +368,10 @@ impl Watch {
         survey.folders = watched;
         Ok(survey)
     }
+}
+
+async fn wait_for(time: Option<Instant>) {
+    sleep_until(time.unwrap_or_else(Instant::now)).await;
 }
 
 fn is_gone(error: &notify::Error) -> bool {

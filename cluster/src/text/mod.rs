@@ -12,5 +12,5 @@ pub mod source;
 pub mod tree;
 pub mod typed;
 
-pub use problem::{Diagnostic, Problems, Severity};
+pub use problem::{Diagnostic, Problems, Severity, Topic};
 pub use source::{Source, Span};

@@ -1,6 +1,6 @@
 //! What is wrong with a configuration: collected, never the first fault only, and shown with the offending line.
 
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use miette::{
     GraphicalReportHandler, GraphicalTheme, LabeledSpan, MietteError, MietteSpanContents, SourceCode, SourceSpan,
@@ -33,6 +33,32 @@ pub struct Diagnostic {
     pub message: String,
     /// What to do about it.
     pub help: Option<String>,
+    /// Of a note: what it is counted under where notes are told in short.
+    pub topic: Option<Topic>,
+}
+
+/// What notes say that are alike but for their object.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Topic {
+    /// Objects of a kind, "Deployment of apps/v1", that weir does not read.
+    Skipped(Arc<str>),
+    /// Services without a cluster IP.
+    NoClusterIp,
+    /// Pods without an address.
+    NoAddress,
+    /// EndpointSlices of no service.
+    NoService,
+}
+
+impl fmt::Display for Topic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Skipped(kind) => write!(f, "{kind}: skipped"),
+            Self::NoClusterIp => f.write_str("Service: without a cluster IP, so not served"),
+            Self::NoAddress => f.write_str("Pod: without an address yet, so left out"),
+            Self::NoService => f.write_str("EndpointSlice: of no service"),
+        }
+    }
 }
 
 /// A diagnostic in the form that programs read.
@@ -99,17 +125,49 @@ impl Problems {
 
     /// Adds an error.
     pub fn error(&mut self, span: Span, message: impl Into<String>, help: impl Into<Option<String>>) {
-        self.push(Diagnostic { severity: Severity::Error, span, message: message.into(), help: help.into() });
+        self.push(Diagnostic {
+            severity: Severity::Error,
+            span,
+            message: message.into(),
+            help: help.into(),
+            topic: None,
+        });
     }
 
     /// Adds a warning.
     pub fn warning(&mut self, span: Span, message: impl Into<String>, help: impl Into<Option<String>>) {
-        self.push(Diagnostic { severity: Severity::Warning, span, message: message.into(), help: help.into() });
+        self.push(Diagnostic {
+            severity: Severity::Warning,
+            span,
+            message: message.into(),
+            help: help.into(),
+            topic: None,
+        });
     }
 
     /// Adds a note.
     pub fn note(&mut self, span: Span, message: impl Into<String>) {
-        self.push(Diagnostic { severity: Severity::Note, span, message: message.into(), help: None });
+        self.push(Diagnostic { severity: Severity::Note, span, message: message.into(), help: None, topic: None });
+    }
+
+    /// Adds a note of which there may be many alike.
+    pub fn note_on(&mut self, topic: Topic, span: Span, message: impl Into<String>) {
+        let topic = Some(topic);
+        self.push(Diagnostic { severity: Severity::Note, span, message: message.into(), help: None, topic });
+    }
+
+    /// How many notes there are on each topic.
+    pub fn topics(&self) -> BTreeMap<&Topic, usize> {
+        let mut topics = BTreeMap::new();
+        for topic in self.diagnostics.iter().filter_map(|diagnostic| diagnostic.topic.as_ref()) {
+            *topics.entry(topic).or_default() += 1;
+        }
+        topics
+    }
+
+    /// Leaves out the notes on some topics.
+    pub fn leave_out(&mut self, which: impl Fn(&Topic) -> bool) {
+        self.diagnostics.retain(|diagnostic| !diagnostic.topic.as_ref().is_some_and(&which));
     }
 
     /// All of them, in the order of finding until [`Problems::sort`].
@@ -162,10 +220,19 @@ impl Problems {
 
     /// All of them for a person, coloured or not.
     pub fn render(&self, colour: bool) -> String {
+        self.render_those(colour, |_| true)
+    }
+
+    /// As [`Problems::render`], without the notes that have a topic.
+    pub fn render_in_short(&self, colour: bool) -> String {
+        self.render_those(colour, |diagnostic| diagnostic.topic.is_none())
+    }
+
+    fn render_those(&self, colour: bool, which: impl Fn(&Diagnostic) -> bool) -> String {
         let theme = if colour { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
         let handler = GraphicalReportHandler::new_themed(theme).with_width(RENDER_WIDTH).with_context_lines(1);
         let mut text = String::new();
-        for diagnostic in &self.diagnostics {
+        for diagnostic in self.diagnostics.iter().filter(|diagnostic| which(diagnostic)) {
             let report = Report { diagnostic, source: self.source(diagnostic.span.file) };
             handler.render_report(&mut text, &report).expect("writing to a string does not fail");
         }

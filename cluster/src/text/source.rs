@@ -34,9 +34,6 @@ pub struct Source {
 }
 
 impl Source {
-    /// The longest text whose places fit a [`Span`].
-    pub const MAX_BYTES: usize = u32::MAX as usize;
-
     /// A text under the name that diagnostics give it.
     pub fn new(name: impl Into<String>, text: String) -> Self {
         let mut line_count = 0;

@@ -48,6 +48,7 @@ pub fn read<'t, T: serde::Deserialize<'t>>(
                         span: field.span,
                         message,
                         help,
+                        topic: None,
                     });
                 }
                 return Some(value);

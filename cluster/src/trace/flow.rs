@@ -13,22 +13,38 @@ const KEYS: [&str; 10] = ["id", "src", "dst", "proto", "sport", "dport", "icmpTy
 pub struct Flow {
     /// Comes back with the answer.
     pub id: Value,
-    /// An address or "namespace/pod".
+    /// An address, "namespace/pod", or a workload: "deploy/namespace/name", "namespace/name".
     pub src: String,
-    /// An address or "namespace/pod".
+    /// The same, or "svc/namespace/name".
     pub dst: String,
     /// The protocol.
     pub protocol: Protocol,
     /// Source port; of ICMP echoes the identifier.
     pub sport: Option<u16>,
-    /// Destination port; protocols with ports have one.
-    pub dport: Option<u16>,
+    /// Destination port; protocols with ports have one, but a service with one port need not be asked for it.
+    pub dport: Option<Port>,
     /// ICMP type.
     pub icmp_type: Option<u8>,
     /// ICMP code.
     pub icmp_code: Option<u8>,
     /// The device that it comes by.
     pub device: Option<String>,
+}
+
+/// A destination port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Port {
+    /// By its number.
+    Number(u16),
+    /// By the name that the service or the pod has for it.
+    Name(String),
+}
+
+/// The name of a service that is called "svc/name", "svc/namespace/name", or with "service".
+pub(super) fn service_of(text: &str) -> Option<&str> {
+    let (kind, name) = text.split_once('/')?;
+    let is_service = ["svc", "service", "services"].contains(&kind.to_ascii_lowercase().as_str());
+    is_service.then_some(name)
 }
 
 impl Flow {
@@ -50,6 +66,14 @@ impl Flow {
             return Err((id, format!("a flow is a JSON object like {example}")));
         };
         Self::of_object(&object, id.clone()).map_err(|message| (id, message))
+    }
+
+    /// The destination port's number; 0 where there is none, or only a name.
+    pub fn dport_number(&self) -> u16 {
+        match self.dport {
+            Some(Port::Number(number)) => number,
+            Some(Port::Name(_)) | None => 0,
+        }
     }
 
     fn of_object(object: &Map<String, Value>, id: Value) -> Result<Self, String> {
@@ -90,16 +114,26 @@ impl Flow {
             dst: text("dst")?,
             protocol,
             sport: port("sport")?,
-            dport: port("dport")?,
+            dport: match given("dport").and_then(Value::as_str).filter(|name| is_port_name(name)) {
+                Some(name) => Some(Port::Name(name.to_owned())),
+                None => port("dport")?.map(Port::Number),
+            },
             icmp_type: byte("icmpType", "an ICMP type")?,
             icmp_code: byte("icmpCode", "an ICMP code")?,
             device: given("device").map(|_| text("device")).transpose()?,
         };
-        if protocol.has_ports() && flow.dport.is_none() {
+        if protocol.has_ports() && flow.dport.is_none() && service_of(&flow.dst).is_none() {
             return Err(format!("dport is missing: {protocol} packets go to a port"));
         }
         Ok(flow)
     }
+}
+
+/// Whether a text can be a port's name: one without a letter cannot (IANA service names, RFC 6335 section 5.1).
+fn is_port_name(text: &str) -> bool {
+    text.len() <= 63
+        && text.bytes().any(|byte| byte.is_ascii_alphabetic())
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
 #[cfg(test)]

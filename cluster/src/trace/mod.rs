@@ -4,11 +4,11 @@
 
 pub mod explain;
 pub mod flow;
+mod names;
 
 use std::{
     io::{BufRead, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    sync::Arc,
 };
 
 use rand_chacha::{
@@ -19,20 +19,24 @@ use serde_json::{Value, json};
 use weir_dataplane::{
     action_log::{self, Entry},
     decide::{self, Decision, Verdict},
-    forwarding::{Encapsulation, Forwarding, RouteKind, Routed},
+    forwarding::{Encapsulation, RouteKind, Routed},
+    host_policy,
     model::{Cluster, Role},
     origin::{Arrival, Origin},
     snapshot::Snapshot,
 };
 use weir_nat::Affinity;
-use weir_packet::{FlowKey, Ports, Protocol, Tick};
-use weir_policy::{Compiler, Judgement, RuleId, RuleOrigin, model::HostStage};
+use weir_packet::{FlowKey, Ports, Tick};
+use weir_policy::{Judgement, RuleId, RuleOrigin, model::HostStage};
 
 use crate::{
     compile::{self, CompileError, address_port},
     config::RouterConfig,
-    sockets::Listening,
-    trace::{explain::Facts, flow::Flow},
+    trace::{
+        explain::Facts,
+        flow::{Flow, Port},
+        names::Names,
+    },
     translate::Loaded,
 };
 
@@ -52,12 +56,9 @@ impl<'l> Tracer<'l> {
     /// # Errors
     /// Where a size is beyond what can be compiled.
     pub fn new(loaded: &'l Loaded) -> Result<Self, CompileError> {
-        let rules = Arc::new(compile::rules(loaded, &mut Compiler::default())?);
-        let snat = Arc::new(compile::snat_ports(loaded, &rules, &Listening::default())?);
-        let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &compile::links_of(&loaded.config))?);
         Ok(Self {
             loaded,
-            snapshot: Snapshot { generation: 1, rules, snat, forwarding },
+            snapshot: compile::snapshot(loaded)?,
             cluster: loaded.cluster.clone(),
             config: loaded.config.clone(),
             affinity: Affinity::new(Affinity::DEFAULT_CLIENTS, [0; 2]),
@@ -95,36 +96,25 @@ impl<'l> Tracer<'l> {
     }
 
     fn trace(&mut self, flow: &Flow, text: bool) -> Result<String, String> {
-        let protocol = flow.protocol;
-        let sources = self.addresses(&flow.src)?;
-        let destinations = self.addresses(&flow.dst)?;
-        for src in &sources {
-            for dst in &destinations {
+        let names = Names { loaded: self.loaded };
+        let (source, destination) = (names.source(flow)?, names.destination(flow)?);
+        let mut flow = flow.clone();
+        flow.dport = destination.port.map(Port::Number).or(flow.dport);
+        let stand_ins: Vec<String> = source.stands_for.into_iter().chain(destination.stands_for).collect();
+        for src in &source.addresses {
+            for dst in &destination.addresses {
                 match (src, dst) {
                     (IpAddr::V4(src), IpAddr::V4(dst)) => {
-                        return self.trace_family::<Ipv4Addr>(flow, *src, *dst, protocol, text);
+                        return self.trace_family::<Ipv4Addr>(&flow, *src, *dst, &stand_ins, text);
                     }
                     (IpAddr::V6(src), IpAddr::V6(dst)) => {
-                        return self.trace_family::<Ipv6Addr>(flow, *src, *dst, protocol, text);
+                        return self.trace_family::<Ipv6Addr>(&flow, *src, *dst, &stand_ins, text);
                     }
                     _ => {}
                 }
             }
         }
         Err(format!("{} and {} have no address of one family", flow.src, flow.dst))
-    }
-
-    /// The addresses behind "address" or "namespace/pod".
-    fn addresses(&self, text: &str) -> Result<Vec<IpAddr>, String> {
-        if let Ok(address) = text.parse() {
-            return Ok(vec![address]);
-        }
-        let pod = self.cluster.workloads.iter().find(|w| w.name == text);
-        match pod {
-            Some(pod) => Ok(pod.addresses.clone()),
-            None if text.contains('/') => Err(format!("no pod {text} with an address is in the manifests")),
-            None => Err(format!("{text:?} is neither an IP address nor namespace/pod")),
-        }
     }
 
     /// Where a packet comes from, and which host endpoint it meets there. The node's own packet comes from its kernel, also where the flow
@@ -182,10 +172,11 @@ impl<'l> Tracer<'l> {
         flow: &Flow,
         src: A,
         dst: A,
-        protocol: Protocol,
+        stand_ins: &[String],
         text: bool,
     ) -> Result<String, String> {
         const ANY_SOURCE_PORT: u16 = 40_000;
+        let protocol = flow.protocol;
         let ports = if protocol.is_icmp() {
             let echo = if A::BITS == 32 { 8 } else { 128 };
             let icmp_type = flow.icmp_type.unwrap_or(echo);
@@ -196,7 +187,7 @@ impl<'l> Tracer<'l> {
             };
             Ports::new(first, u16::from(icmp_type))
         } else if protocol.has_ports() {
-            Ports::new(flow.sport.unwrap_or(ANY_SOURCE_PORT), flow.dport.unwrap_or(0))
+            Ports::new(flow.sport.unwrap_or(ANY_SOURCE_PORT), flow.dport_number())
         } else {
             Ports::default()
         };
@@ -212,7 +203,7 @@ impl<'l> Tracer<'l> {
         let mut logged: Vec<Entry> = Vec::new();
         action_log::entries(&self.snapshot, arrival.origin, &key, &decision, |entry| logged.push(entry));
         Ok(if text {
-            self.explain(flow, &key, arrival.origin, &decision, &logged)
+            self.explain(flow, &key, arrival, &decision, &logged, stand_ins)
         } else {
             let mut answer = self.answer(flow, &decision);
             if !logged.is_empty() {
@@ -314,14 +305,22 @@ impl<'l> Tracer<'l> {
         json!({"kind": kind, "device": device, "nextHop": next_hop, "tunnel": tunnel})
     }
 
+    /// The pod that has an address, and its node, where that is another one.
+    fn pod_elsewhere(&self, address: IpAddr) -> Option<(&str, &str)> {
+        let pod = self.cluster.workloads.iter().find(|pod| pod.addresses.contains(&address))?;
+        let node = pod.node.as_deref().filter(|node| *node != self.cluster.node_name)?;
+        Some((&pod.name, node))
+    }
+
     /// The trace for a person, step by step.
     fn explain<A: Routed>(
         &self,
         flow: &Flow,
         key: &FlowKey<A>,
-        origin: Origin,
+        arrival: Arrival,
         decision: &Decision<'_, A>,
         logged: &[Entry],
+        stand_ins: &[String],
     ) -> String {
         let services = &self.snapshot.rules.services;
         let mut lines = vec![format!(
@@ -332,9 +331,12 @@ impl<'l> Tracer<'l> {
             }
         )];
         let mut step = |name: &str, words: String| lines.push(format!("  {name:<9} {words}"));
+        for (number, stand_in) in stand_ins.iter().enumerate() {
+            step(if number == 0 { "asked" } else { "" }, stand_in.clone());
+        }
         step(
             "from",
-            match origin {
+            match arrival.origin {
                 Origin::Workload(id) => format!("workload {}", self.snapshot.forwarding.workload_name(id)),
                 Origin::Host => "this node's own kernel".into(),
                 Origin::Uplink => "an uplink".into(),
@@ -373,6 +375,12 @@ impl<'l> Tracer<'l> {
                     None => "not judged".into(),
                 },
             );
+            if judgement.is_none() && matches!(decision.verdict, Verdict::Forward | Verdict::Pass) {
+                let end = if name == "egress" { key.src.to_ip() } else { decision.translated.dst.to_ip() };
+                if let Some((pod, node)) = self.pod_elsewhere(end) {
+                    step("", format!("{node}, the node of {pod}, decides about {name}"));
+                }
+            }
         }
         for (stage, judgement) in decision.host.iter() {
             let kind = match stage {
@@ -383,6 +391,10 @@ impl<'l> Tracer<'l> {
             };
             let verdict = if judgement.allow { "allowed" } else { "denied" };
             step("host", format!("{kind}: {verdict} by {}", self.rule_with_place(judgement.rule)));
+        }
+        if host_policy::is_spared(&self.snapshot, arrival, key, &decision.translated, decision.route) {
+            let port = format!("{}/{}", key.protocol, decision.translated.ports.destination());
+            step("host", format!("{port} is a failsafe port: no policy of the host endpoint closes it"));
         }
         for entry in logged {
             step("log", format!("{}: {}", entry.direction.name(), self.rule_with_place(entry.rule)));

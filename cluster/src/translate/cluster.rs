@@ -9,7 +9,10 @@ use ipnet::IpNet;
 use sha1::{Digest, Sha1};
 use weir_dataplane::model::{Cluster, Node, Pool, TunnelMode, Workload};
 
-use super::LocalPods;
+use super::{
+    LocalPods,
+    impossible::{NextHops, usable, usable_device, usable_range},
+};
 use crate::{
     config::RouterConfig,
     resources::{
@@ -19,7 +22,7 @@ use crate::{
         slim::{KubernetesNode, Pod},
     },
     text::{
-        Problems, Span,
+        Problems, Span, Topic,
         address::{parse_cidr, parse_ip, parse_network},
         problem::nearest,
     },
@@ -100,12 +103,19 @@ pub(super) fn translate<'m>(
         snat_ports: config.snat.port_range,
         ..Cluster::default()
     };
+    let mut next_hops = NextHops::new();
     for object in &manifests.nodes {
-        cluster.nodes.push(object.made(problems, node).clone());
+        let node = object.made(problems, node).clone();
+        // This one is never the one too many.
+        if !next_hops.take_node(&node) && node.name != config.node_name {
+            let at = object.at().key("metadata").key("name");
+            object.reporter(problems).error(at, "it is one node more than weir can number", TOO_MANY.to_owned());
+        }
+        cluster.nodes.push(node);
     }
     check_node_name(config, manifests, problems);
     pools(manifests, &mut cluster, problems);
-    let described = Workloads::of(manifests, local_pods, &mut cluster, problems);
+    let described = Workloads::of(config, manifests, local_pods, &mut cluster, next_hops, problems);
     cluster.pod_cidrs = match &config.pod_cidrs {
         Some(given) => given.clone(),
         None if !cluster.pools.is_empty() => cluster.pools.iter().map(|pool| pool.cidr).collect(),
@@ -113,6 +123,9 @@ pub(super) fn translate<'m>(
     };
     (cluster, described)
 }
+
+/// What to do where there are too many nodes and pods.
+const TOO_MANY: &str = "nodes, and pods of this node, have 61,439 next hops at most: a node one for each family and one for its tunnel, a pod one for each family";
 
 fn check_node_name(config: &RouterConfig, manifests: &Manifests, problems: &mut Problems) {
     let names = || manifests.nodes.iter().map(|node| node.name.as_ref());
@@ -192,15 +205,9 @@ fn node(object: &Object<KubernetesNode>, problems: &mut Problems) -> Node {
     node
 }
 
-/// A range that pods have. Weir takes it from the node's kernel, which must keep its own ways: so not all addresses that there are.
 fn pod_network(report: &mut Reporter<'_>, at: At<'_>, field: &str, text: &str) -> Option<IpNet> {
     let net = report.read(at, field, parse_network(text))?;
-    if net.prefix_len() == 0 {
-        let help = "write the range that pods have addresses of".to_owned();
-        report.error(at, format_args!("{field}: {net} is every address, the nodes' own too"), help);
-        return None;
-    }
-    Some(net)
+    usable_range(report, at, field, net)
 }
 
 fn pools(manifests: &Manifests, cluster: &mut Cluster, problems: &mut Problems) {
@@ -238,19 +245,26 @@ fn pool(object: &Object<IpPool>, problems: &mut Problems) -> Option<Pool> {
 
 /// Workloads as they are gathered, and who owns which address.
 struct Workloads<'m, 'c> {
+    config: &'c RouterConfig,
     cluster: &'c mut Cluster,
     described: Vec<Described<'m>>,
     owners: HashMap<IpAddr, String>,
+    /// Names of those of this node that WorkloadEndpoints alone tell of.
+    endpoints: HashSet<String>,
+    next_hops: NextHops,
 }
 
 impl<'m, 'c> Workloads<'m, 'c> {
     fn of(
+        config: &'c RouterConfig,
         manifests: &'m Manifests,
         local_pods: &LocalPods,
         cluster: &'c mut Cluster,
+        next_hops: NextHops,
         problems: &mut Problems,
     ) -> Vec<Described<'m>> {
-        let mut workloads = Self { cluster, described: Vec::new(), owners: HashMap::new() };
+        let (owners, endpoints) = (HashMap::new(), HashSet::new());
+        let mut workloads = Self { config, cluster, described: Vec::new(), owners, endpoints, next_hops };
         workloads.add_local_pods(manifests, local_pods);
         workloads.add_pods(manifests, local_pods, problems);
         workloads.add_endpoints(manifests, local_pods, problems);
@@ -291,12 +305,18 @@ impl<'m, 'c> Workloads<'m, 'c> {
             if !facts.is_workload || self.is_made_here(&facts.name, node, local_pods) {
                 continue;
             }
-            let endpoint = endpoints.get(&facts.name).map(|endpoint| endpoint.made(problems, workload_endpoint));
+            let endpoint = endpoints.get(&facts.name).copied();
+            let device = endpoint.and_then(|endpoint| self.device_of(endpoint, problems));
+            let endpoint = endpoint.map(|endpoint| endpoint.made(problems, workload_endpoint));
             let given = endpoint.map(|read| &read.addresses).filter(|addresses| !addresses.is_empty());
             let mut addresses = given.unwrap_or(&facts.addresses).clone();
             let mut report = object.reporter(problems);
             if addresses.is_empty() {
-                report.note(object.at().key("metadata").key("name"), "it has no address yet and is left out");
+                report.note_on(
+                    Topic::NoAddress,
+                    object.at().key("metadata").key("name"),
+                    "it has no address yet and is left out",
+                );
                 continue;
             }
             if facts.is_terminating {
@@ -305,7 +325,7 @@ impl<'m, 'c> Workloads<'m, 'c> {
                     continue;
                 }
             }
-            let device = endpoint.and_then(|read| read.device.as_ref()).unwrap_or(&facts.device).clone();
+            let device = device.unwrap_or_else(|| facts.device.clone());
             let mac = endpoint.and_then(|read| read.mac);
             let node = node.map(str::to_owned);
             let workload = Workload { name: facts.name.clone(), node, addresses, device, mac };
@@ -325,15 +345,29 @@ impl<'m, 'c> Workloads<'m, 'c> {
                 continue;
             }
             let read = object.made(problems, workload_endpoint);
-            let mut report = object.reporter(problems);
-            let Some(device) = read.device.clone() else {
-                let help = "write the name of the host's end of its veth pair".to_owned();
-                report.error(object.at().key("spec"), "spec.interfaceName is missing", help);
+            let Some(device) = self.device_of(object, problems) else {
+                if read.device.is_none() {
+                    let help = "write the name of the host's end of its veth pair".to_owned();
+                    object.reporter(problems).error(object.at().key("spec"), "spec.interfaceName is missing", help);
+                }
                 continue;
             };
+            let mut report = object.reporter(problems);
+            if node.as_deref() == Some(self.cluster.node_name.as_str()) && !self.endpoints.insert(name.clone()) {
+                let help = "a pod has one endpoint; give each a pod, or a name, of its own".to_owned();
+                report.error(object.at().key("spec"), format_args!("{name} has another endpoint on this node"), help);
+                continue;
+            }
             let workload = Workload { name, node, addresses: read.addresses.clone(), device, mac: read.mac };
             self.add(workload, Described::Endpoint, local_pods, object.at(), &mut report);
         }
+    }
+
+    /// The device that an endpoint of this or of another node names, if it can be a pod's.
+    fn device_of(&self, object: &Object<WorkloadEndpoint>, problems: &mut Problems) -> Option<String> {
+        let device = object.made(problems, workload_endpoint).device.clone()?;
+        let at = object.at().key("spec").key("interfaceName");
+        usable_device(&mut object.reporter(problems), at, "spec.interfaceName", device, self.config)
     }
 
     /// Whether a workload of that name on that node is, or was before, what the CNI plugin has made on this one: no two of a node have one
@@ -359,6 +393,10 @@ impl<'m, 'c> Workloads<'m, 'c> {
             !local_pods.get(owner).is_some_and(|pod| pod.addresses.contains(address))
         });
         if had_any && workload.addresses.is_empty() {
+            return;
+        }
+        if workload.node.as_ref() == Some(&self.cluster.node_name) && !self.next_hops.take_pod(&workload.addresses) {
+            report.error(at, "it is one pod of this node more than weir can number", TOO_MANY.to_owned());
             return;
         }
         self.owners.extend(workload.addresses.iter().map(|address| (*address, workload.name.clone())));
@@ -404,13 +442,19 @@ fn pod_addresses(object: &Object<Pod>, problems: &mut Problems) -> Vec<IpAddr> {
     let mut report = object.reporter(problems);
     let at = object.at().key("status");
     let Some(status) = &object.value.status else { return Vec::new() };
+    let is_workload = is_workload(&object.value);
+    let mut read = |at: At<'_>, field: &str, text: &str| {
+        let address = report.read(at, field, parse_ip(text));
+        // One on the host's network has whatever the host has.
+        if is_workload { usable(&mut report, at, field, address) } else { address }
+    };
     let mut addresses: Vec<IpAddr> = Vec::new();
     for (index, entry) in status.pod_ips.iter().enumerate() {
         let at = at.key("podIPs").item(index).key("ip");
-        addresses.extend(report.read(at, &format!("status.podIPs[{index}].ip"), parse_ip(entry)));
+        addresses.extend(read(at, &format!("status.podIPs[{index}].ip"), entry));
     }
     if let Some(ip) = status.pod_ip.as_ref().filter(|ip| !ip.is_empty())
-        && let Some(address) = report.read(at.key("podIP"), "status.podIP", parse_ip(ip))
+        && let Some(address) = read(at.key("podIP"), "status.podIP", ip)
     {
         if addresses.is_empty() {
             addresses.push(address);
@@ -448,7 +492,9 @@ fn workload_endpoint(object: &Object<WorkloadEndpoint>, problems: &mut Problems)
         let field = format!("spec.ipNetworks[{index}]");
         let net = parse_cidr(text).or_else(|error| parse_ip(text).map(IpNet::from).map_err(|_| error));
         match report.read(at, &field, net) {
-            Some(net) if net.prefix_len() == net.max_prefix_len() => addresses.push(net.addr()),
+            Some(net) if net.prefix_len() == net.max_prefix_len() => {
+                addresses.extend(usable(&mut report, at, &field, Some(net.addr())));
+            }
             Some(net) => {
                 let help = format!("write {}", IpNet::from(net.addr()));
                 report.error(at, format_args!("{field}: {text:?} is not a single address"), help);

@@ -3,9 +3,11 @@
 //! One pass over each kind: it reads addresses, ports and selectors, refuses what the API server would refuse, and
 //! fills the models. What is at fault is reported at its place and left out, so that one run shows everything.
 
+mod assume;
 mod cluster;
 mod host;
 mod host_ports;
+mod impossible;
 mod local_pods;
 mod policy;
 mod ports;
@@ -29,17 +31,24 @@ use weir_packet::Protocol;
 use crate::{
     config::RouterConfig,
     resources::{Manifests, ObjectId, Objects, Substitute},
-    sources::{Library, library::Texts},
-    text::{Problems, Severity},
+    sources::{
+        Library, Revisit,
+        file::is_written,
+        keep::Kept as KeptTexts,
+        library::{Held, InForce, Texts},
+        revisit::Awaited,
+    },
+    text::{Problems, Severity, Source},
 };
 
+pub use assume::{Assumed, Assumptions, makes_pods};
 use cluster::Described;
 pub use cluster::workload_device;
 pub use host_ports::{Room, Unserved};
 pub use local_pods::{LocalPod, LocalPods};
 use ports::Publishers;
 
-/// A configuration that was read and translated without an error.
+/// A configuration that was read and translated, without what is at fault.
 #[derive(Debug)]
 pub struct Loaded {
     /// weir.yaml.
@@ -58,8 +67,16 @@ pub struct Loaded {
     pub notes: Problems,
     /// The files and folders that were read, weir.yaml first: what to watch.
     pub files: Vec<PathBuf>,
-    /// Objects whose newest version is faulty, and what stands for them; only after [`Loader::reload`].
+    /// Objects whose newest version is faulty, and what stands for them.
     pub faulty: Vec<Faulty>,
+    /// What is in force as an earlier run left it.
+    pub stale: Option<Stale>,
+    /// The texts that are in force, for the next run to begin from ([`crate::sources::keep`]).
+    pub in_force: Vec<InForce>,
+    /// The namespace of objects that give none.
+    pub namespace: String,
+    /// What was made up; `None` where nothing may be.
+    pub assumed: Option<Assumed>,
     /// The pods that this node's CNI plugin had made.
     pub local_pods: Arc<LocalPods>,
     /// Names of those whose objects are not there yet. They are workloads that no policy lets anything through to or from.
@@ -70,6 +87,15 @@ pub struct Loaded {
     publishers: Publishers,
     /// How long it took.
     pub times: LoadTimes,
+}
+
+/// What is in force as an earlier run left it, since its sources do not say any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stale {
+    /// When that was written down, in seconds since 1970.
+    pub since_unix_seconds: u64,
+    /// Objects, or texts.
+    pub objects: BTreeSet<String>,
 }
 
 /// How long a load took.
@@ -88,8 +114,39 @@ pub struct Faulty {
     pub object: String,
     /// What stands for it.
     pub substitute: Substitute,
+    /// What kind of thing it is.
+    pub kind: FaultyKind,
     /// What is wrong, with its place.
     pub problem: String,
+}
+
+/// What is at fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultyKind {
+    /// A policy that is enforced: where nothing stands for it, it denies what it selects.
+    Policy,
+    /// Another object.
+    Object,
+    /// A document of a text, where nobody knows what it held.
+    Document,
+}
+
+impl FaultyKind {
+    fn of(id: &ObjectId) -> Self {
+        if id.is_policy() { Self::Policy } else { Self::Object }
+    }
+}
+
+impl Faulty {
+    /// What became of it, in words that follow its name.
+    pub fn outcome(&self) -> &'static str {
+        match (self.substitute, self.kind) {
+            (Substitute::LastGood, _) => "its last good version stays",
+            (Substitute::Nothing, FaultyKind::Policy) => "it denies what it selects",
+            (Substitute::Nothing, FaultyKind::Object) => "it is left out",
+            (Substitute::Nothing, FaultyKind::Document) => "the document is left out",
+        }
+    }
 }
 
 impl Loaded {
@@ -112,20 +169,28 @@ impl Loaded {
     }
 }
 
-/// Reads weir.yaml and its manifests and translates them.
+/// Reads weir.yaml and its manifests and translates them; see [`Loader::load`].
 ///
 /// # Errors
-/// All problems, warnings and notes included, where at least one is an error.
-pub fn load(path: &Path) -> Result<Loaded, Problems> {
+/// As there.
+pub fn load(path: &Path) -> Result<(Loaded, Option<Problems>), Problems> {
     Loader::new(path).load()
 }
 
-/// As [`load`], and warns of what is valid but probably not meant so, which takes a look at everything.
+/// As [`load`], but no object may be at fault.
 ///
 /// # Errors
-/// As [`load`].
-pub fn load_with_review(path: &Path) -> Result<Loaded, Problems> {
-    Loader { reviews: true, ..Loader::new(path) }.load()
+/// All problems, warnings and notes included, where at least one is an error.
+pub fn load_strictly(path: &Path) -> Result<Loaded, Problems> {
+    Loader::new(path).load_strictly()
+}
+
+/// As [`load_strictly`] with assumptions, and warns of what is valid but probably not meant so, which takes a look at everything.
+///
+/// # Errors
+/// As there.
+pub fn load_with_review(path: &Path, assumptions: &Assumptions) -> Result<Loaded, Problems> {
+    Loader { reviews: true, ..Loader::assuming(path, assumptions) }.load_strictly()
 }
 
 /// Loads a configuration, at first and again and again; what did not change is taken as it was.
@@ -137,8 +202,14 @@ pub struct Loader {
     reviews: bool,
     kept: Kept,
     local_pods: Arc<LocalPods>,
+    assumes_pods: bool,
     /// What was read for the last load that succeeded.
     read: Option<Read>,
+    /// The objects that an earlier run had in force, until the start.
+    beginning: Objects,
+    /// Of these, what is in force yet.
+    stale: Option<Stale>,
+    revisit: Revisit,
 }
 
 /// What was made of several objects at the load before.
@@ -173,8 +244,49 @@ impl Loader {
             reviews: false,
             kept: Kept::default(),
             local_pods: Arc::default(),
+            assumes_pods: false,
             read: None,
+            beginning: Objects::default(),
+            stale: None,
+            revisit: Revisit::default(),
         }
+    }
+
+    /// Tells `revisit`, a watch's, what is to be looked at again, and is told by it what to believe.
+    pub fn follow(&mut self, revisit: Revisit) {
+        self.revisit = revisit;
+    }
+
+    /// Takes the texts that an earlier run had in force as those of before, for [`Loader::start`].
+    pub fn begin_from(&mut self, kept: KeptTexts) {
+        // They were good, and what is wrong with their files now is told by the load.
+        let mut problems = Problems::default();
+        problems.add_source(Source::new("", String::new()));
+        let texts = self.library.remember(kept.texts, &mut problems);
+        self.beginning = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut problems).objects;
+        self.stale = Some(Stale { since_unix_seconds: kept.since_unix_seconds, objects: BTreeSet::new() });
+    }
+
+    /// The first load of a router: as [`Loader::reload`], after what [`Loader::begin_from`] was given.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start(&mut self) -> Result<(Loaded, Option<Problems>), Problems> {
+        let previous = std::mem::take(&mut self.beginning);
+        let mut outcome = self.reload(&previous);
+        if let (Ok((loaded, _)), Some(stale)) = (&mut outcome, &mut self.stale) {
+            let last_good = loaded.faulty.iter().filter(|faulty| faulty.substitute == Substitute::LastGood);
+            stale.objects = last_good.map(|faulty| faulty.object.clone()).collect();
+            loaded.stale = Some(stale.clone()).filter(|stale| !stale.objects.is_empty());
+        }
+        outcome
+    }
+
+    /// For the weir.yaml at `path`, or, where pods are assumed, manifests there, with what is to be taken for given.
+    pub fn assuming(path: &Path, assumptions: &Assumptions) -> Self {
+        let namespace = assumptions.namespace.as_deref();
+        let library = namespace.map_or_else(Library::default, Library::in_namespace);
+        Self { library, assumes_pods: assumptions.pods, ..Self::new(path) }
     }
 
     /// The pods that this node's CNI plugin has made, for the loads from now on.
@@ -193,22 +305,31 @@ impl Loader {
         Self { library: self.library.afresh(), local_pods: Arc::clone(&self.local_pods), ..Self::new(&self.path) }
     }
 
-    /// Reads and translates everything.
+    /// Reads and translates everything, as a [`Loader::reload`] from nothing: an object at fault is left out, so that a policy denies what
+    /// it selects, and the rest proceeds.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load(&mut self) -> Result<(Loaded, Option<Problems>), Problems> {
+        self.reload(&Objects::default())
+    }
+
+    /// Reads and translates everything; no object may be at fault.
     ///
     /// # Errors
     /// All problems, warnings and notes included, where at least one is an error.
-    pub fn load(&mut self) -> Result<Loaded, Problems> {
+    pub fn load_strictly(&mut self) -> Result<Loaded, Problems> {
         let read = self.read()?;
         let begin = Instant::now();
         let loaded = self.attempt(&read, None).map_err(|failed| failed.problems)?;
-        let loaded = read.timed(loaded, begin);
+        let loaded = self.finished(&read, loaded, begin, &BTreeSet::new());
         self.read = Some(read);
         Ok(loaded)
     }
 
-    /// As [`Loader::load`], but an object at fault does not stop the rest: its last good version stands for it, or, where there is none,
-    /// nothing, so that a policy denies what it selects. [`Loaded::faulty`] names what is at fault; all problems come with it, to be shown.
-    /// `previous` is what is in force, loaded by this loader.
+    /// Reads and translates everything. An object at fault does not stop the rest: its last good version stands for it, or, where there is
+    /// none, nothing, so that a policy denies what it selects. [`Loaded::faulty`] names what is at fault; all problems come with it, to be
+    /// shown. `previous` is what is in force, loaded by this loader.
     ///
     /// # Errors
     /// All problems, where one is not an object's but of weir.yaml itself.
@@ -237,9 +358,15 @@ impl Loader {
     fn translate_again(&mut self, read: &Read, previous: &Objects) -> Result<(Loaded, Option<Problems>), Problems> {
         let begin = Instant::now();
         let all = match self.attempt(read, None) {
-            Ok(loaded) => return Ok((read.timed(loaded, begin), None)),
+            Ok(loaded) => {
+                let loaded = self.finished(read, loaded, begin, &BTreeSet::new());
+                // What is not as its file says is told as a fault is.
+                let told = (!read.texts.held.is_empty()).then(|| read.problems.clone());
+                return Ok((loaded, told));
+            }
             Err(failed) => failed.problems,
         };
+        let faulty_texts = all.of(Severity::Error).map(|error| error.span.file).collect();
         let good: HashSet<&ObjectId> = previous.good().map(|(id, _)| id).collect();
         let mut faulty: BTreeMap<ObjectId, (Substitute, String)> = BTreeMap::new();
         // Each round substitutes for an object that the one before did not, or takes a substitute out, so there is a last one.
@@ -250,10 +377,11 @@ impl Loader {
                     let named = faulty.into_iter().map(|(id, (substitute, problem))| Faulty {
                         object: id.to_string(),
                         substitute,
+                        kind: FaultyKind::of(&id),
                         problem,
                     });
                     loaded.faulty.extend(named);
-                    return Ok((read.timed(loaded, begin), Some(all)));
+                    return Ok((self.finished(read, loaded, begin, &faulty_texts), Some(all)));
                 }
                 Err(failed) => *failed,
             };
@@ -273,14 +401,47 @@ impl Loader {
         }
     }
 
+    /// A load with what is known of its texts.
+    fn finished(&mut self, read: &Read, mut loaded: Loaded, begin: Instant, faulty_texts: &BTreeSet<u32>) -> Loaded {
+        let held = read.texts.held.iter().map(|Held { path, has_text, problem }| Faulty {
+            object: path.display().to_string(),
+            substitute: if *has_text { Substitute::LastGood } else { Substitute::Nothing },
+            kind: FaultyKind::Document,
+            problem: problem.clone(),
+        });
+        loaded.faulty.extend(held);
+        loaded.in_force = read.texts.in_force(faulty_texts);
+        if let Some(stale) = &mut self.stale {
+            let last_good = loaded.faulty.iter().filter(|faulty| faulty.substitute == Substitute::LastGood);
+            let last_good: BTreeSet<&String> = last_good.map(|faulty| &faulty.object).collect();
+            stale.objects.retain(|object| last_good.contains(object));
+            loaded.stale = Some(stale.clone()).filter(|stale| !stale.objects.is_empty());
+        }
+        read.timed(loaded, begin)
+    }
+
     fn read(&mut self) -> Result<Read, Problems> {
         let begin = Instant::now();
         let mut problems = Problems::default();
-        let Some((config, spans)) = RouterConfig::read(&self.path, &mut problems) else {
+        let believes = self.revisit.takes_belief();
+        let made_up = if self.assumes_pods { assume::configuration(&self.path) } else { None };
+        // What is no weir.yaml is a manifest, though it lies at its path.
+        let no_path = Path::new("");
+        let (path, config) = match made_up {
+            Some(source) => {
+                let file = problems.add_source(source);
+                (no_path, RouterConfig::from_source(file, no_path, &mut problems))
+            }
+            None => (self.path.as_path(), RouterConfig::read(&self.path, &mut problems)),
+        };
+        let Some((config, spans)) = config else {
+            let written = if is_written(&self.path) { vec![self.path.clone()] } else { Vec::new() };
+            self.revisit.set(Awaited { written, at: None });
             problems.sort();
             return Err(problems);
         };
-        let texts = self.library.read(&config.manifests, &spans, &self.path, &mut problems);
+        let texts = self.library.read(&config.manifests, &spans, path, believes, &mut problems);
+        self.revisit.set(texts.awaited.clone());
         Ok(Read { config, texts, problems, took: begin.elapsed() })
     }
 
@@ -310,13 +471,20 @@ impl Loader {
                 let lost: Vec<&ObjectId> =
                     of_text.filter(|id| !mentioned.contains(id) && !wanted.contains(id)).collect();
                 if lost.is_empty() {
-                    faulty.push(Faulty { object: name.to_owned(), substitute: Substitute::Nothing, problem });
+                    let object = name.to_owned();
+                    faulty.push(Faulty {
+                        object,
+                        substitute: Substitute::Nothing,
+                        kind: FaultyKind::Document,
+                        problem,
+                    });
                     continue;
                 }
                 for id in lost {
                     faulty.push(Faulty {
                         object: id.to_string(),
                         substitute: Substitute::LastGood,
+                        kind: FaultyKind::of(id),
                         problem: problem.clone(),
                     });
                     wanted.insert(id.clone());
@@ -325,10 +493,17 @@ impl Loader {
             manifests.add_last_good(previous, &wanted, &mut problems);
         }
         let config = read.config.clone();
+        let assumed = self.assumes_pods.then(|| {
+            let identities = self.library.identities();
+            assume::assume(read.texts.sources(), &config, identities, substitutes, &mut manifests, &mut problems)
+        });
         let pods = &self.local_pods;
         let files = std::iter::once(&self.path).chain(&read.texts.files).cloned().collect();
         match translate(config, &mut manifests, pods, &mut self.kept, self.reviews, problems) {
-            Ok(loaded) => Ok(Loaded { faulty, files, ..loaded }),
+            Ok(loaded) => {
+                let namespace = self.library.identities().namespace().to_owned();
+                Ok(Loaded { faulty, files, assumed, namespace, ..loaded })
+            }
             Err(problems) => Err(Box::new(Failed { problems, manifests })),
         }
     }
@@ -360,6 +535,7 @@ fn translate(
     let undescribed = undescribed.collect();
     if reviews {
         review::review(&config, manifests, &cluster, &mut problems);
+        policy::lint(manifests, &policy, &mut problems);
     }
     problems.forget_trees();
     problems.sort();
@@ -378,6 +554,10 @@ fn translate(
         notes: problems,
         files: Vec::new(),
         faulty: Vec::new(),
+        stale: None,
+        in_force: Vec::new(),
+        assumed: None,
+        namespace: String::new(),
         local_pods: Arc::clone(local_pods),
         undescribed,
         host_ports,

@@ -166,8 +166,8 @@ fn what_is_kept_from_load_to_load_changes_no_outcome() {
     write(&editors[0], "one.yaml");
     write(&editors[1], "two.yaml");
     let mut keeping = Loader::new(&path);
-    let mut previous = keeping.load().unwrap();
-    let mut previous_afresh = keeping.afresh().load().unwrap();
+    let mut previous = keeping.load_strictly().unwrap();
+    let mut previous_afresh = keeping.afresh().load_strictly().unwrap();
     let (mut refused, mut with_faults, mut of_pods) = (0, 0, 0);
     let (mut pods, mut is_refused) = (LocalPods::default(), false);
     for step in 0..600 {
@@ -183,6 +183,8 @@ fn what_is_kept_from_load_to_load_changes_no_outcome() {
         }
         // After a refusal the files say something else than what is in force.
         let unread = only_pods && !is_refused;
+        // Else a text that became empty would stay for a while.
+        keeping.revisit.believe();
         of_pods += usize::from(unread);
         let kept =
             if unread { keeping.reload_local_pods(&previous.objects) } else { keeping.reload(&previous.objects) };
@@ -226,7 +228,7 @@ fn an_unchanged_object_is_the_same_one_wherever_it_moves_to() {
             fs::write(path("m.yaml"), text).unwrap();
             let mut problems = Problems::default();
             problems.add_source(crate::text::Source::new("weir.yaml", String::new()));
-            let texts = library.read(&[path("m.yaml")], &[], Path::new("weir.yaml"), &mut problems);
+            let texts = library.read(&[path("m.yaml")], &[], Path::new("weir.yaml"), true, &mut problems);
             let manifests = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut problems);
             assert!(problems.diagnostics().is_empty(), "{problems}");
             let place = |at: crate::resources::at::At<'_>| problems.place(at.span());
@@ -244,4 +246,92 @@ fn an_unchanged_object_is_the_same_one_wherever_it_moves_to() {
         assert!(same(1, 1) && same(0, 2), "{before:?} {after:?}");
         assert!(before[2].3 == after[2].3 && before[0].3 != after[2].3, "{before:?} {after:?}");
     }
+}
+
+/// Services by name, with the outcome's faulty objects and what is stale.
+fn begun(loader: &mut Loader, previous: Option<&Objects>) -> (Vec<String>, Vec<String>, Vec<String>, Loaded) {
+    let outcome = match previous {
+        Some(previous) => loader.reload(previous),
+        None => loader.start(),
+    };
+    let (loaded, _) = outcome.unwrap_or_else(|problems| panic!("{problems}"));
+    let services =
+        loaded.services.services.iter().map(|service| format!("{} {}", service.name, service.cluster_ips[0]));
+    let faulty = loaded.faulty.iter().map(|faulty| format!("{}: {:?}", faulty.object, faulty.substitute));
+    let stale = loaded.stale.iter().flat_map(|stale| stale.objects.clone());
+    (services.collect(), faulty.collect(), stale.collect(), loaded)
+}
+
+#[test]
+fn a_start_begins_from_what_was_in_force_where_its_sources_are_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let (state, shown) = (path("state"), |name: &str| path(name).display().to_string());
+    fs::create_dir(path("m")).unwrap();
+    fs::write(path("weir.yaml"), "nodeName: a\nmanifests: [one.yaml, two.yaml, m]\n").unwrap();
+    let service = |name: &str, ip: &str| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: {ip}, ports: [{{port: 80}}]}}\n"
+        )
+    };
+    let write = |name: &str, text: &str| fs::write(path(name), text).unwrap();
+    write("one.yaml", &(service("s1", "10.96.0.1") + "---\n" + &service("s2", "10.96.0.2")));
+    write("two.yaml", &service("s3", "10.96.0.3"));
+    write("m/four.yaml", &service("s4", "10.96.0.4"));
+    let keep = |loaded: &Loaded| crate::sources::keep::Kept::write(&state, &loaded.in_force).unwrap();
+    let next_run = || {
+        let mut loader = Loader::new(&path("weir.yaml"));
+        loader.begin_from(crate::sources::keep::Kept::read(&state).unwrap().unwrap());
+        loader
+    };
+    let mut loader = Loader::new(&path("weir.yaml"));
+    let (services, faulty, stale, loaded) = begun(&mut loader, None);
+    assert_eq!((services.len(), faulty.len(), stale.len()), (4, 0, 0));
+    assert!(keep(&loaded));
+
+    // A fault at run time: what is kept of that text is the last one that was good.
+    write("two.yaml", &service("s3", "10.96.0.300"));
+    let (services, faulty, _, loaded) = begun(&mut loader, Some(&loaded.objects));
+    assert!(services.contains(&"default/s3 10.96.0.3".to_owned()) && faulty == ["Service default/s3: LastGood"]);
+    assert!(!keep(&loaded), "nothing else is in force");
+
+    // The next run finds that fault, a text cut in the middle, and its folder gone.
+    write("one.yaml", &(service("s1", "10.96.0.11") + "---\n{"));
+    fs::rename(path("m"), path("away")).unwrap();
+    let mut loader = next_run();
+    let (mut services, mut faulty, mut stale, loaded) = begun(&mut loader, None);
+    let all = ["default/s1 10.96.0.11", "default/s2 10.96.0.2", "default/s3 10.96.0.3", "default/s4 10.96.0.4"];
+    services.sort();
+    assert_eq!(services, all);
+    let mut objects = ["Service default/s2".to_owned(), "Service default/s3".into(), shown("m/four.yaml")];
+    faulty.sort();
+    stale.sort();
+    objects.sort();
+    assert_eq!((faulty, &stale[..]), (objects.iter().map(|o| format!("{o}: LastGood")).collect(), &objects[..]));
+    assert!(loaded.stale.as_ref().unwrap().since_unix_seconds > 1_700_000_000);
+    assert!(!keep(&loaded), "a start that begins from what is kept keeps it");
+
+    // Once more, as if that had been killed; then all is mended, one by one, and what breaks again is not stale.
+    let mut loader = next_run();
+    let (services, _, stale, loaded) = begun(&mut loader, None);
+    assert_eq!((services.len(), stale.len()), (4, 3));
+    fs::rename(path("away"), path("m")).unwrap();
+    write("two.yaml", &service("s3", "10.96.0.33"));
+    let (_, faulty, stale, loaded) = begun(&mut loader, Some(&loaded.objects));
+    assert_eq!(
+        (faulty, stale),
+        (vec!["Service default/s2: LastGood".to_owned()], vec!["Service default/s2".to_owned()])
+    );
+    write("one.yaml", &service("s1", "10.96.0.12"));
+    write("two.yaml", &service("s3", "10.96.0.300"));
+    let (services, faulty, stale, loaded) = begun(&mut loader, Some(&loaded.objects));
+    assert_eq!(services, ["default/s1 10.96.0.12", "default/s4 10.96.0.4", "default/s3 10.96.0.33"]);
+    assert_eq!((faulty.len(), stale.len()), (1, 0));
+    assert!(keep(&loaded));
+
+    // A bad weir.yaml is refused as ever, and without anything kept there is nothing to begin from.
+    fs::rename(path("m"), path("away")).unwrap();
+    assert!(Loader::new(&path("weir.yaml")).start().is_err());
+    write("weir.yaml", "nodeName: a\nmanifests: [one.yaml]\ntypo: 1\n");
+    assert!(next_run().start().is_err());
 }

@@ -54,6 +54,7 @@ pub(super) fn review(config: &RouterConfig, manifests: &Manifests, cluster: &Clu
     }
     dangling_slices(manifests, problems);
     nodes_and_namespaces(manifests, problems);
+    ranges_with_nodes(manifests, cluster, problems);
     let mut yaml = Problems::default();
     let file = yaml.share_source(Arc::clone(problems.source(0)));
     for root in tree::read_documents(file, &mut yaml) {
@@ -319,6 +320,34 @@ fn nodes_and_namespaces(manifests: &Manifests, problems: &mut Problems) {
     }
     check(&manifests.network_policies, &namespaces, problems);
     check(&manifests.calico_network_policies, &namespaces, problems);
+}
+
+/// Ranges of pods in which nodes have their addresses: who has one is then a matter of luck.
+fn ranges_with_nodes(manifests: &Manifests, cluster: &Cluster, problems: &mut Problems) {
+    let addresses = cluster.nodes.iter().flat_map(|node| node.internal_ips.iter().map(|ip| (*ip, node.name.as_str())));
+    let addresses: Vec<(IpAddr, &str)> = addresses.collect();
+    let check = |net: &str, at: At<'_>, field: &str, report: &mut Reporter<'_>| {
+        let Ok(net) = parse_cidr(net) else { return };
+        if let Some((address, node)) = addresses.iter().find(|(address, _)| net.contains(address)) {
+            let help = "give pods a range of their own".to_owned();
+            report.warning(at, format_args!("{field}: {net} covers {address}, the address of node {node}"), help);
+        }
+    };
+    for object in &manifests.nodes {
+        let Some(spec) = &object.value.spec else { continue };
+        for (index, net) in spec.pod_cidrs.iter().flatten().enumerate() {
+            let at = object.at().key("spec").key("podCIDRs").item(index);
+            check(net, at, &format!("spec.podCIDRs[{index}]"), &mut object.reporter(problems));
+        }
+    }
+    for object in &manifests.pools {
+        check(
+            &object.value.spec.cidr,
+            object.at().key("spec").key("cidr"),
+            "spec.cidr",
+            &mut object.reporter(problems),
+        );
+    }
 }
 
 fn host_bits_of<T: Slim + Send + Sync>(objects: &[Object<T>], problems: &mut Problems) {

@@ -19,10 +19,11 @@ use crate::{
         },
     },
     text::{
-        Problems,
+        Problems, Topic,
         address::{parse_ip, parse_network},
         problem::nearest,
     },
+    translate::impossible::{usable, usable_on_link},
 };
 
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
@@ -198,7 +199,7 @@ fn slice(object: &Object<EndpointSlice>, problems: &mut Problems) -> Option<Slic
     }
     let Some(service) = slice.service.as_ref().filter(|name| !name.is_empty()) else {
         let message = format!("it has no label {SERVICE_NAME_LABEL} and belongs to no service");
-        report.note(at.key("metadata").key("name"), message);
+        report.note_on(Topic::NoService, at.key("metadata").key("name"), message);
         return None;
     };
     Some(Slice { service: Arc::clone(service), is_ipv6, ports: ports.into() })
@@ -236,7 +237,9 @@ fn check_endpoint(endpoint: &SliceEndpoint, index: usize, is_ipv6: bool, at: At<
         }
         let at = at.key("addresses").item(number);
         let field = format!("endpoints[{index}].addresses[{number}]");
-        if report.read(at, &field, read).is_some() {
+        let address = report.read(at, &field, read);
+        let Some(address) = usable(report, at, &field, address) else { continue };
+        if address.is_ipv6() != is_ipv6 {
             let (text, family) = (given.text(), if is_ipv6 { "IPv6" } else { "IPv4" });
             let help = "a slice holds addresses of one family; put the others in a slice of their own".to_owned();
             report.error(at, format_args!("{field}: {text} is not an {family} address as addressType says"), help);
@@ -342,7 +345,11 @@ fn service(object: &Object<Service>, problems: &mut Problems) -> Option<ServiceF
     }
     if cluster_ips.is_empty() {
         // Kubernetes allocates one when it accepts the service.
-        report.note(object.at().key("metadata").key("name"), "it has no cluster IP and is not served");
+        report.note_on(
+            Topic::NoClusterIp,
+            object.at().key("metadata").key("name"),
+            "it has no cluster IP and is not served",
+        );
         return None;
     }
     let families = |is_ipv6: bool| cluster_ips.iter().any(|(address, _)| address.is_ipv6() == is_ipv6);
@@ -541,13 +548,18 @@ fn cluster_ips(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Vec
     for (index, text) in spec.cluster_ips.iter().enumerate() {
         let at = at.key("clusterIPs").item(index);
         if &**text != "None" && !text.is_empty() {
-            let address = report.read(at, &format!("spec.clusterIPs[{index}]"), parse_ip(text));
+            let field = format!("spec.clusterIPs[{index}]");
+            let address = report.read(at, &field, parse_ip(text));
+            let address = usable(report, at, &field, address);
             addresses.extend(address.map(|address| (address, Some(index))));
         }
     }
     if let Some(text) = spec.cluster_ip.as_ref().filter(|text| !text.is_empty() && &***text != "None") {
         let at = at.key("clusterIP");
-        match (report.read(at, "spec.clusterIP", parse_ip(text)), addresses.first()) {
+        let address = report.read(at, "spec.clusterIP", parse_ip(text));
+        // One that is listed too was told of there.
+        let address = if addresses.is_empty() { usable(report, at, "spec.clusterIP", address) } else { address };
+        match (address, addresses.first()) {
             (Some(address), None) => addresses.push((address, None)),
             (Some(address), Some((listed, _))) if address != *listed => {
                 let help = "make it the first of clusterIPs".to_owned();
@@ -563,7 +575,9 @@ fn external_ips(spec: &ServiceSpec, at: At<'_>, report: &mut Reporter<'_>) -> Ve
     let mut addresses = Vec::new();
     for (index, text) in spec.external_ips.iter().enumerate() {
         let at = at.key("externalIPs").item(index);
-        addresses.extend(report.read(at, &format!("spec.externalIPs[{index}]"), parse_ip(text.trim())));
+        let field = format!("spec.externalIPs[{index}]");
+        let address = report.read(at, &field, parse_ip(text.trim()));
+        addresses.extend(usable(report, at, &field, address));
     }
     addresses
 }
@@ -577,7 +591,9 @@ fn load_balancer_ips(object: &Object<Service>, report: &mut Reporter<'_>) -> Vec
         let mode = ingress.ip_mode.as_deref().unwrap_or("VIP");
         one_of(mode, &["VIP", "Proxy"], at.key("ipMode"), &format!("{field}.ipMode"), report);
         if let Some(text) = ingress.ip.as_ref().filter(|text| !text.is_empty()) {
-            let address = report.read(at.key("ip"), &format!("{field}.ip"), parse_ip(text));
+            let (at, field) = (at.key("ip"), format!("{field}.ip"));
+            let address = report.read(at, &field, parse_ip(text));
+            let address = usable_on_link(report, at, &field, address);
             addresses.extend(address.filter(|_| mode == "VIP"));
         }
     }

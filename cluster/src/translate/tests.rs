@@ -17,11 +17,14 @@ use weir_policy::{
 use super::*;
 use crate::text::Source;
 
+mod assume;
 mod host;
 mod host_ports;
+mod lints;
 mod local_pods;
 mod policy;
 mod review;
+mod start;
 
 const WEIR: &str = "nodeName: node-a\nmanifests: [cluster.yaml]\n";
 
@@ -898,7 +901,7 @@ fn folders_are_read_with_their_subfolders_and_missing_paths_are_errors() {
     }
     fs::write(path("m/README.md"), "no manifest").unwrap();
     fs::write(path("weir.yaml"), "nodeName: a\nmanifests: [m/, m/b.yml]\n").unwrap();
-    let loaded = load(&path("weir.yaml")).unwrap();
+    let loaded = load_strictly(&path("weir.yaml")).unwrap();
     let names: Vec<String> = loaded.objects.iter().map(|origin| origin.name).collect();
     assert_eq!(names, ["a", "b", "c"]);
     let files: Vec<&Path> = loaded.files.iter().map(|file| file.strip_prefix(folder.path()).unwrap()).collect();
@@ -906,11 +909,11 @@ fn folders_are_read_with_their_subfolders_and_missing_paths_are_errors() {
 
     fs::write(path("weir.yaml"), "nodeName: a\nmanifests: [m/, none.yaml, latin.yaml]\n").unwrap();
     fs::write(path("latin.yaml"), b"a: 1\nb: \xe9\n").unwrap();
-    let problems = load(&path("weir.yaml")).unwrap_err().to_json();
+    let problems = load_strictly(&path("weir.yaml")).unwrap_err().to_json();
     let facts: Vec<_> = problems.iter().map(|p| (p.line, p.column, p.message.split(':').next().unwrap())).collect();
     let missing = format!("cannot read {}", path("none.yaml").display());
     assert_eq!(facts, [(2, 17, missing.as_str()), (2, 4, "this file is not UTF-8")]);
-    let problems = load(&path("nowhere.yaml")).unwrap_err();
+    let problems = load_strictly(&path("nowhere.yaml")).unwrap_err();
     assert!(problems.diagnostics()[0].message.starts_with("cannot read the configuration"));
 }
 
@@ -943,7 +946,7 @@ fn a_faulty_object_keeps_its_last_good_version_and_the_rest_proceeds() {
     let first = service("10.96.0.1") + &policy("p", open);
     fs::write(folder.join("cluster.yaml"), &first).unwrap();
     let mut loader = Loader::new(&folder.join("weir.yaml"));
-    let good = loader.load().unwrap_or_else(|problems| panic!("{problems}"));
+    let good = loader.load_strictly().unwrap_or_else(|problems| panic!("{problems}"));
     let address = |loaded: &Loaded| loaded.services.services[0].cluster_ips[0].to_string();
     let rules = |loaded: &Loaded| -> Vec<(String, usize)> {
         let policies = loaded.policy.tiers[0].policies.iter();

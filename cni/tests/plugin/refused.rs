@@ -76,7 +76,9 @@ fn only_root_is_served() {
     }
     let pod = Sandbox::new("web-0");
     let program = node.folder.path().join("weir-cni");
-    fs::copy(env!("CARGO_BIN_EXE_weir-cni"), &program).unwrap();
+    // By another process: a thread that forks while this one had it open for writing would keep it from being run (ETXTBSY).
+    let copied = std::process::Command::new("cp").arg(env!("CARGO_BIN_EXE_weir-cni")).arg(&program).status().unwrap();
+    assert!(copied.success());
     let mut process = std::process::Command::new(&program);
     process
         .envs(pod.command("STATUS").process().get_envs().filter_map(|(k, v)| v.map(|v| (k.to_owned(), v.to_owned()))));

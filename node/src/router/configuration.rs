@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use tracing::{error, warn};
 use weir_cluster::{
     config::{Cni, RouterConfig},
-    resources::Substitute,
-    translate::{Faulty, Unserved},
+    text::Problems,
+    translate::{Loaded, Unserved},
 };
 
 use super::{Router, assemble::role_rules};
@@ -74,6 +74,15 @@ impl Reloads {
     }
 }
 
+/// Tells what is at fault in a configuration that goes on without it.
+pub(super) fn warn_of_faulty(loaded: &Loaded, problems: Option<&Problems>) {
+    let Some(problems) = problems else { return };
+    warn!("objects are faulty:\n{}", problems.render(false));
+    for faulty in &loaded.faulty {
+        warn!(object = faulty.object, "{}", faulty.outcome());
+    }
+}
+
 impl Router {
     /// Begins to prepare a configuration of what is known now; where one is being prepared, sees to one more.
     pub(super) fn begin_reload(&mut self, scope: Scope) {
@@ -116,15 +125,7 @@ impl Router {
     fn take_over(&mut self, prepared: Prepared) {
         let Prepared { scope, loaded, problems, rules, listening, snat, own_addresses, times } = prepared;
         let has_new_files = scope == Scope::Files;
-        if let Some(problems) = problems.filter(|_| has_new_files) {
-            warn!("objects are faulty, and others stand for them:\n{}", problems.render(false));
-            for Faulty { object, substitute, .. } in &loaded.faulty {
-                match substitute {
-                    Substitute::LastGood => warn!(object, "its last good version stays"),
-                    Substitute::Nothing => warn!(object, "left out; a policy denies what it selects"),
-                }
-            }
-        }
+        warn_of_faulty(&loaded, problems.as_ref().filter(|_| has_new_files));
         let roles = role_rules(&loaded);
         if loaded.config.workers != self.config().workers || roles.uplinks != self.devices.roles.uplinks {
             warn!("changed workers, uplinks or nodeName take effect at the next start only");

@@ -83,6 +83,9 @@ impl Router {
     fn is_in_force(&mut self, pending: Pending) {
         let Pending { times: Some((files, times)), begun } = pending else { return };
         let times = Times { publish: begun.map_or(Duration::ZERO, |begun| begun.elapsed()), ..times };
+        if files {
+            self.hands.keep(&self.loaded.in_force);
+        }
         if !self.serves {
             info!(took_ms = %times.to_json(), "configuration in force");
             self.reloads.start(times);

@@ -9,6 +9,7 @@ use std::{
 
 use serde_json::{Map, Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
+use weir_cluster::sources::library::InForce;
 use weir_dataplane::{
     attach::{self, AttachError, Attachment, Owned},
     frame::IfIndex,
@@ -20,6 +21,7 @@ use weir_packet::Mac;
 use super::inbox::{Message, ask_for_device, look_at_ports};
 use crate::{
     health::{Check, HealthChecks},
+    keeper::Keeper,
     kernel::{Resolver, Wanted},
     offload::Offloader,
 };
@@ -64,6 +66,8 @@ pub(super) trait Hands: Send {
     fn plumb(&mut self, wanted: Wanted);
     /// Has health checks answered.
     fn answer_health(&mut self, checks: BTreeMap<SocketAddr, Check>);
+    /// Has the texts that are in force kept for the next start.
+    fn keep(&mut self, in_force: &[InForce]);
     /// Watches these files.
     fn watch(&mut self, files: Vec<PathBuf>);
     /// Makes the kernel ask for a neighbour.
@@ -89,6 +93,7 @@ pub(super) struct RealHands {
     pub(super) inbox: mpsc::Sender<Message>,
     /// Modes of the sockets, as the status has them.
     pub(super) sockets: Vec<Value>,
+    pub(super) keeper: Option<Keeper>,
 }
 
 impl Hands for RealHands {
@@ -136,6 +141,12 @@ impl Hands for RealHands {
         self.health.follow(checks);
     }
 
+    fn keep(&mut self, in_force: &[InForce]) {
+        if let Some(keeper) = &self.keeper {
+            keeper.offer(in_force);
+        }
+    }
+
     fn watch(&mut self, files: Vec<PathBuf>) {
         self.files.send_replace(files);
     }
@@ -166,6 +177,7 @@ impl Hands for RealHands {
         status.insert("offload".into(), self.offload.as_ref().map(Offloader::to_json).into());
         status.insert("healthChecks".into(), self.health.status());
         status.insert("programs".into(), counted.into());
+        status.insert("state".into(), self.keeper.as_ref().map(Keeper::to_json).into());
         status
     }
 }

@@ -173,7 +173,7 @@ pub(super) fn watch_files(mut files: Watch, mut paths: watch::Receiver<Vec<PathB
                     let wanted = paths.borrow_and_update().clone();
                     match Watch::new(wanted) {
                         Ok(again) => {
-                            files = again;
+                            files = again.sharing(files.revisit());
                             Message::Files(Trigger::Files)
                         }
                         Err(error) => {

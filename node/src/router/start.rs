@@ -54,7 +54,7 @@ use super::{
     Due, PORTS_INTERVAL, Router,
     answers::Answers,
     assemble::{assemble_links, own_addresses, owned, role_rules},
-    configuration::{Pending, Reloads},
+    configuration::{Pending, Reloads, warn_of_faulty},
     devices::{Devices, near_devices},
     hands::{Hands as _, RealHands},
     inbox::{self, Message},
@@ -63,6 +63,7 @@ use crate::{
     book::Pods,
     connections, control,
     health::{self, HealthChecks},
+    keeper::Keeper,
     kernel::{
         DeviceTracker, FollowSettings, HostPlumbing, HostSettings, KernelState, Link, RoleRules, TRUNK_HOST,
         TRUNK_WEIR, View,
@@ -126,7 +127,8 @@ struct First {
 
 /// Reads and compiles everything, as the node is now.
 fn first(mut loader: Loader, view: &View) -> Result<First, RunError> {
-    let mut loaded = loader.load().map_err(|problems| RunError::Config(Box::new(problems)))?;
+    let (mut loaded, problems) = loader.start().map_err(|problems| RunError::Config(Box::new(problems)))?;
+    warn_of_faulty(&loaded, problems.as_ref());
     let roles = role_rules(&loaded);
     let own_addresses = own_addresses(view, &roles);
     loaded.add_local_addresses(&own_addresses);
@@ -227,12 +229,14 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
     // What is wrong is told by the whole load.
     let mut problems = Problems::default();
     let config = RouterConfig::read(&path, &mut problems).filter(|_| !problems.has_errors());
-    let mut made = None;
+    loader.follow(watched.revisit());
+    let (mut made, mut keeper) = (None, None);
     if let Some((config, _)) = config {
         check_alone(&config.node_name).await?;
         // Before they are read, so that no change is missed.
         watched.set_paths(std::iter::once(path.clone()).chain(config.manifests.iter().cloned()))?;
         made = Pods::start(&config)?;
+        keeper = Some(Keeper::start(config.state_folder(), &mut loader));
     }
     if let Some((pods, _)) = &made {
         loader.set_local_pods(Arc::clone(pods.all()));
@@ -371,6 +375,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
         resolver: resolver_receiver,
         inbox: sender.clone(),
         sockets,
+        keeper,
     };
     let First { loaded, loader, policy, rules, snat, listening, roles, own_addresses, times } = first;
     hands.answer_health(health::wanted(&loaded.services));

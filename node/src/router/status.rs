@@ -74,6 +74,10 @@ impl Router {
                 },
                 "problem": faulty.problem,
             })).collect::<Vec<_>>(),
+            "stale": self.loaded.stale.as_ref().map(|stale| json!({
+                "sinceUnixSeconds": stale.since_unix_seconds, "objects": stale.objects,
+            })),
+            "state": null,
             "unservedHostPorts": self.loaded.unserved_host_ports().iter().map(|unserved| json!({
                 "pod": unserved.pod, "proto": unserved.protocol.to_string().to_lowercase(), "hostPort": unserved.port,
                 "why": unserved.why,

@@ -26,7 +26,7 @@ use tokio::{
 use weir_cluster::{
     compile,
     sockets::{Listening, Sockets},
-    sources::watch::Trigger,
+    sources::{library::InForce, watch::Trigger},
     translate::{Loader, workload_device},
 };
 use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
@@ -242,6 +242,8 @@ impl Hands for Played {
 
     fn answer_health(&mut self, _: BTreeMap<SocketAddr, Check>) {}
 
+    fn keep(&mut self, _: &[InForce]) {}
+
     fn watch(&mut self, _: Vec<PathBuf>) {}
 
     fn resolve(&mut self, _: IpAddr, _: IfIndex) {}
@@ -319,7 +321,7 @@ impl Play {
         fs::write(&weir, "nodeName: a\nmanifests: [m.yaml]\ndevices: [{name: eth0, role: uplink}]\n").unwrap();
         fs::write(folder.path().join("m.yaml"), Self::manifests(0)).unwrap();
         let mut loader = Loader::new(&weir);
-        let mut loaded = loader.load().unwrap_or_else(|problems| panic!("{problems}"));
+        let mut loaded = loader.load_strictly().unwrap_or_else(|problems| panic!("{problems}"));
         let view = View::default();
         let roles = role_rules(&loaded);
         let own = own_addresses(&view, &roles);

@@ -242,7 +242,8 @@ fn flows_over_ipv6_come_to_the_same_as_with_the_kernel_and_kube_proxys_rules() {
 
 fn compare(family: Family) {
     let (mut site, _echoes) = cluster::site(family);
-    let loaded = translate::load(site.config(NODE)).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
+    let loaded =
+        translate::load_strictly(site.config(NODE)).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
     kernel_rules(&site, family, Some(&ruleset(&loaded.services, family)));
     let kernel = without_chance(outcomes(&site, family));
     kernel_rules(&site, family, None);

@@ -6,6 +6,7 @@ mod denying;
 mod endpoints;
 mod kubernetes;
 mod labels;
+mod lints;
 mod profiles;
 mod rules;
 mod selectors;
@@ -17,7 +18,7 @@ use std::sync::Arc;
 use weir_dataplane::model::Cluster;
 use weir_policy::model::{Model, Policy};
 
-pub(super) use self::endpoints::Kept;
+pub(super) use self::{endpoints::Kept, lints::lint};
 
 use self::{
     cluster_network_policy::Nodes, labels::Inherited, rules::RuleReader, services::ServiceEndpoints, tiers::Tiers,
@@ -26,7 +27,7 @@ use crate::{
     config::RouterConfig,
     resources::{Content, Manifests, Object, ObjectId, calico::policy::Rule as CalicoRule},
     text::Problems,
-    translate::cluster::Described,
+    translate::{cluster::Described, impossible::too_many_rules},
 };
 
 pub(super) fn translate(
@@ -45,7 +46,9 @@ pub(super) fn translate(
     let reader = RuleReader { namespace: None, services: &services };
     let profiles = profiles::profiles(manifests, &endpoints, reader, problems);
     let tiers = tiers(manifests, &services, &Nodes::new(manifests, cluster), problems).into_tiers();
-    Model { endpoints, tiers, profiles }
+    let model = Model { endpoints, tiers, profiles };
+    too_many_rules(&model, manifests, problems);
+    model
 }
 
 fn tiers(manifests: &Manifests, services: &ServiceEndpoints<'_>, nodes: &Nodes<'_>, problems: &mut Problems) -> Tiers {
