@@ -329,8 +329,9 @@ impl Manifests {
         let pieces = tree::on_reader_thread(|| {
             let documents = tree::document_ranges(source.text()).into_iter();
             let read = |range: Range<usize>| {
-                let base = Base { file, offset: range.start as u32 };
-                Piece::read(Form::Document, &source.text()[range], identities).map(|piece| (base, piece))
+                let piece = Span { file: 0, start: range.start as u32, end: range.end as u32 };
+                let text = InText { source: Arc::clone(&source), piece, form: Form::Document };
+                Piece::read(Form::Document, &source.text()[range], identities).map(|piece| (text, piece))
             };
             documents.filter_map(read).collect::<Vec<_>>()
         });
@@ -341,11 +342,12 @@ impl Manifests {
                 return problems.error(Span { file, ..Span::default() }, message, None);
             }
         };
-        for (base, piece) in pieces {
+        for (text, piece) in pieces {
+            let base = text.base(file);
             replay(&piece.findings, base, problems);
             for item in &piece.items {
                 let substitute = passed_over.get(item.identity.id()).copied();
-                self.place(item, &source, base, substitute, problems);
+                self.place(item, text.clone(), base, substitute, problems);
             }
         }
     }

@@ -11,8 +11,9 @@ use super::{
     slim::Slim,
 };
 use crate::text::{
-    Problems, Source, Span,
+    Problems, Severity, Source, Span,
     tree::{self, Node, Value},
+    typed,
 };
 
 /// Where a piece of text begins, from which the places in it are counted.
@@ -125,6 +126,14 @@ fn find(tree: &Node, start: u32) -> Option<&Node> {
     near.or_else(|| items.iter().find_map(|item| find(item, start)))
 }
 
+impl<T: Slim + Send + Sync> Object<T> {
+    /// All of it, read again, for what nearly nobody asks for.
+    pub fn whole(&self) -> Option<T::Whole> {
+        let tree = self.reread()?;
+        typed::read(self.object(&tree)?, "", |_| Severity::Note, &mut Problems::default())
+    }
+}
+
 impl<T> Object<T> {
     pub(super) fn new(content: Arc<Content<T>>, text: InText, base: Base, origin: u32) -> Self {
         Self { content, text, base, origin }
@@ -135,12 +144,11 @@ impl<T> Object<T> {
     where
         T: Clone,
     {
-        let Content { subject, namespace, name, value, node, .. } = &*self.content;
-        let mut value = value.clone();
+        let Content { identity, value, start, is_faulty, .. } = &*self.content;
+        let (identity, mut value) = (Arc::clone(identity), value.clone());
         change(&mut value);
-        let (subject, namespace, name) = (subject.clone(), namespace.clone(), name.clone());
-        let content = Content { subject, namespace, name, value, node: node.clone(), made: Made::default() };
-        Self::new(Arc::new(content), self.base, self.origin)
+        let content = Content { identity, value, start: *start, is_faulty: *is_faulty, made: Made::default() };
+        Self::new(Arc::new(content), self.text.clone(), self.base, self.origin)
     }
 
     /// What it says; the same one at every load for as long as its text is unchanged.

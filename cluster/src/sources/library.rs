@@ -540,7 +540,7 @@ mod tests {
 
     fn names(texts: &Texts) -> Vec<String> {
         let manifests = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut Problems::default());
-        manifests.namespaces.iter().map(|namespace| namespace.name.clone()).collect()
+        manifests.namespaces.iter().map(|namespace| namespace.name.to_string()).collect()
     }
 
     fn owned(names: &[(&str, bool)]) -> Vec<(String, bool)> {

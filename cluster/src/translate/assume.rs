@@ -13,17 +13,16 @@ use std::{
 };
 
 use ipnet::{IpNet, Ipv4Net};
-use k8s_openapi::{
-    api::core::v1::{Pod, PodSpec, PodStatus, ServicePort, ServiceSpec},
-    apimachinery::pkg::util::intstr::IntOrString,
-};
+use k8s_openapi::{api::core::v1::ServicePort, apimachinery::pkg::util::intstr::IntOrString};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::services::SERVICE_NAME_LABEL;
 use crate::{
     config::RouterConfig,
-    resources::{Identities, Manifests, Object, ObjectId, Substitute},
+    resources::{
+        Identities, Manifests, Object, ObjectId, Substitute,
+        slim::{Name, Pod, SERVICE_NAME_LABEL, ServiceSpec},
+    },
     text::{
         Problems, Severity, Source, Topic,
         address::{parse_ip, parse_network},
@@ -121,13 +120,13 @@ pub(super) fn assume<'s>(
     let mut assumed = Assumed::default();
     problems.leave_out(makes_pods);
     let workloads = workloads(sources, identities.namespace());
-    let another = manifests.nodes.iter().map(|node| node.name.as_str()).find(|name| *name != config.node_name);
+    let another = manifests.nodes.iter().map(|node| &*node.name).find(|name| *name != config.node_name);
     let nodes = [config.node_name.clone(), another.unwrap_or(ANOTHER_NODE).to_owned()];
     let mut addresses = Addresses::new(config, manifests, &nodes);
 
     let mut text = Documents::default();
     for (index, name) in nodes.iter().enumerate() {
-        if !manifests.nodes.iter().any(|node| node.name == *name) {
+        if !manifests.nodes.iter().any(|node| *node.name == **name) {
             text.add(&addresses.node(name, index));
         }
     }
@@ -153,7 +152,7 @@ pub(super) fn assume<'s>(
     }
     for object in &mut manifests.services {
         let is_without = |spec: &ServiceSpec| {
-            let given = spec.cluster_ips.iter().flatten().chain(&spec.cluster_ip).any(|ip| !ip.is_empty());
+            let given = spec.cluster_ips.iter().chain(&spec.cluster_ip).any(|ip| !ip.is_empty());
             !given && spec.type_.as_deref() != Some("ExternalName")
         };
         if object.value.spec.as_ref().is_some_and(is_without)
@@ -161,7 +160,7 @@ pub(super) fn assume<'s>(
         {
             *object = object.changed(|service| {
                 if let Some(spec) = &mut service.spec {
-                    spec.cluster_ip = Some(address.to_string());
+                    spec.cluster_ip = Some(address.to_string().into());
                 }
             });
             assumed.services += 1;
@@ -219,16 +218,15 @@ impl Addresses {
             Err(_) => [net, net],
         };
         let halves = halves(given.unwrap_or(PODS.into()));
-        let object = |name: &String| manifests.nodes.iter().find(|node| node.name == *name);
+        let object = |name: &String| manifests.nodes.iter().find(|node| *node.name == **name);
         let range = |index: usize| {
             let spec = object(&nodes[index]).and_then(|node| node.value.spec.as_ref());
-            let texts = spec.map(|spec| spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr));
+            let texts = spec.map(|spec| spec.pod_cidrs.iter().chain(&spec.pod_cidr));
             let own = texts.and_then(|mut texts| texts.find_map(|text| parse_network(text).ok()));
             Range::new(own.unwrap_or(halves[index]))
         };
         let of_node = |index: usize| {
-            let status = object(&nodes[index]).and_then(|node| node.value.status.as_ref());
-            let mut given = status.into_iter().flat_map(|status| status.addresses.iter().flatten());
+            let mut given = object(&nodes[index]).into_iter().flat_map(|node| &node.value.addresses);
             given.find_map(|given| parse_ip(&given.address).ok().filter(|_| given.type_ == "InternalIP"))
         };
         let services = config.service_cidrs.first().copied().unwrap_or(SERVICES.into());
@@ -270,13 +268,13 @@ fn used(manifests: &Manifests) -> HashSet<IpAddr> {
     let mut texts: Vec<&str> = Vec::new();
     for status in manifests.pods.iter().filter_map(|pod| pod.value.status.as_ref()) {
         texts.extend(status.pod_ip.as_deref());
-        texts.extend(status.pod_ips.iter().flatten().map(|ip| ip.ip.as_str()));
+        texts.extend(status.pod_ips.iter().map(|ip| &**ip));
     }
-    for status in manifests.nodes.iter().filter_map(|node| node.value.status.as_ref()) {
-        texts.extend(status.addresses.iter().flatten().map(|address| address.address.as_str()));
+    for node in &manifests.nodes {
+        texts.extend(node.value.addresses.iter().map(|address| address.address.as_str()));
     }
     for spec in manifests.services.iter().filter_map(|service| service.value.spec.as_ref()) {
-        texts.extend(spec.cluster_ips.iter().flatten().chain(&spec.cluster_ip).map(String::as_str));
+        texts.extend(spec.cluster_ips.iter().chain(&spec.cluster_ip).map(|ip| &**ip));
     }
     texts.into_iter().filter_map(|text| parse_ip(text).ok()).collect()
 }
@@ -479,30 +477,28 @@ impl Workload {
 /// A pod that has no address yet, with one, and on this node where it is on none.
 fn addressed(object: &Object<Pod>, this_node: &str, addresses: &mut Addresses) -> Option<Object<Pod>> {
     let status = object.value.status.as_ref();
-    let is_given = status.is_some_and(|status| {
-        status.pod_ip.as_ref().is_some_and(|ip| !ip.is_empty()) || status.pod_ips.iter().flatten().next().is_some()
-    });
+    let is_given = status
+        .is_some_and(|status| status.pod_ip.as_ref().is_some_and(|ip| !ip.is_empty()) || !status.pod_ips.is_empty());
     if is_given || super::cluster::has_ended(&object.value) {
         return None;
     }
     let address = addresses.of_pod(0, super::cluster::is_on_host_network(&object.value))?;
     Some(object.changed(|pod| {
-        pod.status.get_or_insert_with(PodStatus::default).pod_ip = Some(address.to_string());
-        pod.spec.get_or_insert_with(PodSpec::default).node_name.get_or_insert_with(|| this_node.to_owned());
+        pod.status.get_or_insert_default().pod_ip = Some(address.to_string().into());
+        pod.spec.get_or_insert_default().node_name.get_or_insert_with(|| this_node.into());
     }))
 }
 
 /// The slices of services that have a selector and none: one for each address family and way in which pods have the ports.
 fn slices(manifests: &Manifests, assumed: &mut Assumed) -> Documents {
     let mut text = Documents::default();
-    let label = |labels: &Option<BTreeMap<String, String>>| labels.as_ref()?.get(SERVICE_NAME_LABEL).cloned();
-    let known: HashSet<(String, String)> = manifests
+    let known: HashSet<(Name, Name)> = manifests
         .endpoint_slices
         .iter()
-        .filter_map(|slice| Some((slice.namespace.clone(), label(&slice.value.metadata.labels)?)))
+        .filter_map(|slice| Some((slice.namespace.clone(), slice.value.service.clone()?)))
         .collect();
     for service in &manifests.services {
-        let Some(spec) = &service.value.spec else { continue };
+        let Some(spec) = service.whole().and_then(|service| service.spec) else { continue };
         let Some(selector) = spec.selector.as_ref().filter(|selector| !selector.is_empty()) else { continue };
         if known.contains(&(service.namespace.clone(), service.name.clone()))
             || spec.type_.as_deref() == Some("ExternalName")
@@ -514,7 +510,7 @@ fn slices(manifests: &Manifests, assumed: &mut Assumed) -> Documents {
         {
             let ports: Vec<Value> = spec.ports.iter().flatten().filter_map(|port| slice_port(port, pod)).collect();
             let ports = Value::Array(ports);
-            let node = pod.value.spec.as_ref().and_then(|spec| spec.node_name.clone());
+            let node = pod.value.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
             for address in addresses_of(pod) {
                 let (_, endpoints) =
                     alike.entry((address.is_ipv6(), ports.to_string())).or_insert_with(|| (ports.clone(), Vec::new()));
@@ -536,8 +532,8 @@ fn slices(manifests: &Manifests, assumed: &mut Assumed) -> Documents {
                 "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
                 "addressType": if is_ipv6 { "IPv6" } else { "IPv4" },
                 "metadata": {
-                    "name": format!("{}-{index}", service.name), "namespace": service.namespace,
-                    "labels": {SERVICE_NAME_LABEL: service.name},
+                    "name": format!("{}-{index}", service.name), "namespace": &*service.namespace,
+                    "labels": {SERVICE_NAME_LABEL: &*service.name},
                 },
                 "ports": ports, "endpoints": endpoints,
             }));
@@ -547,13 +543,13 @@ fn slices(manifests: &Manifests, assumed: &mut Assumed) -> Documents {
 }
 
 fn is_selected(pod: &Object<Pod>, selector: &BTreeMap<String, String>) -> bool {
-    let labels = pod.value.metadata.labels.as_ref();
-    selector.iter().all(|(key, value)| labels.and_then(|labels| labels.get(key)) == Some(value))
+    let labels = &pod.value.metadata.labels;
+    selector.iter().all(|(key, value)| labels.get(key).is_some_and(|own| **own == **value))
 }
 
 fn addresses_of(pod: &Object<Pod>) -> BTreeSet<IpAddr> {
     let Some(status) = &pod.value.status else { return BTreeSet::new() };
-    let texts = status.pod_ips.iter().flatten().map(|ip| &ip.ip).chain(&status.pod_ip);
+    let texts = status.pod_ips.iter().chain(&status.pod_ip);
     texts.filter_map(|text| parse_ip(text).ok()).collect()
 }
 
@@ -567,10 +563,9 @@ fn slice_port(port: &ServicePort, pod: &Object<Pod>) -> Option<Value> {
             Ok(number) => number,
             Err(_) => {
                 let spec = pod.value.spec.as_ref()?;
-                let sidecars = spec.init_containers.iter().flatten();
-                let mut ports = spec.containers.iter().chain(sidecars).flat_map(|one| one.ports.iter().flatten());
+                let mut ports = spec.containers.iter().chain(&spec.init_containers).flat_map(|one| &one.ports);
                 let named = ports.find(|port| {
-                    port.name.as_ref() == Some(name) && port.protocol.as_deref().unwrap_or("TCP") == protocol
+                    port.name.as_deref() == Some(name) && port.protocol.as_deref().unwrap_or("TCP") == protocol
                 });
                 named?.container_port
             }

@@ -335,7 +335,7 @@ fn ranges_with_nodes(manifests: &Manifests, cluster: &Cluster, problems: &mut Pr
     };
     for object in &manifests.nodes {
         let Some(spec) = &object.value.spec else { continue };
-        for (index, net) in spec.pod_cidrs.iter().flatten().enumerate() {
+        for (index, net) in spec.pod_cidrs.iter().enumerate() {
             let at = object.at().key("spec").key("podCIDRs").item(index);
             check(net, at, &format!("spec.podCIDRs[{index}]"), &mut object.reporter(problems));
         }

@@ -16,6 +16,7 @@ use crate::{
         Manifests, Object,
         at::{At, Reporter},
         calico::policy::Rule as CalicoRule,
+        slim::Slim,
     },
     text::{Problems, Span, problem::nearest},
 };
@@ -84,7 +85,7 @@ fn policies(manifests: &Manifests, model: &Model, problems: &mut Problems) {
 /// Whether a policy's namespace is there. If it is not, that is told already.
 fn is_of_known_namespace(manifests: &Manifests, policy: &Policy) -> bool {
     let namespace = manifests.objects.get(policy.origin).and_then(|origin| origin.namespace);
-    let is_there = |name: String| manifests.namespaces.iter().any(|namespace| namespace.name == name);
+    let is_there = |name: String| manifests.namespaces.iter().any(|namespace| *namespace.name == *name);
     manifests.namespaces.is_empty() || namespace.is_none_or(is_there)
 }
 
@@ -138,7 +139,13 @@ fn namespace_selectors(manifests: &Manifests, problems: &mut Problems) {
     }
 }
 
-fn calico<T>(object: &Object<T>, rules: &[CalicoRule], direction: &str, known: &Known, problems: &mut Problems) {
+fn calico<T: Slim + Send + Sync>(
+    object: &Object<T>,
+    rules: &[CalicoRule],
+    direction: &str,
+    known: &Known,
+    problems: &mut Problems,
+) {
     for (index, rule) in rules.iter().enumerate() {
         for (key, side) in [("source", &rule.source), ("destination", &rule.destination)] {
             let Some(text) = side.namespace_selector.as_ref().filter(|text| !text.is_empty()) else { continue };
@@ -158,9 +165,9 @@ struct Known(Vec<Labels>);
 impl Known {
     fn of(manifests: &Manifests) -> Self {
         let inherited = Inherited::new(manifests);
-        let given = manifests.namespaces.iter().map(|object| object.name.as_str());
+        let given = manifests.namespaces.iter().map(|object| &*object.name);
         let mut names: BTreeSet<&str> = given.chain(ALWAYS_THERE).collect();
-        names.extend(manifests.pods.iter().map(|pod| pod.namespace.as_str()));
+        names.extend(manifests.pods.iter().map(|pod| &*pod.namespace));
         let labels = names.into_iter().map(|name| inherited.of_network_set(Some(name), &Labels::new()));
         Self(labels.chain([BTreeMap::new()]).collect())
     }
