@@ -8,8 +8,8 @@ PROPERTY_ROUNDS ?= 20
 PERF_ROUNDS ?= 5
 PERF_SECONDS ?= 1
 FUZZ_SANITIZER ?= none
-# Tests that run at once: most of the end-to-end ones wait for something most of the time, each in namespaces of its own.
-TEST_THREADS ?= 4
+# Tests that run at once. The end-to-end ones wait most of the time, each in namespaces of its own: 4 takes a third of the time.
+TEST_THREADS ?= 1
 # Tests of flow offload itself test nothing where it is off: the summary of such a run counts them as filtered out.
 WITHOUT_OFFLOAD = --skip offload_only
 CNI_FOLDER = $(or $(CARGO_TARGET_DIR),target)/cni
@@ -18,7 +18,7 @@ LOOM_FLAGS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMP
 
 CLUSTER_TARGETS = cluster cluster-build cluster-status cluster-shell cluster-e2e cluster-down cluster-test
 
-.PHONY: $(CLUSTER_TARGETS) help setup build release cni demo demo-memory test lint unit loom e2e storm cases instructions record-instructions bench bench-path bench-tables bench-reload bench-cni report publish-report perf perf-offload soak properties fuzz miri install clean
+.PHONY: $(CLUSTER_TARGETS) help setup build release cni demo demo-memory test lint unit loom e2e test-loaded storm cases instructions record-instructions bench bench-path bench-tables bench-reload bench-cni report publish-report perf perf-offload soak properties fuzz miri install clean
 
 help: ## Lists the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,10 @@ loom: ## The lock-free structures under loom, bounded.
 
 e2e: setup ## The end-to-end tests alone, one at a time (WEIR_E2E_OFFLOAD=off: without flow offload).
 	$(CARGO) test --workspace --test e2e -- --test-threads=1 --nocapture $(if $(filter off,$(WEIR_E2E_OFFLOAD)),$(WITHOUT_OFFLOAD))
+
+test-loaded: setup ## The end-to-end tests three times, with four busy loops beside them.
+	$(CARGO) test --workspace --test e2e --no-run
+	./scripts/loaded.sh 3 $(CARGO) test --workspace --test e2e -- --test-threads=$(TEST_THREADS)
 
 storm: setup ## A hundred changes of the manifests a second for STORM_SECONDS (30), under traffic that must lose nothing. Needs root.
 	WEIR_STORM_SECONDS=$(STORM_SECONDS) $(CARGO) test --workspace --test e2e storm -- --nocapture

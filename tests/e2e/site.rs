@@ -267,14 +267,24 @@ impl Site {
 
     /// A UDP socket in a namespace; reads wait for [`DEADLINE`] at most.
     pub fn udp(&self, at: &str, address: &str) -> UdpSocket {
-        let socket = self.inside(at, || UdpSocket::bind(address)).unwrap();
+        let socket = self.bound(at, || UdpSocket::bind(address));
         socket.set_read_timeout(Some(DEADLINE)).unwrap();
         socket
     }
 
     /// A TCP listener in a namespace.
     pub fn listen(&self, at: &str, address: &str) -> TcpListener {
-        self.inside(at, || TcpListener::bind(address)).unwrap()
+        self.bound(at, || TcpListener::bind(address))
+    }
+
+    /// What `bind` opens in a namespace. A process that another test starts has all descriptors of this one until it runs its program, those
+    /// that were closed a moment ago too: so a port may be taken for that long.
+    fn bound<T: Send>(&self, at: &str, bind: impl Fn() -> io::Result<T> + Send + Sync) -> T {
+        let try_once = || match self.inside(at, &bind) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => None,
+            outcome => Some(outcome.unwrap()),
+        };
+        wait_until("a port that was closed", DEADLINE, try_once).unwrap()
     }
 
     /// A TCP connection from a namespace; reads and writes wait for [`DEADLINE`] at most.

@@ -11,7 +11,7 @@ use weir_dataplane::model::{Cluster, Node, Pool, TunnelMode, Workload};
 
 use super::{
     LocalPods,
-    impossible::{NextHops, usable, usable_device, usable_range},
+    impossible::{NextHops, usable_device, usable_of_pod, usable_range},
 };
 use crate::{
     config::RouterConfig,
@@ -446,7 +446,7 @@ fn pod_addresses(object: &Object<Pod>, problems: &mut Problems) -> Vec<IpAddr> {
     let mut read = |at: At<'_>, field: &str, text: &str| {
         let address = report.read(at, field, parse_ip(text));
         // One on the host's network has whatever the host has.
-        if is_workload { usable(&mut report, at, field, address) } else { address }
+        if is_workload { usable_of_pod(&mut report, at, field, address) } else { address }
     };
     let mut addresses: Vec<IpAddr> = Vec::new();
     for (index, entry) in status.pod_ips.iter().enumerate() {
@@ -493,7 +493,7 @@ fn workload_endpoint(object: &Object<WorkloadEndpoint>, problems: &mut Problems)
         let net = parse_cidr(text).or_else(|error| parse_ip(text).map(IpNet::from).map_err(|_| error));
         match report.read(at, &field, net) {
             Some(net) if net.prefix_len() == net.max_prefix_len() => {
-                addresses.extend(usable(&mut report, at, &field, Some(net.addr())));
+                addresses.extend(usable_of_pod(&mut report, at, &field, Some(net.addr())));
             }
             Some(net) => {
                 let help = format!("write {}", IpNet::from(net.addr()));

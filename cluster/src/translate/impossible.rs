@@ -75,6 +75,20 @@ pub(super) fn usable_on_link(
     }
 }
 
+/// As [`usable`], for addresses of pods. Those may be link-local or multicast addresses: that makes little sense, but upstream's own tests of policy
+/// have such pods, and it harms nobody.
+pub(super) fn usable_of_pod(
+    report: &mut Reporter<'_>,
+    at: At<'_>,
+    field: &str,
+    address: Option<IpAddr>,
+) -> Option<IpAddr> {
+    match address.filter(IpAddr::is_multicast) {
+        Some(address) => Some(address),
+        None => usable_on_link(report, at, field, address),
+    }
+}
+
 /// The range that pods have addresses of, unless it cannot be one, which is reported. Weir takes it from the node's kernel, which must keep
 /// its own ways.
 pub(super) fn usable_range(report: &mut Reporter<'_>, at: At<'_>, field: &str, net: IpNet) -> Option<IpNet> {

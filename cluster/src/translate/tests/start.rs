@@ -162,6 +162,10 @@ fn addresses_that_nothing_on_a_network_has() {
             "cluster.yaml:15:18: note: Pod x/p: it has no address yet and is left out".to_owned(),
             format!("cluster.yaml:16:17: error: Pod x/p: status.podIP: {address} {why} {help}"),
         ];
+        // Pods may have them: upstream's own tests of policy have such.
+        if why.ends_with("link-local addresses") || why.ends_with("multicast addresses") {
+            expected.truncate(3);
+        }
         if why.ends_with("link-local addresses") {
             expected.remove(1);
         }
