@@ -52,6 +52,11 @@ fn special() -> impl Iterator<Item = (IpNet, &'static str)> {
     v4.chain(SPECIAL_V6.iter().map(|(net, what)| (IpNet::V6(*net), *what)))
 }
 
+/// Whether [`usable`] would have nothing to say, for those who ask about very many addresses.
+pub(super) fn is_usable(address: IpAddr) -> bool {
+    !special().any(|(net, _)| net.contains(&address))
+}
+
 /// The address of a pod or a service, unless it cannot be one, which is reported.
 pub(super) fn usable(report: &mut Reporter<'_>, at: At<'_>, field: &str, address: Option<IpAddr>) -> Option<IpAddr> {
     let address = address?;

@@ -23,7 +23,7 @@ use crate::{
         address::{parse_ip, parse_network},
         problem::nearest,
     },
-    translate::impossible::{usable, usable_on_link},
+    translate::impossible::{is_usable, usable, usable_on_link},
 };
 
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
@@ -125,7 +125,7 @@ impl Slice {
         slice.endpoints.iter().filter_map(move |endpoint| {
             // The API says that clients use the first one only.
             let address = endpoint.addresses.as_slice().first()?.ip().ok()?;
-            (address.is_ipv6() == is_ipv6).then_some((address, endpoint))
+            (address.is_ipv6() == is_ipv6 && is_usable(address)).then_some((address, endpoint))
         })
     }
 }
@@ -182,7 +182,8 @@ fn slice(object: &Object<EndpointSlice>, problems: &mut Problems) -> Option<Slic
     };
     for (index, endpoint) in slice.endpoints.iter().enumerate() {
         // Nearly all are of this form, and there is nothing to say about it.
-        if !matches!(endpoint.addresses, Addresses::One(Address::Ip(address)) if address.is_ipv6() == is_ipv6) {
+        let is_plain = |address: IpAddr| address.is_ipv6() == is_ipv6 && is_usable(address);
+        if !matches!(endpoint.addresses, Addresses::One(Address::Ip(address)) if is_plain(address)) {
             check_endpoint(endpoint, index, is_ipv6, at.key("endpoints").item(index), &mut report);
         }
     }
@@ -232,7 +233,7 @@ fn check_endpoint(endpoint: &SliceEndpoint, index: usize, is_ipv6: bool, at: At<
     }
     for (number, given) in addresses.iter().enumerate() {
         let read = given.ip();
-        if matches!(&read, Ok(address) if address.is_ipv6() == is_ipv6) {
+        if matches!(&read, Ok(address) if address.is_ipv6() == is_ipv6 && is_usable(*address)) {
             continue;
         }
         let at = at.key("addresses").item(number);
