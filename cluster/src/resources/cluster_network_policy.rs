@@ -1,9 +1,11 @@
 //! ClusterNetworkPolicy (policy.networking.k8s.io/v1beta1, and v1alpha2, which has the same schema).
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::Deserialize;
 
-use super::calico::{Resource, Unread};
+use super::{
+    calico::{Resource, Unread},
+    meta::LabelSelector,
+};
 
 /// A ClusterNetworkPolicy.
 pub type ClusterNetworkPolicy = Resource<ClusterNetworkPolicySpec>;

@@ -10,7 +10,7 @@ use std::{
 
 use hashbrown::{HashMap, HashSet};
 
-use super::slim::Name;
+use super::meta::Name;
 
 /// What makes an object the same one in two versions of a manifest.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -7,10 +7,12 @@ pub mod at;
 pub mod calico;
 pub mod cluster_network_policy;
 pub mod identity;
+pub mod kubernetes;
 mod made;
+pub mod meta;
+pub mod network_policy;
 pub mod object;
 pub mod piece;
-pub mod slim;
 pub mod subject;
 
 use std::{
@@ -19,8 +21,6 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::api::networking::v1::NetworkPolicy;
-
 use self::{
     calico::{
         IpPool, WorkloadEndpoint,
@@ -28,8 +28,9 @@ use self::{
         policy::{self, GlobalNetworkPolicy, NetworkSet, Profile, StagedKubernetesNetworkPolicy, Tier},
     },
     cluster_network_policy::ClusterNetworkPolicy,
+    kubernetes::{EndpointSlice, KubernetesNode, Namespace, Pod, Service, ServiceAccount},
+    network_policy::NetworkPolicy,
     piece::{Form, Item, Piece},
-    slim::{EndpointSlice, KubernetesNode, Namespace, Pod, Service, ServiceAccount},
 };
 use crate::text::{Diagnostic, Problems, Severity, Source, Span, tree};
 

@@ -2,13 +2,15 @@
 
 use std::{ops::Deref, sync::Arc};
 
+use serde::de::DeserializeOwned;
+
 use super::{
     at::{At, Reporter, Reread},
     identity::{Identity, ObjectId},
+    kubernetes::known_besides,
     made::{Fact, Made},
     piece::Form,
     replay,
-    slim::Slim,
 };
 use crate::text::{
     Problems, Severity, Source, Span,
@@ -93,7 +95,17 @@ pub struct Object<T> {
     pub origin: u32,
 }
 
-impl<T: Slim + Send + Sync> Reread for Object<T> {
+/// What objects are read as.
+pub trait Readable: DeserializeOwned + Send + Sync {}
+
+impl<T: DeserializeOwned + Send + Sync> Readable for T {}
+
+/// Drops those parts of a tree that cannot be read as a `T`, without a word.
+fn drop_faulty<T: Readable>(node: &Node) {
+    let _: Option<T> = typed::read_part(node, "", known_besides, |_| Severity::Note, &mut Problems::default());
+}
+
+impl<T: Readable> Reread for Object<T> {
     fn reread(&self) -> Option<Arc<Node>> {
         let InText { source, piece, form } = &self.text;
         let tree = form.reread(source, *piece)?;
@@ -101,7 +113,7 @@ impl<T: Slim + Send + Sync> Reread for Object<T> {
             && let Some(node) = self.object(&tree)
         {
             // The same parts are dropped as were then; what there is to say was said.
-            tree::on_reader_thread(|| T::drop_faulty(node)).ok()?;
+            tree::on_reader_thread(|| drop_faulty::<T>(node)).ok()?;
         }
         Some(tree)
     }
@@ -124,14 +136,6 @@ fn find(tree: &Node, start: u32) -> Option<&Node> {
     let before = items.partition_point(|item| item.span.start <= start);
     let near = items[..before].last().and_then(|item| find(item, start));
     near.or_else(|| items.iter().find_map(|item| find(item, start)))
-}
-
-impl<T: Slim + Send + Sync> Object<T> {
-    /// All of it, read again, for what nearly nobody asks for.
-    pub fn whole(&self) -> Option<T::Whole> {
-        let tree = self.reread()?;
-        typed::read(self.object(&tree)?, "", |_| Severity::Note, &mut Problems::default())
-    }
 }
 
 impl<T> Object<T> {
@@ -185,7 +189,7 @@ impl<T> Object<T> {
     }
 }
 
-impl<T: Slim + Send + Sync> Object<T> {
+impl<T: Readable> Object<T> {
     /// The place of the whole object.
     pub fn at(&self) -> At<'_> {
         At::in_text(self, self.base)

@@ -5,8 +5,6 @@
 
 use std::{ops::Range, sync::Arc};
 
-use k8s_openapi::api::networking::v1::NetworkPolicy;
-
 use super::{
     CALICO_CRD, CALICO_GROUP, Identities, Identity, KINDS, Kind, Manifests, ObjectId,
     at::At,
@@ -17,9 +15,11 @@ use super::{
     },
     cluster_network_policy::ClusterNetworkPolicy,
     identity::Names,
+    kubernetes::{EndpointSlice, KubernetesNode, Namespace, Pod, Service, ServiceAccount, known_besides},
     made::Made,
-    object::{Base, Content, InText, Object},
-    slim::{EndpointSlice, KubernetesNode, Namespace, Pod, Service, ServiceAccount, Slim},
+    meta,
+    network_policy::NetworkPolicy,
+    object::{Base, Content, InText, Object, Readable},
     subject::Subject,
 };
 use crate::text::{
@@ -343,14 +343,14 @@ struct Untyped<'a> {
 }
 
 impl Untyped<'_> {
-    fn content<T: Slim>(self) -> Option<Arc<Content<T>>> {
+    fn content<T: Readable>(self) -> Option<Arc<Content<T>>> {
         let Self { identity, node, unknown, problems, names } = self;
         let subject = format!("{}: ", identity.id());
         let unknown = |path: &str| if path.starts_with("spec") { unknown } else { Severity::Warning };
-        let whole = typed::read(node, &subject, unknown, problems)?;
+        let value = meta::sharing(names, || typed::read_part(node, &subject, known_besides, unknown, problems))?;
         Some(Arc::new(Content {
             identity: Arc::clone(identity),
-            value: T::of(whole, names),
+            value,
             start: node.span.start,
             is_faulty: problems.has_errors(),
             made: Made::default(),

@@ -1,8 +1,6 @@
 //! What a policy is about, read for its own sake: it stands for the policy where the rest cannot be read.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
-
-use super::{CALICO_GROUP, Kind};
+use super::{CALICO_GROUP, Kind, meta::LabelSelector};
 use crate::text::{
     Problems, Severity,
     tree::{Node, Value},

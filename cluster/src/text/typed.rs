@@ -32,8 +32,20 @@ pub fn read<'t, T: serde::Deserialize<'t>>(
     unknown: impl Fn(&str) -> Severity,
     problems: &mut Problems,
 ) -> Option<T> {
+    read_part(root, subject, |_| &[], unknown, problems)
+}
+
+/// As [`read`], for types that have a part of what they stand for. `besides` gives the other fields by the name of such a type: those are
+/// known, and passed over.
+pub fn read_part<'t, T: serde::Deserialize<'t>>(
+    root: &'t Node,
+    subject: &str,
+    besides: fn(&str) -> &'static [&'static str],
+    unknown: impl Fn(&str) -> Severity,
+    problems: &mut Problems,
+) -> Option<T> {
     for _ in 0..MAX_FAULTS {
-        let reading = Reading { unknown: RefCell::default() };
+        let reading = Reading { unknown: RefCell::default(), besides };
         let outcome = T::deserialize(NodeReader { node: root, reading: &reading, trail: &Trail::Root });
         match outcome {
             Ok(value) => {
@@ -74,11 +86,27 @@ struct UnknownField {
     span: Span,
     path: String,
     nearest: Option<&'static str>,
-    known: &'static [&'static str],
+    known: Vec<&'static str>,
 }
 
 struct Reading {
     unknown: RefCell<Vec<UnknownField>>,
+    besides: fn(&str) -> &'static [&'static str],
+}
+
+/// The fields of a type.
+#[derive(Clone, Copy)]
+struct Fields {
+    /// Those that are read.
+    own: &'static [&'static str],
+    /// Those that are known besides.
+    besides: &'static [&'static str],
+}
+
+impl Fields {
+    fn all(self) -> impl Iterator<Item = &'static str> {
+        self.own.iter().chain(self.besides).copied()
+    }
 }
 
 /// The way from the root to a node.
@@ -192,7 +220,7 @@ impl<'t> NodeReader<'t, '_> {
         }
     }
 
-    fn map<V: Visitor<'t>>(self, fields: Option<&'static [&'static str]>, visitor: V) -> Result<V::Value, Fault> {
+    fn map<V: Visitor<'t>>(self, fields: Option<Fields>, visitor: V) -> Result<V::Value, Fault> {
         match &self.node.value {
             Value::Map(_) => visitor.visit_map(Entries { reader: self, fields, next: 0 }),
             Value::Null => Err(self.advised("an object", "write {} for an empty one".to_owned())),
@@ -295,10 +323,11 @@ impl<'t> Deserializer<'t> for NodeReader<'t, '_> {
 
     fn deserialize_struct<V: Visitor<'t>>(
         self,
-        _: &'static str,
-        fields: &'static [&'static str],
+        name: &'static str,
+        own: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Fault> {
+        let fields = Fields { own, besides: (self.reading.besides)(name) };
         self.place(self.map(Some(fields), visitor))
     }
 
@@ -336,7 +365,7 @@ impl<'t> Deserializer<'t> for NodeReader<'t, '_> {
 /// which is how the API server reads them.
 struct Entries<'t, 'p> {
     reader: NodeReader<'t, 'p>,
-    fields: Option<&'static [&'static str]>,
+    fields: Option<Fields>,
     next: usize,
 }
 
@@ -350,11 +379,17 @@ impl<'t> MapAccess<'t> for Entries<'t, '_> {
                 continue;
             }
             if let Some(fields) = self.fields {
-                if !fields.contains(&key.text.as_str()) {
-                    let path = Trail::Key(self.reader.trail, &key.text).to_string();
-                    let nearest = nearest(&key.text, fields.iter().copied());
-                    let unknown = UnknownField { span: key.span, path, nearest, known: fields };
-                    self.reader.reading.unknown.borrow_mut().push(unknown);
+                if !fields.own.contains(&key.text.as_str()) {
+                    if !fields.besides.contains(&key.text.as_str()) {
+                        let path = Trail::Key(self.reader.trail, &key.text).to_string();
+                        let nearest = nearest(&key.text, fields.all());
+                        let mut known: Vec<_> = fields.all().collect();
+                        if !fields.besides.is_empty() {
+                            known.sort_unstable();
+                        }
+                        let unknown = UnknownField { span: key.span, path, nearest, known };
+                        self.reader.reading.unknown.borrow_mut().push(unknown);
+                    }
                     continue;
                 }
                 if matches!(node.value, Value::Null) {

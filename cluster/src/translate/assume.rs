@@ -13,7 +13,6 @@ use std::{
 };
 
 use ipnet::{IpNet, Ipv4Net};
-use k8s_openapi::{api::core::v1::ServicePort, apimachinery::pkg::util::intstr::IntOrString};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -21,7 +20,8 @@ use crate::{
     config::RouterConfig,
     resources::{
         Identities, Manifests, Object, ObjectId, Substitute,
-        slim::{Name, Pod, SERVICE_NAME_LABEL, ServiceSpec},
+        kubernetes::{Pod, SERVICE_NAME_LABEL, Service, ServiceSpec},
+        meta::{IntOrString, Name},
     },
     text::{
         Problems, Severity, Source, Topic,
@@ -498,9 +498,10 @@ fn slices(manifests: &Manifests, assumed: &mut Assumed) -> Documents {
         .filter_map(|slice| Some((slice.namespace.clone(), slice.value.service.clone()?)))
         .collect();
     for service in &manifests.services {
-        let Some(spec) = service.whole().and_then(|service| service.spec) else { continue };
-        let Some(selector) = spec.selector.as_ref().filter(|selector| !selector.is_empty()) else { continue };
-        if known.contains(&(service.namespace.clone(), service.name.clone()))
+        let Some(spec) = applied(service) else { continue };
+        let selector = &spec.selector;
+        if selector.is_empty()
+            || known.contains(&(service.namespace.clone(), service.name.clone()))
             || spec.type_.as_deref() == Some("ExternalName")
         {
             continue;
@@ -508,7 +509,7 @@ fn slices(manifests: &Manifests, assumed: &mut Assumed) -> Documents {
         let mut alike: BTreeMap<(bool, String), (Value, Vec<Value>)> = BTreeMap::new();
         for pod in manifests.pods.iter().filter(|pod| pod.namespace == service.namespace && is_selected(pod, selector))
         {
-            let ports: Vec<Value> = spec.ports.iter().flatten().filter_map(|port| slice_port(port, pod)).collect();
+            let ports: Vec<Value> = spec.ports.iter().filter_map(|port| slice_port(port, pod)).collect();
             let ports = Value::Array(ports);
             let node = pod.value.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
             for address in addresses_of(pod) {
@@ -520,11 +521,8 @@ fn slices(manifests: &Manifests, assumed: &mut Assumed) -> Documents {
         assumed.slices += 1;
         // Also one without endpoints, as Kubernetes has: then nothing is missing but pods.
         if alike.is_empty() {
-            let ports = spec
-                .ports
-                .iter()
-                .flatten()
-                .map(|port| json!({"name": port.name, "protocol": port.protocol, "port": null}));
+            let ports =
+                spec.ports.iter().map(|port| json!({"name": port.name, "protocol": port.protocol, "port": null}));
             alike.insert((false, String::new()), (ports.collect(), Vec::new()));
         }
         for (index, ((is_ipv6, _), (ports, endpoints))) in alike.into_iter().enumerate() {
@@ -542,6 +540,29 @@ fn slices(manifests: &Manifests, assumed: &mut Assumed) -> Documents {
     text
 }
 
+/// What the controller of endpoints reads of a Service.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Applied {
+    #[serde(rename = "type")]
+    type_: Option<String>,
+    selector: BTreeMap<String, String>,
+    ports: Vec<AppliedPort>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct AppliedPort {
+    name: Option<String>,
+    protocol: Option<String>,
+    port: i32,
+    target_port: Option<IntOrString>,
+}
+
+fn applied(service: &Object<Service>) -> Option<Applied> {
+    service.tree(|node| typed::read(node.get("spec")?, "", |_| Severity::Note, &mut Problems::default()))?
+}
+
 fn is_selected(pod: &Object<Pod>, selector: &BTreeMap<String, String>) -> bool {
     let labels = &pod.value.metadata.labels;
     selector.iter().all(|(key, value)| labels.get(key).is_some_and(|own| **own == **value))
@@ -554,7 +575,7 @@ fn addresses_of(pod: &Object<Pod>) -> BTreeSet<IpAddr> {
 }
 
 /// The port of a service at a pod, as a slice has it; `None` where the pod has no port of the name that is meant.
-fn slice_port(port: &ServicePort, pod: &Object<Pod>) -> Option<Value> {
+fn slice_port(port: &AppliedPort, pod: &Object<Pod>) -> Option<Value> {
     let protocol = port.protocol.as_deref().unwrap_or("TCP");
     let number = match &port.target_port {
         None | Some(IntOrString::Int(0)) => port.port,

@@ -19,7 +19,7 @@ use crate::{
         Manifests, Object,
         at::{At, Reporter},
         calico::{EncapsulationMode, IpPool, WorkloadEndpoint},
-        slim::{KubernetesNode, Pod},
+        kubernetes::{KubernetesNode, Pod},
     },
     text::{
         Problems, Span, Topic,

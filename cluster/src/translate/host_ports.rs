@@ -10,7 +10,6 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use weir_dataplane::{forwarding::local_workloads, model::Cluster};
 use weir_nat::{Endpoint, Hints, HostAddresses, Model, ServicePort};
 use weir_packet::Protocol;
@@ -21,7 +20,8 @@ use crate::{
     resources::{
         Manifests, Object,
         at::At,
-        slim::{Container, Pod, PodSpec},
+        kubernetes::{Container, Pod, PodSpec},
+        meta::Time,
     },
     sockets::Sockets,
     text::{Problems, address::parse_ip},
@@ -417,7 +417,7 @@ fn asked(object: &Object<Pod>, problems: &mut Problems) -> Asked {
     let mut asked = Asked {
         ports: Vec::new(),
         terminating: metadata.deletion_timestamp.is_some(),
-        created: metadata.creation_timestamp.clone(),
+        created: metadata.creation_timestamp,
     };
     let Some(spec) = &object.value.spec else { return asked };
     let mut report = object.reporter(problems);

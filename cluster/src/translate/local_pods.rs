@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 use weir_packet::Mac;
 
 use super::cluster::{has_ended, is_on_host_network};
-use crate::resources::slim::{MIRRORED_UID, Pod};
+use crate::resources::{kubernetes::Pod, meta::MIRRORED_UID};
 
 /// A pod of this node as its CNI plugin made it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,11 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use weir_packet::Protocol;
 
 use super::cluster::endpoint_name;
-use crate::resources::{Manifests, Object, calico::WorkloadEndpoint, slim::Pod};
+use crate::resources::{Manifests, Object, calico::WorkloadEndpoint, kubernetes::Pod, meta::IntOrString};
 
 /// All that may publish a port. What their ports are is worked out when somebody asks, which is never while packets wait.
 #[derive(Debug)]

@@ -14,7 +14,8 @@ use crate::{
     resources::{
         Base, Manifests, Object,
         at::{At, Reporter},
-        slim::{EndpointSlice, SERVICE_NAME_LABEL, Service, ServiceSpec, Slim},
+        kubernetes::{EndpointSlice, SERVICE_NAME_LABEL, Service, ServiceSpec},
+        object::Readable,
     },
     text::{
         Problems,
@@ -310,7 +311,7 @@ fn nodes_and_namespaces(manifests: &Manifests, problems: &mut Problems) {
     if namespaces.is_empty() {
         return;
     }
-    fn check<T: Slim + Send + Sync>(objects: &[Object<T>], namespaces: &HashSet<&str>, problems: &mut Problems) {
+    fn check<T: Readable>(objects: &[Object<T>], namespaces: &HashSet<&str>, problems: &mut Problems) {
         for object in objects.iter().filter(|object| !namespaces.contains(object.namespace.as_ref())) {
             let help =
                 nearest(&object.namespace, namespaces.iter().copied()).map(|known| format!("did you mean {known}?"));
@@ -350,7 +351,7 @@ fn ranges_with_nodes(manifests: &Manifests, cluster: &Cluster, problems: &mut Pr
     }
 }
 
-fn host_bits_of<T: Slim + Send + Sync>(objects: &[Object<T>], problems: &mut Problems) {
+fn host_bits_of<T: Readable>(objects: &[Object<T>], problems: &mut Problems) {
     for object in objects {
         object.tree(|node| {
             if let Some(spec) = node.get("spec") {

@@ -13,7 +13,7 @@ use crate::{
     resources::{
         Content, Manifests, Memo, Object, Same,
         at::{At, Reporter},
-        slim::{
+        kubernetes::{
             Address, Addresses, EndpointSlice, Name, SERVICE_NAME_LABEL, Service, ServicePort as KubernetesPort,
             ServiceSpec, SliceEndpoint,
         },
@@ -342,6 +342,11 @@ fn service(object: &Object<Service>, problems: &mut Problems) -> Option<ServiceF
     let mut load_balancer_ips = load_balancer_ips(object, &mut report);
     let mut source_ranges = source_ranges(spec, at, &mut report);
     if spec.cluster_ip.as_deref() == Some("None") {
+        return None;
+    }
+    if let Some(label) = &object.value.left_to_others {
+        let at = object.at().key("metadata").key("labels").key(label);
+        report.note(at, format_args!("its label {label} leaves it to another than this router: it is not served"));
         return None;
     }
     if cluster_ips.is_empty() {

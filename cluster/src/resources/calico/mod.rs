@@ -5,8 +5,9 @@ pub mod policy;
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString};
 use serde::{Deserialize, de::IgnoredAny};
+
+use super::meta::{IntOrString, Metadata};
 
 /// What all of Calico's resources have.
 #[derive(Clone, Debug, Deserialize)]
@@ -16,9 +17,9 @@ pub struct Resource<S> {
     pub api_version: String,
     /// The kind.
     pub kind: String,
-    /// Name, namespace, labels, annotations.
+    /// Labels, annotations.
     #[serde(default)]
-    pub metadata: ObjectMeta,
+    pub metadata: Metadata,
     /// What is wanted.
     pub spec: S,
     /// What is; of no interest.
@@ -36,8 +37,8 @@ impl<S> Resource<S> {
             #[serde(default)]
             labels: BTreeMap<String, String>,
         }
-        let mut labels = self.metadata.labels.clone().unwrap_or_default();
-        let stored = self.metadata.annotations.as_ref().and_then(|annotations| annotations.get(STORED_METADATA));
+        let mut labels = self.metadata.labels.to_map();
+        let stored = self.metadata.annotations.get(STORED_METADATA);
         if let Some(stored) = stored.and_then(|text| serde_json::from_str::<Stored>(text).ok()) {
             labels.extend(stored.labels);
         }

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::{
-    api::networking::v1::{NetworkPolicyEgressRule, NetworkPolicyIngressRule},
-    apimachinery::pkg::{apis::meta::v1::LabelSelector, util::intstr::IntOrString},
-};
 use serde::Deserialize;
 
 use super::{Resource, Unread};
+use crate::resources::{
+    meta::{IntOrString, LabelSelector},
+    network_policy::{NetworkPolicyEgressRule, NetworkPolicyIngressRule},
+};
 
 /// A GlobalNetworkPolicy or StagedGlobalNetworkPolicy.
 pub type GlobalNetworkPolicy = Resource<GlobalNetworkPolicySpec>;

@@ -1,7 +1,6 @@
 //! ClusterNetworkPolicy: policies of the tiers before and after that of NetworkPolicies.
 
 use ipnet::IpNet;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use weir_dataplane::model::Cluster;
 use weir_packet::Protocol;
 use weir_policy::{
@@ -24,6 +23,7 @@ use crate::{
             ClusterAction, ClusterNetworkPolicy, ClusterTier, DestinationPort, EgressPeer, EgressRule, NamespacedPods,
             ProtocolMatch,
         },
+        meta::LabelSelector,
     },
     text::Problems,
     translate::services::port_number,

@@ -3,7 +3,6 @@
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
-use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use weir_dataplane::model::Cluster;
 use weir_packet::Protocol;
 use weir_policy::model::{Endpoint, EndpointKind, NamedPort};
@@ -18,7 +17,8 @@ use crate::{
         Content, Manifests, Memo, Object, Same,
         at::{At, Reporter},
         calico::{EndpointPort, WorkloadEndpoint},
-        slim::Pod,
+        kubernetes::Pod,
+        meta::IntOrString,
     },
     text::Problems,
     translate::{

@@ -3,10 +3,6 @@
 //! They are policies of the tier "default" (Deny at its end), so a pod that one of them selects is isolated in its
 //! directions; a pod that none selects reaches its profile `kns.NAMESPACE`, which allows everything.
 
-use k8s_openapi::{
-    api::networking::v1::{IPBlock, NetworkPolicy, NetworkPolicyPeer, NetworkPolicyPort, NetworkPolicySpec},
-    apimachinery::pkg::{apis::meta::v1::LabelSelector, util::intstr::IntOrString},
-};
 use weir_packet::Protocol;
 use weir_policy::{
     PolicyDirection, Selector,
@@ -23,7 +19,9 @@ use crate::{
         Object,
         at::{At, Reporter},
         calico::policy::StagedKubernetesNetworkPolicy,
-        slim::Slim,
+        meta::{IntOrString, LabelSelector},
+        network_policy::{IPBlock, NetworkPolicy, NetworkPolicyPeer, NetworkPolicyPort, NetworkPolicySpec},
+        object::Readable,
     },
     text::{Problems, address::parse_network, problem::nearest},
     translate::services::{port_number, protocol},
@@ -53,7 +51,7 @@ pub(super) fn staged_network_policy(object: &Object<StagedKubernetesNetworkPolic
     Policy { staged: true, ..policy(object, &spec, name, &mut object.reporter(problems)) }
 }
 
-fn policy<T: Slim + Send + Sync>(
+fn policy<T: Readable>(
     object: &Object<T>,
     spec: &NetworkPolicySpec,
     name: PolicyName<'_>,

@@ -8,7 +8,8 @@ use std::{
 use crate::resources::{
     Content, Manifests, Object, Same,
     calico::policy::Profile,
-    slim::{Metadata, Namespace, ServiceAccount},
+    kubernetes::{Namespace, ServiceAccount},
+    meta::Metadata,
 };
 
 pub(super) const NAMESPACE_LABEL: &str = "projectcalico.org/namespace";

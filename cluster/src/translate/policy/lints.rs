@@ -16,7 +16,7 @@ use crate::{
         Manifests, Object,
         at::{At, Reporter},
         calico::policy::Rule as CalicoRule,
-        slim::Slim,
+        object::Readable,
     },
     text::{Problems, Span, problem::nearest},
 };
@@ -139,7 +139,7 @@ fn namespace_selectors(manifests: &Manifests, problems: &mut Problems) {
     }
 }
 
-fn calico<T: Slim + Send + Sync>(
+fn calico<T: Readable>(
     object: &Object<T>,
     rules: &[CalicoRule],
     direction: &str,

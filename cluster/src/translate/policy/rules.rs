@@ -1,7 +1,6 @@
 //! Calico's rules, one by one.
 
 use ipnet::IpNet;
-use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use weir_packet::Protocol;
 use weir_policy::{
     PolicyDirection, Selector,
@@ -17,6 +16,7 @@ use crate::{
     resources::{
         at::{At, Reporter},
         calico::policy::{Action, EntityRule, Icmp, Rule, ServiceMatch},
+        meta::IntOrString,
     },
     text::address::{parse_ip, parse_network},
 };

@@ -1,12 +1,14 @@
 //! Selectors in the terms of the labels that endpoints carry: Kubernetes's label selectors, and Calico's expressions with
 //! their limits by namespace and service account.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use weir_policy::Selector;
 
 use super::labels::{NAMESPACE_LABEL, ORCHESTRATOR_LABEL};
 use crate::{
-    resources::at::{At, Reporter},
+    resources::{
+        at::{At, Reporter},
+        meta::LabelSelector,
+    },
     text::problem::nearest,
 };
 

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use weir_packet::Protocol;
 use weir_policy::model::ServiceEndpoint;
 
-use crate::resources::{Manifests, Object, slim::EndpointSlice};
+use crate::resources::{Manifests, Object, kubernetes::EndpointSlice};
 
 /// Endpoints by service. Nothing is looked at before a rule names a service.
 pub(super) struct ServiceEndpoints<'m> {
