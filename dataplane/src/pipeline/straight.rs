@@ -11,7 +11,7 @@
 //!
 //! *Invariant.* What goes straight would have come out of the general way as the same bytes by the same device, with the same effects on
 //! connection and counters. So no rule is written here alone, and leaving this file out changes nothing but the time that packets take:
-//! dataplane/tests/two_ways.rs sends the same packets through two workers, one of which never goes straight. Who adds a question to the general way
+//! dataplane/tests/all/two_ways.rs sends the same packets through two workers, one of which never goes straight. Who adds a question to the general way
 //! asks whether a packet of a judged connection can fail it; if so, it is asked here too, or its connections are given no next hop that
 //! this way takes ([`next_hops::words`]).
 //!

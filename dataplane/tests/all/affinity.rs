@@ -1,19 +1,12 @@
 //! ClientIP affinity through the whole pipeline over the memory driver: which packets are remembered.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
 use std::{
     collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use packets::{Packet, TCP, received};
-use router::{Router, UPLINK, ip, rules, service};
+use crate::packets::{Packet, TCP, received};
+use crate::router::{Router, UPLINK, ip, rules, service};
 use weir_dataplane::snapshot::Rules;
 use weir_nat::SnatPorts;
 use weir_packet::{DropReason, Protocol};

@@ -3,18 +3,11 @@
 //! Two routers get the same packets. In one each lies in as few frames as can be, which for the short ones is one; in the other they are
 //! cut at random. What they send and count must be the same, and every whole packet that leaves must be right to who reads it without weir.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
 use std::collections::BTreeMap;
 
-use packets::{IPIP, Packet, SCTP, TCP, UDP, received};
+use crate::packets::{IPIP, Packet, SCTP, TCP, UDP, received};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service, sum, tunnelled};
 use proptest::prelude::*;
-use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service, sum, tunnelled};
 use weir_dataplane::frame::{IfIndex, MAX_MTU};
 use weir_nat::SnatPorts;
 use weir_packet::{DropReason, Protocol};

@@ -1,10 +1,6 @@
 //! The kernel's side of weir on a real kernel: every test builds network namespaces and a pin folder of its own and
 //! removes them again. They need root; WEIR_SKIP_E2E=1 skips them.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/node.rs"]
-mod node;
-
 use std::{
     collections::HashSet,
     env, fs,
@@ -19,10 +15,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::node::{
+    Namespace, Node, index_of, info_of, mac_of, run_tc, run_xdp, shell, skipped, tc_program, xdp_program,
+};
 use aya::programs::loaded_links;
 use etherparse::PacketBuilder;
 use nix::net::if_::if_nametoindex;
-use node::{Namespace, Node, index_of, info_of, mac_of, run_tc, run_xdp, shell, skipped, tc_program, xdp_program};
 use weir_dataplane::{
     afxdp::trunk::{origin, target},
     attach::{

@@ -1,20 +1,13 @@
 //! Source ports of translated connections, through the whole pipeline over the memory driver.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr},
     ops::RangeInclusive,
 };
 
-use packets::{Packet, TCP, UDP, received};
-use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service};
+use crate::packets::{Packet, TCP, UDP, received};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service};
 use weir_dataplane::frame::IfIndex;
 use weir_nat::SnatPorts;
 use weir_packet::{DropReason, Protocol};

@@ -11,16 +11,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
-use packets::{Packet as Sent, UDP};
+use crate::packets::{Packet as Sent, UDP};
+use crate::router::{CLIENT_POD, cluster, ip, links, rules};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
-use router::{CLIENT_POD, cluster, ip, links, rules};
 use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
 use weir_dataplane::{
     counters::{COUNTERS, Counter, drop_index},

@@ -1,16 +1,9 @@
 //! Floods against a small table, through the whole pipeline over the memory driver: what is established goes on, and so does the node.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
 use std::net::IpAddr;
 
-use packets::{Packet, TCP, received};
-use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service, sum};
+use crate::packets::{Packet, TCP, received};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service, sum};
 use weir_dataplane::{frame::IfIndex, tables::capacity_with_share};
 use weir_nat::SnatPorts;
 use weir_packet::{DropReason, Protocol, Tick};

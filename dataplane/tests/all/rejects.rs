@@ -1,16 +1,10 @@
 //! What a sender is told of a packet that is refused, over the whole pipeline and the memory driver.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
+use crate::router;
 use std::sync::Arc;
 
-use packets::{Packet, SCTP, TCP, UDP};
-use router::{CLIENT_POD, Router, SERVER_POD, ip, rules, service, sum};
+use crate::packets::{Packet, SCTP, TCP, UDP};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, ip, rules, service, sum};
 use weir_dataplane::{forwarding::Forwarding, frame::IfIndex, model::Links};
 use weir_nat::{HostAddresses, ServicePort, SnatPorts};
 use weir_packet::{DropReason, Protocol};

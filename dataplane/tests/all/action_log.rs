@@ -1,16 +1,9 @@
 //! Rules that log: an entry for each new connection that meets them, and no more of them than the control thread can take.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
 use std::sync::Arc;
 
-use packets::{Packet, UDP};
-use router::{CLIENT_POD, Router, SERVER_POD, ip, service, tiered};
+use crate::packets::{Packet, UDP};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, ip, service, tiered};
 use weir_dataplane::snapshot::Rules;
 use weir_nat::SnatPorts;
 use weir_packet::Protocol;

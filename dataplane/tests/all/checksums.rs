@@ -1,14 +1,7 @@
 //! A bad layer-4 checksum stays bad, and is never a reason for a connection's state to change (the design, "Details").
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
-use packets::{Packet, TCP, UDP, received};
-use router::{CLIENT_POD, Router, SERVER_POD, ip, rules, service};
+use crate::packets::{Packet, TCP, UDP, received};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, ip, rules, service};
 use weir_conntrack::Entry;
 use weir_dataplane::frame::IfIndex;
 use weir_nat::SnatPorts;

@@ -3,21 +3,14 @@
 //! The model of it is dull: every flow really runs, and what left weir is what the error quotes. So the receiver of the error
 //! must find in it what it sent, but for the TTL; all checksums are computed from scratch.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use packets::{IPIP, Packet, SCTP, TCP, UDP, received};
+use crate::packets::{IPIP, Packet, SCTP, TCP, UDP, received};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service, tunnelled};
 use proptest::{prelude::*, sample::Index};
-use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service, tunnelled};
 use weir_conntrack::Entry;
 use weir_dataplane::{frame::IfIndex, snapshot::Rules};
 use weir_nat::SnatPorts;

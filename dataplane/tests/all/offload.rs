@@ -12,21 +12,7 @@
 //! and out of none. So what a sender left to its device (CHECKSUM_PARTIAL), and large packets in tunnels, is left to the end-to-end tests
 //! of the offload: all that pods with their CNI's devices send is of that kind.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/keys.rs"]
-mod keys;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/node.rs"]
-mod node;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-#[path = "support/segments.rs"]
-mod segments;
-
+use crate::node;
 use std::{
     cell::Cell,
     collections::BTreeSet,
@@ -34,23 +20,23 @@ use std::{
     sync::{Arc, Mutex, atomic::Ordering},
 };
 
+use crate::keys::SharedKeys;
+use crate::node::{Namespace, Node, program_info, run_xdp, skipped, xdp_program};
+use crate::packets::{IPIP, TCP, UDP};
+use crate::router::{CLIENT_POD, GATEWAY_MAC, Router, SERVER_POD, UPLINK, UPLINK_MAC, ip, rules, service};
+use crate::segments::{
+    ACK, Checksum, Ends, FIN, Gso, MTU, Oddity, Outer, PSH, Place, RST, SYN, Sent, URG, USUAL, cut, ends_of, frame,
+    icmp_error, ip_packet, is_inside, mac_of, numbers, oddities, put_into_tunnel, sents, tcp, tunnel_carries,
+    tunnelled, udp, without_tunnel_id,
+};
 use aya::{
     TestRun as _, TestRunOptions,
     programs::{SchedClassifier, Xdp},
 };
 use crossbeam::channel::Receiver;
-use keys::SharedKeys;
-use node::{Namespace, Node, program_info, run_xdp, skipped, xdp_program};
-use packets::{IPIP, TCP, UDP};
 use proptest::{
     prelude::*,
     test_runner::{Config, TestRunner},
-};
-use router::{CLIENT_POD, GATEWAY_MAC, Router, SERVER_POD, UPLINK, UPLINK_MAC, ip, rules, service};
-use segments::{
-    ACK, Checksum, Ends, FIN, Gso, MTU, Oddity, Outer, PSH, Place, RST, SYN, Sent, URG, USUAL, cut, ends_of, frame,
-    icmp_error, ip_packet, is_inside, mac_of, numbers, oddities, put_into_tunnel, sents, tcp, tunnel_carries,
-    tunnelled, udp, without_tunnel_id,
 };
 use weir_conntrack::{ConnRef, Identity, OFFLOADED, Windows};
 use weir_dataplane::{

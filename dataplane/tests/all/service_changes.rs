@@ -1,20 +1,14 @@
 //! What becomes of flows when their service changes, at their next packet and not by any event: the whole pipeline over the memory
 //! driver.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
+use crate::router;
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use packets::{Packet, TCP, UDP, received};
-use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service, sum};
+use crate::packets::{Packet, TCP, UDP, received};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service, sum};
 use weir_dataplane::{frame::IfIndex, snapshot::Rules};
 use weir_nat::{HostAddresses, ServicePort, ServiceTable, SnatPorts};
 use weir_packet::{DropReason, FlowKey, Ports, Protocol};

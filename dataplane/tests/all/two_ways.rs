@@ -1,13 +1,6 @@
 //! The straight way beside the general one: the same packets through two workers, one of which never goes straight. What leaves, byte by byte
 //! and in its order, what is counted, what is listed, and what is asked of others must be equal after each turn.
 
-#[allow(dead_code, reason = "a test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "a test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
 use std::{
     cell::Cell,
     net::{Ipv4Addr, Ipv6Addr},
@@ -31,8 +24,8 @@ use weir_dataplane::{
 use weir_nat::SnatPorts;
 use weir_packet::{DropReason, Mac, Protocol, Tick};
 
-use packets::{IPIP, Packet, TCP, UDP, received};
-use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service, sum};
+use crate::packets::{IPIP, Packet, TCP, UDP, received};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service, sum};
 
 const FIN: u8 = 1;
 const SYN: u8 = 2;

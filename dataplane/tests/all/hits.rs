@@ -1,16 +1,11 @@
 //! Hits per policy rule: the first packet of a connection counts, once for each end's rule that decided; reloads and workers add up.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
+use crate::packets;
+use crate::router;
 use std::{collections::BTreeMap, sync::Arc};
 
-use packets::{Packet, TCP, UDP};
-use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, tiered, tunnelled};
+use crate::packets::{Packet, TCP, UDP};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, tiered, tunnelled};
 use weir_dataplane::{hits::Hits, snapshot::Rules};
 use weir_nat::SnatPorts;
 use weir_packet::Protocol;

@@ -1,17 +1,7 @@
 //! `decide` against the policy rules about host endpoints, asked one after another: generated policies of all kinds, host endpoints,
 //! failsafes and settings; packets between the node, its pods, other nodes' pods and the outside, past services.
 
-#[path = "support/host_oracle.rs"]
-mod host_oracle;
-#[path = "support/host_world.rs"]
-mod host_world;
-#[path = "../../policy/tests/oracle/mod.rs"]
-mod oracle;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "../../policy/tests/world/mod.rs"]
-mod world;
-
-use host_world::{agree, change, follow, packets, site};
+use crate::host_world::{agree, change, follow, packets, site};
 use proptest::prelude::*;
 
 proptest! {

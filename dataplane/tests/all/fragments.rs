@@ -2,17 +2,13 @@
 //!
 //! The model keeps lists, knows no connection table, and computes every checksum from scratch.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
+use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, octets, rules, service, sum, tunnelled};
 use proptest::prelude::*;
-use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, octets, rules, service, sum, tunnelled};
 use weir_conntrack::TcpState;
 use weir_dataplane::{
     fragments::{LIFETIME, PATIENCE},

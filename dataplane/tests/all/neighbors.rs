@@ -1,16 +1,9 @@
 //! Next hops whose MAC address nobody knows yet: packets wait, and somebody is asked.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
 use std::sync::Arc;
 
-use packets::{Packet, UDP};
-use router::{CLIENT_POD, OTHER_MAC, Router, UPLINK, cluster, ip, links, rules};
+use crate::packets::{Packet, UDP};
+use crate::router::{CLIENT_POD, OTHER_MAC, Router, UPLINK, cluster, ip, links, rules};
 use weir_dataplane::{forwarding::Forwarding, held::PATIENCE, model::Neighbor};
 use weir_nat::SnatPorts;
 use weir_packet::{DropReason, Mac, Tick};

@@ -6,16 +6,6 @@
 //! in a router that nothing was published to. Where a new one is opened, what the old backend still sends must not touch it, and it must
 //! come to be established.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/keys.rs"]
-mod keys;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
 use std::{
     collections::{BTreeMap, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -23,11 +13,11 @@ use std::{
     thread,
 };
 
+use crate::keys::SharedKeys;
+use crate::packets::{Packet, SCTP, TCP, UDP, received};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service, sum, tunnelled};
 use crossbeam::channel::Receiver;
-use keys::SharedKeys;
-use packets::{Packet, SCTP, TCP, UDP, received};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
-use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service, sum, tunnelled};
 use weir_conntrack::{Identity, Lifecycle, SctpState, Table, TcpState};
 use weir_dataplane::{
     counters::Totals,

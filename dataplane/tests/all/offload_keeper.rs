@@ -1,15 +1,5 @@
 //! The keeper of flows in the kernel, over memory of this process: what it hands over, confirms, takes back, refuses.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/keys.rs"]
-mod keys;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
 use std::{
     collections::HashMap,
     io,
@@ -22,14 +12,14 @@ use std::{
     time::Duration,
 };
 
+use crate::keys::SharedKeys;
+use crate::packets::{Packet, TCP, UDP};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service};
 use crossbeam::channel::Receiver;
-use keys::SharedKeys;
-use packets::{Packet, TCP, UDP};
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
 };
-use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service};
 use weir_conntrack::{OFFLOADED, Windows};
 use weir_dataplane::{
     clock::now,

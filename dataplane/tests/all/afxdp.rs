@@ -1,8 +1,5 @@
 //! The AF_XDP driver on real veth devices. Needs root; WEIR_SKIP_E2E=1 leaves these tests out.
 
-#[path = "support/veth.rs"]
-mod veth;
-
 use std::{
     io::ErrorKind,
     process::Command,
@@ -11,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use veth::{Veth, enter_namespace, frame, ip, skipped};
+use crate::veth::{Veth, enter_namespace, frame, ip, skipped};
 use weir_dataplane::{
     afxdp::{AfXdp, AfXdpError, AfXdpSettings, PortSettings, RingSizes, receive_queues},
     driver::{Driver, PortId},

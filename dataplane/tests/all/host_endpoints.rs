@@ -1,17 +1,11 @@
 //! Host endpoints' policy on the wire: which packets of an uplink get through, each to where it belongs, and with or without a
 //! connection. The law of conservation is asserted after every turn (support/router.rs).
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
+use crate::router;
 use std::sync::Arc;
 
-use packets::{Packet, TCP, UDP};
-use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, service, tunnelled};
+use crate::packets::{Packet, TCP, UDP};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, service, tunnelled};
 use weir_dataplane::{
     frame::IfIndex,
     model::{Cluster, EndpointToHost, HostEndpoint},
