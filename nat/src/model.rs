@@ -179,6 +179,7 @@ pub struct Endpoint {
 
 /// Names of zones or nodes, which most endpoints have none of.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[allow(clippy::box_collection, reason = "of the size of one pointer: nearly all endpoints have none")]
 pub struct Hints(Option<Box<Vec<Arc<str>>>>);
 
 impl Hints {

@@ -20,7 +20,7 @@ use std::{
 
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use serde_json::{Value, json};
 use weir_conntrack::{Entry, Handle, Identity, Lifecycle, Table, TcpState};
 use weir_dataplane::{clock::now, offload::Offload, tables::Tables, worker::Shared};
@@ -87,6 +87,18 @@ fn tcp_state(text: &str) -> Result<String, String> {
     known.map(|name| (*name).to_owned()).ok_or_else(|| format!("expected one of {}", names.join(", ")))
 }
 
+fn family(text: &str) -> Result<u8, String> {
+    text.parse().ok().filter(|family| [4, 6].contains(family)).ok_or_else(|| "expected 4 or 6".into())
+}
+
+fn known_family<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u8>, D::Error> {
+    match Option::deserialize(deserializer)? {
+        None => Ok(None),
+        Some(family @ (4 | 6)) => Ok(Some(family)),
+        Some(other) => Err(D::Error::custom(format_args!("family: {other} is neither 4 nor 6"))),
+    }
+}
+
 fn network(text: &str) -> Result<IpNet, String> {
     let address = || text.parse::<IpAddr>().map(IpNet::from);
     text.parse().or_else(|_| address()).map_err(|_| "expected an address, or a prefix like 10.1.0.0/16".into())
@@ -94,8 +106,9 @@ fn network(text: &str) -> Result<IpNet, String> {
 
 /// Which connections: all conditions hold. Each is about the packets of the original direction as they arrive, those with `reply` about
 /// the packets that answer them.
+// A condition that is not known is refused: without it, a deletion would be one of all.
 #[derive(Clone, Debug, Default, Args, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Filter {
     /// Protocol: tcp, udp, sctp, icmp, icmpv6, or a number.
     #[arg(short, long, value_parser = protocol)]
@@ -137,7 +150,8 @@ pub struct Filter {
     #[arg(long)]
     pub offload: bool,
     /// Only IPv4 or only IPv6.
-    #[arg(short, long, value_name = "4|6", value_parser = clap::value_parser!(u8).range(4..=6))]
+    #[arg(short, long, value_name = "4|6", value_parser = family)]
+    #[serde(deserialize_with = "known_family")]
     pub family: Option<u8>,
 }
 
@@ -187,7 +201,7 @@ fn translated<A: Address>(original: &FlowKey<A>, reply: &FlowKey<A>) -> [bool; 2
 
 /// What is asked of the router.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Query {
     /// What to do.
     pub action: Action,

@@ -20,7 +20,7 @@ use crate::control::{self, AskError, Request};
 
 /// Which services are asked for.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Query {
     /// "namespace", "namespace/name" or "namespace/name:port"; all without.
     pub of: Option<String>,

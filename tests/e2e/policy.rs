@@ -278,3 +278,43 @@ fn a_faulty_policy_stays_as_it_was_and_a_new_faulty_one_denies_while_the_rest_pr
     assert_eq!(site.status("node-a")["faultyObjects"], Value::Array(vec![]));
     site.finish();
 }
+
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn a_start_with_faulty_objects_leaves_them_out_denies_what_a_faulty_policy_selects_and_serves_the_rest() {
+    let mut manifests = Manifests::cluster("Always");
+    for (pod, app, address) in [
+        ("default/client", "client", "10.1.1.10"),
+        ("default/server", "server", "10.1.1.20"),
+        ("default/other", "other", "10.1.1.21"),
+    ] {
+        manifests.pod("node-a", pod, app, &[address]);
+    }
+    // Each of these ended a start, or every running router, once.
+    manifests.node("node-z", &["192.168.10.9"], &["0.0.0.0/0"]);
+    manifests.pool("all", "0.0.0.0/0", "Always");
+    manifests.add(serde_json::json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "nowhere", "namespace": "default"},
+        "spec": {"clusterIP": "224.0.0.1", "ports": [{"port": 80}]},
+    }));
+    let plan = [NodePlan::new("node-a", &["192.168.10.1/24"], &[0])];
+    let policy = ONLY_FRIENDS.replace("- from:", "- from: 7\n    x:");
+    let mut site = Site::build(&plan, &manifests.text(), &policy);
+    site.serve("default/server", &[80]);
+    site.serve("default/other", &[80]);
+    site.start_all();
+    site.answered("default/client", "http://10.1.1.21/");
+    site.unanswered("default/client", "http://10.1.1.20/");
+    let faulty = site.status("node-a")["faultyObjects"].clone();
+    let mut named: Vec<_> = faulty.as_array().unwrap().iter().map(|one| one["object"].as_str().unwrap()).collect();
+    named.sort_unstable();
+    let expected = ["IPPool all", "NetworkPolicy default/only-friends", "Node node-z", "Service default/nowhere"];
+    assert_eq!(named, expected, "{faulty}");
+
+    // Mended while it runs.
+    site.set_policies(ONLY_FRIENDS);
+    site.unanswered("default/client", "http://10.1.1.20/");
+    let is_left = |site: &Site| site.status("node-a")["faultyObjects"].as_array().unwrap().len();
+    assert_eq!(is_left(&site), 3);
+    site.finish();
+}

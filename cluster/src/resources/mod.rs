@@ -328,11 +328,12 @@ impl Manifests {
         let file = problems.add_source(source);
         let source = Arc::clone(problems.source(file));
         let pieces = tree::on_reader_thread(|| {
-            let documents = tree::document_ranges(source.text()).into_iter();
+            let whole = source.text();
+            let documents = tree::document_ranges(&whole).into_iter();
             let read = |range: Range<usize>| {
                 let piece = Span { file: 0, start: range.start as u32, end: range.end as u32 };
                 let text = InText { source: Arc::clone(&source), piece, form: Form::Document };
-                Piece::read(Form::Document, &source.text()[range], identities).map(|piece| (text, piece))
+                Piece::read(Form::Document, &whole[range], identities).map(|piece| (text, piece))
             };
             documents.filter_map(read).collect::<Vec<_>>()
         });

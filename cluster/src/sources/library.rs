@@ -215,11 +215,12 @@ impl Library {
 impl Text {
     /// Reads the pieces that were not there `before`.
     fn read(source: Source, before: Option<&Self>, identities: &Identities) -> Self {
-        let before: HashMap<(Form, &str), &Arc<Piece>> = before.map_or_else(HashMap::new, |before| {
-            let pieces = before.pieces.iter();
-            pieces.map(|(form, span, piece)| ((*form, before.source.slice(*span)), piece)).collect()
+        let before = before.map(|before| (before.source.text(), &before.pieces));
+        let before: HashMap<(Form, &str), &Arc<Piece>> = before.as_ref().map_or_else(HashMap::new, |(text, pieces)| {
+            let text_of = |span: &Span| text.get(span.range()).unwrap_or_default();
+            pieces.iter().map(|(form, span, piece)| ((*form, text_of(span)), piece)).collect()
         });
-        let whole = source.text();
+        let whole = &*source.text();
         let cut: Vec<(Range<usize>, Vec<Range<usize>>)> = tree::document_ranges(whole)
             .into_iter()
             .map(|document| {
@@ -260,6 +261,7 @@ impl Text {
             }
         }
         pieces.shrink_to_fit();
+        source.pack();
         Self { source: Arc::new(source), stamp: None, settled: false, pieces }
     }
 }
@@ -416,7 +418,7 @@ impl Reader<'_> {
                 return problems.error(place, "this file is not UTF-8", "save it as UTF-8".to_owned());
             }
         };
-        let text = match before.filter(|before| before.source.text() == text) {
+        let text = match before.filter(|before| *before.source.text() == *text) {
             Some(before) => {
                 Text { source: Arc::clone(&before.source), pieces: before.pieces.clone(), stamp: None, settled: false }
             }

@@ -232,8 +232,13 @@ impl Problems {
         let theme = if colour { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
         let handler = GraphicalReportHandler::new_themed(theme).with_width(RENDER_WIDTH).with_context_lines(1);
         let mut text = String::new();
+        // Those of one text follow each other, and it is unpacked once for them.
+        let mut last: Option<(&Source, Arc<String>)> = None;
         for diagnostic in self.diagnostics.iter().filter(|diagnostic| which(diagnostic)) {
-            let report = Report { diagnostic, source: self.source(diagnostic.span.file) };
+            let source = &**self.source(diagnostic.span.file);
+            let known = last.take().filter(|(of, _)| std::ptr::eq(*of, source));
+            let (_, whole) = last.insert(known.unwrap_or_else(|| (source, source.text())));
+            let report = Report { diagnostic, shown: Shown { source, text: whole } };
             handler.render_report(&mut text, &report).expect("writing to a string does not fail");
         }
         text
@@ -257,7 +262,14 @@ const SHOWN_BYTES: usize = 160;
 #[derive(Debug)]
 struct Report<'a> {
     diagnostic: &'a Diagnostic,
+    shown: Shown<'a>,
+}
+
+/// A text as miette reads it.
+#[derive(Debug)]
+struct Shown<'a> {
     source: &'a Source,
+    text: &'a str,
 }
 
 impl fmt::Display for Report<'_> {
@@ -282,14 +294,15 @@ impl miette::Diagnostic for Report<'_> {
     }
 
     fn source_code(&self) -> Option<&dyn SourceCode> {
-        Some(self.source)
+        Some(&self.shown)
     }
 
     fn labels(&self) -> Option<Box<dyn Iterator<Item = LabeledSpan> + '_>> {
         let Span { start, end, .. } = self.diagnostic.span;
         // Marks stay on the first line: a list or an object would otherwise be quoted whole.
-        let line_end = self.source.line_range(self.source.line_index(start)).end.max(start as usize);
-        let shown_end = (end as usize).min(line_end).min(floor(self.source.text(), start as usize + SHOWN_BYTES));
+        let Shown { source, text } = self.shown;
+        let line_end = source.line_range(source.line_index(start)).end.max(start as usize);
+        let shown_end = (end as usize).min(line_end).min(floor(text, start as usize + SHOWN_BYTES));
         let length = shown_end.saturating_sub(start as usize);
         Some(Box::new(std::iter::once(LabeledSpan::new(None, start as usize, length))))
     }
@@ -300,7 +313,7 @@ fn floor(text: &str, offset: usize) -> usize {
     (0..=offset.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0)
 }
 
-impl SourceCode for Source {
+impl SourceCode for Shown<'_> {
     /// The lines around a span, without walking the whole text as miette's own sources do, and cut where very long.
     fn read_span<'a>(
         &'a self,
@@ -308,34 +321,34 @@ impl SourceCode for Source {
         lines_before: usize,
         lines_after: usize,
     ) -> Result<Box<dyn SpanContents<'a> + 'a>, MietteError> {
-        let text = self.text();
+        let Self { source, text } = *self;
         if span.offset() + span.len() > text.len() {
             return Err(MietteError::OutOfBounds);
         }
-        let line = self.line_index(span.offset() as u32);
-        let last = self.line_index((span.offset() + span.len()) as u32);
-        let (_, column) = self.line_column(span.offset() as u32);
-        let own = self.line_range(line);
+        let line = source.line_index(span.offset() as u32);
+        let last = source.line_index((span.offset() + span.len()) as u32);
+        let (_, column) = source.line_column(span.offset() as u32);
+        let own = source.line_range(line);
         let (first, range) = if lines_before == 0 && lines_after == 0 {
             (line, span.offset()..span.offset() + span.len())
         } else if own.len() > 2 * SHOWN_BYTES {
             let start = floor(text, span.offset().saturating_sub(SHOWN_BYTES)).max(own.start);
             (line, start..floor(text, span.offset() + span.len() + SHOWN_BYTES).min(own.end))
         } else {
-            let short = |index: &usize| self.line_range(*index).len() <= 2 * SHOWN_BYTES;
+            let short = |index: &usize| source.line_range(*index).len() <= 2 * SHOWN_BYTES;
             let first = (line.saturating_sub(lines_before)..line).rev().take_while(short).last().unwrap_or(line);
-            let end = (last + 1..self.line_count().min(last + 1 + lines_after)).take_while(short).last();
-            (first, self.line_range(first).start..self.line_range(end.unwrap_or(last)).end)
+            let end = (last + 1..source.line_count().min(last + 1 + lines_after)).take_while(short).last();
+            (first, source.line_range(first).start..source.line_range(end.unwrap_or(last)).end)
         };
         let covered = SourceSpan::new(range.start.into(), range.len());
         let column = if range.start == span.offset() { column - 1 } else { 0 };
         Ok(Box::new(MietteSpanContents::new_named(
-            self.name().to_owned(),
+            source.name().to_owned(),
             text[range].as_bytes(),
             covered,
             first,
             column,
-            self.line_count(),
+            source.line_count(),
         )))
     }
 }

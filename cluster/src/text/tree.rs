@@ -169,7 +169,7 @@ impl Node {
 pub fn read_documents(file: u32, problems: &mut Problems) -> Vec<Node> {
     let source = problems.source(file).clone();
     let read = || {
-        let ranges = document_ranges(source.text());
+        let ranges = document_ranges(&source.text());
         ranges.into_iter().filter_map(|range| read_document(file, range, problems)).collect()
     };
     match on_reader_thread(read) {
@@ -240,7 +240,8 @@ pub fn read_document(file: u32, range: Range<usize>, problems: &mut Problems) ->
 /// As [`read_document`], for all of YAML.
 pub(super) fn read_any(file: u32, range: Range<usize>, problems: &mut Problems) -> Option<Node> {
     let source = problems.source(file).clone();
-    let text = &source.text()[range.clone()];
+    let whole = source.text();
+    let text = &whole[range.clone()];
     let base = range.start as u32;
     let parse = |duplicate_keys| serde_saphyr::from_str_with_options::<Spanned<Raw>>(text, options(duplicate_keys));
     let mut parsed = parse(DuplicateKeyPolicy::Error);
@@ -252,7 +253,7 @@ pub(super) fn read_any(file: u32, range: Range<usize>, problems: &mut Problems) 
             parsed = parse(DuplicateKeyPolicy::FirstWins);
         }
     }
-    let node = Node::new(parsed.ok()?, &source, file, base);
+    let node = Node::new(parsed.ok()?, &source, &whole, file, base);
     (!matches!(node.value, Value::Null)).then_some(node)
 }
 
@@ -290,7 +291,8 @@ fn options(duplicate_keys: DuplicateKeyPolicy) -> Options {
 fn report(error: &Error, file: u32, range: Range<usize>, problems: &mut Problems) {
     let error = error.without_snippet();
     let source = problems.source(file).clone();
-    let end = range.start + source.text()[range.clone()].trim_end().len();
+    let whole = source.text();
+    let end = range.start + whole[range.clone()].trim_end().len();
     let span = match error.location().filter(|location| *location != Location::UNKNOWN) {
         Some(location) => span_of(location, &source, file, range.start as u32, range.end as u32),
         None => Span { file, start: end as u32, end: end as u32 },
@@ -300,7 +302,7 @@ fn report(error: &Error, file: u32, range: Range<usize>, problems: &mut Problems
         other => other,
     };
     let tab = {
-        let line = &source.text()[source.line_range(source.line_index(span.start))];
+        let line = &whole[source.line_range(source.line_index(span.start))];
         line.chars().take_while(|character| character.is_whitespace()).any(|character| character == '\t')
     };
     let too_deep = || format!("this is nested more than {MAX_DEPTH} levels deep");
@@ -312,7 +314,7 @@ fn report(error: &Error, file: u32, range: Range<usize>, problems: &mut Problems
         }
         Error::DuplicateMappingKey { key, .. } => problems.error(
             span,
-            format!("the key {:?} is given twice", key.as_deref().unwrap_or(source.slice(span))),
+            format!("the key {:?} is given twice", key.as_deref().or(whole.get(span.range())).unwrap_or_default()),
             "remove one of them: which one would count depends on the reader".to_owned(),
         ),
         _ => {
@@ -441,12 +443,12 @@ impl<'de> Visitor<'de> for RawVisitor {
 }
 
 impl Node {
-    fn new(raw: Spanned<Raw>, source: &Source, file: u32, base: u32) -> Self {
-        let place = |location| span_of(location, source, file, base, source.text().len() as u32);
+    fn new(raw: Spanned<Raw>, source: &Source, whole: &str, file: u32, base: u32) -> Self {
+        let place = |location| span_of(location, source, file, base, whole.len() as u32);
         let span = place(raw.referenced);
         let value = match raw.value {
             Raw::Null => Value::Null,
-            Raw::Bool(value) => match source.slice(place(raw.defined)) {
+            Raw::Bool(value) => match whole.get(place(raw.defined).range()).unwrap_or_default() {
                 // The two that kubectl's reader, unlike YAML 1.1, leaves as they are.
                 text @ ("y" | "Y" | "n" | "N") => Value::String(text.to_owned()),
                 _ => Value::Bool(value),
@@ -455,14 +457,14 @@ impl Node {
             Raw::Float(value) => Value::Float(value),
             Raw::String(text) => Value::String(text),
             Raw::List(items) => {
-                Value::List(items.into_iter().map(|item| Self::new(item, source, file, base)).collect())
+                Value::List(items.into_iter().map(|item| Self::new(item, source, whole, file, base)).collect())
             }
             Raw::Map(entries) => Value::Map(
                 entries
                     .into_iter()
                     .map(|(key, value)| {
                         let key = Key { span: place(key.referenced), text: key.value };
-                        (key, Self::new(value, source, file, base))
+                        (key, Self::new(value, source, whole, file, base))
                     })
                     .collect(),
             ),

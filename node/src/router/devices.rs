@@ -159,16 +159,17 @@ impl Router {
     }
 
     /// Gives a workload that was adopted at once its link.
-    pub(super) fn link_next(&mut self, now: Instant) {
+    pub(super) fn link_next(&mut self) {
         let is_one = self.hands.link_next().unwrap_or_else(|error| {
             error!(%error, "a workload keeps its filter, which serves it but can be removed by others");
             true
         });
-        self.devices.link_due = is_one.then(|| now + LINK_PAUSE);
+        self.devices.link_due = is_one.then(|| self.now + LINK_PAUSE);
     }
 
     /// Does what the maker of pods asks.
     pub(super) fn asked(&mut self, ask: Ask) {
+        self.due.pods = true;
         let Some(book) = self.pods.as_mut().map(Pods::book) else { return };
         let is_new = match ask {
             Ask::Close { device, answer } => return self.hands.ask_for_device(device, answer),
@@ -207,10 +208,6 @@ impl Router {
 
     /// Answers for pods that are in force by now.
     pub(super) fn settle_pods(&mut self) {
-        // What was taken over is not in force yet, or the kernel's way to it is not there.
-        if self.pending.is_some() || self.plumbing {
-            return;
-        }
         let own = self.addresses();
         let Self { pods: Some(pods), loaded, links, devices, hands, .. } = self else { return };
         pods.configure(book::ranges(loaded, links, &own));

@@ -1,9 +1,6 @@
 //! Publications: links, routes, neighbours and rules become a snapshot, and the programs and the kernel are told.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 use tracing::info;
@@ -27,7 +24,7 @@ impl Router {
     ///
     /// # Errors
     /// What could not be done; what was in force is, whole. Or all was done, but an uplink is not as it should be.
-    pub(super) fn publish(&mut self, now: Instant) -> Result<(), RunError> {
+    pub(super) fn publish(&mut self) -> Result<(), RunError> {
         let known: Vec<Device> = self.links.devices.iter().filter(|d| d.role == Role::Uplink).cloned().collect();
         let links = assemble_links(
             &self.view,
@@ -61,7 +58,7 @@ impl Router {
             });
             let near = self.near_devices();
             self.hands.publish(next, near);
-            self.published = Some(now);
+            self.published = Some(self.now);
             self.hits.follow(&self.rules);
             if let Some(pending) = self.pending.take() {
                 self.is_in_force(pending);

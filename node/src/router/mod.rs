@@ -144,6 +144,8 @@ struct Due {
     changes: bool,
     /// Everything that may have failed.
     all: bool,
+    /// Who asked for a pod, or for a pod to go: whether what is in force is enough for them.
+    pods: bool,
 }
 
 impl Router {
@@ -163,24 +165,16 @@ impl Router {
                 },
                 None => self.inbox.recv().await,
             };
-            let Some(mut message) = message else { return Ok(()) };
+            let Some(message) = message else { return Ok(()) };
             self.now = Instant::now();
-            let mut taken = 0;
-            loop {
+            let mut next = Some(message);
+            let mut left = AT_ONCE;
+            while let Some(message) = next {
                 if self.take(message)? {
                     return Ok(());
                 }
-                taken += 1;
-                match self.inbox.try_recv() {
-                    Ok(next) if taken < AT_ONCE => message = next,
-                    Ok(next) => {
-                        if self.take(next)? {
-                            return Ok(());
-                        }
-                        break;
-                    }
-                    Err(_) => break,
-                }
+                left -= 1;
+                next = if left > 0 { self.inbox.try_recv().ok() } else { None };
             }
             self.look(Instant::now());
         }
@@ -189,8 +183,8 @@ impl Router {
     /// Does what it is time for.
     fn look(&mut self, now: Instant) {
         self.now = now;
-        self.expire(now);
-        self.settle(now);
+        self.expire();
+        self.settle();
     }
 
     /// When something is due without a message.
@@ -207,9 +201,10 @@ impl Router {
     }
 
     /// What a timer asks for.
-    fn expire(&mut self, now: Instant) {
+    fn expire(&mut self) {
+        let now = self.now;
         if self.devices.link_due.is_some_and(|due| due <= now) {
-            self.link_next(now);
+            self.link_next();
         }
         if self.ports_due <= now {
             self.ports_due = now + PORTS_INTERVAL;
@@ -221,8 +216,11 @@ impl Router {
         if self.trouble.due().is_some_and(|due| due <= now) {
             self.due.all = true;
         }
-        if let Some(pods) = &mut self.pods {
+        if let Some(pods) = &mut self.pods
+            && pods.deadline().is_some_and(|deadline| deadline <= now)
+        {
             pods.expire(now);
+            self.due.pods = true;
         }
     }
 
@@ -278,7 +276,8 @@ impl Router {
     }
 
     /// Does what is owed, as far as it is time for it.
-    fn settle(&mut self, now: Instant) {
+    fn settle(&mut self) {
+        let now = self.now;
         let has_pace = self.published.is_none_or(|published| now >= published + PACE);
         if self.is_owed() && has_pace {
             if std::mem::take(&mut self.due).all {
@@ -286,9 +285,10 @@ impl Router {
                 self.adopt_what_is_left();
             }
             self.follow_devices();
-            if let Err(error) = self.publish(now) {
+            if let Err(error) = self.publish() {
                 self.trouble.note(&error, now);
             }
+            self.due.pods = true;
         }
         if self.follows
             && self.watches
@@ -297,7 +297,11 @@ impl Router {
         {
             self.trouble.end_try(&begun, now);
         }
-        self.settle_pods();
+        // What was taken over must be in force, and the kernel's way to it there.
+        if self.due.pods && self.pending.is_none() && !self.plumbing {
+            self.due.pods = false;
+            self.settle_pods();
+        }
         if !self.serves && self.pending.is_none() && !self.plumbing {
             self.serves = true;
             self.say_it_runs();
@@ -317,6 +321,7 @@ impl Router {
 
     fn plumbed(&mut self, outcome: Result<HostReport, KernelError>) {
         self.plumbing = false;
+        self.due.pods = true;
         match outcome {
             Ok(report) => self.tell(report),
             Err(error) => {
