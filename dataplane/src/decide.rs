@@ -173,8 +173,14 @@ pub fn decide<'s, A: Routed>(
                 decision.verdict = Verdict::Local;
             }
             let leaves = kind.leaves_node();
-            // A reply to the node's own port would never reach weir: what the kernel sends to a service takes a port of weir's.
-            let own_port = claimed && from == Origin::Host;
+            // A reply to the node's own port would never reach weir: what the kernel sends to a service takes a port of weir's. Nor would one to
+            // whoever the kernel forwards for, unless it comes from a pod of this node.
+            let own_port = claimed
+                && match from {
+                    Origin::Host => true,
+                    Origin::Forwarded { .. } => kind != RouteKind::Workload,
+                    Origin::Workload(_) | Origin::Uplink => false,
+                };
             let outgoing = leaves && forwarding.nat_outgoing(decision.translated.src, decision.translated.dst);
             if !decision.untracked && (decision.masquerade || own_port || outgoing) {
                 decision.snat = masquerade_source(forwarding, from, adjacency);
@@ -191,30 +197,23 @@ pub fn decide<'s, A: Routed>(
 /// The source that a masqueraded connection from there takes if it leaves by that adjacency.
 pub(crate) fn masquerade_source<A: Routed>(forwarding: &Forwarding, from: Origin, adjacency: AdjacencyId) -> Option<A> {
     match (from, forwarding.adjacency(adjacency).kind) {
-        (Origin::Host, RouteKind::Host) => forwarding.loopback_source(),
+        (Origin::Host | Origin::Forwarded { .. }, RouteKind::Host) => forwarding.loopback_source(),
         _ => forwarding.masquerade_address(adjacency),
     }
 }
 
 /// Whether the packet may come from there with that source, and may be carried at all.
+///
+/// # Errors
+/// Why not.
 pub fn check_source<A: Routed>(snapshot: &Snapshot, from: Origin, key: &FlowKey<A>) -> Result<(), DropReason> {
-    let forwarding = &snapshot.forwarding;
-    match from {
-        Origin::Workload(workload) => {
-            if forwarding.local_workload(key.src) != Some(workload) {
-                return Err(DropReason::SpoofedSource);
-            }
-            const VXLAN_PORT: u16 = 4789;
-            let tunnel = matches!(key.protocol, Protocol::IPIP | Protocol::IPV6)
-                || key.protocol == Protocol::UDP && key.ports.destination() == VXLAN_PORT;
-            if tunnel { Err(DropReason::WorkloadTunnel) } else { Ok(()) }
-        }
-        Origin::Host => Ok(()),
-        Origin::Uplink if forwarding.is_local(key.src) => Err(DropReason::MartianAddress),
-        // Whoever policy takes for a pod of this node must be it: its packets never come from outside (strict reverse path, RFC 3704, 2.2).
-        Origin::Uplink if forwarding.local_workload(key.src).is_some() => Err(DropReason::SpoofedSource),
-        Origin::Uplink => Ok(()),
-    }
+    const VXLAN_PORT: u16 = 4789;
+    from.check_source(key.src, &snapshot.forwarding)?;
+    let is_tunnel = || {
+        matches!(key.protocol, Protocol::IPIP | Protocol::IPV6)
+            || key.protocol == Protocol::UDP && key.ports.destination() == VXLAN_PORT
+    };
+    if from.workload().is_some() && is_tunnel() { Err(DropReason::WorkloadTunnel) } else { Ok(()) }
 }
 
 /// What the pods' own policies say of a packet that they do not deny.
@@ -296,10 +295,7 @@ pub fn policy_stamps<A: Routed>(snapshot: &Snapshot, arrival: Arrival, translate
     let stamp = |workload: Option<WorkloadId>| {
         workload.and_then(|w| snapshot.rules.endpoint(w)).map_or(0, |endpoint| snapshot.rules.policy.stamp(endpoint))
     };
-    let source = match arrival.origin {
-        Origin::Workload(workload) => Some(workload),
-        Origin::Host | Origin::Uplink => None,
-    };
+    let source = arrival.origin.workload();
     let [host_source, host_destination] = host_policy::stamps(snapshot, arrival, translated);
     [stamp(source) ^ host_source, stamp(snapshot.forwarding.local_workload(translated.dst)) ^ host_destination]
 }

@@ -213,6 +213,7 @@ pub struct Forwarding {
     /// One for each adjacency.
     hops: Vec<Hop>,
     host: AdjacencyId,
+    host_device: DeviceId,
     this_node: Option<NodeId>,
     same_subnet: Vec<bool>,
     v4: Family<Ipv4Addr>,
@@ -289,6 +290,17 @@ impl Forwarding {
         &self.devices[id.0 as usize]
     }
 
+    /// The host endpoint that governs a device, one of the kernel's own and one that nothing is known of too.
+    pub(crate) fn host_endpoint_at(&self, device: IfIndex) -> Option<HostEndpointNumber> {
+        let known = self.by_index.get(&device);
+        let known = known.or_else(|| self.by_index.get(&device.received_by()).filter(|id| self.device(**id).role == Role::Uplink));
+        match known {
+            Some(id) => self.device(*id).host_endpoint,
+            None if device.is_forwarded() => self.host_endpoints.everywhere(),
+            None => None,
+        }
+    }
+
     /// The MAC address of `address` on a device.
     pub fn neighbor(&self, device: IfIndex, address: IpAddr) -> Option<Mac> {
         self.neighbors.get(&(device, address)).copied()
@@ -309,6 +321,12 @@ impl Forwarding {
     #[inline(always)]
     pub(crate) fn hop(&self, number: u32) -> Option<&Hop> {
         self.hops.get(number as usize)
+    }
+
+    /// The node's own kernel as a device.
+    #[inline]
+    pub fn host_device(&self) -> DeviceId {
+        self.host_device
     }
 
     /// The way to this node's own kernel.
@@ -345,6 +363,23 @@ impl Forwarding {
         match A::family(self).pods.get(&address) {
             Some(Owner::Local(workload)) => Some(*workload),
             _ => None,
+        }
+    }
+
+    /// Whether `address` is a pod's, and packets of that pod do not come by the device `by` of the node's kernel: it is on this node, or another
+    /// way leads there.
+    pub(crate) fn is_pods_elsewhere<A: Routed>(&self, address: A, by: IfIndex) -> bool {
+        let family = A::family(self);
+        match family.pods.get(&address).or_else(|| family.ranges.get(address)) {
+            Some(Owner::Local(_)) => true,
+            // It has come past weir, for an address of the node.
+            Some(Owner::Node(_)) => !self.adjacency_to(address).is_some_and(|hop| {
+                let Adjacency { device, encapsulation, .. } = *self.adjacency(hop);
+                let leads_by = device.map(|id| self.device(id).index.received_by());
+                encapsulation == Encapsulation::None && by != IfIndex::HOST && leads_by == Some(by)
+            }),
+            // Nobody has it.
+            Some(Owner::OwnRange) | None => false,
         }
     }
 
@@ -535,7 +570,7 @@ impl<'a> Compiler<'a> {
                         next_uplink += 1;
                         PortId(next_uplink - 1)
                     }
-                    Role::Workload | Role::Host => PortId::TRUNK,
+                    Role::Workload | Role::Host | Role::Kernel => PortId::TRUNK,
                 };
                 Device {
                     name: d.name.clone(),
@@ -545,7 +580,10 @@ impl<'a> Compiler<'a> {
                     mac: d.mac,
                     mtu: d.mtu,
                     workload: by_device.get(d.name.as_str()).copied().filter(|_| d.role == Role::Workload),
-                    host_endpoint: if d.role == Role::Uplink { host_endpoints.of_device(d) } else { None },
+                    host_endpoint: match d.role {
+                        Role::Uplink | Role::Kernel => host_endpoints.of_device(d),
+                        Role::Workload | Role::Host => None,
+                    },
                     link_local: d.addresses.iter().find_map(|n| match n.addr() {
                         IpAddr::V6(a) if a.is_unicast_link_local() => Some(a),
                         _ => None,
@@ -594,11 +632,12 @@ impl<'a> Compiler<'a> {
     }
 
     fn finish(mut self) -> Forwarding {
-        let host_device = self.devices.iter().position(|d| d.role == Role::Host).map(|i| DeviceId(i as u32));
-        let host_mac = host_device.map(|d| self.devices[d.0 as usize].mac).unwrap_or_default();
+        let host_device = self.devices.iter().position(|d| d.role == Role::Host).expect("there always is one");
+        let host_mac = self.devices[host_device].mac;
+        let host_device = DeviceId(host_device as u32);
         let host = AdjacencyId(0);
         self.adjacencies.push(Adjacency {
-            device: host_device,
+            device: Some(host_device),
             next_hop: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             mac: Some(host_mac),
             encapsulation: Encapsulation::None,
@@ -616,6 +655,7 @@ impl<'a> Compiler<'a> {
             adjacencies: self.adjacencies,
             hops: Vec::new(),
             host,
+            host_device,
             this_node: self.this_node,
             same_subnet: self.same_subnet,
             v4,

@@ -159,6 +159,9 @@ pub enum Role {
     Workload,
     /// The node's own kernel.
     Host,
+    /// Another device of the node, which only its kernel serves: a VPN's, a bridge. Its index is that of what comes by it
+    /// ([`IfIndex::forwarded`]).
+    Kernel,
 }
 
 /// A device.

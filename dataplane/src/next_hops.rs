@@ -4,7 +4,8 @@ use weir_conntrack::ConnRef;
 use weir_packet::{Direction, FlowKey, glance::may_be_forwarded};
 
 use crate::{
-    forwarding::{AdjacencyId, Hop, Routed},
+    forwarding::{AdjacencyId, Forwarding, Hop, Routed},
+    frame::IfIndex,
     snapshot::Snapshot,
 };
 
@@ -38,7 +39,18 @@ pub(crate) fn of<A: Routed>(conn: &ConnRef<'_, A>, direction: Direction, snapsho
         let number = word as u16;
         return (number != NO_HOP).then_some(AdjacencyId(number));
     }
-    snapshot.forwarding.adjacency_to(conn.key(direction.flip()).src)
+    let towards = conn.key(direction.flip()).src;
+    match direction {
+        Direction::Original => snapshot.forwarding.adjacency_to(towards),
+        Direction::Reply => of_answers(IfIndex(conn.device()), towards, &snapshot.forwarding),
+    }
+}
+
+/// The next hop of answers to `opener`, whose packets come by `device`. What the node's kernel has sent is answered to it, whoever it is that it
+/// forwards for.
+#[inline]
+pub(crate) fn of_answers<A: Routed>(device: IfIndex, opener: A, forwarding: &Forwarding) -> Option<AdjacencyId> {
+    if device.is_kernels() { Some(forwarding.host()) } else { forwarding.adjacency_to(opener) }
 }
 
 /// The same for the straight way, if the connection has one by these tables. The number of any other is beyond all that there are.

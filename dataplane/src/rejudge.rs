@@ -12,7 +12,7 @@ use crate::{
     forwarding::{Route, Routed},
     frame::IfIndex,
     next_hops,
-    origin::{Arrival, Origin},
+    origin::{self, Arrival},
     snapshot::Snapshot,
 };
 
@@ -95,6 +95,8 @@ pub(crate) enum Rejudged {
     Drains,
     /// It ends: a policy denies it now, or what it needs is gone, which nobody can be told.
     Cut(DropReason),
+    /// It ends, as who opened it is not there any more, and is to be forgotten: another may have its address.
+    Gone(DropReason),
     /// It ends, and both ends are told: its backend, or its address, is gone.
     Reset(DropReason),
     /// It ends, and the packet opens a new one.
@@ -111,7 +113,9 @@ pub(crate) fn rejudge<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: 
         let [.., backend_stamp] = conn.stamps();
         conn.set_stamps([stamps[0], stamps[1], backend_stamp]);
     }
-    let hops = [translated_to, source].map(|destination| snapshot.forwarding.adjacency_to(destination));
+    let forwarding = &*snapshot.forwarding;
+    let answers = next_hops::of_answers(IfIndex(conn.device()), source, forwarding);
+    let hops = [forwarding.adjacency_to(translated_to), answers];
     conn.set_next_hops(next_hops::words(snapshot, &conn.key(Direction::Reply), hops));
     if drains {
         return Rejudged::Drains;
@@ -145,7 +149,7 @@ pub(crate) fn still_stands<A: Routed>(
     match rejudge(conn, Claim::of_data(conn.protocol(), direction), snapshot) {
         Rejudged::Keep => Ok(false),
         Rejudged::Drains => Ok(true),
-        Rejudged::Cut(reason) | Rejudged::Reset(reason) => Err(reason),
+        Rejudged::Cut(reason) | Rejudged::Gone(reason) | Rejudged::Reset(reason) => Err(reason),
         Rejudged::Anew => Err(anew),
     }
 }
@@ -211,14 +215,12 @@ fn judge_again<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
         return Err(Rejudged::Anew);
     }
 
-    let device = forwarding.device_by_index(IfIndex(conn.device()));
-    let Some(origin) = device.and_then(|id| Origin::of(forwarding.device(id))) else {
-        // Who opened it has gone with its device; who has its address now opens anew.
-        return Err(match claim {
-            Claim::Opens | Claim::Moves | Claim::OpensAgain => Rejudged::Anew,
-            Claim::Rides => Rejudged::Cut(DropReason::UnknownDevice),
-        });
-    };
+    let origin = origin::of_opener(IfIndex(conn.device()), original.src, forwarding).map_err(|reason| match claim {
+        // Who opened it has gone with its device, or has not that address any more, as where the kernel forwarded for a pod that nobody had
+        // named yet; who has its address now opens anew.
+        Claim::Opens | Claim::Moves | Claim::OpensAgain => Rejudged::Anew,
+        Claim::Rides => Rejudged::Gone(reason),
+    })?;
     let through_tunnel = forwarding.is_tunnelled(original.src);
     let arrival = Arrival::by(origin, IfIndex(conn.device()), through_tunnel, forwarding);
     let stamps = decide::policy_stamps(snapshot, arrival, &translated);

@@ -189,7 +189,7 @@ fn a_veth_whose_peer_moves_into_a_pod_is_noticed() {
 fn a_device_that_leaves_and_comes_back_with_its_index_counts_as_new() {
     in_namespace(|| async {
         let elsewhere = Namespace::new();
-        run("ip link add calia type veth peer name calib");
+        run("ip link add calia type veth peer name far0");
         let mut state = follow().await;
         let rules = RoleRules::new([""; 0], ["calia"]);
         let mut tracker = DeviceTracker::new(Role::Workload);

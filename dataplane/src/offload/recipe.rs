@@ -117,7 +117,7 @@ pub fn of_connection<A: Routed>(
     match rejudge::outlook(conn, snapshot) {
         Rejudged::Keep => {}
         Rejudged::Drains => return Err(Stays::Drains),
-        Rejudged::Cut(_) | Rejudged::Reset(_) | Rejudged::Anew => return Err(Stays::Unsettled),
+        Rejudged::Cut(_) | Rejudged::Gone(_) | Rejudged::Reset(_) | Rejudged::Anew => return Err(Stays::Unsettled),
     }
     // What untracked policy lets go belongs to no connection, whatever its key.
     if snapshot.rules.host.has_untracked() {
@@ -130,14 +130,15 @@ pub fn of_connection<A: Routed>(
     let arrives_by = [IfIndex(conn.device()), forth.device];
     let mut has_pod = false;
     for (key, device) in keys.iter().zip(arrives_by) {
-        let device = snapshot.forwarding.device_by_index(device).map(|id| snapshot.forwarding.device(id));
-        let device = device.ok_or(Stays::Unsettled)?;
-        let origin = Origin::of(device).ok_or(Stays::Unsettled)?;
+        let (origin, device) = Origin::of(device, &snapshot.forwarding).ok_or(Stays::Unsettled)?;
         decide::check_source(snapshot, origin, key).map_err(|_| Stays::Unsettled)?;
         match origin {
             Origin::Workload(_) => has_pod = true,
             // Its policy may be about packets of which no connection tells.
-            Origin::Uplink if device.host_endpoint.is_some() => return Err(Stays::Elsewhere),
+            Origin::Uplink if snapshot.forwarding.device(device).host_endpoint.is_some() => {
+                return Err(Stays::Elsewhere);
+            }
+            Origin::Forwarded { .. } => return Err(Stays::Elsewhere),
             Origin::Uplink | Origin::Host => {}
         }
     }

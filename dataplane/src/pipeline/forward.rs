@@ -14,7 +14,7 @@ use crate::{
     counters::Counter,
     driver::Driver,
     forwarding::{Adjacency, AdjacencyId, Route, RouteKind, host_source},
-    frame::Packet,
+    frame::{IfIndex, Packet},
     next_hops,
     tables::Family,
 };
@@ -67,7 +67,7 @@ impl<D: Driver> Handler<'_, D> {
     ) -> Result<End, DropReason> {
         let adjacency = self.context.snapshot.forwarding.adjacency(hop);
         // Before anything is rewritten: an ICMP error quotes the packet as its sender knows it.
-        if let Some((error, reason)) = obstacle(view, adjacency) {
+        if let Some((error, reason)) = obstacle(view, packet.device, adjacency) {
             return Err(self.answer_error(packet, view, error, reason));
         }
         if *to != view.key {
@@ -76,7 +76,8 @@ impl<D: Driver> Handler<'_, D> {
         if adjacency.kind == RouteKind::Host {
             return Ok(self.punt(packet));
         }
-        rewrite::decrement_ttl(packet.bytes_mut(), view);
+        let hops = hops_from(packet.device);
+        rewrite::decrement_ttl(packet.bytes_mut(), view, hops);
         if is_too_big(view, adjacency) {
             return self.split::<A>(packet, hop);
         }
@@ -127,12 +128,18 @@ impl<D: Driver> Handler<'_, D> {
     }
 }
 
-/// What keeps a packet from going on to `hop`, which its sender is to know.
+/// How many routers a packet passes here that came by `device`: none that comes by the node's kernel, which made it or has counted itself.
+#[inline(always)]
+pub(super) fn hops_from(device: IfIndex) -> u8 {
+    u8::from(!device.is_kernels())
+}
+
+/// What keeps a packet that came by `device` from going on to `hop`, which its sender is to know.
 #[inline]
-pub(super) fn obstacle<A: Address>(view: &View<A>, hop: &Adjacency) -> Option<(IcmpError, DropReason)> {
+pub(super) fn obstacle<A: Address>(view: &View<A>, device: IfIndex, hop: &Adjacency) -> Option<(IcmpError, DropReason)> {
     if hop.kind == RouteKind::Host {
         None
-    } else if view.ttl <= 1 {
+    } else if view.ttl <= hops_from(device) {
         Some((IcmpError::TtlExceeded, DropReason::TtlExpired))
     } else if is_too_big(view, hop) && (view.dont_fragment || A::BITS == 128) {
         Some((IcmpError::TooBig { mtu: hop.mtu }, DropReason::TooBig))

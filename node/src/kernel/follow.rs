@@ -96,12 +96,12 @@ impl View {
 
     /// All devices of the namespace, by index.
     pub fn all(&self) -> Vec<Link> {
-        self.picture().all().cloned().collect()
+        self.picture().all().collect()
     }
 
     /// The device of that name.
     pub fn link(&self, name: &str) -> Option<Link> {
-        self.picture().all().find(|link| link.name == name).cloned()
+        self.picture().all().find(|link| link.name == name)
     }
 
     /// Every address of this node that others could use: no loopback, no link-local IPv6, none of the trunk's.

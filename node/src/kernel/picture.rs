@@ -76,6 +76,17 @@ pub struct Link {
     /// Differs between two devices that had the same index one after the other (one that left the namespace and came
     /// back lost its programs).
     pub incarnation: u64,
+    /// Of a veth: the addresses that have a route of their own by it, as a pod's have.
+    pub leads_to: Vec<IpAddr>,
+}
+
+/// How the host's end of a pod's veth pair begins by Calico's naming rule.
+const POD_PREFIX: &str = "cali";
+
+impl Link {
+    fn is_veth(&self) -> bool {
+        self.kind.as_deref() == Some("veth")
+    }
 }
 
 /// Which devices weir uses.
@@ -85,6 +96,8 @@ pub struct RoleRules {
     pub uplinks: BTreeSet<String>,
     /// Names of the devices that the manifests give to local workloads.
     pub workloads: BTreeSet<String>,
+    /// Where pods' addresses are.
+    pub pods: Vec<IpNet>,
     /// Names of the trunk's ends, the kernel's first; they never are uplinks or workloads.
     pub trunk: [String; 2],
 }
@@ -98,17 +111,33 @@ impl RoleRules {
         Self {
             uplinks: uplinks.into_iter().map(Into::into).collect(),
             workloads: workloads.into_iter().map(Into::into).collect(),
+            pods: Vec::new(),
             trunk: [TRUNK_HOST.to_owned(), TRUNK_WEIR.to_owned()],
         }
     }
 
-    /// The role of a device of that name; none of the trunk's ends.
-    pub fn role(&self, name: &str) -> Option<Role> {
+    /// The same, which also know a pod's device by an address within these.
+    #[must_use]
+    pub fn with_pods(mut self, pods: impl IntoIterator<Item = IpNet>) -> Self {
+        self.pods = pods.into_iter().collect();
+        self.pods.sort_unstable();
+        self.pods.dedup();
+        self
+    }
+
+    /// The role of a device; none of the trunk's ends.
+    ///
+    /// A veth that looks like a pod's is one before any manifest says whose: until then, what comes by it must not be taken for what the node's
+    /// kernel forwards.
+    pub fn role(&self, link: &Link) -> Option<Role> {
+        let name = &link.name;
+        let is_pods_address = |address: &IpAddr| self.pods.iter().any(|net| net.contains(address));
+        let looks_like_pods = || name.starts_with(POD_PREFIX) || link.leads_to.iter().any(is_pods_address);
         if self.trunk.iter().any(|end| end == name) {
             None
         } else if self.uplinks.contains(name) {
             Some(Role::Uplink)
-        } else if self.workloads.contains(name) {
+        } else if self.workloads.contains(name) || link.is_veth() && looks_like_pods() {
             Some(Role::Workload)
         } else {
             None
@@ -388,8 +417,21 @@ impl Picture {
     }
 
     /// All devices, by index.
-    pub(super) fn all(&self) -> impl Iterator<Item = &Link> {
-        self.links.values()
+    pub(super) fn all(&self) -> impl Iterator<Item = Link> {
+        let mut leads_to: BTreeMap<u32, Vec<IpAddr>> = BTreeMap::new();
+        let hosts = self.routes.iter().filter(|(key, _)| key.to.prefix_len() == key.to.max_prefix_len());
+        for (key, targets) in hosts {
+            for target in targets {
+                let Target::Hops(hops) = target else { continue };
+                for hop in hops {
+                    leads_to.entry(hop.device).or_default().push(key.to.addr());
+                }
+            }
+        }
+        self.links.values().map(move |link| {
+            let leads_to = leads_to.remove(&link.index.0).filter(|_| link.is_veth());
+            Link { leads_to: leads_to.unwrap_or_default(), ..link.clone() }
+        })
     }
 
     /// The addresses of this node that a remote party could use: no loopback, no link-local IPv6, none of the trunk's.
@@ -413,8 +455,8 @@ impl Picture {
     pub(super) fn links(&self, rules: &RoleRules) -> Links {
         let mut roles = BTreeMap::new();
         let mut devices = Vec::new();
-        for link in self.links.values() {
-            let (Some(role), Some(mac)) = (rules.role(&link.name), link.mac) else { continue };
+        for link in self.all() {
+            let (Some(role), Some(mac)) = (rules.role(&link), link.mac) else { continue };
             roles.insert(link.index.0, role);
             let addresses = self.addresses.get(&link.index.0).map_or(&[][..], Vec::as_slice);
             devices.push(Device {
@@ -513,6 +555,7 @@ pub(super) fn link_of(message: LinkMessage, incarnation: u64) -> Option<Link> {
         rx_queues: 1,
         tx_queues: 1,
         incarnation,
+        leads_to: Vec::new(),
     };
     for attribute in message.attributes {
         match attribute {
@@ -683,7 +726,7 @@ impl DeviceTracker {
     pub fn update(&mut self, links: &[Link], rules: &RoleRules) -> DeviceChanges {
         let now: BTreeMap<IfIndex, Link> = links
             .iter()
-            .filter(|link| rules.role(&link.name) == Some(self.role) && link.mac.is_some())
+            .filter(|link| rules.role(link) == Some(self.role) && link.mac.is_some())
             .map(|link| (link.index, link.clone()))
             .collect();
         let mut changes = DeviceChanges::default();

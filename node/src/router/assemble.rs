@@ -116,7 +116,9 @@ pub(super) fn owned(loaded: &Loaded, rules: &Rules, snat: &SnatPorts, forwarding
 pub(super) fn role_rules(loaded: &Loaded) -> RoleRules {
     let of_role = |role: Role| loaded.config.devices.iter().filter(move |d| d.role == role).map(|d| d.name.clone());
     let workloads = local_workloads(&loaded.cluster).map(|(_, w)| w.device.clone());
-    RoleRules::new(of_role(Role::Uplink), workloads.chain(of_role(Role::Workload)))
+    let ranges = loaded.cluster.nodes.iter().flat_map(|node| &node.pod_cidrs);
+    let pods = loaded.cluster.pools.iter().map(|pool| &pool.cidr).chain(ranges);
+    RoleRules::new(of_role(Role::Uplink), workloads.chain(of_role(Role::Workload))).with_pods(pods.copied())
 }
 
 /// Whether the uplinks that the router was started with are as it can use them.
