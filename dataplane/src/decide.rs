@@ -11,6 +11,7 @@ use crate::{
     forwarding::{AdjacencyId, Forwarding, Route, RouteKind, Routed, WorkloadId},
     host_policy::{self, Before, HostJudgements},
     origin::{Arrival, Origin},
+    model::Refusal,
     snapshot::Snapshot,
 };
 
@@ -146,7 +147,7 @@ pub fn decide<'s, A: Routed>(
         }
     }
 
-    decision.route = forwarding.route(decision.translated.dst);
+    decision.route = forwarding.route_of(&decision.translated);
     let judged =
         judge(snapshot, from, &decision.translated, &mut decision.egress, &mut decision.ingress).and_then(|own| {
             match own {
@@ -165,6 +166,7 @@ pub fn decide<'s, A: Routed>(
     let claimed = decision.service.is_some();
     match decision.route {
         Route::NoSuchPod => decision.verdict = Verdict::Reject(DropReason::NoSuchPod),
+        Route::Refused(refusal) => decision.verdict = refused(refusal),
         Route::None if !claimed => decision.verdict = Verdict::Pass,
         Route::None => {}
         Route::Via(adjacency) => {
@@ -181,7 +183,8 @@ pub fn decide<'s, A: Routed>(
                     Origin::Forwarded { .. } => kind != RouteKind::Workload,
                     Origin::Workload(_) | Origin::Uplink => false,
                 };
-            let outgoing = leaves && forwarding.nat_outgoing(decision.translated.src, decision.translated.dst);
+            // What the kernel forwards keeps its source: answers to an address of the node that come by its devices do not come to weir.
+            let outgoing = leaves && kind != RouteKind::Kernel && forwarding.nat_outgoing(decision.translated.src, decision.translated.dst);
             if !decision.untracked && (decision.masquerade || own_port || outgoing) {
                 decision.snat = masquerade_source(forwarding, from, adjacency);
                 // No pod takes anything from ::1, and no answer to it leaves the pod.
@@ -194,10 +197,21 @@ pub fn decide<'s, A: Routed>(
     decision
 }
 
+/// What becomes of a packet whose route leads nowhere, as Linux has it.
+pub(crate) fn refused(refusal: Refusal) -> Verdict {
+    match refusal {
+        Refusal::Blackhole => Verdict::Drop(DropReason::RouteBlackhole),
+        Refusal::Unreachable => Verdict::Reject(DropReason::RouteUnreachable),
+        Refusal::Prohibit => Verdict::Reject(DropReason::RouteProhibited),
+    }
+}
+
 /// The source that a masqueraded connection from there takes if it leaves by that adjacency.
 pub(crate) fn masquerade_source<A: Routed>(forwarding: &Forwarding, from: Origin, adjacency: AdjacencyId) -> Option<A> {
     match (from, forwarding.adjacency(adjacency).kind) {
         (Origin::Host | Origin::Forwarded { .. }, RouteKind::Host) => forwarding.loopback_source(),
+        // One that the kernel routes through weir; it may masquerade it once more.
+        (_, RouteKind::Kernel) => forwarding.loopback_source(),
         _ => forwarding.masquerade_address(adjacency),
     }
 }
@@ -284,7 +298,7 @@ pub fn judge_again<A: Routed>(
     match judge(snapshot, arrival.origin, translated, &mut None, &mut None)? {
         OwnPolicy::Exempt => Ok(()),
         OwnPolicy::Allows => {
-            let route = snapshot.forwarding.route(translated.dst);
+            let route = snapshot.forwarding.route_of(translated);
             host_policy::after_services(snapshot, arrival, translated, route, before, &mut host)
         }
     }

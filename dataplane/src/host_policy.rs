@@ -105,7 +105,7 @@ fn before<A: Routed>(
 ) -> Result<Before, DropReason> {
     let asking = Asking { snapshot, host };
     let (number, direction) = match arrival.origin {
-        Origin::Host => (leaving(snapshot, arrival, key, snapshot.forwarding.route(key.dst)), PolicyDirection::Egress),
+        Origin::Host => (leaving(snapshot, arrival, key, snapshot.forwarding.route_of(key)), PolicyDirection::Egress),
         Origin::Uplink | Origin::Forwarded { .. } | Origin::Workload(_) => {
             (arriving(&snapshot.forwarding, arrival), PolicyDirection::Ingress)
         }
@@ -247,7 +247,7 @@ fn stamps_of_both<A: Routed>(snapshot: &Snapshot, arrival: Arrival, translated: 
         let endpoint = number.and_then(|number| rules.host.policy(number).ok());
         endpoint.map_or(0, |endpoint| rules.policy.host_stamp(endpoint))
     };
-    let route = snapshot.forwarding.route(translated.dst);
+    let route = snapshot.forwarding.route_of(translated);
     let source = match arrival.origin {
         // Untracked policy saw the frontend, and so perhaps another device than the one that the backend is behind.
         Origin::Host => {
@@ -331,7 +331,7 @@ fn leaving<A: Routed>(
     let endpoints = forwarding.host_endpoints();
     let of_unknown_device = || leaves_by(arrival).or_else(|| endpoints.of_address(key.src.to_ip()));
     match (route, kind_of(forwarding, route)) {
-        (Route::NoSuchPod, _) | (_, Some(RouteKind::Host)) => None,
+        (Route::NoSuchPod | Route::Refused(_), _) | (_, Some(RouteKind::Host)) => None,
         (_, Some(RouteKind::Workload)) if arrival.origin == Origin::Host => None,
         (_, Some(RouteKind::Workload | RouteKind::Ipip)) => endpoints.everywhere(),
         (Route::Via(adjacency), _) => match forwarding.adjacency(adjacency).device {

@@ -5,7 +5,7 @@
 
 use weir_conntrack::ConnRef;
 use weir_nat::Standing;
-use weir_packet::{Direction, DropReason, Ports, Protocol, Tick};
+use weir_packet::{Direction, DropReason, Protocol, Tick};
 
 use crate::{
     decide,
@@ -105,7 +105,7 @@ pub(crate) enum Rejudged {
 
 /// Judges a connection again, and notes the outcome.
 pub(crate) fn rejudge<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapshot) -> Rejudged {
-    let Judged { stamps, translated_to, source, drains, begins_anew } = match judge_again(conn, claim, snapshot) {
+    let Judged { stamps, drains, begins_anew } = match judge_again(conn, claim, snapshot) {
         Ok(judged) => judged,
         Err(rejudged) => return rejudged,
     };
@@ -113,9 +113,7 @@ pub(crate) fn rejudge<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: 
         let [.., backend_stamp] = conn.stamps();
         conn.set_stamps([stamps[0], stamps[1], backend_stamp]);
     }
-    let forwarding = &*snapshot.forwarding;
-    let answers = next_hops::of_answers(IfIndex(conn.device()), source, forwarding);
-    let hops = [forwarding.adjacency_to(translated_to), answers];
+    let hops = [Direction::Original, Direction::Reply].map(|way| next_hops::find(conn, way, &snapshot.forwarding));
     conn.set_next_hops(next_hops::words(snapshot, &conn.key(Direction::Reply), hops));
     if drains {
         return Rejudged::Drains;
@@ -155,30 +153,19 @@ pub(crate) fn still_stands<A: Routed>(
 }
 
 /// What a connection is to remember of its judgement.
-struct Judged<A> {
+struct Judged {
     stamps: [u32; 2],
-    translated_to: A,
-    source: A,
     drains: bool,
     /// A flow of datagrams goes on only until who opened it sends one, whoever's comes before.
     begins_anew: bool,
 }
 
 /// Judges a connection again, by its original key, its device and its stored DNAT; how it ends, if it does.
-fn judge_again<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapshot) -> Result<Judged<A>, Rejudged> {
+fn judge_again<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapshot) -> Result<Judged, Rejudged> {
     let forwarding = &*snapshot.forwarding;
     let original = conn.key(Direction::Original);
     let reply = conn.key(Direction::Reply);
-    let translated = {
-        let mut key = reply.invert();
-        key.src = original.src;
-        key.ports = if key.protocol.is_icmp() {
-            original.ports
-        } else {
-            Ports::new(original.ports.source(), key.ports.destination())
-        };
-        key
-    };
+    let translated = next_hops::translated(conn);
 
     let services = snapshot.rules.services.services::<A>();
     // A backend may be the very frontend: then only the stamp tells that a service led there.
@@ -232,7 +219,7 @@ fn judge_again<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
         return Err(if claim == Claim::OpensAgain { Rejudged::Anew } else { Rejudged::Cut(reason) });
     }
     if reply.dst != original.src
-        && let Some(adjacency) = forwarding.adjacency_to(translated.dst)
+        && let Some(adjacency) = forwarding.adjacency_of(&translated)
         && let source = decide::masquerade_source(forwarding, origin, adjacency)
         && source != Some(reply.dst)
     {
@@ -253,5 +240,5 @@ fn judge_again<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
         }
     }
     begins_anew &= !is_connection(original.protocol);
-    Ok(Judged { stamps, translated_to: translated.dst, source: original.src, drains, begins_anew })
+    Ok(Judged { stamps, drains, begins_anew })
 }

@@ -285,7 +285,7 @@ impl<'l> Tracer<'l> {
             RouteKind::Workload => "workload",
             RouteKind::Direct => "direct",
             RouteKind::Ipip => "ipip",
-            RouteKind::Host => "host",
+            RouteKind::Host | RouteKind::Kernel => "host",
         };
         let workload_device = || {
             let id = forwarding.local_workload(decision.translated.dst)?;

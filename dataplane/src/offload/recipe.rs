@@ -12,8 +12,10 @@ use weir_sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use super::flow::{Flow, Way};
 use crate::{
     decide,
-    forwarding::{Encapsulation, Route, RouteKind, Routed, host_source},
+    forwarding::{AdjacencyId, Encapsulation, RouteKind, Routed, host_source},
     frame::IfIndex,
+    model::Role,
+    next_hops,
     origin::Origin,
     rejudge::{self, Rejudged},
     snapshot::Snapshot,
@@ -124,7 +126,10 @@ pub fn of_connection<A: Routed>(
         return Err(Stays::Elsewhere);
     }
     let keys = [Direction::Original, Direction::Reply].map(|direction| conn.key(direction));
-    let hop = |direction: Direction| exit::<A>(snapshot, keys[direction.flip() as usize].src);
+    let hop = |direction: Direction| {
+        let adjacency = next_hops::find(conn, direction, &snapshot.forwarding).ok_or(Stays::Unsettled)?;
+        exit::<A>(snapshot, adjacency, keys[direction.flip() as usize].src)
+    };
     let (forth, back) = (hop(Direction::Original)?, hop(Direction::Reply)?);
     // Replies come from where the original direction's packets go.
     let arrives_by = [IfIndex(conn.device()), forth.device];
@@ -199,12 +204,14 @@ struct Hop {
     mtu: u16,
 }
 
-/// Where packets to `destination` leave.
-fn exit<A: Routed>(snapshot: &Snapshot, destination: A) -> Result<Hop, Stays> {
+/// Where packets to `destination` leave that have this next hop.
+fn exit<A: Routed>(snapshot: &Snapshot, adjacency: AdjacencyId, destination: A) -> Result<Hop, Stays> {
     let forwarding = &*snapshot.forwarding;
-    let Route::Via(adjacency) = forwarding.route(destination) else { return Err(Stays::Unsettled) };
     let adjacency = forwarding.adjacency(adjacency);
     let Some(device) = adjacency.device.map(|id| forwarding.device(id)) else { return Err(Stays::Elsewhere) };
+    if device.role == Role::Kernel {
+        return Err(Stays::Elsewhere);
+    }
     if adjacency.kind == RouteKind::Host {
         let destination = adjacency.mac.ok_or(Stays::Unresolved)?;
         return Ok(Hop {

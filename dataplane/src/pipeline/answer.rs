@@ -11,7 +11,7 @@ use super::Handler;
 use crate::{
     counters::Counter,
     driver::Driver,
-    forwarding::{AdjacencyId, RouteKind},
+    forwarding::AdjacencyId,
     frame::{ONE_FRAME_BYTES, Packet},
     next_hops,
     tables::Family,
@@ -23,7 +23,8 @@ impl<D: Driver> Handler<'_, D> {
     #[cold]
     pub(super) fn reject<A: Family>(&mut self, packet: &Packet, view: &View<A>, reason: DropReason) -> DropReason {
         let error = match reason {
-            DropReason::NoSuchPod => IcmpError::HostUnreachable,
+            DropReason::NoSuchPod | DropReason::RouteUnreachable => IcmpError::HostUnreachable,
+            DropReason::RouteProhibited => IcmpError::AdminProhibited,
             DropReason::NoRoute => IcmpError::NetUnreachable,
             _ => IcmpError::PortUnreachable,
         };
@@ -82,7 +83,7 @@ impl<D: Driver> Handler<'_, D> {
 
     /// Where the sender of a packet is.
     fn back_to<A: Family>(&self, packet: &Packet, view: &View<A>) -> Option<AdjacencyId> {
-        next_hops::of_answers(packet.device, view.key.src, &self.context.snapshot.forwarding)
+        next_hops::of_answers(packet.device, &view.key, &self.context.snapshot.forwarding)
     }
 
     /// Answers `packet` by one that goes to `hop`. `write` gets the whole frame that it is an answer to, and this node's address on the way
@@ -104,7 +105,7 @@ impl<D: Driver> Handler<'_, D> {
         answer.set_len(length);
         self.pipeline.count(Counter::Generated);
         let ended = match forwarding.adjacency(hop).kind {
-            RouteKind::Host => Ok(self.punt(&mut answer)),
+            kind if kind.is_kernels() => Ok(self.punt(&mut answer)),
             _ => self.send::<A>(&mut answer, hop),
         };
         self.end(answer, ended);

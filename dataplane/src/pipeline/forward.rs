@@ -13,7 +13,8 @@ use super::{Course, ETHERNET_BYTES, End, Handler};
 use crate::{
     counters::Counter,
     driver::Driver,
-    forwarding::{Adjacency, AdjacencyId, Route, RouteKind, host_source},
+    decide::{self, Verdict},
+    forwarding::{Adjacency, AdjacencyId, Route, host_source},
     frame::{IfIndex, Packet},
     next_hops,
     tables::Family,
@@ -51,6 +52,11 @@ impl<D: Driver> Handler<'_, D> {
     fn nowhere<A: Family>(&mut self, packet: &Packet, view: &View<A>, destination: A) -> DropReason {
         let reason = match self.context.snapshot.forwarding.route(destination) {
             Route::NoSuchPod => DropReason::NoSuchPod,
+            Route::Refused(refusal) => match decide::refused(refusal) {
+                Verdict::Reject(reason) => reason,
+                Verdict::Drop(reason) => return reason,
+                Verdict::Forward | Verdict::Local | Verdict::Pass => DropReason::NoRoute,
+            },
             Route::Via(_) | Route::None => DropReason::NoRoute,
         };
         self.reject(packet, view, reason)
@@ -73,7 +79,7 @@ impl<D: Driver> Handler<'_, D> {
         if *to != view.key {
             rewrite::translate(packet.bytes_mut(), view, to)?;
         }
-        if adjacency.kind == RouteKind::Host {
+        if adjacency.kind.is_kernels() {
             return Ok(self.punt(packet));
         }
         let hops = hops_from(packet.device);
@@ -137,7 +143,7 @@ pub(super) fn hops_from(device: IfIndex) -> u8 {
 /// What keeps a packet that came by `device` from going on to `hop`, which its sender is to know.
 #[inline]
 pub(super) fn obstacle<A: Address>(view: &View<A>, device: IfIndex, hop: &Adjacency) -> Option<(IcmpError, DropReason)> {
-    if hop.kind == RouteKind::Host {
+    if hop.kind.is_kernels() {
         None
     } else if view.ttl <= hops_from(device) {
         Some((IcmpError::TtlExceeded, DropReason::TtlExpired))

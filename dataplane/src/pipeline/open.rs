@@ -66,7 +66,7 @@ impl<D: Driver> Handler<'_, D> {
             next_hops: next_hops::words(
                 snapshot,
                 &reply,
-                [decision.adjacency(), next_hops::of_answers(device, view.key.src, forwarding)],
+                [decision.adjacency(), next_hops::of_answers(device, &view.key, forwarding)],
             ),
             flags: flags(origin, decision, context),
         };

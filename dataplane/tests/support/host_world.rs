@@ -174,6 +174,8 @@ fn links() -> Links {
         loopback_sources: Vec::new(),
         complete: false,
         listening: Default::default(),
+        multipaths: Vec::new(),
+        refused: Vec::new(),
     }
 }
 

@@ -41,7 +41,8 @@ pub(super) fn assemble_links(
 ) -> Links {
     let config = &loaded.config;
     let mut links = kernel.links(roles);
-    links.devices.retain(|device| device.mtu <= max_mtu);
+    // Of its own devices the kernel takes care.
+    links.devices.retain(|device| device.mtu <= max_mtu || device.role == Role::Kernel);
     let is_there = |known: &&Device| links.devices.iter().any(|device| device.name == known.name);
     let missing: Vec<Device> = known.iter().filter(|known| !is_there(known)).cloned().collect();
     links.devices.extend(missing);
