@@ -10,8 +10,8 @@ use weir_policy::{Judgement, PolicyDirection};
 use crate::{
     forwarding::{AdjacencyId, Forwarding, Route, RouteKind, Routed, WorkloadId},
     host_policy::{self, Before, HostJudgements},
-    origin::{Arrival, Origin},
     model::Refusal,
+    origin::{Arrival, Origin},
     snapshot::Snapshot,
 };
 
@@ -184,7 +184,9 @@ pub fn decide<'s, A: Routed>(
                     Origin::Workload(_) | Origin::Uplink => false,
                 };
             // What the kernel forwards keeps its source: answers to an address of the node that come by its devices do not come to weir.
-            let outgoing = leaves && kind != RouteKind::Kernel && forwarding.nat_outgoing(decision.translated.src, decision.translated.dst);
+            let outgoing = leaves
+                && kind != RouteKind::Kernel
+                && forwarding.nat_outgoing(decision.translated.src, decision.translated.dst);
             if !decision.untracked && (decision.masquerade || own_port || outgoing) {
                 decision.snat = masquerade_source(forwarding, from, adjacency);
                 // No pod takes anything from ::1, and no answer to it leaves the pod.

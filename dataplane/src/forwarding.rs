@@ -204,7 +204,12 @@ const MOST_CHOICES: u32 = 64;
 
 /// What tells flows apart where a route has several next hops.
 fn flow_hash<A: Address>(flow: &FlowKey<A>) -> u64 {
-    BuildHasherDefault::<Mixer>::default().hash_one((flow.src.to_ip(), flow.dst.to_ip(), flow.ports.word(), flow.protocol.0))
+    BuildHasherDefault::<Mixer>::default().hash_one((
+        flow.src.to_ip(),
+        flow.dst.to_ip(),
+        flow.ports.word(),
+        flow.protocol.0,
+    ))
 }
 
 /// Who owns a pod's address.
@@ -332,7 +337,8 @@ impl Forwarding {
     /// The host endpoint that governs a device, one of the kernel's own and one that nothing is known of too.
     pub(crate) fn host_endpoint_at(&self, device: IfIndex) -> Option<HostEndpointNumber> {
         let known = self.by_index.get(&device);
-        let known = known.or_else(|| self.by_index.get(&device.received_by()).filter(|id| self.device(**id).role == Role::Uplink));
+        let known = known
+            .or_else(|| self.by_index.get(&device.received_by()).filter(|id| self.device(**id).role == Role::Uplink));
         match known {
             Some(id) => self.device(*id).host_endpoint,
             None if device.is_forwarded() => self.host_endpoints.everywhere(),

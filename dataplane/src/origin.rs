@@ -56,7 +56,9 @@ impl Origin {
     #[must_use]
     pub fn with_source<A: Routed>(self, source: A, forwarding: &Forwarding) -> Self {
         match self {
-            Self::Host if !forwarding.is_local(source) && !source.is_loopback() => Self::Forwarded { by: IfIndex::HOST },
+            Self::Host if !forwarding.is_local(source) && !source.is_loopback() => {
+                Self::Forwarded { by: IfIndex::HOST }
+            }
             other => other,
         }
     }

@@ -1,8 +1,9 @@
 //! What the node's kernel only forwards: clients of a VPN, containers of a bridge, ports that the kernel translates, pods that nobody has named.
 
-use std::{io::Write, process::Stdio};
+use std::{io::Write, process::Stdio, thread, time::Duration};
 
 use serde_json::Value;
+use weir_cluster::translate::workload_device;
 use weir_lab::wait_until;
 
 use crate::{
@@ -84,7 +85,8 @@ fn traced(site: &Site, src: &str, dst: &str) -> Value {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let flow = format!(r#"{{"id": 1, "src": "{src}", "dst": "{dst}", "proto": "tcp", "dport": 8080, "device": "host"}}"#);
+    let flow =
+        format!(r#"{{"id": 1, "src": "{src}", "dst": "{dst}", "proto": "tcp", "dport": 8080, "device": "host"}}"#);
     writeln!(trace.stdin.take().unwrap(), "{flow}").unwrap();
     let output = trace.wait_with_output().unwrap();
     serde_json::from_slice(&output.stdout).unwrap()
@@ -98,7 +100,11 @@ fn what_the_nodes_kernel_forwards_meets_ingress_policy() {
     let from = [("vpn", VPN[0], 0), ("vpn", VPN[1], 1), ("container", CONTAINER, 0)];
     for (who, address, family) in from {
         let (by, seen) = site.answered(who, &format!("http://{}:8080/", OPEN_POD[family]));
-        assert_eq!((by.as_str(), seen.to_string().as_str()), ("default/open", address), "answers go back by the kernel");
+        assert_eq!(
+            (by.as_str(), seen.to_string().as_str()),
+            ("default/open", address),
+            "answers go back by the kernel"
+        );
         site.unanswered(who, &format!("http://{}:8080/", CLOSED_POD[family]));
         let bare = |pod: &str| pod.trim_matches(['[', ']']).to_owned();
         assert_eq!(traced(&site, address, &bare(CLOSED_POD[family]))["reason"], "PolicyDeniedIngress");
@@ -134,14 +140,22 @@ fn what_the_nodes_kernel_forwards_meets_ingress_policy() {
 
     // A port of the node that its kernel translates, as a portmap plugin has it.
     for (port, pod) in [("7001", OPEN_POD[0]), ("7002", CLOSED_POD[0])] {
-        let translate = format!(
-            "iptables -t nat -A PREROUTING -i eth0 -p tcp --dport {port} -j DNAT --to-destination {pod}:8080"
-        );
+        let translate =
+            format!("iptables -t nat -A PREROUTING -i eth0 -p tcp --dport {port} -j DNAT --to-destination {pod}:8080");
         site.lab.run_in("node-a", &translate.split(' ').collect::<Vec<_>>()).unwrap();
     }
     let (by, seen) = site.answered("client", "http://192.168.10.1:7001/");
     assert_eq!((by.as_str(), seen.to_string().as_str()), ("default/open", CLIENT));
     site.unanswered("client", "http://192.168.10.1:7002/");
+
+    // What the node's routes forbid goes nowhere, by the default uplink neither.
+    site.lab.ip("node-a", "route add blackhole 10.66.0.0/16").unwrap();
+    let sender = site.udp("default/open", "0.0.0.0:0");
+    let is_forbidden = || {
+        sender.send_to(b"into the hole", "10.66.0.9:9").unwrap();
+        (site.drops("node-a", "RouteBlackhole") > 0).then_some(())
+    };
+    wait_until("the blackhole", DEADLINE, is_forbidden).unwrap();
 
     // With a pod's address nobody gets anywhere.
     site.lab.ip("vpn", "address add 10.1.1.21/32 dev eth0").unwrap();
@@ -174,37 +188,53 @@ fn between_a_pod_and_its_node_no_ttl_is_lost() {
 #[test]
 #[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
 fn a_pod_that_nobody_has_named_is_closed() {
+    const PORT: u16 = 99;
+    let targets = [("default/open", "10.1.1.20"), ("client", CLIENT), ("vpn", VPN[0]), ("node-a", "192.168.10.1")];
     let mut site = site();
     site.start_all();
+    let listeners = targets.map(|(at, _)| {
+        let socket = site.udp(at, &format!("0.0.0.0:{PORT}"));
+        socket.set_nonblocking(true).unwrap();
+        socket
+    });
     // By Calico's name, and by another with a route for the pod's address.
+    let named = workload_device("default", "named");
     for (pod, device, address) in
-        [("default/named", "cali0000000000a", "10.1.1.50"), ("default/routed", "tap0000000000b", "10.1.1.51")]
+        [("default/named", named.as_str(), "10.1.1.50"), ("default/routed", "tap0000000000b", "10.1.1.51")]
     {
         site.lab.add_pod("node-a", pod, device, &[address.parse().unwrap()]).unwrap();
         site.lab.ip("node-a", &format!("route add {address}/32 dev {device}")).unwrap();
-        // As Calico sets devices up: the kernel answers for the gateway, and would forward.
-        for setting in ["proxy_arp", "forwarding"] {
-            site.lab.run_in("node-a", &["sysctl", "-qw", &format!("net.ipv4.conf.{device}.{setting}=1")]).unwrap();
-        }
-        site.lab.run_in("node-a", &["ip", "neigh", "replace", address, "lladdr", &mac_of(&site, pod), "dev", device]).unwrap();
-        let gateway = "neigh replace 169.254.1.1 lladdr ee:ee:ee:ee:ee:ee dev eth0 nud permanent";
+        // As Calico sets devices up: the kernel would forward.
+        site.lab.run_in("node-a", &["sysctl", "-qw", &format!("net.ipv4.conf.{device}.proxy_arp=1")]).unwrap();
+        let gateway = "neighbour replace 169.254.1.1 lladdr ee:ee:ee:ee:ee:ee dev eth0 nud permanent";
         site.lab.ip(pod, gateway).unwrap();
-        let is_taken = || {
-            let workloads = site.status("node-a")["workloads"].as_u64();
-            site.router_log("node-a").contains(&format!("device=\"{device}\"")).then_some(workloads)
-        };
-        wait_until("that its device is closed", DEADLINE, is_taken).unwrap();
-        for target in ["10.1.1.20", CLIENT, VPN[0], "192.168.10.1"] {
-            let (answered, said) = site.ping(pod, &format!("-c 2 -W 1 {target}"));
-            assert!(!answered, "{pod} to {target}: {said}");
+        wait_until("that its device is closed", DEADLINE, || site.router_log("node-a").contains(device).then_some(()))
+            .unwrap();
+        let before = site.drops("node-a", "UnknownDevice");
+        let sender = site.udp(pod, "0.0.0.0:0");
+        for (_, target) in targets {
+            sender.send_to(b"let me in", (target, PORT)).unwrap();
+        }
+        let all_dropped = || (site.drops("node-a", "UnknownDevice") >= before + 4).then_some(());
+        wait_until("that nothing goes anywhere", DEADLINE, all_dropped).unwrap();
+        thread::sleep(Duration::from_millis(300));
+        for (listener, (at, _)) in listeners.iter().zip(targets) {
+            assert!(listener.recv(&mut [0; 64]).is_err(), "{at} got something from {pod}");
         }
     }
-    assert!(site.drops("node-a", "UnknownDevice") > 0);
+    // Named, it is a pod as any other.
+    let mut manifests = manifests();
+    manifests.pod("node-a", "default/named", "open", &["10.1.1.50"]);
+    site.set_cluster(&manifests.text());
+    let sender = site.udp("default/named", "0.0.0.0:0");
+    for (listener, (at, target)) in listeners.iter().zip(targets) {
+        let arrives = || {
+            sender.send_to(b"now", (target, PORT)).unwrap();
+            listener.recv(&mut [0; 64]).ok()
+        };
+        wait_until(&format!("what a known pod sends to {at}"), DEADLINE, arrives).unwrap();
+    }
     site.finish();
-}
-
-fn mac_of(site: &Site, pod: &str) -> String {
-    site.lab.run_in(pod, &["cat", "/sys/class/net/eth0/address"]).unwrap().trim().to_owned()
 }
 
 /// Two nodes: pods of the other one may not be spoken for.
@@ -217,7 +247,9 @@ fn who_is_behind_the_kernel_speaks_for_no_pod_elsewhere() {
     site.lab.run_in("node-a", &["sysctl", "-qw", "net.ipv4.ip_forward=1"]).unwrap();
     add_behind(&mut site, "vpn", "vpn0", &["10.8.0.1"], &[VPN[0]]);
     site.lab.ip("vpn", "address add 10.1.2.20/32 dev eth0").unwrap();
-    site.lab.run_in("node-a", &["sysctl", "-qw", "net.ipv4.conf.vpn0.rp_filter=0", "net.ipv4.conf.all.rp_filter=0"]).unwrap();
+    site.lab
+        .run_in("node-a", &["sysctl", "-qw", "net.ipv4.conf.vpn0.rp_filter=0", "net.ipv4.conf.all.rp_filter=0"])
+        .unwrap();
     site.start_all();
     let server = site.udp("default/open", "0.0.0.0:9");
     server.set_nonblocking(true).unwrap();

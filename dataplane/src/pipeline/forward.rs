@@ -12,8 +12,8 @@ use weir_packet::{
 use super::{Course, ETHERNET_BYTES, End, Handler};
 use crate::{
     counters::Counter,
-    driver::Driver,
     decide::{self, Verdict},
+    driver::Driver,
     forwarding::{Adjacency, AdjacencyId, Route, host_source},
     frame::{IfIndex, Packet},
     next_hops,
@@ -142,7 +142,11 @@ pub(super) fn hops_from(device: IfIndex) -> u8 {
 
 /// What keeps a packet that came by `device` from going on to `hop`, which its sender is to know.
 #[inline]
-pub(super) fn obstacle<A: Address>(view: &View<A>, device: IfIndex, hop: &Adjacency) -> Option<(IcmpError, DropReason)> {
+pub(super) fn obstacle<A: Address>(
+    view: &View<A>,
+    device: IfIndex,
+    hop: &Adjacency,
+) -> Option<(IcmpError, DropReason)> {
     if hop.kind.is_kernels() {
         None
     } else if view.ttl <= hops_from(device) {

@@ -496,9 +496,10 @@ impl Picture {
         devices.extend(self.host_device(rules, &roles));
         let mut links = Links::default();
         let mut kernels = BTreeSet::new();
-        let in_force = self.routes.iter().filter(|(key, _)| {
-            key.tos == 0 && !(key.default_table && self.main_has(key.to)) && !is_link_local(key.to)
-        });
+        let in_force = self
+            .routes
+            .iter()
+            .filter(|(key, _)| key.tos == 0 && !(key.default_table && self.main_has(key.to)) && !is_link_local(key.to));
         for (key, targets) in in_force {
             let &RouteKey { to, metric, .. } = key;
             let leads = |target: &Target| match target {

@@ -1,17 +1,10 @@
 //! Who sent a packet that comes by the node's kernel, and what that lets it do.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/packets.rs"]
-mod packets;
-#[allow(dead_code, reason = "each test uses a part of it")]
-#[path = "support/router.rs"]
-mod router;
-
 use std::{net::IpAddr, sync::Arc};
 
-use packets::{Packet, TCP, UDP};
+use crate::packets::{Packet, TCP, UDP};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service};
 use proptest::prelude::*;
-use router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service};
 use weir_dataplane::{forwarding::Forwarding, frame::IfIndex, snapshot::Rules};
 use weir_nat::SnatPorts;
 use weir_packet::{DropReason, Protocol};
@@ -34,7 +27,8 @@ const SYN_ACK: u8 = 0x12;
 const ACK: u8 = 0x10;
 
 fn some_rules(is_open: bool) -> Rules {
-    let services = [(VIP, SERVER), (FAR_VIP, REMOTE)].map(|(vips, to)| service("default/s", Protocol::UDP, vips, to, None));
+    let services =
+        [(VIP, SERVER), (FAR_VIP, REMOTE)].map(|(vips, to)| service("default/s", Protocol::UDP, vips, to, None));
     rules(services.into(), is_open)
 }
 
@@ -56,7 +50,11 @@ fn segment(src: &str, dst: &str, ports: [u16; 2], flags: u8) -> Packet {
     let is_opener = ports[0] > ports[1];
     let number = |is_opener: bool, is_syn: bool| if is_opener { 100 } else { 500_u32 } + u32::from(!is_syn);
     let ack = if flags & ACK == 0 { 0 } else { number(!is_opener, false) };
-    let rest = [&number(is_opener, flags & SYN != 0).to_be_bytes()[..], &ack.to_be_bytes(), &[0x50, flags, 0xff, 0xff, 0, 0, 0, 0]];
+    let rest = [
+        &number(is_opener, flags & SYN != 0).to_be_bytes()[..],
+        &ack.to_be_bytes(),
+        &[0x50, flags, 0xff, 0xff, 0, 0, 0, 0],
+    ];
     packet(TCP, ip(src), ip(dst), ports, &rest.concat())
 }
 
@@ -285,7 +283,7 @@ proptest! {
                 // What a pod is told of its own packets.
                 let is_told = protocol == 1 || protocol == 58 || protocol == TCP && frame[l4 + 13] & 4 != 0;
                 // Or says to itself, by its service too.
-                let is_itself = device == to && [SERVER, CLIENT, VIP, NODE].iter().any(|own| source == router::octets(ip(own[family])));
+                let is_itself = device == to && [SERVER, CLIENT, VIP, NODE].iter().any(|own| source == crate::router::octets(ip(own[family])));
                 let is_let_in = is_by_node || device == to && (is_told || is_itself);
                 prop_assert!(is_let_in || to != SERVER_POD && to != CLIENT_POD, "{packet:?} from {device:?} reaches {to:?}");
             }
