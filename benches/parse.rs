@@ -112,7 +112,7 @@ fn benches(criterion: &mut Criterion) {
         bencher.iter(|| {
             for (frame, view) in some.iter_mut().zip(&views) {
                 frame[22] = 64;
-                decrement_ttl(frame, view);
+                decrement_ttl(frame, view, 1);
             }
             black_box(&some);
         });

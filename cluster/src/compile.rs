@@ -103,6 +103,8 @@ pub fn links_of(config: &RouterConfig) -> Links {
         loopback_sources: Vec::new(),
         complete: false,
         listening: BTreeSet::new(),
+        multipaths: Vec::new(),
+        refused: Vec::new(),
     }
 }
 

@@ -393,6 +393,7 @@ INLINE int carry(struct __sk_buff *packet, int is_v6, int in_tunnel, __u32 devic
 	struct found found = {};
 	struct plain *plain = &found.plain;
 	struct way *way;
+	int is_hop;
 
 	if (in_tunnel) {
 		if (!is_plain_tunnel(v4, end))
@@ -437,19 +438,21 @@ INLINE int carry(struct __sk_buff *packet, int is_v6, int in_tunnel, __u32 devic
 	v6 = data + ETH_HLEN;
 	if (data + offset + 2 * sizeof(__be16) > end)
 		goto failed;
+	/* To the node itself, or from it, no router is passed. */
+	is_hop = device != HOST_DEVICE && way->exit != EXIT_HOST;
 	__builtin_memcpy(data, way->destination, 2 * ETH_ALEN);
 	if (way->translates)
 		*(__u32 *)(data + offset) = *(__u32 *)way->ports;
 	if (is_v6) {
-		if (way->exit != EXIT_HOST)
+		if (is_hop)
 			v6->hop_limit--;
 		if (way->translates)
 			__builtin_memcpy(&v6->saddr, way->addresses, sizeof(way->addresses));
 	} else {
 		__u32 sum = (__u16)~v4->check;
 
-		/* RFC 1624, equation 3: one less in the upper byte of the fifth half-word. The node itself is no hop. */
-		if (way->exit != EXIT_HOST) {
+		/* RFC 1624, equation 3: one less in the upper byte of the fifth half-word. */
+		if (is_hop) {
 			sum += (__u16)~from_network16(0x0100);
 			v4->ttl--;
 		}

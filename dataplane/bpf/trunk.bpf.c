@@ -3,8 +3,8 @@
  *
  *   pod -> its veth -> workload_send -> another pod, if the packet is one of a flow that was handed over (offload.h)
  *   pod -> its veth -> workload_send ----> weir0 => weir1 -> trunk_receive -> AF_XDP socket
- *          node's kernel (routes) -> host_send -> pod, likewise
- *          node's kernel (routes) -> host_send ->  weir0
+ *          a process of the node (routes) -> host_send -> pod, likewise
+ *          node's kernel (routes) -> host_send ->  weir0, marked as the node's own or as forwarded
  *          node's kernel -> lo -> loopback_send -> weir0, to ports of the node that are weir's
  *   pod <- its veth <- trunk_deliver <---  weir0 <= weir1 <-------------------AF_XDP socket
  *          node's kernel <-- (pass) <----
@@ -44,16 +44,30 @@ SECTION("classifier") int workload_send(struct __sk_buff *packet)
 	return to_worker(packet);
 }
 
-/* On weir0, of what leaves by it: also what workload_send has sent there. */
+/* On weir0, of what leaves by it: also what workload_send has sent there.
+ *
+ * What the node's kernel sends gets a mark in its destination MAC, which is of no other use: whether a process of the node made it, or by
+ * which device it came that is only forwarded. Packets that are received have that device in skb_iif, which a bridge, a VLAN and a tunnel
+ * device set anew and which fragments inherit; those that are made here have 0, answers of the kernel among them. Who meets no mark knows
+ * nothing of the packet's maker, and takes it for a forwarded one. */
 SECTION("classifier") int host_send(struct __sk_buff *packet)
 {
 	struct ethhdr *ethernet = (void *)(long)packet->data;
-	int action;
+	__u32 device = packet->ingress_ifindex;
 
-	if (!offload_is_on || (void *)(ethernet + 1) > (void *)(long)packet->data_end || ethernet->h_dest[0] == ENCODED)
+	if ((void *)(ethernet + 1) > (void *)(long)packet->data_end)
+		return TC_ACT_SHOT;
+	if (ethernet->h_dest[0] == ENCODED)
 		return TC_ACT_UNSPEC;
-	action = offload(packet, HOST_DEVICE);
-	return action >= 0 ? action : TC_ACT_UNSPEC;
+	if (device) {
+		device |= FORWARDED;
+	} else if (offload_is_on) {
+		int action = offload(packet, HOST_DEVICE);
+
+		if (action >= 0)
+			return action;
+	}
+	return mark(packet, PACKET_HOST, device) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
 /* Whether a packet goes to a port of the node itself that is weir's. TCP, UDP and SCTP begin with the source and destination port; those of

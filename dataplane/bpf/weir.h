@@ -44,6 +44,8 @@ static long (*const skb_change_type)(struct __sk_buff *packet, __u32 type) = (vo
 #define ENCODED 0x02
 /* What stands for the node's own kernel where a device's index stands for others. */
 #define HOST_DEVICE 0
+/* With the index of a device: what the node's kernel received by it and only forwards. */
+#define FORWARDED 0x80000000
 
 /* A workload device, by its index. */
 struct workload {
@@ -201,18 +203,21 @@ INLINE void count(__u32 counter)
 /* The index of weir0; the loader fills it in. */
 volatile const __u32 trunk_device;
 
+/* Writes where a packet came from into its destination MAC. */
+INLINE long mark(struct __sk_buff *packet, __u32 type, __u32 device)
+{
+	__u8 destination[ETH_ALEN] = {
+		ENCODED, type, device >> 24, device >> 16, device >> 8, device,
+	};
+
+	return skb_store_bytes(packet, 0, destination, sizeof(destination), 0);
+}
+
 /* Sends a packet into the trunk, with the device that it came by in its destination MAC, which is of no more use than to
  * know how the frame was addressed: that the kernel has found out already. */
 INLINE int to_worker(struct __sk_buff *packet)
 {
-	__u32 device = packet->ifindex;
-	__u8 destination[ETH_ALEN] = {
-		ENCODED, packet->pkt_type, device >> 24, device >> 16, device >> 8, device,
-	};
-
-	if (skb_store_bytes(packet, 0, destination, sizeof(destination), 0))
-		return TC_ACT_SHOT;
-	return redirect(trunk_device, 0);
+	return mark(packet, packet->pkt_type, packet->ifindex) ? TC_ACT_SHOT : redirect(trunk_device, 0);
 }
 
 char program_license[] SECTION("license") = "Apache-2.0";

@@ -90,10 +90,7 @@ fn all_entries<A: Routed>(
     for asked in decision.host.asked().filter(|asked| asked.stage == HostStage::PreDnat) {
         ask(policy.stage_endpoint(asked.endpoint, asked.stage), asked.direction, asked.judgement, key);
     }
-    let source = match origin {
-        Origin::Workload(source) => Some(source),
-        Origin::Host | Origin::Uplink => None,
-    };
+    let source = origin.workload();
     let destination = snapshot.forwarding.local_workload(translated.dst);
     for (workload, direction, judgement) in
         [(source, PolicyDirection::Egress, decision.egress), (destination, PolicyDirection::Ingress, decision.ingress)]

@@ -10,6 +10,7 @@ use weir_policy::{Judgement, PolicyDirection};
 use crate::{
     forwarding::{AdjacencyId, Forwarding, Route, RouteKind, Routed, WorkloadId},
     host_policy::{self, Before, HostJudgements},
+    model::Refusal,
     origin::{Arrival, Origin},
     snapshot::Snapshot,
 };
@@ -146,7 +147,7 @@ pub fn decide<'s, A: Routed>(
         }
     }
 
-    decision.route = forwarding.route(decision.translated.dst);
+    decision.route = forwarding.route_of(&decision.translated);
     let judged =
         judge(snapshot, from, &decision.translated, &mut decision.egress, &mut decision.ingress).and_then(|own| {
             match own {
@@ -165,6 +166,7 @@ pub fn decide<'s, A: Routed>(
     let claimed = decision.service.is_some();
     match decision.route {
         Route::NoSuchPod => decision.verdict = Verdict::Reject(DropReason::NoSuchPod),
+        Route::Refused(refusal) => decision.verdict = refused(refusal),
         Route::None if !claimed => decision.verdict = Verdict::Pass,
         Route::None => {}
         Route::Via(adjacency) => {
@@ -173,9 +175,18 @@ pub fn decide<'s, A: Routed>(
                 decision.verdict = Verdict::Local;
             }
             let leaves = kind.leaves_node();
-            // A reply to the node's own port would never reach weir: what the kernel sends to a service takes a port of weir's.
-            let own_port = claimed && from == Origin::Host;
-            let outgoing = leaves && forwarding.nat_outgoing(decision.translated.src, decision.translated.dst);
+            // A reply to the node's own port would never reach weir: what the kernel sends to a service takes a port of weir's. Nor would one to
+            // whoever the kernel forwards for, unless it comes from a pod of this node.
+            let own_port = claimed
+                && match from {
+                    Origin::Host => true,
+                    Origin::Forwarded { .. } => kind != RouteKind::Workload,
+                    Origin::Workload(_) | Origin::Uplink => false,
+                };
+            // What the kernel forwards keeps its source: answers to an address of the node that come by its devices do not come to weir.
+            let outgoing = leaves
+                && kind != RouteKind::Kernel
+                && forwarding.nat_outgoing(decision.translated.src, decision.translated.dst);
             if !decision.untracked && (decision.masquerade || own_port || outgoing) {
                 decision.snat = masquerade_source(forwarding, from, adjacency);
                 // No pod takes anything from ::1, and no answer to it leaves the pod.
@@ -188,33 +199,37 @@ pub fn decide<'s, A: Routed>(
     decision
 }
 
+/// What becomes of a packet whose route leads nowhere, as Linux has it.
+pub(crate) fn refused(refusal: Refusal) -> Verdict {
+    match refusal {
+        Refusal::Blackhole => Verdict::Drop(DropReason::RouteBlackhole),
+        Refusal::Unreachable => Verdict::Reject(DropReason::RouteUnreachable),
+        Refusal::Prohibit => Verdict::Reject(DropReason::RouteProhibited),
+    }
+}
+
 /// The source that a masqueraded connection from there takes if it leaves by that adjacency.
 pub(crate) fn masquerade_source<A: Routed>(forwarding: &Forwarding, from: Origin, adjacency: AdjacencyId) -> Option<A> {
     match (from, forwarding.adjacency(adjacency).kind) {
-        (Origin::Host, RouteKind::Host) => forwarding.loopback_source(),
+        (Origin::Host | Origin::Forwarded { .. }, RouteKind::Host) => forwarding.loopback_source(),
+        // One that the kernel routes through weir; it may masquerade it once more.
+        (_, RouteKind::Kernel) => forwarding.loopback_source(),
         _ => forwarding.masquerade_address(adjacency),
     }
 }
 
 /// Whether the packet may come from there with that source, and may be carried at all.
+///
+/// # Errors
+/// Why not.
 pub fn check_source<A: Routed>(snapshot: &Snapshot, from: Origin, key: &FlowKey<A>) -> Result<(), DropReason> {
-    let forwarding = &snapshot.forwarding;
-    match from {
-        Origin::Workload(workload) => {
-            if forwarding.local_workload(key.src) != Some(workload) {
-                return Err(DropReason::SpoofedSource);
-            }
-            const VXLAN_PORT: u16 = 4789;
-            let tunnel = matches!(key.protocol, Protocol::IPIP | Protocol::IPV6)
-                || key.protocol == Protocol::UDP && key.ports.destination() == VXLAN_PORT;
-            if tunnel { Err(DropReason::WorkloadTunnel) } else { Ok(()) }
-        }
-        Origin::Host => Ok(()),
-        Origin::Uplink if forwarding.is_local(key.src) => Err(DropReason::MartianAddress),
-        // Whoever policy takes for a pod of this node must be it: its packets never come from outside (strict reverse path, RFC 3704, 2.2).
-        Origin::Uplink if forwarding.local_workload(key.src).is_some() => Err(DropReason::SpoofedSource),
-        Origin::Uplink => Ok(()),
-    }
+    const VXLAN_PORT: u16 = 4789;
+    from.check_source(key.src, &snapshot.forwarding)?;
+    let is_tunnel = || {
+        matches!(key.protocol, Protocol::IPIP | Protocol::IPV6)
+            || key.protocol == Protocol::UDP && key.ports.destination() == VXLAN_PORT
+    };
+    if from.workload().is_some() && is_tunnel() { Err(DropReason::WorkloadTunnel) } else { Ok(()) }
 }
 
 /// What the pods' own policies say of a packet that they do not deny.
@@ -285,7 +300,7 @@ pub fn judge_again<A: Routed>(
     match judge(snapshot, arrival.origin, translated, &mut None, &mut None)? {
         OwnPolicy::Exempt => Ok(()),
         OwnPolicy::Allows => {
-            let route = snapshot.forwarding.route(translated.dst);
+            let route = snapshot.forwarding.route_of(translated);
             host_policy::after_services(snapshot, arrival, translated, route, before, &mut host)
         }
     }
@@ -296,10 +311,7 @@ pub fn policy_stamps<A: Routed>(snapshot: &Snapshot, arrival: Arrival, translate
     let stamp = |workload: Option<WorkloadId>| {
         workload.and_then(|w| snapshot.rules.endpoint(w)).map_or(0, |endpoint| snapshot.rules.policy.stamp(endpoint))
     };
-    let source = match arrival.origin {
-        Origin::Workload(workload) => Some(workload),
-        Origin::Host | Origin::Uplink => None,
-    };
+    let source = arrival.origin.workload();
     let [host_source, host_destination] = host_policy::stamps(snapshot, arrival, translated);
     [stamp(source) ^ host_source, stamp(snapshot.forwarding.local_workload(translated.dst)) ^ host_destination]
 }

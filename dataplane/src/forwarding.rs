@@ -9,12 +9,13 @@
 
 use std::{
     collections::BTreeSet,
+    hash::{BuildHasher, BuildHasherDefault},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use ipnet::IpNet;
 use weir_packet::{
-    Address, Mac,
+    Address, FlowKey, Mac,
     glance::{TunnelEnds, may_be_forwarded},
     rewrite::{IPIP_HEADER_BYTES, LinkHeaders},
 };
@@ -23,8 +24,8 @@ use crate::{
     driver::PortId,
     frame::IfIndex,
     host_endpoints::{HostEndpointNumber, HostEndpoints},
-    mix::{HashMap, HashSet},
-    model::{self, Cluster, Links, Role, TunnelMode},
+    mix::{HashMap, HashSet, Mixer},
+    model::{self, Cluster, Links, Refusal, Role, TunnelMode},
     prefix::PrefixMap,
 };
 
@@ -135,13 +136,21 @@ pub enum RouteKind {
     Ipip,
     /// To this node's own kernel.
     Host,
+    /// By a device that only the node's kernel serves: it gets the packet, and forwards it.
+    Kernel,
 }
 
 impl RouteKind {
+    /// Whether the node's kernel gets the packet, to have it or to forward it.
+    #[inline]
+    pub fn is_kernels(self) -> bool {
+        matches!(self, Self::Host | Self::Kernel)
+    }
+
     /// Whether it leads away from this node and what is on it.
     #[inline]
     pub fn leaves_node(self) -> bool {
-        matches!(self, Self::Direct | Self::Ipip)
+        matches!(self, Self::Direct | Self::Ipip | Self::Kernel)
     }
 }
 
@@ -157,6 +166,8 @@ pub enum Route {
     Via(AdjacencyId),
     /// An address of this node's own pod range that no pod has, or a pod's of this node that has no device (any more).
     NoSuchPod,
+    /// A route of the node's kernel forbids it.
+    Refused(Refusal),
     /// Nowhere that weir knows.
     None,
 }
@@ -167,6 +178,38 @@ impl Route {
     pub fn adjacency(self) -> Option<AdjacencyId> {
         if let Self::Via(adjacency) = self { Some(adjacency) } else { None }
     }
+}
+
+/// What a route, or a node's address, comes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    One(AdjacencyId),
+    /// These of [`Forwarding::choices`].
+    Several {
+        first: u32,
+        count: u32,
+    },
+    Refused(Refusal),
+}
+
+/// One of several next hops, and a number of its own, which stays as it is whatever the others are.
+#[derive(Debug, Clone, Copy)]
+struct Choice {
+    own: u64,
+    adjacency: AdjacencyId,
+}
+
+/// Next hops of one route that flows choose from, at most: weights beyond are only kept in proportion.
+const MOST_CHOICES: u32 = 64;
+
+/// What tells flows apart where a route has several next hops.
+fn flow_hash<A: Address>(flow: &FlowKey<A>) -> u64 {
+    BuildHasherDefault::<Mixer>::default().hash_one((
+        flow.src.to_ip(),
+        flow.dst.to_ip(),
+        flow.ports.word(),
+        flow.protocol.0,
+    ))
 }
 
 /// Who owns a pod's address.
@@ -183,13 +226,13 @@ pub struct Family<A: Address> {
     local: HashSet<A>,
     pods: HashMap<A, Owner>,
     ranges: PrefixMap<A, Owner>,
-    routes: PrefixMap<A, AdjacencyId>,
+    routes: PrefixMap<A, Way>,
     pools: PrefixMap<A, PoolFacts>,
     /// Adjacency towards each workload of this node, by workload.
     workloads: HashMap<u32, AdjacencyId>,
     /// Adjacency towards each other node, by node: with the tunnel, and without.
-    tunnels: HashMap<u32, AdjacencyId>,
-    nodes: HashMap<u32, AdjacencyId>,
+    tunnels: HashMap<u32, Way>,
+    nodes: HashMap<u32, Way>,
     /// Addresses of nodes, tunnels' included, to recognise senders of tunnel packets.
     node_addresses: HashMap<A, NodeId>,
     internal: Option<A>,
@@ -210,9 +253,11 @@ pub struct Forwarding {
     by_index: HashMap<IfIndex, DeviceId>,
     neighbors: HashMap<(IfIndex, IpAddr), Mac>,
     adjacencies: Vec<Adjacency>,
+    choices: Vec<Choice>,
     /// One for each adjacency.
     hops: Vec<Hop>,
     host: AdjacencyId,
+    host_device: DeviceId,
     this_node: Option<NodeId>,
     same_subnet: Vec<bool>,
     v4: Family<Ipv4Addr>,
@@ -289,6 +334,18 @@ impl Forwarding {
         &self.devices[id.0 as usize]
     }
 
+    /// The host endpoint that governs a device, one of the kernel's own and one that nothing is known of too.
+    pub(crate) fn host_endpoint_at(&self, device: IfIndex) -> Option<HostEndpointNumber> {
+        let known = self.by_index.get(&device);
+        let known = known
+            .or_else(|| self.by_index.get(&device.received_by()).filter(|id| self.device(**id).role == Role::Uplink));
+        match known {
+            Some(id) => self.device(*id).host_endpoint,
+            None if device.is_forwarded() => self.host_endpoints.everywhere(),
+            None => None,
+        }
+    }
+
     /// The MAC address of `address` on a device.
     pub fn neighbor(&self, device: IfIndex, address: IpAddr) -> Option<Mac> {
         self.neighbors.get(&(device, address)).copied()
@@ -309,6 +366,12 @@ impl Forwarding {
     #[inline(always)]
     pub(crate) fn hop(&self, number: u32) -> Option<&Hop> {
         self.hops.get(number as usize)
+    }
+
+    /// The node's own kernel as a device.
+    #[inline]
+    pub fn host_device(&self) -> DeviceId {
+        self.host_device
     }
 
     /// The way to this node's own kernel.
@@ -348,6 +411,23 @@ impl Forwarding {
         }
     }
 
+    /// Whether `address` is a pod's, and packets of that pod do not come by the device `by` of the node's kernel: it is on this node, or another
+    /// way leads there.
+    pub(crate) fn is_pods_elsewhere<A: Routed>(&self, address: A, by: IfIndex) -> bool {
+        let family = A::family(self);
+        match family.pods.get(&address).or_else(|| family.ranges.get(address)) {
+            Some(Owner::Local(_)) => true,
+            // It has come past weir, for an address of the node.
+            Some(Owner::Node(_)) => !self.adjacency_to(address).is_some_and(|hop| {
+                let Adjacency { device, encapsulation, .. } = *self.adjacency(hop);
+                let leads_by = device.map(|id| self.device(id).index.received_by());
+                encapsulation == Encapsulation::None && by != IfIndex::HOST && leads_by == Some(by)
+            }),
+            // Nobody has it.
+            Some(Owner::OwnRange) | None => false,
+        }
+    }
+
     /// The cluster node that `address` belongs to: a pod's node, a node's pod range, or a node's own address.
     pub fn node_of<A: Routed>(&self, address: A) -> Option<NodeId> {
         let family = A::family(self);
@@ -376,17 +456,32 @@ impl Forwarding {
         pools.get(source).is_some_and(|pool| pool.nat_outgoing) && pools.get(destination).is_none()
     }
 
-    /// Where `destination` is.
+    /// Where `destination` is; of several next hops the first.
     pub fn route<A: Routed>(&self, destination: A) -> Route {
+        self.find(destination, None)
+    }
+
+    /// Where the destination of a flow is, by its own of several next hops.
+    pub fn route_of<A: Routed>(&self, flow: &FlowKey<A>) -> Route {
+        self.find(flow.dst, Some(flow))
+    }
+
+    fn find<A: Routed>(&self, destination: A, flow: Option<&FlowKey<A>>) -> Route {
         let family = A::family(self);
         if family.local.contains(&destination) {
             return Route::Via(self.host);
         }
-        let via = |id: Option<&AdjacencyId>| id.map_or(Route::None, |id| Route::Via(*id));
+        let via = |way: Option<&Way>| match way {
+            Some(Way::One(id)) => Route::Via(*id),
+            Some(Way::Several { first, count }) => Route::Via(self.choose(*first, *count, flow)),
+            Some(Way::Refused(refusal)) => Route::Refused(*refusal),
+            None => Route::None,
+        };
         match family.pods.get(&destination).or_else(|| family.ranges.get(destination)) {
             Some(Owner::Local(workload)) => match family.workloads.get(&workload.0) {
+                Some(id) => Route::Via(*id),
                 None if self.knows_all_devices => Route::NoSuchPod,
-                known => via(known),
+                None => Route::None,
             },
             Some(Owner::OwnRange) => Route::NoSuchPod,
             Some(Owner::Node(node)) => {
@@ -400,6 +495,23 @@ impl Forwarding {
             }
             None => via(family.routes.get(destination)),
         }
+    }
+
+    /// One of several next hops. Each flow has an order of preference of its own, so that a next hop that goes takes only its own flows along
+    /// (highest random weight: Thaler and Ravishankar, 1998).
+    #[cold]
+    fn choose<A: Routed>(&self, first: u32, count: u32, flow: Option<&FlowKey<A>>) -> AdjacencyId {
+        let choices = &self.choices[first as usize..][..count as usize];
+        let hash = flow.map(flow_hash);
+        let best = hash.and_then(|hash| {
+            choices.iter().max_by_key(|choice| BuildHasherDefault::<Mixer>::default().hash_one((hash, choice.own)))
+        });
+        best.unwrap_or(&choices[0]).adjacency
+    }
+
+    /// The next hop of a flow's packets.
+    pub(crate) fn adjacency_of<A: Routed>(&self, flow: &FlowKey<A>) -> Option<AdjacencyId> {
+        if flow.dst.is_loopback() { Some(self.host) } else { self.route_of(flow).adjacency() }
     }
 
     /// The next hop of packets to `destination`.
@@ -482,17 +594,28 @@ impl Forwarding {
     /// addresses that lead to it are another node's own.
     fn unknown_peers(&self) -> Vec<AdjacencyId> {
         let family = &self.v4;
-        let shared = family.tunnels.iter().filter(|(node, id)| match self.adjacency(**id).encapsulation {
-            Encapsulation::Ipip { dst, .. } => self.node_by_address(dst) != Some(NodeId(**node)),
+        let tunnels = |node: &u32| -> Vec<AdjacencyId> {
+            match family.tunnels.get(node) {
+                Some(Way::One(id)) => vec![*id],
+                Some(Way::Several { first, count }) => {
+                    let choices = &self.choices[*first as usize..][..*count as usize];
+                    choices.iter().map(|choice| choice.adjacency).collect()
+                }
+                Some(Way::Refused(_)) | None => Vec::new(),
+            }
+        };
+        let all = family.tunnels.keys().flat_map(|node| tunnels(node).into_iter().map(|id| (*node, id)));
+        let shared = all.filter(|(node, id)| match self.adjacency(*id).encapsulation {
+            Encapsulation::Ipip { dst, .. } => self.node_by_address(dst) != Some(NodeId(*node)),
             Encapsulation::None => true,
         });
         let foreign = family.node_addresses.iter().filter_map(|(address, node)| {
             match family.pods.get(address).or_else(|| family.ranges.get(*address))? {
-                Owner::Node(owner) if owner != node => family.tunnels.get(&owner.0),
+                Owner::Node(owner) if owner != node => Some(tunnels(&owner.0)),
                 _ => None,
             }
         });
-        shared.map(|(_, id)| id).chain(foreign).copied().collect()
+        shared.map(|(_, id)| id).chain(foreign.flatten()).collect()
     }
 
     /// This node's addresses, both families, sorted.
@@ -512,9 +635,27 @@ struct Compiler<'a> {
     by_index: HashMap<IfIndex, DeviceId>,
     neighbors: HashMap<(IfIndex, IpAddr), Mac>,
     adjacencies: Vec<Adjacency>,
+    choices: Vec<Choice>,
     known: HashMap<(Option<DeviceId>, IpAddr, Encapsulation), AdjacencyId>,
     same_subnet: Vec<bool>,
     host_endpoints: HostEndpoints,
+}
+
+/// In place of a device that nothing is known of.
+const NO_DEVICE: DeviceId = DeviceId(u32::MAX);
+
+/// Where a route leads.
+#[derive(Debug)]
+enum Leads<A> {
+    /// To one of these: next hop (`None`: the destination itself), device, weight.
+    To(Vec<(Option<A>, DeviceId, u16)>),
+    Nowhere(Refusal),
+}
+
+impl<A> Leads<A> {
+    fn by(via: Option<A>, device: DeviceId) -> Self {
+        Self::To(vec![(via, device, 1)])
+    }
 }
 
 impl<'a> Compiler<'a> {
@@ -535,7 +676,7 @@ impl<'a> Compiler<'a> {
                         next_uplink += 1;
                         PortId(next_uplink - 1)
                     }
-                    Role::Workload | Role::Host => PortId::TRUNK,
+                    Role::Workload | Role::Host | Role::Kernel => PortId::TRUNK,
                 };
                 Device {
                     name: d.name.clone(),
@@ -545,7 +686,10 @@ impl<'a> Compiler<'a> {
                     mac: d.mac,
                     mtu: d.mtu,
                     workload: by_device.get(d.name.as_str()).copied().filter(|_| d.role == Role::Workload),
-                    host_endpoint: if d.role == Role::Uplink { host_endpoints.of_device(d) } else { None },
+                    host_endpoint: match d.role {
+                        Role::Uplink | Role::Kernel => host_endpoints.of_device(d),
+                        Role::Workload | Role::Host => None,
+                    },
                     link_local: d.addresses.iter().find_map(|n| match n.addr() {
                         IpAddr::V6(a) if a.is_unicast_link_local() => Some(a),
                         _ => None,
@@ -587,6 +731,7 @@ impl<'a> Compiler<'a> {
             by_index,
             neighbors,
             adjacencies: Vec::new(),
+            choices: Vec::new(),
             known: HashMap::default(),
             same_subnet: Vec::new(),
             host_endpoints,
@@ -594,11 +739,12 @@ impl<'a> Compiler<'a> {
     }
 
     fn finish(mut self) -> Forwarding {
-        let host_device = self.devices.iter().position(|d| d.role == Role::Host).map(|i| DeviceId(i as u32));
-        let host_mac = host_device.map(|d| self.devices[d.0 as usize].mac).unwrap_or_default();
+        let host_device = self.devices.iter().position(|d| d.role == Role::Host).expect("there always is one");
+        let host_mac = self.devices[host_device].mac;
+        let host_device = DeviceId(host_device as u32);
         let host = AdjacencyId(0);
         self.adjacencies.push(Adjacency {
-            device: host_device,
+            device: Some(host_device),
             next_hop: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             mac: Some(host_mac),
             encapsulation: Encapsulation::None,
@@ -614,8 +760,10 @@ impl<'a> Compiler<'a> {
             by_index: self.by_index,
             neighbors: self.neighbors,
             adjacencies: self.adjacencies,
+            choices: self.choices,
             hops: Vec::new(),
             host,
+            host_device,
             this_node: self.this_node,
             same_subnet: self.same_subnet,
             v4,
@@ -660,6 +808,8 @@ impl<'a> Compiler<'a> {
             None => (u32::MAX, None, None),
         };
         let (mtu, kind) = match encapsulation {
+            // The kernel splits what is too long, or tells.
+            Encapsulation::None if role == Some(Role::Kernel) => (u32::from(u16::MAX), RouteKind::Kernel),
             Encapsulation::Ipip { .. } => (mtu.saturating_sub(20), RouteKind::Ipip),
             Encapsulation::None if role == Some(Role::Workload) => (mtu, RouteKind::Workload),
             Encapsulation::None => (mtu, RouteKind::Direct),
@@ -668,6 +818,37 @@ impl<'a> Compiler<'a> {
         self.adjacencies.push(Adjacency { device, next_hop, mac, encapsulation, mtu, kind });
         self.known.insert((device, next_hop, encapsulation), id);
         id
+    }
+
+    /// What a route comes to, for what is for `itself` where it is on the link.
+    fn way<A: Routed>(&mut self, leads: &Leads<A>, itself: A, encapsulation: Encapsulation) -> Way {
+        let to = match leads {
+            Leads::Nowhere(refusal) => return Way::Refused(*refusal),
+            Leads::To(to) => to,
+        };
+        let all: u32 = to.iter().map(|(.., weight)| u32::from(*weight).max(1)).sum();
+        let first = self.choices.len();
+        for (via, device, weight) in to {
+            let device = Some(*device).filter(|device| *device != NO_DEVICE);
+            // The kernel knows who is next on its own devices.
+            let is_kernels = device.is_some_and(|id| self.devices[id.0 as usize].role == Role::Kernel);
+            let hop = if is_kernels { A::unspecified() } else { via.unwrap_or(itself) };
+            let adjacency = self.adjacency(device, hop.to_ip(), encapsulation);
+            if let [_] = to[..] {
+                return Way::One(adjacency);
+            }
+            let (weight, index) = (u32::from(*weight).max(1), device.map(|id| self.devices[id.0 as usize].index.0));
+            let share = if all > MOST_CHOICES { (weight * MOST_CHOICES).div_ceil(all) } else { weight };
+            self.choices.extend((0..share).map(|number| {
+                let own = (index, via.map(|via| via.to_ip()), number);
+                Choice { own: BuildHasherDefault::<Mixer>::default().hash_one(own), adjacency }
+            }));
+        }
+        match self.choices.len() - first {
+            // None of its devices is known.
+            0 => Way::Refused(Refusal::Unreachable),
+            count => Way::Several { first: first as u32, count: count as u32 },
+        }
     }
 
     fn family<A: Routed>(&mut self) -> Family<A> {
@@ -688,12 +869,12 @@ impl<'a> Compiler<'a> {
         }
 
         // Next hops: connected prefixes and routes, the longest prefix first, the lowest metric among equals.
-        let mut hops: Vec<(A, u8, u32, Option<A>, DeviceId)> = Vec::new();
+        let mut hops: Vec<(A, u8, u32, Leads<A>)> = Vec::new();
         for device in &self.links.devices {
             let id = self.by_index[&device.index];
             if device.role == Role::Uplink {
                 hops.extend(device.addresses.iter().filter_map(|net| {
-                    Some((A::from_ip(net.network())?, net.prefix_len(), 0, None, id))
+                    Some((A::from_ip(net.network())?, net.prefix_len(), 0, Leads::by(None, id)))
                         .filter(|_| !is_link_local(net.addr()))
                 }));
             }
@@ -709,10 +890,25 @@ impl<'a> Compiler<'a> {
                 },
                 None => None,
             };
-            hops.push((to, route.to.prefix_len(), route.metric, via, *id));
+            hops.push((to, route.to.prefix_len(), route.metric, Leads::by(via, *id)));
+        }
+        for route in &self.links.multipaths {
+            let Some(to) = A::from_ip(route.to.network()) else { continue };
+            let known = route.hops.iter().filter_map(|hop| {
+                let via = match hop.via {
+                    Some(ip) => Some(A::from_ip(ip)?),
+                    None => None,
+                };
+                Some((via, *self.by_index.get(&hop.device)?, hop.weight))
+            });
+            hops.push((to, route.to.prefix_len(), route.metric, Leads::To(known.collect())));
+        }
+        for route in &self.links.refused {
+            let Some(to) = A::from_ip(route.to.network()) else { continue };
+            hops.push((to, route.to.prefix_len(), route.metric, Leads::Nowhere(route.refusal)));
         }
         hops.sort_by_key(|h| h.2);
-        let hop_map = PrefixMap::compile(hops.iter().map(|h| (h.0, h.1, (h.3, h.4))));
+        let hop_map = PrefixMap::compile(hops.iter().map(|h| (h.0, h.1, &h.3)));
 
         let mut node_addresses: HashMap<A, NodeId> = HashMap::default();
         for (index, node) in cluster.nodes.iter().enumerate() {
@@ -723,29 +919,30 @@ impl<'a> Compiler<'a> {
             }
         }
 
-        let mut nodes: HashMap<u32, AdjacencyId> = HashMap::default();
-        let mut tunnels: HashMap<u32, AdjacencyId> = HashMap::default();
+        let mut nodes: HashMap<u32, Way> = HashMap::default();
+        let mut tunnels: HashMap<u32, Way> = HashMap::default();
         let own_outer = own.and_then(direct_address::<Ipv4Addr>);
         for (index, node) in cluster.nodes.iter().enumerate() {
             if self.this_node == Some(NodeId(index as u32)) {
                 continue;
             }
             let Some(address) = direct_address::<A>(node) else { continue };
-            let (device, hop) = match hop_map.get(address) {
-                Some((via, device)) => (Some(*device), via.unwrap_or(address)),
+            let unknown = Leads::To(vec![(Some(address), self.only_uplink().unwrap_or(NO_DEVICE), 1)]);
+            let leads = match hop_map.get(address) {
+                Some(leads) => *leads,
                 // Where nothing is known of links (a trace, whose devices' addresses only the kernel knows), the node itself is the next hop.
-                None if hops.is_empty() => (self.only_uplink(), address),
+                None if hops.is_empty() => &unknown,
                 None => continue,
             };
-            nodes.insert(index as u32, self.adjacency(device, hop.to_ip(), Encapsulation::None));
+            nodes.insert(index as u32, self.way(leads, address, Encapsulation::None));
             if let (Some(src), IpAddr::V4(dst)) = (own_outer, address.to_ip()) {
-                tunnels.insert(index as u32, self.adjacency(device, hop.to_ip(), Encapsulation::Ipip { src, dst }));
+                tunnels.insert(index as u32, self.way(leads, address, Encapsulation::Ipip { src, dst }));
             }
         }
 
         // Direct destinations on a link get an adjacency each; known neighbours and nodes are enough: others are made on demand
         // through the prefix's own entry, whose next hop is the destination itself.
-        let mut routes: Vec<(A, u8, AdjacencyId)> = Vec::new();
+        let mut routes: Vec<(A, u8, Way)> = Vec::new();
         for ((device, address), _) in self.neighbors.clone() {
             let (Some(address), Some(id)) = (A::from_ip(address), self.by_index.get(&device).copied()) else {
                 continue;
@@ -753,18 +950,16 @@ impl<'a> Compiler<'a> {
             if self.devices[id.0 as usize].role != Role::Uplink {
                 continue;
             }
-            if let Some((None, on)) = hop_map.get(address)
-                && *on == id
+            if let Some(Leads::To(to)) = hop_map.get(address)
+                && matches!(to[..], [(None, on, _)] if on == id)
             {
                 let adjacency = self.adjacency(Some(id), address.to_ip(), Encapsulation::None);
-                routes.push((address, A::BITS, adjacency));
+                routes.push((address, A::BITS, Way::One(adjacency)));
             }
         }
-        for (to, length, _, via, device) in &hops {
+        for (to, length, _, leads) in &hops {
             // `unspecified` as next hop stands for "the destination itself": it is on the link and not resolved yet.
-            let hop = via.unwrap_or_else(A::unspecified);
-            let adjacency = self.adjacency(Some(*device), hop.to_ip(), Encapsulation::None);
-            routes.push((*to, *length, adjacency));
+            routes.push((*to, *length, self.way(leads, A::unspecified(), Encapsulation::None)));
         }
 
         let mut pods: HashMap<A, Owner> = HashMap::default();

@@ -339,12 +339,44 @@ pub enum LinkType {
 }
 
 /// The kernel's index of a device; 0, which no device has, stands for the node's own kernel.
+///
+/// What the node's kernel only forwards has come by a device of its own, which weir does not serve, or by an uplink and then past weir: that
+/// is the device's index with the highest bit set, as indices are positive ints. Without an index, the device is not known.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
 pub struct IfIndex(pub u32);
 
 impl IfIndex {
-    /// The node's own kernel, behind the trunk.
+    /// The node's own kernel, behind the trunk: what a process of the node sends.
     pub const HOST: Self = Self(0);
+    const FORWARDED: u32 = 1 << 31;
+    /// What the node's kernel forwards, from nobody knows where.
+    pub const FORWARDED_BY_UNKNOWN: Self = Self(Self::FORWARDED);
+
+    /// What the node's kernel forwards and has received by this device.
+    #[inline]
+    #[must_use]
+    pub const fn forwarded(self) -> Self {
+        Self(self.0 | Self::FORWARDED)
+    }
+
+    /// Whether it stands for what the node's kernel forwards.
+    #[inline]
+    pub const fn is_forwarded(self) -> bool {
+        self.0 & Self::FORWARDED != 0
+    }
+
+    /// Whether what comes from there has come by the node's kernel, its own or forwarded, and what goes there goes to the kernel.
+    #[inline]
+    pub const fn is_kernels(self) -> bool {
+        self.0 == 0 || self.is_forwarded()
+    }
+
+    /// The device itself, of what is forwarded.
+    #[inline]
+    #[must_use]
+    pub const fn received_by(self) -> Self {
+        Self(self.0 & !Self::FORWARDED)
+    }
 }
 
 /// A part of a packet: `len` bytes from `start` in one frame.

@@ -105,8 +105,10 @@ fn before<A: Routed>(
 ) -> Result<Before, DropReason> {
     let asking = Asking { snapshot, host };
     let (number, direction) = match arrival.origin {
-        Origin::Host => (leaving(snapshot, arrival, key, snapshot.forwarding.route(key.dst)), PolicyDirection::Egress),
-        Origin::Uplink | Origin::Workload(_) => (arriving(&snapshot.forwarding, arrival), PolicyDirection::Ingress),
+        Origin::Host => (leaving(snapshot, arrival, key, snapshot.forwarding.route_of(key)), PolicyDirection::Egress),
+        Origin::Uplink | Origin::Forwarded { .. } | Origin::Workload(_) => {
+            (arriving(&snapshot.forwarding, arrival), PolicyDirection::Ingress)
+        }
     };
     let Some(number) = number else { return Ok(Before::Nothing) };
     let is_for_host = snapshot.forwarding.is_local(key.dst);
@@ -157,7 +159,9 @@ pub fn is_spared<A: Routed>(
     route: Route,
 ) -> bool {
     let (endpoint, direction) = match arrival.origin {
-        Origin::Uplink => (arriving(&snapshot.forwarding, arrival), PolicyDirection::Ingress),
+        Origin::Uplink | Origin::Forwarded { .. } => {
+            (arriving(&snapshot.forwarding, arrival), PolicyDirection::Ingress)
+        }
         Origin::Host => (leaving(snapshot, arrival, translated, route), PolicyDirection::Egress),
         Origin::Workload(_) => return false,
     };
@@ -213,15 +217,15 @@ fn after<A: Routed>(
             EndpointToHost::Accept => Ok(()),
             EndpointToHost::Drop => Err(DropReason::PolicyDeniedEndpointToHost),
         },
-        Origin::Uplink if is_for_host && before == Before::Nothing => {
+        Origin::Uplink | Origin::Forwarded { .. } if is_for_host && before == Before::Nothing => {
             ask(arriving(forwarding, arrival), HostStage::Local, PolicyDirection::Ingress)
         }
-        Origin::Uplink | Origin::Host if is_for_host => Ok(()),
+        Origin::Uplink | Origin::Forwarded { .. } | Origin::Host if is_for_host => Ok(()),
         Origin::Host if before == Before::Nothing => {
             ask(leaving(snapshot, arrival, key, route), HostStage::Local, PolicyDirection::Egress)
         }
         Origin::Host => Ok(()),
-        Origin::Uplink | Origin::Workload(_) => {
+        Origin::Uplink | Origin::Forwarded { .. } | Origin::Workload(_) => {
             if before == Before::Nothing {
                 ask(arriving(forwarding, arrival), HostStage::Forwarded, PolicyDirection::Ingress)?;
             }
@@ -243,14 +247,16 @@ fn stamps_of_both<A: Routed>(snapshot: &Snapshot, arrival: Arrival, translated: 
         let endpoint = number.and_then(|number| rules.host.policy(number).ok());
         endpoint.map_or(0, |endpoint| rules.policy.host_stamp(endpoint))
     };
-    let route = snapshot.forwarding.route(translated.dst);
+    let route = snapshot.forwarding.route_of(translated);
     let source = match arrival.origin {
         // Untracked policy saw the frontend, and so perhaps another device than the one that the backend is behind.
         Origin::Host => {
             let all = (0..rules.host.endpoints.len() as u32).map(HostEndpointNumber);
             all.fold(0, |all: u32, number| all.rotate_left(1) ^ stamp(Some(number)))
         }
-        Origin::Uplink | Origin::Workload(_) => stamp(arriving(&snapshot.forwarding, arrival)),
+        Origin::Uplink | Origin::Forwarded { .. } | Origin::Workload(_) => {
+            stamp(arriving(&snapshot.forwarding, arrival))
+        }
     };
     [rules.host.stamp.rotate_left(7) ^ source, stamp(leaving(snapshot, arrival, translated, route))]
 }
@@ -310,7 +316,7 @@ fn arriving(forwarding: &Forwarding, arrival: Arrival) -> Option<HostEndpointNum
     match arrival.origin {
         Origin::Host => None,
         Origin::Workload(_) => forwarding.host_endpoints().everywhere(),
-        Origin::Uplink => arrival.host_endpoint,
+        Origin::Uplink | Origin::Forwarded { .. } => arrival.host_endpoint,
     }
 }
 
@@ -325,7 +331,7 @@ fn leaving<A: Routed>(
     let endpoints = forwarding.host_endpoints();
     let of_unknown_device = || leaves_by(arrival).or_else(|| endpoints.of_address(key.src.to_ip()));
     match (route, kind_of(forwarding, route)) {
-        (Route::NoSuchPod, _) | (_, Some(RouteKind::Host)) => None,
+        (Route::NoSuchPod | Route::Refused(_), _) | (_, Some(RouteKind::Host)) => None,
         (_, Some(RouteKind::Workload)) if arrival.origin == Origin::Host => None,
         (_, Some(RouteKind::Workload | RouteKind::Ipip)) => endpoints.everywhere(),
         (Route::Via(adjacency), _) => match forwarding.adjacency(adjacency).device {

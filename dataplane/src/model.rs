@@ -159,6 +159,9 @@ pub enum Role {
     Workload,
     /// The node's own kernel.
     Host,
+    /// Another device of the node, which only its kernel serves: a VPN's, a bridge. Its index is that of what comes by it
+    /// ([`IfIndex::forwarded`]).
+    Kernel,
 }
 
 /// A device.
@@ -191,6 +194,50 @@ pub struct Route {
     pub metric: u32,
 }
 
+/// One of the next hops of a route that has several.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NextHop {
+    /// As [`Route::via`].
+    pub via: Option<IpAddr>,
+    /// As [`Route::device`].
+    pub device: IfIndex,
+    /// Its share of the flows, as a part of all weights.
+    pub weight: u16,
+}
+
+/// A route with several next hops: each flow takes one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Multipath {
+    /// As [`Route::to`].
+    pub to: IpNet,
+    /// Two at least.
+    pub hops: Vec<NextHop>,
+    /// As [`Route::metric`].
+    pub metric: u32,
+}
+
+/// What a route does that leads nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Refusal {
+    /// Drops what takes it.
+    Blackhole,
+    /// Tells the sender that the host is unreachable.
+    Unreachable,
+    /// Tells the sender that a filter is in the way.
+    Prohibit,
+}
+
+/// A route that leads nowhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// As [`Route::to`].
+    pub to: IpNet,
+    /// What it does.
+    pub refusal: Refusal,
+    /// As [`Route::metric`].
+    pub metric: u32,
+}
+
 /// A neighbour: the MAC address of an IP address on a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Neighbor {
@@ -207,8 +254,12 @@ pub struct Neighbor {
 pub struct Links {
     /// Devices with a role.
     pub devices: Vec<Device>,
-    /// Routes over uplinks, connected ones included where the kernel lists them.
+    /// Routes over uplinks and over devices that only the node's kernel serves, connected ones included where the kernel lists them.
     pub routes: Vec<Route>,
+    /// Those of several next hops.
+    pub multipaths: Vec<Multipath>,
+    /// Those that lead nowhere.
+    pub refused: Vec<Refused>,
     /// Usable neighbours.
     pub neighbors: Vec<Neighbor>,
     /// Sources, at most one of each family, for what the node's kernel sends to a service whose backend is the node itself: addresses that

@@ -1,10 +1,11 @@
 //! A connection's two next hops, and how it keeps them.
 
 use weir_conntrack::ConnRef;
-use weir_packet::{Direction, FlowKey, glance::may_be_forwarded};
+use weir_packet::{Direction, FlowKey, Ports, glance::may_be_forwarded};
 
 use crate::{
-    forwarding::{AdjacencyId, Hop, Routed},
+    forwarding::{AdjacencyId, Forwarding, Hop, Routed},
+    frame::IfIndex,
     snapshot::Snapshot,
 };
 
@@ -38,7 +39,43 @@ pub(crate) fn of<A: Routed>(conn: &ConnRef<'_, A>, direction: Direction, snapsho
         let number = word as u16;
         return (number != NO_HOP).then_some(AdjacencyId(number));
     }
-    snapshot.forwarding.adjacency_to(conn.key(direction.flip()).src)
+    find(conn, direction, &snapshot.forwarding)
+}
+
+/// The next hop of a direction's packets by these tables.
+pub(crate) fn find<A: Routed>(
+    conn: &ConnRef<'_, A>,
+    direction: Direction,
+    forwarding: &Forwarding,
+) -> Option<AdjacencyId> {
+    match direction {
+        Direction::Original => forwarding.adjacency_of(&translated(conn)),
+        Direction::Reply => of_answers(IfIndex(conn.device()), &conn.key(Direction::Original), forwarding),
+    }
+}
+
+/// The next hop of answers to a flow whose packets come by `device`. What the node's kernel has sent is answered to it, whoever it is that it
+/// forwards for.
+#[inline]
+pub(crate) fn of_answers<A: Routed>(
+    device: IfIndex,
+    original: &FlowKey<A>,
+    forwarding: &Forwarding,
+) -> Option<AdjacencyId> {
+    if device.is_kernels() { Some(forwarding.host()) } else { forwarding.adjacency_of(&original.invert()) }
+}
+
+/// The key of a connection's packets after DNAT and before SNAT, as policy sees them and as they choose from several next hops.
+pub(crate) fn translated<A: Routed>(conn: &ConnRef<'_, A>) -> FlowKey<A> {
+    let original = conn.key(Direction::Original);
+    let mut key = conn.key(Direction::Reply).invert();
+    key.src = original.src;
+    key.ports = if key.protocol.is_icmp() {
+        original.ports
+    } else {
+        Ports::new(original.ports.source(), key.ports.destination())
+    };
+    key
 }
 
 /// The same for the straight way, if the connection has one by these tables. The number of any other is beyond all that there are.

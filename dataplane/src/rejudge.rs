@@ -5,14 +5,14 @@
 
 use weir_conntrack::ConnRef;
 use weir_nat::Standing;
-use weir_packet::{Direction, DropReason, Ports, Protocol, Tick};
+use weir_packet::{Direction, DropReason, Protocol, Tick};
 
 use crate::{
     decide,
     forwarding::{Route, Routed},
     frame::IfIndex,
     next_hops,
-    origin::{Arrival, Origin},
+    origin::{self, Arrival},
     snapshot::Snapshot,
 };
 
@@ -95,6 +95,8 @@ pub(crate) enum Rejudged {
     Drains,
     /// It ends: a policy denies it now, or what it needs is gone, which nobody can be told.
     Cut(DropReason),
+    /// It ends, as who opened it is not there any more, and is to be forgotten: another may have its address.
+    Gone(DropReason),
     /// It ends, and both ends are told: its backend, or its address, is gone.
     Reset(DropReason),
     /// It ends, and the packet opens a new one.
@@ -103,7 +105,7 @@ pub(crate) enum Rejudged {
 
 /// Judges a connection again, and notes the outcome.
 pub(crate) fn rejudge<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapshot) -> Rejudged {
-    let Judged { stamps, translated_to, source, drains, begins_anew } = match judge_again(conn, claim, snapshot) {
+    let Judged { stamps, drains, begins_anew } = match judge_again(conn, claim, snapshot) {
         Ok(judged) => judged,
         Err(rejudged) => return rejudged,
     };
@@ -111,7 +113,7 @@ pub(crate) fn rejudge<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: 
         let [.., backend_stamp] = conn.stamps();
         conn.set_stamps([stamps[0], stamps[1], backend_stamp]);
     }
-    let hops = [translated_to, source].map(|destination| snapshot.forwarding.adjacency_to(destination));
+    let hops = [Direction::Original, Direction::Reply].map(|way| next_hops::find(conn, way, &snapshot.forwarding));
     conn.set_next_hops(next_hops::words(snapshot, &conn.key(Direction::Reply), hops));
     if drains {
         return Rejudged::Drains;
@@ -145,36 +147,25 @@ pub(crate) fn still_stands<A: Routed>(
     match rejudge(conn, Claim::of_data(conn.protocol(), direction), snapshot) {
         Rejudged::Keep => Ok(false),
         Rejudged::Drains => Ok(true),
-        Rejudged::Cut(reason) | Rejudged::Reset(reason) => Err(reason),
+        Rejudged::Cut(reason) | Rejudged::Gone(reason) | Rejudged::Reset(reason) => Err(reason),
         Rejudged::Anew => Err(anew),
     }
 }
 
 /// What a connection is to remember of its judgement.
-struct Judged<A> {
+struct Judged {
     stamps: [u32; 2],
-    translated_to: A,
-    source: A,
     drains: bool,
     /// A flow of datagrams goes on only until who opened it sends one, whoever's comes before.
     begins_anew: bool,
 }
 
 /// Judges a connection again, by its original key, its device and its stored DNAT; how it ends, if it does.
-fn judge_again<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapshot) -> Result<Judged<A>, Rejudged> {
+fn judge_again<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapshot) -> Result<Judged, Rejudged> {
     let forwarding = &*snapshot.forwarding;
     let original = conn.key(Direction::Original);
     let reply = conn.key(Direction::Reply);
-    let translated = {
-        let mut key = reply.invert();
-        key.src = original.src;
-        key.ports = if key.protocol.is_icmp() {
-            original.ports
-        } else {
-            Ports::new(original.ports.source(), key.ports.destination())
-        };
-        key
-    };
+    let translated = next_hops::translated(conn);
 
     let services = snapshot.rules.services.services::<A>();
     // A backend may be the very frontend: then only the stamp tells that a service led there.
@@ -211,14 +202,12 @@ fn judge_again<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
         return Err(Rejudged::Anew);
     }
 
-    let device = forwarding.device_by_index(IfIndex(conn.device()));
-    let Some(origin) = device.and_then(|id| Origin::of(forwarding.device(id))) else {
-        // Who opened it has gone with its device; who has its address now opens anew.
-        return Err(match claim {
-            Claim::Opens | Claim::Moves | Claim::OpensAgain => Rejudged::Anew,
-            Claim::Rides => Rejudged::Cut(DropReason::UnknownDevice),
-        });
-    };
+    let origin = origin::of_opener(IfIndex(conn.device()), original.src, forwarding).map_err(|reason| match claim {
+        // Who opened it has gone with its device, or has not that address any more, as where the kernel forwarded for a pod that nobody had
+        // named yet; who has its address now opens anew.
+        Claim::Opens | Claim::Moves | Claim::OpensAgain => Rejudged::Anew,
+        Claim::Rides => Rejudged::Gone(reason),
+    })?;
     let through_tunnel = forwarding.is_tunnelled(original.src);
     let arrival = Arrival::by(origin, IfIndex(conn.device()), through_tunnel, forwarding);
     let stamps = decide::policy_stamps(snapshot, arrival, &translated);
@@ -230,7 +219,7 @@ fn judge_again<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
         return Err(if claim == Claim::OpensAgain { Rejudged::Anew } else { Rejudged::Cut(reason) });
     }
     if reply.dst != original.src
-        && let Some(adjacency) = forwarding.adjacency_to(translated.dst)
+        && let Some(adjacency) = forwarding.adjacency_of(&translated)
         && let source = decide::masquerade_source(forwarding, origin, adjacency)
         && source != Some(reply.dst)
     {
@@ -251,5 +240,5 @@ fn judge_again<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
         }
     }
     begins_anew &= !is_connection(original.protocol);
-    Ok(Judged { stamps, translated_to: translated.dst, source: original.src, drains, begins_anew })
+    Ok(Judged { stamps, drains, begins_anew })
 }

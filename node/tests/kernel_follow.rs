@@ -29,7 +29,7 @@ use weir_cluster::{
 };
 use weir_dataplane::{
     frame::IfIndex,
-    model::{Links, Role, Route},
+    model::{Links, Refusal, Refused, Role, Route},
 };
 use weir_node::kernel::{
     Changed, DeviceTracker, FollowSettings, HostPlumbing, HostReport, HostSettings, KernelState, ROUTE_TABLE,
@@ -189,7 +189,7 @@ fn a_veth_whose_peer_moves_into_a_pod_is_noticed() {
 fn a_device_that_leaves_and_comes_back_with_its_index_counts_as_new() {
     in_namespace(|| async {
         let elsewhere = Namespace::new();
-        run("ip link add calia type veth peer name calib");
+        run("ip link add calia type veth peer name far0");
         let mut state = follow().await;
         let rules = RoleRules::new([""; 0], ["calia"]);
         let mut tracker = DeviceTracker::new(Role::Workload);
@@ -217,7 +217,7 @@ fn addresses_routes_and_neighbours_are_followed_both_ways() {
         );
         let mut state = follow().await;
         let rules = RoleRules::new(["eth0"], [""; 0]);
-        let eth0 = state.view().link("eth0").unwrap().index;
+        let [eth0, other] = ["eth0", "other"].map(|name| state.view().link(name).unwrap().index);
 
         ip_batch(
             "addr add 192.168.7.1/24 dev eth0\naddr add 192.168.7.2/24 dev eth0\naddr add fd00:7::1/64 dev eth0 nodad\n\
@@ -231,6 +231,7 @@ fn addresses_routes_and_neighbours_are_followed_both_ways() {
         let wanted = [
             via("0.0.0.0/0", Some("192.168.7.254"), 50),
             via("10.1.0.0/16", Some("192.168.7.9"), 0),
+            Route { device: other.forwarded(), ..via("10.9.0.0/16", None, 0) },
             via("192.168.7.0/24", None, 0),
             via("fd00:7::/64", None, 256),
             via("fd00:8::/64", Some("fd00:7::9"), 1024),
@@ -264,16 +265,33 @@ fn addresses_routes_and_neighbours_are_followed_both_ways() {
         until(&mut state, "replaced and added", |state| {
             let links = state.view().links(&rules);
             links.routes.contains(&via("10.1.0.0/16", Some("192.168.7.8"), 0))
-                && links.routes.contains(&via("10.3.0.0/16", Some("192.168.7.5"), 0))
-                && links.routes.contains(&via("fd00:8::/64", Some("fd00:7::9"), 1024))
+                && links.refused == [Refused { to: net("10.2.0.0/16"), refusal: Refusal::Blackhole, metric: 0 }]
+                && links.multipaths.len() == 2
                 && links.neighbors.iter().any(|n| n.mac == Mac([2, 0, 0, 0, 0, 0xc]))
-                && state.view().notes(&rules).len() == 3
         })
         .await;
+        let multipaths = state.view().links(&rules).multipaths;
+        let hops = |to: &str| -> Vec<_> {
+            let route = multipaths.iter().find(|route| route.to == net(to)).expect("a route");
+            route.hops.iter().map(|hop| (hop.via, hop.device, hop.weight)).collect()
+        };
+        let both = |a: &str, b: &str| [a, b].map(|via| (Some(addr(via)), eth0, 1)).to_vec();
+        assert_eq!(hops("10.3.0.0/16"), both("192.168.7.5", "192.168.7.6"));
+        assert_eq!(hops("fd00:8::/64"), both("fd00:7::9", "fd00:7::8"));
+
+        // What is not followed as the kernel does is said.
+        assert_eq!(state.view().notes(&rules), [""; 0]);
+        ip_batch("rule add from 10.7.0.0/16 table 7 priority 70\nroute add 10.6.0.0/16 via 192.168.7.9 tos 0x10\n");
+        run("ip addr add 192.168.77.1/32 dev eth0");
+        run("ip addr del 192.168.77.1/32 dev eth0");
+        until(&mut state, "two notes", |state| state.view().notes(&rules).len() == 2).await;
         let notes = state.view().notes(&rules).join("\n");
-        for part in ["10.2.0.0/16: blackhole", "10.3.0.0/16: weir uses the first", "fd00:8::/64: weir uses the first"] {
+        for part in ["rule 70 of IPv4, to table 7", "10.6.0.0/16: routes with a TOS (0x10)"] {
             assert!(notes.contains(part), "{part} in {notes}");
         }
+        ip_batch("rule del priority 70\nroute del 10.6.0.0/16 tos 0x10\n");
+        run("ip addr add 192.168.77.1/32 dev eth0");
+        run("ip addr del 192.168.77.1/32 dev eth0");
 
         ip_batch(
             "route del 10.3.0.0/16\nroute del blackhole 10.2.0.0/16\nneigh del 192.168.7.9 dev eth0\n\
@@ -282,7 +300,7 @@ fn addresses_routes_and_neighbours_are_followed_both_ways() {
         until(&mut state, "removed", |state| {
             let links = state.view().links(&rules);
             links.neighbors.is_empty()
-                && links.routes.len() == 5
+                && links.routes.len() == 6
                 && links.routes.contains(&via("fd00:8::/64", Some("fd00:7::8"), 1024))
                 && state.view().notes(&rules).is_empty()
         })
@@ -291,7 +309,8 @@ fn addresses_routes_and_neighbours_are_followed_both_ways() {
         // The kernel flushes the IPv4 routes of an address and of a device that goes down without a word.
         run("ip addr flush dev eth0 to 192.168.7.0/24");
         until(&mut state, "no IPv4 route is left", |state| {
-            state.view().links(&rules).routes.iter().all(|route| route.to.addr().is_ipv6())
+            let links = state.view().links(&rules);
+            links.routes.iter().all(|route| route.to.addr().is_ipv6() || route.device == other.forwarded())
         })
         .await;
         ip_batch("addr add 192.168.7.1/24 dev eth0\nroute add 10.1.0.0/16 via 192.168.7.9\n");

@@ -138,34 +138,32 @@ fn rewrite_sctp<A: Address>(l4: &mut [u8], length_bytes: usize, from: &FlowKey<A
     }
 }
 
-/// Takes one from the TTL or hop limit; 0 stays 0. Whether it may still be forwarded (`view.ttl > 1`) is the caller's to
+/// Takes `hops` from the TTL or hop limit, which ends at 0. Whether it may still be forwarded (`view.ttl > hops`) is the caller's to
 /// ask first.
 ///
 /// # Panics
 /// Where `frame` is shorter than the one that was parsed.
 #[inline]
-pub fn decrement_ttl<A: Address>(frame: &mut [u8], view: &View<A>) {
+pub fn decrement_ttl<A: Address>(frame: &mut [u8], view: &View<A>, hops: u8) {
     let header = &mut frame[usize::from(view.l3)..usize::from(view.l3) + A::HEADER_BYTES];
     if A::WORDS == 1 {
         let (ttl, protocol) = (header[8], header[9]);
-        header[8] = ttl.saturating_sub(1);
+        header[8] = ttl.saturating_sub(hops);
         update(header, 10, Increment::ZERO.word16([ttl, protocol], [header[8], protocol]));
     } else {
-        header[7] = header[7].saturating_sub(1);
+        header[7] = header[7].saturating_sub(hops);
     }
 }
 
-/// Sends a whole TCP or UDP packet on whose header has no options: addresses and ports become `to`'s, the TTL one less, with all checksums.
+/// Sends a whole TCP or UDP packet on whose header has no options: addresses and ports become `to`'s, the TTL less by `hops`, with all checksums.
 ///
 /// The same bytes as [`translate`] and [`decrement_ttl`] write, for a packet that was only glanced at ([`crate::glance`]); its TTL is not
-/// 0. `ip` begins with its IP header.
+/// less than `hops`. `ip` begins with its IP header.
 ///
 /// # Panics
 /// Where `ip` is shorter than the IP header and 20 bytes.
 #[inline(always)]
-pub fn forward_plain<A: Address>(ip: &mut [u8], from: &FlowKey<A>, to: &FlowKey<A>) {
-    /// The TTL, in a word with the protocol.
-    const ONE_LESS: [[u8; 2]; 2] = [[1, 0], [0, 0]];
+pub fn forward_plain<A: Address>(ip: &mut [u8], from: &FlowKey<A>, to: &FlowKey<A>, hops: u8) {
     debug_assert!(from.protocol == to.protocol && matches!(from.protocol, Protocol::TCP | Protocol::UDP));
     let (header, l4) = ip.split_at_mut(A::HEADER_BYTES);
     let l4 = l4.first_chunk_mut::<20>().expect("as many bytes as the largest fixed header has");
@@ -174,11 +172,12 @@ pub fn forward_plain<A: Address>(ip: &mut [u8], from: &FlowKey<A>, to: &FlowKey<
     to.src.write(&mut header[at..at + A::BYTES]);
     to.dst.write(&mut header[at + A::BYTES..]);
     if A::WORDS == 1 {
-        header[8] -= 1;
-        let [old, new] = ONE_LESS.map(|word| Sum::ZERO.word16(word));
+        header[8] -= hops;
+        // The TTL, in a word with the protocol.
+        let [old, new] = [[hops, 0], [0, 0]].map(|word| Sum::ZERO.word16(word));
         update(header, 10, addresses.plus(Increment::between(old, new)));
     } else {
-        header[7] -= 1;
+        header[7] -= hops;
     }
     l4[..4].copy_from_slice(&to.ports.word().to_ne_bytes());
     let covered = addresses.word32(from.ports.word(), to.ports.word());

@@ -68,7 +68,7 @@ drop_reasons! {
     UnknownEtherType,
     /// The device that the packet came from is not known, or not one that weir serves any more.
     UnknownDevice,
-    /// A workload sent from an address that is not its own, or a packet from outside has the address of a workload of this node.
+    /// A workload sent from an address that is not its own, or a packet from outside has the address of a workload of this node, or one that the node's kernel forwards that of a pod elsewhere.
     SpoofedSource,
     /// A workload sent a tunnel packet (IPIP or VXLAN) of its own.
     WorkloadTunnel,
@@ -118,6 +118,12 @@ drop_reasons! {
     NoRoute,
     /// The destination is an address of this node's own pod range that no pod has, or that of a pod of this node that has no device.
     NoSuchPod,
+    /// A blackhole route of the node's kernel leads there.
+    RouteBlackhole,
+    /// An unreachable route of the node's kernel leads there; it was answered by a reject.
+    RouteUnreachable,
+    /// A prohibit route of the node's kernel leads there; it was answered by a reject.
+    RouteProhibited,
     /// The next hop's MAC address is not known, and too many packets wait for it, or waited for too long.
     NeighborUnresolved,
     /// A fragment that no sender makes: empty, not in units of eight bytes, past the largest packet, or of what is never fragmented.

@@ -255,8 +255,8 @@ fn straight_on<A: Family>(
     if to != from {
         translate(&mut expected, &view, &to).expect("no fragment");
     }
-    decrement_ttl(&mut expected, &view);
-    weir_packet::rewrite::forward_plain(&mut frame[14..], &from, &to);
+    decrement_ttl(&mut expected, &view, 1);
+    weir_packet::rewrite::forward_plain(&mut frame[14..], &from, &to, 1);
     assert_eq!(frame, expected);
 }
 

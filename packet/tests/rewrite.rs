@@ -192,7 +192,7 @@ fn ttl_and_tos() {
             spec.ttl = ttl;
             let mut frame = spec.frame();
             let view = view_of::<A>(&frame);
-            decrement_ttl(&mut frame, &view);
+            decrement_ttl(&mut frame, &view, 1);
             spec.ttl = ttl.saturating_sub(1);
             assert_eq!(frame, spec.frame(), "TTL {ttl}");
             for tos in [0, 0xb8, 0xff, 0x03] {

@@ -9,6 +9,7 @@
 mod calico_policy;
 mod conntrack;
 mod errors;
+mod forwarded;
 mod fragments;
 mod half_truths;
 mod hits;

@@ -203,6 +203,11 @@ impl Site {
         self.routers[node].signal(Signal::SIGHUP);
     }
 
+    /// What a node's router has written to its log so far.
+    pub fn router_log(&self, node: &str) -> String {
+        self.routers[node].log()
+    }
+
     /// Takes a node's router out, which will have ended by the test's own doing.
     pub fn take_router(&mut self, node: &str) -> Process {
         self.routers.remove(node).expect("it was started")

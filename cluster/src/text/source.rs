@@ -119,8 +119,10 @@ impl Source {
     /// Compresses the text, which nearly nobody asks for any more: LZ4 leaves a sixth of what kubectl writes, and takes 2 ns a byte. A text with a very long line stays as it is, as any
     /// question about that line would unpack all of it.
     pub fn pack(&self) {
-        let Kept::Plain(text) = &*self.kept() else { return };
-        let text = Arc::clone(text);
+        let text = match &*self.kept() {
+            Kept::Plain(text) => Arc::clone(text),
+            Kept::Packed(..) => return,
+        };
         let longest = (0..self.marks.len()).map(|mark| self.region(mark).len()).max();
         if text.len() < WORTH_BYTES || longest.is_none_or(|longest| longest > BLOCK_BYTES) {
             return;

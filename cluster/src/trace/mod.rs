@@ -123,11 +123,12 @@ impl<'l> Tracer<'l> {
         let forwarding = &self.snapshot.forwarding;
         let endpoints = forwarding.host_endpoints();
         let origin = self.origin(flow, src)?;
-        if origin != Origin::Uplink {
+        if !origin.is_outside() {
             return Ok(Arrival { origin, host_endpoint: None });
         }
         let host_endpoint = match &flow.device {
             _ if forwarding.is_tunnelled(src) => endpoints.everywhere(),
+            _ if origin != Origin::Uplink => endpoints.everywhere(),
             Some(name) => match forwarding.devices().find(|(_, device)| device.name == *name) {
                 Some((_, device)) => device.host_endpoint,
                 None => endpoints.of_name(name),
@@ -137,7 +138,7 @@ impl<'l> Tracer<'l> {
                 None => endpoints.of_address(dst.to_ip()),
             },
         };
-        let is_nodes_own = host_endpoint.is_some() && forwarding.is_local(src);
+        let is_nodes_own = origin == Origin::Uplink && host_endpoint.is_some() && forwarding.is_local(src);
         Ok(Arrival { origin: if is_nodes_own { Origin::Host } else { origin }, host_endpoint })
     }
 
@@ -150,8 +151,10 @@ impl<'l> Tracer<'l> {
                 None => Origin::Uplink,
             });
         };
+        // What has no address of the node it only forwards.
+        let by_kernel = Origin::Host.with_source(src, forwarding);
         if name == "host" {
-            return Ok(Origin::Host);
+            return Ok(by_kernel);
         }
         let workload = weir_dataplane::forwarding::local_workloads(&self.cluster).find(|(_, w)| w.device == *name);
         if let Some((id, _)) = workload {
@@ -159,7 +162,7 @@ impl<'l> Tracer<'l> {
         }
         match self.config.devices.iter().find(|d| d.name == *name).map(|d| d.role) {
             Some(Role::Uplink) => Ok(Origin::Uplink),
-            Some(Role::Host) => Ok(Origin::Host),
+            Some(Role::Host | Role::Kernel) => Ok(by_kernel),
             Some(Role::Workload) => Err(format!("no pod of this node has the device {name}")),
             // Uplinks need not be configured for a trace.
             None if self.config.devices.iter().all(|d| d.role != Role::Uplink) => Ok(Origin::Uplink),
@@ -282,7 +285,7 @@ impl<'l> Tracer<'l> {
             RouteKind::Workload => "workload",
             RouteKind::Direct => "direct",
             RouteKind::Ipip => "ipip",
-            RouteKind::Host => "host",
+            RouteKind::Host | RouteKind::Kernel => "host",
         };
         let workload_device = || {
             let id = forwarding.local_workload(decision.translated.dst)?;
@@ -338,7 +341,8 @@ impl<'l> Tracer<'l> {
             "from",
             match arrival.origin {
                 Origin::Workload(id) => format!("workload {}", self.snapshot.forwarding.workload_name(id)),
-                Origin::Host => "this node's own kernel".into(),
+                Origin::Host => "this node itself".into(),
+                Origin::Forwarded { .. } => "outside, forwarded by this node's kernel".into(),
                 Origin::Uplink => "an uplink".into(),
             },
         );

@@ -226,7 +226,7 @@ impl Port {
         while self.failure.is_none() {
             let count = self.room(frames, packets);
             for mut packet in packets.drain(..count) {
-                if matches!(self.role, Role::Trunk) && packet.device != IfIndex::HOST {
+                if matches!(self.role, Role::Trunk) && !packet.device.is_kernels() {
                     let source = trunk::target(packet.device);
                     packet.bytes_mut()[6..12].copy_from_slice(&source.0);
                 }

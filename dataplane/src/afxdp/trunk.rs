@@ -9,8 +9,9 @@
 //! | to weir | destination MAC | 0x02, pkt_type (0 host, 1 broadcast, 2 multicast, 3 other), device index as big-endian u32 |
 //! | from weir | source MAC | 0x02, 0, device index as big-endian u32 |
 //!
-//! What comes with another destination was sent by the node's own kernel. The trunk's own MAC addresses do not begin with 0x02,
-//! so that the two cannot be confused.
+//! Index 0 is the node itself: a process of its network namespace made the packet. With the highest bit set the index is that of the device
+//! by which the node's kernel has received what it only forwards ([`IfIndex::forwarded`]). What comes with another destination has met no
+//! program, so nobody knows who made it. The trunk's own MAC addresses do not begin with 0x02, so that the two cannot be confused.
 
 use weir_packet::Mac;
 
@@ -22,7 +23,9 @@ const MARK: u8 = 0x02;
 /// Whose packet has this destination MAC address, and how it was addressed on the workload's own device.
 #[inline]
 pub fn origin(destination: Mac) -> (IfIndex, LinkType) {
-    let [MARK, packet_type @ 0..=3, a, b, c, d] = destination.0 else { return (IfIndex::HOST, LinkType::Host) };
+    let [MARK, packet_type @ 0..=3, a, b, c, d] = destination.0 else {
+        return (IfIndex::FORWARDED_BY_UNKNOWN, LinkType::Host);
+    };
     let link = match packet_type {
         0 => LinkType::Host,
         1 => LinkType::Broadcast,
@@ -50,9 +53,11 @@ mod tests {
             ("broadcast", [2, 1, 0, 0, 1, 0], (IfIndex(256), LinkType::Broadcast)),
             ("multicast", [2, 2, 1, 2, 3, 4], (IfIndex(0x0102_0304), LinkType::Multicast)),
             ("other", [2, 3, 0xff, 0xff, 0xff, 0xff], (IfIndex(u32::MAX), LinkType::Other)),
-            ("no packet type", [2, 4, 0, 0, 0, 7], (IfIndex::HOST, LinkType::Host)),
-            ("the node's kernel", [6, 0, 0, 0, 0, 7], (IfIndex::HOST, LinkType::Host)),
-            ("the node's kernel, broadcast", [0xff; 6], (IfIndex::HOST, LinkType::Host)),
+            ("the node itself", [2, 0, 0, 0, 0, 0], (IfIndex::HOST, LinkType::Host)),
+            ("forwarded", [2, 0, 0x80, 0, 0, 7], (IfIndex(7).forwarded(), LinkType::Host)),
+            ("no packet type", [2, 4, 0, 0, 0, 7], (IfIndex::FORWARDED_BY_UNKNOWN, LinkType::Host)),
+            ("no mark", [6, 0, 0, 0, 0, 7], (IfIndex::FORWARDED_BY_UNKNOWN, LinkType::Host)),
+            ("no mark, broadcast", [0xff; 6], (IfIndex::FORWARDED_BY_UNKNOWN, LinkType::Host)),
         ] {
             assert_eq!(origin(Mac(destination)), expected, "{name}");
         }

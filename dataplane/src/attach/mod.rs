@@ -9,7 +9,7 @@
 //! | `workload_send` | tc ingress of each workload's host end | carries what was handed over ([`crate::offload`]); of the rest writes the device's index into the destination MAC, redirects to weir0 |
 //! | `trunk_receive` | XDP of weir1 | gives everything to the socket of its queue |
 //! | `trunk_deliver` | tc ingress of weir0 | gives what weir sends to the device in the source MAC, else to the node's kernel |
-//! | `host_send` | tc egress of weir0, where flows are handed over | carries what the node's kernel sends to pods |
+//! | `host_send` | tc egress of weir0 | carries what was handed over of what the node sends to pods; of the rest writes into the destination MAC whether the node made it or only forwards it |
 //! | `loopback_send` | tc egress of lo | redirects what the node's processes send to node ports and host ports of the node itself to weir0 |
 //! | `uplink_receive` | XDP of each uplink | gives what weir owns to the socket of its queue, leaves the rest to the kernel |
 //! | `uplink_carry` | tc ingress of each uplink, where flows are handed over | gives packets of such flows, which `uplink_receive` leaves to the kernel's GRO, to their pods |
@@ -17,8 +17,8 @@
 //!
 //! *Encoding.* A frame that a worker receives on the trunk has the destination MAC `02:TT:II:II:II:II` if a workload
 //! sent it: TT is the kernel's `pkt_type` (0 to this device, 1 broadcast, 2 multicast, 3 to somebody else), II the
-//! device's index, big endian; its source MAC is the workload's. Any other destination MAC (that of weir0 for unicast)
-//! says: from the node's own kernel. A frame that a worker sends on the trunk has the source MAC `02:00:II:II:II:II`
+//! device's index, big endian; its source MAC is the workload's. Index 0 says: made by the node itself; the highest bit set, with the index
+//! of a device: received by it and only forwarded by the node's kernel. A frame that a worker sends on the trunk has the source MAC `02:00:II:II:II:II`
 //! and the workload's MAC as destination, and leaves with the host end's MAC as source. Index 0, or any source MAC that
 //! does not begin with `02:00`, means the node's own kernel. [`crate::afxdp::trunk`] is this paragraph as code. Both
 //! ends of the trunk have MACs that begin with 06. `tcpdump -i weir0` sees all these frames.
@@ -238,12 +238,13 @@ impl Attachment {
             TcAttachType::Ingress,
             &pins.trunk_deliver(),
         )?;
-        if flows.is_some() {
-            let program = classifier(&mut object, HOST_SEND)?;
-            pins::attach_tcx(program, HOST_SEND, KERNEL_END, TcAttachType::Egress, &pins.host_send())?;
-        } else {
-            pins::unpin_link(&pins.host_send())?;
-        }
+        pins::attach_tcx(
+            classifier(&mut object, HOST_SEND)?,
+            HOST_SEND,
+            KERNEL_END,
+            TcAttachType::Egress,
+            &pins.host_send(),
+        )?;
         pins::attach_tcx(
             classifier(&mut object, LOOPBACK_SEND)?,
             LOOPBACK_SEND,

@@ -12,8 +12,10 @@ use weir_sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use super::flow::{Flow, Way};
 use crate::{
     decide,
-    forwarding::{Encapsulation, Route, RouteKind, Routed, host_source},
+    forwarding::{AdjacencyId, Encapsulation, RouteKind, Routed, host_source},
     frame::IfIndex,
+    model::Role,
+    next_hops,
     origin::Origin,
     rejudge::{self, Rejudged},
     snapshot::Snapshot,
@@ -117,27 +119,31 @@ pub fn of_connection<A: Routed>(
     match rejudge::outlook(conn, snapshot) {
         Rejudged::Keep => {}
         Rejudged::Drains => return Err(Stays::Drains),
-        Rejudged::Cut(_) | Rejudged::Reset(_) | Rejudged::Anew => return Err(Stays::Unsettled),
+        Rejudged::Cut(_) | Rejudged::Gone(_) | Rejudged::Reset(_) | Rejudged::Anew => return Err(Stays::Unsettled),
     }
     // What untracked policy lets go belongs to no connection, whatever its key.
     if snapshot.rules.host.has_untracked() {
         return Err(Stays::Elsewhere);
     }
     let keys = [Direction::Original, Direction::Reply].map(|direction| conn.key(direction));
-    let hop = |direction: Direction| exit::<A>(snapshot, keys[direction.flip() as usize].src);
+    let hop = |direction: Direction| {
+        let adjacency = next_hops::find(conn, direction, &snapshot.forwarding).ok_or(Stays::Unsettled)?;
+        exit::<A>(snapshot, adjacency, keys[direction.flip() as usize].src)
+    };
     let (forth, back) = (hop(Direction::Original)?, hop(Direction::Reply)?);
     // Replies come from where the original direction's packets go.
     let arrives_by = [IfIndex(conn.device()), forth.device];
     let mut has_pod = false;
     for (key, device) in keys.iter().zip(arrives_by) {
-        let device = snapshot.forwarding.device_by_index(device).map(|id| snapshot.forwarding.device(id));
-        let device = device.ok_or(Stays::Unsettled)?;
-        let origin = Origin::of(device).ok_or(Stays::Unsettled)?;
+        let (origin, device) = Origin::of(device, &snapshot.forwarding).ok_or(Stays::Unsettled)?;
         decide::check_source(snapshot, origin, key).map_err(|_| Stays::Unsettled)?;
         match origin {
             Origin::Workload(_) => has_pod = true,
             // Its policy may be about packets of which no connection tells.
-            Origin::Uplink if device.host_endpoint.is_some() => return Err(Stays::Elsewhere),
+            Origin::Uplink if snapshot.forwarding.device(device).host_endpoint.is_some() => {
+                return Err(Stays::Elsewhere);
+            }
+            Origin::Forwarded { .. } => return Err(Stays::Elsewhere),
             Origin::Uplink | Origin::Host => {}
         }
     }
@@ -198,12 +204,14 @@ struct Hop {
     mtu: u16,
 }
 
-/// Where packets to `destination` leave.
-fn exit<A: Routed>(snapshot: &Snapshot, destination: A) -> Result<Hop, Stays> {
+/// Where packets to `destination` leave that have this next hop.
+fn exit<A: Routed>(snapshot: &Snapshot, adjacency: AdjacencyId, destination: A) -> Result<Hop, Stays> {
     let forwarding = &*snapshot.forwarding;
-    let Route::Via(adjacency) = forwarding.route(destination) else { return Err(Stays::Unsettled) };
     let adjacency = forwarding.adjacency(adjacency);
     let Some(device) = adjacency.device.map(|id| forwarding.device(id)) else { return Err(Stays::Elsewhere) };
+    if device.role == Role::Kernel {
+        return Err(Stays::Elsewhere);
+    }
     if adjacency.kind == RouteKind::Host {
         let destination = adjacency.mac.ok_or(Stays::Unresolved)?;
         return Ok(Hop {

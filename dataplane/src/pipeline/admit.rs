@@ -9,7 +9,7 @@ use super::{Admitted, End, Handler, tunnel};
 use crate::{
     driver::Driver,
     forwarding::Forwarding,
-    frame::{LinkType, Packet},
+    frame::{IfIndex, LinkType, Packet},
     origin::Origin,
     tables::Family,
 };
@@ -29,8 +29,7 @@ impl<D: Driver> Handler<'_, D> {
     #[inline]
     pub(super) fn admit(&mut self, packet: &mut Packet) -> Result<Admitted, DropReason> {
         let forwarding = &*self.context.snapshot.forwarding;
-        let device = forwarding.device_by_index(packet.device).ok_or(DropReason::UnknownDevice)?;
-        let origin = Origin::of(forwarding.device(device)).ok_or(DropReason::UnknownDevice)?;
+        let (origin, device) = Origin::of(packet.device, forwarding).ok_or(DropReason::UnknownDevice)?;
         if packet.link == LinkType::Other {
             return Err(DropReason::WrongMac);
         }
@@ -53,7 +52,7 @@ impl<D: Driver> Handler<'_, D> {
                     Scope::Pod => return Err(DropReason::LinkScope),
                 }
                 self.cut_padding(packet, &view);
-                Ok(Admitted::V4(view, origin))
+                Ok(Admitted::V4(view, settle(packet, origin, view.key.src, forwarding)))
             }
             Ok(Parsed::V6(view)) => {
                 match scope(packet, &view, origin, forwarding)? {
@@ -62,7 +61,7 @@ impl<D: Driver> Handler<'_, D> {
                     Scope::Pod => return self.neighbor_solicitation(packet, &view, device).map(Admitted::End),
                 }
                 self.cut_padding(packet, &view);
-                Ok(Admitted::V6(view, origin))
+                Ok(Admitted::V6(view, settle(packet, origin, view.key.src, forwarding)))
             }
             Ok(Parsed::Arp(arp)) => self.arp(packet, &arp, origin, device).map(Admitted::End),
             Ok(Parsed::Other { .. }) if origin == Origin::Uplink => Ok(Admitted::End(End::Punt)),
@@ -76,6 +75,16 @@ impl<D: Driver> Handler<'_, D> {
     fn cut_padding<A: Address>(&mut self, packet: &mut Packet, view: &View<A>) {
         self.driver.truncate(packet, usize::from(view.end));
     }
+}
+
+/// Where a packet came from, now that its source is known.
+#[inline]
+fn settle<A: Family>(packet: &mut Packet, origin: Origin, source: A, forwarding: &Forwarding) -> Origin {
+    let settled = origin.with_source(source, forwarding);
+    if settled != origin {
+        packet.device = IfIndex::FORWARDED_BY_UNKNOWN;
+    }
+    settled
 }
 
 #[inline]
@@ -93,7 +102,7 @@ fn scope<A: Family>(
         return match origin {
             Origin::Uplink => Ok(Scope::Kernel),
             Origin::Workload(_) => Ok(Scope::Pod),
-            Origin::Host => Err(DropReason::LinkScope),
+            Origin::Host | Origin::Forwarded { .. } => Err(DropReason::LinkScope),
         };
     }
     if view.key.dst.is_bound_to_link() || view.key.src.is_bound_to_link() {

@@ -11,8 +11,9 @@ use super::Handler;
 use crate::{
     counters::Counter,
     driver::Driver,
-    forwarding::RouteKind,
+    forwarding::AdjacencyId,
     frame::{ONE_FRAME_BYTES, Packet},
+    next_hops,
     tables::Family,
 };
 
@@ -22,7 +23,8 @@ impl<D: Driver> Handler<'_, D> {
     #[cold]
     pub(super) fn reject<A: Family>(&mut self, packet: &Packet, view: &View<A>, reason: DropReason) -> DropReason {
         let error = match reason {
-            DropReason::NoSuchPod => IcmpError::HostUnreachable,
+            DropReason::NoSuchPod | DropReason::RouteUnreachable => IcmpError::HostUnreachable,
+            DropReason::RouteProhibited => IcmpError::AdminProhibited,
             DropReason::NoRoute => IcmpError::NetUnreachable,
             _ => IcmpError::PortUnreachable,
         };
@@ -30,7 +32,7 @@ impl<D: Driver> Handler<'_, D> {
             return self.answer_error(packet, view, error, reason);
         }
         if self.pipeline.resets.take(self.context.now) {
-            self.answer(packet, view.key.src, |out, frame, _| build::tcp_reset(out, frame, view));
+            self.answer::<A>(packet, self.back_to(packet, view), |out, frame, _| build::tcp_reset(out, frame, view));
         }
         reason
     }
@@ -45,7 +47,7 @@ impl<D: Driver> Handler<'_, D> {
         reason: DropReason,
     ) -> DropReason {
         if self.pipeline.errors.take(self.context.now) {
-            self.answer(packet, view.key.src, |out, frame, source| {
+            self.answer::<A>(packet, self.back_to(packet, view), |out, frame, source| {
                 // The node's own process that asked from a loopback address takes an answer from there only.
                 let source = if view.key.src.is_loopback() { Some(view.key.dst) } else { source };
                 build::icmp_error(out, frame, view, source?, error)
@@ -73,21 +75,27 @@ impl<D: Driver> Handler<'_, D> {
         conn.end_soon(self.context.now);
         if direction == Direction::Reply && self.pipeline.resets.take(self.context.now) {
             let to = conn.key(Direction::Original).invert();
-            self.answer(packet, to.dst, |out, frame, _| build::tcp_reset_onwards(out, frame, view, &to));
+            let answers = next_hops::of(conn, Direction::Reply, self.context.snapshot);
+            self.answer::<A>(packet, answers, |out, frame, _| build::tcp_reset_onwards(out, frame, view, &to));
         }
         self.reject(packet, view, reason)
     }
 
-    /// Answers `packet` by one to `destination`, and routes that there. `write` gets the whole frame that it is an answer to, and
-    /// this node's address on the way there.
+    /// Where the sender of a packet is.
+    fn back_to<A: Family>(&self, packet: &Packet, view: &View<A>) -> Option<AdjacencyId> {
+        next_hops::of_answers(packet.device, &view.key, &self.context.snapshot.forwarding)
+    }
+
+    /// Answers `packet` by one that goes to `hop`. `write` gets the whole frame that it is an answer to, and this node's address on the way
+    /// there.
     fn answer<A: Family>(
         &mut self,
         packet: &Packet,
-        destination: A,
+        hop: Option<AdjacencyId>,
         write: impl FnOnce(&mut [u8], &[u8], Option<A>) -> Option<usize>,
     ) {
         let forwarding = &*self.context.snapshot.forwarding;
-        let Some(hop) = forwarding.adjacency_to(destination) else { return };
+        let Some(hop) = hop else { return };
         let Some(mut answer) = self.driver.allocate() else { return };
         answer.set_len(ONE_FRAME_BYTES);
         let frame = self.driver.arena().whole(packet, &mut self.pipeline.whole);
@@ -97,7 +105,7 @@ impl<D: Driver> Handler<'_, D> {
         answer.set_len(length);
         self.pipeline.count(Counter::Generated);
         let ended = match forwarding.adjacency(hop).kind {
-            RouteKind::Host => Ok(self.punt(&mut answer)),
+            kind if kind.is_kernels() => Ok(self.punt(&mut answer)),
             _ => self.send::<A>(&mut answer, hop),
         };
         self.end(answer, ended);

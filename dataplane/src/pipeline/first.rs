@@ -43,7 +43,7 @@ impl<'a, D: Driver> Handler<'a, D> {
         let may_pass = match origin {
             Origin::Workload(_) => false,
             Origin::Uplink => snapshot.rules.host.has_untracked() || forwarding.is_local(view.key.dst),
-            Origin::Host => true,
+            Origin::Host | Origin::Forwarded { .. } => true,
         };
         if !opens && !may_pass {
             return Err(DropReason::Invalid);
@@ -56,13 +56,13 @@ impl<'a, D: Driver> Handler<'a, D> {
         }
         let answers = self.answers_node(packet, view, &decision);
         // To the node itself and no service's: the kernel's business, whatever it is.
-        if origin == Origin::Uplink && (decision.verdict == Verdict::Local || answers) {
+        if origin.is_outside() && (decision.verdict == Verdict::Local || answers) {
             return Ok(Course::Punt);
         }
         let claimed = decision.service.is_some() || services.claims(&view.key);
-        // What the node's own kernel sends to a remote pod is answered to the node's own address, past weir, as is what it answers a
-        // remote pod: half a connection cannot be followed, and the kernel follows the whole of it.
-        if origin == Origin::Host
+        // What the node's own kernel sends to a remote pod is answered to the node's own address, or to whom it forwards for, past weir, as is
+        // what it answers a remote pod: half a connection cannot be followed, and the kernel follows the whole of it.
+        if origin.is_kernels()
             && (decision.verdict == Verdict::Forward || answers)
             && !claimed
             && decision.snat.is_none()
@@ -101,7 +101,7 @@ impl<'a, D: Driver> Handler<'a, D> {
             return Err(self.reject(packet, view, DropReason::NoRoute));
         };
         // What does not get any further opens no connection.
-        if let Some((error, reason)) = obstacle(view, forwarding.adjacency(hop)) {
+        if let Some((error, reason)) = obstacle(view, packet.device, forwarding.adjacency(hop)) {
             return Err(self.answer_error(packet, view, error, reason));
         }
         let Opened { hit, ours } = self.open(&decision, packet.device, view, &segment, arrival)?;
@@ -119,7 +119,7 @@ impl<'a, D: Driver> Handler<'a, D> {
         Ok(Course::Connection(conn, hit.direction))
     }
 
-    fn decide<A: Family>(&mut self, arrival: Arrival, key: &FlowKey<A>) -> Decision<'a, A> {
+    pub(super) fn decide<A: Family>(&mut self, arrival: Arrival, key: &FlowKey<A>) -> Decision<'a, A> {
         let context = self.context;
         let Pipeline { drawn, choices, .. } = &mut *self.pipeline;
         let random = &mut || drawn.take().unwrap_or_else(|| choices.next_u64());
@@ -144,7 +144,7 @@ impl<'a, D: Driver> Handler<'a, D> {
     }
 
     /// Counts a new connection, or one that is denied, for each rule that decided about it, and tells of the Log rules that it met.
-    fn tell_of<A: Family>(&mut self, origin: Origin, key: &FlowKey<A>, decision: &Decision<'_, A>) {
+    pub(super) fn tell_of<A: Family>(&mut self, origin: Origin, key: &FlowKey<A>, decision: &Decision<'_, A>) {
         let context = self.context;
         let rules = &context.snapshot.rules;
         let of_host = decision.host.iter().map(|(_, judgement)| judgement);

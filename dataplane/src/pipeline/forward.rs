@@ -12,9 +12,10 @@ use weir_packet::{
 use super::{Course, ETHERNET_BYTES, End, Handler};
 use crate::{
     counters::Counter,
+    decide::{self, Verdict},
     driver::Driver,
-    forwarding::{Adjacency, AdjacencyId, Route, RouteKind, host_source},
-    frame::Packet,
+    forwarding::{Adjacency, AdjacencyId, Route, host_source},
+    frame::{IfIndex, Packet},
     next_hops,
     tables::Family,
 };
@@ -51,6 +52,11 @@ impl<D: Driver> Handler<'_, D> {
     fn nowhere<A: Family>(&mut self, packet: &Packet, view: &View<A>, destination: A) -> DropReason {
         let reason = match self.context.snapshot.forwarding.route(destination) {
             Route::NoSuchPod => DropReason::NoSuchPod,
+            Route::Refused(refusal) => match decide::refused(refusal) {
+                Verdict::Reject(reason) => reason,
+                Verdict::Drop(reason) => return reason,
+                Verdict::Forward | Verdict::Local | Verdict::Pass => DropReason::NoRoute,
+            },
             Route::Via(_) | Route::None => DropReason::NoRoute,
         };
         self.reject(packet, view, reason)
@@ -67,16 +73,17 @@ impl<D: Driver> Handler<'_, D> {
     ) -> Result<End, DropReason> {
         let adjacency = self.context.snapshot.forwarding.adjacency(hop);
         // Before anything is rewritten: an ICMP error quotes the packet as its sender knows it.
-        if let Some((error, reason)) = obstacle(view, adjacency) {
+        if let Some((error, reason)) = obstacle(view, packet.device, adjacency) {
             return Err(self.answer_error(packet, view, error, reason));
         }
         if *to != view.key {
             rewrite::translate(packet.bytes_mut(), view, to)?;
         }
-        if adjacency.kind == RouteKind::Host {
+        if adjacency.kind.is_kernels() {
             return Ok(self.punt(packet));
         }
-        rewrite::decrement_ttl(packet.bytes_mut(), view);
+        let hops = hops_from(packet.device);
+        rewrite::decrement_ttl(packet.bytes_mut(), view, hops);
         if is_too_big(view, adjacency) {
             return self.split::<A>(packet, hop);
         }
@@ -127,12 +134,22 @@ impl<D: Driver> Handler<'_, D> {
     }
 }
 
-/// What keeps a packet from going on to `hop`, which its sender is to know.
+/// How many routers a packet passes here that came by `device`: none that comes by the node's kernel, which made it or has counted itself.
+#[inline(always)]
+pub(super) fn hops_from(device: IfIndex) -> u8 {
+    u8::from(!device.is_kernels())
+}
+
+/// What keeps a packet that came by `device` from going on to `hop`, which its sender is to know.
 #[inline]
-pub(super) fn obstacle<A: Address>(view: &View<A>, hop: &Adjacency) -> Option<(IcmpError, DropReason)> {
-    if hop.kind == RouteKind::Host {
+pub(super) fn obstacle<A: Address>(
+    view: &View<A>,
+    device: IfIndex,
+    hop: &Adjacency,
+) -> Option<(IcmpError, DropReason)> {
+    if hop.kind.is_kernels() {
         None
-    } else if view.ttl <= 1 {
+    } else if view.ttl <= hops_from(device) {
         Some((IcmpError::TtlExceeded, DropReason::TtlExpired))
     } else if is_too_big(view, hop) && (view.dont_fragment || A::BITS == 128) {
         Some((IcmpError::TooBig { mtu: hop.mtu }, DropReason::TooBig))

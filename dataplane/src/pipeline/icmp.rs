@@ -18,7 +18,7 @@ use crate::{
     driver::Driver,
     frame::{IfIndex, Packet},
     next_hops,
-    origin::Origin,
+    origin::{self, Origin},
     rejudge,
     tables::Family,
 };
@@ -44,7 +44,7 @@ impl<D: Driver> Handler<'_, D> {
             embedded.key.src == view.key.dst
                 && match origin {
                     Origin::Workload(workload) => forwarding.local_workload(embedded.key.dst) == Some(workload),
-                    Origin::Host | Origin::Uplink => true,
+                    Origin::Host | Origin::Forwarded { .. } | Origin::Uplink => true,
                 }
         });
         let hit = embedded.as_ref().filter(|_| !view.is_redirect()).and_then(|embedded| {
@@ -105,7 +105,7 @@ impl<D: Driver> Handler<'_, D> {
     ) -> Result<End, DropReason> {
         let forwarding = &*self.context.snapshot.forwarding;
         let (original, device) = (conn.key(Direction::Original), IfIndex(conn.device()));
-        let origin = forwarding.device_by_index(device).and_then(|id| Origin::of(forwarding.device(id)));
+        let origin = origin::of_opener(device, original.src, forwarding).ok();
         let front = quoted.l3 - ETHERNET_BYTES as u16;
         let (Some(origin), Some(view)) = (origin, quoted.moved_up(front)) else {
             return Err(DropReason::UnknownDevice);
@@ -132,7 +132,7 @@ fn unrelated<'t, A: Family>(
     context: &Context<'_>,
 ) -> Result<Course<'t, A>, DropReason> {
     let forwarding = &*context.snapshot.forwarding;
-    if origin == Origin::Uplink && forwarding.is_local(view.key.dst) {
+    if origin.is_outside() && forwarding.is_local(view.key.dst) {
         return Ok(Course::Punt);
     }
     // Who is redirected is the sender on the router's own link, nobody behind weir (RFC 1812, 5.2.7.2).
@@ -141,7 +141,7 @@ fn unrelated<'t, A: Family>(
     }
     // What the node's kernel answers another node's pod went past weir (see `first_packet`), and so may its errors.
     match forwarding.adjacency_to(view.key.dst) {
-        Some(hop) if origin == Origin::Host && forwarding.adjacency(hop).kind.leaves_node() => Ok(Course::Pass(hop)),
+        Some(hop) if origin.is_kernels() && forwarding.adjacency(hop).kind.leaves_node() => Ok(Course::Pass(hop)),
         _ => Err(DropReason::UnrelatedIcmpError),
     }
 }

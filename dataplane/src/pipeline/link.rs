@@ -31,7 +31,7 @@ impl<D: Driver> Handler<'_, D> {
         let forwarding = &*self.context.snapshot.forwarding;
         let workload = match origin {
             Origin::Uplink => return Ok(End::Punt),
-            Origin::Host => return Err(DropReason::LinkScope),
+            Origin::Host | Origin::Forwarded { .. } => return Err(DropReason::LinkScope),
             Origin::Workload(workload) => workload,
         };
         // An address probe (RFC 5227) has no sender address; it is nobody's to answer.

@@ -66,7 +66,7 @@ impl<D: Driver> Handler<'_, D> {
             next_hops: next_hops::words(
                 snapshot,
                 &reply,
-                [decision.adjacency(), forwarding.adjacency_to(view.key.src)],
+                [decision.adjacency(), next_hops::of_answers(device, &view.key, forwarding)],
             ),
             flags: flags(origin, decision, context),
         };
@@ -75,7 +75,7 @@ impl<D: Driver> Handler<'_, D> {
         // A share is kept for the node's own connections, and for its pods' to it, however many others there are. Not for those from
         // outside, whose sources may be made up: such a flood would take the share.
         let to_host = decision.adjacency().is_some_and(|hop| forwarding.adjacency(hop).kind == RouteKind::Host);
-        let for_host = origin == Origin::Host || to_host && origin != Origin::Uplink;
+        let for_host = origin == Origin::Host || to_host && !origin.is_outside();
         let kept_free = if for_host { 0 } else { tables::share_of(table.capacity()) };
         // Pods may fill the share, but what the node itself has opened makes way for nobody else.
         let is_privileged = origin == Origin::Host;
@@ -168,6 +168,8 @@ fn flags<A: Family>(origin: Origin, decision: &Decision<'_, A>, context: &Contex
     let leads_to = decision.adjacency().map(|hop| forwarding.adjacency(hop).kind);
     let privilege = if origin == Origin::Host { PRIVILEGED } else { 0 };
     match (origin, leads_to) {
+        // What the kernel only forwards has no way in the programs.
+        (Origin::Forwarded { .. }, _) => privilege,
         // The programs are where pods are; between uplinks workers are as fast, or faster.
         (Origin::Workload(_), Some(_)) | (_, Some(RouteKind::Workload)) if context.offload.is_some() => {
             privilege | offload::CANDIDATE

@@ -12,6 +12,7 @@ use crate::{
     driver::Driver,
     forwarding::{Adjacency, AdjacencyId, Encapsulation},
     frame::Packet,
+    model::Role,
     tables::Family,
 };
 
@@ -35,6 +36,10 @@ impl<D: Driver> Handler<'_, D> {
             let (header, inner) = packet.bytes_mut()[ETHERNET_BYTES..].split_at_mut(IPIP_HEADER_BYTES);
             rewrite::write_ipip_header(header, inner, src, dst, id);
             ethertype = Ipv4Addr::ETHERTYPE;
+        }
+        // A tunnel's own packet that only the kernel knows the way of.
+        if device.role == Role::Kernel {
+            return Ok(self.punt(packet));
         }
         rewrite::set_ethernet(packet.bytes_mut(), mac.unwrap_or_default(), device.mac, ethertype);
         if mac.is_some() {

@@ -2,7 +2,7 @@
 //!
 //! # Theory
 //! *What.* A whole TCP or UDP packet without IP options, of a connection that exists, was judged by this very generation and is only followed
-//! on (no first answer, no SYN, FIN or RST), that comes from where its connection's packets come from, with a TTL above 1, to a next hop whose
+//! on (no first answer, no SYN, FIN or RST), that comes from where its connection's packets come from, with a TTL that lasts, to a next hop whose
 //! MAC address is known and which it fits. [`forward`] asks for all of that and, only then, writes: to the connection, and to the packet.
 //! To everything else it says no, and the general way ([`super`]) handles the packet from its beginning.
 //!
@@ -46,7 +46,7 @@ use weir_packet::{
     rewrite,
 };
 
-use super::context::Context;
+use super::{context::Context, forward::hops_from};
 use crate::{
     driver::PortId,
     frame::{LinkType, Packet},
@@ -205,7 +205,8 @@ fn forward<A: Family, const L3: usize>(
         return None;
     }
     let hop = next_hops::straight(conn, direction, snapshot)?;
-    if glance.ttl <= 1 || u32::from(glance.ip_bytes) > hop.fits_bytes {
+    let hops = hops_from(packet.device);
+    if glance.ttl <= hops || u32::from(glance.ip_bytes) > hop.fits_bytes {
         return None;
     }
     let comes_from = match direction {
@@ -260,7 +261,7 @@ fn forward<A: Family, const L3: usize>(
         offload.consider(&conn, direction);
     }
 
-    rewrite::forward_plain(ip, key, &conn.leaves_with(direction, key.protocol));
+    rewrite::forward_plain(ip, key, &conn.leaves_with(direction, key.protocol), hops);
     packet.replace_front(L3 as u16, hop.headers.count(), glance.ip_bytes);
     hop.headers.write(packet.bytes_mut(), glance.ip_bytes, glance.tos, || {
         // Only to tell the fragments of packets apart, which DF forbids (RFC 6864, 4.1): any number will do.

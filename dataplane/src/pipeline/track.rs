@@ -9,7 +9,7 @@ use weir_packet::{
 
 use super::{Context, Course, Handler, Known};
 use crate::{
-    decide,
+    decide::{self, Verdict},
     driver::Driver,
     frame::{IfIndex, Packet},
     host_policy, next_hops,
@@ -45,20 +45,25 @@ impl<'a, D: Driver> Handler<'a, D> {
             let Some(hit) = table.lookup(&view.key, hash, context.now, context.turn) else { break };
             let (conn, direction) = (table.conn(hit.conn), hit.direction);
             let stale = rejudge::is_stale(&conn, snapshot);
-            if stale || !comes_as_expected(&conn, direction, packet.device, context) {
+            let is_expected = comes_as_expected(&conn, direction, packet.device, context);
+            if stale || !is_expected {
                 decide::check_source(snapshot, origin, &view.key)?;
+            }
+            if !is_expected && direction == Direction::Original && self.is_anothers(known, &conn) {
+                self.may_take_over(packet, known)?;
+                table.remove(&mut A::own(&mut self.pipeline.own).handle, hit.conn, context.turn);
+                break;
             }
             if stale {
                 let claim = self.claim(packet, view, &conn, direction);
                 match rejudge::rejudge(&conn, claim, snapshot) {
                     Rejudged::Keep => {}
                     Rejudged::Drains => note(packet, view, &conn, direction),
-                    Rejudged::Cut(reason) => {
-                        // One that is cut stays until it expires: forgotten, its other end's next packet could pick it up mid-stream as a
-                        // connection of the opposite direction, which may be allowed, or open a flow in the backend's own name.
-                        if reason == DropReason::UnknownDevice {
-                            table.remove(&mut A::own(&mut self.pipeline.own).handle, hit.conn, context.turn);
-                        }
+                    // One that is cut stays until it expires: forgotten, its other end's next packet could pick it up mid-stream as a
+                    // connection of the opposite direction, which may be allowed, or open a flow in the backend's own name.
+                    Rejudged::Cut(reason) => return Err(reason),
+                    Rejudged::Gone(reason) => {
+                        table.remove(&mut A::own(&mut self.pipeline.own).handle, hit.conn, context.turn);
                         return Err(reason);
                     }
                     Rejudged::Reset(reason) => return Err(self.reset(packet, view, &conn, direction, reason)),
@@ -90,6 +95,32 @@ impl<'a, D: Driver> Handler<'a, D> {
             }
         }
         self.first_packet(packet, known)
+    }
+
+    /// Whether a packet in the original direction of a connection is of another party than who opened it: then it is a first packet.
+    #[cold]
+    fn is_anothers<A: Family>(&self, known: Known<'_, A>, conn: &ConnRef<'_, A>) -> bool {
+        let forwarding = &*self.context.snapshot.forwarding;
+        // If it is not there any more, judging again finds that.
+        let opener = Origin::of(IfIndex(conn.device()), forwarding);
+        opener.is_some_and(|(opener, _)| !opener.with_source(known.view.key.src, forwarding).is_as(known.origin))
+    }
+
+    /// Whether a first packet may go, which has the key of somebody else's connection. What is denied leaves that one as it is.
+    #[cold]
+    fn may_take_over<A: Family>(&mut self, packet: &Packet, known: Known<'_, A>) -> Result<(), DropReason> {
+        let arrival = known.arrival(packet, &self.context.snapshot.forwarding);
+        let decision = self.decide(arrival, &known.view.key);
+        match decision.verdict {
+            Verdict::Forward | Verdict::Local => Ok(()),
+            Verdict::Drop(reason) | Verdict::Reject(reason) => {
+                if reason.is_policy() {
+                    self.tell_of(known.origin, &known.view.key, &decision);
+                }
+                Err(reason)
+            }
+            Verdict::Pass => Err(DropReason::NoRoute),
+        }
     }
 
     /// What a packet may do with its connection, if that does not stand any more. One that is damaged begins nothing.

@@ -122,8 +122,10 @@ fn the_trunk_tells_devices_apart() {
         ("broadcast", Mac([2, 1, 0, 1, 0, 0]), IfIndex(65536), LinkType::Broadcast, Mac([2, 0, 0, 1, 0, 0])),
         ("multicast", Mac([2, 2, 0, 0, 0, 7]), IfIndex(7), LinkType::Multicast, Mac([2, 0, 0, 0, 0, 7])),
         ("other", Mac([2, 3, 0, 0, 0, 7]), IfIndex(7), LinkType::Other, Mac([2, 0, 0, 0, 0, 7])),
-        ("the node's kernel", TRUNK_MAC, IfIndex::HOST, LinkType::Host, FAR_MAC),
-        ("the node's kernel, broadcast", Mac::BROADCAST, IfIndex::HOST, LinkType::Host, FAR_MAC),
+        ("the node itself", Mac([2, 0, 0, 0, 0, 0]), IfIndex::HOST, LinkType::Host, FAR_MAC),
+        ("forwarded", Mac([2, 0, 0x80, 0, 0, 7]), IfIndex(7).forwarded(), LinkType::Host, FAR_MAC),
+        ("no mark", TRUNK_MAC, IfIndex::FORWARDED_BY_UNKNOWN, LinkType::Host, FAR_MAC),
+        ("no mark, broadcast", Mac::BROADCAST, IfIndex::FORWARDED_BY_UNKNOWN, LinkType::Host, FAR_MAC),
     ];
     for (number, (name, destination, device, link, source)) in cases.into_iter().enumerate() {
         let sent = frame(destination, FAR_MAC, number as u32, 46);

@@ -1209,7 +1209,9 @@ fn an_error_from_where_a_backend_was_moves_its_flow_and_its_datagram() {
                             let dropped = after.dropped() - before.dropped();
                             // What a pod was not sent it has nothing to tell about, nor has who is outside of what did not leave.
                             let is_forged_by_pod = teller == Teller::Forger && path.0 == CLIENT_POD;
-                            let is_of_nobody = is_forged_by_pod || is_local && path.0 == UPLINK;
+                            // Nor does the node's kernel speak for pods.
+                            let is_forged_by_host = teller == Teller::Host;
+                            let is_of_nobody = is_forged_by_pod || is_forged_by_host || is_local && path.0 == UPLINK;
                             assert_eq!((left.len() as u64 + dropped, dropped), (1, u64::from(is_of_nobody)), "{what}");
                             assert_eq!((case.listed(), after.opened), (listed, before.opened), "{what}");
                             ask(&mut case);

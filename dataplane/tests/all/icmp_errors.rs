@@ -364,7 +364,7 @@ proptest! {
             }
             let source = passed.source_seen(teller, case.about_reply);
             let mut expected = error(source, passed.sent.src, header, &as_sent[..quote.len()]);
-            expected.ttl = if to.0 == IfIndex::HOST { 64 } else { 63 };
+            expected.ttl = if [to.0, passed.to.0].contains(&IfIndex::HOST) { 64 } else { 63 };
             let expected = expected.bytes();
             if case.has_bad_checksum {
                 let mut bytes = bytes.to_vec();
@@ -506,13 +506,13 @@ fn the_kernels_errors_reach_other_nodes_pods_and_outside_as_its_answers_do() {
             Packet { src: ip(REMOTE[family]), dst: ip(NODE[family]), protocol: UDP, ttl: 63, tos: 0, options: 0, l4 };
         let message = error(ip(NODE[family]), ip(REMOTE[family]), unreachable(six), &asked.bytes());
         let outcome = router.send((IfIndex::HOST, false), message.frame());
-        let forwarded = Packet { ttl: 63, ..message.clone() };
+        let forwarded = message.clone();
         assert_eq!(received(&outcome), [((UPLINK, !six), &forwarded.bytes()[..])]);
         // Outside too, whatever address of its own it has: an error about nothing known is never translated.
         let own = ip(["10.1.1.99", "fd00:1:1::99"][family]);
         let message = error(own, ip(OUTSIDE[family]), unreachable(six), &asked.bytes());
         let outcome = router.send((IfIndex::HOST, false), message.frame());
-        let forwarded = Packet { ttl: 63, ..message.clone() };
+        let forwarded = message.clone();
         assert_eq!(received(&outcome), [((UPLINK, false), &forwarded.bytes()[..])]);
         // But not this node's pods, of which it sees everything.
         let message = error(ip(NODE[family]), ip(SERVER[family]), unreachable(six), &asked.bytes());

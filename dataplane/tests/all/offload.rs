@@ -357,23 +357,37 @@ impl<'a> Kernel<'a> {
             IfIndex(index) => (&self.workload_send, index),
         };
         // struct __sk_buff, up to gso_size.
-        let mut context = [0; 45];
-        (context[9], context[10]) = (index, index);
+        let mut context = [0_u32; 45];
+        // What the node itself makes it has not received.
+        (context[9], context[10]) = (if device == IfIndex::HOST { 0 } else { index }, index);
         if let Some(gso) = gso {
             context[44] = gso.size.into();
             context[41] = if gso.tells_count { cut(frame, Some(gso)).len() as u32 } else { 0 };
         }
-        let context = context.map(u32::to_ne_bytes).concat();
-        let mut out = vec![0; 4096];
-        let result = program.test_run(TestRunOptions {
-            data_in: Some(frame),
-            data_out: Some(&mut out),
-            ctx_in: Some(&context),
-            ..TestRunOptions::new()
-        });
-        let result = result.expect("a test run");
-        out.truncate(result.data_size_out as usize);
-        let action = result.return_value;
+        let run = |context: [u32; 45]| {
+            let context = context.map(u32::to_ne_bytes).concat();
+            let mut out = vec![0; 4096];
+            let result = program.test_run(TestRunOptions {
+                data_in: Some(frame),
+                data_out: Some(&mut out),
+                ctx_in: Some(&context),
+                ..TestRunOptions::new()
+            });
+            let result = result.expect("a test run");
+            out.truncate(result.data_size_out as usize);
+            (out, result.return_value)
+        };
+        if device == IfIndex::HOST {
+            // What its kernel only forwards is never carried, whatever it looks like, and has that on it.
+            let mut forwarded = context;
+            forwarded[9] = UPLINK.0;
+            let (out, action) = run(forwarded);
+            let marked = origin(Mac(*out.first_chunk().unwrap()));
+            assert_eq!((action, marked), (TC_ACT_UNSPEC, (UPLINK.forwarded(), LinkType::Host)));
+            assert_eq!(out[6..], frame[6..]);
+            assert_eq!(self.slots(), before);
+        }
+        let (out, action) = run(context);
 
         let mut after = self.slots();
         for direction in [Direction::Original, Direction::Reply] {
@@ -393,7 +407,8 @@ impl<'a> Kernel<'a> {
         assert_eq!(after, before, "the programs know of flows what they knew before");
         match (device, action) {
             (IfIndex::HOST, TC_ACT_UNSPEC) => {
-                assert_eq!(out, frame);
+                assert_eq!(origin(Mac(*out.first_chunk().unwrap())), (IfIndex::HOST, LinkType::Host));
+                assert_eq!(out[6..], frame[6..]);
                 Ran::Left(LinkType::Host)
             }
             (UPLINK, TC_ACT_UNSPEC) => {

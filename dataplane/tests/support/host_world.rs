@@ -174,6 +174,8 @@ fn links() -> Links {
         loopback_sources: Vec::new(),
         complete: false,
         listening: Default::default(),
+        multipaths: Vec::new(),
+        refused: Vec::new(),
     }
 }
 
@@ -253,8 +255,7 @@ impl<'w> Tables<'w> {
 
     fn arrival(&self, from: Place) -> Arrival {
         let (index, forwarding) = (device(from), &self.snapshot.forwarding);
-        let id = forwarding.device_by_index(index).expect("a device");
-        let origin = Origin::of(forwarding.device(id)).expect("a workload's device has one");
+        let (origin, _) = Origin::of(index, forwarding).expect("a device, and a workload's");
         Arrival::by(origin, index, from == Place::Tunnel, forwarding)
     }
 

@@ -95,6 +95,8 @@ pub fn links() -> Links {
         complete: false,
         listening: [9090].into(),
         neighbors: ["192.168.10.2", "192.168.10.100", "fd00:10::2", "fd00:10::100"].map(neighbor).into(),
+        multipaths: Vec::new(),
+        refused: Vec::new(),
     }
 }
 
@@ -214,7 +216,7 @@ impl Router {
             Snapshot { generation: 1, rules: Arc::new(rules), snat: snat.clone(), forwarding: forwarding.clone() };
         let shared = Shared::repeatable(snapshot, [max_entries; 2]);
         let frames = 1024 * frames_of_mtu(largest.unwrap_or(1500));
-        let room = Room { burst: 64, ports: 2, frames, events: 64 };
+        let room = Room { burst: 64, ports: 3, frames, events: 64 };
         Self {
             worker: MemoryWorker::new(&shared, ChaCha8Rng::seed_from_u64(3), room),
             room,

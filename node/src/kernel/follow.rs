@@ -19,6 +19,7 @@ use rtnetlink::{
         link::{LinkAttribute, LinkExtentMask, LinkMessage},
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
         route::{RouteAttribute, RouteMessage},
+        rule::RuleMessage,
     },
     sys::{AsyncSocket, SocketAddr},
 };
@@ -96,12 +97,12 @@ impl View {
 
     /// All devices of the namespace, by index.
     pub fn all(&self) -> Vec<Link> {
-        self.picture().all().cloned().collect()
+        self.picture().all().collect()
     }
 
     /// The device of that name.
     pub fn link(&self, name: &str) -> Option<Link> {
-        self.picture().all().find(|link| link.name == name).cloned()
+        self.picture().all().find(|link| link.name == name)
     }
 
     /// Every address of this node that others could use: no loopback, no link-local IPv6, none of the trunk's.
@@ -320,6 +321,11 @@ async fn read_all(requests: Requests) -> Result<Picture, KernelError> {
             for message in routes_of_table(&requests, family, table).await? {
                 picture.dumped_route(message);
             }
+        }
+        let mut rules = RuleMessage::default();
+        rules.header.family = family;
+        for message in requests.dump(RouteNetlinkMessage::GetRule(rules), "rules", &NO_FAMILY).await? {
+            picture.dumped_rule(message);
         }
         let mut neighbors = NeighbourMessage::default();
         neighbors.header.family = family;

@@ -35,15 +35,16 @@ use rtnetlink::{
         route::{
             RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteNextHopFlags, RouteType, RouteVia,
         },
+        rule::RuleAttribute,
     },
 };
 use weir_dataplane::{
     frame::IfIndex,
-    model::{Device, Links, Neighbor, Role, Route},
+    model::{Device, Links, Multipath, Neighbor, NextHop, Refusal, Refused, Role, Route},
 };
 use weir_packet::Mac;
 
-use super::{Changed, TRUNK_HOST, TRUNK_WEIR};
+use super::{Changed, TRUNK_HOST, TRUNK_WEIR, host::ROUTE_TABLE};
 
 /// RT_TABLE_DEFAULT (include/uapi/linux/rtnetlink.h): looked up after the main table.
 pub(super) const TABLE_DEFAULT: u32 = 253;
@@ -76,6 +77,17 @@ pub struct Link {
     /// Differs between two devices that had the same index one after the other (one that left the namespace and came
     /// back lost its programs).
     pub incarnation: u64,
+    /// Of a veth: the addresses that have a route of their own by it, as a pod's have.
+    pub leads_to: Vec<IpAddr>,
+}
+
+/// How the host's end of a pod's veth pair begins by Calico's naming rule.
+const POD_PREFIX: &str = "cali";
+
+impl Link {
+    fn is_veth(&self) -> bool {
+        self.kind.as_deref() == Some("veth")
+    }
 }
 
 /// Which devices weir uses.
@@ -85,6 +97,8 @@ pub struct RoleRules {
     pub uplinks: BTreeSet<String>,
     /// Names of the devices that the manifests give to local workloads.
     pub workloads: BTreeSet<String>,
+    /// Where pods' addresses are.
+    pub pods: Vec<IpNet>,
     /// Names of the trunk's ends, the kernel's first; they never are uplinks or workloads.
     pub trunk: [String; 2],
 }
@@ -98,17 +112,33 @@ impl RoleRules {
         Self {
             uplinks: uplinks.into_iter().map(Into::into).collect(),
             workloads: workloads.into_iter().map(Into::into).collect(),
+            pods: Vec::new(),
             trunk: [TRUNK_HOST.to_owned(), TRUNK_WEIR.to_owned()],
         }
     }
 
-    /// The role of a device of that name; none of the trunk's ends.
-    pub fn role(&self, name: &str) -> Option<Role> {
+    /// The same, which also know a pod's device by an address within these.
+    #[must_use]
+    pub fn with_pods(mut self, pods: impl IntoIterator<Item = IpNet>) -> Self {
+        self.pods = pods.into_iter().collect();
+        self.pods.sort_unstable();
+        self.pods.dedup();
+        self
+    }
+
+    /// The role of a device; none of the trunk's ends.
+    ///
+    /// A veth that looks like a pod's is one before any manifest says whose: until then, what comes by it must not be taken for what the node's
+    /// kernel forwards.
+    pub fn role(&self, link: &Link) -> Option<Role> {
+        let name = &link.name;
+        let is_pods_address = |address: &IpAddr| self.pods.iter().any(|net| net.contains(address));
+        let looks_like_pods = || name.starts_with(POD_PREFIX) || link.leads_to.iter().any(is_pods_address);
         if self.trunk.iter().any(|end| end == name) {
             None
         } else if self.uplinks.contains(name) {
             Some(Role::Uplink)
-        } else if self.workloads.contains(name) {
+        } else if self.workloads.contains(name) || link.is_veth() && looks_like_pods() {
             Some(Role::Workload)
         } else {
             None
@@ -136,11 +166,16 @@ struct Hop {
     via: Option<IpAddr>,
     device: u32,
     usable: bool,
+    /// Share of the flows.
+    weight: u16,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Target {
     Hops(Vec<Hop>),
+    /// The same, where the kernel puts something around packets that weir does not know.
+    Encapsulating(Vec<Hop>),
+    Nowhere(Refusal),
     /// What weir does not take over, by its name.
     Other(&'static str),
 }
@@ -152,6 +187,8 @@ pub(super) struct Picture {
     addresses: BTreeMap<u32, Vec<Address>>,
     routes: BTreeMap<RouteKey, Vec<Target>>,
     neighbors: BTreeMap<(u32, IpAddr), Mac>,
+    /// Rules of policy routing that are neither the kernel's own nor weir's, in words. Only dumps tell.
+    rules: BTreeSet<String>,
     incarnations: u64,
     changed: Changed,
     wants_dump: bool,
@@ -186,7 +223,9 @@ impl Picture {
 
     /// Takes over a picture made of a dump.
     pub(super) fn replace(&mut self, fresh: Picture) {
-        let Picture { mut links, addresses, routes, neighbors, .. } = fresh;
+        let Picture { mut links, addresses, routes, neighbors, rules, .. } = fresh;
+        self.changed.routes |= rules != self.rules;
+        self.rules = rules;
         for link in links.values_mut() {
             link.incarnation = match self.links.get(&link.index.0) {
                 Some(known) if known.kind == link.kind => known.incarnation,
@@ -271,10 +310,7 @@ impl Picture {
     }
 
     fn routes_use(&self, device: u32) -> bool {
-        self.routes.values().flatten().any(|target| match target {
-            Target::Hops(hops) => hops.iter().any(|hop| hop.device == device),
-            Target::Other(_) => false,
-        })
+        self.routes.values().flatten().any(|target| target.hops().iter().any(|hop| hop.device == device))
     }
 
     fn new_address(&mut self, message: &AddressMessage) {
@@ -313,7 +349,7 @@ impl Picture {
 
     fn new_route(&mut self, message: &RouteMessage, replaces: bool) {
         let Some((key, target)) = route_of(message) else { return };
-        let single = matches!(&target, Target::Hops(hops) if hops.len() == 1) || matches!(target, Target::Other(_));
+        let single = target.hops().len() <= 1;
         match self.routes.entry(key) {
             std::collections::btree_map::Entry::Vacant(entry) => {
                 entry.insert(vec![target]);
@@ -349,6 +385,25 @@ impl Picture {
         let RouteNetlinkMessage::NewRoute(message) = message else { return };
         let Some((key, target)) = route_of(&message) else { return };
         self.routes.entry(key).or_default().push(target);
+    }
+
+    /// Adds a rule of a dump, unless it is one that every node has, or weir's own.
+    pub(super) fn dumped_rule(&mut self, message: RouteNetlinkMessage) {
+        let RouteNetlinkMessage::NewRule(message) = message else { return };
+        let (mut priority, mut table) = (0, u32::from(message.header.table));
+        for attribute in &message.attributes {
+            match attribute {
+                RuleAttribute::Priority(number) => priority = *number,
+                RuleAttribute::Table(number) => table = *number,
+                _ => {}
+            }
+        }
+        // FRA_PRIORITY of local, main and default (net/ipv4/fib_rules.c).
+        let is_usual = matches!((priority, table), (0, 255) | (32766, TABLE_MAIN) | (32767, TABLE_DEFAULT));
+        if !is_usual && table != ROUTE_TABLE {
+            let family = if message.header.family == AddressFamily::Inet6 { "IPv6" } else { "IPv4" };
+            self.rules.insert(format!("{priority} of {family}, to table {table}"));
+        }
     }
 
     fn new_neighbor(&mut self, message: &NeighbourMessage) {
@@ -388,8 +443,20 @@ impl Picture {
     }
 
     /// All devices, by index.
-    pub(super) fn all(&self) -> impl Iterator<Item = &Link> {
-        self.links.values()
+    pub(super) fn all(&self) -> impl Iterator<Item = Link> {
+        let mut leads_to: BTreeMap<u32, Vec<IpAddr>> = BTreeMap::new();
+        let hosts = self.routes.iter().filter(|(key, _)| key.to.prefix_len() == key.to.max_prefix_len());
+        for (key, targets) in hosts {
+            for target in targets {
+                for hop in target.hops() {
+                    leads_to.entry(hop.device).or_default().push(key.to.addr());
+                }
+            }
+        }
+        self.links.values().map(move |link| {
+            let leads_to = leads_to.remove(&link.index.0).filter(|_| link.is_veth());
+            Link { leads_to: leads_to.unwrap_or_default(), ..link.clone() }
+        })
     }
 
     /// The addresses of this node that a remote party could use: no loopback, no link-local IPv6, none of the trunk's.
@@ -413,8 +480,8 @@ impl Picture {
     pub(super) fn links(&self, rules: &RoleRules) -> Links {
         let mut roles = BTreeMap::new();
         let mut devices = Vec::new();
-        for link in self.links.values() {
-            let (Some(role), Some(mac)) = (rules.role(&link.name), link.mac) else { continue };
+        for link in self.all() {
+            let (Some(role), Some(mac)) = (rules.role(&link), link.mac) else { continue };
             roles.insert(link.index.0, role);
             let addresses = self.addresses.get(&link.index.0).map_or(&[][..], Vec::as_slice);
             devices.push(Device {
@@ -427,23 +494,90 @@ impl Picture {
             });
         }
         devices.extend(self.host_device(rules, &roles));
-        let routes = self
+        let mut links = Links::default();
+        let mut kernels = BTreeSet::new();
+        let in_force = self
             .routes
             .iter()
-            .filter(|(key, _)| key.tos == 0 && !(key.default_table && self.main_has(key.to)))
-            .filter_map(|(key, targets)| {
-                let Target::Hops(hops) = targets.first()? else { return None };
-                let hop = hops.iter().find(|hop| hop.usable && roles.get(&hop.device) == Some(&Role::Uplink))?;
-                Some(Route { to: key.to, via: hop.via, device: IfIndex(hop.device), metric: key.metric })
-            })
-            .collect();
+            .filter(|(key, _)| key.tos == 0 && !(key.default_table && self.main_has(key.to)) && !is_link_local(key.to));
+        for (key, targets) in in_force {
+            let &RouteKey { to, metric, .. } = key;
+            let leads = |target: &Target| match target {
+                Target::Nowhere(refusal) => Leads::Nowhere(*refusal),
+                Target::Other(_) => Leads::Unknown,
+                Target::Hops(hops) => self.leads(hops, false, rules, &roles),
+                Target::Encapsulating(hops) => self.leads(hops, true, rules, &roles),
+            };
+            // Those of IPv6 that were appended are one route of several next hops; of IPv4's the first counts that can be used.
+            let mut all = targets.iter().map(leads);
+            let leads = match to.addr().is_ipv6() {
+                true => all.reduce(Leads::and).unwrap_or(Leads::Unknown),
+                false => all.find(|leads| !matches!(leads, Leads::Unknown)).unwrap_or(Leads::Unknown),
+            };
+            match leads {
+                Leads::Unknown => {}
+                Leads::Nowhere(refusal) => links.refused.push(Refused { to, refusal, metric }),
+                Leads::To(mut hops) => {
+                    kernels.extend(hops.iter().map(|hop| hop.device).filter(|device| device.is_forwarded()));
+                    if let [_] = hops[..] {
+                        let NextHop { via, device, .. } = hops.remove(0);
+                        links.routes.push(Route { to, via, device, metric });
+                    } else {
+                        links.multipaths.push(Multipath { to, hops, metric });
+                    }
+                }
+            }
+        }
+        // Addresses of others tell which host endpoint governs them.
+        let others = self.links.values().filter(|link| rules.role(link).is_none() && !is_loopback(link));
+        let others = others.filter(|link| link.up && self.addresses.contains_key(&link.index.0));
+        kernels.extend(others.filter(|link| !rules.trunk.contains(&link.name)).map(|link| link.index.forwarded()));
+        for index in kernels {
+            let Some(link) = self.links.get(&index.received_by().0) else { continue };
+            let addresses = self.addresses.get(&link.index.0).map_or(&[][..], Vec::as_slice);
+            devices.push(Device {
+                name: link.name.clone(),
+                index,
+                role: Role::Kernel,
+                mac: link.mac.unwrap_or_default(),
+                mtu: link.mtu,
+                addresses: addresses.iter().map(|address| address.net).collect(),
+            });
+        }
         let neighbors = self
             .neighbors
             .iter()
             .filter(|((device, _), _)| roles.contains_key(device))
             .map(|(&(device, address), &mac)| Neighbor { address, mac, device: IfIndex(device) })
             .collect();
-        Links { devices, routes, neighbors, ..Links::default() }
+        Links { devices, neighbors, ..links }
+    }
+
+    /// Where those hops of a route lead that can be used. `is_kernels`: only the kernel can send there, by whatever device.
+    fn leads(&self, hops: &[Hop], is_kernels: bool, rules: &RoleRules, roles: &BTreeMap<u32, Role>) -> Leads {
+        let mut to = Vec::new();
+        let mut is_closed = false;
+        for hop in hops.iter().filter(|hop| hop.usable) {
+            let Some(link) = self.links.get(&hop.device) else { continue };
+            if rules.trunk.contains(&link.name) || is_loopback(link) {
+                continue;
+            }
+            let index = match roles.get(&hop.device) {
+                Some(Role::Uplink) if !is_kernels => link.index,
+                // What a pod's device leads to is a pod's, by whichever manifest says so, and no packet gets there otherwise.
+                Some(Role::Workload) => {
+                    is_closed = true;
+                    continue;
+                }
+                _ => link.index.forwarded(),
+            };
+            to.push(NextHop { via: hop.via, device: index, weight: hop.weight });
+        }
+        match () {
+            () if !to.is_empty() => Leads::To(to),
+            () if is_closed => Leads::Nowhere(Refusal::Unreachable),
+            () => Leads::Unknown,
+        }
     }
 
     /// The node's own kernel as a device: there once the trunk is, with the node's addresses that no uplink or workload
@@ -473,7 +607,7 @@ impl Picture {
 
     /// What of the kernel's routes weir does not follow as the kernel does, one line each.
     pub(super) fn notes(&self, rules: &RoleRules) -> Vec<String> {
-        let uplink = |hop: &Hop| self.links.get(&hop.device).is_some_and(|link| rules.uplinks.contains(&link.name));
+        let is_trunk = |hop: &Hop| self.links.get(&hop.device).is_some_and(|link| rules.trunk.contains(&link.name));
         let mut notes = Vec::new();
         for (key, targets) in &self.routes {
             let to = key.to;
@@ -481,21 +615,52 @@ impl Picture {
                 Some(Target::Other(kind)) => {
                     notes.push(format!("route to {to}: {kind} routes are not followed by weir"));
                 }
-                Some(Target::Hops(hops)) if hops.iter().any(uplink) => {
-                    if key.tos != 0 {
-                        notes.push(format!(
-                            "route to {to}: routes with a TOS ({:#x}) are not followed by weir",
-                            key.tos
-                        ));
-                    } else if hops.len() > 1 || targets.len() > 1 {
-                        let all = if hops.len() > 1 { hops.len() } else { targets.len() };
-                        notes.push(format!("route to {to}: weir uses the first usable of its {all} next hops"));
-                    }
+                Some(target) if key.tos != 0 && !target.hops().iter().any(is_trunk) => {
+                    notes.push(format!("route to {to}: routes with a TOS ({:#x}) are not followed by weir", key.tos));
                 }
                 _ => {}
             }
         }
+        notes.extend(self.rules.iter().map(|rule| format!("rule {rule}: policy routing is not followed by weir")));
         notes
+    }
+}
+
+/// Where no router forwards to (RFC 4291, 2.5.6).
+fn is_link_local(net: IpNet) -> bool {
+    matches!(net, IpNet::V6(net) if net.addr().is_unicast_link_local())
+}
+
+fn is_loopback(link: &Link) -> bool {
+    link.name == "lo"
+}
+
+/// Where a route leads, as far as weir can follow.
+enum Leads {
+    To(Vec<NextHop>),
+    Nowhere(Refusal),
+    Unknown,
+}
+
+impl Leads {
+    fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::To(mut hops), Self::To(more)) => {
+                hops.extend(more);
+                Self::To(hops)
+            }
+            (Self::Unknown, other) | (Self::Nowhere(_), other @ Self::To(_)) => other,
+            (known, _) => known,
+        }
+    }
+}
+
+impl Target {
+    fn hops(&self) -> &[Hop] {
+        match self {
+            Self::Hops(hops) | Self::Encapsulating(hops) => hops,
+            Self::Nowhere(_) | Self::Other(_) => &[],
+        }
     }
 }
 
@@ -513,6 +678,7 @@ pub(super) fn link_of(message: LinkMessage, incarnation: u64) -> Option<Link> {
         rx_queues: 1,
         tx_queues: 1,
         incarnation,
+        leads_to: Vec::new(),
     };
     for attribute in message.attributes {
         match attribute {
@@ -608,6 +774,8 @@ fn route_of(message: &RouteMessage) -> Option<(RouteKey, Target)> {
                             via: hop.attributes.iter().find_map(gateway_of),
                             device: hop.interface_index,
                             usable: !hop.flags.intersects(RouteNextHopFlags::Dead),
+                            // The kernel's number is one less.
+                            weight: u16::from(hop.hops) + 1,
                         })
                         .collect(),
                 );
@@ -621,13 +789,16 @@ fn route_of(message: &RouteMessage) -> Option<(RouteKey, Target)> {
     let to = IpNet::new(to, header.destination_prefix_length).ok()?;
     let key = RouteKey { to, default_table: table == TABLE_DEFAULT, tos: header.tos, metric };
     let target = match (header.kind, hops, device) {
-        (RouteType::Unicast, _, _) if encapsulated => Target::Other("encapsulating"),
         (RouteType::Unicast, _, _) if header.source_prefix_length != 0 => Target::Other("source-specific"),
+        (RouteType::Unicast, Some(hops), _) if encapsulated => Target::Encapsulating(hops),
         (RouteType::Unicast, Some(hops), _) => Target::Hops(hops),
-        (RouteType::Unicast, None, Some(device)) => Target::Hops(vec![Hop { via, device, usable }]),
-        (RouteType::BlackHole, ..) => Target::Other("blackhole"),
-        (RouteType::Unreachable, ..) => Target::Other("unreachable"),
-        (RouteType::Prohibit, ..) => Target::Other("prohibit"),
+        (RouteType::Unicast, None, Some(device)) => {
+            let hops = vec![Hop { via, device, usable, weight: 1 }];
+            if encapsulated { Target::Encapsulating(hops) } else { Target::Hops(hops) }
+        }
+        (RouteType::BlackHole, ..) => Target::Nowhere(Refusal::Blackhole),
+        (RouteType::Unreachable, ..) => Target::Nowhere(Refusal::Unreachable),
+        (RouteType::Prohibit, ..) => Target::Nowhere(Refusal::Prohibit),
         (RouteType::Throw, ..) => Target::Other("throw"),
         // Local, broadcast, multicast and anycast routes are the kernel's own business.
         _ => return None,
@@ -683,7 +854,7 @@ impl DeviceTracker {
     pub fn update(&mut self, links: &[Link], rules: &RoleRules) -> DeviceChanges {
         let now: BTreeMap<IfIndex, Link> = links
             .iter()
-            .filter(|link| rules.role(&link.name) == Some(self.role) && link.mac.is_some())
+            .filter(|link| rules.role(link) == Some(self.role) && link.mac.is_some())
             .map(|link| (link.index, link.clone()))
             .collect();
         let mut changes = DeviceChanges::default();

@@ -41,7 +41,8 @@ pub(super) fn assemble_links(
 ) -> Links {
     let config = &loaded.config;
     let mut links = kernel.links(roles);
-    links.devices.retain(|device| device.mtu <= max_mtu);
+    // Of its own devices the kernel takes care.
+    links.devices.retain(|device| device.mtu <= max_mtu || device.role == Role::Kernel);
     let is_there = |known: &&Device| links.devices.iter().any(|device| device.name == known.name);
     let missing: Vec<Device> = known.iter().filter(|known| !is_there(known)).cloned().collect();
     links.devices.extend(missing);
@@ -116,7 +117,9 @@ pub(super) fn owned(loaded: &Loaded, rules: &Rules, snat: &SnatPorts, forwarding
 pub(super) fn role_rules(loaded: &Loaded) -> RoleRules {
     let of_role = |role: Role| loaded.config.devices.iter().filter(move |d| d.role == role).map(|d| d.name.clone());
     let workloads = local_workloads(&loaded.cluster).map(|(_, w)| w.device.clone());
-    RoleRules::new(of_role(Role::Uplink), workloads.chain(of_role(Role::Workload)))
+    let ranges = loaded.cluster.nodes.iter().flat_map(|node| &node.pod_cidrs);
+    let pods = loaded.cluster.pools.iter().map(|pool| &pool.cidr).chain(ranges);
+    RoleRules::new(of_role(Role::Uplink), workloads.chain(of_role(Role::Workload))).with_pods(pods.copied())
 }
 
 /// Whether the uplinks that the router was started with are as it can use them.

@@ -64,7 +64,7 @@ impl Router {
                 warn!(
                     device = gone.name,
                     index = gone.index.0,
-                    "a workload's device has another name; it stays closed"
+                    "a device is no workload's any more, by its name or routes; it stays closed"
                 );
             }
         }
@@ -94,7 +94,7 @@ impl Router {
     /// Adopts all workload devices that could not be until now.
     pub(super) fn adopt_what_is_left(&mut self) {
         let roles = &self.devices.roles;
-        let is_workload = |link: &Link| roles.role(&link.name) == Some(Role::Workload) && link.mac.is_some();
+        let is_workload = |link: &Link| roles.role(link) == Some(Role::Workload) && link.mac.is_some();
         let workloads: Vec<Link> = self.view.all().into_iter().filter(is_workload).collect();
         self.adopt_all(&workloads);
     }

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use ipnet::IpNet;
-use tracing::info;
+use tracing::{info, warn};
 use weir_cluster::{compile::CompileError, sockets::PortSet};
 use weir_dataplane::{
     forwarding::Forwarding,
@@ -25,6 +25,7 @@ impl Router {
     /// # Errors
     /// What could not be done; what was in force is, whole. Or all was done, but an uplink is not as it should be.
     pub(super) fn publish(&mut self) -> Result<(), RunError> {
+        self.tell_of_routes();
         let known: Vec<Device> = self.links.devices.iter().filter(|d| d.role == Role::Uplink).cloned().collect();
         let links = assemble_links(
             &self.view,
@@ -74,6 +75,17 @@ impl Router {
         }
         self.tell_of_too_large();
         check_running(&self.view, &self.devices.roles, self.devices.max_mtu)
+    }
+
+    /// Tells what of the kernel's routing is not followed, once.
+    fn tell_of_routes(&mut self) {
+        const MOST_NOTES: usize = 100;
+        for note in self.view.notes(&self.devices.roles) {
+            if self.notes.len() < MOST_NOTES && !self.notes.contains(&note) {
+                warn!("{note}");
+                self.notes.push(note);
+            }
+        }
     }
 
     /// What was taken over is in force from now on.

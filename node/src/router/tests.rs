@@ -270,6 +270,7 @@ fn link(index: u32, name: &str, mtu: u32) -> Link {
         rx_queues: 1,
         tx_queues: 1,
         incarnation: 1,
+        leads_to: Vec::new(),
     }
 }
 

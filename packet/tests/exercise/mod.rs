@@ -63,7 +63,7 @@ fn exercise<A: Family>(frame: &[u8], view: &View<A>) {
         assert!(l4_checksum_ok(&copy, view) == before || is_nothing, "right iff it was right");
     }
     let mut copy = frame.to_vec();
-    decrement_ttl(&mut copy, view);
+    decrement_ttl(&mut copy, view, 1);
     apply_tos(&mut copy, view, 0xff);
     assert!(header_checksum_right(&copy[l3..]));
     let mut out = [0; MAX_BUILT_BYTES];
@@ -88,8 +88,8 @@ fn exercise_start<A: Family>(start: &[u8], frame: &[u8], view: &View<A>) {
     let to = FlowKey { src: view.key.dst, dst: view.key.src, ports: Ports::new(1, 2), ..view.key };
     let (mut part, mut whole) = (start.to_vec(), frame.to_vec());
     assert_eq!(translate(&mut part, view, &to), translate(&mut whole, view, &to));
-    decrement_ttl(&mut part, view);
-    decrement_ttl(&mut whole, view);
+    decrement_ttl(&mut part, view, 1);
+    decrement_ttl(&mut whole, view, 1);
     assert_eq!(part, whole[..part.len()]);
 }
 
