@@ -59,6 +59,14 @@ impl<'a, D: Driver> Handler<'a, D> {
         if origin == Origin::Uplink && (decision.verdict == Verdict::Local || answers) {
             return Ok(Course::Punt);
         }
+        // Of a pod of another node, which asks a node port under that node's address, if its pool is masqueraded, and pods through a tunnel.
+        if origin == Origin::Uplink
+            && !packet.through_tunnel
+            && forwarding.is_behind_tunnel(view.key.src)
+            && forwarding.nat_outgoing(view.key.src, view.key.dst)
+        {
+            return Err(DropReason::SpoofedSource);
+        }
         let claimed = decision.service.is_some() || services.claims(&view.key);
         // What the node's own kernel sends to a remote pod is answered to the node's own address, past weir, as is what it answers a
         // remote pod: half a connection cannot be followed, and the kernel follows the whole of it.

@@ -63,7 +63,7 @@ use crate::{
     allowance::Allowance,
     counters::{COUNTERS, Counter, Totals, drop_index},
     driver::{Driver, PortId},
-    forwarding::{AdjacencyId, Forwarding},
+    forwarding::{AdjacencyId, Forwarding, host_source},
     frame::{IfIndex, MAX_PACKET_BYTES, Packet},
     held::{Held, HeldPacket},
     origin::{Arrival, Origin},
@@ -212,6 +212,12 @@ impl<D: Driver> Handler<'_, D> {
             Ok(End::Transmit(port)) => pipeline.egress[usize::from(port.0)].push(packet),
             Ok(End::Punt) => {
                 packet.device = IfIndex::HOST;
+                // On the trunk the source says whose the packet is: its sender's own might name a workload.
+                let forwarding = &*context.snapshot.forwarding;
+                if let Some(mac) = forwarding.adjacency(forwarding.host()).mac {
+                    packet.bytes_mut()[..6].copy_from_slice(&mac.0);
+                    packet.bytes_mut()[6..12].copy_from_slice(&host_source(mac).0);
+                }
                 pipeline.egress[usize::from(PortId::TRUNK.0)].push(packet);
             }
             Ok(End::Consume) => {
