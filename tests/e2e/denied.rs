@@ -128,8 +128,10 @@ fn denied(site: &mut Site, seed: u32, with_node: bool, meanwhile: impl FnOnce(&m
     meanwhile(site);
     for thrower in &mut throwers {
         assert!(thrower.wait(DEADLINE * 6).unwrap().success(), "{}", thrower.log());
-        let sent = thrower.log().split_whitespace().nth(1).and_then(|sent| sent.parse().ok());
-        assert!(sent.is_some_and(|sent: u32| sent >= FRAMES), "{}", thrower.log());
+        // The log goes on from the thrower before.
+        let log = thrower.log();
+        let sent = log.rsplit_once("sent ").and_then(|(_, sent)| sent.split_whitespace().next()?.parse().ok());
+        assert!(sent.is_some_and(|sent: u32| sent >= FRAMES), "{log}");
     }
     sockets.close().into_iter().filter(|come| come.contains("denied")).collect()
 }

@@ -4,7 +4,7 @@
     denied.py DEVICE COUNT SEED DESTINATION-MAC SHAPES PAYLOAD SOURCE,... ADDRESS/PORT...
 
 SHAPES: "all", or "tagged" for whole datagrams behind one to four priority tags. SOURCE: addresses that senders claim to have. ADDRESS/PORT: whom
-they are for. Each is a whole UDP datagram with a right checksum, whatever lies before it. Needs root and nothing but Python's own library.
+they are for. Each is a whole UDP datagram with a right checksum, whatever lies before it, from no failsafe port. Needs root and nothing but Python's own library.
 """
 import ipaddress
 import random
@@ -24,7 +24,7 @@ def checksum(data):
 
 def datagram(rng, source, target, port, payload):
     length = 8 + len(payload)
-    header = struct.pack("!HHHH", rng.choice([40000, 53, 22, 5353]), port, length, 0)
+    header = struct.pack("!HHHH", rng.choice([40000, 22, 5353]), port, length, 0)
     if source.version == 4:
         pseudo = source.packed + target.packed + struct.pack("!BBH", 0, 17, length)
     else:
