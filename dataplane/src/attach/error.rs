@@ -144,6 +144,15 @@ pub enum AttachError {
         /// The device.
         device: String,
     },
+    /// Each queue that the other end sends by must have one that XDP receives from.
+    #[error(
+        "{device} has fewer receive queues than its other end has transmit queues, so it takes no XDP program: `ethtool -L {device} rx N`, \
+         or fewer at the other end (`ethtool -L PEER tx N`)"
+    )]
+    FewerQueues {
+        /// The device, a veth.
+        device: String,
+    },
     /// XDP on a device that is made of others runs in those.
     #[error(
         "{device} is a {master}, which runs XDP in the devices below it: take `require` off: without it weir takes packets after the \

@@ -1318,6 +1318,11 @@ fn what_cannot_work_is_refused_with_a_reason() {
             attachment.attach_uplink(index_of(ROUTER_END), ROUTER_END, None),
             Err(AttachError::Occupied { .. })
         ));
+        shell("ip link add narrow numrxqueues 1 type veth peer name wide numtxqueues 4; ip link set narrow up; ip link set wide up");
+        assert!(matches!(
+            attachment.attach_uplink(index_of("narrow"), "narrow", xdp),
+            Err(AttachError::FewerQueues { .. })
+        ));
         assert!(attachment.pinned_uplinks().unwrap().is_empty());
     });
 }
