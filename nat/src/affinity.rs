@@ -331,7 +331,9 @@ mod tests {
         assert!(clients.remember(&choice(1), Tick(1002)));
         prove(&clients, 50, Tick(1003));
         assert!(clients.remember(&choice(2000), Tick(1003)) && !known(&clients, 2000, Tick(1003)), "no place is left");
-        assert!(known(&clients, 1, Tick(1003)) && known(&clients, 50, Tick(1003)) && !known(&clients, 1099, Tick(1003)));
+        assert!(
+            known(&clients, 1, Tick(1003)) && known(&clients, 50, Tick(1003)) && !known(&clients, 1099, Tick(1003))
+        );
         // One that comes about displaces who would be forgotten first.
         prove(&clients, 2000, Tick(1004));
         assert!(known(&clients, 2000, Tick(1004)) && !known(&clients, 2, Tick(1004)) && known(&clients, 1, Tick(1004)));

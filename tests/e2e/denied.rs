@@ -99,7 +99,15 @@ fn read(socket: &UdpSocket, name: &str, stop: &AtomicBool) -> Vec<String> {
 }
 
 /// Starts to send datagrams by a namespace's eth0.
-fn throw(site: &Site, from: &str, seed: u32, mac: &str, what: (&str, &str), sources: &[&str], to: &[String]) -> Process {
+fn throw(
+    site: &Site,
+    from: &str,
+    seed: u32,
+    mac: &str,
+    what: (&str, &str),
+    sources: &[&str],
+    to: &[String],
+) -> Process {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/e2e/denied.py").display().to_string();
     let count = if what.0 == "all" { FRAMES } else { TAGGED }.to_string();
     let (seed, sources) = (seed.to_string(), sources.join(","));

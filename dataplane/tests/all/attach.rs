@@ -747,8 +747,11 @@ fn fragments_to_the_node_end_with_the_router_where_a_host_endpoint_governs() {
         let index = index_of("up0");
         attachment.attach_uplink(index, "up0", Some(UplinkHook::Xdp)).unwrap();
         let link = node.pins.join(format!("uplink_{index}"));
-        let fragments =
-            [v4(NODE, 17, 185, &[0; 8]), v4(NODE, 17, 0x2000, &to_port(68)), v6(NODE_V6, 44, 64, &extension(17, 0, &[]))];
+        let fragments = [
+            v4(NODE, 17, 185, &[0; 8]),
+            v4(NODE, 17, 0x2000, &to_port(68)),
+            v6(NODE_V6, 44, 64, &extension(17, 0, &[])),
+        ];
         for (governed, action) in [(false, XDP_PASS), (true, XDP_DROP), (false, XDP_PASS)] {
             attachment.set_owned(&Owned { governed, ..node_owned() }).unwrap();
             for frame in &fragments {
@@ -1318,7 +1321,8 @@ fn what_cannot_work_is_refused_with_a_reason() {
             attachment.attach_uplink(index_of(ROUTER_END), ROUTER_END, None),
             Err(AttachError::Occupied { .. })
         ));
-        shell("ip link add narrow numrxqueues 1 type veth peer name wide numtxqueues 4; ip link set narrow up; ip link set wide up");
+        shell("ip link add narrow numrxqueues 1 type veth peer name wide numtxqueues 4; ethtool -L wide tx 4");
+        shell("ip link set narrow up; ip link set wide up");
         assert!(matches!(
             attachment.attach_uplink(index_of("narrow"), "narrow", xdp),
             Err(AttachError::FewerQueues { .. })
