@@ -416,7 +416,7 @@ impl RouterConfig {
     /// The folder where the objects in force are kept for the next start.
     pub fn state_folder(&self) -> PathBuf {
         // A name is no path.
-        self.state.clone().unwrap_or_else(|| Path::new("/var/lib/weir").join(self.node_name.replace('/', "_")))
+        self.state.clone().unwrap_or_else(|| Path::new("/var/lib/weir").join(&self.node_name))
     }
 
     /// Reads weir.yaml. Its text becomes a source of `problems`, and what is wrong is reported there; `None` where it
@@ -495,6 +495,10 @@ impl RouterConfig {
         if self.node_name.is_empty() && (required("nodeName") || root.get("nodeName").is_some()) {
             let help = "add: nodeName: NAME, this node's name in the manifests".to_owned();
             problems.error(at("nodeName"), "nodeName is missing", help);
+        } else if self.node_name.contains('/') || self.node_name.contains("..") {
+            // Files and folders are named by it.
+            let help = "write the name that `kubectl get nodes` shows".to_owned();
+            problems.error(at("nodeName"), format!("{:?} is no node's name", self.node_name), help);
         }
         if required("manifests") {
             let help = "add: manifests: [cluster.yaml], the files that describe the cluster".to_owned();

@@ -386,13 +386,13 @@ impl<A: Address> Table<A> {
 
     /// What one more worker needs to change the table.
     pub fn handle(&self) -> Handle {
-        Handle {
-            stock: Stock::new(&self.indices),
-            counters: self.counters.join(),
-            sweep: 0..0,
-            // Not zero, from which the generator would never come away.
-            random: self.seed | 1,
-        }
+        let counters = self.counters.join();
+        // Each worker looks elsewhere (splitmix64's step and mixing).
+        let mut random = self.seed.wrapping_add((counters.number().0 as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        random = (random ^ random >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        random = (random ^ random >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        // Not zero, from which the generator would never come away.
+        Handle { stock: Stock::new(&self.indices), counters, sweep: 0..0, random: (random ^ random >> 31) | 1 }
     }
 
     /// Connections in the table, with those that have expired and are not swept yet.

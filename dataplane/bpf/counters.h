@@ -34,4 +34,8 @@ enum counter {
 	COUNTER_OFFLOAD_FAILED,
 	/* lo: what the node sent to ports of its own that are weir's. */
 	COUNTER_LOOPBACK_TAKEN,
+	/* Uplinks: to the node, with headers that the programs do not find or that are not whole: a worker's. */
+	COUNTER_UPLINK_TAKEN_UNREAD,
+	/* Uplinks: dropped, behind more priority tags than are looked through. */
+	COUNTER_UPLINK_TAGS_DROPPED,
 };

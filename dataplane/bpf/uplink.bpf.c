@@ -3,7 +3,11 @@
  *
  * Packets to one of the node's own addresses are judged first and by protocol, so that no prefix can take the node away
  * from its operator; only then the owned prefixes count. What is taken and finds no socket, as when no router runs, is
- * dropped, for it needs a decision; only ICMP and fragments to the node itself pass, so that the node stays reachable.
+ * dropped, for it needs a decision; only ICMP to the node itself passes, and fragments where no host endpoint governs, so
+ * that the node stays reachable.
+ *
+ * What cannot be read is not passed: the kernel may read further. Behind priority tags (VLAN id 0), which Linux takes off
+ * as if they were not there, lies a packet of the device's own; it goes to a worker without them.
  *
  *   uplink -> uplink_receive -> AF_XDP socket
  *   uplink -> uplink_receive -> kernel -> uplink_carry -> pod, if the packet is one of a flow that was handed over
@@ -28,6 +32,8 @@
 #define NEXT_FRAGMENT 44
 #define NEXT_DESTINATION 60
 #define MAX_EXTENSIONS 4
+#define MAX_TAGS 4
+#define VLAN_ID 0x0fff
 #define HOP_LIMIT_NEVER_FORWARDED 255
 /* RFC 4861 (neighbour discovery), RFC 2710 and RFC 3810 (multicast listeners). */
 #define FIRST_ND 133
@@ -35,6 +41,12 @@
 #define FIRST_MLD 130
 #define LAST_MLD 132
 #define MLD_V2_REPORT 143
+
+/* What follows an EtherType that says that a tag follows (IEEE 802.1Q, 9.4): priority and VLAN, and the EtherType of the rest. */
+struct tag {
+	__be16 control;
+	__be16 protocol;
+};
 
 INLINE int has_port(enum port_set set, enum port_protocol protocol, __u16 port)
 {
@@ -65,7 +77,7 @@ INLINE enum counter judge_ports(__u8 protocol, const void *header, const void *e
 		return COUNTER_UPLINK_PASSED;
 	}
 	if ((const void *)(port + 2) > end)
-		return COUNTER_UPLINK_PASSED;
+		return COUNTER_UPLINK_TAKEN_UNREAD;
 	destination = from_network16(port[1]);
 	if (has_port(PORTS_FAILSAFE, row, destination))
 		return COUNTER_UPLINK_PASSED_FAILSAFE;
@@ -76,6 +88,7 @@ INLINE enum counter judge_v4(const struct iphdr *ip, const void *end)
 {
 	struct prefix_v4 prefix;
 
+	/* Nobody can read it: the first buffer of a packet has all of this header, if there is all of it. */
 	if ((const void *)(ip + 1) > end)
 		return COUNTER_UPLINK_PASSED;
 	prefix.bits = 32;
@@ -91,7 +104,14 @@ INLINE enum counter judge_v4(const struct iphdr *ip, const void *end)
 		return COUNTER_UPLINK_TAKEN_FRAGMENT;
 	if (ip->protocol == IPPROTO_ICMP)
 		return COUNTER_UPLINK_TAKEN_ICMP;
+	if (ip->ihl < 5)
+		return COUNTER_UPLINK_TAKEN_UNREAD;
 	return judge_ports(ip->protocol, (const void *)ip + ip->ihl * 4, end);
+}
+
+INLINE int is_extension(__u8 next)
+{
+	return next == NEXT_HOP_BY_HOP || next == NEXT_ROUTING || next == NEXT_DESTINATION;
 }
 
 /* Between a link's nodes and routers; never a router's to forward. */
@@ -122,38 +142,57 @@ INLINE enum counter judge_v6(const struct ipv6hdr *ip, const void *end)
 
 	if (!map_lookup(&node_v6, prefix.address))
 		return map_lookup(&prefixes_v6, &prefix) ? COUNTER_UPLINK_TAKEN_PREFIX : COUNTER_UPLINK_PASSED;
-	for (i = 0; i < MAX_EXTENSIONS; i++) {
+	for (i = 0; i < MAX_EXTENSIONS && is_extension(next); i++) {
 		const struct ipv6_opt_hdr *extension = header;
 
-		if (next != NEXT_HOP_BY_HOP && next != NEXT_ROUTING && next != NEXT_DESTINATION)
-			break;
 		if ((const void *)(extension + 1) > end)
-			return COUNTER_UPLINK_PASSED;
+			return COUNTER_UPLINK_TAKEN_UNREAD;
 		next = extension->nexthdr;
 		header += (extension->hdrlen + 1) * 8;
 	}
+	if (is_extension(next))
+		return COUNTER_UPLINK_TAKEN_UNREAD;
 	if (next == NEXT_FRAGMENT)
 		return COUNTER_UPLINK_TAKEN_FRAGMENT;
 	if (next == IPPROTO_ICMPV6) {
 		icmp = header;
-		if ((const void *)(icmp + 1) > end || is_link_protocol(icmp->icmp6_type))
-			return COUNTER_UPLINK_PASSED;
-		return COUNTER_UPLINK_TAKEN_ICMP;
+		if ((const void *)(icmp + 1) > end)
+			return COUNTER_UPLINK_TAKEN_UNREAD;
+		return is_link_protocol(icmp->icmp6_type) ? COUNTER_UPLINK_PASSED : COUNTER_UPLINK_TAKEN_ICMP;
 	}
 	return judge_ports(next, header, end);
 }
 
-INLINE enum counter judge(const struct ethhdr *ethernet, const void *end)
+INLINE int is_tag(__u16 protocol)
 {
-	if ((const void *)(ethernet + 1) > end)
+	return protocol == ETH_P_8021Q || protocol == ETH_P_8021AD;
+}
+
+/* Adds the tags in the frame that the packet lies behind to `tags`. What bears the id of a VLAN is not the device's own, but that VLAN's. */
+INLINE enum counter judge(const struct ethhdr *ethernet, const void *end, __u32 *tags)
+{
+	const struct tag *tag = (const void *)(ethernet + 1);
+	__u16 protocol;
+	int i;
+
+	if ((const void *)tag > end)
 		return COUNTER_UPLINK_PASSED;
-	switch (from_network16(ethernet->h_proto)) {
+	protocol = from_network16(ethernet->h_proto);
+	for (i = 0; i < MAX_TAGS && is_tag(protocol); i++, tag++) {
+		if ((const void *)(tag + 1) > end)
+			return COUNTER_UPLINK_TAGS_DROPPED;
+		if (from_network16(tag->control) & VLAN_ID)
+			return COUNTER_UPLINK_PASSED;
+		protocol = from_network16(tag->protocol);
+	}
+	*tags += i;
+	switch (protocol) {
 	case ETH_P_IP:
-		return judge_v4((const void *)(ethernet + 1), end);
+		return judge_v4((const void *)tag, end);
 	case ETH_P_IPV6:
-		return judge_v6((const void *)(ethernet + 1), end);
+		return judge_v6((const void *)tag, end);
 	default:
-		return COUNTER_UPLINK_PASSED;
+		return is_tag(protocol) ? COUNTER_UPLINK_TAGS_DROPPED : COUNTER_UPLINK_PASSED;
 	}
 }
 
@@ -163,10 +202,19 @@ INLINE int is_the_kernels(enum counter cause)
 	return cause == COUNTER_UPLINK_PASSED || cause == COUNTER_UPLINK_PASSED_FAILSAFE;
 }
 
-/* Whether the kernel may have what weir owns where no router runs: the node stays reachable by that. */
+/* Whether the kernel may have what weir owns where no router runs: the node stays reachable by that. The first fragment
+ * alone shows which port a packet is for, so where ports are governed, none passes. */
 INLINE int passes_unclaimed(enum counter cause)
 {
-	return cause == COUNTER_UPLINK_TAKEN_ICMP || cause == COUNTER_UPLINK_TAKEN_FRAGMENT;
+	__u64 *is_governed;
+	__u32 first = 0;
+
+	if (cause == COUNTER_UPLINK_TAKEN_ICMP)
+		return 1;
+	if (cause != COUNTER_UPLINK_TAKEN_FRAGMENT)
+		return 0;
+	is_governed = map_lookup(&governed, &first);
+	return is_governed && !*is_governed;
 }
 
 /* Whether uplink_carry would carry a packet that weir owns. */
@@ -194,20 +242,41 @@ INLINE int is_offloaded(const void *data, const void *end, __u32 device, enum co
 	}
 }
 
+/* Takes priority tags out of the frame: what follows the MAC addresses begins with the last EtherType. */
+INLINE int take_tags_off(struct xdp_md *packet, __u32 tags)
+{
+	void *data = (void *)(long)packet->data;
+	__u8 addresses[2 * ETH_ALEN];
+
+	if (data + sizeof(addresses) > (void *)(long)packet->data_end)
+		return 0;
+	__builtin_memcpy(addresses, data, sizeof(addresses));
+	if (adjust_head(packet, tags * sizeof(struct tag)))
+		return 0;
+	data = (void *)(long)packet->data;
+	if (data + sizeof(addresses) > (void *)(long)packet->data_end)
+		return 0;
+	__builtin_memcpy(data, addresses, sizeof(addresses));
+	return 1;
+}
+
 SECTION("xdp.frags") int uplink_receive(struct xdp_md *packet)
 {
 	const void *data = (void *)(long)packet->data, *end = (void *)(long)packet->data_end;
-	enum counter cause = judge(data, end);
+	__u32 tags = 0;
+	enum counter cause = judge(data, end, &tags);
 	__u64 fallback = XDP_DROP;
 	long action;
 
-	if (is_offloaded(data, end, packet->ingress_ifindex, cause)) {
+	if (!tags && is_offloaded(data, end, packet->ingress_ifindex, cause)) {
 		count(COUNTER_UPLINK_MERGED);
 		return XDP_PASS;
 	}
 	count(cause);
 	if (is_the_kernels(cause))
 		return XDP_PASS;
+	if (cause == COUNTER_UPLINK_TAGS_DROPPED || (tags && !take_tags_off(packet, tags)))
+		return XDP_DROP;
 	if (passes_unclaimed(cause))
 		fallback = XDP_PASS;
 	action = redirect_map(&sockets, packet->rx_queue_index, fallback);
@@ -216,23 +285,36 @@ SECTION("xdp.frags") int uplink_receive(struct xdp_md *packet)
 	return action;
 }
 
-/* What a packet is that the kernel has received, and merged with others perhaps; -1: there is no memory for its headers. Then it may
- * be weir's, and the kernel could not read it either. */
+/* What a packet is that the kernel has received, and merged with others perhaps; -1: there is no memory for its headers, or for it without
+ * its tags. Then it may be weir's, and the kernel could not read it either. What is weir's has no tag any more. */
 INLINE int judge_received(struct __sk_buff *packet)
 {
-	/* Of IPv4 in IPv4, or of IPv6, and of TCP with options. */
-	__u32 headers = ETH_HLEN + sizeof(struct ipv6hdr) + sizeof(struct tcphdr) + 40;
+	/* Of IPv4 in IPv4, or of IPv6, and of TCP with options, behind tags. */
+	__u32 headers = ETH_HLEN + MAX_TAGS * sizeof(struct tag) + sizeof(struct ipv6hdr) + sizeof(struct tcphdr) + 40;
+	__u32 tags = 0, i;
+	int cause;
 
-	/* The kernel has taken the tag off: a VLAN's packets are not the device's own. */
-	if (packet->vlan_present)
-		return COUNTER_UPLINK_PASSED;
+	/* The kernel has taken the first tag off. */
+	if (packet->vlan_present) {
+		if (packet->vlan_tci & VLAN_ID)
+			return COUNTER_UPLINK_PASSED;
+		tags = 1;
+	}
 	if (headers > packet->len)
 		headers = packet->len;
-	if ((void *)(long)packet->data + headers > (void *)(long)packet->data_end && skb_pull_data(packet, headers)) {
-		count(COUNTER_OFFLOAD_FAILED);
-		return -1;
-	}
-	return judge((void *)(long)packet->data, (void *)(long)packet->data_end);
+	if ((void *)(long)packet->data + headers > (void *)(long)packet->data_end && skb_pull_data(packet, headers))
+		goto failed;
+	cause = judge((void *)(long)packet->data, (void *)(long)packet->data_end, &tags);
+	if (is_the_kernels(cause) || cause == COUNTER_UPLINK_TAGS_DROPPED)
+		return cause;
+	for (i = 0; i < tags && i <= MAX_TAGS; i++)
+		if (skb_vlan_pop(packet))
+			goto failed;
+	return cause;
+
+failed:
+	count(COUNTER_OFFLOAD_FAILED);
+	return -1;
 }
 
 /* Carries a packet that weir owns, if it is one of a flow that was handed over; -1: it is a worker's. */
@@ -267,6 +349,9 @@ SECTION("classifier") int uplink_carry(struct __sk_buff *packet)
 	case COUNTER_UPLINK_TAKEN_PORT:
 		action = carry_owned(packet, cause);
 		return action >= 0 ? action : to_worker(packet);
+	case COUNTER_UPLINK_TAGS_DROPPED:
+		count(cause);
+		return TC_ACT_SHOT;
 	default:
 		return TC_ACT_UNSPEC;
 	}
@@ -286,6 +371,8 @@ SECTION("classifier") int uplink_take(struct __sk_buff *packet)
 	count(cause);
 	if (is_the_kernels(cause))
 		return TC_ACT_UNSPEC;
+	if (cause == COUNTER_UPLINK_TAGS_DROPPED)
+		return TC_ACT_SHOT;
 	if (map_lookup(&sockets, &first))
 		return to_worker(packet);
 	may_pass = passes_unclaimed(cause);

@@ -38,6 +38,8 @@ static long (*const redirect_map)(const void *map, __u64 key, __u64 flags) = (vo
 static long (*const redirect_peer)(__u32 device, __u64 flags) = (void *)BPF_FUNC_redirect_peer;
 static long (*const skb_store_bytes)(struct __sk_buff *packet, __u32 offset, const void *from, __u32 len,
 				     __u64 flags) = (void *)BPF_FUNC_skb_store_bytes;
+static long (*const skb_vlan_pop)(struct __sk_buff *packet) = (void *)BPF_FUNC_skb_vlan_pop;
+static long (*const adjust_head)(struct xdp_md *packet, __s32 bytes) = (void *)BPF_FUNC_xdp_adjust_head;
 static long (*const skb_change_type)(struct __sk_buff *packet, __u32 type) = (void *)BPF_FUNC_skb_change_type;
 
 /* First byte of a MAC address that carries a device's index: locally administered, unicast. */
@@ -163,6 +165,15 @@ struct {
 	NUMBER(max_entries, PORT_SETS * PORT_PROTOCOLS * PORT_WORDS);
 	PIN_BY_NAME;
 } ports SECTION(".maps");
+
+/* Slot 0: whether a host endpoint governs what the node itself gets. */
+struct {
+	NUMBER(type, BPF_MAP_TYPE_ARRAY);
+	TYPE(key, __u32);
+	TYPE(value, __u64);
+	NUMBER(max_entries, 1);
+	PIN_BY_NAME;
+} governed SECTION(".maps");
 
 /* Ports of the node's own addresses, loopback ones too, that are weir's also where the node asks for them. */
 struct {

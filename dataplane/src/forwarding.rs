@@ -456,6 +456,35 @@ impl Forwarding {
         pools.get(source).is_some_and(|pool| pool.nat_outgoing) && pools.get(destination).is_none()
     }
 
+    /// The tunnel to an address of that node's pods, where its pool wants one.
+    fn tunnel<A: Routed>(&self, node: NodeId, address: A) -> Option<&AdjacencyId> {
+        let family = A::family(self);
+        let is_wanted = match family.pools.get(address).map_or(TunnelMode::Never, |pool| pool.ipip) {
+            TunnelMode::Never => false,
+            TunnelMode::Always => true,
+            TunnelMode::CrossSubnet => !self.same_subnet[node.0 as usize],
+        };
+        if is_wanted { family.tunnels.get(&node.0) } else { None }
+    }
+
+    /// Whether `source` is of another node's pods, whose packets to pods come in that node's tunnel: outside of it, anybody may claim to be one.
+    pub fn is_behind_tunnel<A: Routed>(&self, source: A) -> bool {
+        let family = A::family(self);
+        if family.tunnels.is_empty() {
+            return false;
+        }
+        match family.pods.get(&source).or_else(|| family.ranges.get(source)) {
+            Some(Owner::Node(node)) => self.tunnel(*node, source).is_some(),
+            _ => false,
+        }
+    }
+
+    /// Whether `address` is one of this node's own that others reach without a tunnel.
+    pub fn is_direct<A: Routed>(&self, address: A) -> bool {
+        let family = A::family(self);
+        family.local.contains(&address) && family.pools.get(address).is_none()
+    }
+
     /// Where `destination` is; of several next hops the first.
     pub fn route<A: Routed>(&self, destination: A) -> Route {
         self.find(destination, None)
@@ -485,12 +514,7 @@ impl Forwarding {
             },
             Some(Owner::OwnRange) => Route::NoSuchPod,
             Some(Owner::Node(node)) => {
-                let tunnelled = match family.pools.get(destination).map_or(TunnelMode::Never, |p| p.ipip) {
-                    TunnelMode::Never => false,
-                    TunnelMode::Always => true,
-                    TunnelMode::CrossSubnet => !self.same_subnet[node.0 as usize],
-                };
-                let chosen = if tunnelled { family.tunnels.get(&node.0) } else { None };
+                let chosen = self.tunnel(*node, destination);
                 via(chosen.or_else(|| family.nodes.get(&node.0)).or_else(|| family.routes.get(destination)))
             }
             None => via(family.routes.get(destination)),

@@ -1,6 +1,7 @@
 //! Packets that wait for their next hop's MAC address.
 //!
-//! Whole but for the Ethernet destination; a few per next hop, and bounded in number and time (RFC 1122, 2.3.2.2: keep at least one).
+//! Whole but for the Ethernet destination; a few per next hop, and bounded in number and time (RFC 1122, 2.3.2.2: keep at least one). Where
+//! there is no room, who has more packets waiting than the sender of the next one loses his oldest: nobody takes the place from the others.
 
 use std::net::IpAddr;
 
@@ -22,12 +23,25 @@ const ASK_AGAIN: u32 = (1_000_000_000 / Tick::NS) as u32;
 pub struct HeldPacket {
     /// The packet.
     pub packet: Packet,
+    /// The device that it came by.
+    pub sender: IfIndex,
     /// The device that it leaves by.
     pub device: IfIndex,
     /// Whose MAC address is missing.
     pub next_hop: IpAddr,
     /// Since when.
     pub since: Tick,
+}
+
+/// Whether there is room for one more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Room {
+    /// There is.
+    Free,
+    /// Once that one is taken out, whose sender has more than his share.
+    InPlaceOf(usize),
+    /// There is not.
+    None,
 }
 
 #[derive(Debug)]
@@ -59,9 +73,39 @@ impl Held {
         self.packets.is_empty()
     }
 
-    /// Whether one more packet may wait for that next hop.
-    pub fn has_room(&self, device: IfIndex, next_hop: IpAddr) -> bool {
-        self.packets.len() < CAPACITY && self.waiting_for(device, next_hop).count() < PER_NEXT_HOP
+    /// Whether one more packet of that sender may wait for that next hop.
+    pub fn room(&self, sender: IfIndex, device: IfIndex, next_hop: IpAddr) -> Room {
+        let is_for = |waiting: &Waiting| (waiting.held.device, waiting.held.next_hop) == (device, next_hop);
+        if self.waiting_for(device, next_hop).count() >= PER_NEXT_HOP {
+            self.in_place_of_another(sender, is_for)
+        } else if self.packets.len() >= CAPACITY {
+            self.in_place_of_another(sender, |_| true)
+        } else {
+            Room::Free
+        }
+    }
+
+    /// Among some of the packets: the oldest of the sender who has most of them, if that are more than one more of `sender` would be.
+    #[cold]
+    fn in_place_of_another(&self, sender: IfIndex, is_among: impl Fn(&Waiting) -> bool) -> Room {
+        // Senders meet in a count where there are many; then one of them may lose a place to the other.
+        const COUNTS: usize = 256;
+        let count_of = |IfIndex(device): IfIndex| device as usize % COUNTS;
+        let mut counts = [0_u16; COUNTS];
+        for waiting in self.packets.iter().filter(|waiting| is_among(waiting)) {
+            counts[count_of(waiting.held.sender)] += 1;
+        }
+        let most = counts.iter().copied().max().unwrap_or(0);
+        if most <= counts[count_of(sender)] + 1 {
+            return Room::None;
+        }
+        let is_his = |waiting: &Waiting| is_among(waiting) && counts[count_of(waiting.held.sender)] == most;
+        self.packets.iter().position(is_his).map_or(Room::None, Room::InPlaceOf)
+    }
+
+    /// Takes the packet out that [`Room::InPlaceOf`] names.
+    pub fn take_out(&mut self, place: usize) -> HeldPacket {
+        self.packets.remove(place).held
     }
 
     /// Keeps `held`, for which there is room. Whether somebody must ask for its next hop: nobody has in the last second.

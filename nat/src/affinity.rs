@@ -11,7 +11,8 @@
 //!
 //! # Eviction
 //! A full bucket loses the place that would be forgotten first; those that are overdue come first by that. A client that lost its place
-//! gets a backend at random, as at its first connection.
+//! gets a backend at random, as at its first connection. A client whose TCP connection came about ([`Clients::prove`]) loses its place to
+//! another such client only: senders of SYNs under made-up addresses have among them what those leave.
 //!
 //! # Invariants, thread safety
 //! A lock is held for a look at one bucket, and only by the first packet of a connection to a service with affinity; workers wait for each
@@ -79,6 +80,8 @@ struct Place<A> {
     backend: A,
     forget_at: Tick,
     port: u16,
+    /// Whether the client was seen to have that address.
+    is_proven: bool,
 }
 
 impl<A: Address> Place<A> {
@@ -109,7 +112,7 @@ pub struct Clients<A> {
 impl<A: Address> Clients<A> {
     /// With room for at least so many.
     fn new(clients: usize, seed: [u64; 2], nobody: A) -> Self {
-        let free = Place { service: 0, client: nobody, backend: nobody, forget_at: Tick(0), port: 0 };
+        let free = Place { service: 0, client: nobody, backend: nobody, forget_at: Tick(0), port: 0, is_proven: false };
         let buckets = clients.div_ceil(WAYS).next_power_of_two();
         Self {
             buckets: (0..buckets).map(|_| CachePadded::new(Mutex::new([free; WAYS]))).collect(),
@@ -152,20 +155,53 @@ impl<A: Address> Clients<A> {
                 }
                 index
             }
-            None => {
-                let (index, remaining) = (0..WAYS)
-                    .map(|index| (index, bucket[index].remaining(now)))
-                    .min_by_key(|(_, remaining)| *remaining)
-                    .unwrap_or_default();
-                if remaining > 0 {
-                    self.evicted.fetch_add(1, Ordering::Relaxed);
-                }
-                index
-            }
+            // Where there is none, it is remembered when its connection comes about.
+            None => match self.place_for_another(&*bucket, now, |place| !place.is_proven) {
+                Some(index) => index,
+                None => return true,
+            },
         };
-        let ticks = timeout_seconds.clamp(1, MAX_AFFINITY_SECONDS) * TICKS_PER_SECOND;
-        bucket[index] = Place { service, client, backend, forget_at: Tick(now.0.wrapping_add(ticks)), port };
+        let is_proven = known.is_some() && bucket[index].is_proven;
+        let forget_at = forget_at(timeout_seconds, now);
+        bucket[index] = Place { service, client, backend, forget_at, port, is_proven };
         true
+    }
+
+    /// The place that is free, or overdue, or would be forgotten first of those that may be taken; that one is counted as evicted.
+    fn place_for_another(
+        &self,
+        bucket: &[Place<A>; WAYS],
+        now: Tick,
+        may_take: impl Fn(&Place<A>) -> bool,
+    ) -> Option<usize> {
+        let places = bucket.iter().enumerate().map(|(index, place)| (index, place.remaining(now), place));
+        let (index, remaining, _) = places
+            .filter(|(_, remaining, place)| *remaining == 0 || may_take(place))
+            .min_by_key(|(_, remaining, _)| *remaining)?;
+        if remaining > 0 {
+            self.evicted.fetch_add(1, Ordering::Relaxed);
+        }
+        Some(index)
+    }
+
+    /// Notes that a connection of a client to a backend came about, so that nobody has made the client up.
+    pub(crate) fn prove(
+        &self,
+        (service, timeout_seconds): (u64, u32),
+        client: A,
+        (backend, port): (A, u16),
+        now: Tick,
+    ) {
+        let mut bucket = lock(self.bucket(service, client));
+        if let Some(place) = bucket.iter_mut().find(|place| place.is_of(service, client) && place.remaining(now) > 0) {
+            place.is_proven = true;
+            return;
+        }
+        let place = self.place_for_another(&*bucket, now, |place| !place.is_proven);
+        if let Some(index) = place.or_else(|| self.place_for_another(&*bucket, now, |_| true)) {
+            let forget_at = forget_at(timeout_seconds, now);
+            bucket[index] = Place { service, client, backend, forget_at, port, is_proven: true };
+        }
     }
 
     /// Frees the places that `keep` does not want: it gets the service port's identity and the backend.
@@ -200,6 +236,11 @@ impl<A> std::fmt::Debug for Clients<A> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Clients").field("buckets", &self.buckets.len()).finish_non_exhaustive()
     }
+}
+
+/// When what happens now is forgotten.
+fn forget_at(timeout_seconds: u32, now: Tick) -> Tick {
+    Tick(now.0.wrapping_add(timeout_seconds.clamp(1, MAX_AFFINITY_SECONDS) * TICKS_PER_SECOND))
 }
 
 /// The clients of both families; shared by all workers, for as long as they run.
@@ -246,4 +287,58 @@ fn forget_gone<A: Family>(affinity: &Affinity, table: &ServiceTable) {
     affinity.clients::<A>().retain(|service, backend, port| {
         with_affinity.get(&service).is_some_and(|record| services.is_usable(record, backend, port))
     });
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    const SERVICE: u64 = 7;
+    const SECONDS: u32 = 100;
+
+    fn choice(client: u32) -> Choice<Ipv4Addr> {
+        let (client, backend) = (Ipv4Addr::from_bits(client), Ipv4Addr::LOCALHOST);
+        Choice { service: SERVICE, client, backend, port: 80, timeout_seconds: SECONDS, before: None }
+    }
+
+    fn known(clients: &Clients<Ipv4Addr>, client: u32, now: Tick) -> bool {
+        let client = Ipv4Addr::from_bits(client);
+        let bucket = lock(clients.bucket(SERVICE, client));
+        bucket.iter().any(|place| place.is_of(SERVICE, client) && place.remaining(now) > 0)
+    }
+
+    fn prove(clients: &Clients<Ipv4Addr>, client: u32, now: Tick) {
+        clients.prove((SERVICE, SECONDS), Ipv4Addr::from_bits(client), (Ipv4Addr::LOCALHOST, 80), now);
+    }
+
+    #[test]
+    fn who_may_be_made_up_takes_no_place_from_who_is_not() {
+        // One bucket.
+        let clients = Clients::new(1, [1, 2], Ipv4Addr::UNSPECIFIED);
+        let (now, real) = (Tick(1000), 1..WAYS as u32);
+        for client in real.clone() {
+            assert!(clients.remember(&choice(client), now));
+            prove(&clients, client, now);
+        }
+        // They have the last place among them, however many they are.
+        for made_up in 100..1100 {
+            assert!(clients.remember(&choice(made_up), Tick(1001)));
+            assert!(known(&clients, made_up, Tick(1001)));
+        }
+        assert!(real.clone().all(|client| known(&clients, client, Tick(1001))));
+        assert_eq!(clients.evicted(), 999);
+        // The next connection of a client that is there changes nothing of that.
+        assert!(clients.remember(&choice(1), Tick(1002)));
+        prove(&clients, 50, Tick(1003));
+        assert!(clients.remember(&choice(2000), Tick(1003)) && !known(&clients, 2000, Tick(1003)), "no place is left");
+        assert!(
+            known(&clients, 1, Tick(1003)) && known(&clients, 50, Tick(1003)) && !known(&clients, 1099, Tick(1003))
+        );
+        // One that comes about displaces who would be forgotten first.
+        prove(&clients, 2000, Tick(1004));
+        assert!(known(&clients, 2000, Tick(1004)) && !known(&clients, 2, Tick(1004)) && known(&clients, 1, Tick(1004)));
+        // What is overdue is anybody's.
+        let later = Tick(1005 + SECONDS * TICKS_PER_SECOND);
+        assert!(clients.remember(&choice(3000), later) && known(&clients, 3000, later));
+    }
 }

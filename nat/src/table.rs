@@ -333,6 +333,15 @@ impl<A: Address> Services<A> {
         }
     }
 
+    /// Notes that the connection `key`, as its opener sends it, came about with that backend: its client is one, and nobody who makes addresses up
+    /// takes its place in what `clients` remember.
+    pub fn prove(&self, key: &FlowKey<A>, backend: (A, u16), clients: &Clients<A>, now: Tick) {
+        let Some(record) = self.target(key).map(|target| &self.records[target.record()]) else { return };
+        if let Some(timeout_seconds) = record.affinity {
+            clients.prove((record.identity, timeout_seconds), key.src, backend, now);
+        }
+    }
+
     /// The frontend of a first packet, ahead of [`Services::decide`].
     ///
     /// Whoever decides about several packets at once looks ahead for all of them, and each step for all of them before the next: what

@@ -8,7 +8,7 @@
 //! is wanted ([`HealthChecks::follow`]); a port that cannot be had is tried again every few seconds, and `weir status` says so.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     convert::Infallible,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -30,7 +30,7 @@ use nix::sys::socket::{setsockopt, sockopt::Ipv6V6Only};
 use serde_json::{Value, json};
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
-    sync::{Semaphore, watch},
+    sync::watch,
     task::JoinHandle,
     time,
 };
@@ -41,8 +41,9 @@ use weir_nat::Model;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How soon a port that another process has is tried again.
 const RETRY: Duration = Duration::from_secs(5);
-/// Probes that are answered at once; more wait.
-const CONNECTIONS: usize = 64;
+/// Connections to one port that are open at once. Another takes the place of the oldest: load balancers that probe are answered at once, and who
+/// says nothing for longer is none.
+const CONNECTIONS: usize = 16;
 const BACKLOG: u32 = 128;
 /// How many endpoints there are here, for load balancers that weigh nodes by that.
 const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
@@ -194,7 +195,6 @@ impl Drop for Port {
 /// Follows what is wanted until nobody can want anything any more.
 async fn serve(mut wanted: watch::Receiver<BTreeMap<SocketAddr, Check>>, reports: &Reports) {
     let mut ports: BTreeMap<SocketAddr, Port> = BTreeMap::new();
-    let limit = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let checks = wanted.borrow_and_update().clone();
         let is_wanted = |address: &SocketAddr| checks.contains_key(address);
@@ -210,7 +210,7 @@ async fn serve(mut wanted: watch::Receiver<BTreeMap<SocketAddr, Check>>, reports
                 match listen(address) {
                     Ok(listener) => {
                         info!(%address, service = %check.name, namespace = %check.namespace, "health checks are answered");
-                        ports.insert(address, open(listener, check.clone(), limit.clone()));
+                        ports.insert(address, open(listener, check.clone()));
                     }
                     Err(error) => problem = Some(problem_of(&error)),
                 }
@@ -257,24 +257,38 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Answers with what the check is at that moment.
-fn open(listener: TcpListener, check: Check, limit: Arc<Semaphore>) -> Port {
+/// Answers with what the check is at that moment. What others do at other ports is no concern of this one.
+fn open(listener: TcpListener, check: Check) -> Port {
     let (check, current) = watch::channel(check);
     let task = tokio::spawn(async move {
-        while let Ok(permit) = limit.clone().acquire_owned().await {
+        // Oldest first; all end with the port.
+        let mut answering = VecDeque::new();
+        loop {
             // Out of descriptors or memory, or a client that went away: the next may do better.
             let Ok((stream, _)) = listener.accept().await else {
                 time::sleep(Duration::from_millis(100)).await;
                 continue;
             };
-            let current = current.clone();
-            tokio::spawn(async move {
-                let _permit = permit;
-                let _ = time::timeout(2 * PATIENCE, answer(stream, current)).await;
-            });
+            answering.retain(|task: &Answering| !task.0.is_finished());
+            if answering.len() == CONNECTIONS {
+                answering.pop_front();
+            }
+            let answered = time::timeout(2 * PATIENCE, answer(stream, current.clone()));
+            answering.push_back(Answering(tokio::spawn(async move {
+                let _ = answered.await;
+            })));
         }
     });
     Port { check, task }
+}
+
+/// A connection that is answered until this is dropped.
+struct Answering(JoinHandle<()>);
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// Answers one request, whatever it asks for, as kube-proxy does.
@@ -389,6 +403,25 @@ mod tests {
                 None => assert!(std::time::Instant::now() < deadline, "it does not come to be"),
             }
             std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    #[test]
+    fn who_says_nothing_keeps_nobody_from_being_answered() {
+        let checks = HealthChecks::start().unwrap();
+        let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let places = [free(), free()];
+        let [busy, other] = places.each_ref().map(|listener| listener.local_addr().unwrap());
+        drop(places);
+        let check = Check { namespace: "a".into(), name: "web".into(), local_endpoints: 1 };
+        checks.follow(BTreeMap::from([(busy, check.clone()), (other, check)]));
+        until(|| get(busy, "GET / HTTP/1.0\r\n\r\n"));
+        let _silent: Vec<_> = (0..300).map(|_| std::net::TcpStream::connect(busy).unwrap()).collect();
+        for address in [other, busy] {
+            let begin = std::time::Instant::now();
+            let answer = until(|| get(address, "GET / HTTP/1.0\r\n\r\n"));
+            assert!(answer.starts_with("HTTP/1.0 200 "), "{answer}");
+            assert!(begin.elapsed() < PATIENCE, "{address}: after {:?}", begin.elapsed());
         }
     }
 

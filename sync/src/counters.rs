@@ -2,7 +2,8 @@
 //!
 //! # What, layout
 //! Each worker has a padded array of `N` numbers of its own ([`WorkerCounters`]); [`Counters`] knows all of them
-//! and sums. Numbers only grow. The numbers of a worker that has ended stay in the sums.
+//! and sums. Numbers only grow. The numbers of a worker that has ended stay in the sums; its array is the next one's who joins, so that there
+//! are never more of them than there were workers at a time.
 //!
 //! # Invariants and memory ordering
 //! Only its owner writes an array, by a relaxed load and a relaxed store (no read-modify-write, so no locked bus
@@ -24,21 +25,40 @@ type Array<const N: usize> = CachePadded<[AtomicU64; N]>;
 /// `N` counters, each the sum over workers.
 #[derive(Debug)]
 pub struct Counters<const N: usize> {
-    workers: Mutex<Vec<Arc<Array<N>>>>,
+    workers: Mutex<Workers<N>>,
+}
+
+#[derive(Debug)]
+struct Workers<const N: usize> {
+    arrays: Vec<Arc<Array<N>>>,
+    /// What those have counted whose array another one has.
+    ended: [u64; N],
 }
 
 impl<const N: usize> Counters<N> {
     /// Counters without a worker.
     pub fn new() -> Self {
-        Self { workers: Mutex::new(Vec::new()) }
+        Self { workers: Mutex::new(Workers { arrays: Vec::new(), ended: [0; N] }) }
     }
 
     /// The counters of one more worker, all zero.
     pub fn join(&self) -> WorkerCounters<N> {
-        let array = Arc::new(CachePadded::new(std::array::from_fn(|_| AtomicU64::new(0))));
         let mut workers = lock(&self.workers);
-        workers.push(Arc::clone(&array));
-        WorkerCounters { array, number: WorkerNumber(workers.len() - 1), _one_thread: PhantomData }
+        let Workers { arrays, ended } = &mut *workers;
+        for (number, array) in arrays.iter_mut().enumerate() {
+            // Nobody else has it any more, so what its worker wrote is seen here.
+            if let Some(left) = Arc::get_mut(array) {
+                for (sum, counter) in ended.iter_mut().zip(left.iter()) {
+                    *sum = sum.wrapping_add(counter.load(Ordering::Relaxed));
+                    counter.store(0, Ordering::Relaxed);
+                }
+                return WorkerCounters::new(array, number);
+            }
+        }
+        let array = Arc::new(CachePadded::new(std::array::from_fn(|_| AtomicU64::new(0))));
+        let counters = WorkerCounters::new(&array, arrays.len());
+        arrays.push(array);
+        counters
     }
 
     /// The sum of one counter over all workers.
@@ -46,19 +66,24 @@ impl<const N: usize> Counters<N> {
     /// # Panics
     /// Where `index` is not below `N`.
     pub fn sum(&self, index: usize) -> u64 {
-        lock(&self.workers).iter().map(|array| array[index].load(Ordering::Relaxed)).sum()
+        let workers = lock(&self.workers);
+        let counted = workers.arrays.iter().map(|array| array[index].load(Ordering::Relaxed)).sum::<u64>();
+        counted.wrapping_add(workers.ended[index])
     }
 
     /// The sum of each counter over all workers.
     pub fn sums(&self) -> [u64; N] {
         let workers = lock(&self.workers);
-        std::array::from_fn(|index| workers.iter().map(|array| array[index].load(Ordering::Relaxed)).sum())
+        std::array::from_fn(|index| {
+            let counted = workers.arrays.iter().map(|array| array[index].load(Ordering::Relaxed)).sum::<u64>();
+            counted.wrapping_add(workers.ended[index])
+        })
     }
 
-    /// Each worker's counters, in the order in which they joined.
+    /// Each worker's counters, by their numbers.
     pub fn per_worker(&self) -> Vec<[u64; N]> {
         let read = |array: &Arc<Array<N>>| std::array::from_fn(|index| array[index].load(Ordering::Relaxed));
-        lock(&self.workers).iter().map(read).collect()
+        lock(&self.workers).arrays.iter().map(read).collect()
     }
 }
 
@@ -68,7 +93,7 @@ impl<const N: usize> Default for Counters<N> {
     }
 }
 
-/// A worker's number among those of one [`Counters`], from 0 in the order in which they joined.
+/// A worker's number among those of one [`Counters`]: the smallest, from 0, that none of the others has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct WorkerNumber(pub usize);
 
@@ -81,6 +106,10 @@ pub struct WorkerCounters<const N: usize> {
 }
 
 impl<const N: usize> WorkerCounters<N> {
+    fn new(array: &Arc<Array<N>>, number: usize) -> Self {
+        Self { array: Arc::clone(array), number: WorkerNumber(number), _one_thread: PhantomData }
+    }
+
     /// Adds `n` to a counter.
     ///
     /// # Panics
@@ -151,9 +180,9 @@ mod tests {
     #[test]
     fn sums_are_over_all_workers_also_those_that_ended() {
         let counters = Counters::<2>::new();
+        let workers = [1, 10].map(|step| (step, counters.join()));
         std::thread::scope(|scope| {
-            for step in [1, 10] {
-                let worker = counters.join();
+            for (step, worker) in workers {
                 scope.spawn(move || {
                     for _ in 0..100 {
                         worker.add(1, step);
@@ -164,5 +193,13 @@ mod tests {
         });
         assert_eq!((counters.sum(0), counters.sum(1), counters.sums()), (0, 1100, [0, 1100]));
         assert_eq!(counters.per_worker(), vec![[0, 100], [0, 1000]]);
+        // However many come and go, there is one array more at most, and nothing is lost.
+        let stays = counters.join();
+        for _ in 0..1000 {
+            let comes = counters.join();
+            assert_eq!((stays.number(), comes.number(), comes.get(1)), (WorkerNumber(0), WorkerNumber(1), 0));
+            comes.add(1, 1);
+        }
+        assert_eq!((counters.sum(1), counters.sums(), counters.per_worker().len()), (2100, [0, 2100], 2));
     }
 }

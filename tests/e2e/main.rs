@@ -8,6 +8,7 @@
 
 mod calico_policy;
 mod conntrack;
+mod denied;
 mod errors;
 mod forwarded;
 mod fragments;

@@ -118,6 +118,10 @@ fn faults_of_weir_yaml() {
             ],
         ),
         (
+            "nodeName: ../a\nmanifests: []\n",
+            &["weir.yaml:1:11: error: \"../a\" is no node's name [write the name that `kubectl get nodes` shows]"],
+        ),
+        (
             "nodeName: a\nmanifests: cluster.yaml\n",
             &["weir.yaml:2:12: error: manifests: expected a list, found the string \"cluster.yaml\""],
         ),

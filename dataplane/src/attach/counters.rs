@@ -52,11 +52,15 @@ pub enum Counter {
     OffloadFailed,
     /// What the node's own processes sent to node ports and host ports of the node itself, put into the trunk.
     LoopbackTaken,
+    /// Taken from an uplink: for the node, with headers that the programs do not find or that are not whole.
+    UplinkTakenUnread,
+    /// Frames of uplinks, dropped: behind more priority tags (VLAN id 0) than are looked through.
+    UplinkTagsDropped,
 }
 
 impl Counter {
     /// All of them, in the order of their slots.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 23] = [
         Self::TrunkTaken,
         Self::TrunkUnclaimed,
         Self::WorkloadSent,
@@ -78,6 +82,8 @@ impl Counter {
         Self::UplinkMerged,
         Self::OffloadFailed,
         Self::LoopbackTaken,
+        Self::UplinkTakenUnread,
+        Self::UplinkTagsDropped,
     ];
 
     /// Its name in metrics, in snake case.
@@ -104,6 +110,8 @@ impl Counter {
             Self::UplinkMerged => "uplink_merged",
             Self::OffloadFailed => "offload_failed",
             Self::LoopbackTaken => "loopback_taken",
+            Self::UplinkTakenUnread => "uplink_taken_unread",
+            Self::UplinkTagsDropped => "uplink_tags_dropped",
         }
     }
 }

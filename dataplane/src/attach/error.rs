@@ -144,6 +144,37 @@ pub enum AttachError {
         /// The device.
         device: String,
     },
+    /// Each queue that the other end sends by must have one that XDP receives from.
+    #[error(
+        "{device} has fewer receive queues than its other end has transmit queues, so it takes no XDP program: `ethtool -L {device} rx N`, \
+         or fewer at the other end (`ethtool -L PEER tx N`)"
+    )]
+    FewerQueues {
+        /// The device, a veth.
+        device: String,
+    },
+    /// XDP on a device that is made of others runs in those.
+    #[error(
+        "{device} is a {master}, which runs XDP in the devices below it: take `require` off: without it weir takes packets after the \
+         kernel has received them by {device}"
+    )]
+    RunsInSlaves {
+        /// The device.
+        device: String,
+        /// What it is.
+        master: &'static str,
+    },
+    /// The device takes VLAN tags off its frames, also after it was told not to.
+    #[error(
+        "{device} takes VLAN tags off before XDP could see them ({feature} stays on), so the packets of a VLAN would be taken for its own: \
+         take `require` off: without it weir takes packets after the kernel has received them"
+    )]
+    TakesTagsOff {
+        /// The device.
+        device: String,
+        /// The feature, as `ethtool -k` names it.
+        feature: &'static str,
+    },
     /// A device without Ethernet headers.
     #[error("{device} is no Ethernet device: weir's uplinks have MAC addresses")]
     NotEthernet {

@@ -36,7 +36,7 @@ pub(super) type OwnPortV6 = [u8; 20];
 const SOCKETS: &str = "sockets";
 
 /// Name, type, bytes of key and value, entries of each shared map. A pinned map that differs is of another version.
-const LAYOUT: [(&str, MapType, u32, u32, u32); 10] = [
+const LAYOUT: [(&str, MapType, u32, u32, u32); 11] = [
     ("counters", MapType::PerCpuArray, 4, 8, 64),
     ("workloads", MapType::Hash, 4, size_of::<WorkloadEntry>() as u32, MAX_WORKLOADS),
     ("prefixes_v4", MapType::LpmTrie, 8, 4, MAX_PREFIXES),
@@ -47,6 +47,7 @@ const LAYOUT: [(&str, MapType, u32, u32, u32); 10] = [
     ("own_ports_v4", MapType::Hash, size_of::<OwnPortV4>() as u32, 4, MAX_OWN_PORTS),
     ("own_ports_v6", MapType::Hash, size_of::<OwnPortV6>() as u32, 4, MAX_OWN_PORTS),
     ("identity", MapType::Array, 4, 8, 1),
+    ("governed", MapType::Array, 4, 8, 1),
 ];
 
 /// Name, type, bytes of key and value of each map of flows in the kernel, and how many entries for a flow.

@@ -42,8 +42,8 @@
 //!
 //! *Limits.* MTUs up to [`crate::frame::MAX_MTU`]. The XDP programs are loaded as ones that know packets of several
 //! buffers (`xdp.frags`): all headers lie in the first, which is all that they read. Others are refused where the MTU is
-//! larger than a buffer (on a veth 3506). The NIC of an uplink must leave VLAN tags in the frame (`ethtool -K DEV rxvlan off`): XDP does
-//! not see a tag that was taken off.
+//! larger than a buffer (on a veth 3506). XDP does not see a VLAN tag that the NIC has taken off, so the NIC is told not to (tags.rs). A veth does
+//! what its other end does: a VLAN device there must have `txvlan off` on the end that it lies on, or the uplink be taken at tc.
 //!
 //! # References
 //! Linux: net/core/filter.c (bpf_redirect_peer), drivers/net/veth.c, net/xdp/xskmap.c, kernel/bpf/tcx.c.
@@ -55,6 +55,7 @@ mod maps;
 mod offload;
 mod owned;
 mod pins;
+mod tags;
 mod tools;
 mod trunk;
 
@@ -91,6 +92,7 @@ use self::{
     maps::{MAX_WORKLOADS, WorkloadEntry},
     owned::OwnedMaps,
     pins::Pins,
+    tags::LeftTags,
     trunk::Link,
 };
 use crate::frame::MAX_MTU;
@@ -102,6 +104,8 @@ const HOST_SEND: &str = "host_send";
 const LOOPBACK_SEND: &str = "loopback_send";
 /// The name of the loopback device is the same everywhere.
 const LOOPBACK: &str = "lo";
+/// Kinds of devices that hand an XDP program on to those below them, where it gets the queues of each of them, and no socket is the master's.
+const MASTERS: [&str; 2] = ["bond", "team"];
 const UPLINK_RECEIVE: &str = "uplink_receive";
 const UPLINK_CARRY: &str = "uplink_carry";
 const UPLINK_TAKE: &str = "uplink_take";
@@ -450,11 +454,12 @@ impl Attachment {
     }
 
     /// Attaches an uplink's programs, or renews them, at `hook`, else where they do best: in the driver, if it runs XDP and does not
-    /// copy each packet for that while flows are to be carried in the kernel. Tell [`Attachment::set_owned`] first.
+    /// copy each packet for that while flows are to be carried in the kernel. Tell [`Attachment::set_owned`] first. For XDP, the device is told
+    /// to leave VLAN tags in the frames.
     ///
     /// # Errors
     /// Where the device is gone, is no Ethernet device, has an MTU above [`MAX_MTU`] or a foreign XDP program; where `hook` is
-    /// [`UplinkHook::Xdp`], also where it has no native XDP.
+    /// [`UplinkHook::Xdp`], also where it has no native XDP, takes VLAN tags off whatever it is told, or is made of other devices.
     pub fn attach_uplink(
         &mut self,
         index: u32,
@@ -468,6 +473,13 @@ impl Attachment {
         if !link.is_ethernet {
             return Err(AttachError::NotEthernet { device: name.to_owned() });
         }
+        if let Some(master) = MASTERS.iter().find(|master| **master == link.kind) {
+            if hook == Some(UplinkHook::Xdp) {
+                return Err(AttachError::RunsInSlaves { device: name.to_owned(), master });
+            }
+            let reason = format!("a {master} runs XDP in the devices below it, which have other queues");
+            return self.attach_uplink_tc(index, name, &reason);
+        }
         match hook {
             Some(UplinkHook::Xdp) => self.attach_uplink_xdp(index, name),
             Some(UplinkHook::Tc) => self.attach_uplink_tc(index, name, "so it is wanted"),
@@ -479,12 +491,17 @@ impl Attachment {
                 Err(AttachError::NoNativeMode { .. }) => {
                     self.attach_uplink_tc(index, name, "its driver has no XDP of its own; generic mode is never used")
                 }
+                Err(AttachError::TakesTagsOff { .. }) => {
+                    let reason = "it takes VLAN tags off before XDP could see them, and cannot be told not to (rxvlan)";
+                    self.attach_uplink_tc(index, name, reason)
+                }
                 result => result,
             },
         }
     }
 
     fn attach_uplink_xdp(&mut self, index: u32, name: &str) -> Result<UplinkHook, AttachError> {
+        let leaves_tags = tags::leave_in_frames(name)?;
         let sockets = self.pins.uplink_sockets(index);
         let mut object = maps::load_uplink(&self.pins, &sockets, self.trunk.kernel_end, self.flows)?;
         // The one that carries is there before the other lets flows pass to it. It may come in place of one that takes.
@@ -494,7 +511,10 @@ impl Attachment {
         }
         let program = xdp(&mut object, UPLINK_RECEIVE)?;
         pins::attach_xdp(program, UPLINK_RECEIVE, index, name, &self.pins.uplink_xdp(index))?;
-        let mode = native(name, UPLINK_RECEIVE, &existing(name, index)?)?;
+        let mut mode = native(name, UPLINK_RECEIVE, &existing(name, index)?)?;
+        if leaves_tags == LeftTags::Now {
+            mode.reason.push_str("; it leaves VLAN tags in the frames now, where XDP sees them (rxvlan off)");
+        }
         if self.flows.is_none() {
             pins::unpin_link(&self.pins.uplink_tc(index))?;
         }

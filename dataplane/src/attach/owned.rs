@@ -17,8 +17,8 @@ use super::{
 /// What uplinks take away from the node's kernel.
 ///
 /// The node's own addresses are judged before the prefixes: one that is in both is a node address. Towards a node
-/// address weir takes its ports, tunnel packets, ICMP (other than ND and MLD) and fragments; towards the prefixes
-/// everything.
+/// address weir takes its ports, tunnel packets, ICMP (other than ND and MLD), fragments, and what has headers that the programs
+/// do not find; towards the prefixes everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Owned {
     /// Pods of this node, services, and tunnel addresses that are not the kernel's.
@@ -33,6 +33,9 @@ pub struct Owned {
     /// What is weir's also where the node itself asks for it: node ports and host ports, each on one of the node's addresses, loopback ones
     /// among them. Those at failsafe ports stay the kernel's.
     pub own_ports: Vec<(IpAddr, Protocol, u16)>,
+    /// Whether a host endpoint governs what the node itself gets. Where no router runs, fragments to the node then end: whether their ports
+    /// are allowed, only the first of a packet could tell.
+    pub governed: bool,
 }
 
 /// First word of the owned ports and of the failsafe ports in the bitmaps (`enum port_set` of `bpf/weir.h`).
@@ -51,6 +54,7 @@ pub(super) struct OwnedMaps {
     ports: Array<MapData, u64>,
     own_ports_v4: HashMap<MapData, OwnPortV4, u32>,
     own_ports_v6: HashMap<MapData, OwnPortV6, u32>,
+    governed: Array<MapData, u64>,
 }
 
 impl OwnedMaps {
@@ -63,6 +67,7 @@ impl OwnedMaps {
             ports: take(object, "ports")?,
             own_ports_v4: take(object, "own_ports_v4")?,
             own_ports_v6: take(object, "own_ports_v6")?,
+            governed: take(object, "governed")?,
         })
     }
 
@@ -79,6 +84,9 @@ impl OwnedMaps {
         let old_prefixes_v4 = collect("prefixes_v4", self.prefixes_v4.keys().map(|key| key.map(plain)))?;
         let old_prefixes_v6 = collect("prefixes_v6", self.prefixes_v6.keys().map(|key| key.map(plain)))?;
 
+        if owned.governed {
+            self.set_governed(true)?;
+        }
         // Ports before the addresses that they count for.
         for (word, (old, new)) in old_ports.iter().zip(&wanted.ports).enumerate() {
             self.write_ports(word, *old, old | new)?;
@@ -125,7 +133,11 @@ impl OwnedMaps {
         for (word, (old, new)) in old_ports.iter().zip(&wanted.ports).enumerate() {
             self.write_ports(word, old | new, *new)?;
         }
-        Ok(())
+        self.set_governed(owned.governed)
+    }
+
+    fn set_governed(&mut self, governed: bool) -> Result<(), AttachError> {
+        self.governed.set(0, u64::from(governed), 0).map_err(map_error("governed"))
     }
 
     fn read_ports(&self) -> Result<PortWords, AttachError> {

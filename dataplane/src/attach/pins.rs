@@ -294,7 +294,8 @@ fn mount_bpf() -> Result<(), AttachError> {
     if is_bpf(path) {
         return Ok(());
     }
-    mount(Some("bpf"), BPF_MOUNT, Some("bpf"), MsFlags::empty(), None::<&str>)
+    // As systemd mounts it: who may use maps and programs of others is root.
+    mount(Some("bpf"), BPF_MOUNT, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
         .map_err(|source| AttachError::MountBpf { path: BPF_MOUNT, source })
 }
 
@@ -331,6 +332,8 @@ fn xdp_error(program: &'static str, device: &str, source: ProgramError) -> Attac
     match errno(&source) {
         Some(Errno::EOPNOTSUPP) => AttachError::NoNativeMode { device },
         Some(Errno::EBUSY | Errno::EEXIST) => AttachError::Occupied { device },
+        // A veth, whose other end sends by more queues than it receives by.
+        Some(Errno::ENOSPC) => AttachError::FewerQueues { device },
         _ => AttachError::Attach { program, device, source: Box::new(source) },
     }
 }

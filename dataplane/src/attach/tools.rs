@@ -9,9 +9,9 @@ pub(super) fn ip(arguments: &[&str]) -> Result<Vec<u8>, AttachError> {
     run("ip", "iproute2", arguments)
 }
 
-/// Runs `ethtool` in the calling thread's network namespace.
-pub(super) fn ethtool(arguments: &[&str]) -> Result<(), AttachError> {
-    run("ethtool", "ethtool", arguments).map(drop)
+/// Runs `ethtool` in the calling thread's network namespace; its output.
+pub(super) fn ethtool(arguments: &[&str]) -> Result<Vec<u8>, AttachError> {
+    run("ethtool", "ethtool", arguments)
 }
 
 fn run(tool: &'static str, package: &'static str, arguments: &[&str]) -> Result<Vec<u8>, AttachError> {

@@ -95,6 +95,14 @@ fn scope<A: Family>(
     forwarding: &Forwarding,
 ) -> Result<Scope, DropReason> {
     let multicast = view.key.dst.is_multicast_or_broadcast();
+    // What comes to the node itself is looked at when it opens a connection: what its pods answer to the node comes like this.
+    if origin == Origin::Uplink
+        && !packet.through_tunnel
+        && forwarding.is_behind_tunnel(view.key.src)
+        && !forwarding.is_direct(view.key.dst)
+    {
+        return Err(DropReason::SpoofedSource);
+    }
     if matches!(packet.link, LinkType::Broadcast | LinkType::Multicast) && !multicast {
         return Err(DropReason::WrongMac);
     }

@@ -9,11 +9,13 @@ use weir_packet::{
 
 use super::Handler;
 use crate::{
+    allowance::Cause,
     counters::Counter,
     driver::Driver,
     forwarding::AdjacencyId,
     frame::{ONE_FRAME_BYTES, Packet},
     next_hops,
+    model::Role,
     tables::Family,
 };
 
@@ -31,7 +33,7 @@ impl<D: Driver> Handler<'_, D> {
         if view.key.protocol != Protocol::TCP || error != IcmpError::PortUnreachable {
             return self.answer_error(packet, view, error, reason);
         }
-        if self.pipeline.resets.take(self.context.now) {
+        if self.may_reset(packet) {
             self.answer::<A>(packet, self.back_to(packet, view), |out, frame, _| build::tcp_reset(out, frame, view));
         }
         reason
@@ -46,7 +48,12 @@ impl<D: Driver> Handler<'_, D> {
         error: IcmpError,
         reason: DropReason,
     ) -> DropReason {
-        if self.pipeline.errors.take(self.context.now) {
+        let (cause, now) = (self.cause(packet), self.context.now);
+        let shares = match error {
+            IcmpError::TooBig { .. } => &mut self.pipeline.too_big,
+            _ => &mut self.pipeline.errors,
+        };
+        if shares.take(cause, now) {
             self.answer::<A>(packet, self.back_to(packet, view), |out, frame, source| {
                 // The node's own process that asked from a loopback address takes an answer from there only.
                 let source = if view.key.src.is_loopback() { Some(view.key.dst) } else { source };
@@ -73,12 +80,27 @@ impl<D: Driver> Handler<'_, D> {
             return DropReason::Invalid;
         }
         conn.end_soon(self.context.now);
-        if direction == Direction::Reply && self.pipeline.resets.take(self.context.now) {
+        if direction == Direction::Reply && self.may_reset(packet) {
             let to = conn.key(Direction::Original).invert();
             let answers = next_hops::of(conn, Direction::Reply, self.context.snapshot);
             self.answer::<A>(packet, answers, |out, frame, _| build::tcp_reset_onwards(out, frame, view, &to));
         }
         self.reject(packet, view, reason)
+    }
+
+    fn may_reset(&mut self, packet: &Packet) -> bool {
+        let cause = self.cause(packet);
+        self.pipeline.resets.take(cause, self.context.now)
+    }
+
+    /// Who sent a packet.
+    fn cause(&self, packet: &Packet) -> Cause {
+        let forwarding = &*self.context.snapshot.forwarding;
+        match forwarding.device_by_index(packet.device).map(|device| forwarding.device(device).role) {
+            Some(Role::Workload) => Cause::Pod(packet.device),
+            Some(Role::Host) => Cause::Host,
+            Some(Role::Uplink | Role::Kernel) | None => Cause::Outside,
+        }
     }
 
     /// Where the sender of a packet is.

@@ -29,7 +29,8 @@ impl<'a, D: Driver> Handler<'a, D> {
         let context = self.context;
         let snapshot = context.snapshot;
         let forwarding = &*snapshot.forwarding;
-        if matches!(origin, Origin::Workload(_)) {
+        // Not of an address that it made up: each would be a publication.
+        if matches!(origin, Origin::Workload(workload) if forwarding.local_workload(view.key.src) == Some(workload)) {
             self.learn(packet, view.key.src.to_ip());
         }
         let services = snapshot.rules.services.services::<A>();
@@ -58,6 +59,15 @@ impl<'a, D: Driver> Handler<'a, D> {
         // To the node itself and no service's: the kernel's business, whatever it is.
         if origin.is_outside() && (decision.verdict == Verdict::Local || answers) {
             return Ok(Course::Punt);
+        }
+        // Of a pod of another node, which asks a node port under that node's address, if its pool is masqueraded, and pods through a tunnel.
+        if origin == Origin::Uplink
+            && !packet.through_tunnel
+            && decision.service.is_some()
+            && forwarding.is_behind_tunnel(view.key.src)
+            && forwarding.nat_outgoing(view.key.src, view.key.dst)
+        {
+            return Err(DropReason::SpoofedSource);
         }
         let claimed = decision.service.is_some() || services.claims(&view.key);
         // What the node's own kernel sends to a remote pod is answered to the node's own address, or to whom it forwards for, past weir, as is

@@ -122,14 +122,11 @@ impl<D: Driver> Handler<'_, D> {
         if complete { Ok(End::Consume) } else { Err(DropReason::NoFrame) }
     }
 
-    /// Hands a packet to the node's kernel.
+    /// Hands a packet, which may be one that weir has made, to the node's kernel.
     pub(super) fn punt(&mut self, packet: &mut Packet) -> End {
-        let forwarding = &*self.context.snapshot.forwarding;
-        if let Some(mac) = forwarding.adjacency(forwarding.host()).mac {
-            let is_ipv4 = packet.bytes()[ETHERNET_BYTES] >> 4 == 4;
-            let ethertype = if is_ipv4 { Ipv4Addr::ETHERTYPE } else { Ipv6Addr::ETHERTYPE };
-            rewrite::set_ethernet(packet.bytes_mut(), mac, host_source(mac), ethertype);
-        }
+        let is_ipv4 = packet.bytes()[ETHERNET_BYTES] >> 4 == 4;
+        let ethertype = if is_ipv4 { Ipv4Addr::ETHERTYPE } else { Ipv6Addr::ETHERTYPE };
+        packet.bytes_mut()[12..ETHERNET_BYTES].copy_from_slice(&ethertype.to_be_bytes());
         End::Punt
     }
 }

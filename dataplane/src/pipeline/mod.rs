@@ -60,10 +60,10 @@ pub use self::context::{Context, Event};
 use self::{ahead::Ahead, straight::Seen};
 use crate::{
     action_log::ActionLog,
-    allowance::Allowance,
+    allowance::Shares,
     counters::{COUNTERS, Counter, Totals, drop_index},
     driver::{Driver, PortId},
-    forwarding::{AdjacencyId, Forwarding},
+    forwarding::{AdjacencyId, Forwarding, host_source},
     frame::{IfIndex, MAX_PACKET_BYTES, Packet},
     held::{Held, HeldPacket},
     origin::{Arrival, Origin},
@@ -158,8 +158,8 @@ enum End {
     Punt,
     /// It is answered, or something is sent in its place.
     Consume,
-    /// It waits for the MAC address of that next hop.
-    Hold(AdjacencyId),
+    /// It waits for the MAC address of that next hop. It came by that device.
+    Hold(AdjacencyId, IfIndex),
 }
 
 // It comes back from stage to stage in a register.
@@ -212,16 +212,22 @@ impl<D: Driver> Handler<'_, D> {
             Ok(End::Transmit(port)) => pipeline.egress[usize::from(port.0)].push(packet),
             Ok(End::Punt) => {
                 packet.device = IfIndex::HOST;
+                // On the trunk the source says whose the packet is: its sender's own might name a workload.
+                let forwarding = &*context.snapshot.forwarding;
+                if let Some(mac) = forwarding.adjacency(forwarding.host()).mac {
+                    packet.bytes_mut()[..6].copy_from_slice(&mac.0);
+                    packet.bytes_mut()[6..12].copy_from_slice(&host_source(mac).0);
+                }
                 pipeline.egress[usize::from(PortId::TRUNK.0)].push(packet);
             }
             Ok(End::Consume) => {
                 pipeline.count(Counter::Consumed);
                 driver.release(packet);
             }
-            Ok(End::Hold(hop)) => {
+            Ok(End::Hold(hop, sender)) => {
                 let (device, next_hop) =
                     (packet.device, send::next_hop(&packet, context.snapshot.forwarding.adjacency(hop)));
-                if pipeline.held.push(HeldPacket { packet, device, next_hop, since: context.now }) {
+                if pipeline.held.push(HeldPacket { packet, sender, device, next_hop, since: context.now }) {
                     // A full channel: the packets wait in vain and are counted as unresolved; the next ones ask again.
                     let _ = pipeline.events.try_send(Event::Resolve { device, address: next_hop });
                 }
@@ -244,8 +250,10 @@ pub struct Pipeline {
     held: Held,
     tunnel_id: u16,
     generation: u32,
-    errors: Allowance,
-    resets: Allowance,
+    /// Of ICMP errors, of those that path MTU discovery waits for, and of TCP resets.
+    errors: Shares,
+    too_big: Shares,
+    resets: Shares,
     action_log: ActionLog,
     /// What was seen of the packets of a burst.
     seen: Vec<Seen>,
@@ -280,8 +288,9 @@ impl Pipeline {
             events,
             held: Held::new(),
             generation: 0,
-            errors: Allowance::of_answers(),
-            resets: Allowance::of_answers(),
+            errors: Shares::of_answers(),
+            too_big: Shares::of_answers(),
+            resets: Shares::of_answers(),
             action_log: ActionLog::new(),
             seen: Vec::with_capacity(burst),
             ahead: Ahead::new(burst),

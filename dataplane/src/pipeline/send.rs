@@ -11,7 +11,8 @@ use super::{ETHERNET_BYTES, End, Handler};
 use crate::{
     driver::Driver,
     forwarding::{Adjacency, AdjacencyId, Encapsulation},
-    frame::Packet,
+    frame::{IfIndex, Packet},
+    held::Room,
     model::Role,
     tables::Family,
 };
@@ -23,7 +24,7 @@ impl<D: Driver> Handler<'_, D> {
         let forwarding = &*self.context.snapshot.forwarding;
         let adjacency = forwarding.adjacency(hop);
         let device = forwarding.device(adjacency.device.ok_or(DropReason::NoRoute)?);
-        packet.device = device.index;
+        let sender = std::mem::replace(&mut packet.device, device.index);
         let mac = adjacency.mac.or_else(|| forwarding.neighbor(device.index, next_hop(packet, adjacency)));
         let mut ethertype = A::ETHERTYPE;
         if let Encapsulation::Ipip { src, dst } = adjacency.encapsulation {
@@ -44,10 +45,24 @@ impl<D: Driver> Handler<'_, D> {
         rewrite::set_ethernet(packet.bytes_mut(), mac.unwrap_or_default(), device.mac, ethertype);
         if mac.is_some() {
             Ok(End::Transmit(device.port))
-        } else if self.pipeline.held.has_room(device.index, next_hop(packet, adjacency)) {
-            Ok(End::Hold(hop))
+        } else if self.make_room(sender, device.index, next_hop(packet, adjacency)) {
+            Ok(End::Hold(hop, sender))
         } else {
             Err(DropReason::NeighborUnresolved)
+        }
+    }
+
+    /// Whether a packet of that sender may wait for that next hop; one of another sender may have to make way.
+    #[cold]
+    fn make_room(&mut self, sender: IfIndex, device: IfIndex, next_hop: IpAddr) -> bool {
+        match self.pipeline.held.room(sender, device, next_hop) {
+            Room::Free => true,
+            Room::InPlaceOf(place) => {
+                let other = self.pipeline.held.take_out(place);
+                self.end(other.packet, Err(DropReason::NeighborUnresolved));
+                true
+            }
+            Room::None => false,
         }
     }
 

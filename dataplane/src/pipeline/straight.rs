@@ -21,6 +21,7 @@
 //! | the frame was for this node | the link type |
 //! | headers are sane | [`weir_packet::glance`] |
 //! | addresses may be on the wire and are forwarded | no connection has other keys, but for answers from addresses that may not: [`next_hops::words`] |
+//! | a pod of another node is heard through its tunnel | no answers go into a tunnel by the device that the packet came by, unless it came in one, or is for the node |
 //! | who sent a tunnel packet owns its source | it is the peer of the tunnel that answers go into ([`Hop::is_peer_known`]) |
 //! | untracked policy | nothing that comes by an uplink goes straight where there is any |
 //! | the source is where it should be, policy, service | the device; the generation |
@@ -216,11 +217,17 @@ fn forward<A: Family, const L3: usize>(
     if packet.device.0 != comes_from {
         return None;
     }
+    let back = next_hops::straight(conn, direction.flip(), snapshot)?;
     if let Some(ends) = tunnel {
-        let back = next_hops::straight(conn, direction.flip(), snapshot)?;
         if !back.is_peer_known || back.device != packet.device || back.headers.ends() != Some(ends.swapped()) {
             return None;
         }
+    } else if back.headers.count() > ETHERNET_BYTES as u16
+        && back.device == packet.device
+        && !snapshot.forwarding.is_direct(key.dst)
+    {
+        // Its answers go into a tunnel, so it should have come in one.
+        return None;
     }
     // Padding is only cut off a first frame here.
     if packet.has_tail() && packet.total_bytes() != L3 + usize::from(glance.ip_bytes) {

@@ -82,12 +82,19 @@ impl<'a, D: Driver> Handler<'a, D> {
                 }
                 _ => &Observed::NOTHING,
             };
-            if may_change_state(&conn, direction, segment) && !self.checksum_ok(packet, view) {
+            let may_change = may_change_state(&conn, direction, segment);
+            if may_change && !self.checksum_ok(packet, view) {
                 // It stays bad, so its receiver drops it.
                 return Ok(Course::Connection(conn, direction));
             }
+            let may_prove = may_change && !conn.assured();
             match follow(&conn, direction, segment, context) {
-                Tracked::Accept => return Ok(Course::Connection(conn, direction)),
+                Tracked::Accept => {
+                    if may_prove && conn.assured() {
+                        prove(&conn, context);
+                    }
+                    return Ok(Course::Connection(conn, direction));
+                }
                 Tracked::NewFlow => {
                     table.remove(&mut A::own(&mut self.pipeline.own).handle, hit.conn, context.turn);
                 }
@@ -231,6 +238,15 @@ pub(super) fn comes_as_expected<A: Family>(
         let leaves_by = forwarding.adjacency(hop).device;
         leaves_by.is_some_and(|id| forwarding.device(id).index == device)
     })
+}
+
+/// A connection came about, so its client has the address that it says: ClientIP affinity may count on it.
+fn prove<A: Family>(conn: &ConnRef<'_, A>, context: &Context<'_>) {
+    let (asked, backend) = (conn.key(Direction::Original), conn.key(Direction::Reply));
+    if asked.dst != backend.src || asked.ports.destination() != backend.ports.source() {
+        let services = context.snapshot.rules.services.services::<A>();
+        services.prove(&asked, (backend.src, backend.ports.source()), context.affinity.clients(), context.now);
+    }
 }
 
 /// Remembers a datagram that goes to a backend that drains, in case that it comes back.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::packets::{Packet, TCP, received};
-use crate::router::{Router, UPLINK, ip, rules, service};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service};
 use weir_dataplane::snapshot::Rules;
 use weir_nat::SnatPorts;
 use weir_packet::{DropReason, Protocol};
@@ -109,4 +109,60 @@ fn a_connection_that_policy_denies_counts() {
     assert_eq!(reached(&mut router, &segment(SYN, 0, 42_000, (VIP[0], 53))), None);
     assert_eq!((remembered(&router), router.drops()[&DropReason::PolicyDeniedIngress]), ([1, 0], 1));
     router.finish();
+}
+
+/// A segment from one address and port to another.
+fn between(flags: u8, (src, sport): (IpAddr, u16), (dst, dport): (IpAddr, u16), [seq, ack]: [u32; 2]) -> Vec<u8> {
+    let mut l4 = [sport.to_be_bytes(), dport.to_be_bytes()].concat();
+    l4.extend([seq.to_be_bytes(), ack.to_be_bytes()].concat());
+    l4.extend([0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+    Packet { src, dst, protocol: TCP, ttl: 64, tos: 0, options: 0, l4 }.frame()
+}
+
+/// Many more senders of SYNs than may be remembered, all made up: clients that have finished a handshake stay with their backends, so that the
+/// place of nobody real is taken. Without a handshake it is.
+#[test]
+fn made_up_clients_take_no_place_from_those_that_have_shaken_hands() {
+    const CLIENTS: u16 = 40;
+    const MADE_UP: u32 = 400_000;
+    for shakes_hands in [true, false] {
+        let mut router = router(true);
+        let frontend = (ip(VIP[0]), 53);
+        let client = |number: u16| IpAddr::from([172, 20, 0, number as u8]);
+        let open = |router: &mut Router, number: u16, sport: u16| {
+            // After the flood the table is full of what is younger, and a SYN may find no place at once.
+            let sent = (sport..sport + 200).find_map(|sport| {
+                let sent = router.one(UPLINK, &between(SYN, (client(number), sport), frontend, [9, 0]));
+                (!sent.is_empty()).then_some(sent)
+            });
+            let sent = sent.unwrap_or_else(|| panic!("client {number}: {:?}", router.drops()));
+            let packet = Packet::read(received(&sent)[0].1);
+            let port = |at: usize| u16::from_be_bytes([packet.l4[at], packet.l4[at + 1]]);
+            ((packet.src, port(0)), (packet.dst, port(2)))
+        };
+        let had: Vec<_> = (0..CLIENTS)
+            .map(|number| {
+                let (seen, backend) = open(&mut router, number, 40_000);
+                if shakes_hands {
+                    let device = if backend.0 == ip(BACKENDS[0][0]) { CLIENT_POD } else { SERVER_POD };
+                    assert_eq!(router.one(device, &between(SYN | ACK, backend, seen, [100, 10])).len(), 1);
+                    let ack = between(ACK, (client(number), 40_000), frontend, [10, 101]);
+                    assert_eq!(router.one(UPLINK, &ack).len(), 1);
+                }
+                backend.0
+            })
+            .collect();
+        let mut frames = Vec::new();
+        for made_up in 0..MADE_UP {
+            let source = (IpAddr::from((0xac15_0000 + made_up).to_be_bytes()), 50_000);
+            frames.push((UPLINK, between(SYN, source, frontend, [9, 0])));
+            if frames.len() == 64 {
+                router.turn(&frames);
+                frames.clear();
+            }
+        }
+        let has: Vec<_> = (0..CLIENTS).map(|number| open(&mut router, number, 41_000).1.0).collect();
+        assert_eq!(has == had, shakes_hands, "{had:?}, now {has:?}");
+        router.finish();
+    }
 }

@@ -18,7 +18,7 @@ use std::{
 use crate::node::{
     Namespace, Node, index_of, info_of, mac_of, run_tc, run_xdp, shell, skipped, tc_program, xdp_program,
 };
-use aya::programs::loaded_links;
+use aya::{TestRun as _, TestRunOptions, programs::loaded_links};
 use etherparse::PacketBuilder;
 use nix::net::if_::if_nametoindex;
 use weir_dataplane::{
@@ -133,6 +133,7 @@ fn node_owned() -> Owned {
             (Ipv4Addr::LOCALHOST.into(), Protocol::UDP, 30_053),
             (Ipv6Addr::from(NODE_V6).into(), Protocol::SCTP, 31_000),
         ],
+        governed: false,
     }
 }
 
@@ -448,6 +449,8 @@ const PORT: Expected = Expected(XDP_REDIRECT, XDP_DROP, Counter::UplinkTakenPort
 const TUNNEL: Expected = Expected(XDP_REDIRECT, XDP_DROP, Counter::UplinkTakenTunnel);
 const ICMP: Expected = Expected(XDP_REDIRECT, XDP_PASS, Counter::UplinkTakenIcmp);
 const FRAGMENT: Expected = Expected(XDP_REDIRECT, XDP_PASS, Counter::UplinkTakenFragment);
+const UNREAD: Expected = Expected(XDP_REDIRECT, XDP_DROP, Counter::UplinkTakenUnread);
+const TAGS: Expected = Expected(XDP_DROP, XDP_DROP, Counter::UplinkTagsDropped);
 
 const MACS: ([u8; 6], [u8; 6]) = ([0x0a, 0, 0, 0, 0, 1], [0x0a, 0, 0, 0, 0, 2]);
 
@@ -494,6 +497,21 @@ fn tagged(mut frame: Vec<u8>) -> Vec<u8> {
     frame
 }
 
+/// Behind so many priority tags, of IEEE 802.1Q and 802.1ad in turn, each of another priority.
+fn priority_tagged(mut frame: Vec<u8>, tags: u8) -> Vec<u8> {
+    for tag in 0..tags {
+        frame.splice(12..12, [[0x81, 0, tag << 5, 0], [0x88, 0xa8, 0xf0, 0]][usize::from(tag % 2)]);
+    }
+    frame
+}
+
+/// An IPv6 packet behind such a chain of destination options, of `8 * (units + 1)` bytes each.
+fn chained(to: [u8; 16], headers: usize, units: u8, protocol: u8, payload: &[u8]) -> Vec<u8> {
+    let (next, payload) =
+        (0..headers).fold((protocol, payload.to_vec()), |(next, payload), _| (60, extension(next, units, &payload)));
+    v6(to, next, 64, &payload)
+}
+
 fn uplink_cases() -> Vec<(&'static str, Vec<u8>, Expected)> {
     let (tcp, udp, sctp, icmp, ipip, icmpv6) = (6, 17, 132, 1, 4, 58);
     let echo = [8, 0, 0, 0, 0, 1, 0, 1];
@@ -527,8 +545,8 @@ fn uplink_cases() -> Vec<(&'static str, Vec<u8>, Expected)> {
         ("v4 node, TCP is not UDP's failsafe", v4(NODE, tcp, 0, &to_port(68)), PASSED),
         ("v4 pod, no failsafe", v4(POD, tcp, 0, &to_port(22)), PREFIX),
         ("v4 node, header options", options, PORT),
-        ("v4 node, a header shorter than a header", short_header, PASSED),
-        ("v4 node, ports cut off", v4(NODE, tcp, 0, &[0, 1, 2]), PASSED),
+        ("v4 node, a header shorter than a header", short_header, UNREAD),
+        ("v4 node, ports cut off", v4(NODE, tcp, 0, &[0, 1, 2]), UNREAD),
         ("v4 node, tunnel", v4(NODE, ipip, 0, &v4(POD, tcp, 0, &to_port(80))[14..]), TUNNEL),
         ("v4 node, fragmented tunnel", v4(NODE, ipip, 0x2000, &[0; 24]), TUNNEL),
         ("v4 node, echo", v4(NODE, icmp, 0, &echo), ICMP),
@@ -555,12 +573,27 @@ fn uplink_cases() -> Vec<(&'static str, Vec<u8>, Expected)> {
         ("v6 node, options, fragment", v6(NODE_V6, 60, 64, &extension(44, 2, &extension(udp, 0, &[]))), FRAGMENT),
         ("v6 node, owned port after options", v6(NODE_V6, 0, 64, &extension(tcp, 3, &to_port(30_000))), PORT),
         ("v6 node, after as many options as are looked through", v6(NODE_V6, four.0, 64, &four.1), PORT),
-        ("v6 node, after one more", v6(NODE_V6, 60, 64, &five), PASSED),
-        ("v6 node, options cut off", v6(NODE_V6, 0, 64, &[tcp]), PASSED),
-        ("v6 node, options beyond the end", v6(NODE_V6, 0, 64, &extension(tcp, 0, &[])), PASSED),
+        ("v6 node, after one more", v6(NODE_V6, 60, 64, &five), UNREAD),
+        ("v6 node, options cut off", v6(NODE_V6, 0, 64, &[tcp]), UNREAD),
+        ("v6 node, options beyond the end", v6(NODE_V6, 0, 64, &extension(tcp, 0, &[])), UNREAD),
+        ("v6 node, ICMP beyond the end", v6(NODE_V6, 0, 64, &extension(icmpv6, 0, &[128])), UNREAD),
+        ("v6 node, a long chain before a failsafe port", chained(NODE_V6, 9, 0, tcp, &to_port(22)), UNREAD),
+        ("v6 node, a long chain before a fragment", chained(NODE_V6, 5, 0, 44, &extension(udp, 0, &[])), UNREAD),
+        ("v6 node, no next header", v6(NODE_V6, 59, 64, &[]), PASSED),
         ("v6 cut off", v6(POD_V6, tcp, 64, &[])[..53].to_vec(), PASSED),
         ("ARP", [&[0xff; 6][..], &MACS.1, &[8, 6], &[0; 28]].concat(), PASSED),
         ("VLAN", tagged(v4(POD, tcp, 0, &to_port(80))), PASSED),
+        ("VLAN behind a priority tag", priority_tagged(tagged(v4(POD, tcp, 0, &to_port(80))), 1), PASSED),
+        ("priority tag, pod", priority_tagged(v4(POD, tcp, 0, &to_port(80)), 1), PREFIX),
+        ("priority tag, v6 pod", priority_tagged(v6(POD_V6, tcp, 64, &to_port(80)), 1), PREFIX),
+        ("priority tag, owned port", priority_tagged(v4(NODE, tcp, 0, &to_port(30_000)), 1), PORT),
+        ("priority tag, ordinary port", priority_tagged(v4(NODE, tcp, 0, &to_port(10_250)), 1), PASSED),
+        ("priority tag, failsafe port", priority_tagged(v6(NODE_V6, tcp, 64, &to_port(22)), 1), FAILSAFE),
+        ("priority tag, fragment", priority_tagged(v4(NODE, udp, 185, &[0; 8]), 1), FRAGMENT),
+        ("priority tag, ARP", priority_tagged([&[0xff; 6][..], &MACS.1, &[8, 6], &[0; 28]].concat(), 1), PASSED),
+        ("four priority tags", priority_tagged(v4(POD, tcp, 0, &to_port(80)), 4), PREFIX),
+        ("more than are looked through", priority_tagged(v4(POD, tcp, 0, &to_port(80)), 5), TAGS),
+        ("more, to an ordinary port", priority_tagged(v4(NODE, tcp, 0, &to_port(10_250)), 9), TAGS),
         ("LLDP", [&[1, 0x80, 0xc2, 0, 0, 0xe][..], &MACS.1, &[0x88, 0xcc], &[0; 40]].concat(), PASSED),
     ]
 }
@@ -646,9 +679,143 @@ fn judges_all_cases(attachment: &mut Attachment, index: u32, hook: UplinkHook, l
                 .filter(|(counter, _)| after.get(*counter) != before.get(*counter))
                 .map(|(c, _)| c)
                 .collect();
+            counted.sort_by_key(|counter| *counter as u32);
             assert_eq!(gained, counted, "{hook:?}, {name}, socket: {with_socket}");
         }
     }
+}
+
+#[test]
+fn what_is_taken_has_no_priority_tags_any_more() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let outside = Namespace::new();
+    node.connect("up0", &outside);
+    node.run(|| {
+        let mut attachment = node.open();
+        let index = index_of("up0");
+        attachment.set_owned(&node_owned()).unwrap();
+        for (hook, pin) in
+            [(UplinkHook::Xdp, format!("uplink_{index}")), (UplinkHook::Tc, format!("uplink_carry_{index}"))]
+        {
+            attachment.attach_uplink(index, "up0", Some(hook)).unwrap();
+            let socket = xdp_socket();
+            attachment.register_socket(SocketDevice::Uplink(index), 0, socket.as_fd()).unwrap();
+            attachment.register_socket(SocketDevice::Trunk, 0, socket.as_fd()).unwrap();
+            let link = node.pins.join(pin);
+            for (name, frame) in [
+                ("v4", v4(POD, 6, 0, &to_port(80))),
+                ("v6", v6(POD_V6, 6, 64, &to_port(80))),
+                ("v6, a chain", chained(NODE_V6, 6, 9, 6, &to_port(80))),
+            ] {
+                for tags in 0..=4 {
+                    let left = frame_after(&link, hook, &priority_tagged(frame.clone(), tags), index);
+                    // Of what goes to a worker by the trunk, the destination tells whose it is.
+                    assert_eq!(left[6..], frame[6..], "{hook:?}, {name}, {tags} tags");
+                }
+            }
+        }
+    });
+}
+
+/// What a frame has become when a pinned link's program is done with it.
+fn frame_after(link: &Path, hook: UplinkHook, frame: &[u8], device: u32) -> Vec<u8> {
+    let mut left = vec![0; 4096];
+    let context = [0, frame.len() as u32, 0, device, 0, 0].map(u32::to_ne_bytes).concat();
+    let options = TestRunOptions { data_in: Some(frame), data_out: Some(&mut left), ..TestRunOptions::new() };
+    let result = match hook {
+        UplinkHook::Xdp => xdp_program(link).test_run(TestRunOptions { ctx_in: Some(&context), ..options }),
+        UplinkHook::Tc => tc_program(link).test_run(options),
+    };
+    let bytes = result.expect("a test run").data_size_out as usize;
+    left.truncate(bytes);
+    left
+}
+
+#[test]
+fn fragments_to_the_node_end_with_the_router_where_a_host_endpoint_governs() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let outside = Namespace::new();
+    node.connect("up0", &outside);
+    node.run(|| {
+        let mut attachment = node.open();
+        let index = index_of("up0");
+        attachment.attach_uplink(index, "up0", Some(UplinkHook::Xdp)).unwrap();
+        let link = node.pins.join(format!("uplink_{index}"));
+        let fragments = [
+            v4(NODE, 17, 185, &[0; 8]),
+            v4(NODE, 17, 0x2000, &to_port(68)),
+            v6(NODE_V6, 44, 64, &extension(17, 0, &[])),
+        ];
+        for (governed, action) in [(false, XDP_PASS), (true, XDP_DROP), (false, XDP_PASS)] {
+            attachment.set_owned(&Owned { governed, ..node_owned() }).unwrap();
+            for frame in &fragments {
+                assert_eq!(test_run(&link, frame, index, 0), action, "governed: {governed}");
+            }
+            // The node stays reachable.
+            assert_eq!(test_run(&link, &v4(NODE, 1, 0, &[8, 0, 0, 0, 0, 1, 0, 1]), index, 0), XDP_PASS);
+            assert_eq!(test_run(&link, &v4(NODE, 6, 0, &to_port(22)), index, 0), XDP_PASS);
+        }
+    });
+}
+
+#[test]
+fn a_nic_is_told_to_leave_tags_in_the_frames_where_xdp_takes_them() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let outside = Namespace::new();
+    node.connect("up0", &outside);
+    node.run(|| {
+        let mut attachment = node.open();
+        let index = index_of("up0");
+        let takes_off = || shell("ethtool -k up0").contains("rx-vlan-offload: on");
+        assert!(takes_off(), "a veth does, as most NICs");
+        attachment.attach_uplink(index, "up0", Some(UplinkHook::Tc)).unwrap();
+        assert!(takes_off(), "the kernel knows the tag at tc");
+        attachment.attach_uplink(index, "up0", Some(UplinkHook::Xdp)).unwrap();
+        assert!(!takes_off());
+        let reason = |attachment: &Attachment| {
+            attachment.modes().into_iter().find(|mode| mode.device == "up0").expect("it is reported").reason
+        };
+        assert!(reason(&attachment).contains("rxvlan off"), "it is said");
+        attachment.attach_uplink(index, "up0", Some(UplinkHook::Xdp)).unwrap();
+        assert!(!reason(&attachment).contains("rxvlan off"), "once");
+    });
+}
+
+#[test]
+fn a_device_made_of_others_is_taken_at_tc() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    node.run(|| {
+        let mut attachment = node.open();
+        attachment.set_owned(&node_owned()).unwrap();
+        for kind in ["bond", "team"] {
+            let name = format!("{kind}7");
+            // Not every kernel can make them.
+            if !Command::new("ip").args(["link", "add", &name, "type", kind]).status().unwrap().success() {
+                eprintln!("this kernel has no {kind}");
+                continue;
+            }
+            let index = index_of(&name);
+            assert!(matches!(
+                attachment.attach_uplink(index, &name, Some(UplinkHook::Xdp)),
+                Err(AttachError::RunsInSlaves { .. })
+            ));
+            assert_eq!(attachment.attach_uplink(index, &name, None).unwrap(), UplinkHook::Tc);
+            let mode = attachment.modes().into_iter().find(|mode| mode.device == name).expect("it is reported");
+            assert!(mode.reason.contains("devices below it"), "{mode:?}");
+        }
+    });
 }
 
 #[test]
@@ -1014,6 +1181,7 @@ fn what_stays_owned_is_owned_at_every_moment() {
             ports: vec![(Protocol::TCP, 30_000..=30_000), (Protocol::TCP, 40_000..=50_000)],
             failsafe_ports: vec![(Protocol::TCP, 22), (Protocol::TCP, 179)],
             own_ports: Vec::new(),
+            governed: true,
         };
         attachment.set_owned(&one).unwrap();
         attachment.attach_uplink(index, "up0", None).unwrap();
@@ -1054,8 +1222,9 @@ fn what_stays_owned_is_owned_at_every_moment() {
         assert_eq!(action(v4(NODE, 6, 0, &to_port(45_000))), XDP_DROP);
         assert_eq!(action(v6(NODE_V6, 4, 64, &[])), XDP_PASS);
         attachment.set_owned(&Owned::default()).unwrap();
-        for (name, frame, _) in uplink_cases() {
-            assert_eq!(action(frame), XDP_PASS, "{name}: nothing is owned");
+        for (name, frame, Expected(_, _, cause)) in uplink_cases() {
+            let expected = if cause == Counter::UplinkTagsDropped { XDP_DROP } else { XDP_PASS };
+            assert_eq!(action(frame), expected, "{name}: nothing is owned");
         }
         attachment.set_owned(&one).unwrap();
         for (name, frame, Expected(_, untaken, _)) in uplink_cases() {
@@ -1151,6 +1320,12 @@ fn what_cannot_work_is_refused_with_a_reason() {
         assert!(matches!(
             attachment.attach_uplink(index_of(ROUTER_END), ROUTER_END, None),
             Err(AttachError::Occupied { .. })
+        ));
+        shell("ip link add narrow numrxqueues 1 type veth peer name wide numtxqueues 4; ethtool -L wide tx 4");
+        shell("ip link set narrow up; ip link set wide up");
+        assert!(matches!(
+            attachment.attach_uplink(index_of("narrow"), "narrow", xdp),
+            Err(AttachError::FewerQueues { .. })
         ));
         assert!(attachment.pinned_uplinks().unwrap().is_empty());
     });

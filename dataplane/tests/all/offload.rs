@@ -291,6 +291,7 @@ impl<'a> Kernel<'a> {
                 .collect(),
             failsafe_ports: Vec::new(),
             own_ports: Vec::new(),
+            governed: false,
         };
         attachment.set_owned(&owned).unwrap();
         let classifier = |pin: &str, name: &'static str| {

@@ -91,6 +91,35 @@ fn a_flood_of_one_kind_of_answer_takes_nothing_from_the_other() {
     }
 }
 
+/// What one pod causes takes nothing from another's, and what it is told of TTLs nothing from path MTU discovery.
+#[test]
+fn a_flood_of_one_pod_takes_nothing_from_the_others() {
+    for family in 0..2 {
+        let mut router = router();
+        let late = Packet { ttl: 1, ..first(family, UDP) };
+        let late = Packet { dst: ip(["192.168.10.100", "fd00:10::100"][family]), ..late };
+        assert_eq!(told(&mut router, &late, BURST + 4 * TURN), BURST);
+        assert_eq!(told(&mut router, &first(family, UDP), TURN), 0, "its share is used up");
+        // Larger than what goes by the uplink takes.
+        let l4 = [&[0x13, 0x88, 0, 53][..], &1600_u16.to_be_bytes(), &[0; 1594]].concat();
+        let long = Packet { ttl: 64, l4, ..late.clone() };
+        let mut frame = long.frame();
+        if family == 0 {
+            // Not to be fragmented.
+            frame[20] |= 0x40;
+            frame[24..26].fill(0);
+            let checksum = !sum(&frame[14..34]);
+            frame[24..26].copy_from_slice(&checksum.to_be_bytes());
+        }
+        let sent = router.one(CLIENT_POD, &frame);
+        assert_eq!((sent.len(), sent[0].0), (1, CLIENT_POD), "too big is told");
+        let other = Packet { src: ip(["10.1.1.20", "fd00:1:1::20"][family]), ..first(family, UDP) };
+        let sent = router.one(SERVER_POD, &other.frame());
+        assert_eq!((sent.len(), sent[0].0), (1, SERVER_POD), "another pod is told");
+        router.finish();
+    }
+}
+
 /// What the manifests still say of a pod that is gone makes it no other's.
 #[test]
 fn a_pod_of_this_node_without_a_device_is_unreachable_where_all_devices_are_known() {

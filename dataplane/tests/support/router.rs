@@ -356,6 +356,15 @@ impl Router {
         self.worker.events.try_iter().filter_map(asked).collect()
     }
 
+    /// Whose MAC addresses were told since this was asked last.
+    pub fn learned(&self) -> Vec<(IfIndex, IpAddr)> {
+        let learned = |event| match event {
+            Event::Learned { device, address, .. } => Some((device, address)),
+            Event::Logged(_) | Event::Resolve { .. } => None,
+        };
+        self.worker.events.try_iter().filter_map(learned).collect()
+    }
+
     pub fn totals(&self) -> Totals {
         self.worker.pipeline.totals()
     }

@@ -111,6 +111,7 @@ pub(super) fn owned(loaded: &Loaded, rules: &Rules, snat: &SnatPorts, forwarding
         ports: node_ports.chain(snat).chain(all_ports).collect(),
         failsafe_ports: failsafes.map(|failsafe| (failsafe.protocol, failsafe.port)).collect(),
         own_ports: rules.services.own_frontends().to_vec(),
+        governed,
     }
 }
 
