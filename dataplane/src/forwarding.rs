@@ -457,7 +457,7 @@ impl Forwarding {
     }
 
     /// The tunnel to an address of that node's pods, where its pool wants one.
-    fn tunnel<A: Routed>(&self, node: NodeId, address: A) -> Option<&AdjacencyId> {
+    fn tunnel<A: Routed>(&self, node: NodeId, address: A) -> Option<&Way> {
         let family = A::family(self);
         let is_wanted = match family.pools.get(address).map_or(TunnelMode::Never, |pool| pool.ipip) {
             TunnelMode::Never => false,

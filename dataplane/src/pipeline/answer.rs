@@ -14,8 +14,8 @@ use crate::{
     driver::Driver,
     forwarding::AdjacencyId,
     frame::{ONE_FRAME_BYTES, Packet},
-    next_hops,
     model::Role,
+    next_hops,
     tables::Family,
 };
 

@@ -14,7 +14,7 @@ use crate::{
     counters::Counter,
     decide::{self, Verdict},
     driver::Driver,
-    forwarding::{Adjacency, AdjacencyId, Route, host_source},
+    forwarding::{Adjacency, AdjacencyId, Route},
     frame::{IfIndex, Packet},
     next_hops,
     tables::Family,
