@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::tree::Node;
+use super::tree::{Node, Value};
 
 /// A place in a file: bytes `start..end` of file number `file` (see [`super::Problems::source`]).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash, PartialOrd, Ord)]
@@ -66,7 +66,7 @@ impl Source {
             return Some(Arc::clone(tree));
         }
         let tree = Arc::new(read(self.slice(part))?);
-        if tree.get("items").is_some() {
+        if tree.get("items").is_some() || matches!(tree.value, Value::List(_)) {
             *kept = Some((part, Arc::clone(&tree)));
         }
         Some(tree)
