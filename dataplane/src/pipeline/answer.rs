@@ -10,6 +10,7 @@ use weir_packet::{
 use super::Handler;
 use crate::{
     counters::Counter,
+    decide,
     driver::Driver,
     forwarding::RouteKind,
     frame::{ONE_FRAME_BYTES, Packet},
@@ -18,9 +19,20 @@ use crate::{
 
 // Each returns why the packet is dropped.
 impl<D: Driver> Handler<'_, D> {
-    /// Tells the sender of a packet that may not go on: TCP by a RST, others by an ICMP error.
+    /// Tells the sender of a packet that may not go on: TCP by a RST, others by an ICMP error. An external or load balancer IP answers an echo
+    /// request itself.
     #[cold]
     pub(super) fn reject<A: Family>(&mut self, packet: &Packet, view: &View<A>, reason: DropReason) -> DropReason {
+        let services = self.context.snapshot.rules.services.services::<A>();
+        if reason == DropReason::UnpublishedPort
+            && decide::is_echo_request(&view.key)
+            && services.is_external(view.key.dst)
+        {
+            if self.pipeline.errors.take(self.context.now) {
+                self.answer(packet, view.key.src, |out, frame, _| build::echo_reply(out, frame, view));
+            }
+            return reason;
+        }
         let error = match reason {
             DropReason::NoSuchPod => IcmpError::HostUnreachable,
             DropReason::NoRoute => IcmpError::NetUnreachable,
