@@ -24,6 +24,7 @@ mod lints;
 mod local_pods;
 mod policy;
 mod review;
+mod services;
 mod start;
 
 const WEIR: &str = "nodeName: node-a\nmanifests: [cluster.yaml]\n";
