@@ -261,7 +261,7 @@ fn text_tells_why_and_where_it_stands() {
         CLUSTER,
         &[
             "service   shop/web:http (cluster.yaml:8) has the address, but no service has the port",
-            "verdict   rejected, UnpublishedPort: A packet to a port of a cluster IP that its service does not publish; it was answered by a reject.",
+            "verdict   rejected, UnpublishedPort: A packet to an address of a service, at a port that no service publishes there.",
         ],
     );
     // Policy Local, and one backend each that is here, elsewhere, nowhere, and not ready.
