@@ -261,7 +261,7 @@ fn text_tells_why_and_where_it_stands() {
         CLUSTER,
         &[
             "service   shop/web:http (cluster.yaml:8) has the address, but no service has the port",
-            "verdict   rejected, UnpublishedPort: A packet to a port of a cluster IP that its service does not publish; it was answered by a reject.",
+            "verdict   rejected, UnpublishedPort: A packet to an address of a service, at a port that no service publishes there.",
         ],
     );
     // Policy Local, and one backend each that is here, elsewhere, nowhere, and not ready.
@@ -278,7 +278,7 @@ fn text_tells_why_and_where_it_stands() {
             "1 usable backend on this node: externalTrafficPolicy is Local",
             "not used: 10.1.1.22:8080: on node-b, not on this node",
             "not used: 10.1.1.23:8080: without nodeName, so never local",
-            "not used: 10.1.1.24:8080: not serving",
+            "not used: 10.1.1.24:8080: not ready",
             "picked 10.1.1.21:8080, at random",
             "not masqueraded: the backend sees the source itself",
         ],
@@ -288,7 +288,7 @@ fn text_tells_why_and_where_it_stands() {
         &local,
         &[
             "3 usable backends of the whole cluster: externalTrafficPolicy Local does not bind pods",
-            "not used: 10.1.1.24:8080: not serving",
+            "not used: 10.1.1.24:8080: not ready",
             "not masqueraded: the backend sees the source itself",
         ],
     );

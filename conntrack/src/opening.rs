@@ -21,7 +21,7 @@ pub enum Opening {
 impl Observed {
     /// Whether a packet with that key and no connection may open one.
     pub fn opening<A: Address>(&self, key: &FlowKey<A>) -> Opening {
-        let icmp_type = key.ports.destination();
+        let (icmp_type, _) = key.ports.icmp(key.protocol);
         match key.protocol {
             Protocol::TCP if !self.flags_possible() => Opening::Never,
             Protocol::TCP => match self.tcp_flags & (SYN | RST | FIN | ACK) {

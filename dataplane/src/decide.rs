@@ -123,6 +123,19 @@ pub fn decide<'s, A: Routed>(
         }
     };
     match service {
+        // The router that sent it here would get it back, again and again until its TTL ends.
+        ServiceDecision::NotAService
+            if from == Origin::Uplink
+                && before != Before::Untracked
+                && snapshot.rules.services.services::<A>().is_external(key.dst) =>
+        {
+            decision.verdict = match key.protocol {
+                Protocol::TCP => Verdict::Reject(DropReason::UnpublishedPort),
+                _ if is_echo_request(key) => Verdict::Reject(DropReason::UnpublishedPort),
+                _ => Verdict::Drop(DropReason::UnpublishedPort),
+            };
+            return decision;
+        }
         ServiceDecision::NotAService => {}
         ServiceDecision::Translate { backend, masquerade, candidates, service, slot, choice } => {
             decision.choice = choice;
@@ -206,6 +219,11 @@ pub(crate) fn refused(refusal: Refusal) -> Verdict {
         Refusal::Unreachable => Verdict::Reject(DropReason::RouteUnreachable),
         Refusal::Prohibit => Verdict::Reject(DropReason::RouteProhibited),
     }
+}
+
+/// Whether it asks for an echo (RFC 792, RFC 4443), which an address of the node's services gives.
+pub fn is_echo_request<A: Routed>(key: &FlowKey<A>) -> bool {
+    matches!((key.protocol, key.ports.icmp(key.protocol).0), (Protocol::ICMP, 8) | (Protocol::ICMPV6, 128))
 }
 
 /// The source that a masqueraded connection from there takes if it leaves by that adjacency.

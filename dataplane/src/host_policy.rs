@@ -6,7 +6,8 @@
 //! DefaultEndpointToHostAction instead of its normal policy.
 //!
 //! Failsafe ports are spared by each kind of policy, with the port that this kind sees: the frontend's before services, the backend's
-//! behind them. They are the node's own: what is forwarded has none.
+//! behind them. They are the node's own: what is forwarded has none. So are answers that come from such a port, or of one, as a rule past
+//! any connection that weir knows of.
 //!
 //! An Allow of untracked policy or of policy before DNAT is the last word of that host endpoint, not of the pods' own policy.
 
@@ -116,10 +117,16 @@ fn before<A: Routed>(
         return Ok(Before::Nothing);
     }
     let endpoint = snapshot.rules.host.policy(number)?;
+    let answers = answered_failsafe(snapshot, direction, key).is_some();
     if !matches!(arrival.origin, Origin::Workload(_))
+        && !answers
         && asking.untracked(endpoint, direction, key, arrival.origin == Origin::Host || is_for_host)?
     {
         return Ok(Before::Untracked);
+    }
+    // A service's port is none that the node asks from.
+    if answers && !snapshot.rules.services.services::<A>().claims(key) {
+        return Ok(Before::Nothing);
     }
     let asking = Asking { snapshot, host };
     if direction == PolicyDirection::Ingress && asking.ask(endpoint, HostStage::PreDnat, direction, key)?.is_some() {
@@ -135,7 +142,11 @@ pub fn is_untracked<A: Routed>(snapshot: &Snapshot, arrival: Arrival, key: &Flow
     let endpoint = arriving(&snapshot.forwarding, arrival).and_then(|number| rules.host.policy(number).ok());
     endpoint.is_some_and(|endpoint| {
         let judged = rules.policy.judge_host(endpoint, HostStage::Untracked, PolicyDirection::Ingress, key);
-        judged.is_some() && !is_failsafe(snapshot, PolicyDirection::Ingress, key)
+        let is_spared = || {
+            is_failsafe(snapshot, PolicyDirection::Ingress, key)
+                || answered_failsafe(snapshot, PolicyDirection::Ingress, key).is_some()
+        };
+        judged.is_some() && !is_spared()
     })
 }
 
@@ -150,30 +161,50 @@ fn is_failsafe<A: Routed>(snapshot: &Snapshot, direction: PolicyDirection, key: 
     failsafes.iter().any(|failsafe| failsafe.takes(key.protocol, key.ports.destination(), peer.to_ip()))
 }
 
-/// Whether a failsafe port spares a packet what a host endpoint's policy might have said of it; for explanations. `translated` is after DNAT.
-pub fn is_spared<A: Routed>(
+/// The failsafe port of which a packet to the node itself, or from it, may be an answer: one that the node asked, or one of its own. No
+/// connection of weir's tells of it, as the node's own packets leave past weir.
+fn answered_failsafe<A: Routed>(snapshot: &Snapshot, direction: PolicyDirection, key: &FlowKey<A>) -> Option<u16> {
+    let settings = &snapshot.rules.host.settings;
+    let (failsafes, peer) = match direction {
+        PolicyDirection::Ingress if !snapshot.forwarding.is_local(key.dst) => return None,
+        PolicyDirection::Ingress => (&settings.failsafe_outbound, key.src),
+        PolicyDirection::Egress => (&settings.failsafe_inbound, key.dst),
+    };
+    // The kernel asks from ports that nobody listens on.
+    let is_listened_to = direction == PolicyDirection::Ingress
+        && key.protocol == Protocol::TCP
+        && snapshot.forwarding.listens(key.ports.destination());
+    if is_listened_to {
+        return None;
+    }
+    let port = key.ports.source();
+    failsafes.iter().any(|failsafe| failsafe.takes(key.protocol, port, peer.to_ip())).then_some(port)
+}
+
+/// The failsafe port that spares a packet what a host endpoint's policy might have said of it; for explanations. `translated` is after DNAT.
+pub fn spared<A: Routed>(
     snapshot: &Snapshot,
     arrival: Arrival,
     key: &FlowKey<A>,
     translated: &FlowKey<A>,
     route: Route,
-) -> bool {
+) -> Option<u16> {
     let (endpoint, direction) = match arrival.origin {
         Origin::Uplink | Origin::Forwarded { .. } => {
             (arriving(&snapshot.forwarding, arrival), PolicyDirection::Ingress)
         }
         Origin::Host => (leaving(snapshot, arrival, translated, route), PolicyDirection::Egress),
-        Origin::Workload(_) => return false,
+        Origin::Workload(_) => return None,
     };
-    endpoint.is_some() && [key, translated].into_iter().any(|key| is_failsafe(snapshot, direction, key))
+    endpoint?;
+    let opened = [key, translated].into_iter().find(|key| is_failsafe(snapshot, direction, key));
+    opened.map(|key| key.ports.destination()).or_else(|| answered_failsafe(snapshot, direction, translated))
 }
 
-/// Whether a packet for the node itself may be an answer to what a failsafe port lets it ask: a port that no connection of weir's
-/// tells of, as the node's own packets leave past weir.
+/// Whether a packet for the node itself may be an answer to what a failsafe port lets it ask.
 #[cold]
 pub fn may_answer_failsafe<A: Routed>(snapshot: &Snapshot, key: &FlowKey<A>) -> bool {
-    let failsafes = &snapshot.rules.host.settings.failsafe_outbound;
-    failsafes.iter().any(|failsafe| failsafe.takes(key.protocol, key.ports.source(), key.src.to_ip()))
+    answered_failsafe(snapshot, PolicyDirection::Ingress, key).is_some()
 }
 
 /// Policy for what is forwarded, or for what is the node's own, and DefaultEndpointToHostAction; `translated` is after DNAT.
@@ -205,7 +236,9 @@ fn after<A: Routed>(
     let rules = &snapshot.rules.host;
     let mut ask = |number: Option<HostEndpointNumber>, stage: HostStage, direction: PolicyDirection| {
         let Some(number) = number else { return Ok(()) };
-        if stage == HostStage::Local && is_failsafe(snapshot, direction, key) {
+        let is_spared =
+            || is_failsafe(snapshot, direction, key) || answered_failsafe(snapshot, direction, key).is_some();
+        if stage == HostStage::Local && is_spared() {
             return Ok(());
         }
         let asking = Asking { snapshot, host: &mut *host };

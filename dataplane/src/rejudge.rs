@@ -32,6 +32,9 @@ const QUIET_TICKS: u32 = (2_000_000_000 / Tick::NS) as u32;
 /// | [`Claim::Moves`] | opens anew | opens anew | opens anew | opens anew | cuts it |
 /// | [`Claim::OpensAgain`] | opens anew | goes on | opens anew | opens anew | opens anew, and is judged as a first packet |
 ///
+/// A connection rides on also where no service is left at its frontend, unless this node knows that the pod is gone: whoever takes a service
+/// away takes no pod away.
+///
 /// A masqueraded connection's way out has changed where it would get another source address now. Where the node does not even have the one
 /// that it got, that is as if its backend were gone.
 ///
@@ -175,7 +178,13 @@ fn judge_again<A: Routed>(conn: &ConnRef<'_, A>, claim: Claim, snapshot: &Snapsh
         true => services.standing(&original, translated.dst, translated.ports.destination()),
         false => Standing::Stays,
     };
-    if standing == Standing::Gone {
+    // A service that is gone takes its slices along, and not its pods: what both ends know goes on, as with kube-proxy. Of pods of other nodes
+    // nobody here knows more than that.
+    let rides_on = claim == Claim::Rides
+        && is_connection(original.protocol)
+        && !services.is_served(&original)
+        && forwarding.route(translated.dst) != Route::NoSuchPod;
+    if standing == Standing::Gone && !rides_on {
         return Err(match claim {
             Claim::Opens | Claim::Moves | Claim::OpensAgain => Rejudged::Anew,
             Claim::Rides if original.protocol == Protocol::TCP => Rejudged::Reset(DropReason::BackendGone),

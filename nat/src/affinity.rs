@@ -156,7 +156,7 @@ impl<A: Address> Clients<A> {
                 index
             }
             // Where there is none, it is remembered when its connection comes about.
-            None => match self.place_for_another(&*bucket, now, |place| !place.is_proven) {
+            None => match self.place_for_another(&bucket, now, |place| !place.is_proven) {
                 Some(index) => index,
                 None => return true,
             },
@@ -197,8 +197,8 @@ impl<A: Address> Clients<A> {
             place.is_proven = true;
             return;
         }
-        let place = self.place_for_another(&*bucket, now, |place| !place.is_proven);
-        if let Some(index) = place.or_else(|| self.place_for_another(&*bucket, now, |_| true)) {
+        let place = self.place_for_another(&bucket, now, |place| !place.is_proven);
+        if let Some(index) = place.or_else(|| self.place_for_another(&bucket, now, |_| true)) {
             let forget_at = forget_at(timeout_seconds, now);
             bucket[index] = Place { service, client, backend, forget_at, port, is_proven: true };
         }

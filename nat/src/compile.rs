@@ -319,11 +319,12 @@ pub(crate) enum Condition {
 
 impl Condition {
     fn of(endpoint: &Endpoint) -> Self {
-        match (endpoint.serving, endpoint.ready, endpoint.terminating) {
-            (false, ..) => Self::Unusable,
-            (true, true, _) => Self::Ready,
-            (true, false, true) => Self::Terminating,
-            (true, false, false) => Self::Serving,
+        match (endpoint.ready, endpoint.serving, endpoint.terminating) {
+            // Whether it serves is asked of those only that are not ready: publishNotReadyAddresses gives `ready: true, serving: false`.
+            (true, ..) => Self::Ready,
+            (false, false, _) => Self::Unusable,
+            (false, true, true) => Self::Terminating,
+            (false, true, false) => Self::Serving,
         }
     }
 

@@ -398,6 +398,17 @@ impl<A: Address> Services<A> {
         self.is_frontend(key.dst) || self.target(key).is_some()
     }
 
+    /// Whether the address is an external or load balancer IP, and none of this node's own.
+    #[inline]
+    pub fn is_external(&self, address: A) -> bool {
+        matches!(self.addresses.get(&address), Some(Claim::External))
+    }
+
+    /// Whether a service is reached at this destination and port.
+    pub fn is_served(&self, key: &FlowKey<A>) -> bool {
+        self.target(key).is_some()
+    }
+
     /// What has become of the backend of a connection from before a change: `frontend` is its original key, `backend` and `port`
     /// what it was sent to.
     ///

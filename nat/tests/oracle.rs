@@ -45,11 +45,11 @@ fn once<'a>(model: &'a Model, service: &'a ServicePort, family: IpAddr) -> Vec<&
     for endpoint in service.endpoints.iter().filter(|endpoint| same_family(endpoint.address, family)) {
         // Ready before terminating before the rest; here before there.
         let worth = |one: &Endpoint| {
-            let condition = match (one.serving, one.ready, one.terminating) {
-                (true, true, _) => 3,
-                (true, false, true) => 2,
-                (true, false, false) => 1,
-                (false, ..) => 0,
+            let condition = match (one.ready, one.serving, one.terminating) {
+                (true, ..) => 3,
+                (false, true, true) => 2,
+                (false, true, false) => 1,
+                (false, false, _) => 0,
             };
             (condition, one.node_name.as_deref() == Some(&model.node_name))
         };
@@ -66,7 +66,7 @@ fn once<'a>(model: &'a Model, service: &'a ServicePort, family: IpAddr) -> Vec<&
 fn lists<'a>(model: &'a Model, service: &'a ServicePort, family: IpAddr) -> [Vec<&'a Endpoint>; 2] {
     let once = once(model, service, family);
     let or_terminating = |of: &[&'a Endpoint]| -> (Vec<&'a Endpoint>, bool) {
-        let ready: Vec<_> = of.iter().copied().filter(|one| one.serving && one.ready).collect();
+        let ready: Vec<_> = of.iter().copied().filter(|one| one.ready).collect();
         if !ready.is_empty() {
             return (ready, true);
         }
@@ -196,10 +196,10 @@ fn standing(model: &Model, key: (Protocol, IpAddr, IpAddr, u16), backend: (IpAdd
         Verdict::Translate(list, ..) => list,
         _ => BTreeSet::new(),
     };
-    match (one.serving, one.ready, one.terminating) {
-        (false, ..) if protocol == Protocol::UDP => Standing::Gone,
+    match (one.ready, one.serving, one.terminating) {
+        (false, false, _) if protocol == Protocol::UDP => Standing::Gone,
         // Source ranges say who may open a connection, not where it would come to.
-        (true, false, true) if !list.is_empty() && !list.contains(&backend) => Standing::Drains,
+        (false, true, true) if !list.is_empty() && !list.contains(&backend) => Standing::Drains,
         _ => Standing::Stays,
     }
 }

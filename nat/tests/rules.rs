@@ -26,6 +26,7 @@ in_both_families! {
     rule_02_of_two_listings_the_usable_one_counts,
     rule_03_local_means_this_node_by_name,
     rule_04_ready_backends_or_else_terminating_ones_per_list,
+    rule_04_what_is_ready_is_used_whatever_it_serves,
     rule_05_unusable_backends_do_not_exist,
     rule_06_zone_hints_filter_only_if_all_have_them,
     rule_07_node_hints_come_first,
@@ -92,10 +93,20 @@ fn rule_04_ready_backends_or_else_terminating_ones_per_list<A: Carried>() {
     assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&["10.1.0.1:8080", "10.1.0.3:8080"], false));
 }
 
+/// publishNotReadyAddresses gives `ready: true` of pods that do not serve, and of those that terminate.
+fn rule_04_what_is_ready_is_used_whatever_it_serves<A: Carried>() {
+    let unserving = Endpoint { serving: false, ..on("node-a", "10.1.0.1") };
+    let leaving = Endpoint { serving: false, terminating: true, ..on("node-b", "10.1.0.2") };
+    let both = ["10.1.0.1:8080", "10.1.0.2:8080"];
+    let model = policies(world(vec![unserving, leaving]), Cluster, Local);
+    assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&both, false));
+    assert_eq!(tcp::<A>(&model, OUTSIDE, (LOAD_BALANCER_IP, 80)), forward(&both[..1], false));
+}
+
 fn rule_05_unusable_backends_do_not_exist<A: Carried>() {
     let gone = Endpoint { ready: false, serving: false, terminating: true, ..on("node-b", "10.1.0.1") };
     let not_ready = Endpoint { ready: false, serving: true, terminating: false, ..on("node-b", "10.1.0.2") };
-    let not_serving = Endpoint { serving: false, ..on("node-b", "10.1.0.3") };
+    let not_serving = Endpoint { ready: false, serving: false, ..on("node-b", "10.1.0.3") };
     for endpoint in [gone, not_ready, not_serving, unready(on("node-b", "10.1.0.4"))] {
         // With policy Local a backend that counted as existing would make this a drop.
         let model = policies(world(vec![endpoint.clone()]), Local, Local);

@@ -19,8 +19,7 @@ pub fn write(Logged { entry, rules, suppressed }: &Logged) {
     };
     let (source_port, destination_port) = (entry.ports.source(), entry.ports.destination());
     let ports = entry.protocol.has_ports().then_some((source_port, destination_port));
-    // Of ICMP the type stands for the destination port.
-    let icmp_type = entry.protocol.is_icmp().then_some(destination_port);
+    let icmp = entry.protocol.is_icmp().then(|| entry.ports.icmp(entry.protocol));
     info!(
         policy = name,
         rule = number,
@@ -33,7 +32,8 @@ pub fn write(Logged { entry, rules, suppressed }: &Logged) {
         proto = %entry.protocol,
         sport = ports.map(|(source, _)| source),
         dport = ports.map(|(_, destination)| destination),
-        icmp_type,
+        icmp_type = icmp.map(|(icmp_type, _)| icmp_type),
+        icmp_code = icmp.map(|(_, code)| code),
         suppressed = (*suppressed > 0).then_some(*suppressed),
         "connection logged"
     );

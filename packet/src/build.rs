@@ -395,6 +395,35 @@ pub fn icmp_error<A: Address>(
     Some(answer.frame_bytes())
 }
 
+/// Answers an echo request from the address that it was sent to (RFC 792; RFC 4443, 4.2).
+///
+/// Never one with a wrong checksum, a fragment, or one to a group.
+///
+/// # Panics
+/// Where `frame` is not the whole one.
+pub fn echo_reply<A: Address>(out: &mut [u8], frame: &[u8], view: &View<A>) -> Option<usize> {
+    let (request, reply) = if A::WORDS == 1 { (8, 0) } else { (128, 129) };
+    let key = &view.key;
+    if view.kind != Kind::Flow
+        || view.icmp(frame).is_none_or(|(icmp_type, _)| icmp_type != request)
+        || !may_be_answered(key.src)
+        || key.dst.is_multicast_or_broadcast()
+        || !l4_checksum_ok(frame, view)
+    {
+        return None;
+    }
+    let message = &frame[usize::from(view.l4)..usize::from(view.end)];
+    let (to, from) = (source_mac(frame)?, destination_mac(frame)?);
+    let mut answer = Builder::new(out, to, from, key.dst, key.src, A::ICMP, message.len())?;
+    answer.set_tos(view.tos);
+    let l4 = answer.l4();
+    l4.copy_from_slice(message);
+    l4[0] = reply;
+    l4[2..4].fill(0);
+    answer.finish(2);
+    Some(answer.frame_bytes())
+}
+
 /// Splits an IPv4 packet into fragments of at most `mtu` bytes, header included (RFC 791, 3.2); each is given to `emit` as
 /// its header, with options, and its payload, a part of `frame`. A fragment may be split further.
 ///

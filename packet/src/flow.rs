@@ -50,12 +50,13 @@ impl Protocol {
     }
 
     /// Whether ICMP messages of that type carry the identifier that tells one's requests, and the replies to them, from another's: echo,
-    /// timestamp, information and address mask (RFC 792, RFC 950), ICMPv6's echo (RFC 4443). It stands for their source port.
+    /// timestamp, information and address mask (RFC 792, RFC 950), ICMPv6's echo (RFC 4443). It stands for their source port. The type may
+    /// be given as it stands in a key, with the code.
     #[inline]
     pub const fn has_identifier(self, icmp_type: u16) -> bool {
         match self {
-            Self::ICMP => matches!(icmp_type, 0 | 8 | 13..=18),
-            Self::ICMPV6 => matches!(icmp_type, 128 | 129),
+            Self::ICMP => matches!(icmp_type as u8, 0 | 8 | 13..=18),
+            Self::ICMPV6 => matches!(icmp_type as u8, 128 | 129),
             _ => false,
         }
     }
@@ -82,8 +83,7 @@ impl fmt::Debug for Protocol {
 
 /// Source and destination port, as the four bytes that stand in a TCP, UDP or SCTP header.
 ///
-/// ICMP requests and replies with an identifier ([`Protocol::has_identifier`]) have it as source and their type as destination, other ICMP
-/// its code and type; protocols without ports have zero.
+/// What stands for them in ICMP is made by [`Ports::of_icmp`]; protocols without ports have zero.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, PartialOrd, Ord)]
 pub struct Ports(u32);
 
@@ -93,6 +93,24 @@ impl Ports {
     pub const fn new(source: u16, destination: u16) -> Self {
         let ([a, b], [c, d]) = (source.to_be_bytes(), destination.to_be_bytes());
         Self(u32::from_ne_bytes([a, b, c, d]))
+    }
+
+    /// What stands for the ports of an ICMP message. Requests and replies with an identifier ([`Protocol::has_identifier`]) have it as
+    /// source, and as destination their type, with the code (0 as a rule) in the upper byte; others have code and type.
+    #[inline]
+    pub const fn of_icmp(protocol: Protocol, icmp_type: u8, code: u8, identifier: u16) -> Self {
+        if protocol.has_identifier(icmp_type as u16) {
+            Self::new(identifier, (code as u16) << 8 | icmp_type as u16)
+        } else {
+            Self::new(code as u16, icmp_type as u16)
+        }
+    }
+
+    /// Type and code of the ICMP message of that protocol that these stand for.
+    #[inline]
+    pub const fn icmp(self, protocol: Protocol) -> (u8, u8) {
+        let [code, icmp_type] = self.destination().to_be_bytes();
+        (icmp_type, if protocol.has_identifier(self.destination()) { code } else { self.source() as u8 })
     }
 
     /// From the first four bytes of a TCP, UDP or SCTP header.
@@ -184,9 +202,10 @@ impl<A: Address> FlowKey<A> {
 }
 
 /// Requests and their replies swapped, others as they are: echo, timestamp, information, address mask; ICMPv6's echo and node information
-/// (RFC 4620).
-const fn invert_icmp_type(icmp_type: u16) -> u16 {
-    match icmp_type {
+/// (RFC 4620). The code stays.
+const fn invert_icmp_type(type_and_code: u16) -> u16 {
+    let [code, icmp_type] = type_and_code.to_be_bytes();
+    let inverse = match icmp_type {
         8 => 0,
         0 => 8,
         13 => 14,
@@ -200,7 +219,8 @@ const fn invert_icmp_type(icmp_type: u16) -> u16 {
         139 => 140,
         140 => 139,
         other => other,
-    }
+    };
+    u16::from_be_bytes([code, inverse])
 }
 
 impl<A: Address> fmt::Debug for FlowKey<A> {
@@ -222,6 +242,30 @@ mod tests {
             ports: Ports::new(source, destination),
             protocol,
         }
+    }
+
+    #[test]
+    fn icmp_keys_have_type_and_code() {
+        for (protocol, icmp_type, code, identifier) in [
+            (Protocol::ICMP, 8, 0, 77),
+            (Protocol::ICMP, 0, 5, 77),
+            (Protocol::ICMP, 3, 4, 0),
+            (Protocol::ICMPV6, 128, 255, 1),
+        ] {
+            let ports = Ports::of_icmp(protocol, icmp_type, code, identifier);
+            assert_eq!(ports.icmp(protocol), (icmp_type, code));
+            if protocol.has_identifier(u16::from(icmp_type)) {
+                assert_eq!(ports.source(), identifier);
+            }
+        }
+        let any = Ipv4Addr::UNSPECIFIED;
+        let key = |icmp_type, code| {
+            let ports = Ports::of_icmp(Protocol::ICMP, icmp_type, code, 9);
+            FlowKey { src: any, dst: any, ports, protocol: Protocol::ICMP }
+        };
+        assert_eq!(key(8, 3).invert(), key(0, 3));
+        assert_eq!(key(8, 3).invert().invert(), key(8, 3));
+        assert_ne!(key(8, 3), key(8, 0));
     }
 
     #[test]

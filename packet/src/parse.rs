@@ -733,12 +733,7 @@ fn icmp_kind<A: Address>(header: &[u8; ICMP_HEADER_BYTES]) -> (Ports, Kind) {
 /// What stands for ports in an ICMP message's key.
 #[inline]
 fn icmp_ports<A: Address>(header: &[u8; ICMP_HEADER_BYTES]) -> Ports {
-    let ports = Ports::new(u16::from(header[1]), u16::from(header[0]));
-    if A::ICMP.has_identifier(ports.destination()) {
-        Ports::new(u16::from_be_bytes([header[4], header[5]]), ports.destination())
-    } else {
-        ports
-    }
+    Ports::of_icmp(A::ICMP, header[0], header[1], u16::from_be_bytes([header[4], header[5]]))
 }
 
 fn parse_arp(frame: &[u8], l3: usize) -> Result<Arp, DropReason> {

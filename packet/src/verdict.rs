@@ -86,7 +86,7 @@ drop_reasons! {
     NoBackend,
     /// A packet to a service whose traffic policy is Local and whose usable backends are all on other nodes.
     NoLocalBackend,
-    /// A packet to a port of a cluster IP that its service does not publish; it was answered by a reject.
+    /// A packet to an address of a service, at a port that no service publishes there.
     UnpublishedPort,
     /// A packet to an address of the service range that no service has.
     UnallocatedServiceIp,

@@ -274,9 +274,8 @@ impl Classifier {
 
     /// What the endpoint's policy for `direction` says of the first packet of a connection.
     ///
-    /// `key` is the original direction's, after DNAT and before SNAT. Of an ICMP packet its destination port is the
-    /// type, and its source port the code, except for an echo, whose code is taken as 0. Protocols other than TCP, UDP,
-    /// SCTP and ICMP have no ports that rules could match.
+    /// `key` is the original direction's, after DNAT and before SNAT; of an ICMP packet it has type and code
+    /// ([`weir_packet::Ports::of_icmp`]). Protocols other than TCP, UDP, SCTP and ICMP have no ports that rules could match.
     ///
     /// Whether a packet from an endpoint to itself is judged at all is for the caller to decide: policy leaves that
     /// undefined, and weir allows it.

@@ -47,9 +47,8 @@ impl Facts {
         let (selector, source_port) = if key.protocol.has_ports() {
             (destination, u32::from(source))
         } else if key.protocol.is_icmp() {
-            // What has an identifier has it as its source port; its code is 0.
-            let code = if key.protocol.has_identifier(destination) { 0 } else { source as u8 };
-            (icmp_selector(destination as u8, code), NO_PORT)
+            let (icmp_type, code) = key.ports.icmp(key.protocol);
+            (icmp_selector(icmp_type, code), NO_PORT)
         } else {
             (0, NO_PORT)
         };
@@ -738,6 +737,7 @@ mod tests {
     #[test]
     fn echo_identifiers_are_no_codes() {
         assert_eq!(facts(Protocol::ICMP, 77, 8), Facts { application: 0x01_0800, source_port: NO_PORT });
+        assert_eq!(facts(Protocol::ICMP, 77, 5 << 8 | 8), Facts { application: 0x01_0805, source_port: NO_PORT });
         assert_eq!(facts(Protocol::ICMP, 4, 3), Facts { application: 0x01_0304, source_port: NO_PORT });
         assert_eq!(facts(Protocol::ICMPV6, 77, 129), Facts { application: 0x3a_8100, source_port: NO_PORT });
         let any = Ipv6Addr::UNSPECIFIED;

@@ -111,8 +111,8 @@ fn what_the_nodes_kernel_forwards_meets_ingress_policy() {
         assert_eq!(traced(&site, address, &bare(OPEN_POD[family]))["verdict"], "forward");
     }
     // The node's own processes are not asked.
-    for family in 0..2 {
-        site.answered("node-a", &format!("http://{}:8080/", CLOSED_POD[family]));
+    for pod in CLOSED_POD {
+        site.answered("node-a", &format!("http://{pod}:8080/"));
     }
     assert_eq!(traced(&site, "192.168.10.1", "10.1.1.21")["verdict"], "forward");
 

@@ -28,8 +28,13 @@ pub struct ObjectId {
 impl ObjectId {
     /// Whether it is a policy that is enforced: one that cannot be read denies what it selects.
     pub fn is_policy(&self) -> bool {
-        matches!(self.kind, "NetworkPolicy" | "GlobalNetworkPolicy" | "ClusterNetworkPolicy")
+        is_enforced_policy(self.kind)
     }
+}
+
+/// Whether the objects of a kind are policy that is enforced.
+pub(super) fn is_enforced_policy(kind: &str) -> bool {
+    matches!(kind, "NetworkPolicy" | "GlobalNetworkPolicy" | "ClusterNetworkPolicy")
 }
 
 impl fmt::Display for ObjectId {

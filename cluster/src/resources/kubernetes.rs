@@ -156,7 +156,7 @@ pub fn known_besides(name: &str) -> &'static [&'static str] {
         "EndpointSlice" => &["apiVersion", "kind"],
         "Endpoint" => &["deprecatedTopology", "hostname", "targetRef", "zone"],
         "SlicePort" => &["appProtocol"],
-        "NetworkPolicy" => &["apiVersion", "kind", "metadata"],
+        "NetworkPolicy" => &["apiVersion", "kind", "metadata", "status"],
         _ => &[],
     }
 }

@@ -102,8 +102,9 @@ impl<K: Eq + Hash, I, V> Memo<K, I, V> {
         self.turn = !turn;
     }
 
-    /// The value for `key`: what is kept, if the inputs that it was made of `are_equal` to those of now.
-    pub fn get(&mut self, key: K, are_equal: impl FnOnce(&I) -> bool, make: impl FnOnce() -> (I, V)) -> &V {
+    /// The value for `key`: what is kept, if the inputs that it was made of `are_equal` to those of now; else what `make` makes, which gets the
+    /// one before.
+    pub fn get(&mut self, key: K, are_equal: impl FnOnce(&I) -> bool, make: impl FnOnce(Option<&V>) -> (I, V)) -> &V {
         let turn = self.turn;
         let made = |(inputs, value)| Entry { inputs, value, turn };
         match self.kept.entry(key) {
@@ -112,11 +113,11 @@ impl<K: Eq + Hash, I, V> Memo<K, I, V> {
                 if are_equal(&kept.inputs) {
                     kept.turn = turn;
                 } else {
-                    *kept = made(make());
+                    *kept = made(make(Some(&kept.value)));
                 }
                 &kept.value
             }
-            hash_map::Entry::Vacant(free) => &free.insert(made(make())).value,
+            hash_map::Entry::Vacant(free) => &free.insert(made(make(None))).value,
         }
     }
 }
@@ -141,7 +142,7 @@ mod tests {
         let (one, other) = (Same(Arc::new(1)), Same(Arc::new(1)));
         let mut made = 0;
         let mut get = |memo: &mut Memo<_, _, _>, key: u8, input: &Same<i32>| {
-            let make = || {
+            let make = |_: Option<&i32>| {
                 made += 1;
                 (input.clone(), made)
             };

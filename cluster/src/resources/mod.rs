@@ -7,6 +7,7 @@ pub mod at;
 pub mod calico;
 pub mod cluster_network_policy;
 pub mod identity;
+mod kinds;
 pub mod kubernetes;
 mod made;
 pub mod meta;
@@ -32,7 +33,7 @@ use self::{
     network_policy::NetworkPolicy,
     piece::{Form, Item, Piece},
 };
-use crate::text::{Diagnostic, Problems, Severity, Source, Span, tree};
+use crate::text::{Diagnostic, Problems, Source, Span, tree};
 
 pub use identity::{Identities, Identity, ObjectId};
 pub use made::{Memo, Same};
@@ -213,77 +214,6 @@ pub enum Substitute {
     /// Nothing; a policy denies what it selects.
     Nothing,
 }
-
-/// A kind that the contract names.
-#[derive(Debug)]
-struct Kind {
-    groups: &'static [&'static str],
-    /// The versions that are read, the newest first: they have one schema, and one object may be given in several.
-    versions: &'static [&'static str],
-    name: &'static str,
-    namespaced: bool,
-    /// What a field of its spec that weir does not know is: a rule with such a part may let more through than it says.
-    unknown: Severity,
-}
-
-impl Kind {
-    /// The group by which its objects are identified.
-    fn group(&self) -> &'static str {
-        self.groups[0]
-    }
-
-    fn api_version(&self, group: &str) -> String {
-        let newest = self.versions[0];
-        if group.is_empty() { newest.to_owned() } else { format!("{group}/{newest}") }
-    }
-}
-
-/// The group of Calico's kinds, by which two NetworkPolicies of one name are told apart.
-const CALICO_GROUP: &str = "projectcalico.org";
-const CORE: &[&str] = &[""];
-const KUBERNETES_POLICY: &[&str] = &["networking.k8s.io"];
-const CALICO: &[&str] = &[CALICO_GROUP, "crd.projectcalico.org"];
-const CLUSTER_POLICY: &[&str] = &["policy.networking.k8s.io"];
-const V1: &[&str] = &["v1"];
-const V3: &[&str] = &["v3"];
-
-const fn kind(
-    groups: &'static [&'static str],
-    versions: &'static [&'static str],
-    name: &'static str,
-    namespaced: bool,
-    unknown: Severity,
-) -> Kind {
-    Kind { groups, versions, name, namespaced, unknown }
-}
-
-/// The kinds of the contract (the design, "Contract: the configuration file").
-const KINDS: &[Kind] = &[
-    kind(CORE, V1, "Node", false, Severity::Warning),
-    kind(CORE, V1, "Namespace", false, Severity::Warning),
-    kind(CORE, V1, "Pod", true, Severity::Warning),
-    kind(CORE, V1, "Service", true, Severity::Warning),
-    kind(CORE, V1, "ServiceAccount", true, Severity::Warning),
-    kind(&["discovery.k8s.io"], V1, "EndpointSlice", true, Severity::Warning),
-    kind(KUBERNETES_POLICY, V1, "NetworkPolicy", true, Severity::Error),
-    kind(CALICO, V3, "IPPool", false, Severity::Warning),
-    kind(CALICO, V3, "WorkloadEndpoint", true, Severity::Warning),
-    kind(CALICO, V3, "GlobalNetworkPolicy", false, Severity::Error),
-    kind(CALICO, V3, "NetworkPolicy", true, Severity::Error),
-    kind(CALICO, V3, "Tier", false, Severity::Error),
-    kind(CALICO, V3, "GlobalNetworkSet", false, Severity::Error),
-    kind(CALICO, V3, "NetworkSet", true, Severity::Error),
-    kind(CALICO, V3, "HostEndpoint", false, Severity::Error),
-    kind(CALICO, V3, "Profile", false, Severity::Error),
-    kind(CALICO, V3, "StagedGlobalNetworkPolicy", false, Severity::Error),
-    kind(CALICO, V3, "StagedNetworkPolicy", true, Severity::Error),
-    kind(CALICO, V3, "StagedKubernetesNetworkPolicy", true, Severity::Error),
-    kind(CALICO, V3, "FelixConfiguration", false, Severity::Note),
-    kind(CLUSTER_POLICY, &["v1beta1", "v1alpha2"], "ClusterNetworkPolicy", false, Severity::Error),
-];
-
-/// The version under which kubectl dumps Calico's kinds.
-const CALICO_CRD: (&str, &str) = ("crd.projectcalico.org", "v1");
 
 impl Manifests {
     /// All objects of pieces of texts but for those in `passed_over`.

@@ -13,7 +13,7 @@ use super::{
     replay,
 };
 use crate::text::{
-    Problems, Severity, Source, Span,
+    Problems, Source, Span,
     tree::{self, Node, Value},
     typed,
 };
@@ -102,7 +102,7 @@ impl<T: DeserializeOwned + Send + Sync> Readable for T {}
 
 /// Drops those parts of a tree that cannot be read as a `T`, without a word.
 fn drop_faulty<T: Readable>(node: &Node) {
-    let _: Option<T> = typed::read_part(node, "", known_besides, |_| Severity::Note, &mut Problems::default());
+    let _: Option<T> = typed::read_part(node, "", known_besides, |_, _| None, &mut Problems::default());
 }
 
 impl<T: Readable> Reread for Object<T> {
@@ -125,11 +125,8 @@ impl<T: Readable> Reread for Object<T> {
 
 /// The object that begins at `start`, which is the tree or an item of a list in it.
 fn find(tree: &Node, start: u32) -> Option<&Node> {
-    if tree.span.start == start && tree.get("items").is_none() {
-        return Some(tree);
-    }
-    let items = match tree.get("items").map(|items| &items.value) {
-        Some(Value::List(items)) => items.as_slice(),
+    let items = match (&tree.value, tree.get("items").map(|items| &items.value)) {
+        (Value::List(items), _) | (_, Some(Value::List(items))) => items.as_slice(),
         _ => return (tree.span.start == start).then_some(tree),
     };
     // Items stand in order, but for those that are aliases of an anchor.

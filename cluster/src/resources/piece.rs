@@ -6,7 +6,7 @@
 use std::{ops::Range, sync::Arc};
 
 use super::{
-    CALICO_CRD, CALICO_GROUP, Identities, Identity, KINDS, Kind, Manifests, ObjectId,
+    Identities, Identity, Manifests, ObjectId,
     at::At,
     calico::{
         IpPool, WorkloadEndpoint,
@@ -15,6 +15,7 @@ use super::{
     },
     cluster_network_policy::ClusterNetworkPolicy,
     identity::Names,
+    kinds::{CALICO_GROUP, Kind, Recognised, Slip, recognise},
     kubernetes::{EndpointSlice, KubernetesNode, Namespace, Pod, Service, ServiceAccount, known_besides},
     made::Made,
     meta,
@@ -24,8 +25,7 @@ use super::{
 };
 use crate::text::{
     Diagnostic, Problems, Severity, Source, Span, Topic,
-    problem::nearest,
-    tree::{self, Node, Value},
+    tree::{self, Key, Node, Value},
     typed,
 };
 
@@ -133,7 +133,7 @@ impl Form {
 }
 
 impl Piece {
-    /// Reads a piece. `None` where it is no list item by itself: then the document must be read as a whole. Call it within
+    /// Reads a piece. `None` where it is no list item that says all by itself: then the document must be read as a whole. Call it within
     /// [`tree::on_reader_thread`].
     pub fn read(form: Form, text: &str, identities: &Identities) -> Option<Self> {
         let mut reading = Reading { piece: Self::default(), problems: Problems::default(), identities };
@@ -144,7 +144,8 @@ impl Piece {
             (Form::ListItem, Some(Node { value: Value::List(mut items), .. }))
                 if items.len() == 1 && reading.problems.diagnostics().is_empty() =>
             {
-                items.pop()
+                // Of what kind an item is that does not say it, its list does.
+                Some(items.pop().filter(|item| item.get("kind").is_some())?)
             }
             (Form::ListItem, _) => return None,
         };
@@ -208,6 +209,10 @@ struct Reading<'i> {
 impl Reading<'_> {
     fn add(&mut self, mut node: Node) {
         let problems = &mut self.problems;
+        if let Value::List(items) = &mut node.value {
+            // calicoctl prints several resources so.
+            return std::mem::take(items).into_iter().for_each(|item| self.add(item));
+        }
         if !matches!(node.value, Value::Map(_)) {
             let message = format!("expected a Kubernetes object, found {}", node.describe());
             return problems.error(node.span, message, None);
@@ -235,11 +240,15 @@ impl Reading<'_> {
             return;
         };
         if is_list(&kind_name) && node.get("items").is_some() {
+            let of_kind = kind_name.strip_suffix(LIST).filter(|kind| !kind.is_empty());
             let Value::Map(entries) = &mut node.value else { return };
             let items = entries.iter_mut().find(|(key, _)| key.text == "items").map(|(_, items)| &mut items.value);
             match items {
                 Some(Value::List(items)) => {
-                    for item in std::mem::take(items) {
+                    for mut item in std::mem::take(items) {
+                        if let Some(kind) = of_kind {
+                            inherit(&mut item, &api_version, kind);
+                        }
                         self.add(item);
                     }
                 }
@@ -248,37 +257,54 @@ impl Reading<'_> {
             }
             return;
         }
-        let (group, version) = api_version.split_once('/').unwrap_or(("", &api_version));
-        let of_group = || KINDS.iter().filter(|kind| kind.groups.contains(&group));
-        let version_span = At::root(&node).key("apiVersion").span();
-        let kind_span = At::root(&node).key("kind").span();
-        let Some(kind) = of_group().find(|kind| kind.name == kind_name) else {
-            if kind_name == "NetworkPolicy" && group == "extensions" {
-                let help = "write apiVersion: networking.k8s.io/v1".to_owned();
-                return problems.error(version_span, format!("NetworkPolicy of {api_version} is not read"), help);
+        let place_of = |key: &str| At::root(&node).key(key).span();
+        match recognise(&api_version, &kind_name, &node) {
+            Recognised::Known(kind, version) => self.add_object(kind, version, node),
+            Recognised::Misnamed(kind, Slip { is_in_kind, help }) => {
+                let place = place_of(if is_in_kind { "kind" } else { "apiVersion" });
+                let message = format!("{kind_name} of {api_version} is not read");
+                if node.get("metadata").and_then(|metadata| metadata.get("name")).is_none() {
+                    return problems.error(place, message, help);
+                }
+                let mut findings = Problems::default();
+                findings.error(place, message, help);
+                self.add_item(kind, 0, &node, |_| (None, findings));
             }
-            return match nearest(&kind_name, of_group().map(|kind| kind.name)) {
-                Some(known) => {
-                    let message = format!("{kind_name} of {api_version} is skipped: weir does not know this kind");
-                    problems.warning(kind_span, message, format!("did you mean {known}?"));
-                }
-                None => {
-                    let of_version = format!("{kind_name} of {api_version}");
-                    let message = format!("{of_version} is skipped");
-                    problems.note_on(Topic::Skipped(of_version.into()), kind_span, message);
-                }
-            };
-        };
-        let known = kind.versions.iter().position(|known| *known == version);
-        let Some(version) = known.or((group, version).eq(&CALICO_CRD).then_some(0)) else {
-            let help = format!("write apiVersion: {}", kind.api_version(group));
-            return problems.error(version_span, format!("{kind_name} of {api_version} is not read"), help);
-        };
-        self.add_object(kind, version, node);
+            Recognised::Foreign { help } => {
+                let message = format!("{kind_name} of {api_version} is skipped: weir does not enforce this policy");
+                problems.warning(place_of("kind"), message, help);
+            }
+            Recognised::Nearly(known) => {
+                let message = format!("{kind_name} of {api_version} is skipped: weir does not know this kind");
+                problems.warning(place_of("kind"), message, format!("did you mean {known}?"));
+            }
+            Recognised::Other => {
+                let of_version = format!("{kind_name} of {api_version}");
+                let message = format!("{of_version} is skipped");
+                problems.note_on(Topic::Skipped(of_version.into()), place_of("kind"), message);
+            }
+        }
     }
 
-    fn add_object(&mut self, kind: &'static Kind, version: usize, node: Node) {
-        let metadata = At::root(&node).key("metadata");
+    fn add_object(&mut self, kind: &'static Kind, version: u8, node: Node) {
+        let names = self.identities.names.clone();
+        self.add_item(kind, version, &node, |identity| {
+            let mut problems = Problems::default();
+            let object =
+                Untyped { identity, node: &node, unknown: kind.unknown, problems: &mut problems, names: &names };
+            (Body::read(kind, object), problems)
+        });
+    }
+
+    /// Adds an object whose body `read` reads, with what is wrong with it.
+    fn add_item(
+        &mut self,
+        kind: &'static Kind,
+        version: u8,
+        node: &Node,
+        read: impl FnOnce(&Arc<Identity>) -> (Option<Body>, Problems),
+    ) {
+        let metadata = At::root(node).key("metadata");
         let field = |key: &str| node.get("metadata").and_then(|metadata| metadata.get(key));
         let Some(name) = field("name").and_then(Node::as_str).filter(|name| !name.is_empty()) else {
             let place = metadata.key("name");
@@ -301,43 +327,43 @@ impl Reading<'_> {
             name: self.identities.names.of(name),
         };
         let identity = self.identities.of(id);
-        let subject = Subject::read(kind, &node).map(Box::new);
+        let subject = Subject::read(kind, node).map(Box::new);
         let (extent, start, name) = (node.extent(), node.span.start, metadata.key("name").span());
-        let mut problems = Problems::default();
-        let object = Untyped {
-            identity: &identity,
-            node: &node,
-            unknown: kind.unknown,
-            problems: &mut problems,
-            names: &self.identities.names,
-        };
-        let body = Body::read(kind, object);
-        let item = Item {
-            identity,
-            kind,
-            version: version as u8,
-            extent,
-            start,
-            name,
-            findings: problems.diagnostics().into(),
-            subject,
-            body,
-        };
-        self.piece.items.push(Arc::new(item));
+        let (body, problems) = read(&identity);
+        let findings = problems.diagnostics().into();
+        self.piece.items.push(Arc::new(Item { identity, kind, version, extent, start, name, findings, subject, body }));
     }
 }
 
+/// What the name of a kind ends with whose objects are lists of other objects.
+const LIST: &str = "List";
+
 /// Whether a kind's objects are lists of other objects.
 fn is_list(kind: &str) -> bool {
-    kind.ends_with("List")
+    kind.ends_with(LIST)
+}
+
+/// Gives an item of a typed list what it leaves to its list, as kubectl does.
+fn inherit(item: &mut Node, api_version: &str, kind: &str) {
+    if item.get("kind").is_some() {
+        return;
+    }
+    let start = Span { end: item.span.start, ..item.span };
+    let Value::Map(entries) = &mut item.value else { return };
+    entries.retain(|(key, _)| key.text != "apiVersion" && key.text != "kind");
+    for (key, text) in [("apiVersion", api_version), ("kind", kind)] {
+        let mut value = Node::null();
+        (value.span, value.value) = (start, Value::String(text.to_owned()));
+        entries.push((Key { text: key.to_owned(), span: start }, value));
+    }
 }
 
 /// An object about to be read as its type.
 struct Untyped<'a> {
     identity: &'a Arc<Identity>,
     node: &'a Node,
-    /// What a field of its spec that its type does not have is.
-    unknown: Severity,
+    /// What a field of its spec that its type does not have is, as its kind has it.
+    unknown: Option<Severity>,
     problems: &'a mut Problems,
     names: &'a Names,
 }
@@ -346,7 +372,11 @@ impl Untyped<'_> {
     fn content<T: Readable>(self) -> Option<Arc<Content<T>>> {
         let Self { identity, node, unknown, problems, names } = self;
         let subject = format!("{}: ", identity.id());
-        let unknown = |path: &str| if path.starts_with("spec") { unknown } else { Severity::Warning };
+        let unknown = |path: &str, nearest: Option<&str>| match unknown {
+            Some(_) if !path.starts_with("spec") => Some(Severity::Warning),
+            None => nearest.map(|_| Severity::Warning),
+            given => given,
+        };
         let value = meta::sharing(names, || typed::read_part(node, &subject, known_besides, unknown, problems))?;
         Some(Arc::new(Content {
             identity: Arc::clone(identity),

@@ -1,6 +1,9 @@
 //! What a policy is about, read for its own sake: it stands for the policy where the rest cannot be read.
 
-use super::{CALICO_GROUP, Kind, meta::LabelSelector};
+use super::{
+    kinds::{CALICO_GROUP, Kind},
+    meta::LabelSelector,
+};
 use crate::text::{
     Problems, Severity,
     tree::{Node, Value},

@@ -363,6 +363,11 @@ pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
         .map(|(_, candidate)| candidate)
 }
 
+/// Whether at most so many letters of a name are wrong, whatever their case.
+pub fn is_near(name: &str, known: &str, wrong: usize) -> bool {
+    edit_distance(&name.to_lowercase(), &known.to_lowercase()) <= wrong
+}
+
 /// Optimal string alignment distance: insertions, deletions, substitutions, and swaps of neighbours.
 fn edit_distance(a: &str, b: &str) -> usize {
     let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());

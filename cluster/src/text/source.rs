@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
-use super::tree::Node;
+use super::tree::{Node, Value};
 
 /// A place in a file: bytes `start..end` of file number `file` (see [`super::Problems::source`]).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash, PartialOrd, Ord)]
@@ -162,7 +162,7 @@ impl Source {
             return Some(Arc::clone(tree));
         }
         let tree = Arc::new(self.in_part(part.range(), read)?);
-        if tree.get("items").is_some() {
+        if tree.get("items").is_some() || matches!(tree.value, Value::List(_)) {
             *kept = Some((part, Arc::clone(&tree)));
         }
         Some(tree)

@@ -203,7 +203,8 @@ pub fn spawn_reader<'s, T: Send + 's>(
     thread.spawn_scoped(scope, read)
 }
 
-/// Byte ranges of the documents of a stream, without those that hold only directives, comments and blanks.
+/// Byte ranges of the documents of a stream, without those that hold only directives, comments and blanks. JSON texts one behind the other
+/// are documents too, as kubectl reads them.
 pub fn document_ranges(text: &str) -> Vec<Range<usize>> {
     let mut ranges = Vec::new();
     let mut start = if text.starts_with('\u{feff}') { '\u{feff}'.len_utf8() } else { 0 };
@@ -225,6 +226,29 @@ pub fn document_ranges(text: &str) -> Vec<Range<usize>> {
         text[range.clone()].lines().any(|line| !line.trim().is_empty() && !line.trim_start().starts_with(['#', '%']))
     };
     ranges.retain(has_content);
+    ranges.into_iter().flat_map(|range| json_ranges(text, range)).collect()
+}
+
+/// Cuts JSON objects that stand one behind the other. What is no JSON stays in one piece.
+fn json_ranges(text: &str, range: Range<usize>) -> Vec<Range<usize>> {
+    let part = &text[range.clone()];
+    let mut ranges = Vec::new();
+    let mut start = 0;
+    if part.trim_start().starts_with('{') {
+        let mut values = serde_json::Deserializer::from_str(part).into_iter::<de::IgnoredAny>();
+        while let Some(Ok(_)) = values.next() {
+            let end = values.byte_offset();
+            ranges.push(range.start + start..range.start + end);
+            start = end;
+        }
+    }
+    match ranges.last_mut() {
+        // Comments and line breaks behind the last one are its own.
+        Some(last) if part[start..].lines().all(|line| matches!(line.trim().as_bytes(), [] | [b'#', ..])) => {
+            last.end = range.end;
+        }
+        _ => ranges.push(range.start + start..range.end),
+    }
     ranges
 }
 
@@ -367,6 +391,16 @@ fn span_of(location: Location, source: &Source, file: u32, base: u32, end: u32) 
     Span { file, start, end: start.saturating_add(length).min(end) }
 }
 
+/// A number that YAML 1.1, and kubectl with it, takes for octal, as the modes of files are written: 0644.
+fn octal(text: &str) -> Option<i128> {
+    let (sign, digits) = match text.strip_prefix('-') {
+        Some(digits) => (-1, digits),
+        None => (1, text.strip_prefix('+').unwrap_or(text)),
+    };
+    let digits = digits.strip_prefix('0').filter(|digits| digits.bytes().all(|byte| matches!(byte, b'0'..=b'7')))?;
+    i128::from_str_radix(digits, 8).ok().map(|value| sign * value)
+}
+
 /// What serde gives, before places are counted from the file's start.
 enum Raw {
     Null,
@@ -445,16 +479,20 @@ impl<'de> Visitor<'de> for RawVisitor {
 impl Node {
     fn new(raw: Spanned<Raw>, source: &Source, whole: &str, file: u32, base: u32) -> Self {
         let place = |location| span_of(location, source, file, base, whole.len() as u32);
+        let text_at = |location| whole.get(place(location).range()).unwrap_or_default();
         let span = place(raw.referenced);
         let value = match raw.value {
             Raw::Null => Value::Null,
-            Raw::Bool(value) => match whole.get(place(raw.defined).range()).unwrap_or_default() {
+            Raw::Bool(value) => match text_at(raw.defined) {
                 // The two that kubectl's reader, unlike YAML 1.1, leaves as they are.
                 text @ ("y" | "Y" | "n" | "N") => Value::String(text.to_owned()),
                 _ => Value::Bool(value),
             },
-            Raw::Integer(value) => Value::Integer(value),
-            Raw::Float(value) => Value::Float(value),
+            Raw::Integer(value) => Value::Integer(octal(text_at(raw.defined)).unwrap_or(value)),
+            Raw::Float(value) => match octal(text_at(raw.defined)) {
+                Some(value) => Value::Integer(value),
+                None => Value::Float(value),
+            },
             Raw::String(text) => Value::String(text),
             Raw::List(items) => {
                 Value::List(items.into_iter().map(|item| Self::new(item, source, whole, file, base)).collect())

@@ -32,16 +32,16 @@ pub fn read<'t, T: serde::Deserialize<'t>>(
     unknown: impl Fn(&str) -> Severity,
     problems: &mut Problems,
 ) -> Option<T> {
-    read_part(root, subject, |_| &[], unknown, problems)
+    read_part(root, subject, |_| &[], |path, _| Some(unknown(path)), problems)
 }
 
 /// As [`read`], for types that have a part of what they stand for. `besides` gives the other fields by the name of such a type: those are
-/// known, and passed over.
+/// known, and passed over. `unknown` gets a field's path and the known one that it is nearest to; `None`: nothing is said of it.
 pub fn read_part<'t, T: serde::Deserialize<'t>>(
     root: &'t Node,
     subject: &str,
     besides: fn(&str) -> &'static [&'static str],
-    unknown: impl Fn(&str) -> Severity,
+    unknown: impl Fn(&str, Option<&str>) -> Option<Severity>,
     problems: &mut Problems,
 ) -> Option<T> {
     for _ in 0..MAX_FAULTS {
@@ -50,18 +50,13 @@ pub fn read_part<'t, T: serde::Deserialize<'t>>(
         match outcome {
             Ok(value) => {
                 for field in reading.unknown.into_inner() {
+                    let Some(severity) = unknown(&field.path, field.nearest) else { continue };
                     let message = format!("{subject}unknown field {}", field.path);
                     let help = match field.nearest {
                         Some(known) => Some(format!("did you mean {known}?")),
                         None => Some(format!("known here: {}", field.known.join(", "))),
                     };
-                    problems.push(super::Diagnostic {
-                        severity: unknown(&field.path),
-                        span: field.span,
-                        message,
-                        help,
-                        topic: None,
-                    });
+                    problems.push(super::Diagnostic { severity, span: field.span, message, help, topic: None });
                 }
                 return Some(value);
             }

@@ -26,7 +26,7 @@ use weir_dataplane::{
     snapshot::Snapshot,
 };
 use weir_nat::Affinity;
-use weir_packet::{FlowKey, Ports, Tick};
+use weir_packet::{DropReason, FlowKey, Ports, Tick};
 use weir_policy::{Judgement, RuleId, RuleOrigin, model::HostStage};
 
 use crate::{
@@ -183,12 +183,7 @@ impl<'l> Tracer<'l> {
         let ports = if protocol.is_icmp() {
             let echo = if A::BITS == 32 { 8 } else { 128 };
             let icmp_type = flow.icmp_type.unwrap_or(echo);
-            let first = if protocol.has_identifier(u16::from(icmp_type)) {
-                flow.sport.unwrap_or(0)
-            } else {
-                u16::from(flow.icmp_code.unwrap_or(0))
-            };
-            Ports::new(first, u16::from(icmp_type))
+            Ports::of_icmp(protocol, icmp_type, flow.icmp_code.unwrap_or(0), flow.sport.unwrap_or(0))
         } else if protocol.has_ports() {
             Ports::new(flow.sport.unwrap_or(ANY_SOURCE_PORT), flow.dport_number())
         } else {
@@ -367,6 +362,13 @@ impl<'l> Tracer<'l> {
                     step(if number == 0 { "service" } else { "" }, line);
                 }
             }
+            None if matches!(
+                decision.verdict,
+                Verdict::Drop(DropReason::UnpublishedPort) | Verdict::Reject(DropReason::UnpublishedPort)
+            ) =>
+            {
+                step("service", "a service has this external IP, but none has the port".into());
+            }
             None => step("service", "none claims this destination".into()),
         }
         for (name, judgement) in [("egress", &decision.egress), ("ingress", &decision.ingress)] {
@@ -396,9 +398,16 @@ impl<'l> Tracer<'l> {
             let verdict = if judgement.allow { "allowed" } else { "denied" };
             step("host", format!("{kind}: {verdict} by {}", self.rule_with_place(judgement.rule)));
         }
-        if host_policy::is_spared(&self.snapshot, arrival, key, &decision.translated, decision.route) {
-            let port = format!("{}/{}", key.protocol, decision.translated.ports.destination());
+        if let Some(port) = host_policy::spared(&self.snapshot, arrival, key, &decision.translated, decision.route) {
+            let port = format!("{}/{port}", key.protocol);
             step("host", format!("{port} is a failsafe port: no policy of the host endpoint closes it"));
+        }
+        if let (Verdict::Drop(DropReason::PolicyDeniedEndpointToHost), Some(object)) =
+            (decision.verdict, self.loaded.endpoint_to_host_by)
+        {
+            let by = self.loaded.objects.get(object).map_or_else(String::new, |origin| origin.to_string());
+            let place = self.place(object);
+            step("host", format!("from a pod to its own node: denied by {by} ({place}), defaultEndpointToHostAction"));
         }
         for entry in logged {
             step("log", format!("{}: {}", entry.direction.name(), self.rule_with_place(entry.rule)));

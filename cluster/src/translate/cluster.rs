@@ -298,7 +298,7 @@ impl<'m, 'c> Workloads<'m, 'c> {
 
     fn add_pods(&mut self, manifests: &'m Manifests, local_pods: &LocalPods, problems: &mut Problems) {
         let endpoints = endpoints_of_pods(manifests);
-        let lost = lost_addresses(manifests);
+        let lost = lost_addresses(manifests, &endpoints);
         for object in &manifests.pods {
             let facts = object.made(problems, pod);
             let node = node_of(&object.value);
@@ -405,16 +405,23 @@ impl<'m, 'c> Workloads<'m, 'c> {
     }
 }
 
-/// Addresses of terminating pods that living ones have by now.
-fn lost_addresses(manifests: &Manifests) -> HashSet<IpAddr> {
-    let of = |terminating: bool| {
-        let pods = manifests.pods.iter().filter(move |object| is_terminating(&object.value) == terminating);
-        // What is wrong with them is told where they become workloads.
-        let facts = pods.map(|object| object.made(&mut Problems::default(), pod)).filter(|facts| facts.is_workload);
-        facts.flat_map(|facts| facts.addresses.iter().copied())
+/// Addresses of terminating pods that living ones have by now, whichever of Pod and WorkloadEndpoint tells of them.
+fn lost_addresses(manifests: &Manifests, endpoints: &HashMap<String, &Object<WorkloadEndpoint>>) -> HashSet<IpAddr> {
+    // What is wrong with them is told where they become workloads.
+    let unheard = &mut Problems::default();
+    let mut of = |terminating: bool| -> HashSet<IpAddr> {
+        let mut addresses = HashSet::new();
+        for object in manifests.pods.iter().filter(|object| is_terminating(&object.value) == terminating) {
+            let facts = object.made(unheard, pod);
+            let endpoint =
+                endpoints.get(&facts.name).map(|endpoint| &endpoint.made(unheard, workload_endpoint).addresses);
+            let given = endpoint.filter(|addresses| !addresses.is_empty()).unwrap_or(&facts.addresses);
+            addresses.extend(given.iter().filter(|_| facts.is_workload));
+        }
+        addresses
     };
-    let of_terminating: HashSet<IpAddr> = of(true).collect();
-    if of_terminating.is_empty() { of_terminating } else { of(false).filter(|a| of_terminating.contains(a)).collect() }
+    let of_terminating = of(true);
+    if of_terminating.is_empty() { of_terminating } else { &of_terminating & &of(false) }
 }
 
 /// What forwarding takes from a Pod.

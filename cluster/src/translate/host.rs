@@ -19,8 +19,13 @@ use crate::{
     },
 };
 
-/// Fills in what the manifests say of this node.
-pub(super) fn translate(config: &RouterConfig, manifests: &Manifests, cluster: &mut Cluster, problems: &mut Problems) {
+/// Fills in what the manifests say of this node. The number of the object by which DefaultEndpointToHostAction is what it is.
+pub(super) fn translate(
+    config: &RouterConfig,
+    manifests: &Manifests,
+    cluster: &mut Cluster,
+    problems: &mut Problems,
+) -> Option<u32> {
     for object in &manifests.host_endpoints {
         let endpoint = host_endpoint(object, problems);
         if object.value.spec.node.as_deref() == Some(config.node_name.as_str()) {
@@ -28,7 +33,9 @@ pub(super) fn translate(config: &RouterConfig, manifests: &Manifests, cluster: &
             cluster.host_endpoints.push(endpoint);
         }
     }
-    cluster.host_settings = host_settings(config, manifests, problems);
+    let (settings, decided_by) = host_settings(config, manifests, problems);
+    cluster.host_settings = settings;
+    decided_by
 }
 
 const UNSEEN: &str = "what the node itself sends by an uplink is not seen there, so egress rules for it are traced and not \
@@ -48,30 +55,48 @@ fn host_endpoint(object: &Object<host::HostEndpoint>, problems: &mut Problems) -
         let help = "write interfaceName, \"*\" for all devices, or expectedIPs".to_owned();
         report.error(at, "neither spec.interfaceName nor spec.expectedIPs tells which device it is", help);
     }
+    if let Some(name) = interface.as_ref().filter(|name| !(*name == "*" || is_device_name(name))) {
+        let help = "write the name of one device, or \"*\" for all".to_owned();
+        report.error(at.key("interfaceName"), format_args!("spec.interfaceName: {name:?} is no device's name"), help);
+    }
     // Faults are told where its addresses are read as a peer's.
     let addresses: Vec<IpAddr> = spec.expected_ips.iter().filter_map(|text| parse_ip(text).ok()).collect();
     HostEndpoint { name: object.name.to_string(), interface, addresses }
 }
 
-/// Calico's defaults, over which "default" goes, over which the node's own "node.NAME" goes, field by field.
-fn host_settings(config: &RouterConfig, manifests: &Manifests, problems: &mut Problems) -> HostSettings {
-    let mut settings = HostSettings::default();
-    let own = format!("node.{}", config.node_name);
-    let mut is_configured = false;
-    for name in ["default", own.as_str()] {
-        for object in manifests.felix_configurations.iter().filter(|object| &*object.name == name) {
-            if !is_configured {
-                // Calico's manifests install Accept; where somebody configures and does not say, Calico's own default is Drop.
-                settings.endpoint_to_host = EndpointToHost::Drop;
-                is_configured = true;
-            }
-            apply(object, &mut settings, problems);
-        }
-    }
-    settings
+/// Whether a device can be called so, as Calico's API has it.
+fn is_device_name(name: &str) -> bool {
+    let known = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
+    (1..=15).contains(&name.len()) && name.bytes().all(known)
 }
 
-fn apply(object: &Object<FelixConfiguration>, settings: &mut HostSettings, problems: &mut Problems) {
+/// Calico's defaults, over which "default" goes, over which the node's own "node.NAME" goes, field by field.
+fn host_settings(config: &RouterConfig, manifests: &Manifests, problems: &mut Problems) -> (HostSettings, Option<u32>) {
+    let mut settings = HostSettings::default();
+    let own = format!("node.{}", config.node_name);
+    let of_name = |name: &str| manifests.felix_configurations.iter().find(|object| &*object.name == name);
+    let given = [of_name("default"), of_name(&own)].into_iter().flatten();
+    let mut decided_by = None;
+    for object in given.clone() {
+        if decided_by.is_none() {
+            // Calico's manifests install Accept; where somebody configures and does not say, Calico's own default is Drop.
+            settings.endpoint_to_host = EndpointToHost::Drop;
+        }
+        let says = apply(object, &mut settings, problems);
+        decided_by = if says { Some((object, true)) } else { decided_by.or(Some((object, false))) };
+    }
+    if let Some((object, false)) = decided_by {
+        let help = "write defaultEndpointToHostAction: Accept, which Calico's manifests and operator give to calico-node by the environment \
+                    variable FELIX_DEFAULTENDPOINTTOHOSTACTION, or Drop if that is meant";
+        let message =
+            "spec.defaultEndpointToHostAction is not given, which means Drop: pods do not reach their own node";
+        object.reporter(problems).warning(object.at().key("spec"), message, help.to_owned());
+    }
+    (settings, decided_by.map(|(object, _)| object.origin))
+}
+
+/// Whether it says what DefaultEndpointToHostAction is.
+fn apply(object: &Object<FelixConfiguration>, settings: &mut HostSettings, problems: &mut Problems) -> bool {
     let mut report = object.reporter(problems);
     let (spec, at) = (&object.value.spec, object.at().key("spec"));
     let mut failsafes = |given: &Option<Vec<FailsafePort>>, key: &str, ports: &mut Vec<Failsafe>| {
@@ -83,13 +108,13 @@ fn apply(object: &Object<FelixConfiguration>, settings: &mut HostSettings, probl
     };
     failsafes(&spec.failsafe_inbound_host_ports, "failsafeInboundHostPorts", &mut settings.failsafe_inbound);
     failsafes(&spec.failsafe_outbound_host_ports, "failsafeOutboundHostPorts", &mut settings.failsafe_outbound);
-    let Some(action) = &spec.default_endpoint_to_host_action else { return };
+    let Some(action) = &spec.default_endpoint_to_host_action else { return false };
     settings.endpoint_to_host = match action.to_ascii_lowercase().as_str() {
         "drop" => EndpointToHost::Drop,
         "accept" => EndpointToHost::Accept,
         // Weir hands such a packet to the node's kernel, whose rules then say more.
         "return" => EndpointToHost::Accept,
-        "" => return,
+        "" => return false,
         _ => {
             let known = ["Drop", "Accept", "Return"];
             let help = nearest(action, known).map(|name| format!("did you mean {name}?"));
@@ -99,6 +124,7 @@ fn apply(object: &Object<FelixConfiguration>, settings: &mut HostSettings, probl
             EndpointToHost::Drop
         }
     };
+    true
 }
 
 fn failsafe(port: &FailsafePort, at: At<'_>, field: &str, report: &mut Reporter<'_>) -> Option<Failsafe> {

@@ -81,6 +81,8 @@ pub struct Loaded {
     pub local_pods: Arc<LocalPods>,
     /// Names of those whose objects are not there yet. They are workloads that no policy lets anything through to or from.
     pub undescribed: BTreeSet<String>,
+    /// The FelixConfiguration by which what pods send to their own node is dropped or not; `None`: none is there.
+    pub endpoint_to_host_by: Option<u32>,
     host_ports: host_ports::HostPorts,
     /// This node's addresses, as weir.yaml or its Node have them.
     node_addresses: Vec<IpAddr>,
@@ -525,7 +527,7 @@ fn translate(
     mut problems: Problems,
 ) -> Result<Loaded, Problems> {
     let (mut cluster, described) = cluster::translate(&config, manifests, local_pods, &mut problems);
-    host::translate(&config, manifests, &mut cluster, &mut problems);
+    let endpoint_to_host_by = host::translate(&config, manifests, &mut cluster, &mut problems);
     let mut services = services::translate(&config, manifests, &cluster, &mut kept.services, &mut problems);
     let host_ports = host_ports::translate(&config, manifests, local_pods, &cluster, &mut services, &mut problems);
     let node_addresses = services.local_addresses.clone();
@@ -560,6 +562,7 @@ fn translate(
         namespace: String::new(),
         local_pods: Arc::clone(local_pods),
         undescribed,
+        endpoint_to_host_by,
         host_ports,
         node_addresses,
         publishers: Publishers::take(manifests),

@@ -88,21 +88,58 @@ pub(super) fn translate(
         model
             .unserved
             .extend(slices.iter().flat_map(|slice| backends(*slice, |name, protocol| !is_served(name, protocol))));
-        let make = || {
+        let make = |before: Option<&Box<[Arc<ServicePort>]>>| {
             let parts = Parts {
                 node_name: Arc::clone(&node_name),
                 service: Same(Arc::clone(object.content())),
                 slices: slices.iter().map(|(slice, _)| Same(Arc::clone(slice.content()))).collect(),
             };
-            (parts, service_ports(object, facts, &slices, &config.node_name))
+            let mut ports = service_ports(object, facts, &slices, &config.node_name);
+            if is_api(object) {
+                keep_backends(&mut ports, before.map_or(&[], |before| before));
+            }
+            (parts, ports)
         };
         let ports = assembled.get(object.origin, |parts| parts.are(&node_name, object, &slices), make);
+        if is_api(object)
+            && !slices.iter().any(has_usable)
+            && ports.iter().any(|port| port.endpoints.iter().any(is_usable_now))
+        {
+            let message = "no backend is left, so its last ones stay: without the API nobody would hear of others";
+            let help = "if the API is elsewhere now, write its EndpointSlice".to_owned();
+            object.reporter(problems).warning(object.at().key("metadata").key("name"), message, help);
+        }
         model.services.extend(ports.iter().cloned());
     }
     model.unserved.extend(slices.values().flatten().flat_map(|slice| backends(*slice, |_, _| true)));
     model.unserved.sort_unstable();
     model.unserved.dedup();
     model
+}
+
+/// Whether it is the cluster's own API.
+fn is_api(object: &Object<Service>) -> bool {
+    (&*object.namespace, &*object.name) == ("default", "kubernetes")
+}
+
+/// Whether packets may come to it.
+fn is_usable_now(endpoint: &Endpoint) -> bool {
+    endpoint.ready || endpoint.serving && endpoint.terminating
+}
+
+/// Whether a slice has an endpoint that packets may come to.
+fn has_usable((object, slice): &OfService<'_>) -> bool {
+    slice.endpoints(&object.value).any(|(address, endpoint)| is_usable_now(&model_endpoint(address, 0, endpoint)))
+}
+
+/// Gives ports that have no usable backend any more those that they had `before`. The API server takes its own endpoint out while it restarts, and
+/// manifests may lose its slice; who asks the API by its service could then not hear of a new one.
+fn keep_backends(ports: &mut [Arc<ServicePort>], before: &[Arc<ServicePort>]) {
+    for port in ports.iter_mut().filter(|port| !port.endpoints.iter().any(is_usable_now)) {
+        if let Some(before) = before.iter().find(|one| (&one.name, one.protocol) == (&port.name, port.protocol)) {
+            Arc::make_mut(port).endpoints.clone_from(&before.endpoints);
+        }
+    }
 }
 
 /// What services take from an EndpointSlice, besides its endpoints.
@@ -206,14 +243,22 @@ fn slice(object: &Object<EndpointSlice>, problems: &mut Problems) -> Option<Slic
     Some(Slice { service: Arc::clone(service), is_ipv6, ports: ports.into() })
 }
 
-/// Keeps each address and port once: the first, or, where slices disagree, the one on this node, as kube-proxy does.
+/// Keeps each address and port once: its most usable listing (ready, then serving and terminating), of those one on this node, of those the
+/// first. A pod that got the address of one that is stuck while it terminates is so not hidden by it.
 fn each_once(endpoints: &mut Vec<Endpoint>, node_name: &str) {
-    let is_local = |endpoint: &Endpoint| endpoint.node_name.as_deref() == Some(node_name);
+    let worth = |endpoint: &Endpoint| {
+        let usable = match (endpoint.ready, endpoint.serving && endpoint.terminating) {
+            (true, _) => 2,
+            (false, true) => 1,
+            (false, false) => 0,
+        };
+        (usable, endpoint.node_name.as_deref() == Some(node_name))
+    };
     let mut places: HashMap<(IpAddr, u16), usize> = HashMap::with_capacity(endpoints.len());
     let mut unique: Vec<Endpoint> = Vec::with_capacity(endpoints.len());
     for endpoint in endpoints.drain(..) {
         match places.get(&(endpoint.address, endpoint.port)) {
-            Some(place) if is_local(&endpoint) && !is_local(&unique[*place]) => unique[*place] = endpoint,
+            Some(place) if worth(&endpoint) > worth(&unique[*place]) => unique[*place] = endpoint,
             Some(_) => {}
             None => {
                 places.insert((endpoint.address, endpoint.port), unique.len());
@@ -255,7 +300,7 @@ fn model_endpoint(address: IpAddr, port: u16, endpoint: &SliceEndpoint) -> Endpo
         port,
         node_name: endpoint.node_name.clone(),
         ready,
-        serving: endpoint.serving.unwrap_or(ready),
+        serving: endpoint.serving.unwrap_or(true),
         terminating: endpoint.terminating.unwrap_or(false),
         zone_hints: endpoint.hints.as_ref().map_or_else(Hints::default, |hints| hints.zones.clone()),
         node_hints: endpoint.hints.as_ref().map_or_else(Hints::default, |hints| hints.nodes.clone()),

@@ -24,6 +24,7 @@ mod lints;
 mod local_pods;
 mod policy;
 mod review;
+mod services;
 mod start;
 
 const WEIR: &str = "nodeName: node-a\nmanifests: [cluster.yaml]\n";
@@ -260,7 +261,7 @@ fn faults_of_documents() {
         "kind: Pod\n---\n- 1\n---\napiVersion: v1\nkind: Pod\nmetadata: {}\n---\napiVersion: v1\nkind: [Pod]\n",
         &[
             "cluster.yaml:1:1: error: apiVersion is missing [every object begins with apiVersion and kind]",
-            "cluster.yaml:3:1: error: expected a Kubernetes object, found a list",
+            "cluster.yaml:3:3: error: expected a Kubernetes object, found the number 1",
             "cluster.yaml:7:1: error: Pod: metadata.name is missing [every object needs a name of its own]",
             "cluster.yaml:10:7: error: kind: expected a string, found a list",
         ],
@@ -292,13 +293,27 @@ fn kinds_outside_the_contract_are_skipped() {
          serving.knative.dev/v1\nkind: Service\n---\napiVersion: extensions/v1beta1\nkind: NetworkPolicy\n",
         &[
             "cluster.yaml:2:7: note: Deployment of apps/v1 is skipped",
-            "cluster.yaml:6:7: warning: NetwrkPolicy of networking.k8s.io/v1 is skipped: weir does not know this kind \
-             [did you mean NetworkPolicy?]",
+            "cluster.yaml:6:7: error: NetwrkPolicy of networking.k8s.io/v1 is not read [write kind: NetworkPolicy]",
             "cluster.yaml:8:13: error: NetworkPolicy of networking.k8s.io/v1beta1 is not read [write apiVersion: \
              networking.k8s.io/v1]",
             "cluster.yaml:12:7: note: Service of serving.knative.dev/v1 is skipped",
             "cluster.yaml:14:13: error: NetworkPolicy of extensions/v1beta1 is not read [write apiVersion: \
              networking.k8s.io/v1]",
+        ],
+    );
+}
+
+#[test]
+fn policies_of_other_systems_are_warnings() {
+    assert_said(
+        WEIR,
+        "apiVersion: policy.networking.k8s.io/v1alpha1\nkind: AdminNetworkPolicy\nmetadata: {name: a}\n---\napiVersion: \
+         cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: a}\n",
+        &[
+            "cluster.yaml:2:7: warning: AdminNetworkPolicy of policy.networking.k8s.io/v1alpha1 is skipped: weir does not \
+             enforce this policy [it became ClusterNetworkPolicy of policy.networking.k8s.io/v1beta1: write that]",
+            "cluster.yaml:6:7: warning: CiliumNetworkPolicy of cilium.io/v2 is skipped: weir does not enforce this policy \
+             [what it denies is not denied here: write it as a NetworkPolicy or a ClusterNetworkPolicy too]",
         ],
     );
 }
@@ -556,6 +571,88 @@ fn lists_and_json_are_read_as_their_items() {
     assert_eq!(loaded.objects.get(1).map(|origin| origin.line), Some(4));
 }
 
+/// The objects of a text, by kind, name and line.
+fn objects_of(text: &str) -> Vec<String> {
+    let loaded = loaded(WEIR, text);
+    assert_eq!(loaded.notes.of(Severity::Warning).count(), 0, "{}", loaded.notes);
+    loaded.objects.iter().map(|origin| format!("{origin}:{}", origin.line)).collect()
+}
+
+#[test]
+fn a_list_may_be_the_whole_document_and_say_the_kind_of_its_items() {
+    let bare = "- apiVersion: v1\n  kind: Namespace\n  metadata: {name: a}\n- apiVersion: v1\n  kind: NamespaceList\n  items: \
+                []\n- apiVersion: v1\n  kind: List\n  items:\n  - apiVersion: v1\n    kind: Namespace\n    metadata: {name: b}\n";
+    assert_eq!(objects_of(bare), ["Namespace/a:1", "Namespace/b:10"]);
+    for item in ["", "  apiVersion: v1\n"] {
+        let typed = format!(
+            "apiVersion: v1\nkind: NamespaceList\nitems:\n- metadata:\n    name: a\n{item}- metadata:\n    name: b\n{item}- \
+             apiVersion: v1\n  kind: Namespace\n  metadata:\n    name: c\n"
+        );
+        assert_eq!(objects_of(&typed).len(), 3, "{typed}");
+    }
+    let policies = "apiVersion: projectcalico.org/v3\nkind: GlobalNetworkPolicyList\nitems:\n- metadata: {name: a}\n  spec: {types: \
+                    [Ingress]}\n";
+    assert_eq!(objects_of(policies), ["GlobalNetworkPolicy/a:4"]);
+    // Places inside such an item are found again, and a fault in it is the object's own.
+    let faulty = policies.replace("[Ingress]", "[Ingress], ingress: [{action: Allow, protocol: nope}]");
+    assert_eq!(
+        said(WEIR, &faulty),
+        [
+            "cluster.yaml:5:64: error: GlobalNetworkPolicy a: spec.ingress[0].protocol is not known [write TCP, UDP, SCTP, \
+             ICMP, ICMPv6, UDPLite, or a number up to 255]"
+        ]
+    );
+    // What has no kind and no list that says it is at fault.
+    assert_eq!(
+        said(WEIR, "apiVersion: v1\nkind: List\nitems:\n- metadata: {name: a}\n  apiVersion: v1\n"),
+        ["cluster.yaml:4:3: error: kind is missing [every object begins with apiVersion and kind]"]
+    );
+}
+
+#[test]
+fn json_texts_one_behind_the_other_are_documents() {
+    let object = |name: &str| {
+        format!("{{\"apiVersion\": \"v1\", \"kind\": \"Namespace\",\n \"metadata\": {{\"name\": \"{name}\"}}}}")
+    };
+    for between in ["", "\n", "\n\n  ", "\n---\n"] {
+        let text = format!("{}{between}{}{between}{}\n# end\n", object("a"), object("b"), object("c"));
+        let names: Vec<String> = objects_of(&text).iter().map(|name| name[..11].to_owned()).collect();
+        assert_eq!(names, ["Namespace/a", "Namespace/b", "Namespace/c"], "{text}");
+    }
+    // What is no JSON behind one costs that alone.
+    let said = said(WEIR, &format!("{}\n{{\"apiVersion\": ", object("a")));
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(said[0].contains("not valid YAML"), "{said:?}");
+}
+
+#[test]
+fn octal_numbers_are_read_as_kubectl_reads_them() {
+    let port = |port: &str| {
+        let text = format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: a, namespace: x}}\nspec: {{clusterIP: 10.96.0.1, ports: [{{port: {port}}}]}}\n"
+        );
+        loaded(WEIR, &text).services.services[0].port
+    };
+    assert_eq!(
+        [port("0644"), port("+0644"), port("0100"), port("644"), port("0x1f"), port("0o17")],
+        [420, 420, 64, 644, 31, 15]
+    );
+    let modes = "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nspec:\n  nodeName: node-a\n  containers: []\n  volumes:\n  - {name: s, \
+                 secret: {secretName: s, defaultMode: 0400}}\nstatus: {podIP: 10.0.0.1}\n";
+    assert_eq!(objects_of(modes), ["Pod/default/a:1"]);
+}
+
+#[test]
+fn a_dump_of_a_healthy_cluster_is_read_without_a_warning() {
+    let dump = "apiVersion: v1\nkind: List\nmetadata: {resourceVersion: \"\"}\nitems:\n- apiVersion: networking.k8s.io/v1\n  kind: \
+                NetworkPolicy\n  metadata: {name: p, namespace: x, generation: 1}\n  spec: {podSelector: {}, policyTypes: \
+                [Ingress]}\n  status: {}\n- apiVersion: projectcalico.org/v3\n  kind: BGPConfiguration\n  metadata: {name: \
+                default}\n- apiVersion: crd.projectcalico.org/v1\n  kind: IPAMBlock\n  metadata: {name: b}\n- apiVersion: \
+                crd.projectcalico.org/v1\n  kind: IPAMConfig\n  metadata: {name: default}\n- apiVersion: \
+                projectcalico.org/v3\n  kind: KubeControllersConfiguration\n  metadata: {name: default}\n";
+    assert_eq!(objects_of(dump), ["NetworkPolicy/x/p:5"]);
+}
+
 #[test]
 fn anchors_and_merge_keys_are_followed() {
     let text = "apiVersion: v1\nkind: Pod\nmetadata: {name: a, labels: &l {x: y, z: 'no'}}\nspec: {nodeName: node-a, \
@@ -637,7 +734,7 @@ fn a_service_becomes_its_ports() {
             [{name: n}]}}\nports: [{name: http, port: 8080}, {name: dns, port: 5353, protocol: UDP}, {name: http, \
             protocol: UDP, port: 1}, {name: nothing}]\n---\napiVersion: discovery.k8s.io/v1\nkind: \
             EndpointSlice\nmetadata: {name: b, namespace: x, labels: {kubernetes.io/service-name: web}}\naddressType: \
-            IPv4\nendpoints:\n- {addresses: [10.1.0.1], nodeName: node-a}\n- {addresses: [10.1.0.3]}\nports: [{name: \
+            IPv4\nendpoints:\n- {addresses: [10.1.0.1], nodeName: node-a}\n- {addresses: [10.1.0.3], conditions: {ready: false, serving: false}}\nports: [{name: \
             http, port: 8080}]\n"),
     )
     .services;
@@ -667,7 +764,7 @@ fn a_service_becomes_its_ports() {
         facts(http),
         [
             "10.1.0.1:8080 Some(\"node-a\") (true, true, false) [][]",
-            "10.1.0.3:8080 None (false, false, false) [][]",
+            "10.1.0.3:8080 None (false, true, false) [][]",
             "10.1.0.4:8080 None (false, true, true) [\"z\"][\"n\"]",
         ]
     );
@@ -919,6 +1016,43 @@ fn folders_are_read_with_their_subfolders_and_missing_paths_are_errors() {
     assert_eq!(facts, [(2, 17, missing.as_str()), (2, 4, "this file is not UTF-8")]);
     let problems = load_strictly(&path("nowhere.yaml")).unwrap_err();
     assert!(problems.diagnostics()[0].message.starts_with("cannot read the configuration"));
+}
+
+#[test]
+fn a_policy_with_a_slip_in_its_kind_denies_what_it_selects() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    fs::write(folder.join("weir.yaml"), WEIR).unwrap();
+    let kubernetes = "{podSelector: {matchLabels: {a: b}}, policyTypes: [Ingress]}";
+    for (api_version, kind, spec, name) in [
+        ("networking.k8s.io", "NetworkPolicy", kubernetes, "NetworkPolicy/x/p"),
+        ("v1", "NetworkPolicy", kubernetes, "NetworkPolicy/x/p"),
+        ("extensions/v1beta1", "NetworkPolicy", kubernetes, "NetworkPolicy/x/p"),
+        ("networking.k8s.io/v1", "NetworkPolcy", kubernetes, "NetworkPolicy/x/p"),
+        ("projectcalico.org", "NetworkPolicy", "{selector: a == 'b'}", "NetworkPolicy/x/p"),
+        ("projectcalico.org/v1", "GlobalNetworkPolicy", "{selector: a == 'b'}", "GlobalNetworkPolicy/p"),
+    ] {
+        let object =
+            format!("apiVersion: {api_version}\nkind: {kind}\nmetadata: {{name: p, namespace: x}}\nspec: {spec}\n");
+        fs::write(folder.join("cluster.yaml"), object).unwrap();
+        let (loaded, problems) = Loader::new(&folder.join("weir.yaml")).load().unwrap();
+        assert_eq!(loaded.faulty.len(), 1, "{api_version} {kind}");
+        assert_eq!(loaded.faulty[0].outcome(), "it denies what it selects", "{api_version} {kind}");
+        assert!(problems.unwrap().to_string().contains("is not read"));
+        let [tier] = &loaded.policy.tiers[..] else { panic!("{:?}", loaded.policy.tiers) };
+        let [policy] = &tier.policies[..] else { panic!("{:?}", tier.policies) };
+        assert_eq!(policy.name, name);
+        let labels = |value: &str| {
+            let of_x = [("projectcalico.org/namespace", "x"), ("projectcalico.org/orchestrator", "k8s"), ("a", value)];
+            of_x.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect::<BTreeMap<_, _>>()
+        };
+        assert!(
+            policy.selector.matches(&labels("b")) && !policy.selector.matches(&labels("c")),
+            "{:?}",
+            policy.selector
+        );
+        assert!(policy.ingress.is_some() && policy.egress.is_some());
+    }
 }
 
 /// A reload of `cluster` after `previous`, with what stands for faulty objects: "object: substitute: problem".

@@ -11,6 +11,7 @@ use super::Handler;
 use crate::{
     allowance::Cause,
     counters::Counter,
+    decide,
     driver::Driver,
     forwarding::AdjacencyId,
     frame::{ONE_FRAME_BYTES, Packet},
@@ -21,9 +22,23 @@ use crate::{
 
 // Each returns why the packet is dropped.
 impl<D: Driver> Handler<'_, D> {
-    /// Tells the sender of a packet that may not go on: TCP by a RST, others by an ICMP error.
+    /// Tells the sender of a packet that may not go on: TCP by a RST, others by an ICMP error. An external or load balancer IP answers an echo
+    /// request itself.
     #[cold]
     pub(super) fn reject<A: Family>(&mut self, packet: &Packet, view: &View<A>, reason: DropReason) -> DropReason {
+        let services = self.context.snapshot.rules.services.services::<A>();
+        if reason == DropReason::UnpublishedPort
+            && decide::is_echo_request(&view.key)
+            && services.is_external(view.key.dst)
+        {
+            let cause = self.cause(packet);
+            if self.pipeline.echoes.take(cause, self.context.now) {
+                self.answer::<A>(packet, self.back_to(packet, view), |out, frame, _| {
+                    build::echo_reply(out, frame, view)
+                });
+            }
+            return reason;
+        }
         let error = match reason {
             DropReason::NoSuchPod | DropReason::RouteUnreachable => IcmpError::HostUnreachable,
             DropReason::RouteProhibited => IcmpError::AdminProhibited,

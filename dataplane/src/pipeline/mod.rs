@@ -250,9 +250,11 @@ pub struct Pipeline {
     held: Held,
     tunnel_id: u16,
     generation: u32,
-    /// Of ICMP errors, of those that path MTU discovery waits for, and of TCP resets.
+    /// Of ICMP errors; of those that path MTU discovery waits for, and of TCP resets.
     errors: Shares,
     too_big: Shares,
+    /// Echo replies of addresses that no device has.
+    echoes: Shares,
     resets: Shares,
     action_log: ActionLog,
     /// What was seen of the packets of a burst.
@@ -290,6 +292,7 @@ impl Pipeline {
             generation: 0,
             errors: Shares::of_answers(),
             too_big: Shares::of_answers(),
+            echoes: Shares::of_answers(),
             resets: Shares::of_answers(),
             action_log: ActionLog::new(),
             seen: Vec::with_capacity(burst),

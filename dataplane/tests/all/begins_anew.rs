@@ -494,13 +494,13 @@ fn tcp_table() -> Vec<Row<TcpState>> {
         Row {
             states: ALL,
             packets: others(Original),
-            outcomes: [Follows, Follows, Resets, Resets, Resets, Follows, DENIED, DENIED],
+            outcomes: [Follows, Follows, Resets, Resets, Follows, Follows, DENIED, DENIED],
             linux: "netfilter sends it to the pod that is gone, and the client waits for its own timeouts; the design has a RST.",
         },
         Row {
             states: ALL,
             packets: others(Reply),
-            outcomes: [Follows, Follows, Resets, Resets, Resets, Follows, DENIED, DENIED],
+            outcomes: [Follows, Follows, Resets, Resets, Follows, Follows, DENIED, DENIED],
             linux: "netfilter translates what a pod sends that is in no slice any more; the design has both ends told.",
         },
         Row {
@@ -1357,13 +1357,13 @@ fn sctp_table() -> Vec<Row<Association>> {
         Row {
             states: ALL,
             packets: others(Original),
-            outcomes: [Follows, Follows, gone, gone, gone, Follows, DENIED, DENIED],
+            outcomes: [Follows, Follows, gone, gone, Follows, Follows, DENIED, DENIED],
             linux: "sends it to the pod that is gone; SCTP has nothing that a router could answer in another's name without its tag",
         },
         Row {
             states: ALL,
             packets: others(Reply),
-            outcomes: [Follows, Follows, gone, gone, gone, Follows, DENIED, DENIED],
+            outcomes: [Follows, Follows, gone, gone, Follows, Follows, DENIED, DENIED],
             linux: "translates it",
         },
     ]

@@ -1,10 +1,10 @@
 //! What a sender is told of a packet that is refused, over the whole pipeline and the memory driver.
 
 use crate::router;
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
-use crate::packets::{Packet, SCTP, TCP, UDP};
-use crate::router::{CLIENT_POD, Router, SERVER_POD, ip, rules, service, sum};
+use crate::packets::{Packet, SCTP, TCP, UDP, received};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service, sum};
 use weir_dataplane::{forwarding::Forwarding, frame::IfIndex, model::Links};
 use weir_nat::{HostAddresses, ServicePort, SnatPorts};
 use weir_packet::{DropReason, Protocol};
@@ -137,6 +137,67 @@ fn a_pod_of_this_node_without_a_device_is_unreachable_where_all_devices_are_know
             assert_eq!(router.drops().into_iter().collect::<Vec<_>>(), [(reason, 1)], "complete: {complete}");
             router.finish();
         }
+    }
+}
+
+/// What a router outside sends here for an external IP ends here: sent back there it would go round in circles.
+#[test]
+fn what_comes_for_a_port_that_an_external_ip_does_not_have_ends_here() {
+    const EXTERNAL: [&str; 2] = ["198.51.100.6", "2001:db8:6::6"];
+    const OUTSIDE: [&str; 2] = ["192.168.10.100", "fd00:10::100"];
+    for (family, is_load_balancer) in [(0, false), (0, true), (1, false), (1, true)] {
+        let mut web = service("default/web", Protocol::TCP, VIP, ["10.1.1.20", "fd00:1:1::20"], None);
+        let external = if is_load_balancer { &mut web.load_balancer_ips } else { &mut web.external_ips };
+        external.extend(EXTERNAL.map(ip));
+        let snat = SnatPorts::new(10000..=20000, []).unwrap();
+        let mut router = Router::new(rules(vec![web], true), snat, 1024);
+        let (src, dst) = (ip(OUTSIDE[family]), ip(EXTERNAL[family]));
+        let from_outside = |packet: Packet| Packet { src, dst, ..packet };
+        let ends = |router: &mut Router, packet: &Packet| -> Vec<Packet> {
+            let sent = router.one(UPLINK, &packet.frame());
+            received(&sent)
+                .into_iter()
+                .map(|((device, _), bytes)| {
+                    assert_eq!(device, UPLINK);
+                    let (header_bytes, source, destination) =
+                        if family == 0 { (20, 12..16, 16..20) } else { (40, 8..24, 24..40) };
+                    assert_eq!(
+                        (&bytes[source], &bytes[destination]),
+                        (&router::octets(dst)[..], &router::octets(src)[..])
+                    );
+                    Packet {
+                        src: dst,
+                        dst: src,
+                        protocol: bytes[[9, 6][family]],
+                        ttl: 64,
+                        tos: 0,
+                        options: 0,
+                        l4: bytes[header_bytes..].to_vec(),
+                    }
+                })
+                .collect()
+        };
+        // The port of the service itself goes on.
+        assert_eq!(router.one(UPLINK, &from_outside(first(family, TCP)).frame()).len(), 1);
+        let mut other = from_outside(first(family, TCP));
+        other.l4[2..4].copy_from_slice(&81_u16.to_be_bytes());
+        let told = ends(&mut router, &other);
+        assert_eq!((told.len(), told[0].l4[13]), (1, 0x14), "RST, ACK");
+        assert_eq!(ends(&mut router, &from_outside(first(family, UDP))).len(), 0);
+        // A ping, which any code may have.
+        for code in [0, 3] {
+            let l4 = vec![[8, 128][family], code, 0, 0, 0, 7, 0, 1, 1, 2, 3];
+            let ping = Packet { src, dst, protocol: [1, 58][family], ttl: 64, tos: 0, options: 0, l4 };
+            let told = ends(&mut router, &ping);
+            let [answer] = &told[..] else { panic!("{told:?}") };
+            assert_eq!(answer.l4[..2], [[0, 129][family], code]);
+            assert_eq!(answer.l4[4..], [0, 7, 0, 1, 1, 2, 3]);
+            let pseudo =
+                [router::octets(dst), router::octets(src), vec![0, 0, 0, answer.l4.len() as u8, 0, 0, 0, 58]].concat();
+            assert_eq!(sum(&[if family == 0 { &[] } else { &pseudo[..] }, &answer.l4[..]].concat()), 0xffff);
+        }
+        assert_eq!(router.drops(), BTreeMap::from([(DropReason::UnpublishedPort, 4)]));
+        router.finish();
     }
 }
 

@@ -5,11 +5,12 @@ use crate::router;
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
 };
 
 use crate::packets::{Packet, TCP, UDP, received};
 use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service, sum};
-use weir_dataplane::{frame::IfIndex, snapshot::Rules};
+use weir_dataplane::{forwarding::Forwarding, frame::IfIndex, snapshot::Rules};
 use weir_nat::{HostAddresses, ServicePort, ServiceTable, SnatPorts};
 use weir_packet::{DropReason, FlowKey, Ports, Protocol};
 use weir_policy::Classifier;
@@ -197,6 +198,37 @@ fn a_tcp_connection_keeps_its_backend_until_that_is_gone_and_is_reset_then() {
             assert_eq!(again, (UPLINK, address(REMOTE), 5353));
             router.finish();
         }
+    }
+}
+
+/// Who takes a service away takes its slices along, and no pod: what both ends know goes on until the pod goes too.
+#[test]
+fn a_tcp_connection_outlives_its_service_and_not_its_pod() {
+    for family in 0..2 {
+        let address = |of: [&str; 2]| ip(of[family]);
+        let (client, vip, server) = ((address(CLIENT), 5000), (address(VIP), 53), (address(SERVER), 5353));
+        let mut router = router(with_backends(Protocol::TCP, VIP, &[SERVER]));
+        assert_eq!(through(&mut router, CLIENT_POD, &tcp(SYN, client, vip, 100, 0)).len(), 1);
+        assert_eq!(through(&mut router, SERVER_POD, &tcp(SYN | ACK, server, client, 900, 101)).len(), 1);
+        let data = tcp(ACK, client, vip, 101, 901);
+        for services in [Vec::new(), with_backends(Protocol::UDP, VIP, &[REMOTE]), Vec::new()] {
+            router.publish(rules(services, true));
+            assert_eq!(goes(&mut router, &data), (SERVER_POD, server.0, server.1));
+            let answer = through(&mut router, SERVER_POD, &tcp(ACK, server, client, 901, 101));
+            assert_eq!((answer.len(), answer[0].0, answer[0].1.src), (1, CLIENT_POD, vip.0));
+        }
+        assert_eq!(router.drops(), BTreeMap::new());
+        // Nothing opens there any more.
+        assert_eq!(through(&mut router, CLIENT_POD, &tcp(SYN, (client.0, 5001), vip, 100, 0)).len(), 0);
+        let mut links = router::links();
+        links.devices.retain(|device| device.index != SERVER_POD);
+        links.complete = true;
+        let forwarding = Arc::new(Forwarding::compile(&router::cluster(), &links).unwrap());
+        let next = router.next(rules(Vec::new(), true), forwarding);
+        router.published.publish(next);
+        let told = through(&mut router, CLIENT_POD, &data);
+        assert_eq!((told.len(), told[0].0, told[0].1.src, told[0].1.l4[13] & RST), (1, CLIENT_POD, vip.0, RST));
+        router.finish();
     }
 }
 

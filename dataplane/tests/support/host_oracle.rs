@@ -124,6 +124,16 @@ impl Site<'_> {
             from == Place::Node && is_failsafe(&self.settings.failsafe_outbound, packet, packet.destination)
         };
 
+        // 29: answers come from such ports, of others to the node and of the node to others.
+        let answers_node = |packet: &Packet| {
+            from != Place::Node
+                && place(packet.destination) == Place::Node
+                && comes_from(&self.settings.failsafe_outbound, packet, packet.source)
+        };
+        let node_answers = |packet: &Packet| {
+            from == Place::Node && comes_from(&self.settings.failsafe_inbound, packet, packet.destination)
+        };
+
         // 27: whether an Allow was final for the endpoint that the packet came in by, or goes out by.
         let (mut entry_done, mut exit_done) = (false, false);
 
@@ -131,6 +141,7 @@ impl Site<'_> {
         if let Some(entry) = entry
             && !matches!(from, Place::Pod(_))
             && !inbound_failsafe(packet)
+            && !answers_node(packet)
             && let Some(allow) = self.judge(entry, HostStage::Untracked, PolicyDirection::Ingress, packet, &mut fate)
             && allow
         {
@@ -144,6 +155,7 @@ impl Site<'_> {
             && let Some(exit) = self.met(aim)
             && !matches!(aim, Place::Pod(_))
             && !outbound_failsafe(packet)
+            && !node_answers(packet)
             && let Some(allow) = self.judge(exit, HostStage::Untracked, PolicyDirection::Egress, packet, &mut fate)
             && allow
         {
@@ -155,6 +167,7 @@ impl Site<'_> {
         if let Some(entry) = entry
             && !entry_done
             && !inbound_failsafe(packet)
+            && !(answers_node(packet) && self.backend(packet).is_none())
             && let Some(true) = self.judge(entry, HostStage::PreDnat, PolicyDirection::Ingress, packet, &mut fate)
         {
             entry_done = true;
@@ -205,6 +218,7 @@ impl Site<'_> {
                 if let Some(entry) = entry
                     && !entry_done
                     && !inbound_failsafe(&behind)
+                    && !answers_node(&behind)
                 {
                     self.judge(entry, HostStage::Local, PolicyDirection::Ingress, &behind, &mut fate);
                 }
@@ -213,6 +227,7 @@ impl Site<'_> {
                 if let Some(exit) = self.met(to)
                     && !exit_done
                     && !outbound_failsafe(&behind)
+                    && !node_answers(&behind)
                 {
                     self.judge(exit, HostStage::Local, PolicyDirection::Egress, &behind, &mut fate);
                 }
@@ -237,6 +252,11 @@ impl Site<'_> {
         let found = self.services.iter().find(|(protocol, address, port, ..)| (*protocol, *address, *port) == front);
         found.map(|(.., address, port)| (*address, *port))
     }
+}
+
+/// 29, of an answer.
+fn comes_from(ports: &[Failsafe], packet: &Packet, peer: IpAddr) -> bool {
+    is_failsafe(ports, &Packet { destination_port: packet.source_port, ..*packet }, peer)
 }
 
 /// 29.

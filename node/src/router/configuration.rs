@@ -1,6 +1,7 @@
 //! Configurations: prepared beside control, taken over when they are ready.
 
 use std::{
+    collections::HashSet,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -9,7 +10,7 @@ use serde_json::{Value, json};
 use tracing::{error, warn};
 use weir_cluster::{
     config::{Cni, RouterConfig},
-    text::Problems,
+    text::{Problems, Severity},
     translate::{Loaded, Unserved},
 };
 
@@ -83,6 +84,14 @@ pub(super) fn warn_of_faulty(loaded: &Loaded, problems: Option<&Problems>) {
     }
 }
 
+/// Tells the warnings that were not there before, wherever they stood.
+fn warn_of_new(now: &Problems, before: &Problems) {
+    let known: HashSet<&str> = before.of(Severity::Warning).map(|warning| warning.message.as_str()).collect();
+    for warning in now.of(Severity::Warning).filter(|warning| !known.contains(warning.message.as_str())) {
+        warn!("{}", now.line(warning));
+    }
+}
+
 impl Router {
     /// Begins to prepare a configuration of what is known now; where one is being prepared, sees to one more.
     pub(super) fn begin_reload(&mut self, scope: Scope) {
@@ -126,6 +135,9 @@ impl Router {
         let Prepared { scope, loaded, problems, rules, listening, snat, own_addresses, times } = prepared;
         let has_new_files = scope == Scope::Files;
         warn_of_faulty(&loaded, problems.as_ref().filter(|_| has_new_files));
+        if has_new_files && problems.is_none() {
+            warn_of_new(&loaded.notes, &self.loaded.notes);
+        }
         let roles = role_rules(&loaded);
         if loaded.config.workers != self.config().workers || roles.uplinks != self.devices.roles.uplinks {
             warn!("changed workers, uplinks or nodeName take effect at the next start only");

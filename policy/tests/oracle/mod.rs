@@ -23,14 +23,15 @@ impl Packet {
         [6, 17, 132].contains(&self.protocol.0)
     }
 
-    /// ICMP type and code.
+    /// ICMP type and code; requests and replies with an identifier have the code above their type.
     fn icmp(&self) -> Option<(u8, u8)> {
-        let echo = match self.protocol.0 {
-            1 => [0, 8].contains(&self.destination_port),
-            58 => [128, 129].contains(&self.destination_port),
+        let [code, kind] = self.destination_port.to_be_bytes();
+        let has_identifier = match self.protocol.0 {
+            1 => [0, 8, 13, 14, 15, 16, 17, 18].contains(&kind),
+            58 => [128, 129].contains(&kind),
             _ => return None,
         };
-        Some((self.destination_port as u8, if echo { 0 } else { self.source_port as u8 }))
+        Some((kind, if has_identifier { code } else { self.source_port as u8 }))
     }
 }
 

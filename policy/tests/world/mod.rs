@@ -264,6 +264,11 @@ pub fn packets() -> impl Strategy<Value = Vec<Packet>> {
                 }
             };
             let (source, destination) = (address(source), address(destination));
+            // Of a message with an identifier the upper byte is the code, which is rarely another than 0.
+            let destination_port = match protocol {
+                Protocol::ICMP | Protocol::ICMPV6 => destination_port & 0xff | (source_port % 3) << 8,
+                _ => destination_port,
+            };
             Packet { source, destination, protocol, source_port, destination_port }
         },
     );

@@ -13,10 +13,10 @@ use super::meta::{IntOrString, Metadata};
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Resource<S> {
-    /// The API group and version.
-    pub api_version: String,
-    /// The kind.
-    pub kind: String,
+    /// The API group and version; an item of a typed list need not say it.
+    pub api_version: Option<Unread>,
+    /// The kind, likewise.
+    pub kind: Option<Unread>,
     /// Labels, annotations.
     #[serde(default)]
     pub metadata: Metadata,

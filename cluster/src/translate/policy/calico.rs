@@ -44,6 +44,8 @@ pub(super) fn network_policy(
     let ingress = rules::rules(&spec.ingress, PolicyDirection::Ingress, reader, at, &mut report);
     let egress = rules::rules(&spec.egress, PolicyDirection::Egress, reader, at, &mut report);
     let (ingress, egress) = governed(&spec.types, ingress, egress);
+    let idle = [(!spec.ingress.is_empty() && ingress.is_none()), (!spec.egress.is_empty() && egress.is_none())];
+    idle_rules(idle, "types", at, &mut report);
     Policy {
         order: spec.order,
         selector: Selector::all_of(selectors.into_iter().flatten()),
@@ -74,6 +76,8 @@ pub(super) fn global_network_policy(
     let ingress = rules::rules(&spec.ingress, PolicyDirection::Ingress, reader, at, &mut report);
     let egress = rules::rules(&spec.egress, PolicyDirection::Egress, reader, at, &mut report);
     let (ingress, egress) = governed(&spec.types, ingress, egress);
+    let idle = [(!spec.ingress.is_empty() && ingress.is_none()), (!spec.egress.is_empty() && egress.is_none())];
+    idle_rules(idle, "types", at, &mut report);
     Policy {
         order: spec.order,
         selector: Selector::all_of(selectors.into_iter().flatten()),
@@ -106,6 +110,18 @@ fn scope(object: &Object<GlobalNetworkPolicy>, has_egress: bool, report: &mut Re
         (_, true, _) => PolicyScope::PreDnat,
         (.., true) => PolicyScope::ApplyOnForward,
         _ => PolicyScope::Normal,
+    }
+}
+
+/// Warns of rules that mean nothing, as the policy does not govern their direction: `idle` ingress and egress rules, by the field that names
+/// the directions.
+pub(super) fn idle_rules(idle: [bool; 2], types: &str, at: At<'_>, report: &mut Reporter<'_>) {
+    for (key, name, is_idle) in [("ingress", "Ingress", idle[0]), ("egress", "Egress", idle[1])] {
+        if is_idle {
+            let help = format!("add {name} to {types}, or take the rules out");
+            let message = format_args!("spec.{key} has rules, and spec.{types} has no {name}: they mean nothing");
+            report.warning(at.name_of(key), message, help);
+        }
     }
 }
 

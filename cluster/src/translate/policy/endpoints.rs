@@ -81,7 +81,7 @@ pub(super) fn workloads(
             addresses: workload.addresses.clone(),
             is_local: workload.node.as_deref() == Some(cluster.node_name.as_str()),
         };
-        let make = || {
+        let make = |_: Option<&_>| {
             let spec = pod.and_then(|pod| pod.value.spec.as_ref());
             let given = spec.and_then(|spec| spec.service_account_name.as_deref().or(spec.service_account.as_deref()));
             let given = given.or_else(|| calico.and_then(|object| object.value.spec.service_account_name.as_deref()));

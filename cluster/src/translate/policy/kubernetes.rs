@@ -11,6 +11,7 @@ use weir_policy::{
 
 use super::{
     PolicyName,
+    calico::idle_rules,
     labels::{NAMESPACE_LABEL, NAMESPACE_PREFIX},
     selectors::{label_selector, pods, pods_of},
 };
@@ -97,6 +98,12 @@ fn policy<T: Readable>(
             }
         }
     }
+    let has_rules = |rules: Option<usize>| rules.is_some_and(|count| count > 0);
+    let idle = [
+        has_rules(spec.ingress.as_ref().map(Vec::len)) && !governs_ingress,
+        has_rules(spec.egress.as_ref().map(Vec::len)) && !governs_egress,
+    ];
+    idle_rules(idle, "policyTypes", at, report);
     Policy {
         order: Some(ORDER),
         selector: Selector::all_of([pods_of(namespace), own]),

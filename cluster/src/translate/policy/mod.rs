@@ -52,7 +52,7 @@ pub(super) fn translate(
 }
 
 fn tiers(manifests: &Manifests, services: &ServiceEndpoints<'_>, nodes: &Nodes<'_>, problems: &mut Problems) -> Tiers {
-    let mut tiers = Tiers::new(manifests);
+    let mut tiers = Tiers::new(manifests, problems);
     for object in &manifests.network_policies {
         let make = |object: &_, problems: &mut _| kubernetes::network_policy(object, problems).map(Arc::new);
         if let Some(policy) = object.made(problems, make) {

@@ -18,7 +18,7 @@ use crate::{
         calico::policy::{Action, EntityRule, Icmp, Rule, ServiceMatch},
         meta::IntOrString,
     },
-    text::address::{parse_ip, parse_network},
+    text::address::{AddressError, parse_ip, parse_network},
 };
 
 /// What reading a rule takes besides the rule.
@@ -80,6 +80,7 @@ impl RuleReader<'_> {
             Some(Icmp { icmp_type: None, code: None }) | None => None,
         };
         let (icmp, not_icmp) = (icmp(&rule.icmp, "icmp"), icmp(&rule.not_icmp, "notICMP"));
+        contradictions(rule, given, not_protocol, at, field, report);
         let mut side = |entity: &EntityRule, key: &str, services_have_ports: Option<bool>| {
             let side = Side { reader: self, entity, at: at.key(key), field: format!("{field}.{key}"), protocol: given };
             side.read(services_have_ports, report)
@@ -108,6 +109,63 @@ impl RuleReader<'_> {
             not_icmp,
             source,
             destination,
+        }
+    }
+}
+
+/// Parts of a rule that cannot hold together, which Calico's API refuses: what the rule was meant for is not known.
+fn contradictions(
+    rule: &Rule,
+    protocol: Option<Protocol>,
+    not_protocol: Option<Protocol>,
+    at: At<'_>,
+    field: &str,
+    report: &mut Reporter<'_>,
+) {
+    for (key, is_given) in [("icmp", rule.icmp.is_some()), ("notICMP", rule.not_icmp.is_some())] {
+        if let Some(other) = protocol.filter(|protocol| is_given && !protocol.is_icmp()) {
+            let help = "write protocol: ICMP or ICMPv6, or leave it out".to_owned();
+            report.error(at.name_of(key), format_args!("{field}.{key} stands beside the protocol {other}"), help);
+        }
+    }
+    for (key, protocol) in [("protocol", protocol), ("notProtocol", not_protocol)] {
+        let of_version = match protocol {
+            Some(Protocol::ICMP) => 4,
+            Some(Protocol::ICMPV6) => 6,
+            _ => continue,
+        };
+        if rule.ip_version.is_some_and(|version| version != of_version) {
+            let help = format!("write ipVersion: {of_version}, or leave it out");
+            let message = format_args!("{field}.{key} is of IPv{of_version}, and ipVersion is not");
+            report.error(at.key("ipVersion"), message, help);
+        }
+    }
+    // The family that the rule is for, where it says one.
+    let family = rule.ip_version.or(match protocol {
+        Some(Protocol::ICMP) => Some(4),
+        Some(Protocol::ICMPV6) => Some(6),
+        _ => None,
+    });
+    for (side, entity) in [("source", &rule.source), ("destination", &rule.destination)] {
+        for (key, nets) in [("nets", &entity.nets), ("notNets", &entity.not_nets)] {
+            let read = nets.iter().enumerate().filter_map(|(index, text)| Some((index, any_network(text).ok()?)));
+            for (index, net) in read {
+                let at = at.key(side).key(key).item(index);
+                let field = format!("{field}.{side}.{key}[{index}]");
+                let version = if net.addr().is_ipv4() { 4 } else { 6 };
+                if let Some(family) = family.filter(|family| *family != version && [4, 6].contains(family)) {
+                    let help = "make a rule for each family".to_owned();
+                    report.error(at, format_args!("{field}: {net} in a rule for IPv{family}"), help);
+                }
+                if key == "notNets" && net.prefix_len() == 0 {
+                    let help = "take it out, or the rule".to_owned();
+                    report.error(
+                        at,
+                        format_args!("{field}: {net} leaves no address, so the rule matches nothing"),
+                        help,
+                    );
+                }
+            }
         }
     }
 }
@@ -226,6 +284,20 @@ impl Side<'_, '_> {
             let help = "a service has its own ports: leave ports and notPorts out".to_owned();
             report.error(at, format_args!("{field} stands beside ports"), help);
         }
+        let given = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+        let entity = self.entity;
+        let beside = [
+            ("nets", !entity.nets.is_empty()),
+            ("notNets", !entity.not_nets.is_empty()),
+            ("selector", given(&entity.selector)),
+            ("notSelector", given(&entity.not_selector)),
+            ("namespaceSelector", given(&entity.namespace_selector)),
+            ("serviceAccounts", entity.service_accounts.is_some()),
+        ];
+        for (key, _) in beside.iter().filter(|(_, is_given)| *is_given) {
+            let help = format!("a service has its own endpoints: leave {key} out, or make two rules");
+            report.error(at, format_args!("{field} stands beside {key}"), help);
+        }
         let namespace = service.namespace.as_deref().filter(|name| !name.is_empty()).or(self.reader.namespace);
         match namespace {
             Some(namespace) => self.reader.services.of(namespace, &service.name, with_ports),
@@ -240,8 +312,11 @@ impl Side<'_, '_> {
 
 /// A CIDR, whose host bits do not matter, or a single address.
 pub(super) fn network(text: &str, at: At<'_>, field: &str, report: &mut Reporter<'_>) -> Option<IpNet> {
-    let net = parse_network(text).or_else(|error| parse_ip(text).map(IpNet::from).map_err(|_| error));
-    report.read(at, field, net)
+    report.read(at, field, any_network(text))
+}
+
+fn any_network(text: &str) -> Result<IpNet, AddressError> {
+    parse_network(text).or_else(|error| parse_ip(text).map(IpNet::from).map_err(|_| error))
 }
 
 /// A protocol by its name or number.

@@ -32,11 +32,15 @@ pub(super) fn pods() -> Selector {
 /// `global()` means something only in the namespace selectors of rules, see [`namespaces`].
 pub(super) fn expression(text: &str, at: At<'_>, field: &str, report: &mut Reporter<'_>) -> Selector {
     let selector = any_expression(text, at, field, report);
-    if has_global(&selector) {
-        let help = "write all(): global() means something in the namespaceSelector of a rule only".to_owned();
-        report.warning(at, format_args!("{field}: global() selects everything here"), help);
-    }
+    warn_of_global(&selector, "everything", at, field, report);
     selector
+}
+
+fn warn_of_global(selector: &Selector, what: &str, at: At<'_>, field: &str, report: &mut Reporter<'_>) {
+    if has_global(selector) {
+        let help = "write all(): global() means something in the namespaceSelector of a rule only".to_owned();
+        report.warning(at, format_args!("{field}: global() selects {what} here"), help);
+    }
 }
 
 fn any_expression(text: &str, at: At<'_>, field: &str, report: &mut Reporter<'_>) -> Selector {
@@ -64,7 +68,9 @@ pub(super) fn inherited(
     field: &str,
     report: &mut Reporter<'_>,
 ) -> Selector {
-    with_prefix(expression(text, at, field, report), prefix, known_by)
+    let selector = any_expression(text, at, field, report);
+    warn_of_global(&selector, "no pod", at, field, report);
+    with_prefix(selector, prefix, known_by)
 }
 
 /// A rule's namespace selector: `all()` is whatever is in a namespace, `global()` what is in none.

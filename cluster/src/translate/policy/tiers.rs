@@ -4,10 +4,13 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use weir_policy::model::{Policy, Tier, TierAction};
 
-use crate::resources::{
-    Manifests,
-    at::{At, Reporter},
-    calico::policy,
+use crate::{
+    resources::{
+        Manifests, Object,
+        at::{At, Reporter},
+        calico::policy,
+    },
+    text::Problems,
 };
 
 /// The tier of Kubernetes's NetworkPolicies, and of policies that name none.
@@ -28,18 +31,18 @@ pub(super) struct Tiers {
 }
 
 impl Tiers {
-    pub(super) fn new(manifests: &Manifests) -> Self {
+    pub(super) fn new(manifests: &Manifests, problems: &mut Problems) -> Self {
         let mut tiers = Self { tiers: BTreeMap::new() };
         for (name, order, default_action) in BUILT_IN {
             tiers.define(name, Some(order), default_action);
         }
         for object in &manifests.tiers {
+            if let Some(built_in) = BUILT_IN.iter().find(|(name, ..)| **name == *object.name) {
+                check_built_in(object, built_in, problems);
+                continue;
+            }
             let spec = &object.value.spec;
-            let default_action = match spec.default_action {
-                Some(policy::TierAction::Pass) => TierAction::Pass,
-                Some(policy::TierAction::Deny) | None => TierAction::Deny,
-            };
-            tiers.define(&object.name, spec.order, default_action);
+            tiers.define(&object.name, spec.order, spec.default_action.map_or(TierAction::Deny, action));
         }
         tiers
     }
@@ -65,5 +68,29 @@ impl Tiers {
 
     pub(super) fn into_tiers(self) -> Vec<Tier> {
         self.tiers.into_values().filter(|tier| !tier.policies.is_empty() || tier.name == DEFAULT_TIER).collect()
+    }
+}
+
+fn action(given: policy::TierAction) -> TierAction {
+    match given {
+        policy::TierAction::Pass => TierAction::Pass,
+        policy::TierAction::Deny => TierAction::Deny,
+    }
+}
+
+/// A manifest may write a built-in tier out, or leave parts of it out. With another order or end it would be another tier: with Pass at the end
+/// of "default" no NetworkPolicy would isolate anything.
+fn check_built_in(object: &Object<policy::Tier>, built_in: &(&str, f64, TierAction), problems: &mut Problems) {
+    let (name, order, default_action) = *built_in;
+    let (spec, at) = (&object.value.spec, object.at().key("spec"));
+    let mut report = object.reporter(problems);
+    let help = |what: &str| format!("the tier {name} is built in: leave {what} out, or make a tier of another name");
+    if spec.order.is_some_and(|given| given != order) {
+        let message = format_args!("spec.order of the tier {name} is {order}");
+        report.error(at.key("order"), message, help("order"));
+    }
+    if spec.default_action.is_some_and(|given| action(given) != default_action) {
+        let message = format_args!("spec.defaultAction of the tier {name} is {default_action:?}");
+        report.error(at.key("defaultAction"), message, help("defaultAction"));
     }
 }

@@ -2,8 +2,9 @@
 
 use super::{
     WEIR, assert_said, loaded,
-    policy::{assert_flows, calico},
+    policy::{assert_flows, calico, cluster, trace_lines},
 };
+use crate::text::Severity;
 
 /// The node's own address, as the cluster of these tests has it.
 const NODE: &str = "192.0.2.1";
@@ -233,6 +234,87 @@ fn rule_30_an_endpoint_for_every_device_meets_pods_traffic_and_special_policies_
 }
 
 #[test]
+fn a_felix_configuration_that_does_not_say_drops_and_says_so() {
+    let of = |name: &str, spec: &str| calico(&format!("FelixConfiguration {name}"), spec);
+    let rest = "bpfEnabled: false, healthPort: 9099, logSeverityScreen: Info, floatingIPs: Disabled";
+    let silent = of("default", &format!("{{{rest}}}"));
+    assert_said(
+        WEIR,
+        silent.strip_prefix("---\n").unwrap(),
+        &[
+            "cluster.yaml:4:1: warning: FelixConfiguration default: spec.defaultEndpointToHostAction is not given, which means Drop: \
+             pods do not reach their own node [write defaultEndpointToHostAction: Accept, which Calico's manifests and operator give to \
+             calico-node by the environment variable FELIX_DEFAULTENDPOINTTOHOSTACTION, or Drop if that is meant]",
+        ],
+    );
+    // The node's own may say what the default does not, and the other way round.
+    let says = "{defaultEndpointToHostAction: Accept}";
+    for (objects, flow) in [
+        (silent.clone(), "-red/a > NODE tcp:80"),
+        (silent.clone() + &of("node.node-a", says), "+red/a > NODE tcp:80"),
+        (of("default", says) + &of("node.node-a", "{}"), "+red/a > NODE tcp:80"),
+        (silent.clone() + &of("node.node-b", says), "-red/a > NODE tcp:80"),
+    ] {
+        assert_host(&objects, &[flow]);
+        let loaded = loaded(WEIR, &(cluster() + &objects));
+        assert_eq!(loaded.notes.of(Severity::Warning).count(), usize::from(flow.starts_with('-')), "{}", loaded.notes);
+    }
+    // A slip of a setting that counts is told; the many others are Felix's own.
+    assert_said(
+        WEIR,
+        of("default", "{defaultEndpointToHostActon: Accept, defaultEndpointToHostAction: Accept}")
+            .strip_prefix("---\n")
+            .unwrap(),
+        &[
+            "cluster.yaml:4:8: warning: FelixConfiguration default: unknown field spec.defaultEndpointToHostActon [did you mean \
+             defaultEndpointToHostAction?]",
+        ],
+    );
+    let loaded = loaded(WEIR, &(cluster() + &silent));
+    let by = loaded.endpoint_to_host_by.and_then(|object| loaded.objects.get(object)).unwrap();
+    assert_eq!(by.to_string(), "FelixConfiguration/default");
+}
+
+#[test]
+fn rule_29_answers_of_failsafe_ports_pass_untracked_policy() {
+    let deny = "doNotTrack: true, applyOnForward: true, types: [Ingress, Egress], ingress: [{action: Allow, protocol: UDP, destination: \
+                {ports: [9000]}}, {action: Deny}], egress: [{action: Allow, protocol: UDP, source: {ports: [9000]}}, {action: Deny}]";
+    let objects = host_endpoint("eth0", "") + SERVICE + &policy("p", deny);
+    let verdict = |sport: u16, proto: &str, dport: u16, dst: &str| {
+        let flow = format!(
+            "{{\"src\": \"{OTHER}\", \"dst\": \"{dst}\", \"proto\": \"{proto}\", \"sport\": {sport}, \"dport\": {dport}}}"
+        );
+        trace_lines(&objects, &[&flow])[0]["verdict"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(verdict(2379, "tcp", 40_000, NODE), "local", "etcd answers");
+    assert_eq!(verdict(53, "udp", 40_000, NODE), "local", "DNS answers");
+    assert_eq!(verdict(40_000, "tcp", 22, NODE), "local", "SSH");
+    assert_eq!(verdict(53, "tcp", 40_000, NODE), "drop", "53 is for UDP");
+    assert_eq!(verdict(40_000, "tcp", 80, NODE), "drop");
+    assert_eq!(verdict(40_000, "udp", 9000, NODE), "local");
+    assert_eq!(verdict(2379, "tcp", 80, "10.0.0.1"), "drop", "what is forwarded is no answer to the node");
+    // A service's port is none that the node asks from.
+    let before_dnat = "preDNAT: true, applyOnForward: true, ingress: [{action: Deny}]";
+    let objects = host_endpoint("eth0", "projectcalico-default-allow") + SERVICE + &policy("p", before_dnat);
+    let to = |dst: &str, dport: u16| {
+        let flow = format!(
+            "{{\"src\": \"{OTHER}\", \"dst\": \"{dst}\", \"proto\": \"tcp\", \"sport\": 2379, \"dport\": {dport}}}"
+        );
+        trace_lines(&objects, &[&flow])[0]["verdict"].as_str().unwrap().to_owned()
+    };
+    assert_eq!((to(NODE, 40_000).as_str(), to("203.0.113.80", 8080).as_str()), ("local", "drop"));
+}
+
+#[test]
+fn an_interface_name_is_one_devices_or_all() {
+    for name in ["eth*", "eth0/1", "a-name-that-is-too-long"] {
+        let said = crate::translate::tests::said(WEIR, &(cluster() + &host_endpoint(name, "")));
+        let wanted = format!("spec.interfaceName: {name:?} is no device's name");
+        assert!(said.iter().any(|line| line.contains("error") && line.contains(&wanted)), "{said:?}");
+    }
+}
+
+#[test]
 fn faults_of_host_objects() {
     assert_said(
         WEIR,
@@ -242,8 +324,6 @@ fn faults_of_host_objects() {
         &[
             "cluster.yaml:4:1: error: HostEndpoint h: neither spec.interfaceName nor spec.expectedIPs tells which device it \
              is [write interfaceName, \"*\" for all devices, or expectedIPs]",
-            "cluster.yaml:10:3: note: FelixConfiguration default: unknown field spec.bpfEnabled [known here: \
-             failsafeInboundHostPorts, failsafeOutboundHostPorts, defaultEndpointToHostAction]",
             "cluster.yaml:11:32: error: FelixConfiguration default: spec.defaultEndpointToHostAction: \"Dropp\" is none of: \
              Drop, Accept, Return [did you mean Drop?]",
             "cluster.yaml:12:41: error: FelixConfiguration default: spec.failsafeInboundHostPorts[0].protocol: \"icmp\" has \

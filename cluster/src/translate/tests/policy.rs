@@ -221,7 +221,8 @@ fn rule_22_protocols_icmp_and_negations_are_all_asked_for() {
         ("source: {nets: [10.0.1.77/24]}", &["+blue/a > red/a tcp:80", "-red/b > red/a tcp:80"]),
         ("source: {nets: [10.0.1.1]}", &["+blue/a > red/a tcp:80", "-blue/b > red/a tcp:80"]),
         ("source: {nets: [10.0.0.0/8], notNets: [10.0.1.1/32]}", &["-blue/a > red/a tcp:80", "+blue/b > red/a tcp:80"]),
-        ("source: {notNets: [0.0.0.0/0]}", &["-blue/a > red/a tcp:80", "-198.51.100.1 > red/a tcp:80"]),
+        ("protocol: ICMP, icmp: {type: 8, code: 0}", &["+blue/a > red/a icmp:8:0", "-blue/a > red/a icmp:8:1"]),
+        ("protocol: ICMP, notICMP: {type: 8, code: 0}", &["-blue/a > red/a icmp:8:0", "+blue/a > red/a icmp:8:1"]),
         ("ipVersion: 6", &["-blue/a > red/a tcp:80"]),
         (
             "protocol: TCP, destination: {ports: [80, '90:91', '100']}",
@@ -477,6 +478,111 @@ fn rule_31_both_versions_of_a_cluster_network_policy_are_one_object() {
              policy.networking.k8s.io/v1beta1]",
         ],
     );
+}
+
+/// What is said of a policy of red in the cluster, without its place.
+fn said_of(spec: &str) -> Vec<String> {
+    let said = crate::translate::tests::said(WEIR, &(cluster() + &calico("NetworkPolicy red/p", spec)));
+    said.iter().map(|line| line.splitn(4, ':').nth(3).unwrap().trim().to_owned()).collect()
+}
+
+#[test]
+fn what_cannot_hold_together_is_at_fault() {
+    for (rule, wanted) in [
+        ("protocol: TCP, icmp: {type: 8}", "icmp stands beside the protocol tcp"),
+        ("protocol: UDP, notICMP: {type: 8}", "notICMP stands beside the protocol udp"),
+        ("protocol: ICMP, ipVersion: 6", "protocol is of IPv4, and ipVersion is not"),
+        ("protocol: ICMPv6, ipVersion: 4", "protocol is of IPv6, and ipVersion is not"),
+        ("notProtocol: ICMPv6, ipVersion: 4", "notProtocol is of IPv6, and ipVersion is not"),
+        ("protocol: ICMP, source: {nets: ['fd00::/8']}", "source.nets[0]: fd00::/8 in a rule for IPv4"),
+        ("ipVersion: 6, source: {nets: [10.0.0.0/8]}", "source.nets[0]: 10.0.0.0/8 in a rule for IPv6"),
+        ("ipVersion: 4, source: {notNets: ['fd00::1']}", "source.notNets[0]: fd00::1/128 in a rule for IPv4"),
+        ("source: {notNets: [10.0.0.0/8, 0.0.0.0/0]}", "source.notNets[1]: 0.0.0.0/0 leaves no address"),
+        ("destination: {notNets: ['::/0']}", "destination.notNets[0]: ::/0 leaves no address"),
+        ("source: {services: {name: web}, selector: a == 'b'}", "source.services stands beside selector"),
+        ("source: {services: {name: web}, nets: [10.0.0.0/8]}", "source.services stands beside nets"),
+        (
+            "source: {services: {name: web}, namespaceSelector: all()}",
+            "source.services stands beside namespaceSelector",
+        ),
+        (
+            "source: {services: {name: web}, serviceAccounts: {names: [a]}}",
+            "source.services stands beside serviceAccounts",
+        ),
+    ] {
+        let said = said_of(&format!("{{ingress: [{{action: Allow, {rule}}}]}}"));
+        let message = format!("error: NetworkPolicy red/p: spec.ingress[0].{wanted}");
+        assert!(said.len() == 1 && said[0].starts_with(&message), "{rule}: {said:?}");
+    }
+    for rule in [
+        "protocol: ICMP, ipVersion: 4, source: {nets: [10.0.0.0/8]}",
+        "protocol: ICMPv6, icmp: {type: 128}, source: {nets: ['fd00::/8']}",
+        "icmp: {type: 8}",
+        "source: {nets: [10.0.0.0/8, 'fd00::/8'], notNets: [10.0.0.0/9]}",
+        "source: {nets: [0.0.0.0/0]}",
+        "source: {services: {name: web}}",
+    ] {
+        assert_eq!(said_of(&format!("{{ingress: [{{action: Allow, {rule}}}]}}")), Vec::<String>::new(), "{rule}");
+    }
+}
+
+#[test]
+fn rules_of_a_direction_that_a_policy_does_not_govern_are_warned_of() {
+    let said = said_of("{types: [Ingress], egress: [{action: Allow}]}");
+    let wanted = "warning: NetworkPolicy red/p: spec.egress has rules, and spec.types has no Egress: they mean nothing [add Egress to \
+                  types, or take the rules out]";
+    assert_eq!(said, [wanted]);
+    assert_eq!(said_of("{types: [Egress], ingress: [{action: Allow}], egress: []}").len(), 1);
+    for fine in
+        ["{egress: [{action: Allow}]}", "{types: [Ingress, Egress], egress: [{action: Allow}]}", "{types: [Egress]}"]
+    {
+        assert_eq!(said_of(fine), Vec::<String>::new(), "{fine}");
+    }
+    let kubernetes = |spec: &str| {
+        let object = format!(
+            "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p, namespace: red}}\nspec: {spec}\n"
+        );
+        crate::translate::tests::said(WEIR, &(cluster() + &object)).len()
+    };
+    assert_eq!(kubernetes("{podSelector: {}, policyTypes: [Ingress], egress: [{}]}"), 1);
+    assert_eq!(kubernetes("{podSelector: {}, policyTypes: [Egress], ingress: [{}], egress: [{}]}"), 1);
+    assert_eq!(kubernetes("{podSelector: {}, policyTypes: [Egress], ingress: [], egress: [{}]}"), 0);
+    assert_eq!(kubernetes("{podSelector: {}, egress: [{}]}"), 0);
+}
+
+#[test]
+fn a_policy_of_what_is_in_no_namespace_selects_no_pod() {
+    let spec = "{namespaceSelector: global(), ingress: [{action: Deny}]}";
+    let policy = calico("GlobalNetworkPolicy p", spec);
+    assert_flows(&policy, &["+blue/a > red/a tcp:80"]);
+    assert_flows(&policy.replace("global()", "all()"), &["-blue/a > red/a tcp:80"]);
+    let said = crate::translate::tests::said(WEIR, &(cluster() + &policy));
+    assert!(said.len() == 1 && said[0].contains("spec.namespaceSelector: global() selects no pod here"), "{said:?}");
+}
+
+#[test]
+fn rule_15_no_manifest_changes_a_built_in_tier() {
+    let baseline = calico("Tier kube-baseline", "{order: 10000000, defaultAction: Pass}");
+    let written_out = calico("Tier default", "{order: 1000000, defaultAction: Deny}") + &baseline;
+    let left_out = calico("Tier default", "{}") + &calico("Tier kube-admin", "{}");
+    let isolates = "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p, namespace: red}\nspec: {podSelector: \
+                    {}, ingress: [{from: [{namespaceSelector: {matchLabels: {team: b}}}]}]}\n";
+    let deny = calico("GlobalNetworkPolicy p", "{tier: kube-baseline, ingress: [{action: Deny}]}");
+    for tiers in [String::new(), written_out, left_out] {
+        assert_flows(
+            &(tiers + isolates + &deny),
+            &["+blue/a > red/a tcp:80", "-red/b > red/a tcp:80", "-red/a > blue/a tcp:80"],
+        );
+    }
+    for (name, spec, wanted) in [
+        ("default", "{defaultAction: Pass}", "spec.defaultAction of the tier default is Deny"),
+        ("default", "{order: 5}", "spec.order of the tier default is 1000000"),
+        ("kube-admin", "{defaultAction: Deny}", "spec.defaultAction of the tier kube-admin is Pass"),
+        ("kube-baseline", "{order: 1}", "spec.order of the tier kube-baseline is 10000000"),
+    ] {
+        let said = crate::translate::tests::said(WEIR, &(cluster() + &calico(&format!("Tier {name}"), spec)));
+        assert!(said.len() == 1 && said[0].contains(wanted) && said[0].contains(": error: "), "{said:?}");
+    }
 }
 
 #[test]
