@@ -20,7 +20,7 @@ const ARROWS: [(&str, &[&str]); 13] = [
     ("lab", &["dataplane", "node"]),
     ("benches", &["packet", "nat", "policy", "dataplane"]),
     (".", &["sync", "packet", "conntrack", "nat", "policy", "dataplane", "cluster", "node", "lab", "benches"]),
-    ("fuzz", &["sync", "packet", "conntrack", "nat", "policy", "dataplane"]),
+    ("fuzz", &["sync", "packet", "conntrack", "nat", "policy", "dataplane", "node"]),
 ];
 
 fn root() -> &'static Path {

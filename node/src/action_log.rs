@@ -127,6 +127,6 @@ spec: {selector: all(), types: [Ingress], ingress: [{action: Log}, {action: Deny
             line(Protocol::TCP, Ports::new(4000, 80), 7),
             format!("{begin} proto=tcp sport=4000 dport=80 suppressed=7\n")
         );
-        assert_eq!(line(Protocol::ICMP, Ports::new(99, 8), 0), format!("{begin} proto=icmp icmp_type=8\n"));
+        assert_eq!(line(Protocol::ICMP, Ports::new(99, 8), 0), format!("{begin} proto=icmp icmp_type=8 icmp_code=0\n"));
     }
 }

@@ -68,7 +68,7 @@ drop_reasons! {
     UnknownEtherType,
     /// The device that the packet came from is not known, or not one that weir serves any more.
     UnknownDevice,
-    /// A workload sent from an address that is not its own, or a packet from outside has the address of a workload of this node, or one that the node's kernel forwards that of a pod elsewhere.
+    /// A workload sent from an address that is not its own; a packet from outside has the address of a workload of this node, or that of another node's pods without the tunnel that these use; one that the node's kernel forwards has that of a pod elsewhere.
     SpoofedSource,
     /// A workload sent a tunnel packet (IPIP or VXLAN) of its own.
     WorkloadTunnel,

@@ -234,7 +234,9 @@ fn icmp_kinds_and_keys() {
             _ => Kind::Flow,
         };
         let echo = matches!(icmp_type, 128 | 129);
-        let ports = Ports::new(if echo { 0x0506 } else { 2 }, u16::from(icmp_type));
+        // The code of an echo stands above its type: its other half has the identifier.
+        let ports =
+            if echo { Ports::new(0x0506, 2 << 8 | u16::from(icmp_type)) } else { Ports::new(2, icmp_type.into()) };
         assert_eq!((view.kind, view.key.ports), (kind, ports), "ICMPv6 type {icmp_type}");
     }
     assert_eq!(v4(&ipv4_frame(&[], 0, 2, &[0x16; 8])).kind, Kind::Control, "IGMP");

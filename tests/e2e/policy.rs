@@ -290,6 +290,7 @@ fn a_start_with_faulty_objects_leaves_them_out_denies_what_a_faulty_policy_selec
     ] {
         manifests.pod("node-a", pod, app, &[address]);
     }
+    let good = manifests.text();
     // Each of these ended a start, or every running router, once.
     manifests.node("node-z", &["192.168.10.9"], &["0.0.0.0/0"]);
     manifests.pool("all", "0.0.0.0/0", "Always");
@@ -299,7 +300,10 @@ fn a_start_with_faulty_objects_leaves_them_out_denies_what_a_faulty_policy_selec
     }));
     let plan = [NodePlan::new("node-a", &["192.168.10.1/24"], &[0])];
     let policy = ONLY_FRIENDS.replace("- from:", "- from: 7\n    x:");
-    let mut site = Site::build(&plan, &manifests.text(), &policy);
+    let mut site = Site::build(&plan, &good, ONLY_FRIENDS);
+    let write = |file: &str, text: &str| std::fs::write(site.lab.folder().join(file), text).unwrap();
+    write("cluster.yaml", &manifests.text());
+    write("policies.yaml", &policy);
     site.serve("default/server", &[80]);
     site.serve("default/other", &[80]);
     site.start_all();

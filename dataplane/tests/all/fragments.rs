@@ -127,8 +127,13 @@ struct Part {
     data: Vec<u8>,
 }
 
-/// Reads a fragment; the ports are 0. Asserts what every packet that leaves must have.
+/// Reads a fragment of who passed a router; the ports are 0. Asserts what every packet that leaves must have.
 fn read(packet: &[u8]) -> Part {
+    read_with(packet, 63)
+}
+
+/// Reads a fragment with that many hops left.
+fn read_with(packet: &[u8], hops: u8) -> Part {
     let address = |at: usize, bytes: usize| -> IpAddr {
         match bytes {
             4 => Ipv4Addr::from(<[u8; 4]>::try_from(&packet[at..at + 4]).unwrap()).into(),
@@ -137,12 +142,12 @@ fn read(packet: &[u8]) -> Part {
     };
     let word = |at: usize| u16::from_be_bytes([packet[at], packet[at + 1]]);
     if packet[0] >> 4 == 4 {
-        assert_eq!((sum(&packet[..20]), usize::from(word(2)), packet[8]), (0xffff, packet.len(), 63));
+        assert_eq!((sum(&packet[..20]), usize::from(word(2)), packet[8]), (0xffff, packet.len(), hops));
         let ends = Ends { protocol: packet[9], src: address(12, 4), dst: address(16, 4), ports: (0, 0) };
         let (id, start, more) = (word(4).into(), usize::from(word(6) & 0x1fff) * 8, word(6) & 0x2000 != 0);
         return Part { ends, id, start, more, data: packet[20..].to_vec() };
     }
-    assert_eq!((usize::from(word(4)) + 40, packet[6], packet[7]), (packet.len(), 44, 63));
+    assert_eq!((usize::from(word(4)) + 40, packet[6], packet[7]), (packet.len(), 44, hops));
     let ends = Ends { protocol: packet[40], src: address(8, 16), dst: address(24, 16), ports: (0, 0) };
     let id = u32::from_be_bytes(packet[44..48].try_into().unwrap());
     Part { ends, id, start: usize::from(word(42) & 0xfff8), more: word(42) & 1 != 0, data: packet[48..].to_vec() }
@@ -459,7 +464,7 @@ fn the_kernels_own_fragments_reach_other_nodes_pods_without_a_connection() {
     assert_eq!(router.one(IfIndex::HOST, &last), []);
     router.publish(all_rules(true));
     let sent = router.turn(&[(IfIndex::HOST, first), (IfIndex::HOST, middle)]);
-    let starts: Vec<usize> = sent.iter().map(|(_, frame)| read(&frame[34..]).start).collect();
+    let starts: Vec<usize> = sent.iter().map(|(_, frame)| read_with(&frame[34..], 64).start).collect();
     assert_eq!(starts, [0, 400, 200]);
     assert_eq!(router.tables.v4.len(), 0);
     assert_eq!(router.finish().dropped(), 0);

@@ -22,6 +22,10 @@ fn is_in(said: &Value, read: &Value) -> bool {
         (Value::Object(said), Value::Object(read)) => {
             said.iter().all(|(key, value)| read.get(key).is_some_and(|read| is_in(value, read)))
         }
+        // What has nothing to say besides its name may be written either way.
+        (Value::Object(said), Value::String(read)) => {
+            said.len() == 1 && said.get(read).is_some_and(|value| value.is_null())
+        }
         // A network is shown as it is written in full.
         (Value::String(_), Value::String(_)) => true,
         _ => said == read,

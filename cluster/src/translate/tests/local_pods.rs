@@ -5,7 +5,8 @@ use weir_dataplane::model::Workload;
 use super::*;
 use crate::trace::Tracer;
 
-const NODE: &str = "apiVersion: v1\nkind: Node\nmetadata: {name: node-a}\nspec: {podCIDRs: [10.1.0.0/24]}\n---\napiVersion: v1\nkind: \
+const NODE: &str = "apiVersion: v1\nkind: Node\nmetadata: {name: node-a}\nspec: {podCIDRs: [10.1.0.0/24]}\n\
+     status: {addresses: [{type: InternalIP, address: 192.0.2.1}]}\n---\napiVersion: v1\nkind: \
      Node\nmetadata: {name: node-b}\nspec: {podCIDRs: [10.1.1.0/24]}\nstatus: {addresses: [{type: InternalIP, address: \
      192.0.2.2}]}\n";
 
