@@ -290,20 +290,17 @@ fn a_start_with_faulty_objects_leaves_them_out_denies_what_a_faulty_policy_selec
     ] {
         manifests.pod("node-a", pod, app, &[address]);
     }
-    let good = manifests.text();
     // Each of these ended a start, or every running router, once.
-    manifests.node("node-z", &["192.168.10.9"], &["0.0.0.0/0"]);
-    manifests.pool("all", "0.0.0.0/0", "Always");
-    manifests.add(serde_json::json!({
-        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "nowhere", "namespace": "default"},
-        "spec": {"clusterIP": "224.0.0.1", "ports": [{"port": 80}]},
-    }));
+    let faulty = "---\napiVersion: v1\nkind: Node\nmetadata: {name: node-z}\nspec: {podCIDR: 0.0.0.0/0}\n\
+                  ---\napiVersion: projectcalico.org/v3\nkind: IPPool\nmetadata: {name: all}\nspec: {cidr: 0.0.0.0/0}\n\
+                  ---\napiVersion: v1\nkind: Service\nmetadata: {name: nowhere, namespace: default}\n\
+                  spec: {clusterIP: 224.0.0.1, ports: [{port: 80}]}\n";
     let plan = [NodePlan::new("node-a", &["192.168.10.1/24"], &[0])];
     let policy = ONLY_FRIENDS.replace("- from:", "- from: 7\n    x:");
-    let mut site = Site::build(&plan, &good, ONLY_FRIENDS);
-    let write = |file: &str, text: &str| std::fs::write(site.lab.folder().join(file), text).unwrap();
-    write("cluster.yaml", &manifests.text());
-    write("policies.yaml", &policy);
+    let mut site = Site::build(&plan, &manifests.text(), ONLY_FRIENDS);
+    let (cluster, policies) = (site.lab.folder().join("cluster.yaml"), site.lab.folder().join("policies.yaml"));
+    std::fs::write(&cluster, std::fs::read_to_string(&cluster).unwrap() + "\n" + faulty).unwrap();
+    std::fs::write(&policies, policy).unwrap();
     site.serve("default/server", &[80]);
     site.serve("default/other", &[80]);
     site.start_all();
