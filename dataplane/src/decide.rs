@@ -213,12 +213,8 @@ pub fn decide<'s, A: Routed>(
 }
 
 /// What becomes of a packet whose route leads nowhere, as Linux has it.
-pub(crate) fn refused(refusal: Refusal) -> Verdict {
-    match refusal {
-        Refusal::Blackhole => Verdict::Drop(DropReason::RouteBlackhole),
-        Refusal::Unreachable => Verdict::Reject(DropReason::RouteUnreachable),
-        Refusal::Prohibit => Verdict::Reject(DropReason::RouteProhibited),
-    }
+fn refused(refusal: Refusal) -> Verdict {
+    if refusal.is_silent() { Verdict::Drop(refusal.reason()) } else { Verdict::Reject(refusal.reason()) }
 }
 
 /// Whether it asks for an echo (RFC 792, RFC 4443), which an address of the node's services gives.

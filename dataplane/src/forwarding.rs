@@ -9,7 +9,6 @@
 
 use std::{
     collections::BTreeSet,
-    hash::{BuildHasher, BuildHasherDefault},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -24,7 +23,7 @@ use crate::{
     driver::PortId,
     frame::IfIndex,
     host_endpoints::{HostEndpointNumber, HostEndpoints},
-    mix::{HashMap, HashSet, Mixer},
+    mix::{HashMap, HashSet, mixed},
     model::{self, Cluster, Links, Refusal, Role, TunnelMode},
     prefix::PrefixMap,
 };
@@ -204,12 +203,7 @@ const MOST_CHOICES: u32 = 64;
 
 /// What tells flows apart where a route has several next hops.
 fn flow_hash<A: Address>(flow: &FlowKey<A>) -> u64 {
-    BuildHasherDefault::<Mixer>::default().hash_one((
-        flow.src.to_ip(),
-        flow.dst.to_ip(),
-        flow.ports.word(),
-        flow.protocol.0,
-    ))
+    mixed((flow.src.to_ip(), flow.dst.to_ip(), flow.ports.word(), flow.protocol.0))
 }
 
 /// Who owns a pod's address.
@@ -527,9 +521,7 @@ impl Forwarding {
     fn choose<A: Routed>(&self, first: u32, count: u32, flow: Option<&FlowKey<A>>) -> AdjacencyId {
         let choices = &self.choices[first as usize..][..count as usize];
         let hash = flow.map(flow_hash);
-        let best = hash.and_then(|hash| {
-            choices.iter().max_by_key(|choice| BuildHasherDefault::<Mixer>::default().hash_one((hash, choice.own)))
-        });
+        let best = hash.and_then(|hash| choices.iter().max_by_key(|choice| mixed((hash, choice.own))));
         best.unwrap_or(&choices[0]).adjacency
     }
 
@@ -865,7 +857,7 @@ impl<'a> Compiler<'a> {
             let share = if all > MOST_CHOICES { (weight * MOST_CHOICES).div_ceil(all) } else { weight };
             self.choices.extend((0..share).map(|number| {
                 let own = (index, via.map(|via| via.to_ip()), number);
-                Choice { own: BuildHasherDefault::<Mixer>::default().hash_one(own), adjacency }
+                Choice { own: mixed(own), adjacency }
             }));
         }
         match self.choices.len() - first {

@@ -142,11 +142,7 @@ pub fn is_untracked<A: Routed>(snapshot: &Snapshot, arrival: Arrival, key: &Flow
     let endpoint = arriving(&snapshot.forwarding, arrival).and_then(|number| rules.host.policy(number).ok());
     endpoint.is_some_and(|endpoint| {
         let judged = rules.policy.judge_host(endpoint, HostStage::Untracked, PolicyDirection::Ingress, key);
-        let is_spared = || {
-            is_failsafe(snapshot, PolicyDirection::Ingress, key)
-                || answered_failsafe(snapshot, PolicyDirection::Ingress, key).is_some()
-        };
-        judged.is_some() && !is_spared()
+        judged.is_some() && !is_spared(snapshot, PolicyDirection::Ingress, key)
     })
 }
 
@@ -179,6 +175,11 @@ fn answered_failsafe<A: Routed>(snapshot: &Snapshot, direction: PolicyDirection,
     }
     let port = key.ports.source();
     failsafes.iter().any(|failsafe| failsafe.takes(key.protocol, port, peer.to_ip())).then_some(port)
+}
+
+/// Whether a failsafe port spares a packet, or one that it may answer.
+fn is_spared<A: Routed>(snapshot: &Snapshot, direction: PolicyDirection, key: &FlowKey<A>) -> bool {
+    is_failsafe(snapshot, direction, key) || answered_failsafe(snapshot, direction, key).is_some()
 }
 
 /// The failsafe port that spares a packet what a host endpoint's policy might have said of it; for explanations. `translated` is after DNAT.
@@ -236,9 +237,7 @@ fn after<A: Routed>(
     let rules = &snapshot.rules.host;
     let mut ask = |number: Option<HostEndpointNumber>, stage: HostStage, direction: PolicyDirection| {
         let Some(number) = number else { return Ok(()) };
-        let is_spared =
-            || is_failsafe(snapshot, direction, key) || answered_failsafe(snapshot, direction, key).is_some();
-        if stage == HostStage::Local && is_spared() {
+        if stage == HostStage::Local && is_spared(snapshot, direction, key) {
             return Ok(());
         }
         let asking = Asking { snapshot, host: &mut *host };

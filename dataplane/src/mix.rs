@@ -3,12 +3,17 @@
 //! What these tables hold comes from the cluster's configuration and the kernel, so nobody can fill them with keys that collide, which a
 //! keyed hash would be for.
 
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher};
 
 /// A map with this hash.
 pub type HashMap<K, V> = hashbrown::HashMap<K, V, BuildHasherDefault<Mixer>>;
 /// A set with this hash.
 pub type HashSet<K> = hashbrown::HashSet<K, BuildHasherDefault<Mixer>>;
+
+/// The hash of one value.
+pub fn mixed(value: impl Hash) -> u64 {
+    BuildHasherDefault::<Mixer>::default().hash_one(value)
+}
 
 /// Folds each word of a key into 64 bits by the halves of a 128-bit product, of which hashbrown uses the highest and the lowest.
 #[derive(Clone, Copy, Default, Debug)]

@@ -7,7 +7,7 @@ use std::{
 };
 
 use ipnet::{IpNet, Ipv4Net};
-use weir_packet::{Mac, Protocol};
+use weir_packet::{DropReason, Mac, Protocol};
 
 use crate::frame::IfIndex;
 
@@ -225,6 +225,22 @@ pub enum Refusal {
     Unreachable,
     /// Tells the sender that a filter is in the way.
     Prohibit,
+}
+
+impl Refusal {
+    /// Whether the sender hears nothing of it.
+    pub fn is_silent(self) -> bool {
+        self == Self::Blackhole
+    }
+
+    /// Why what takes such a route is dropped.
+    pub fn reason(self) -> DropReason {
+        match self {
+            Self::Blackhole => DropReason::RouteBlackhole,
+            Self::Unreachable => DropReason::RouteUnreachable,
+            Self::Prohibit => DropReason::RouteProhibited,
+        }
+    }
 }
 
 /// A route that leads nowhere.

@@ -56,9 +56,7 @@ impl Origin {
     #[must_use]
     pub fn with_source<A: Routed>(self, source: A, forwarding: &Forwarding) -> Self {
         match self {
-            Self::Host if !forwarding.is_local(source) && !source.is_loopback() => {
-                Self::Forwarded { by: IfIndex::HOST }
-            }
+            Self::Host if !is_the_nodes(source, forwarding) => Self::Forwarded { by: IfIndex::HOST },
             other => other,
         }
     }
@@ -83,7 +81,7 @@ impl Origin {
                 Err(DropReason::SpoofedSource)
             }
             Self::Workload(_) => Ok(()),
-            Self::Host if !forwarding.is_local(source) && !source.is_loopback() => Err(DropReason::SpoofedSource),
+            Self::Host if !is_the_nodes(source, forwarding) => Err(DropReason::SpoofedSource),
             Self::Host => Ok(()),
             // Its kernel has translated the source, as what it forwards from outside with such a one it drops itself.
             Self::Forwarded { .. } if forwarding.is_local(source) => Ok(()),
@@ -114,6 +112,12 @@ impl Origin {
     pub fn workload(self) -> Option<WorkloadId> {
         if let Self::Workload(workload) = self { Some(workload) } else { None }
     }
+}
+
+/// Whether the node itself sends from that address.
+#[inline]
+fn is_the_nodes<A: Routed>(source: A, forwarding: &Forwarding) -> bool {
+    forwarding.is_local(source) || source.is_loopback()
 }
 
 /// Where the packets of a connection come from that `device` has opened from `source`; why they may not, where they may not any more.

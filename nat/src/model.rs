@@ -177,6 +177,13 @@ pub struct Endpoint {
     pub node_hints: Hints,
 }
 
+impl Endpoint {
+    /// Whether new connections may come to it: where none is ready, those that terminate and still serve do.
+    pub fn is_usable(&self) -> bool {
+        self.ready || self.serving && self.terminating
+    }
+}
+
 /// Names of zones or nodes, which most endpoints have none of.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[allow(clippy::box_collection, reason = "of the size of one pointer: nearly all endpoints have none")]

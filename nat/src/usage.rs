@@ -38,7 +38,7 @@ impl fmt::Display for WhyNot {
             Self::NotServing => f.write_str("not serving"),
             Self::NotReady => f.write_str("not ready"),
             Self::Terminating => f.write_str("terminating, and others are ready"),
-            Self::OtherNodes(nodes) => write!(f, "hinted to other nodes: {}", nodes.to_vec().join(", ")),
+            Self::OtherNodes(nodes) => write!(f, "hinted to other nodes: {}", nodes.join(", ")),
             Self::OtherZones(zones) => write!(f, "hinted to other zones: {}", zones.join(", ")),
             Self::NotHere(node) => write!(f, "on {node}, not on this node"),
             Self::NoNode => f.write_str("without nodeName, so never local"),

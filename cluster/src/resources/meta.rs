@@ -25,6 +25,11 @@ pub fn sharing<R>(names: &Names, read: impl FnOnce() -> R) -> R {
     read
 }
 
+/// The text as it is held, see [`sharing`].
+fn shared(text: &str) -> Name {
+    NAMES.with_borrow(|names| names.as_ref().map_or_else(|| text.into(), |names| names.of(text)))
+}
+
 /// A text that is held once, see [`sharing`].
 struct Shared(Name);
 
@@ -39,9 +44,7 @@ impl<'de> Deserialize<'de> for Shared {
             }
 
             fn visit_str<E: Error>(self, text: &str) -> Result<Shared, E> {
-                Ok(Shared(
-                    NAMES.with_borrow(|names| names.as_ref().map_or_else(|| text.into(), |names| names.of(text))),
-                ))
+                Ok(Shared(shared(text)))
             }
         }
         deserializer.deserialize_str(Text)
@@ -104,11 +107,7 @@ impl Labels {
                     // A value that is null reads as the empty text, as it does in a Go map.
                     let value = map.next_value::<Option<Shared>>()?.map_or_else(Name::default, |value| value.0);
                     if (self.0)(&key) {
-                        let key = NAMES.with_borrow(|names| match names {
-                            Some(names) => names.of(&key),
-                            None => Name::from(&*key),
-                        });
-                        pairs.insert(key, value);
+                        pairs.insert(shared(&key), value);
                     }
                 }
                 Ok(Labels(pairs.into_iter().collect()))
@@ -189,8 +188,8 @@ impl<'de> Deserialize<'de> for IntOrString {
             }
 
             fn visit_u64<E: Error>(self, number: u64) -> Result<IntOrString, E> {
-                let out_of_range = |_| E::custom(format_args!("{number} is out of range"));
-                i32::try_from(number).map(IntOrString::Int).map_err(out_of_range)
+                // What no i64 holds is out of range as well.
+                self.visit_i64(i64::try_from(number).unwrap_or(i64::MAX))
             }
 
             fn visit_str<E: Error>(self, text: &str) -> Result<IntOrString, E> {

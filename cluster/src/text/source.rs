@@ -116,8 +116,8 @@ impl Source {
         }
     }
 
-    /// Compresses the text, which nearly nobody asks for any more: LZ4 leaves a sixth of what kubectl writes, and takes 2 ns a byte. A text with a very long line stays as it is, as any
-    /// question about that line would unpack all of it.
+    /// Compresses the text, which nearly nobody asks for any more: LZ4 leaves a sixth of what kubectl writes, and takes 2 ns a byte. A text with
+    /// a very long line stays as it is, as any question about that line would unpack all of it.
     pub fn pack(&self) {
         let text = match &*self.kept() {
             Kept::Plain(text) => Arc::clone(text),
@@ -141,17 +141,16 @@ impl Source {
     /// What `look` sees in a part of the text; all of it that is there.
     fn in_part<R>(&self, range: Range<usize>, look: impl FnOnce(&str) -> R) -> R {
         let (text, base) = match &*self.kept() {
-            Kept::Plain(text) => (Ok(Arc::clone(text)), 0),
+            Kept::Plain(text) => (Arc::clone(text), 0),
             Kept::Packed(blocks, whole) => match whole.upgrade() {
-                Some(text) => (Ok(text), 0),
+                Some(text) => (text, 0),
                 None => {
                     let first = blocks.partition_point(|block| block.range.end <= range.start);
                     let meets = blocks[first..].iter().take_while(|block| block.range.start < range.end);
-                    (Err(unpacked(meets)), blocks.get(first).map_or(0, |block| block.range.start))
+                    (Arc::new(unpacked(meets)), blocks.get(first).map_or(0, |block| block.range.start))
                 }
             },
         };
-        let text = text.as_deref().unwrap_or_else(|unpacked| unpacked);
         look(text.get(range.start - base..range.end - base).unwrap_or_default())
     }
 
@@ -179,15 +178,17 @@ impl Source {
         self.marks[mark] as usize..end
     }
 
+    /// What `look` sees of the text before a byte, from the last mark on, whose line has that index. Bytes, as it may be one of a character.
+    fn since_mark<R>(&self, offset: u32, look: impl FnOnce(usize, &[u8]) -> R) -> R {
+        let mark = self.marks.partition_point(|start| *start <= offset).saturating_sub(1);
+        let region = self.region(mark);
+        let length = (offset as usize).min(self.length) - region.start;
+        self.in_part(region, |text| look(mark * STRIDE, &text.as_bytes()[..length]))
+    }
+
     /// Index of the line that holds the byte at `offset`.
     pub fn line_index(&self, offset: u32) -> usize {
-        let mark = self.marks.partition_point(|start| *start <= offset).saturating_sub(1);
-        let before = self.marks[mark] as usize..(offset as usize).min(self.length);
-        // A byte of a character of several is no place where a text can be cut.
-        mark * STRIDE
-            + self.in_part(self.region(mark), |text| {
-                text.as_bytes()[..before.len()].iter().filter(|byte| **byte == b'\n').count()
-            })
+        self.since_mark(offset, |first, before| first + count_lines(before))
     }
 
     /// Bytes of the line with this index, without its line break; the last line's where there is no such line.
@@ -195,11 +196,9 @@ impl Source {
         let index = index.min(self.line_count - 1);
         let region = self.region(index / STRIDE);
         self.in_part(region.clone(), |text| {
-            let mut start = region.start;
             // Behind the last line break is an empty line.
             let mut lines = text.split_inclusive('\n').chain(std::iter::once(""));
-            let line = lines.by_ref().take(index % STRIDE).map(str::len).sum::<usize>();
-            start += line;
+            let start = region.start + lines.by_ref().take(index % STRIDE).map(str::len).sum::<usize>();
             let line = lines.next().unwrap_or_default();
             start..start + line.trim_end_matches(['\n', '\r']).len()
         })
@@ -212,11 +211,16 @@ impl Source {
 
     /// Line and column of a byte, both from 1; the column counts characters.
     pub fn line_column(&self, offset: u32) -> (usize, usize) {
-        let index = self.line_index(offset);
-        let start = self.line_range(index).start;
-        let column = self.in_part(start..(offset as usize).max(start), |before| before.chars().count());
-        (index + 1, column + 1)
+        self.since_mark(offset, |first, before| {
+            let start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+            let column = str::from_utf8(&before[start..]).map_or(0, |line| line.chars().count());
+            (first + count_lines(before) + 1, column + 1)
+        })
     }
+}
+
+fn count_lines(bytes: &[u8]) -> usize {
+    bytes.iter().filter(|byte| **byte == b'\n').count()
 }
 
 #[cfg(test)]

@@ -103,7 +103,7 @@ pub(super) fn translate(
         let ports = assembled.get(object.origin, |parts| parts.are(&node_name, object, &slices), make);
         if is_api(object)
             && !slices.iter().any(has_usable)
-            && ports.iter().any(|port| port.endpoints.iter().any(is_usable_now))
+            && ports.iter().any(|port| port.endpoints.iter().any(Endpoint::is_usable))
         {
             let message = "no backend is left, so its last ones stay: without the API nobody would hear of others";
             let help = "if the API is elsewhere now, write its EndpointSlice".to_owned();
@@ -122,20 +122,15 @@ fn is_api(object: &Object<Service>) -> bool {
     (&*object.namespace, &*object.name) == ("default", "kubernetes")
 }
 
-/// Whether packets may come to it.
-fn is_usable_now(endpoint: &Endpoint) -> bool {
-    endpoint.ready || endpoint.serving && endpoint.terminating
-}
-
 /// Whether a slice has an endpoint that packets may come to.
 fn has_usable((object, slice): &OfService<'_>) -> bool {
-    slice.endpoints(&object.value).any(|(address, endpoint)| is_usable_now(&model_endpoint(address, 0, endpoint)))
+    slice.endpoints(&object.value).any(|(address, endpoint)| model_endpoint(address, 0, endpoint).is_usable())
 }
 
 /// Gives ports that have no usable backend any more those that they had `before`. The API server takes its own endpoint out while it restarts, and
 /// manifests may lose its slice; who asks the API by its service could then not hear of a new one.
 fn keep_backends(ports: &mut [Arc<ServicePort>], before: &[Arc<ServicePort>]) {
-    for port in ports.iter_mut().filter(|port| !port.endpoints.iter().any(is_usable_now)) {
+    for port in ports.iter_mut().filter(|port| !port.endpoints.iter().any(Endpoint::is_usable)) {
         if let Some(before) = before.iter().find(|one| (&one.name, one.protocol) == (&port.name, port.protocol)) {
             Arc::make_mut(port).endpoints.clone_from(&before.endpoints);
         }
@@ -246,14 +241,8 @@ fn slice(object: &Object<EndpointSlice>, problems: &mut Problems) -> Option<Slic
 /// Keeps each address and port once: its most usable listing (ready, then serving and terminating), of those one on this node, of those the
 /// first. A pod that got the address of one that is stuck while it terminates is so not hidden by it.
 fn each_once(endpoints: &mut Vec<Endpoint>, node_name: &str) {
-    let worth = |endpoint: &Endpoint| {
-        let usable = match (endpoint.ready, endpoint.serving && endpoint.terminating) {
-            (true, _) => 2,
-            (false, true) => 1,
-            (false, false) => 0,
-        };
-        (usable, endpoint.node_name.as_deref() == Some(node_name))
-    };
+    let worth =
+        |endpoint: &Endpoint| (endpoint.ready, endpoint.is_usable(), endpoint.node_name.as_deref() == Some(node_name));
     let mut places: HashMap<(IpAddr, u16), usize> = HashMap::with_capacity(endpoints.len());
     let mut unique: Vec<Endpoint> = Vec::with_capacity(endpoints.len());
     for endpoint in endpoints.drain(..) {

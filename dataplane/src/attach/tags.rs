@@ -19,10 +19,11 @@ pub(super) enum LeftTags {
 /// # Errors
 /// [`AttachError::TakesTagsOff`] where it goes on taking them off.
 pub(super) fn leave_in_frames(device: &str) -> Result<LeftTags, AttachError> {
-    if taken_off(device)?.is_empty() {
+    let features = taken_off(device)?;
+    if features.is_empty() {
         return Ok(LeftTags::Always);
     }
-    for feature in taken_off(device)? {
+    for feature in features {
         // What matters is what the device does afterwards.
         let _ = ethtool(&["-K", device, feature, "off"]);
     }

@@ -12,7 +12,6 @@ use weir_packet::{
 use super::{Course, ETHERNET_BYTES, End, Handler};
 use crate::{
     counters::Counter,
-    decide::{self, Verdict},
     driver::Driver,
     forwarding::{Adjacency, AdjacencyId, Route},
     frame::{IfIndex, Packet},
@@ -52,11 +51,8 @@ impl<D: Driver> Handler<'_, D> {
     fn nowhere<A: Family>(&mut self, packet: &Packet, view: &View<A>, destination: A) -> DropReason {
         let reason = match self.context.snapshot.forwarding.route(destination) {
             Route::NoSuchPod => DropReason::NoSuchPod,
-            Route::Refused(refusal) => match decide::refused(refusal) {
-                Verdict::Reject(reason) => reason,
-                Verdict::Drop(reason) => return reason,
-                Verdict::Forward | Verdict::Local | Verdict::Pass => DropReason::NoRoute,
-            },
+            Route::Refused(refusal) if refusal.is_silent() => return refusal.reason(),
+            Route::Refused(refusal) => refusal.reason(),
             Route::Via(_) | Route::None => DropReason::NoRoute,
         };
         self.reject(packet, view, reason)

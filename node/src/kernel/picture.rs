@@ -480,8 +480,9 @@ impl Picture {
     pub(super) fn links(&self, rules: &RoleRules) -> Links {
         let mut roles = BTreeMap::new();
         let mut devices = Vec::new();
-        for link in self.all() {
-            let (Some(role), Some(mac)) = (rules.role(&link), link.mac) else { continue };
+        let all: Vec<Link> = self.all().collect();
+        for link in &all {
+            let (Some(role), Some(mac)) = (rules.role(link), link.mac) else { continue };
             roles.insert(link.index.0, role);
             let addresses = self.addresses.get(&link.index.0).map_or(&[][..], Vec::as_slice);
             devices.push(Device {
@@ -529,7 +530,7 @@ impl Picture {
             }
         }
         // Addresses of others tell which host endpoint governs them.
-        let others = self.links.values().filter(|link| rules.role(link).is_none() && !is_loopback(link));
+        let others = all.iter().filter(|link| rules.role(link).is_none() && !is_loopback(link));
         let others = others.filter(|link| link.up && self.addresses.contains_key(&link.index.0));
         kernels.extend(others.filter(|link| !rules.trunk.contains(&link.name)).map(|link| link.index.forwarded()));
         for index in kernels {

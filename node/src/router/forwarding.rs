@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use ipnet::IpNet;
-use tracing::{info, warn};
+use tracing::info;
 use weir_cluster::{compile::CompileError, sockets::PortSet};
 use weir_dataplane::{
     forwarding::Forwarding,
@@ -81,9 +81,8 @@ impl Router {
     fn tell_of_routes(&mut self) {
         const MOST_NOTES: usize = 100;
         for note in self.view.notes(&self.devices.roles) {
-            if self.notes.len() < MOST_NOTES && !self.notes.contains(&note) {
-                warn!("{note}");
-                self.notes.push(note);
+            if self.notes.len() < MOST_NOTES {
+                self.warn_once(note);
             }
         }
     }

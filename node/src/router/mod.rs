@@ -336,10 +336,14 @@ impl Router {
             info!("{line}");
         }
         for line in report.warnings {
-            if !self.notes.contains(&line) {
-                warn!("{line}");
-                self.notes.push(line);
-            }
+            self.warn_once(line);
+        }
+    }
+
+    fn warn_once(&mut self, line: String) {
+        if !self.notes.contains(&line) {
+            warn!("{line}");
+            self.notes.push(line);
         }
     }
 

@@ -43,9 +43,9 @@ pub(super) fn network_policy(
     ];
     let ingress = rules::rules(&spec.ingress, PolicyDirection::Ingress, reader, at, &mut report);
     let egress = rules::rules(&spec.egress, PolicyDirection::Egress, reader, at, &mut report);
+    let has_rules = [!spec.ingress.is_empty(), !spec.egress.is_empty()];
     let (ingress, egress) = governed(&spec.types, ingress, egress);
-    let idle = [(!spec.ingress.is_empty() && ingress.is_none()), (!spec.egress.is_empty() && egress.is_none())];
-    idle_rules(idle, "types", at, &mut report);
+    idle_rules(has_rules, [ingress.is_some(), egress.is_some()], "types", at, &mut report);
     Policy {
         order: spec.order,
         selector: Selector::all_of(selectors.into_iter().flatten()),
@@ -75,9 +75,9 @@ pub(super) fn global_network_policy(
     ];
     let ingress = rules::rules(&spec.ingress, PolicyDirection::Ingress, reader, at, &mut report);
     let egress = rules::rules(&spec.egress, PolicyDirection::Egress, reader, at, &mut report);
+    let has_rules = [!spec.ingress.is_empty(), !spec.egress.is_empty()];
     let (ingress, egress) = governed(&spec.types, ingress, egress);
-    let idle = [(!spec.ingress.is_empty() && ingress.is_none()), (!spec.egress.is_empty() && egress.is_none())];
-    idle_rules(idle, "types", at, &mut report);
+    idle_rules(has_rules, [ingress.is_some(), egress.is_some()], "types", at, &mut report);
     Policy {
         order: spec.order,
         selector: Selector::all_of(selectors.into_iter().flatten()),
@@ -113,11 +113,10 @@ fn scope(object: &Object<GlobalNetworkPolicy>, has_egress: bool, report: &mut Re
     }
 }
 
-/// Warns of rules that mean nothing, as the policy does not govern their direction: `idle` ingress and egress rules, by the field that names
-/// the directions.
-pub(super) fn idle_rules(idle: [bool; 2], types: &str, at: At<'_>, report: &mut Reporter<'_>) {
-    for (key, name, is_idle) in [("ingress", "Ingress", idle[0]), ("egress", "Egress", idle[1])] {
-        if is_idle {
+/// Warns of ingress and egress rules that mean nothing, as the policy does not govern their direction, by the field that names the directions.
+pub(super) fn idle_rules(has_rules: [bool; 2], governs: [bool; 2], types: &str, at: At<'_>, report: &mut Reporter<'_>) {
+    for (direction, (key, name)) in [("ingress", "Ingress"), ("egress", "Egress")].into_iter().enumerate() {
+        if has_rules[direction] && !governs[direction] {
             let help = format!("add {name} to {types}, or take the rules out");
             let message = format_args!("spec.{key} has rules, and spec.{types} has no {name}: they mean nothing");
             report.warning(at.name_of(key), message, help);

@@ -98,12 +98,11 @@ fn policy<T: Readable>(
             }
         }
     }
-    let has_rules = |rules: Option<usize>| rules.is_some_and(|count| count > 0);
-    let idle = [
-        has_rules(spec.ingress.as_ref().map(Vec::len)) && !governs_ingress,
-        has_rules(spec.egress.as_ref().map(Vec::len)) && !governs_egress,
+    let has_rules = [
+        spec.ingress.as_ref().is_some_and(|rules| !rules.is_empty()),
+        spec.egress.as_ref().is_some_and(|rules| !rules.is_empty()),
     ];
-    idle_rules(idle, "policyTypes", at, report);
+    idle_rules(has_rules, [governs_ingress, governs_egress], "policyTypes", at, report);
     Policy {
         order: Some(ORDER),
         selector: Selector::all_of([pods_of(namespace), own]),
