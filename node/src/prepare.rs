@@ -14,7 +14,7 @@ use tokio::task::spawn_blocking;
 use weir_cluster::{
     compile::{self, CompileError},
     config::RouterConfig,
-    resources::Objects,
+    resources::Manifests,
     sockets::{Listening, Sockets, ephemeral_ports},
     text::{Problems, Severity},
     translate::{LoadTimes, Loaded, Loader, LocalPods, Room},
@@ -39,7 +39,7 @@ pub enum Scope {
 /// What is in force and what is known, when the next configuration begins to be prepared.
 pub struct Basis {
     /// The objects of the configuration in force.
-    pub in_force: Arc<Objects>,
+    pub in_force: Arc<Manifests>,
     /// The node's addresses.
     pub own_addresses: Vec<IpAddr>,
     /// The pods that this node's CNI plugin has made.
@@ -229,7 +229,7 @@ mod tests {
         )
     }
 
-    fn basis(objects: &Arc<Objects>, local_pods: &Arc<LocalPods>) -> Basis {
+    fn basis(objects: &Arc<Manifests>, local_pods: &Arc<LocalPods>) -> Basis {
         Basis {
             in_force: Arc::clone(objects),
             own_addresses: Vec::new(),

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use weir_policy::{Model, RuleOrigin};
 
 use crate::{
-    resources::{Objects, Origin},
+    resources::{Manifests, Origin},
     translate::Loaded,
 };
 
@@ -27,7 +27,7 @@ impl std::fmt::Display for Authority {
 
 /// Where the policies of a model stand.
 pub struct Places<'l> {
-    objects: &'l Objects,
+    objects: &'l Manifests,
     by_policy: HashMap<&'l str, u32>,
 }
 

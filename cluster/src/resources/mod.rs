@@ -5,6 +5,7 @@
 
 pub mod at;
 pub mod calico;
+mod chunk;
 pub mod cluster_network_policy;
 pub mod identity;
 mod kinds;
@@ -13,35 +14,31 @@ mod made;
 pub mod meta;
 pub mod network_policy;
 pub mod object;
-pub mod piece;
+mod piece;
+pub mod pieces;
 pub mod subject;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    ops::Range,
     sync::Arc,
 };
 
 use self::{
-    calico::{
-        IpPool, WorkloadEndpoint,
-        host::{FelixConfiguration, HostEndpoint},
-        policy::{self, GlobalNetworkPolicy, NetworkSet, Profile, StagedKubernetesNetworkPolicy, Tier},
-    },
-    cluster_network_policy::ClusterNetworkPolicy,
-    kubernetes::{EndpointSlice, KubernetesNode, Namespace, Pod, Service, ServiceAccount},
-    network_policy::NetworkPolicy,
-    piece::{Form, Item, Piece},
+    chunk::{Chunk, Placement, Role, Roles},
+    kubernetes::{Pod, Service},
+    piece::{Item, Lists},
+    pieces::Pieces,
 };
 use crate::text::{Diagnostic, Problems, Source, Span, tree};
 
+pub use chunk::List;
 pub use identity::{Identities, Identity, ObjectId};
 pub use made::{Memo, Same};
 pub use object::{Base, Content, InText, Object};
 pub use subject::Subject;
 
 /// A policy that cannot be read and has no earlier version: it denies what it selects.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Denying {
     /// Its number in [`Objects`].
     pub origin: u32,
@@ -76,135 +73,18 @@ impl std::fmt::Display for Origin {
     }
 }
 
-/// All resources, by kind, in the order of reading.
-#[derive(Debug, Default)]
+/// All objects, in the order of reading: by kind, and by the number that models and tables have for each. What did not change since the
+/// load before is shared with it.
+#[derive(Clone, Debug, Default)]
 pub struct Manifests {
-    /// v1 Node.
-    pub nodes: Vec<Object<KubernetesNode>>,
-    /// v1 Namespace.
-    pub namespaces: Vec<Object<Namespace>>,
-    /// v1 Pod.
-    pub pods: Vec<Object<Pod>>,
-    /// v1 Service.
-    pub services: Vec<Object<Service>>,
-    /// v1 ServiceAccount.
-    pub service_accounts: Vec<Object<ServiceAccount>>,
-    /// discovery.k8s.io/v1 EndpointSlice.
-    pub endpoint_slices: Vec<Object<EndpointSlice>>,
-    /// networking.k8s.io/v1 NetworkPolicy.
-    pub network_policies: Vec<Object<NetworkPolicy>>,
-    /// projectcalico.org/v3 IPPool.
-    pub pools: Vec<Object<IpPool>>,
-    /// projectcalico.org/v3 WorkloadEndpoint.
-    pub workload_endpoints: Vec<Object<WorkloadEndpoint>>,
-    /// projectcalico.org/v3 GlobalNetworkPolicy.
-    pub global_network_policies: Vec<Object<GlobalNetworkPolicy>>,
-    /// projectcalico.org/v3 NetworkPolicy.
-    pub calico_network_policies: Vec<Object<policy::NetworkPolicy>>,
-    /// projectcalico.org/v3 StagedGlobalNetworkPolicy.
-    pub staged_global_network_policies: Vec<Object<GlobalNetworkPolicy>>,
-    /// projectcalico.org/v3 StagedNetworkPolicy.
-    pub staged_network_policies: Vec<Object<policy::NetworkPolicy>>,
-    /// projectcalico.org/v3 StagedKubernetesNetworkPolicy.
-    pub staged_kubernetes_network_policies: Vec<Object<StagedKubernetesNetworkPolicy>>,
-    /// policy.networking.k8s.io/v1beta1 ClusterNetworkPolicy.
-    pub cluster_network_policies: Vec<Object<ClusterNetworkPolicy>>,
-    /// projectcalico.org/v3 Tier.
-    pub tiers: Vec<Object<Tier>>,
-    /// projectcalico.org/v3 GlobalNetworkSet and NetworkSet.
-    pub network_sets: Vec<Object<NetworkSet>>,
-    /// projectcalico.org/v3 Profile.
-    pub profiles: Vec<Object<Profile>>,
-    /// projectcalico.org/v3 HostEndpoint.
-    pub host_endpoints: Vec<Object<HostEndpoint>>,
-    /// projectcalico.org/v3 FelixConfiguration.
-    pub felix_configurations: Vec<Object<FelixConfiguration>>,
-    /// Policies that could not be read and deny what they select.
-    pub denying: Vec<Denying>,
-    /// Where each object stands, by its number.
-    pub objects: Objects,
+    chunks: Vec<Arc<Chunk>>,
+    /// How many placements are in the chunks before each.
+    starts: Vec<u32>,
+    /// Which placement an object has, counted through all chunks, by its number; [`NOWHERE`] where it has none.
+    by_number: Vec<u32>,
 }
 
-/// Where objects stand, by the number that models and tables have for each.
-#[derive(Debug, Default)]
-pub struct Objects {
-    placements: Vec<Placement>,
-    /// Positions in `placements`, by number.
-    by_number: Vec<Option<u32>>,
-}
-
-/// An object of a text.
-#[derive(Debug)]
-struct Placement {
-    item: Arc<Item>,
-    text: InText,
-    base: Base,
-    /// What stands for it instead of itself.
-    substitute: Option<Substitute>,
-}
-
-impl Placement {
-    fn id(&self) -> &ObjectId {
-        self.item.identity.id()
-    }
-
-    fn origin(&self) -> Origin {
-        let ObjectId { kind, namespace, name, .. } = self.id().clone();
-        let source = &self.text.source;
-        let (line, _) = source.line_column(self.base.offset + self.item.start);
-        let namespace = Some(namespace.to_string()).filter(|namespace| !namespace.is_empty());
-        Origin { kind, namespace, name: name.to_string(), file: source.name().to_owned(), line }
-    }
-}
-
-impl Objects {
-    /// The object with this number.
-    pub fn get(&self, number: u32) -> Option<Origin> {
-        let position = (*self.by_number.get(number as usize)?)?;
-        Some(self.placements[position as usize].origin())
-    }
-
-    /// The place of the name of the object with this number.
-    pub fn place(&self, number: u32) -> Option<Span> {
-        let placement = &self.placements[(*self.by_number.get(number as usize)?)? as usize];
-        Some(placement.base.place(placement.item.name))
-    }
-
-    /// All objects that are in force, in the order of reading.
-    pub fn iter(&self) -> impl Iterator<Item = Origin> + '_ {
-        let in_force = self.placements.iter().filter(|placement| placement.substitute != Some(Substitute::LastGood));
-        in_force.map(Placement::origin)
-    }
-
-    /// How many objects of each kind are in force.
-    pub fn counts(&self) -> BTreeMap<&'static str, usize> {
-        let mut counts = BTreeMap::new();
-        for placement in self.placements.iter().filter(|one| one.substitute != Some(Substitute::LastGood)) {
-            *counts.entry(placement.id().kind).or_default() += 1;
-        }
-        counts
-    }
-
-    /// The object in whose text a place is.
-    pub fn at(&self, place: Span) -> Option<&ObjectId> {
-        let holds = |placement: &&Placement| {
-            let span = placement.base.place(placement.item.extent);
-            span.file == place.file && (span.start..span.end).contains(&place.start)
-        };
-        self.placements.iter().find(holds).map(Placement::id)
-    }
-
-    /// All objects in the texts that were read, those that were passed over too.
-    pub fn mentioned(&self) -> HashSet<&ObjectId> {
-        self.placements.iter().map(Placement::id).collect()
-    }
-
-    /// The objects that stand for themselves, each with the name of its text.
-    pub fn good(&self) -> impl Iterator<Item = (&ObjectId, &str)> {
-        let good = self.placements.iter().filter(|placement| placement.substitute.is_none());
-        good.map(|placement| (placement.id(), placement.text.source.name()))
-    }
-}
+const NOWHERE: u32 = u32::MAX;
 
 /// What stands for an object that cannot be read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -215,34 +95,42 @@ pub enum Substitute {
     Nothing,
 }
 
+/// The chunks of a load, for the next one.
+#[derive(Debug, Default)]
+pub struct Chunks(Vec<Arc<Chunk>>);
+
 impl Manifests {
-    /// All objects of pieces of texts but for those in `passed_over`.
+    /// All objects of texts but for those in `passed_over`; `before` is what the load before has left, and gets what this one leaves.
     pub fn of<'p>(
-        pieces: impl Iterator<Item = (u32, InText, &'p Piece)> + Clone,
+        texts: impl Iterator<Item = (u32, &'p Arc<Pieces>)> + Clone,
         passed_over: &BTreeMap<ObjectId, Substitute>,
+        before: &mut Chunks,
         problems: &mut Problems,
     ) -> Self {
+        let newest = newest_versions(texts.clone().map(|(_, pieces)| pieces));
+        let role = |item: &Item| match newest.get(item.identity.id()) {
+            Some(newest) if *newest < item.version => Role::Older(*newest),
+            _ => passed_over.get(item.identity.id()).map_or(Role::Itself, |by| Role::Replaced(*by)),
+        };
+        let is_plain = newest.is_empty() && passed_over.is_empty();
+        let chunks = texts.enumerate().map(|(position, (file, pieces))| {
+            let mut roles = Roles::PLAIN;
+            if !is_plain {
+                let all = Chunk::items(pieces).map(|(position, item)| (position, role(item)));
+                roles.named = all.filter(|(_, role)| *role != Role::Itself).collect();
+            }
+            let is_same =
+                |chunk: &&Arc<Chunk>| Arc::ptr_eq(&chunk.pieces, pieces) && chunk.file == file && chunk.roles == roles;
+            match before.0.get(position).filter(is_same) {
+                Some(chunk) => Arc::clone(chunk),
+                None => Arc::new(Chunk::new(pieces, file, roles, true)),
+            }
+        });
+        let chunks: Vec<Arc<Chunk>> = chunks.collect();
+        before.0.clone_from(&chunks);
         let mut manifests = Self::default();
-        let newest = newest_versions(pieces.clone().map(|(_, _, piece)| piece));
-        let mut templates = BTreeSet::new();
-        for (file, text, piece) in pieces {
-            let base = text.base(file);
-            // Once for each text.
-            if !piece.is_template || templates.insert(file) {
-                replay(&piece.findings, base, problems);
-            }
-            for item in &piece.items {
-                if let Some(newest) = newest.get(item.identity.id()).filter(|newest| **newest < item.version) {
-                    let [counts, passed_over] =
-                        [*newest, item.version].map(|version| item.kind.versions[usize::from(version)]);
-                    let id = item.identity.id();
-                    let message = format!("{id}: its {passed_over} is passed over, as its {counts} is here too");
-                    problems.note(base.place(item.name), message);
-                    continue;
-                }
-                let substitute = passed_over.get(item.identity.id()).copied();
-                manifests.place(item, text.clone(), base, substitute, problems);
-            }
+        for chunk in chunks {
+            manifests.add(chunk, problems);
         }
         manifests
     }
@@ -255,98 +143,177 @@ impl Manifests {
         passed_over: &BTreeMap<ObjectId, Substitute>,
         problems: &mut Problems,
     ) {
-        let file = problems.add_source(source);
-        let source = Arc::clone(problems.source(file));
-        let pieces = tree::on_reader_thread(|| {
-            let whole = source.text();
-            let documents = tree::document_ranges(&whole).into_iter();
-            let read = |range: Range<usize>| {
-                let piece = Span { file: 0, start: range.start as u32, end: range.end as u32 };
-                let text = InText { source: Arc::clone(&source), piece, form: Form::Document };
-                Piece::read(Form::Document, &whole[range], identities).map(|piece| (text, piece))
-            };
-            documents.filter_map(read).collect::<Vec<_>>()
-        });
+        let pieces = tree::on_reader_thread(|| Pieces::read(source, None, identities));
         let pieces = match pieces {
-            Ok(pieces) => pieces,
+            Ok(pieces) => Arc::new(pieces),
             Err(error) => {
                 let message = format!("there is no thread to read objects with: {error}");
-                return problems.error(Span { file, ..Span::default() }, message, None);
+                return problems.error(Span::default(), message, None);
             }
         };
-        for (text, piece) in pieces {
-            let base = text.base(file);
-            replay(&piece.findings, base, problems);
-            for item in &piece.items {
-                let substitute = passed_over.get(item.identity.id()).copied();
-                self.place(item, text.clone(), base, substitute, problems);
-            }
-        }
+        let file = problems.share_source(Arc::clone(pieces.source()));
+        let named = Chunk::items(&pieces)
+            .filter_map(|(position, item)| Some((position, Role::Replaced(*passed_over.get(item.identity.id())?))));
+        let roles = Roles { others: Role::Itself, named: named.collect() };
+        self.add(Arc::new(Chunk::new(&pieces, file, roles, true)), problems);
     }
 
-    /// Adds objects as they were at an earlier load from the same [`Library`].
-    pub fn add_last_good(&mut self, earlier: &Objects, ids: &BTreeSet<ObjectId>, problems: &mut Problems) {
-        let mut files: Vec<(&Arc<Source>, u32)> = Vec::new();
-        for placement in &earlier.placements {
-            if placement.substitute.is_some() || !ids.contains(placement.id()) {
+    /// Adds objects as they were at an earlier load of the same [`Library`](crate::sources::Library).
+    pub fn add_last_good(&mut self, earlier: &Self, ids: &BTreeSet<ObjectId>, problems: &mut Problems) {
+        if ids.is_empty() {
+            return;
+        }
+        for chunk in &earlier.chunks {
+            let good = chunk.placements.iter().filter(|placement| placement.substitute.is_none());
+            let wanted: HashSet<u32> = good.filter(|one| ids.contains(one.id())).map(|one| one.number).collect();
+            if wanted.is_empty() {
                 continue;
             }
-            let known = files.iter().find(|(source, _)| Arc::ptr_eq(source, &placement.text.source));
-            let file = known.map(|(_, file)| *file).unwrap_or_else(|| {
-                let file = problems.share_source(Arc::clone(&placement.text.source));
-                files.push((&placement.text.source, file));
-                file
-            });
-            let base = Base { file, ..placement.base };
-            self.place(&placement.item, placement.text.clone(), base, None, problems);
+            let good = Chunk::items(&chunk.pieces).filter(|(position, _)| chunk.roles.of(*position) == Role::Itself);
+            let named = good.filter(|(_, item)| wanted.contains(&item.identity.number()));
+            // What stood for itself does so again, and nothing else of that text.
+            let roles =
+                Roles { others: Role::Absent, named: named.map(|(position, _)| (position, Role::Itself)).collect() };
+            let file = problems.share_source(Arc::clone(chunk.pieces.source()));
+            self.add(Arc::new(Chunk::new(&chunk.pieces, file, roles, false)), problems);
         }
     }
 
-    fn place(
-        &mut self,
-        item: &Arc<Item>,
-        text: InText,
-        base: Base,
-        substitute: Option<Substitute>,
-        problems: &mut Problems,
-    ) {
-        let number = item.identity.number();
-        let position = self.objects.placements.len() as u32;
-        self.objects.placements.push(Placement { item: Arc::clone(item), text: text.clone(), base, substitute });
-        if substitute == Some(Substitute::LastGood) {
-            return;
-        }
-        if self.objects.by_number.len() <= number as usize {
-            self.objects.by_number.resize(number as usize + 1, None);
-        }
-        let first = self.objects.by_number[number as usize].replace(position);
-        if substitute == Some(Substitute::Nothing) {
-            if let Some(subject) = &item.subject {
-                self.denying.push(Denying {
-                    origin: number,
-                    id: item.identity.id().clone(),
-                    subject: (**subject).clone(),
-                });
+    /// Adds the objects of a text. One that has its number already is told.
+    fn add(&mut self, chunk: Arc<Chunk>, problems: &mut Problems) {
+        chunk.findings.iter().for_each(|finding| problems.push(finding.clone()));
+        let start =
+            self.starts.last().map_or(0, |start| start + self.chunks[self.chunks.len() - 1].placements.len() as u32);
+        for (position, placement) in (start..).zip(&chunk.placements) {
+            if !placement.is_in_force() {
+                continue;
             }
-            return;
+            let number = placement.number as usize;
+            if self.by_number.len() <= number {
+                self.by_number.resize(number + 1, NOWHERE);
+            }
+            let first = std::mem::replace(&mut self.by_number[number], position);
+            if first != NOWHERE && placement.substitute.is_none() {
+                let (of, first) = match first.checked_sub(start) {
+                    Some(own) => (&*chunk, &chunk.placements[own as usize]),
+                    None => self.placement(first),
+                };
+                if first.substitute.is_none() {
+                    let place = problems.place(of.name(first));
+                    let help = format!("the other is at {place}; keep one");
+                    problems.error(chunk.name(placement), format!("{} is defined twice", placement.id()), help);
+                }
+            }
         }
-        let first = first.map(|first| &self.objects.placements[first as usize]);
-        if let Some(first) = first.filter(|first| first.substitute.is_none()) {
-            let place = problems.place(first.base.place(first.item.name));
-            let help = format!("the other is at {place}; keep one");
-            problems.error(base.place(item.name), format!("{} is defined twice", item.identity.id()), help);
+        self.starts.push(start);
+        self.chunks.push(chunk);
+    }
+
+    /// A placement by its position in all chunks.
+    fn placement(&self, position: u32) -> (&Chunk, &Placement) {
+        let index = self.starts.partition_point(|start| *start <= position) - 1;
+        // Chunks without objects begin where the next does; the last of those that begin here has it.
+        (&self.chunks[index], &self.chunks[index].placements[(position - self.starts[index]) as usize])
+    }
+
+    fn by_number(&self, number: u32) -> Option<(&Chunk, &Placement)> {
+        let position = self.by_number.get(number as usize).filter(|position| **position != NOWHERE)?;
+        Some(self.placement(*position))
+    }
+
+    fn placements(&self) -> impl Iterator<Item = (&Chunk, &Placement)> {
+        self.chunks.iter().flat_map(|chunk| chunk.placements.iter().map(|placement| (&**chunk, placement)))
+    }
+
+    /// The texts' objects.
+    pub(crate) fn chunks(&self) -> &[Arc<Chunk>] {
+        &self.chunks
+    }
+
+    /// Policies that could not be read and deny what they select.
+    pub fn denying(&self) -> impl Iterator<Item = &Denying> {
+        self.chunks.iter().flat_map(|chunk| &chunk.denying)
+    }
+
+    /// Puts another in the place of each pod that `change` has one for.
+    pub(crate) fn change_pods(&mut self, change: impl FnMut(&Object<Pod>) -> Option<Object<Pod>>) {
+        self.change(|lists| &mut lists.pods, change);
+    }
+
+    /// The same for services.
+    pub(crate) fn change_services(&mut self, change: impl FnMut(&Object<Service>) -> Option<Object<Service>>) {
+        self.change(|lists| &mut lists.services, change);
+    }
+
+    fn change<T>(
+        &mut self,
+        of: fn(&mut Lists) -> &mut Vec<Object<T>>,
+        mut change: impl FnMut(&Object<T>) -> Option<Object<T>>,
+    ) {
+        for chunk in &mut self.chunks {
+            for object in of(&mut Arc::make_mut(chunk).lists) {
+                if let Some(changed) = change(object) {
+                    *object = changed;
+                }
+            }
         }
-        replay(&item.findings, base, problems);
-        if let Some(body) = &item.body {
-            body.place(text, base, number, self);
+    }
+
+    /// The object with this number.
+    pub fn get(&self, number: u32) -> Option<Origin> {
+        let (chunk, placement) = self.by_number(number)?;
+        Some(chunk.origin(placement))
+    }
+
+    /// The place of the name of the object with this number.
+    pub fn place(&self, number: u32) -> Option<Span> {
+        let (chunk, placement) = self.by_number(number)?;
+        Some(chunk.name(placement))
+    }
+
+    /// All objects that are in force, in the order of reading.
+    pub fn iter(&self) -> impl Iterator<Item = Origin> + '_ {
+        let in_force = self.placements().filter(|(_, placement)| placement.is_in_force());
+        in_force.map(|(chunk, placement)| chunk.origin(placement))
+    }
+
+    /// How many objects of each kind are in force.
+    pub fn counts(&self) -> BTreeMap<&'static str, usize> {
+        let mut counts = BTreeMap::new();
+        for (kind, count) in self.chunks.iter().flat_map(|chunk| &chunk.counts) {
+            *counts.entry(*kind).or_default() += count;
         }
+        counts
+    }
+
+    /// The object in whose text a place is.
+    pub fn at(&self, place: Span) -> Option<&ObjectId> {
+        let of_file = self.chunks.iter().filter(|chunk| chunk.file == place.file);
+        let mut placements = of_file.flat_map(|chunk| chunk.placements.iter().map(move |one| (chunk, one)));
+        let holds = |(chunk, placement): &(&Arc<Chunk>, &Placement)| {
+            let span = chunk.extent(placement);
+            (span.start..span.end).contains(&place.start)
+        };
+        placements.find(holds).map(|(_, placement)| placement.id())
+    }
+
+    /// All objects in the texts that were read, those that were passed over too.
+    pub fn mentioned(&self) -> HashSet<&ObjectId> {
+        self.placements().map(|(_, placement)| placement.id()).collect()
+    }
+
+    /// The objects that stand for themselves, each with the name of its text.
+    pub fn good(&self) -> impl Iterator<Item = (&ObjectId, &str)> {
+        let good = self.placements().filter(|(_, placement)| placement.substitute.is_none());
+        good.map(|(chunk, placement)| (placement.id(), chunk.pieces.source().name()))
     }
 }
 
-/// The newest version of each object of a kind that is read in several.
-fn newest_versions<'p>(pieces: impl Iterator<Item = &'p Piece>) -> HashMap<&'p ObjectId, u8> {
+/// The newest version of each object of a kind that is read in several, where some text has such.
+fn newest_versions<'p>(texts: impl Iterator<Item = &'p Arc<Pieces>>) -> HashMap<&'p ObjectId, u8> {
     let mut newest: HashMap<&ObjectId, u8> = HashMap::new();
-    for item in pieces.flat_map(|piece| &piece.items).filter(|item| item.kind.versions.len() > 1) {
+    let of_several = texts.filter(|pieces| pieces.has_versions()).flat_map(|pieces| Chunk::items(pieces));
+    for (_, item) in of_several.filter(|(_, item)| item.kind.versions.len() > 1) {
         let version = newest.entry(item.identity.id()).or_insert(item.version);
         *version = item.version.min(*version);
     }
@@ -354,8 +321,6 @@ fn newest_versions<'p>(pieces: impl Iterator<Item = &'p Piece>) -> HashMap<&'p O
 }
 
 /// Reports what was found in a piece of text, at the place where it is now.
-fn replay(findings: &[Diagnostic], base: Base, problems: &mut Problems) {
-    for finding in findings {
-        problems.push(Diagnostic { span: base.place(finding.span), ..finding.clone() });
-    }
+fn replay(findings: &[Diagnostic], base: Base, into: &mut impl Extend<Diagnostic>) {
+    into.extend(findings.iter().map(|finding| Diagnostic { span: base.place(finding.span), ..finding.clone() }));
 }

@@ -91,8 +91,14 @@ pub struct Object<T> {
     content: Arc<Content<T>>,
     text: InText,
     base: Base,
-    /// Its number in [`Objects`](super::Objects).
+    /// Its number in [`Manifests`](super::Manifests).
     pub origin: u32,
+}
+
+impl<T> Clone for Object<T> {
+    fn clone(&self) -> Self {
+        Self { content: Arc::clone(&self.content), text: self.text.clone(), base: self.base, origin: self.origin }
+    }
 }
 
 /// What objects are read as.

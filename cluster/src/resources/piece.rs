@@ -13,6 +13,7 @@ use super::{
         host::{FelixConfiguration, HostEndpoint},
         policy::{self, GlobalNetworkPolicy, NetworkSet, Profile, StagedKubernetesNetworkPolicy, Tier},
     },
+    chunk::List,
     cluster_network_policy::ClusterNetworkPolicy,
     identity::Names,
     kinds::{CALICO_GROUP, Kind, Recognised, Slip, recognise},
@@ -70,9 +71,9 @@ pub(super) struct Item {
     pub(super) body: Option<Body>,
 }
 
-/// Makes [`Body`] out of one line per kind: its group and name, its type, and its list in [`Manifests`].
+/// Makes [`Body`], [`Lists`] and the lists of [`Manifests`] out of one entry per kind: its group and name, its type, and its list.
 macro_rules! bodies {
-    ($($variant:ident: $group:pat, $name:pat, $type:ty => $list:ident;)+) => {
+    ($($(#[$doc:meta])+ $variant:ident: $group:pat, $name:pat, $type:ty => $list:ident;)+) => {
         /// An object of any kind.
         #[derive(Debug)]
         pub(super) enum Body {
@@ -88,36 +89,76 @@ macro_rules! bodies {
             }
 
             /// Adds it to the list of its kind.
-            pub fn place(&self, text: InText, base: Base, origin: u32, manifests: &mut Manifests) {
+            pub fn place(&self, text: InText, base: Base, origin: u32, lists: &mut Lists) {
                 match self {
-                    $(Self::$variant(content) => manifests.$list.push(Object::new(Arc::clone(content), text, base, origin)),)+
+                    $(Self::$variant(content) => lists.$list.push(Object::new(Arc::clone(content), text, base, origin)),)+
                 }
             }
+        }
+
+        /// The objects of a text, by kind, in the order of reading.
+        #[derive(Clone, Debug, Default)]
+        pub(super) struct Lists {
+            $(pub(super) $list: Vec<Object<$type>>,)+
+        }
+
+        impl Lists {
+            /// Gives back what the lists have of memory beyond their objects.
+            pub(super) fn shrink_to_fit(&mut self) {
+                $(self.$list.shrink_to_fit();)+
+            }
+        }
+
+        impl Manifests {
+            $($(#[$doc])+
+            pub fn $list(&self) -> List<'_, $type> {
+                List { chunks: self.chunks(), of: |lists| &lists.$list }
+            })+
         }
     };
 }
 
 bodies! {
+    /// v1 Node.
     Node: _, "Node", KubernetesNode => nodes;
+    /// v1 Namespace.
     Namespace: _, "Namespace", Namespace => namespaces;
+    /// v1 Pod.
     Pod: _, "Pod", Pod => pods;
+    /// v1 Service.
     Service: _, "Service", Service => services;
+    /// v1 ServiceAccount.
     ServiceAccount: _, "ServiceAccount", ServiceAccount => service_accounts;
+    /// discovery.k8s.io/v1 EndpointSlice.
     EndpointSlice: _, "EndpointSlice", EndpointSlice => endpoint_slices;
+    /// projectcalico.org/v3 NetworkPolicy.
     CalicoNetworkPolicy: CALICO_GROUP, "NetworkPolicy", policy::NetworkPolicy => calico_network_policies;
+    /// networking.k8s.io/v1 NetworkPolicy.
     NetworkPolicy: _, "NetworkPolicy", NetworkPolicy => network_policies;
+    /// policy.networking.k8s.io/v1beta1 ClusterNetworkPolicy.
     ClusterNetworkPolicy: _, "ClusterNetworkPolicy", ClusterNetworkPolicy => cluster_network_policies;
+    /// projectcalico.org/v3 IPPool.
     IpPool: _, "IPPool", IpPool => pools;
+    /// projectcalico.org/v3 WorkloadEndpoint.
     WorkloadEndpoint: _, "WorkloadEndpoint", WorkloadEndpoint => workload_endpoints;
+    /// projectcalico.org/v3 GlobalNetworkPolicy.
     GlobalNetworkPolicy: _, "GlobalNetworkPolicy", GlobalNetworkPolicy => global_network_policies;
+    /// projectcalico.org/v3 StagedGlobalNetworkPolicy.
     StagedGlobalNetworkPolicy: _, "StagedGlobalNetworkPolicy", GlobalNetworkPolicy => staged_global_network_policies;
+    /// projectcalico.org/v3 StagedNetworkPolicy.
     StagedNetworkPolicy: _, "StagedNetworkPolicy", policy::NetworkPolicy => staged_network_policies;
+    /// projectcalico.org/v3 StagedKubernetesNetworkPolicy.
     StagedKubernetesNetworkPolicy: _, "StagedKubernetesNetworkPolicy", StagedKubernetesNetworkPolicy
         => staged_kubernetes_network_policies;
+    /// projectcalico.org/v3 Tier.
     Tier: _, "Tier", Tier => tiers;
+    /// projectcalico.org/v3 GlobalNetworkSet and NetworkSet.
     NetworkSet: _, "GlobalNetworkSet" | "NetworkSet", NetworkSet => network_sets;
+    /// projectcalico.org/v3 Profile.
     Profile: _, "Profile", Profile => profiles;
+    /// projectcalico.org/v3 HostEndpoint.
     HostEndpoint: _, "HostEndpoint", HostEndpoint => host_endpoints;
+    /// projectcalico.org/v3 FelixConfiguration.
     FelixConfiguration: _, "FelixConfiguration", FelixConfiguration => felix_configurations;
 }
 

@@ -2,8 +2,7 @@
 //!
 //! # Theory
 //! A file whose stamp (device, inode, size, times) is as it was is taken as it was, without opening it. A file that was changed so shortly
-//! before it was read that another change could have left the same stamp is read again and compared. Of a changed text,
-//! those pieces are read (see [`crate::resources::piece`]) that it did not hold before, wherever in it they stood.
+//! before it was read that another change could have left the same stamp is read again and compared.
 //!
 //! A text that was good is not given up for less than a whole one. It stays where its file is being written or cannot be read, and where
 //! its folder is gone; and, for [`EMPTY_FOR`], where nothing is left in it, as a text that is about to be written anew is truncated first.
@@ -13,8 +12,6 @@
 use std::{
     collections::{BTreeSet, HashMap},
     fs, io,
-    num::NonZero,
-    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
     thread,
@@ -22,11 +19,7 @@ use std::{
 };
 
 use crate::{
-    resources::{
-        Identities,
-        object::InText,
-        piece::{Form, Piece, list_items},
-    },
+    resources::{Identities, pieces::Pieces},
     sources::{
         file::{self, Stamp, Unread},
         revisit::Awaited,
@@ -54,15 +47,14 @@ pub struct Library {
     has_read: bool,
 }
 
-/// A text with its pieces.
+/// A file's text, as it was read.
 #[derive(Debug)]
 struct Text {
-    source: Arc<Source>,
+    pieces: Arc<Pieces>,
     /// What its file had when it was read; `None` where it is from an earlier process.
     stamp: Option<Stamp>,
     /// Whether no other text can have the same stamp.
     settled: bool,
-    pieces: Vec<(Form, Span, Arc<Piece>)>,
 }
 
 /// What was read at one load, in order.
@@ -100,16 +92,12 @@ pub struct InForce {
 impl Texts {
     /// The texts.
     pub fn sources(&self) -> impl Iterator<Item = &Arc<Source>> {
-        self.texts.iter().map(|(_, _, text)| &text.source)
+        self.texts.iter().map(|(_, _, text)| text.pieces.source())
     }
 
-    /// All pieces, each with the number of its text and where it is in that.
-    pub fn pieces(&self) -> impl Iterator<Item = (u32, InText, &Piece)> + Clone {
-        self.texts.iter().flat_map(|(file, _, text)| {
-            text.pieces.iter().map(move |(form, span, piece)| {
-                (*file, InText { source: Arc::clone(&text.source), piece: *span, form: *form }, &**piece)
-            })
-        })
+    /// What the texts hold, each with its number.
+    pub fn pieces(&self) -> impl Iterator<Item = (u32, &Arc<Pieces>)> + Clone {
+        self.texts.iter().map(|(file, _, text)| (*file, &text.pieces))
     }
 
     /// The texts, of which those with a number in `faulty` are not in force as they are.
@@ -180,12 +168,10 @@ impl Library {
         let mut remembered = Texts::default();
         let outcome = tree::on_reader_thread(|| {
             for (path, text) in texts {
-                let text = Arc::new(Text::read(Source::new(path.display().to_string(), text), None, &self.identities));
-                remembered.texts.push((
-                    problems.share_source(Arc::clone(&text.source)),
-                    path.clone(),
-                    Arc::clone(&text),
-                ));
+                let pieces = Pieces::read(Source::new(path.display().to_string(), text), None, &self.identities);
+                let text = Arc::new(Text { pieces: Arc::new(pieces), stamp: None, settled: false });
+                let file = problems.share_source(Arc::clone(text.pieces.source()));
+                remembered.texts.push((file, path.clone(), Arc::clone(&text)));
                 self.kept.insert(path, text);
             }
         });
@@ -205,94 +191,13 @@ impl Library {
     pub fn add_text(&mut self, name: &str, text: String, texts: &mut Texts, problems: &mut Problems) {
         let before = self.kept.get(Path::new(name)).cloned();
         let source = Source::new(name, text);
-        let text = tree::on_reader_thread(|| Text::read(source, before.as_deref(), &self.identities));
-        let text = Arc::new(text.expect("there are threads in tests"));
+        let before = before.as_deref().map(|text| &*text.pieces);
+        let pieces = tree::on_reader_thread(|| Pieces::read(source, before, &self.identities));
+        let pieces = Arc::new(pieces.expect("there are threads in tests"));
+        let text = Arc::new(Text { pieces, stamp: None, settled: false });
         self.kept.insert(name.into(), Arc::clone(&text));
-        texts.texts.push((problems.share_source(Arc::clone(&text.source)), name.into(), text));
+        texts.texts.push((problems.share_source(Arc::clone(text.pieces.source())), name.into(), text));
     }
-}
-
-impl Text {
-    /// Reads the pieces that were not there `before`.
-    fn read(source: Source, before: Option<&Self>, identities: &Identities) -> Self {
-        let before = before.map(|before| (before.source.text(), &before.pieces));
-        let before: HashMap<(Form, &str), &Arc<Piece>> = before.as_ref().map_or_else(HashMap::new, |(text, pieces)| {
-            let text_of = |span: &Span| text.get(span.range()).unwrap_or_default();
-            pieces.iter().map(|(form, span, piece)| ((*form, text_of(span)), piece)).collect()
-        });
-        let whole = &*source.text();
-        let cut: Vec<(Range<usize>, Vec<Range<usize>>)> = tree::document_ranges(whole)
-            .into_iter()
-            .map(|document| {
-                let items = list_items(&whole[document.clone()]).unwrap_or_default();
-                let in_text = |item: Range<usize>| item.start + document.start..item.end + document.start;
-                let items = items.into_iter().map(in_text).collect();
-                (document, items)
-            })
-            .collect();
-        let known =
-            |form: Form, range: &Range<usize>| before.get(&(form, &whole[range.clone()])).copied().map(Arc::clone);
-        let wanted = cut.iter().flat_map(|(document, items)| {
-            let whole = items.is_empty().then_some((Form::Document, document));
-            whole.into_iter().chain(items.iter().map(|item| (Form::ListItem, item)))
-        });
-        let unknown: Vec<(Form, &str)> = wanted
-            .filter(|(form, range)| known(*form, range).is_none())
-            .map(|(form, range)| (form, &whole[range.clone()]))
-            .collect();
-        let mut read = read_all(&unknown, identities).into_iter();
-        let mut piece = |form: Form, range: &Range<usize>| {
-            let piece = known(form, range).or_else(|| read.next().flatten())?;
-            Some((form, Span { file: 0, start: range.start as u32, end: range.end as u32 }, piece))
-        };
-        let mut pieces = Vec::new();
-        for (document, items) in &cut {
-            // All of them are taken out of what was read, also if one of them is no list item by itself.
-            let items: Vec<_> = items.iter().map(|item| piece(Form::ListItem, item)).collect();
-            match items.into_iter().collect::<Option<Vec<_>>>() {
-                Some(items) if !items.is_empty() => pieces.extend(items),
-                Some(_) => pieces.extend(piece(Form::Document, document)),
-                None => {
-                    let range = Span { file: 0, start: document.start as u32, end: document.end as u32 };
-                    let known = known(Form::Document, document);
-                    let read = || Piece::read(Form::Document, &whole[document.clone()], identities).map(Arc::new);
-                    pieces.extend(known.or_else(read).map(|piece| (Form::Document, range, piece)));
-                }
-            }
-        }
-        pieces.shrink_to_fit();
-        source.pack();
-        Self { source: Arc::new(source), stamp: None, settled: false, pieces }
-    }
-}
-
-/// Texts of fewer bytes are read by one thread: another would take as long to begin.
-const SHARE_BYTES: usize = 32 << 10;
-
-/// Reads pieces of text, in their order, on as many threads as there are cores if there is enough to read. Call it within
-/// [`tree::on_reader_thread`].
-fn read_all(pieces: &[(Form, &str)], identities: &Identities) -> Vec<Option<Arc<Piece>>> {
-    let read = |(form, text): &(Form, &str)| Piece::read(*form, text, identities).map(Arc::new);
-    let bytes: usize = pieces.iter().map(|(_, text)| text.len()).sum();
-    let cores = thread::available_parallelism().map_or(1, NonZero::get);
-    let shares = cores.min(bytes / SHARE_BYTES).max(1);
-    let per_share = pieces.len().div_ceil(shares).max(1);
-    let mut parts = pieces.chunks(per_share);
-    let own = parts.next().unwrap_or_default();
-    thread::scope(|scope| {
-        let others: Vec<_> = parts
-            .map(|part| (part, tree::spawn_reader(scope, move || part.iter().map(read).collect::<Vec<_>>())))
-            .collect();
-        let mut all: Vec<_> = own.iter().map(read).collect();
-        for (part, other) in others {
-            match other {
-                Ok(other) => all.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))),
-                // There is no thread for it: this one reads it.
-                Err(_) => all.extend(part.iter().map(read)),
-            }
-        }
-        all
-    })
 }
 
 /// Goes through files and folders.
@@ -382,7 +287,7 @@ impl Reader<'_> {
     }
 
     fn add(&mut self, path: &Path, text: Arc<Text>, problems: &mut Problems) {
-        let file = problems.share_source(Arc::clone(&text.source));
+        let file = problems.share_source(Arc::clone(text.pieces.source()));
         self.texts.texts.push((file, path.to_owned(), Arc::clone(&text)));
         self.kept.insert(path.to_owned(), text);
     }
@@ -418,13 +323,15 @@ impl Reader<'_> {
                 return problems.error(place, "this file is not UTF-8", "save it as UTF-8".to_owned());
             }
         };
-        let text = match before.filter(|before| *before.source.text() == *text) {
-            Some(before) => {
-                Text { source: Arc::clone(&before.source), pieces: before.pieces.clone(), stamp: None, settled: false }
+        let known = before.map(|before| &before.pieces);
+        let pieces = match known.filter(|known| *known.source().text() == *text) {
+            Some(known) => Arc::clone(known),
+            None => {
+                let source = Source::new(shown.clone(), text);
+                Arc::new(Pieces::read(source, known.map(|known| &**known), &library.identities))
             }
-            None => Text::read(Source::new(shown.clone(), text), before.map(|before| &**before), &library.identities),
         };
-        let text = Arc::new(Text { stamp: Some(stamp), settled: settled == Some(stamp), ..text });
+        let text = Arc::new(Text { pieces, stamp: Some(stamp), settled: settled == Some(stamp) });
         if let Some(before) = before.filter(|before| text.pieces.is_empty() && !before.pieces.is_empty())
             && !self.believes
         {
@@ -477,7 +384,10 @@ mod tests {
     use std::{collections::BTreeMap, fs::File, io::Write};
 
     use super::*;
-    use crate::{resources::Manifests, text::Severity};
+    use crate::{
+        resources::{Chunks, Manifests},
+        text::Severity,
+    };
 
     /// A folder with a library that reads it.
     struct World {
@@ -541,8 +451,9 @@ mod tests {
     }
 
     fn names(texts: &Texts) -> Vec<String> {
-        let manifests = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut Problems::default());
-        manifests.namespaces.iter().map(|namespace| namespace.name.to_string()).collect()
+        let manifests =
+            Manifests::of(texts.pieces(), &BTreeMap::new(), &mut Chunks::default(), &mut Problems::default());
+        manifests.namespaces().iter().map(|namespace| namespace.name.to_string()).collect()
     }
 
     fn owned(names: &[(&str, bool)]) -> Vec<(String, bool)> {

@@ -120,17 +120,17 @@ pub(super) fn assume<'s>(
     let mut assumed = Assumed::default();
     problems.leave_out(makes_pods);
     let workloads = workloads(sources, identities.namespace());
-    let another = manifests.nodes.iter().map(|node| &*node.name).find(|name| *name != config.node_name);
+    let another = manifests.nodes().iter().map(|node| &*node.name).find(|name| *name != config.node_name);
     let nodes = [config.node_name.clone(), another.unwrap_or(ANOTHER_NODE).to_owned()];
     let mut addresses = Addresses::new(config, manifests, &nodes);
 
     let mut text = Documents::default();
     for (index, name) in nodes.iter().enumerate() {
-        if !manifests.nodes.iter().any(|node| *node.name == **name) {
+        if !manifests.nodes().iter().any(|node| *node.name == **name) {
             text.add(&addresses.node(name, index));
         }
     }
-    let mut names: HashSet<String> = manifests.pods.iter().map(|pod| pod.full_name()).collect();
+    let mut names: HashSet<String> = manifests.pods().iter().map(|pod| pod.full_name()).collect();
     for workload in workloads {
         let pods = assumed.workloads.entry((workload.kind.clone(), workload.full_name())).or_default();
         for (index, node) in nodes.iter().enumerate() {
@@ -144,28 +144,27 @@ pub(super) fn assume<'s>(
         }
     }
     manifests.add_text(text.source(), identities, passed_over, problems);
-    for object in &mut manifests.pods {
-        if let Some(changed) = addressed(object, &nodes[0], &mut addresses) {
-            *object = changed;
-            assumed.pods += 1;
-        }
-    }
-    for object in &mut manifests.services {
-        let is_without = |spec: &ServiceSpec| {
+    let pod = |object: &Object<Pod>| {
+        let changed = addressed(object, &nodes[0], &mut addresses)?;
+        assumed.pods += 1;
+        Some(changed)
+    };
+    manifests.change_pods(pod);
+    let service = |object: &Object<Service>| {
+        let is_without = |spec: &&ServiceSpec| {
             let given = spec.cluster_ips.iter().chain(&spec.cluster_ip).any(|ip| !ip.is_empty());
             !given && spec.type_.as_deref() != Some("ExternalName")
         };
-        if object.value.spec.as_ref().is_some_and(is_without)
-            && let Some(address) = addresses.of_service()
-        {
-            *object = object.changed(|service| {
-                if let Some(spec) = &mut service.spec {
-                    spec.cluster_ip = Some(address.to_string().into());
-                }
-            });
-            assumed.services += 1;
-        }
-    }
+        object.value.spec.as_ref().filter(is_without)?;
+        let address = addresses.of_service()?;
+        assumed.services += 1;
+        Some(object.changed(|service| {
+            if let Some(spec) = &mut service.spec {
+                spec.cluster_ip = Some(address.to_string().into());
+            }
+        }))
+    };
+    manifests.change_services(service);
     let slices = slices(manifests, &mut assumed);
     manifests.add_text(slices.source(), identities, passed_over, problems);
     assumed
@@ -211,14 +210,14 @@ impl Range {
 
 impl Addresses {
     fn new(config: &RouterConfig, manifests: &Manifests, nodes: &[String; 2]) -> Self {
-        let pools = manifests.pools.iter().filter_map(|pool| parse_network(&pool.value.spec.cidr).ok());
+        let pools = manifests.pools().iter().filter_map(|pool| parse_network(&pool.value.spec.cidr).ok());
         let given = config.pod_cidrs.iter().flatten().copied().chain(pools).next();
         let halves = |net: IpNet| match net.subnets(net.prefix_len() + 1) {
             Ok(mut halves) => [halves.next().unwrap_or(net), halves.next().unwrap_or(net)],
             Err(_) => [net, net],
         };
         let halves = halves(given.unwrap_or(PODS.into()));
-        let object = |name: &String| manifests.nodes.iter().find(|node| *node.name == **name);
+        let object = |name: &String| manifests.nodes().iter().find(|node| *node.name == **name);
         let range = |index: usize| {
             let spec = object(&nodes[index]).and_then(|node| node.value.spec.as_ref());
             let texts = spec.map(|spec| spec.pod_cidrs.iter().chain(&spec.pod_cidr));
@@ -266,14 +265,14 @@ impl Addresses {
 /// All addresses that manifests give to something.
 fn used(manifests: &Manifests) -> HashSet<IpAddr> {
     let mut texts: Vec<&str> = Vec::new();
-    for status in manifests.pods.iter().filter_map(|pod| pod.value.status.as_ref()) {
+    for status in manifests.pods().iter().filter_map(|pod| pod.value.status.as_ref()) {
         texts.extend(status.pod_ip.as_deref());
         texts.extend(status.pod_ips.iter().map(|ip| &**ip));
     }
-    for node in &manifests.nodes {
+    for node in manifests.nodes() {
         texts.extend(node.value.addresses.iter().map(|address| address.address.as_str()));
     }
-    for spec in manifests.services.iter().filter_map(|service| service.value.spec.as_ref()) {
+    for spec in manifests.services().iter().filter_map(|service| service.value.spec.as_ref()) {
         texts.extend(spec.cluster_ips.iter().chain(&spec.cluster_ip).map(|ip| &**ip));
     }
     texts.into_iter().filter_map(|text| parse_ip(text).ok()).collect()
@@ -493,11 +492,11 @@ fn addressed(object: &Object<Pod>, this_node: &str, addresses: &mut Addresses) -
 fn slices(manifests: &Manifests, assumed: &mut Assumed) -> Documents {
     let mut text = Documents::default();
     let known: HashSet<(Name, Name)> = manifests
-        .endpoint_slices
+        .endpoint_slices()
         .iter()
         .filter_map(|slice| Some((slice.namespace.clone(), slice.value.service.clone()?)))
         .collect();
-    for service in &manifests.services {
+    for service in manifests.services() {
         let Some(spec) = applied(service) else { continue };
         let selector = &spec.selector;
         if selector.is_empty()
@@ -507,7 +506,8 @@ fn slices(manifests: &Manifests, assumed: &mut Assumed) -> Documents {
             continue;
         }
         let mut alike: BTreeMap<(bool, String), (Value, Vec<Value>)> = BTreeMap::new();
-        for pod in manifests.pods.iter().filter(|pod| pod.namespace == service.namespace && is_selected(pod, selector))
+        for pod in
+            manifests.pods().iter().filter(|pod| pod.namespace == service.namespace && is_selected(pod, selector))
         {
             let ports: Vec<Value> = spec.ports.iter().filter_map(|port| slice_port(port, pod)).collect();
             let ports = Value::Array(ports);

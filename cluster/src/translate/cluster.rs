@@ -79,7 +79,7 @@ pub(super) fn endpoints_of_pods(manifests: &Manifests) -> HashMap<String, &Objec
     let name = |endpoint: &Object<WorkloadEndpoint>| {
         endpoint.value.spec.pod.as_ref().map(|pod| format!("{}/{pod}", endpoint.namespace))
     };
-    let endpoints = manifests.workload_endpoints.iter().filter(of_pod);
+    let endpoints = manifests.workload_endpoints().iter().filter(of_pod);
     endpoints.filter_map(|endpoint| Some((name(endpoint)?, endpoint))).collect()
 }
 
@@ -104,7 +104,7 @@ pub(super) fn translate<'m>(
         ..Cluster::default()
     };
     let mut next_hops = NextHops::new();
-    for object in &manifests.nodes {
+    for object in manifests.nodes() {
         let node = object.made(problems, node).clone();
         // This one is never the one too many.
         if !next_hops.take_node(&node) && node.name != config.node_name {
@@ -128,8 +128,8 @@ pub(super) fn translate<'m>(
 const TOO_MANY: &str = "nodes, and pods of this node, have 61,439 next hops at most: a node one for each family and one for its tunnel, a pod one for each family";
 
 fn check_node_name(config: &RouterConfig, manifests: &Manifests, problems: &mut Problems) {
-    let names = || manifests.nodes.iter().map(|node| node.name.as_ref());
-    if !config.node_name.is_empty() && !manifests.nodes.is_empty() && !names().any(|name| name == config.node_name) {
+    let names = || manifests.nodes().iter().map(|node| node.name.as_ref());
+    if !config.node_name.is_empty() && !manifests.nodes().is_empty() && !names().any(|name| name == config.node_name) {
         // weir.yaml is the first file that is read.
         let text = problems.source(0).text();
         let start = text.find(&config.node_name).unwrap_or(0) as u32;
@@ -211,7 +211,7 @@ fn pod_network(report: &mut Reporter<'_>, at: At<'_>, field: &str, text: &str) -
 }
 
 fn pools(manifests: &Manifests, cluster: &mut Cluster, problems: &mut Problems) {
-    for object in &manifests.pools {
+    for object in manifests.pools() {
         let Some(pool) = pool(object, problems) else { continue };
         let overlaps = |other: &Pool| other.cidr.contains(&pool.cidr) || pool.cidr.contains(&other.cidr);
         if let Some(other) = cluster.pools.iter().find(|other| overlaps(other)) {
@@ -276,7 +276,7 @@ impl<'m, 'c> Workloads<'m, 'c> {
         let node_name = self.cluster.node_name.clone();
         let mut objects: HashMap<&str, &Object<Pod>> = HashMap::new();
         let here = |object: &&Object<Pod>| node_of(&object.value) == Some(node_name.as_str());
-        for object in manifests.pods.iter().filter(here) {
+        for object in manifests.pods().iter().filter(here) {
             let named = local_pods.get(&object.full_name());
             if let Some(pod) = named.filter(|pod| pod.is_described_by(&object.value)) {
                 objects.insert(&pod.name, object);
@@ -299,7 +299,7 @@ impl<'m, 'c> Workloads<'m, 'c> {
     fn add_pods(&mut self, manifests: &'m Manifests, local_pods: &LocalPods, problems: &mut Problems) {
         let endpoints = endpoints_of_pods(manifests);
         let lost = lost_addresses(manifests, &endpoints);
-        for object in &manifests.pods {
+        for object in manifests.pods() {
             let facts = object.made(problems, pod);
             let node = node_of(&object.value);
             if !facts.is_workload || self.is_made_here(&facts.name, node, local_pods) {
@@ -334,11 +334,11 @@ impl<'m, 'c> Workloads<'m, 'c> {
     }
 
     fn add_endpoints(&mut self, manifests: &'m Manifests, local_pods: &LocalPods, problems: &mut Problems) {
-        let pods: HashSet<String> = match manifests.workload_endpoints.as_slice() {
-            [] => return,
-            _ => manifests.pods.iter().map(|object| object.full_name()).collect(),
-        };
-        for object in &manifests.workload_endpoints {
+        if manifests.workload_endpoints().is_empty() {
+            return;
+        }
+        let pods: HashSet<String> = manifests.pods().iter().map(|object| object.full_name()).collect();
+        for object in manifests.workload_endpoints() {
             let name = endpoint_name(object);
             let node = object.value.spec.node.clone();
             if pods.contains(&name) || self.is_made_here(&name, node.as_deref(), local_pods) {
@@ -411,7 +411,7 @@ fn lost_addresses(manifests: &Manifests, endpoints: &HashMap<String, &Object<Wor
     let unheard = &mut Problems::default();
     let mut of = |terminating: bool| -> HashSet<IpAddr> {
         let mut addresses = HashSet::new();
-        for object in manifests.pods.iter().filter(|object| is_terminating(&object.value) == terminating) {
+        for object in manifests.pods().iter().filter(|object| is_terminating(&object.value) == terminating) {
             let facts = object.made(unheard, pod);
             let endpoint =
                 endpoints.get(&facts.name).map(|endpoint| &endpoint.made(unheard, workload_endpoint).addresses);

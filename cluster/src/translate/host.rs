@@ -26,7 +26,7 @@ pub(super) fn translate(
     cluster: &mut Cluster,
     problems: &mut Problems,
 ) -> Option<u32> {
-    for object in &manifests.host_endpoints {
+    for object in manifests.host_endpoints() {
         let endpoint = host_endpoint(object, problems);
         if object.value.spec.node.as_deref() == Some(config.node_name.as_str()) {
             object.reporter(problems).warning(object.at().key("spec"), UNSEEN, UNSEEN_HELP.to_owned());
@@ -74,7 +74,7 @@ fn is_device_name(name: &str) -> bool {
 fn host_settings(config: &RouterConfig, manifests: &Manifests, problems: &mut Problems) -> (HostSettings, Option<u32>) {
     let mut settings = HostSettings::default();
     let own = format!("node.{}", config.node_name);
-    let of_name = |name: &str| manifests.felix_configurations.iter().find(|object| &*object.name == name);
+    let of_name = |name: &str| manifests.felix_configurations().iter().find(|object| &*object.name == name);
     let given = [of_name("default"), of_name(&own)].into_iter().flatten();
     let mut decided_by = None;
     for object in given.clone() {

@@ -262,7 +262,7 @@ pub(super) fn translate(
     let addresses: HashMap<&str, &[IpAddr]> =
         local_workloads(cluster).map(|(_, workload)| (workload.name.as_str(), workload.addresses.as_slice())).collect();
     let mut pods = Vec::new();
-    for object in &manifests.pods {
+    for object in manifests.pods() {
         let is_here = |spec: &PodSpec| spec.node_name.as_deref() == Some(config.node_name.as_str());
         if !object.value.spec.as_ref().is_some_and(is_here) || !is_workload(&object.value) {
             continue;

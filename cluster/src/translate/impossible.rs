@@ -178,7 +178,7 @@ pub(super) fn too_many_rules(model: &Model, manifests: &Manifests, problems: &mu
             if count <= MAX_RULES_PER_ENDPOINT {
                 continue;
             }
-            if let Some(place) = manifests.objects.place(policy.origin) {
+            if let Some(place) = manifests.place(policy.origin) {
                 let message = format!(
                     "{}: {count} {direction} rules are more than the {MAX_RULES_PER_ENDPOINT} that a workload can have",
                     policy.name

@@ -30,7 +30,7 @@ use weir_packet::Protocol;
 
 use crate::{
     config::RouterConfig,
-    resources::{Manifests, ObjectId, Objects, Substitute},
+    resources::{Chunks, Manifests, ObjectId, Substitute},
     sources::{
         Library, Revisit,
         file::is_written,
@@ -46,7 +46,6 @@ use cluster::Described;
 pub use cluster::workload_device;
 pub use host_ports::{Room, Unserved};
 pub use local_pods::{LocalPod, LocalPods};
-use ports::Publishers;
 
 /// A configuration that was read and translated, without what is at fault.
 #[derive(Debug)]
@@ -60,7 +59,7 @@ pub struct Loaded {
     /// What policy is compiled from.
     pub policy: weir_policy::model::Model,
     /// Where objects come from; the models' `origin` is a number of these.
-    pub objects: Arc<Objects>,
+    pub objects: Arc<Manifests>,
     /// How many objects of each kind were read.
     pub counts: BTreeMap<&'static str, usize>,
     /// Warnings and notes.
@@ -86,7 +85,6 @@ pub struct Loaded {
     host_ports: host_ports::HostPorts,
     /// This node's addresses, as weir.yaml or its Node have them.
     node_addresses: Vec<IpAddr>,
-    publishers: Publishers,
     /// How long it took.
     pub times: LoadTimes,
 }
@@ -154,7 +152,7 @@ impl Faulty {
 impl Loaded {
     /// The ports that workloads publish, named or not, by workload.
     pub fn published_ports(&self) -> BTreeMap<String, BTreeSet<(Protocol, u16)>> {
-        self.publishers.ports()
+        ports::published(&self.objects)
     }
 
     /// Puts the addresses that devices have now beside those of the Node, unless weir.yaml gives them with `localAddresses`.
@@ -208,7 +206,7 @@ pub struct Loader {
     /// What was read for the last load that succeeded.
     read: Option<Read>,
     /// The objects that an earlier run had in force, until the start.
-    beginning: Objects,
+    beginning: Manifests,
     /// Of these, what is in force yet.
     stale: Option<Stale>,
     revisit: Revisit,
@@ -217,6 +215,7 @@ pub struct Loader {
 /// What was made of several objects at the load before.
 #[derive(Debug, Default)]
 struct Kept {
+    chunks: Chunks,
     services: services::Assembled,
     policy: policy::Kept,
 }
@@ -248,7 +247,7 @@ impl Loader {
             local_pods: Arc::default(),
             assumes_pods: false,
             read: None,
-            beginning: Objects::default(),
+            beginning: Manifests::default(),
             stale: None,
             revisit: Revisit::default(),
         }
@@ -265,7 +264,7 @@ impl Loader {
         let mut problems = Problems::default();
         problems.add_source(Source::new("", String::new()));
         let texts = self.library.remember(kept.texts, &mut problems);
-        self.beginning = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut problems).objects;
+        self.beginning = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut Chunks::default(), &mut problems);
         self.stale = Some(Stale { since_unix_seconds: kept.since_unix_seconds, objects: BTreeSet::new() });
     }
 
@@ -313,7 +312,7 @@ impl Loader {
     /// # Errors
     /// As there.
     pub fn load(&mut self) -> Result<(Loaded, Option<Problems>), Problems> {
-        self.reload(&Objects::default())
+        self.reload(&Manifests::default())
     }
 
     /// Reads and translates everything; no object may be at fault.
@@ -335,7 +334,7 @@ impl Loader {
     ///
     /// # Errors
     /// All problems, where one is not an object's but of weir.yaml itself.
-    pub fn reload(&mut self, previous: &Objects) -> Result<(Loaded, Option<Problems>), Problems> {
+    pub fn reload(&mut self, previous: &Manifests) -> Result<(Loaded, Option<Problems>), Problems> {
         let read = self.read()?;
         let outcome = self.translate_again(&read, previous);
         if outcome.is_ok() {
@@ -349,7 +348,7 @@ impl Loader {
     ///
     /// # Errors
     /// As there.
-    pub fn reload_local_pods(&mut self, previous: &Objects) -> Result<(Loaded, Option<Problems>), Problems> {
+    pub fn reload_local_pods(&mut self, previous: &Manifests) -> Result<(Loaded, Option<Problems>), Problems> {
         let Some(mut read) = self.read.take() else { return self.reload(previous) };
         read.took = Duration::ZERO;
         let outcome = self.translate_again(&read, previous);
@@ -357,7 +356,7 @@ impl Loader {
         outcome
     }
 
-    fn translate_again(&mut self, read: &Read, previous: &Objects) -> Result<(Loaded, Option<Problems>), Problems> {
+    fn translate_again(&mut self, read: &Read, previous: &Manifests) -> Result<(Loaded, Option<Problems>), Problems> {
         let begin = Instant::now();
         let all = match self.attempt(read, None) {
             Ok(loaded) => {
@@ -388,7 +387,7 @@ impl Loader {
                 Err(failed) => *failed,
             };
             for error in problems.of(Severity::Error) {
-                let Some(id) = manifests.objects.at(error.span) else { continue };
+                let Some(id) = manifests.at(error.span) else { continue };
                 let substitute = match substitutes.get(id) {
                     None if good.contains(id) => Substitute::LastGood,
                     _ => Substitute::Nothing,
@@ -452,20 +451,19 @@ impl Loader {
     fn attempt(
         &mut self,
         read: &Read,
-        reload: Option<(&BTreeMap<ObjectId, Substitute>, &Objects)>,
+        reload: Option<(&BTreeMap<ObjectId, Substitute>, &Manifests)>,
     ) -> Result<Loaded, Box<Failed>> {
         let mut problems = read.problems.clone();
         let none = BTreeMap::new();
         let substitutes = reload.map_or(&none, |(substitutes, _)| substitutes);
-        let mut manifests = Manifests::of(read.texts.pieces(), substitutes, &mut problems);
+        let mut manifests = Manifests::of(read.texts.pieces(), substitutes, &mut self.kept.chunks, &mut problems);
         let mut faulty = Vec::new();
         if let Some((substitutes, previous)) = reload {
             let last_good = substitutes.iter().filter(|(_, substitute)| **substitute == Substitute::LastGood);
             let mut wanted: BTreeSet<ObjectId> = last_good.map(|(id, _)| id.clone()).collect();
             // An error outside of every object: the text may have lost any that it held.
-            let unreadable =
-                problems.take_errors(|error| error.span.file != 0 && manifests.objects.at(error.span).is_none());
-            let mentioned = manifests.objects.mentioned();
+            let unreadable = problems.take_errors(|error| error.span.file != 0 && manifests.at(error.span).is_none());
+            let mentioned = manifests.mentioned();
             for error in unreadable {
                 let name = problems.source(error.span.file).name();
                 let problem = problems.line(&error);
@@ -545,7 +543,7 @@ fn translate(
         return Err(problems);
     }
     debug_assert!(problems.of(Severity::Error).next().is_none());
-    let objects = Arc::new(std::mem::take(&mut manifests.objects));
+    let objects = Arc::new(std::mem::take(manifests));
     Ok(Loaded {
         config,
         cluster,
@@ -565,7 +563,6 @@ fn translate(
         endpoint_to_host_by,
         host_ports,
         node_addresses,
-        publishers: Publishers::take(manifests),
         times: LoadTimes::default(),
     })
 }

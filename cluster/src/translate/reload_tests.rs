@@ -229,10 +229,10 @@ fn an_unchanged_object_is_the_same_one_wherever_it_moves_to() {
             let mut problems = Problems::default();
             problems.add_source(crate::text::Source::new("weir.yaml", String::new()));
             let texts = library.read(&[path("m.yaml")], &[], Path::new("weir.yaml"), true, &mut problems);
-            let manifests = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut problems);
+            let manifests = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut Chunks::default(), &mut problems);
             assert!(problems.diagnostics().is_empty(), "{problems}");
             let place = |at: crate::resources::at::At<'_>| problems.place(at.span());
-            let objects = manifests.namespaces.iter();
+            let objects = manifests.namespaces().iter();
             objects
                 .map(|object| (object.name.clone(), object.content().clone(), object.origin, place(object.at())))
                 .collect::<Vec<_>>()
@@ -249,7 +249,7 @@ fn an_unchanged_object_is_the_same_one_wherever_it_moves_to() {
 }
 
 /// Services by name, with the outcome's faulty objects and what is stale.
-fn begun(loader: &mut Loader, previous: Option<&Objects>) -> (Vec<String>, Vec<String>, Vec<String>, Loaded) {
+fn begun(loader: &mut Loader, previous: Option<&Manifests>) -> (Vec<String>, Vec<String>, Vec<String>, Loaded) {
     let outcome = match previous {
         Some(previous) => loader.reload(previous),
         None => loader.start(),

@@ -12,7 +12,7 @@ use weir_dataplane::model::Cluster;
 use crate::{
     config::RouterConfig,
     resources::{
-        Base, Manifests, Object,
+        Base, List, Manifests, Object,
         at::{At, Reporter},
         kubernetes::{EndpointSlice, SERVICE_NAME_LABEL, Service, ServiceSpec},
         object::Readable,
@@ -45,7 +45,7 @@ pub(super) fn review(config: &RouterConfig, manifests: &Manifests, cluster: &Clu
     let owners = Owners::of(config, manifests, cluster);
     let slices = Slices::of(manifests);
     let mut claimed = HashMap::new();
-    for object in &manifests.services {
+    for object in manifests.services() {
         if let Some(spec) = object.value.spec.as_ref().filter(|spec| spec.type_.as_deref() != Some("ExternalName")) {
             let mut report = object.reporter(problems);
             addresses_of_others(object, spec, &owners, &mut claimed, &mut report);
@@ -61,14 +61,14 @@ pub(super) fn review(config: &RouterConfig, manifests: &Manifests, cluster: &Clu
     for root in tree::read_documents(file, &mut yaml) {
         host_bits(&root, Base { file, offset: 0 }, &mut Reporter::new(problems, "weir.yaml".to_owned()));
     }
-    host_bits_of(&manifests.services, problems);
-    host_bits_of(&manifests.network_policies, problems);
-    host_bits_of(&manifests.pools, problems);
-    host_bits_of(&manifests.nodes, problems);
-    host_bits_of(&manifests.calico_network_policies, problems);
-    host_bits_of(&manifests.global_network_policies, problems);
-    host_bits_of(&manifests.cluster_network_policies, problems);
-    host_bits_of(&manifests.network_sets, problems);
+    host_bits_of(manifests.services(), problems);
+    host_bits_of(manifests.network_policies(), problems);
+    host_bits_of(manifests.pools(), problems);
+    host_bits_of(manifests.nodes(), problems);
+    host_bits_of(manifests.calico_network_policies(), problems);
+    host_bits_of(manifests.global_network_policies(), problems);
+    host_bits_of(manifests.cluster_network_policies(), problems);
+    host_bits_of(manifests.network_sets(), problems);
 }
 
 /// Whose an address is.
@@ -88,7 +88,7 @@ impl<'m> Owners<'m> {
             node.internal_ips.iter().chain(&node.other_ips).map(|address| (*address, node.name.as_str()))
         });
         let mut cluster_ips = HashMap::new();
-        for object in &manifests.services {
+        for object in manifests.services() {
             let Some(spec) = &object.value.spec else { continue };
             let texts = spec.cluster_ips.iter().chain(&spec.cluster_ip);
             for address in texts.filter_map(|text| parse_ip(text).ok()) {
@@ -195,7 +195,7 @@ struct Slices<'m>(HashMap<(&'m str, &'m str), BTreeSet<(&'m str, &'m str)>>);
 impl<'m> Slices<'m> {
     fn of(manifests: &'m Manifests) -> Self {
         let mut all: HashMap<_, BTreeSet<_>> = HashMap::new();
-        for object in &manifests.endpoint_slices {
+        for object in manifests.endpoint_slices() {
             let Some(service) = service_of(object) else { continue };
             all.entry((object.namespace.as_ref(), service)).or_default().extend(slice_ports(object));
         }
@@ -253,8 +253,8 @@ fn backends(object: &Object<Service>, spec: &ServiceSpec, slices: &Slices<'_>, r
 /// Slices that belong to no service, or have ports that it does not have.
 fn dangling_slices(manifests: &Manifests, problems: &mut Problems) {
     let services: HashMap<(&str, &str), &Object<Service>> =
-        manifests.services.iter().map(|object| ((object.namespace.as_ref(), object.name.as_ref()), object)).collect();
-    for object in &manifests.endpoint_slices {
+        manifests.services().iter().map(|object| ((object.namespace.as_ref(), object.name.as_ref()), object)).collect();
+    for object in manifests.endpoint_slices() {
         let Some(name) = service_of(object) else { continue };
         let mut report = object.reporter(problems);
         let at = object.at().key("metadata").key("labels").key(SERVICE_NAME_LABEL);
@@ -284,14 +284,14 @@ fn dangling_slices(manifests: &Manifests, problems: &mut Problems) {
 
 /// Names of nodes and namespaces that do not exist. Where there are no nodes or namespaces at all, they were left out of the manifests.
 fn nodes_and_namespaces(manifests: &Manifests, problems: &mut Problems) {
-    let nodes: HashSet<&str> = manifests.nodes.iter().map(|node| node.name.as_ref()).collect();
+    let nodes: HashSet<&str> = manifests.nodes().iter().map(|node| node.name.as_ref()).collect();
     let check_node = |name: &str, field: &str, at: At<'_>, report: &mut Reporter<'_>| {
         if !nodes.is_empty() && !nodes.contains(name) {
             let help = nearest(name, nodes.iter().copied()).map(|known| format!("did you mean {known}?"));
             report.warning(at, format_args!("{field}: there is no Node {name}"), help);
         }
     };
-    for object in &manifests.endpoint_slices {
+    for object in manifests.endpoint_slices() {
         let mut seen = HashSet::new();
         let mut report = object.reporter(problems);
         for (index, endpoint) in object.value.endpoints.iter().enumerate() {
@@ -301,17 +301,17 @@ fn nodes_and_namespaces(manifests: &Manifests, problems: &mut Problems) {
             }
         }
     }
-    for object in &manifests.pods {
+    for object in manifests.pods() {
         if let Some(name) = object.value.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) {
             let at = object.at().key("spec").key("nodeName");
             check_node(name, "spec.nodeName", at, &mut object.reporter(problems));
         }
     }
-    let namespaces: HashSet<&str> = manifests.namespaces.iter().map(|namespace| namespace.name.as_ref()).collect();
+    let namespaces: HashSet<&str> = manifests.namespaces().iter().map(|namespace| namespace.name.as_ref()).collect();
     if namespaces.is_empty() {
         return;
     }
-    fn check<T: Readable>(objects: &[Object<T>], namespaces: &HashSet<&str>, problems: &mut Problems) {
+    fn check<T: Readable>(objects: List<'_, T>, namespaces: &HashSet<&str>, problems: &mut Problems) {
         for object in objects.iter().filter(|object| !namespaces.contains(object.namespace.as_ref())) {
             let help =
                 nearest(&object.namespace, namespaces.iter().copied()).map(|known| format!("did you mean {known}?"));
@@ -319,8 +319,8 @@ fn nodes_and_namespaces(manifests: &Manifests, problems: &mut Problems) {
             object.reporter(problems).warning(object.at().key("metadata").key("namespace"), message, help);
         }
     }
-    check(&manifests.network_policies, &namespaces, problems);
-    check(&manifests.calico_network_policies, &namespaces, problems);
+    check(manifests.network_policies(), &namespaces, problems);
+    check(manifests.calico_network_policies(), &namespaces, problems);
 }
 
 /// Ranges of pods in which nodes have their addresses: who has one is then a matter of luck.
@@ -334,14 +334,14 @@ fn ranges_with_nodes(manifests: &Manifests, cluster: &Cluster, problems: &mut Pr
             report.warning(at, format_args!("{field}: {net} covers {address}, the address of node {node}"), help);
         }
     };
-    for object in &manifests.nodes {
+    for object in manifests.nodes() {
         let Some(spec) = &object.value.spec else { continue };
         for (index, net) in spec.pod_cidrs.iter().enumerate() {
             let at = object.at().key("spec").key("podCIDRs").item(index);
             check(net, at, &format!("spec.podCIDRs[{index}]"), &mut object.reporter(problems));
         }
     }
-    for object in &manifests.pools {
+    for object in manifests.pools() {
         check(
             &object.value.spec.cidr,
             object.at().key("spec").key("cidr"),
@@ -351,7 +351,7 @@ fn ranges_with_nodes(manifests: &Manifests, cluster: &Cluster, problems: &mut Pr
     }
 }
 
-fn host_bits_of<T: Readable>(objects: &[Object<T>], problems: &mut Problems) {
+fn host_bits_of<T: Readable>(objects: List<'_, T>, problems: &mut Problems) {
     for object in objects {
         object.tree(|node| {
             if let Some(spec) = node.get("spec") {

@@ -58,7 +58,7 @@ pub(super) fn translate(
     assembled: &mut Assembled,
     problems: &mut Problems,
 ) -> Model {
-    let this_node = manifests.nodes.iter().find(|node| *node.name == *config.node_name);
+    let this_node = manifests.nodes().iter().find(|node| *node.name == *config.node_name);
     let zone = this_node.and_then(|node| node.value.metadata.labels.get(ZONE_LABEL).map(|zone| zone.to_string()));
     let local_addresses = config.local_addresses.clone().unwrap_or_else(|| {
         let node = cluster.nodes.iter().find(|node| node.name == config.node_name);
@@ -73,13 +73,13 @@ pub(super) fn translate(
         local_addresses,
         service_cidrs: config.service_cidrs.clone(),
         unserved: Vec::new(),
-        services: Vec::with_capacity(manifests.services.len()),
+        services: Vec::with_capacity(manifests.services().len()),
     };
     let mut slices = slices(manifests, problems);
     let node_name: Arc<str> = config.node_name.as_str().into();
-    let mut claims = Claims { cluster_ips: HashMap::with_capacity(manifests.services.len()), ..Claims::default() };
+    let mut claims = Claims { cluster_ips: HashMap::with_capacity(manifests.services().len()), ..Claims::default() };
     assembled.turn();
-    for object in &manifests.services {
+    for object in manifests.services() {
         let Some(facts) = object.made(problems, service) else { continue };
         claims.of(object, facts, problems);
         let slices = slices.remove(&(object.namespace.as_ref(), object.name.as_ref())).unwrap_or_default();
@@ -181,8 +181,8 @@ type SlicesByService<'m> = HashMap<(&'m str, &'m str), Vec<OfService<'m>>>;
 
 /// The slices by namespace and service, each service's in the order of their names.
 fn slices<'m>(manifests: &'m Manifests, problems: &mut Problems) -> SlicesByService<'m> {
-    let mut slices = SlicesByService::with_capacity(manifests.endpoint_slices.len());
-    for object in &manifests.endpoint_slices {
+    let mut slices = SlicesByService::with_capacity(manifests.endpoint_slices().len());
+    for object in manifests.endpoint_slices() {
         if let Some(facts) = object.made(problems, slice) {
             slices.entry((&object.namespace, &facts.service)).or_default().push((object, facts));
         }

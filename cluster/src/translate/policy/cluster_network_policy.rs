@@ -40,14 +40,14 @@ pub(super) struct Nodes<'m> {
 
 impl<'m> Nodes<'m> {
     pub(super) fn new(manifests: &'m Manifests, cluster: &'m Cluster) -> Self {
-        debug_assert_eq!(manifests.nodes.len(), cluster.nodes.len());
+        debug_assert_eq!(manifests.nodes().len(), cluster.nodes.len());
         Self { manifests, cluster }
     }
 
     /// The IP addresses in status.addresses of the nodes that `selector` selects, which is what the API says that nodes are. A tunnel's
     /// address is none of these.
     fn selected(&self, selector: &Selector) -> Vec<Peer> {
-        let nodes = self.manifests.nodes.iter().zip(&self.cluster.nodes);
+        let nodes = self.manifests.nodes().iter().zip(&self.cluster.nodes);
         let selected = nodes.filter(|(object, _)| selector.matches(&object.value.metadata.labels.to_map()));
         let addresses = selected.flat_map(|(_, node)| node.internal_ips.iter().chain(&node.other_ips));
         addresses.map(|address| Peer::Block { cidr: IpNet::from(*address), except: Vec::new() }).collect()

@@ -55,7 +55,7 @@ pub(super) fn workloads(
 ) -> Vec<Arc<Endpoint>> {
     let of_pods = endpoints_of_pods(manifests);
     let others: HashMap<String, &Object<WorkloadEndpoint>> =
-        manifests.workload_endpoints.iter().map(|object| (endpoint_name(object), object)).collect();
+        manifests.workload_endpoints().iter().map(|object| (endpoint_name(object), object)).collect();
     kept.endpoints.turn();
     let sources = Inherited::sources(manifests);
     if kept.sources != sources {
@@ -121,7 +121,7 @@ pub(super) fn network_sets(
     inherited: &Inherited<'_>,
     problems: &mut Problems,
 ) -> Vec<Arc<Endpoint>> {
-    let sets = manifests.network_sets.iter().map(|object| {
+    let sets = manifests.network_sets().iter().map(|object| {
         let mut report = object.reporter(problems);
         let at = object.at().key("spec").key("nets");
         let namespace = (!object.namespace.is_empty()).then(|| object.namespace.to_string());
@@ -144,7 +144,7 @@ pub(super) fn host_endpoints(
     inherited: &Inherited<'_>,
     problems: &mut Problems,
 ) -> Vec<Arc<Endpoint>> {
-    let endpoints = manifests.host_endpoints.iter().map(|object| {
+    let endpoints = manifests.host_endpoints().iter().map(|object| {
         let mut report = object.reporter(problems);
         let spec = &object.value.spec;
         let nets =

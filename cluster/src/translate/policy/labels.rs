@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::resources::{
-    Content, Manifests, Object, Same,
+    Content, List, Manifests, Same,
     calico::policy::Profile,
     kubernetes::{Namespace, ServiceAccount},
     meta::Metadata,
@@ -44,24 +44,24 @@ pub(super) struct Inherited<'m> {
 
 impl<'m> Inherited<'m> {
     pub(super) fn new(manifests: &'m Manifests) -> Self {
-        let namespaces = manifests.namespaces.iter().map(|object| (object.name.as_ref(), &object.value.metadata));
-        let accounts = manifests.service_accounts.iter();
+        let namespaces = manifests.namespaces().iter().map(|object| (object.name.as_ref(), &object.value.metadata));
+        let accounts = manifests.service_accounts().iter();
         let accounts =
             accounts.map(|object| ((object.namespace.as_ref(), object.name.as_ref()), &object.value.metadata));
-        let profiles = manifests.profiles.iter();
+        let profiles = manifests.profiles().iter();
         let profiles = profiles.map(|object| (object.name.as_ref(), &object.value.spec.labels_to_apply));
         Self { namespaces: namespaces.collect(), service_accounts: accounts.collect(), profiles: profiles.collect() }
     }
 
     /// All that labels are inherited from.
     pub(super) fn sources(manifests: &Manifests) -> Sources {
-        fn same<T>(objects: &[Object<T>]) -> Vec<Same<Content<T>>> {
+        fn same<T>(objects: List<'_, T>) -> Vec<Same<Content<T>>> {
             objects.iter().map(|object| Same(Arc::clone(object.content()))).collect()
         }
         Sources {
-            namespaces: same(&manifests.namespaces),
-            service_accounts: same(&manifests.service_accounts),
-            profiles: same(&manifests.profiles),
+            namespaces: same(manifests.namespaces()),
+            service_accounts: same(manifests.service_accounts()),
+            profiles: same(manifests.profiles()),
         }
     }
 

@@ -36,7 +36,7 @@ fn policies(manifests: &Manifests, model: &Model, problems: &mut Problems) {
         model.endpoints.iter().filter(|endpoint| has_policy(endpoint.kind)).map(|endpoint| &**endpoint).collect();
     let mut places: Vec<(Span, &Policy)> = Vec::new();
     for policy in model.tiers.iter().flat_map(|tier| &tier.policies) {
-        places.extend(manifests.objects.place(policy.origin).map(|place| (place, &**policy)));
+        places.extend(manifests.place(policy.origin).map(|place| (place, &**policy)));
     }
     places.sort_by_key(|(place, _)| (place.file, place.start));
     if endpoints.is_empty() {
@@ -84,9 +84,9 @@ fn policies(manifests: &Manifests, model: &Model, problems: &mut Problems) {
 
 /// Whether a policy's namespace is there. If it is not, that is told already.
 fn is_of_known_namespace(manifests: &Manifests, policy: &Policy) -> bool {
-    let namespace = manifests.objects.get(policy.origin).and_then(|origin| origin.namespace);
-    let is_there = |name: String| manifests.namespaces.iter().any(|namespace| *namespace.name == *name);
-    manifests.namespaces.is_empty() || namespace.is_none_or(is_there)
+    let namespace = manifests.get(policy.origin).and_then(|origin| origin.namespace);
+    let is_there = |name: String| manifests.namespaces().iter().any(|namespace| *namespace.name == *name);
+    manifests.namespaces().is_empty() || namespace.is_none_or(is_there)
 }
 
 fn names(endpoint: &Endpoint) -> impl Iterator<Item = &str> {
@@ -105,11 +105,11 @@ fn ports_of(rule: &Rule) -> impl Iterator<Item = &str> {
 /// Selectors of namespaces that match none.
 fn namespace_selectors(manifests: &Manifests, problems: &mut Problems) {
     // Where there are none at all, they were left out.
-    if manifests.namespaces.is_empty() {
+    if manifests.namespaces().is_empty() {
         return;
     }
     let known = Known::of(manifests);
-    for object in &manifests.network_policies {
+    for object in manifests.network_policies() {
         let Some(spec) = &object.value.spec else { continue };
         let ingress = spec.ingress.iter().flatten().map(|rule| rule.from.as_deref());
         let egress = spec.egress.iter().flatten().map(|rule| rule.to.as_deref());
@@ -129,11 +129,11 @@ fn namespace_selectors(manifests: &Manifests, problems: &mut Problems) {
             }
         }
     }
-    for object in &manifests.calico_network_policies {
+    for object in manifests.calico_network_policies() {
         calico(object, &object.value.spec.ingress, "ingress", &known, problems);
         calico(object, &object.value.spec.egress, "egress", &known, problems);
     }
-    for object in &manifests.global_network_policies {
+    for object in manifests.global_network_policies() {
         calico(object, &object.value.spec.ingress, "ingress", &known, problems);
         calico(object, &object.value.spec.egress, "egress", &known, problems);
     }
@@ -165,9 +165,9 @@ struct Known(Vec<Labels>);
 impl Known {
     fn of(manifests: &Manifests) -> Self {
         let inherited = Inherited::new(manifests);
-        let given = manifests.namespaces.iter().map(|object| &*object.name);
+        let given = manifests.namespaces().iter().map(|object| &*object.name);
         let mut names: BTreeSet<&str> = given.chain(ALWAYS_THERE).collect();
-        names.extend(manifests.pods.iter().map(|pod| &*pod.namespace));
+        names.extend(manifests.pods().iter().map(|pod| &*pod.namespace));
         let labels = names.into_iter().map(|name| inherited.of_network_set(Some(name), &Labels::new()));
         Self(labels.chain([BTreeMap::new()]).collect())
     }

@@ -53,19 +53,19 @@ pub(super) fn translate(
 
 fn tiers(manifests: &Manifests, services: &ServiceEndpoints<'_>, nodes: &Nodes<'_>, problems: &mut Problems) -> Tiers {
     let mut tiers = Tiers::new(manifests, problems);
-    for object in &manifests.network_policies {
+    for object in manifests.network_policies() {
         let make = |object: &_, problems: &mut _| kubernetes::network_policy(object, problems).map(Arc::new);
         if let Some(policy) = object.made(problems, make) {
             tiers.add(tiers::DEFAULT_TIER, Arc::clone(policy));
         }
     }
-    for object in &manifests.staged_kubernetes_network_policies {
+    for object in manifests.staged_kubernetes_network_policies() {
         let policy = made(object, true, problems, kubernetes::staged_network_policy);
         tiers.add(tiers::DEFAULT_TIER, policy);
     }
     for (kind, objects, staged) in [
-        ("GlobalNetworkPolicy", &manifests.global_network_policies, false),
-        ("StagedGlobalNetworkPolicy", &manifests.staged_global_network_policies, true),
+        ("GlobalNetworkPolicy", manifests.global_network_policies(), false),
+        ("StagedGlobalNetworkPolicy", manifests.staged_global_network_policies(), true),
     ] {
         for object in objects {
             let tier = calico::tier_of(&object.value.spec.tier);
@@ -80,8 +80,8 @@ fn tiers(manifests: &Manifests, services: &ServiceEndpoints<'_>, nodes: &Nodes<'
         }
     }
     for (kind, objects, staged) in [
-        ("NetworkPolicy", &manifests.calico_network_policies, false),
-        ("StagedNetworkPolicy", &manifests.staged_network_policies, true),
+        ("NetworkPolicy", manifests.calico_network_policies(), false),
+        ("StagedNetworkPolicy", manifests.staged_network_policies(), true),
     ] {
         for object in objects {
             let tier = calico::tier_of(&object.value.spec.tier);
@@ -95,7 +95,7 @@ fn tiers(manifests: &Manifests, services: &ServiceEndpoints<'_>, nodes: &Nodes<'
             tiers.add(tier, policy);
         }
     }
-    for object in &manifests.cluster_network_policies {
+    for object in manifests.cluster_network_policies() {
         let make = |object: &_, problems: &mut _| {
             let (tier, policy) = cluster_network_policy::cluster_network_policy(object, nodes, problems);
             (tier, Arc::new(policy))
@@ -104,7 +104,7 @@ fn tiers(manifests: &Manifests, services: &ServiceEndpoints<'_>, nodes: &Nodes<'
         let (tier, policy) = if is_alone { object.made(problems, make).clone() } else { make(object, problems) };
         tiers.add(tier, policy);
     }
-    for faulty in &manifests.denying {
+    for faulty in manifests.denying() {
         let (tier, policy) = denying::denying(faulty);
         tiers.add(tier, Arc::new(policy));
     }

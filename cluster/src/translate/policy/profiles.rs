@@ -28,7 +28,7 @@ pub(super) fn profiles(
     problems: &mut Problems,
 ) -> Vec<Arc<Profile>> {
     let mut profiles = Vec::new();
-    for object in &manifests.profiles {
+    for object in manifests.profiles() {
         let mut report = object.reporter(problems);
         let (spec, at) = (&object.value.spec, object.at().key("spec"));
         profiles.push(Arc::new(Profile {
@@ -37,7 +37,7 @@ pub(super) fn profiles(
             egress: rules(&spec.egress, PolicyDirection::Egress, reader, at, &mut report),
         }));
     }
-    let defined: HashSet<&str> = manifests.profiles.iter().map(|object| object.name.as_ref()).collect();
+    let defined: HashSet<&str> = manifests.profiles().iter().map(|object| object.name.as_ref()).collect();
     let names: BTreeSet<&String> = endpoints.iter().flat_map(|endpoint| &endpoint.profiles).collect();
     let allow = || vec![Rule { number: 1, ..Rule::default() }];
     for name in names.into_iter().filter(|name| !defined.contains(name.as_str())) {

@@ -1,38 +1,40 @@
 //! The endpoints behind services, for rules that name a service: all that EndpointSlices list, ready or not.
 
-use std::{cell::OnceCell, collections::HashMap};
+use std::{cell::OnceCell, collections::HashMap, sync::Arc};
 
 use ipnet::IpNet;
 use weir_packet::Protocol;
 use weir_policy::model::ServiceEndpoint;
 
-use crate::resources::{Manifests, Object, kubernetes::EndpointSlice};
+use crate::resources::{Content, List, Manifests, kubernetes::EndpointSlice};
 
 /// Endpoints by service. Nothing is looked at before a rule names a service.
 pub(super) struct ServiceEndpoints<'m> {
-    slices: &'m [Object<EndpointSlice>],
-    /// Positions in `slices`, by "namespace/service".
-    by_service: OnceCell<HashMap<String, Vec<usize>>>,
+    slices: List<'m, EndpointSlice>,
+    /// By "namespace/service".
+    by_service: OnceCell<HashMap<String, Vec<Arc<Content<EndpointSlice>>>>>,
 }
 
 impl<'m> ServiceEndpoints<'m> {
     /// Faults of slices are told where services are translated.
     pub(super) fn new(manifests: &'m Manifests) -> Self {
-        Self { slices: &manifests.endpoint_slices, by_service: OnceCell::new() }
+        Self { slices: manifests.endpoint_slices(), by_service: OnceCell::new() }
     }
 
     fn slices_of(&self, namespace: &str, name: &str) -> impl Iterator<Item = &EndpointSlice> {
         let by_service = self.by_service.get_or_init(|| {
-            let mut by_service: HashMap<String, Vec<usize>> = HashMap::new();
-            for (position, object) in self.slices.iter().enumerate() {
+            let mut by_service: HashMap<String, Vec<Arc<Content<EndpointSlice>>>> = HashMap::new();
+            for object in self.slices {
                 if let Some(name) = &object.value.service {
-                    by_service.entry(format!("{}/{name}", object.namespace)).or_default().push(position);
+                    by_service
+                        .entry(format!("{}/{name}", object.namespace))
+                        .or_default()
+                        .push(Arc::clone(object.content()));
                 }
             }
             by_service
         });
-        let positions = by_service.get(&format!("{namespace}/{name}")).into_iter().flatten();
-        positions.map(|position| &self.slices[*position].value)
+        by_service.get(&format!("{namespace}/{name}")).into_iter().flatten().map(|slice| &slice.value)
     }
 
     /// A service's endpoints, with protocol and port or by their address alone.

@@ -36,7 +36,7 @@ impl Tiers {
         for (name, order, default_action) in BUILT_IN {
             tiers.define(name, Some(order), default_action);
         }
-        for object in &manifests.tiers {
+        for object in manifests.tiers() {
             if let Some(built_in) = BUILT_IN.iter().find(|(name, ..)| **name == *object.name) {
                 check_built_in(object, built_in, problems);
                 continue;
