@@ -14,11 +14,10 @@ use std::{
 
 use weir_benches::figures::{Spread, tell};
 use weir_cluster::{
-    compile,
+    compile::{self, Compilers},
     translate::{Loaded, Loader, LocalPod, LocalPods, workload_device},
 };
 use weir_dataplane::{forwarding::Forwarding, snapshot::Rules};
-use weir_policy::Compiler;
 
 const ENDPOINTS: u32 = 10;
 const SERVICES_PER_FILE: u32 = 50;
@@ -47,15 +46,15 @@ fn measure(services: u32) -> Result<(), Box<dyn std::error::Error>> {
     let mut loader = Loader::new(&folder.path().join("weir.yaml"));
     let mut loaded = loader.load_strictly().map_err(|problems| problems.render(false))?;
     let [load_read, load_translate] = [loaded.times.read, loaded.times.translate];
-    let mut policy = Compiler::default();
-    let (rules, load_compile) = compiled(&loaded, &mut policy)?;
+    let mut compilers = Compilers::default();
+    let (rules, load_compile) = compiled(&loaded, &mut compilers)?;
     let table_bytes = rules.services.memory_bytes();
     let mut steps: [Vec<Duration>; 4] = Default::default();
     for round in 1..=ROUNDS {
         let changed = services / 2 / SERVICES_PER_FILE;
         write_file(folder.path(), changed, services, round)?;
         let (next, _) = loader.reload(&loaded.objects).map_err(|problems| problems.render(false))?;
-        let (rules, compile) = compiled(&next, &mut policy)?;
+        let (rules, compile) = compiled(&next, &mut compilers)?;
         assert_eq!(rules.services.memory_bytes(), table_bytes, "as many endpoints as before");
         let begin = Instant::now();
         let forwarding = Forwarding::compile(&next.cluster, &compile::links_of(&next.config))?;
@@ -71,7 +70,7 @@ fn measure(services: u32) -> Result<(), Box<dyn std::error::Error>> {
         loader.set_local_pods(Arc::new(pods.clone()));
         let (next, _) = loader.reload_local_pods(&loaded.objects).map_err(|problems| problems.render(false))?;
         assert_eq!(next.cluster.workloads.len(), round as usize, "one more");
-        let (rules, compile) = compiled(&next, &mut policy)?;
+        let (rules, compile) = compiled(&next, &mut compilers)?;
         drop(rules);
         pod_steps.iter_mut().zip([next.times.translate, compile]).for_each(|(step, took)| step.push(took));
         loaded = next;
@@ -117,9 +116,9 @@ fn pod(number: u8) -> LocalPod {
     }
 }
 
-fn compiled(loaded: &Loaded, policy: &mut Compiler) -> Result<(Rules, Duration), compile::CompileError> {
+fn compiled(loaded: &Loaded, compilers: &mut Compilers) -> Result<(Rules, Duration), compile::CompileError> {
     let begin = Instant::now();
-    let rules = compile::rules(loaded, policy)?;
+    let rules = compilers.rules(loaded)?;
     Ok((rules, begin.elapsed()))
 }
 

@@ -26,7 +26,10 @@ use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
 };
-use weir_cluster::{compile, translate};
+use weir_cluster::{
+    compile::{self, Compilers},
+    translate,
+};
 use weir_conntrack::Table;
 use weir_dataplane::{
     counters::{COUNTERS, Totals},
@@ -41,7 +44,6 @@ use weir_dataplane::{
 };
 use weir_nat::{Affinity, SnatPorts};
 use weir_packet::{Protocol, Tick};
-use weir_policy::Compiler;
 use weir_sync::{Counters, Domain, Participant, Published};
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -604,14 +606,14 @@ type Prepared = (Vec<Compiled>, Arc<SnatPorts>, Tables, Arc<Domain>, Links);
 fn prepare(folder: &Path) -> Result<Prepared, Failure> {
     let config = folder.join("weir.yaml");
     fs::write(&config, CONFIG)?;
-    let mut policy = Compiler::default();
+    let mut compilers = Compilers::default();
     let mut variants = Vec::new();
     let mut loaded = None;
     for variant in [false, true] {
         fs::write(folder.join("cluster.yaml"), manifests(variant))?;
         let now = translate::load_strictly(&config).map_err(|problems| problems.render(false))?;
         let links = compile::links_of(&now.config);
-        let rules = Arc::new(compile::rules(&now, &mut policy)?);
+        let rules = Arc::new(compilers.rules(&now)?);
         variants.push(Compiled { rules, forwarding: Arc::new(Forwarding::compile(&now.cluster, &links)?) });
         loaded = Some((now, links));
     }

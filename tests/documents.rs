@@ -1,7 +1,6 @@
 //! The documents agree with the code.
 
 use weir_packet::DropReason;
-use weir_policy::Compiler;
 
 #[test]
 fn every_drop_reason_has_its_row_in_counters_md() {
@@ -18,6 +17,6 @@ fn example_configurations_load() {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
         let loaded = weir_cluster::translate::load_strictly(&path)
             .unwrap_or_else(|problems| panic!("{file}:\n{}", problems.render(false)));
-        weir_cluster::compile::rules(&loaded, &mut Compiler::default()).unwrap();
+        weir_cluster::compile::Compilers::default().rules(&loaded).unwrap();
     }
 }

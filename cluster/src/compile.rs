@@ -11,7 +11,7 @@ use weir_dataplane::{
     snapshot::{Rules, Snapshot},
     tables::{Tables, capacity_with_share},
 };
-use weir_nat::{CompileError as ServicesError, NoSnatPorts, ServiceTable, SnatPorts};
+use weir_nat::{CompileError as ServicesError, Compiler as ServicesCompiler, NoSnatPorts, SnatPorts};
 use weir_packet::Tick;
 use weir_policy::{CompileError as PolicyError, Compiler as PolicyCompiler};
 use weir_sync::Domain;
@@ -39,14 +39,23 @@ pub enum CompileError {
     Forwarding(#[from] TooManyNextHops),
 }
 
-/// Compiles services and policy; `policy` is what compiled the configuration before, if any did.
-///
-/// # Errors
-/// Where a size is beyond what can be compiled.
-pub fn rules(loaded: &Loaded, policy: &mut PolicyCompiler) -> Result<Rules, CompileError> {
-    let services = ServiceTable::compile(&loaded.services)?;
-    let policy = policy.compile(&loaded.policy)?;
-    Ok(Rules::new(services, policy, &loaded.cluster))
+/// What compiles one configuration after another, and takes over what did not change.
+#[derive(Debug, Default)]
+pub struct Compilers {
+    services: ServicesCompiler,
+    policy: PolicyCompiler,
+}
+
+impl Compilers {
+    /// Compiles services and policy.
+    ///
+    /// # Errors
+    /// Where a size is beyond what can be compiled.
+    pub fn rules(&mut self, loaded: &Loaded) -> Result<Rules, CompileError> {
+        let services = self.services.compile(&loaded.services)?;
+        let policy = self.policy.compile(&loaded.policy)?;
+        Ok(Rules::new(services, policy, &loaded.cluster))
+    }
 }
 
 /// Compiles everything without a running router's kernel, as far as weir.yaml gives its devices and routes: what `weir check` and `weir trace`
@@ -55,7 +64,7 @@ pub fn rules(loaded: &Loaded, policy: &mut PolicyCompiler) -> Result<Rules, Comp
 /// # Errors
 /// Where a size is beyond what can be compiled.
 pub fn snapshot(loaded: &Loaded) -> Result<Snapshot, CompileError> {
-    let rules = rules(loaded, &mut PolicyCompiler::default())?;
+    let rules = Compilers::default().rules(loaded)?;
     let snat = snat_ports(loaded, &rules, &Listening::default())?;
     let forwarding = Forwarding::compile(&loaded.cluster, &links_of(&loaded.config))?;
     Ok(Snapshot { generation: 1, rules: Arc::new(rules), snat: Arc::new(snat), forwarding: Arc::new(forwarding) })

@@ -24,7 +24,7 @@ use crate::text::{
 };
 
 /// weir.yaml. Every key of the contract, with defaults filled in.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "camelCase", default)]
 pub struct RouterConfig {
     /// `weir.dev/v1alpha1`; may be left out.

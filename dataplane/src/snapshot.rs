@@ -23,7 +23,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Rules {
     /// Services.
-    pub services: ServiceTable,
+    pub services: Arc<ServiceTable>,
     /// Policies.
     pub policy: Classifier,
     /// New connections by the policy rule that decided about them ([`weir_policy::RuleId`]).
@@ -37,12 +37,13 @@ pub struct Rules {
 
 impl Rules {
     /// Joins compiled services and policy with the workloads of `cluster`. Nothing is counted: see [`Self::counting`].
-    pub fn new(services: ServiceTable, policy: Classifier, cluster: &Cluster) -> Self {
+    pub fn new(services: impl Into<Arc<ServiceTable>>, policy: Classifier, cluster: &Cluster) -> Self {
         let mut endpoints = vec![None; cluster.workloads.len()];
         for (id, workload) in local_workloads(cluster) {
             endpoints[id.0 as usize] = policy.endpoint(&workload.name);
         }
         let host = HostRules::new(&policy, cluster);
+        let services = services.into();
         Self { services, policy, hits: Tally::default(), backend_hits: Default::default(), host, endpoints }
     }
 

@@ -2,14 +2,17 @@
 
 use std::{cmp::Reverse, net::IpAddr, sync::Arc};
 
-use hashbrown::{HashMap, HashSet, hash_map::Entry};
+use hashbrown::{HashMap, hash_map::Entry};
 use thiserror::Error;
 use weir_packet::{Address, Protocol};
 
 use crate::{
     Endpoint, HostAddresses, Model, ServicePort,
+    listed::Listed,
     ranges::{self, AddressRange},
-    table::{Backend, Claim, Conflict, Frontend, Kind, Names, Record, ServiceId, ServiceTable, Services, Target},
+    table::{
+        Backend, Claim, Conflict, Frontend, Kind, Names, Ports, Record, ServiceId, ServiceTable, Services, Target,
+    },
 };
 
 /// Why a model cannot be compiled.
@@ -62,15 +65,14 @@ impl ServiceTable {
         node_ports.sort_unstable();
         node_ports.dedup();
         own_frontends.sort_unstable();
-        Ok(Self {
-            v4,
-            v6,
+        let ports = Ports {
             names: Names::new(model.services.iter().map(|service| service.name.as_str())),
             origins: model.services.iter().map(|service| service.origin).collect(),
             node_ports: node_ports.into_boxed_slice(),
             own_frontends: own_frontends.into_boxed_slice(),
             conflicts: conflicts.into_boxed_slice(),
-        })
+        };
+        Ok(Self { v4, v6, ports: Arc::new(ports) })
     }
 }
 
@@ -81,20 +83,23 @@ fn check(model: &Model) -> Result<(), CompileError> {
     limit("endpoints", model.services.iter().map(|service| service.endpoints.len()).sum(), u32::MAX as usize)?;
     let guards = |service: &Arc<ServicePort>| service.source_ranges.len() + service.load_balancer_ips.len();
     limit("load balancer source ranges", model.services.iter().map(guards).sum(), u32::MAX as usize)?;
-    for service in &model.services {
-        let (name, origin) = (&service.name, service.origin);
-        if !service.protocol.has_ports() {
-            let protocol = service.protocol;
-            return Err(CompileError::NotAServiceProtocol { service: name.clone(), protocol, origin });
-        }
-        for (what, zero) in [
-            ("port", service.port == 0),
-            ("nodePort", service.node_port == Some(0)),
-            ("the port of an endpoint", service.endpoints.iter().any(|endpoint| endpoint.port == 0)),
-        ] {
-            if zero {
-                return Err(CompileError::ZeroPort { service: name.clone(), what, origin });
-            }
+    model.services.iter().try_for_each(|service| check_port(service))
+}
+
+/// Whether a service port is possible.
+pub(crate) fn check_port(service: &ServicePort) -> Result<(), CompileError> {
+    let (name, origin) = (&service.name, service.origin);
+    if !service.protocol.has_ports() {
+        let protocol = service.protocol;
+        return Err(CompileError::NotAServiceProtocol { service: name.clone(), protocol, origin });
+    }
+    for (what, zero) in [
+        ("port", service.port == 0),
+        ("nodePort", service.node_port == Some(0)),
+        ("the port of an endpoint", service.endpoints.iter().any(|endpoint| endpoint.port == 0)),
+    ] {
+        if zero {
+            return Err(CompileError::ZeroPort { service: name.clone(), what, origin });
         }
     }
     Ok(())
@@ -151,19 +156,25 @@ fn compile_family<A: Address>(
 }
 
 /// All that is listed for TCP and SCTP.
-fn listed<A: Address>(model: &Model) -> HashSet<Frontend<A>> {
+fn listed<A: Address>(model: &Model) -> Listed<A> {
     let keep = || model.services.iter().filter(|service| service.protocol != Protocol::UDP);
     let count = keep().map(|service| service.endpoints.len()).sum::<usize>() + model.unserved.len();
-    let mut listed = HashSet::with_capacity(count);
-    let place = |protocol, address, port| Some(Frontend { address: A::from_ip(address)?, port, protocol });
-    for service in keep() {
-        let endpoints = service.endpoints.iter();
-        listed.extend(endpoints.filter_map(|endpoint| place(service.protocol, endpoint.address, endpoint.port)));
-    }
-    let unserved = model.unserved.iter().filter(|(protocol, ..)| *protocol != Protocol::UDP);
-    listed.extend(unserved.filter_map(|&(protocol, address, port)| place(protocol, address, port)));
+    let mut listed = Listed::with_capacity(count);
+    let of_services = keep().flat_map(|service| places_of(service));
+    of_services.chain(model.unserved.iter().filter_map(place_of)).for_each(|place| listed.add(place));
     listed.shrink_to_fit();
     listed
+}
+
+/// What a service port lists for TCP and SCTP.
+pub(crate) fn places_of<A: Address>(service: &ServicePort) -> impl Iterator<Item = Frontend<A>> + '_ {
+    let places = service.endpoints.iter().map(|endpoint| (service.protocol, endpoint.address, endpoint.port));
+    places.filter_map(|place| place_of(&place))
+}
+
+/// A backend of TCP and SCTP of this family.
+pub(crate) fn place_of<A: Address>(&(protocol, address, port): &(Protocol, IpAddr, u16)) -> Option<Frontend<A>> {
+    Some(Frontend { address: A::from_ip(address)?, port, protocol }).filter(|_| protocol != Protocol::UDP)
 }
 
 /// Appends the sources that may use the service's load balancer IPs; an empty run means all.
@@ -374,7 +385,7 @@ pub(crate) fn read_candidates<'a, A: Address>(
 }
 
 /// Kept from service to service, so that each does not allocate its own.
-struct Scratch<'a, A> {
+pub(crate) struct Scratch<'a, A> {
     candidates: Vec<Candidate<'a, A>>,
     segments: Vec<u8>,
 }
@@ -387,7 +398,12 @@ impl<A> Default for Scratch<'_, A> {
 
 impl<'a, A: Address> Scratch<'a, A> {
     /// Appends the service's backends in their four segments and returns the segments' bounds.
-    fn lay_out(&mut self, model: &'a Model, service: &'a ServicePort, backends: &mut Vec<Backend<A>>) -> [u32; 5] {
+    pub(crate) fn lay_out(
+        &mut self,
+        model: &'a Model,
+        service: &'a ServicePort,
+        backends: &mut Vec<Backend<A>>,
+    ) -> [u32; 5] {
         let candidates = &mut self.candidates;
         let lists = read_candidates(model, service, candidates);
         self.segments.clear();

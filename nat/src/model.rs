@@ -1,6 +1,11 @@
 //! What the services are compiled from: plain types that a loader fills.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::IpAddr,
+    ops::{Deref, DerefMut},
+    slice,
+    sync::Arc,
+};
 
 use ipnet::IpNet;
 use weir_packet::Protocol;
@@ -22,14 +27,79 @@ pub struct Model {
     pub local_addresses: Vec<IpAddr>,
     /// The ranges that cluster IPs are allocated from; packets to unallocated addresses in them are dropped.
     pub service_cidrs: Vec<IpNet>,
-    /// Backends that slices have for no service port that is served here, sorted: connections that services led there may go on.
+    /// Backends that slices have for no service port that is served here, sorted, each as often as it is listed: connections that services
+    /// led there may go on.
     pub unserved: Vec<(Protocol, IpAddr, u16)>,
-    /// The service ports, shared so that what did not change is handed over as it is. Where two claim one frontend, the kind of
-    /// address decides, then the order here.
-    pub services: Vec<Arc<ServicePort>>,
+    /// The service ports. Where two claim one frontend, the kind of address decides, then the order here.
+    pub services: ServicePorts,
+}
+
+/// Service ports: each is shared, so that what did not change is handed over as it is, and so are all of them, as models that follow each
+/// other have the most of them in common. Who changes a list that others have gets one of his own.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServicePorts(Arc<Vec<Arc<ServicePort>>>);
+
+impl ServicePorts {
+    /// Whether both are one list.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Deref for ServicePorts {
+    type Target = Vec<Arc<ServicePort>>;
+
+    fn deref(&self) -> &Vec<Arc<ServicePort>> {
+        &self.0
+    }
+}
+
+impl DerefMut for ServicePorts {
+    fn deref_mut(&mut self) -> &mut Vec<Arc<ServicePort>> {
+        Arc::make_mut(&mut self.0)
+    }
+}
+
+impl From<Vec<Arc<ServicePort>>> for ServicePorts {
+    fn from(ports: Vec<Arc<ServicePort>>) -> Self {
+        Self(Arc::new(ports))
+    }
+}
+
+impl FromIterator<Arc<ServicePort>> for ServicePorts {
+    fn from_iter<I: IntoIterator<Item = Arc<ServicePort>>>(ports: I) -> Self {
+        Vec::from_iter(ports).into()
+    }
+}
+
+impl<'p> IntoIterator for &'p ServicePorts {
+    type Item = &'p Arc<ServicePort>;
+    type IntoIter = slice::Iter<'p, Arc<ServicePort>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.iter()
+    }
 }
 
 impl Model {
+    /// Whether all but the backends and services of both is the same.
+    pub fn is_of_same_node(&self, other: &Self) -> bool {
+        let Self {
+            node_name,
+            zone,
+            pod_cidrs,
+            masquerade_all,
+            node_port_addresses,
+            local_addresses,
+            service_cidrs,
+            unserved: _,
+            services: _,
+        } = self;
+        (node_name, zone, masquerade_all) == (&other.node_name, &other.zone, &other.masquerade_all)
+            && (pod_cidrs, node_port_addresses) == (&other.pod_cidrs, &other.node_port_addresses)
+            && (local_addresses, service_cidrs) == (&other.local_addresses, &other.service_cidrs)
+    }
+
     /// Whether an address is this node's: one of [`Model::local_addresses`], or a loopback one. Only there are host ports open.
     pub fn is_own(&self, address: IpAddr) -> bool {
         address.is_loopback() || self.local_addresses.contains(&address)
@@ -73,6 +143,51 @@ pub struct ServicePort {
 }
 
 impl ServicePort {
+    /// Whether it is another in nothing but its endpoints.
+    pub(crate) fn differs_in_endpoints_only(&self, other: &Self) -> bool {
+        let Self {
+            name,
+            protocol,
+            port,
+            cluster_ips,
+            host_port,
+            node_port,
+            external_ips,
+            load_balancer_ips,
+            source_ranges,
+            internal_policy,
+            external_policy,
+            affinity,
+            health_check_node_port,
+            endpoints: _,
+            origin,
+        } = self;
+        // What it is called comes last: it is the longest.
+        (
+            protocol,
+            port,
+            host_port,
+            node_port,
+            internal_policy,
+            external_policy,
+            affinity,
+            health_check_node_port,
+            origin,
+        ) == (
+            &other.protocol,
+            &other.port,
+            &other.host_port,
+            &other.node_port,
+            &other.internal_policy,
+            &other.external_policy,
+            &other.affinity,
+            &other.health_check_node_port,
+            &other.origin,
+        ) && (cluster_ips, external_ips, load_balancer_ips)
+            == (&other.cluster_ips, &other.external_ips, &other.load_balancer_ips)
+            && (source_ranges, name) == (&other.source_ranges, &other.name)
+    }
+
     /// Whether it has frontends of the family of IPv6, or of IPv4.
     pub(crate) fn serves(&self, is_ipv6: bool) -> bool {
         match self.host_port {

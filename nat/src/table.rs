@@ -8,7 +8,7 @@
 //!   has few addresses, and a packet to a node port costs what one to a cluster IP does.
 //! - `addresses`: the addresses that services claim as a whole. Probed after a miss only: a cluster IP's other ports are
 //!   rejected.
-//! - `records`: one per service port: policies, guard, and where its backends are.
+//! - `records`: one per service port, in the order of their ids: policies, guard, and where its backends are.
 //! - `backends`: all backends of a service port are contiguous, in four segments, each sorted by address and port:
 //!
 //!   ```text
@@ -20,6 +20,8 @@
 //!
 //!   Any two lists can be laid out so: both are slices, and no backend is stored twice. The unused ones (of another zone,
 //!   terminating beside ready ones, not ready) are kept for [`Services::standing`].
+//!   A table that was made out of another ([`Compiler`](crate::Compiler)) has places that no record has, left by service ports that had more
+//!   backends, or that moved to the end as they got more.
 //! - `listed`: every backend of TCP and SCTP. Asked for connections whose frontend is gone, or leads to others now.
 //! - `guards`: the source ranges of load balancer addresses, a normalized run of ranges per record.
 //!
@@ -38,15 +40,17 @@ use std::{
     hash::{Hash, Hasher},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     ops::Range,
+    sync::Arc,
 };
 
-use hashbrown::{HashMap, HashSet};
+use hashbrown::HashMap;
 use weir_packet::{Address, DropReason, FlowKey, Protocol, Tick};
 
 use crate::{
     ServicePort, TrafficPolicy,
     affinity::{Affinity, Choice, Clients},
     compile::{Condition, hash_of_service},
+    listed::Listed,
     ranges::{self, AddressRange},
 };
 
@@ -170,7 +174,7 @@ pub struct Conflict {
 }
 
 /// A destination: one that a service is reached by, or a backend.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Frontend<A> {
     pub(crate) address: A,
     pub(crate) port: u16,
@@ -247,7 +251,7 @@ pub(crate) enum Claim {
 }
 
 /// A service port in one family. Aligned so that it is one cache line: most of those that are 56 bytes apart would lie in two.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 #[repr(align(64))]
 pub(crate) struct Record {
     /// Tells this service port from others in every table and process: a hash of its name and protocol.
@@ -273,7 +277,7 @@ pub struct Services<A> {
     pub(crate) backends: Box<[Backend<A>]>,
     pub(crate) guards: Box<[AddressRange<A>]>,
     /// All that is listed for TCP and SCTP, of whatever service.
-    pub(crate) listed: HashSet<Frontend<A>>,
+    pub(crate) listed: Listed<A>,
     pub(crate) pods: Box<[AddressRange<A>]>,
     pub(crate) locals: Box<[AddressRange<A>]>,
     pub(crate) service_ranges: Box<[AddressRange<A>]>,
@@ -422,7 +426,7 @@ impl<A: Address> Services<A> {
             Some((target, record, self.find(record, 0..4, (backend, port))?))
         });
         let Some((target, record, slot)) = found else {
-            let is_listed = self.listed.contains(&Frontend { address: backend, port, protocol });
+            let is_listed = self.listed.has(&Frontend { address: backend, port, protocol });
             return if is_listed { Standing::Stays } else { Standing::Gone };
         };
         match self.backends[slot].condition {
@@ -473,7 +477,7 @@ impl<A: Address> Services<A> {
     pub fn memory_bytes(&self) -> usize {
         self.frontends.allocation_size()
             + self.addresses.allocation_size()
-            + self.listed.allocation_size()
+            + self.listed.memory_bytes()
             + size_of_val(&*self.records)
             + size_of_val(&*self.backends)
             + size_of_val(&*self.guards)
@@ -592,6 +596,13 @@ fn pick_again(mut product: u128, count: u64, random: &mut impl FnMut() -> u64) -
 pub struct ServiceTable {
     pub(crate) v4: Services<Ipv4Addr>,
     pub(crate) v6: Services<Ipv6Addr>,
+    /// What endpoints have no part in.
+    pub(crate) ports: Arc<Ports>,
+}
+
+/// What a table knows of service ports besides their endpoints, of both families.
+#[derive(Debug)]
+pub(crate) struct Ports {
     pub(crate) names: Names,
     pub(crate) origins: Box<[u32]>,
     pub(crate) node_ports: Box<[(Protocol, u16)]>,
@@ -641,7 +652,7 @@ impl ServiceTable {
     /// # Panics
     /// Where `service` comes from a table with more services.
     pub fn service_name(&self, service: ServiceId) -> &str {
-        self.names.get(service.0 as usize)
+        self.ports.names.get(service.0 as usize)
     }
 
     /// [`ServicePort::origin`](crate::ServicePort::origin) of a service port.
@@ -649,7 +660,7 @@ impl ServiceTable {
     /// # Panics
     /// Where `service` comes from a table with more services.
     pub fn origin(&self, service: ServiceId) -> u32 {
-        self.origins[service.0 as usize]
+        self.ports.origins[service.0 as usize]
     }
 
     /// The addresses that the XDP program takes whole: cluster IPs, and the external and load balancer IPs that are not
@@ -662,17 +673,22 @@ impl ServiceTable {
     /// The ports that services and host ports have on this node's own addresses, sorted: node ports, host ports, and the ports of
     /// external and load balancer IPs that are addresses of this node. SNAT must not use them.
     pub fn node_ports(&self) -> impl Iterator<Item = (Protocol, u16)> + '_ {
-        self.node_ports.iter().copied()
+        self.ports.node_ports.iter().copied()
     }
 
     /// The frontends on addresses of this node, loopback ones among them, sorted: what the node's own kernel must not keep to itself.
     pub fn own_frontends(&self) -> &[(IpAddr, Protocol, u16)] {
-        &self.own_frontends
+        &self.ports.own_frontends
+    }
+
+    /// Whether another table differs in endpoints only: whatever else is asked of one, the other says the same.
+    pub fn differs_in_endpoints_only(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.ports, &other.ports)
     }
 
     /// The frontends that more than one service port claims.
     pub fn conflicts(&self) -> &[Conflict] {
-        &self.conflicts
+        &self.ports.conflicts
     }
 
     /// Memory that the table holds, in bytes.
@@ -680,11 +696,11 @@ impl ServiceTable {
         size_of::<Self>()
             + self.v4.memory_bytes()
             + self.v6.memory_bytes()
-            + self.names.memory_bytes()
-            + size_of_val(&*self.origins)
-            + size_of_val(&*self.node_ports)
-            + size_of_val(&*self.own_frontends)
-            + size_of_val(&*self.conflicts)
+            + self.ports.names.memory_bytes()
+            + size_of_val(&*self.ports.origins)
+            + size_of_val(&*self.ports.node_ports)
+            + size_of_val(&*self.ports.own_frontends)
+            + size_of_val(&*self.ports.conflicts)
     }
 }
 

@@ -12,7 +12,7 @@ use common::*;
 use ipnet::IpNet;
 use proptest::{collection::vec, prelude::*, sample::select};
 use weir_nat::{
-    Affinity, Decision, Endpoint, Family, Hints, HostAddresses, Model, ServicePort, ServiceTable, Standing,
+    Affinity, Compiler, Decision, Endpoint, Family, Hints, HostAddresses, Model, ServicePort, ServiceTable, Standing,
     TrafficPolicy, usage,
 };
 use weir_packet::{DropReason, FlowKey, Ports, Protocol, Tick};
@@ -190,6 +190,7 @@ fn standing(model: &Model, key: (Protocol, IpAddr, IpAddr, u16), backend: (IpAdd
     let served = service_at(model, protocol, dst, port).map(|(service, _)| service);
     let Some(one) = served.and_then(|service| once(model, service, dst).into_iter().find(|one| is(one))) else {
         let any = model.services.iter().any(|other| other.protocol == protocol && other.endpoints.iter().any(is));
+        let any = any || model.unserved.contains(&(protocol, backend.0, backend.1));
         return if any && protocol != Protocol::UDP { Standing::Stays } else { Standing::Gone };
     };
     let list = match judge(model, protocol, src, dst, port) {
@@ -351,6 +352,16 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn unserved()(
+        protocol in select(vec![Protocol::TCP, Protocol::UDP, Protocol::SCTP]),
+        address in address(PODS.to_vec()),
+        port in select(vec![80, 8080]),
+    ) -> (Protocol, IpAddr, u16) {
+        (protocol, address, port)
+    }
+}
+
+prop_compose! {
     fn model()(
         zone in select(vec![None, Some("zone-a")]),
         pod_cidrs in vec(net(), 0..3),
@@ -377,20 +388,47 @@ proptest! {
     #[test]
     fn the_table_decides_as_the_rules_say(model in model(), number in (1_u64 << 32)..) {
         let table = ServiceTable::compile(&model).expect("the model compiles");
-        let texts = || PODS.iter().chain(&NODES).chain(&VIPS).chain(&ELSEWHERE);
-        for (src, dst) in texts().flat_map(|src| texts().map(move |dst| (src, dst))) {
-            for (protocol, port) in
-                [(Protocol::TCP, 80), (Protocol::TCP, 3001), (Protocol::UDP, 80), (Protocol::SCTP, 81), (Protocol::ICMP, 8)]
-            {
-                let key4 = key::<Ipv4Addr>(protocol, src, dst, port);
-                let expected = judge(&model, protocol, key4.src.into(), key4.dst.into(), port);
-                prop_assert_eq!(compiled(&model, &table, &key4, number)?, hairpin(expected, key4.src.into()), "{:?}", key4);
-                stand::<Ipv4Addr>(&model, &table, &key4)?;
-                let key6 = FlowKey { protocol, ports: Ports::new(40000, port), src: ip::<Ipv6Addr>(src), dst: ip(dst) };
-                let expected = judge(&model, protocol, key6.src.into(), key6.dst.into(), port);
-                prop_assert_eq!(compiled(&model, &table, &key6, number)?, hairpin(expected, key6.src.into()), "{:?}", key6);
-                stand::<Ipv6Addr>(&model, &table, &key6)?;
+        decides_as_the_rules_say(&model, &table, number)?;
+    }
+
+    /// The same of tables that are made one out of another, and of backends that were there before.
+    #[test]
+    fn a_table_out_of_another_decides_as_the_rules_say(
+        model in model(),
+        changes in vec((any::<prop::sample::Index>(), vec(endpoint(), 0..6), vec(unserved(), 0..3)), 1..6),
+        number in (1_u64 << 32)..,
+    ) {
+        let mut model = model;
+        let mut compiler = Compiler::default();
+        let mut ever = BTreeSet::new();
+        for (which, endpoints, mut unserved) in changes {
+            let before = compiler.compile(&model).expect("the model compiles");
+            ever.extend(model.services.iter().flat_map(|service| &service.endpoints).map(|one| (one.address, one.port)));
+            ever.extend(model.unserved.iter().map(|(_, address, port)| (*address, *port)));
+            unserved.sort_unstable();
+            model.unserved = unserved;
+            if !model.services.is_empty() {
+                let which = which.index(model.services.len());
+                let service = Arc::make_mut(&mut model.services[which]);
+                let families = |service: &ServicePort| {
+                    [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)].map(|of| exists(service, of))
+                };
+                let had = families(service);
+                service.endpoints = endpoints;
+                let table = compiler.compile(&model).expect("the model compiles");
+                let is_of_endpoints = had == families(&model.services[which]);
+                prop_assert_eq!(table.differs_in_endpoints_only(&before), is_of_endpoints);
             }
+            let table = compiler.compile(&model).expect("the model compiles");
+            decides_as_the_rules_say(&model, &table, number)?;
+            listed_as_the_rules_say::<Ipv4Addr>(&model, &table, &ever)?;
+            listed_as_the_rules_say::<Ipv6Addr>(&model, &table, &ever)?;
+            let afresh = ServiceTable::compile(&model).expect("the model compiles");
+            let backends = |table: &ServiceTable| {
+                let v4 = table.services::<Ipv4Addr>().backends().map(|(_, one)| one);
+                v4.chain(table.services::<Ipv6Addr>().backends().map(|(_, one)| one)).collect::<Vec<_>>()
+            };
+            prop_assert_eq!(backends(&table), backends(&afresh));
         }
     }
 
@@ -441,6 +479,48 @@ proptest! {
             prop_assert!(claimed && (cluster_ip || !model.local_addresses.contains(address)));
         }
     }
+}
+
+/// Compares what is said of every packet of a small world, in both families.
+fn decides_as_the_rules_say(model: &Model, table: &ServiceTable, number: u64) -> Result<(), TestCaseError> {
+    let texts = || PODS.iter().chain(&NODES).chain(&VIPS).chain(&ELSEWHERE);
+    for (src, dst) in texts().flat_map(|src| texts().map(move |dst| (src, dst))) {
+        for (protocol, port) in
+            [(Protocol::TCP, 80), (Protocol::TCP, 3001), (Protocol::UDP, 80), (Protocol::SCTP, 81), (Protocol::ICMP, 8)]
+        {
+            let key4 = key::<Ipv4Addr>(protocol, src, dst, port);
+            let expected = judge(model, protocol, key4.src.into(), key4.dst.into(), port);
+            prop_assert_eq!(compiled(model, table, &key4, number)?, hairpin(expected, key4.src.into()), "{:?}", key4);
+            stand::<Ipv4Addr>(model, table, &key4)?;
+            let key6 = FlowKey { protocol, ports: Ports::new(40000, port), src: ip::<Ipv6Addr>(src), dst: ip(dst) };
+            let expected = judge(model, protocol, key6.src.into(), key6.dst.into(), port);
+            prop_assert_eq!(compiled(model, table, &key6, number)?, hairpin(expected, key6.src.into()), "{:?}", key6);
+            stand::<Ipv6Addr>(model, table, &key6)?;
+        }
+    }
+    Ok(())
+}
+
+/// Compares what is said of backends whose frontend is gone.
+fn listed_as_the_rules_say<A: Carried>(
+    model: &Model,
+    table: &ServiceTable,
+    backends: &BTreeSet<(IpAddr, u16)>,
+) -> Result<(), TestCaseError> {
+    for protocol in [Protocol::TCP, Protocol::UDP, Protocol::SCTP] {
+        let gone = key::<A>(protocol, ELSEWHERE[0], "203.0.113.77", 9);
+        for &(address, port) in backends {
+            let Some(of_family) = A::from_ip(address) else { continue };
+            let listings = model.services.iter().filter(|service| service.protocol == protocol);
+            let mut listings = listings.flat_map(|service| &service.endpoints).map(|one| (one.address, one.port));
+            let is_listed =
+                listings.any(|one| one == (address, port)) || model.unserved.contains(&(protocol, address, port));
+            let expected = if is_listed && protocol != Protocol::UDP { Standing::Stays } else { Standing::Gone };
+            let said = table.services::<A>().standing(&gone, of_family, port);
+            prop_assert_eq!(said, expected, "{:?} {}:{}", protocol, address, port);
+        }
+    }
+    Ok(())
 }
 
 /// Compares what is said of all backends that there can be.

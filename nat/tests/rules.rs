@@ -413,7 +413,7 @@ fn rule_22_families_are_judged_by_their_own_entries() {
 /// A host port of the pod 10.1.0.1.
 fn with_host_port(on: HostAddresses) -> Model {
     let mut model = world(Vec::new());
-    model.services = vec![host_port("shop/ingress", 8443, on, "10.1.0.1")];
+    model.services = vec![host_port("shop/ingress", 8443, on, "10.1.0.1")].into();
     model
 }
 
@@ -558,7 +558,7 @@ fn rule_22b_connections_end_with_the_pod<A: Carried>() {
         port(&mut model, 0).protocol = protocol;
         assert!(still(&model, protocol));
         let mut successor = model.clone();
-        successor.services = vec![host_port("shop/next", 8443, HostAddresses::All, "10.1.0.2")];
+        successor.services = vec![host_port("shop/next", 8443, HostAddresses::All, "10.1.0.2")].into();
         port(&mut successor, 0).protocol = protocol;
         assert!(!still(&successor, protocol), "another pod has the port");
         model.services.clear();

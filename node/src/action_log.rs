@@ -49,7 +49,7 @@ mod tests {
 
     use weir_dataplane::action_log::Entry;
     use weir_packet::{FlowKey, Ports, Protocol};
-    use weir_policy::{Compiler, PolicyDirection};
+    use weir_policy::PolicyDirection;
 
     use super::*;
     use weir_cluster::{compile, translate};
@@ -92,7 +92,7 @@ spec: {selector: all(), types: [Ingress], ingress: [{action: Log}, {action: Deny
         std::fs::write(&config, "nodeName: node-a\nmanifests: [cluster.yaml]\n").unwrap();
         std::fs::write(folder.path().join("cluster.yaml"), CLUSTER).unwrap();
         let loaded = translate::load_strictly(&config).unwrap_or_else(|problems| panic!("{}", problems.render(false)));
-        let rules = Arc::new(compile::rules(&loaded, &mut Compiler::default()).unwrap());
+        let rules = Arc::new(compile::Compilers::default().rules(&loaded).unwrap());
         let (endpoint, direction) = (rules.policy.endpoint("shop/web").unwrap(), PolicyDirection::Ingress);
         let [src, dst] = [[10, 1, 1, 9], [10, 1, 1, 21]].map(Ipv4Addr::from);
         let line = |protocol, ports, suppressed| {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use serde_json::Value;
 use weir_cluster::{
-    compile::{self, CompileError},
+    compile::{self, CompileError, Compilers},
     sockets::Listening,
     translate::Loaded,
 };
@@ -22,7 +22,6 @@ use weir_dataplane::{
 };
 use weir_nat::{Affinity, SnatPorts};
 use weir_packet::{Mac, Tick};
-use weir_policy::Compiler;
 use weir_sync::Domain;
 
 use crate::report::connection;
@@ -43,8 +42,8 @@ pub enum MemoryRouterError {
 /// A dataplane of one worker over memory.
 pub struct MemoryRouter {
     links: Links,
-    cluster: Cluster,
-    policy: Compiler,
+    cluster: Arc<Cluster>,
+    compilers: Compilers,
     rules: Arc<Rules>,
     snat: Arc<SnatPorts>,
     generation: u32,
@@ -60,8 +59,8 @@ impl MemoryRouter {
     /// # Errors
     /// Where something is too large to compile.
     pub fn new(loaded: Loaded, links: Links, seed: u64) -> Result<Self, MemoryRouterError> {
-        let mut policy = Compiler::default();
-        let rules = Arc::new(compile::rules(&loaded, &mut policy)?);
+        let mut compilers = Compilers::default();
+        let rules = Arc::new(compilers.rules(&loaded)?);
         let snat = Arc::new(compile::snat_ports(&loaded, &rules, &Listening::default())?);
         let forwarding = Arc::new(Forwarding::compile(&loaded.cluster, &links).map_err(CompileError::from)?);
         let domain = Domain::new();
@@ -79,7 +78,7 @@ impl MemoryRouter {
             worker,
             links,
             cluster: loaded.cluster,
-            policy,
+            compilers,
             rules,
             snat,
             generation: 1,
@@ -98,7 +97,7 @@ impl MemoryRouter {
         for neighbor in learned {
             self.learn(neighbor);
         }
-        self.rules = Arc::new(compile::rules(&loaded, &mut self.policy)?);
+        self.rules = Arc::new(self.compilers.rules(&loaded)?);
         self.snat = Arc::new(compile::snat_ports(&loaded, &self.rules, &Listening::default())?);
         self.cluster = loaded.cluster;
         self.publish()?;

@@ -12,7 +12,7 @@ use std::{
 use serde_json::{Value, json};
 use tokio::task::spawn_blocking;
 use weir_cluster::{
-    compile::{self, CompileError},
+    compile::{self, CompileError, Compilers},
     config::RouterConfig,
     resources::Manifests,
     sockets::{Listening, Sockets, ephemeral_ports},
@@ -22,7 +22,6 @@ use weir_cluster::{
 use weir_dataplane::{attach::MAX_OWN_PORTS, snapshot::Rules};
 use weir_nat::SnatPorts;
 use weir_packet::Protocol;
-use weir_policy::Compiler;
 
 /// Errors of a refused reload that are kept to be shown; the log has all.
 const SHOWN_ERRORS: usize = 20;
@@ -125,7 +124,7 @@ impl Times {
 /// What makes the next configuration out of the one before.
 struct Tools {
     loader: Loader,
-    policy: Compiler,
+    compilers: Compilers,
 }
 
 /// A preparation that is done.
@@ -145,8 +144,8 @@ pub struct Preparer {
 impl Preparer {
     /// With the loader and the compiler of the configuration that is in force. `deliver` gets what is done, for [`Preparer::finish`]; it is
     /// called on a thread that may wait.
-    pub fn new(loader: Loader, policy: Compiler, deliver: impl Fn(Finished) + Send + Sync + 'static) -> Self {
-        Self { tools: Some(Tools { loader, policy }), once_more: None, deliver: Arc::new(deliver) }
+    pub fn new(loader: Loader, compilers: Compilers, deliver: impl Fn(Finished) + Send + Sync + 'static) -> Self {
+        Self { tools: Some(Tools { loader, compilers }), once_more: None, deliver: Arc::new(deliver) }
     }
 
     /// Begins to prepare what the files say now, or, by `scope`, what they said and the pods that there are now; where that is under way,
@@ -193,7 +192,7 @@ fn prepare(tools: &mut Tools, scope: Scope, basis: Basis) -> Result<Prepared, Re
     loaded.add_local_addresses(&own_addresses);
     loaded.settle_host_ports(room(&loaded.config), &host_ports, Sockets::read);
     let begin = Instant::now();
-    let rules = compile::rules(&loaded, &mut tools.policy).map_err(Refused::Compile)?;
+    let rules = tools.compilers.rules(&loaded).map_err(Refused::Compile)?;
     let listening = match scope {
         Scope::Files => listening(&loaded),
         // Where there are many sockets, to list them takes longer than all else.
@@ -243,7 +242,7 @@ mod tests {
     fn preparer(loader: Loader) -> (Preparer, mpsc::UnboundedReceiver<Finished>) {
         let (sender, finished) = mpsc::unbounded_channel();
         let deliver = move |done| drop(sender.send(done));
-        (Preparer::new(loader, Compiler::default(), deliver), finished)
+        (Preparer::new(loader, Compilers::default(), deliver), finished)
     }
 
     async fn done((preparer, finished): &mut (Preparer, mpsc::UnboundedReceiver<Finished>)) -> Outcome {

@@ -2,7 +2,7 @@
 //!
 //! Two routers, a switch between them, and pods that answer a SYN with a SYN-ACK: every packet is made and read with etherparse.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, path::Path, time::Duration};
+use std::{collections::BTreeMap, net::Ipv4Addr, path::Path, sync::Arc, time::Duration};
 
 use etherparse::{PacketBuilder, SlicedPacket, TransportSlice};
 use weir_cluster::translate;
@@ -69,7 +69,7 @@ pub fn run() -> Result<u32, LabError> {
 /// The routers, and what is between and behind them.
 struct Network {
     routers: Vec<MemoryRouter>,
-    cluster: Cluster,
+    cluster: Arc<Cluster>,
     /// Node and device of each pod.
     places: BTreeMap<String, (usize, String)>,
     clock: Duration,
@@ -91,7 +91,7 @@ impl Network {
             std::fs::write(&path, text).map_err(|source| LabError::File { path, source })?;
         }
         let mut routers = Vec::new();
-        let mut cluster = Cluster::default();
+        let mut cluster = Arc::default();
         for (name, ..) in NODES {
             let (router, its_cluster) = router(folder.path(), name)?;
             routers.push(router);
@@ -172,7 +172,7 @@ impl Network {
     }
 }
 
-fn router(folder: &Path, name: &str) -> Result<(MemoryRouter, Cluster), LabError> {
+fn router(folder: &Path, name: &str) -> Result<(MemoryRouter, Arc<Cluster>), LabError> {
     let failed = |message: String| LabError::Command { command: format!("the router of {name}"), message };
     let loaded = translate::load_strictly(&folder.join(format!("{name}.yaml"))).map_err(|p| failed(p.render(false)))?;
     let cluster = loaded.cluster.clone();

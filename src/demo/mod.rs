@@ -10,6 +10,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
     time::Duration,
 };
 
@@ -111,7 +112,7 @@ pub struct DemoCluster {
     /// The namespaces.
     pub lab: Lab,
     /// The cluster as the manifests describe it.
-    pub cluster: Cluster,
+    pub cluster: Arc<Cluster>,
     /// weir.yaml per node.
     pub configs: BTreeMap<&'static str, PathBuf>,
     /// The routers.

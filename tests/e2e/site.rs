@@ -66,7 +66,7 @@ pub fn one_node() -> Vec<NodePlan> {
 pub struct Site {
     routers: BTreeMap<String, Process>,
     configs: BTreeMap<String, PathBuf>,
-    pub cluster: Cluster,
+    pub cluster: Arc<Cluster>,
     pub lab: Lab,
 }
 
@@ -95,7 +95,7 @@ impl Site {
         }
         let prefix = nodes[0].addresses[0].rsplit_once('.').unwrap().0.to_owned();
         lab.add_host("client", &[format!("{prefix}.100/24"), "fd00:10::100/64".into()], 1).unwrap();
-        let mut site = Self { routers: BTreeMap::new(), configs: BTreeMap::new(), cluster: Cluster::default(), lab };
+        let mut site = Self { routers: BTreeMap::new(), configs: BTreeMap::new(), cluster: Arc::default(), lab };
         let names: Vec<&str> = nodes.iter().map(|n| n.name.as_str()).collect();
         site.write("cluster.yaml", &site.with_node_names(cluster, &names));
         site.write("policies.yaml", policies);

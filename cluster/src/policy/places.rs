@@ -34,7 +34,7 @@ pub struct Places<'l> {
 impl<'l> Places<'l> {
     /// Those of what was loaded.
     pub fn new(loaded: &'l Loaded) -> Self {
-        let Model { tiers, .. } = &loaded.policy;
+        let Model { tiers, .. } = &*loaded.policy;
         let policies = tiers.iter().flat_map(|tier| &tier.policies);
         Self { objects: &loaded.objects, by_policy: policies.map(|p| (p.name.as_str(), p.origin)).collect() }
     }

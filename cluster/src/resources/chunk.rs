@@ -3,7 +3,11 @@
 //! A load looks at what has changed, not at all that is there. What a text holds is laid out once ([`Chunk`]), and the same chunk serves
 //! every load for which text and number are the same. Whether anything has changed is then a comparison of pointers.
 
-use std::{collections::BTreeMap, slice, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    slice,
+    sync::Arc,
+};
 
 use super::{
     Denying, Origin, Substitute,
@@ -78,6 +82,41 @@ impl<'m, T> Iterator for Iter<'m, T> {
             }
             self.current = (self.of)(&self.chunks.next()?.lists).iter();
         }
+    }
+}
+
+/// What differs between two loads of the same texts.
+pub(crate) struct Changes<'m> {
+    /// The texts with other objects, or the same ones at other places: before and now.
+    pub(super) chunks: Vec<(&'m Chunk, &'m Chunk)>,
+}
+
+impl<'m> Changes<'m> {
+    /// The lists, by name, that have other objects. Policies that deny what they select, as they cannot be read, are one.
+    pub(crate) fn lists(&self) -> BTreeSet<&'static str> {
+        let mut lists = BTreeSet::new();
+        for (before, after) in &self.chunks {
+            lists.extend(after.lists.changed(&before.lists));
+            let [were, are] = [before, after].map(|chunk| chunk.denying.iter().map(|one| one.origin));
+            // What one selects is only its object's, and that has another content or role.
+            if before.roles != after.roles || !were.eq(are) {
+                lists.insert("denying");
+            }
+        }
+        lists
+    }
+
+    /// The texts with such, by number.
+    pub(crate) fn has_file(&self, file: u32) -> bool {
+        self.chunks.iter().any(|(_, after)| after.file == file)
+    }
+
+    /// The lists of one kind, before and now, that have other objects or the same ones at other places.
+    pub(crate) fn of<T: 'm>(
+        &self,
+        of: fn(&Lists) -> &Vec<Object<T>>,
+    ) -> impl Iterator<Item = (&'m [Object<T>], &'m [Object<T>])> {
+        self.chunks.iter().map(move |(before, after)| (&**of(&before.lists), &**of(&after.lists)))
     }
 }
 

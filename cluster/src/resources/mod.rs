@@ -24,9 +24,9 @@ use std::{
 };
 
 use self::{
-    chunk::{Chunk, Placement, Role, Roles},
+    chunk::{Changes, Chunk, Placement, Role, Roles},
     kubernetes::{Pod, Service},
-    piece::{Item, Lists},
+    piece::Item,
     pieces::Pieces,
 };
 use crate::text::{Diagnostic, Problems, Source, Span, tree};
@@ -35,6 +35,7 @@ pub use chunk::List;
 pub use identity::{Identities, Identity, ObjectId};
 pub use made::{Memo, Same};
 pub use object::{Base, Content, InText, Object};
+pub(crate) use piece::Lists;
 pub use subject::Subject;
 
 /// A policy that cannot be read and has no earlier version: it denies what it selects.
@@ -95,9 +96,9 @@ pub enum Substitute {
     Nothing,
 }
 
-/// The chunks of a load, for the next one.
+/// The chunks of the last two calls of [`Manifests::of`], for the next one: where an object is at fault, each load makes two.
 #[derive(Debug, Default)]
-pub struct Chunks(Vec<Arc<Chunk>>);
+pub struct Chunks([Vec<Arc<Chunk>>; 2]);
 
 impl Manifests {
     /// All objects of texts but for those in `passed_over`; `before` is what the load before has left, and gets what this one leaves.
@@ -121,13 +122,15 @@ impl Manifests {
             }
             let is_same =
                 |chunk: &&Arc<Chunk>| Arc::ptr_eq(&chunk.pieces, pieces) && chunk.file == file && chunk.roles == roles;
-            match before.0.get(position).filter(is_same) {
+            match before.0.iter().filter_map(|chunks| chunks.get(position)).find(is_same) {
                 Some(chunk) => Arc::clone(chunk),
                 None => Arc::new(Chunk::new(pieces, file, roles, true)),
             }
         });
         let chunks: Vec<Arc<Chunk>> = chunks.collect();
-        before.0.clone_from(&chunks);
+        let [last, before_last] = &mut before.0;
+        std::mem::swap(last, before_last);
+        last.clone_from(&chunks);
         let mut manifests = Self::default();
         for chunk in chunks {
             manifests.add(chunk, problems);
@@ -233,6 +236,20 @@ impl Manifests {
     /// Policies that could not be read and deny what they select.
     pub fn denying(&self) -> impl Iterator<Item = &Denying> {
         self.chunks.iter().flat_map(|chunk| &chunk.denying)
+    }
+
+    /// What is another than in a load before; `None` where it has other texts.
+    pub(crate) fn changes_since<'m>(&'m self, before: &'m Self) -> Option<Changes<'m>> {
+        let pairs = before.chunks.iter().zip(&self.chunks);
+        let have_same_texts = before.chunks.len() == self.chunks.len() && pairs.clone().all(|(b, a)| b.file == a.file);
+        let others = pairs.filter(|(before, after)| !Arc::ptr_eq(before, after));
+        have_same_texts.then(|| Changes { chunks: others.map(|(b, a)| (&**b, &**a)).collect() })
+    }
+
+    /// An object by its number.
+    pub(crate) fn object<T>(&self, number: u32, of: fn(&Lists) -> &Vec<Object<T>>) -> Option<&Object<T>> {
+        let (chunk, _) = self.by_number(number)?;
+        of(&chunk.lists).iter().find(|object| object.origin == number)
     }
 
     /// Puts another in the place of each pod that `change` has one for.

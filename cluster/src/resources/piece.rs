@@ -71,6 +71,11 @@ pub(super) struct Item {
     pub(super) body: Option<Body>,
 }
 
+/// Whether two lists have the same objects, wherever those stand.
+fn have_same<T>(one: &[Object<T>], other: &[Object<T>]) -> bool {
+    one.len() == other.len() && one.iter().zip(other).all(|(one, other)| Arc::ptr_eq(one.content(), other.content()))
+}
+
 /// Makes [`Body`], [`Lists`] and the lists of [`Manifests`] out of one entry per kind: its group and name, its type, and its list.
 macro_rules! bodies {
     ($($(#[$doc:meta])+ $variant:ident: $group:pat, $name:pat, $type:ty => $list:ident;)+) => {
@@ -98,14 +103,20 @@ macro_rules! bodies {
 
         /// The objects of a text, by kind, in the order of reading.
         #[derive(Clone, Debug, Default)]
-        pub(super) struct Lists {
-            $(pub(super) $list: Vec<Object<$type>>,)+
+        pub(crate) struct Lists {
+            $(pub(crate) $list: Vec<Object<$type>>,)+
         }
 
         impl Lists {
             /// Gives back what the lists have of memory beyond their objects.
             pub(super) fn shrink_to_fit(&mut self) {
                 $(self.$list.shrink_to_fit();)+
+            }
+
+            /// The lists that have other objects than another's.
+            pub(super) fn changed<'l>(&'l self, before: &'l Self) -> impl Iterator<Item = &'static str> + 'l {
+                let all = [$((stringify!($list), have_same(&self.$list, &before.$list)),)+];
+                all.into_iter().filter(|(_, same)| !same).map(|(list, _)| list)
             }
         }
 

@@ -98,6 +98,11 @@ impl Problems {
         (self.sources.len() - 1) as u32
     }
 
+    /// The same texts, of which nothing is said yet.
+    pub fn without_diagnostics(&self) -> Self {
+        Self { sources: self.sources.clone(), diagnostics: Vec::new() }
+    }
+
     /// The text with this number.
     ///
     /// # Panics

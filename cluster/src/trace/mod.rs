@@ -59,7 +59,7 @@ impl<'l> Tracer<'l> {
         Ok(Self {
             loaded,
             snapshot: compile::snapshot(loaded)?,
-            cluster: loaded.cluster.clone(),
+            cluster: Cluster::clone(&loaded.cluster),
             config: loaded.config.clone(),
             affinity: Affinity::new(Affinity::DEFAULT_CLIENTS, [0; 2]),
             // A trace is a pure function of its input, the picked backends included.

@@ -41,7 +41,7 @@ pub struct Unserved {
 }
 
 /// Host ports that pods of this node ask for, those first who keep theirs where there is not room for all.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct HostPorts {
     asked: Vec<Arc<ServicePort>>,
     /// Of those which another has already.
@@ -73,6 +73,13 @@ pub struct Room {
 }
 
 impl HostPorts {
+    /// Puts all into `model`, which has the services only, as if nothing were in their way but each other.
+    pub(super) fn serve_all(&self, model: &mut Model) {
+        if !self.asked.is_empty() {
+            model.services.extend(self.asked.iter().cloned());
+        }
+    }
+
     /// Puts into `model`, which has the services only, those that can be served, and keeps why not of the others. `before`: those that are
     /// served already, which a socket that came later does not take the port from. `sockets` is asked once at most, and not if there is no
     /// host port that is new.
@@ -86,6 +93,10 @@ impl HostPorts {
         before: &HashSet<(String, Protocol)>,
         sockets: impl FnOnce() -> Sockets,
     ) {
+        self.refused.clear();
+        if self.asked.is_empty() {
+            return;
+        }
         let (sockets, mut ask) = (OnceCell::new(), Some(sockets));
         let half = |(first, last): (u16, u16)| (first..=last).len() / 2;
         let ranges = [(room.snat, "snat.portRange"), (room.ephemeral, "net.ipv4.ip_local_port_range")];
@@ -102,7 +113,6 @@ impl HostPorts {
         };
         let mut frontends = [of_services(false), of_services(true)];
         let own = [own_of(false), own_of(true)];
-        self.refused.clear();
         let mut served = Vec::new();
         for asked in &self.asked {
             let on = asked.host_port.expect("a host port");
@@ -179,7 +189,12 @@ impl Loaded {
         before: &HashSet<(String, Protocol)>,
         sockets: impl FnOnce() -> Sockets,
     ) {
-        self.services.services.retain(|service| service.host_port.is_none());
+        // They are at the end, and nobody who shares the list is bothered where there is none.
+        let is_service = |service: &Arc<ServicePort>| service.host_port.is_none();
+        let services = self.services.services.iter().rposition(is_service).map_or(0, |last| last + 1);
+        if services < self.services.services.len() {
+            self.services.services.truncate(services);
+        }
         self.host_ports.settle(&mut self.services, room, before, sockets);
     }
 
@@ -250,13 +265,13 @@ impl HostPort {
     }
 }
 
-/// Adds the host ports of this node's pods to `model`, which has the services, as if nothing were in their way but each other.
+/// The host ports of this node's pods beside the services of `model`.
 pub(super) fn translate(
     config: &RouterConfig,
     manifests: &Manifests,
     local_pods: &LocalPods,
     cluster: &Cluster,
-    model: &mut Model,
+    model: &Model,
     problems: &mut Problems,
 ) -> HostPorts {
     let addresses: HashMap<&str, &[IpAddr]> =
@@ -335,7 +350,6 @@ pub(super) fn translate(
             }));
         }
     }
-    model.services.extend(host_ports.asked.iter().cloned());
     host_ports
 }
 

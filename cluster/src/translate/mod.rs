@@ -15,6 +15,7 @@ mod ports;
 mod reload_tests;
 mod review;
 mod services;
+mod stages;
 #[cfg(test)]
 mod tests;
 
@@ -42,10 +43,10 @@ use crate::{
 };
 
 pub use assume::{Assumed, Assumptions, makes_pods};
-use cluster::Described;
 pub use cluster::workload_device;
 pub use host_ports::{Room, Unserved};
 pub use local_pods::{LocalPod, LocalPods};
+use stages::{OfPods, Translated};
 
 /// A configuration that was read and translated, without what is at fault.
 #[derive(Debug)]
@@ -53,11 +54,11 @@ pub struct Loaded {
     /// weir.yaml.
     pub config: RouterConfig,
     /// What forwarding is compiled from.
-    pub cluster: weir_dataplane::model::Cluster,
+    pub cluster: Arc<weir_dataplane::model::Cluster>,
     /// What service NAT is compiled from.
     pub services: weir_nat::Model,
     /// What policy is compiled from.
-    pub policy: weir_policy::model::Model,
+    pub policy: Arc<weir_policy::model::Model>,
     /// Where objects come from; the models' `origin` is a number of these.
     pub objects: Arc<Manifests>,
     /// How many objects of each kind were read.
@@ -212,18 +213,17 @@ pub struct Loader {
     revisit: Revisit,
 }
 
-/// What was made of several objects at the load before.
+/// What the load before has left.
 #[derive(Debug, Default)]
 struct Kept {
     chunks: Chunks,
-    services: services::Assembled,
-    policy: policy::Kept,
+    stages: stages::Kept,
 }
 
 /// What was read: weir.yaml and the texts of the manifests, with the problems of reading.
 #[derive(Debug)]
 struct Read {
-    config: RouterConfig,
+    config: Arc<RouterConfig>,
     texts: Texts,
     problems: Problems,
     took: Duration,
@@ -443,7 +443,7 @@ impl Loader {
         };
         let texts = self.library.read(&config.manifests, &spans, path, believes, &mut problems);
         self.revisit.set(texts.awaited.clone());
-        Ok(Read { config, texts, problems, took: begin.elapsed() })
+        Ok(Read { config: Arc::new(config), texts, problems, took: begin.elapsed() })
     }
 
     /// Translates what was read. At a reload with the given substitutes, and with last good versions of what a text that cannot be read
@@ -492,14 +492,15 @@ impl Loader {
             }
             manifests.add_last_good(previous, &wanted, &mut problems);
         }
-        let config = read.config.clone();
+        let config = Arc::clone(&read.config);
         let assumed = self.assumes_pods.then(|| {
             let identities = self.library.identities();
             assume::assume(read.texts.sources(), &config, identities, substitutes, &mut manifests, &mut problems)
         });
         let pods = &self.local_pods;
         let files = std::iter::once(&self.path).chain(&read.texts.files).cloned().collect();
-        match translate(config, &mut manifests, pods, &mut self.kept, self.reviews, problems) {
+        let manifests = Arc::new(manifests);
+        match translate(config, &manifests, pods, &mut self.kept, self.reviews, problems) {
             Ok(loaded) => {
                 let namespace = self.library.identities().namespace().to_owned();
                 Ok(Loaded { faulty, files, assumed, namespace, ..loaded })
@@ -513,26 +514,21 @@ impl Loader {
 struct Failed {
     problems: Problems,
     /// What was read.
-    manifests: Manifests,
+    manifests: Arc<Manifests>,
 }
 
 fn translate(
-    config: RouterConfig,
-    manifests: &mut Manifests,
+    config: Arc<RouterConfig>,
+    manifests: &Arc<Manifests>,
     local_pods: &Arc<LocalPods>,
     kept: &mut Kept,
     reviews: bool,
     mut problems: Problems,
 ) -> Result<Loaded, Problems> {
-    let (mut cluster, described) = cluster::translate(&config, manifests, local_pods, &mut problems);
-    let endpoint_to_host_by = host::translate(&config, manifests, &mut cluster, &mut problems);
-    let mut services = services::translate(&config, manifests, &cluster, &mut kept.services, &mut problems);
-    let host_ports = host_ports::translate(&config, manifests, local_pods, &cluster, &mut services, &mut problems);
+    let Translated { of_pods, services, host_ports } =
+        stages::translate(&config, manifests, local_pods, &mut kept.stages, &mut problems);
+    let OfPods { cluster, policy, endpoint_to_host_by, undescribed, .. } = of_pods;
     let node_addresses = services.local_addresses.clone();
-    let policy = policy::translate(&config, manifests, &cluster, &described, &mut kept.policy, &mut problems);
-    let undescribed = cluster.workloads.iter().zip(&described);
-    let undescribed = undescribed.filter(|(_, by)| matches!(by, Described::NotYet)).map(|(pod, _)| pod.name.clone());
-    let undescribed = undescribed.collect();
     if reviews {
         review::review(&config, manifests, &cluster, &mut problems);
         policy::lint(manifests, &policy, &mut problems);
@@ -543,9 +539,9 @@ fn translate(
         return Err(problems);
     }
     debug_assert!(problems.of(Severity::Error).next().is_none());
-    let objects = Arc::new(std::mem::take(manifests));
+    let objects = Arc::clone(manifests);
     Ok(Loaded {
-        config,
+        config: RouterConfig::clone(&config),
         cluster,
         services,
         policy,

@@ -1,6 +1,6 @@
 //! Loading again and again, with what is kept, beside loading afresh: the same models, problems and substitutes.
 
-use std::{fmt::Write as _, fs, path::Path};
+use std::{fmt::Write as _, fs, path::Path, sync::Arc};
 
 use rand_chacha::{
     ChaCha8Rng,
@@ -334,4 +334,97 @@ fn a_start_begins_from_what_was_in_force_where_its_sources_are_lost() {
     assert!(Loader::new(&path("weir.yaml")).start().is_err());
     write("weir.yaml", "nodeName: a\nmanifests: [one.yaml]\ntypo: 1\n");
     assert!(next_run().start().is_err());
+}
+
+/// A cluster of many services, in which slices change, and now and then something else: what is passed over changes no outcome, and most is.
+#[test]
+fn what_is_passed_over_as_nothing_changed_changes_no_outcome() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("weir.yaml");
+    fs::write(&path, "nodeName: node-a\nmanifests: [m]\n").unwrap();
+    fs::create_dir(folder.path().join("m")).unwrap();
+    let mut random = ChaCha8Rng::seed_from_u64(5);
+    let mut below = move |bound: u32| random.next_u32() % bound;
+    const FILES: u32 = 8;
+    let write = |file: u32, text: &str| fs::write(folder.path().join(format!("m/{file}.yaml")), text).unwrap();
+    // What changes nothing but endpoints, most often; else: a port, a pod, a fault, a note, a policy for the endpoints of services.
+    let text = |below: &mut dyn FnMut(u32) -> u32, file: u32, odd: u32| {
+        let mut text = String::new();
+        for service in file * 4..file * 4 + 4 {
+            let port = if odd == 1 { 80 + below(3) } else { 80 };
+            let ip = if service % 4 == 3 { "None".to_owned() } else { format!("10.96.0.{}", service + 1) };
+            writeln!(
+                text,
+                "apiVersion: v1\nkind: Service\nmetadata: {{name: s{service}, namespace: x}}\nspec: {{clusterIP: {ip}, ports: [{{name: a, \
+                 port: {port}}}]}}\n---"
+            )
+            .unwrap();
+            for slice in 0..below(3) {
+                let of = if odd == 2 { below(FILES * 5) } else { service };
+                writeln!(
+                    text,
+                    "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: e{service}-{slice}, namespace: x, labels: \
+                     {{kubernetes.io/service-name: s{of}}}}}\naddressType: {}\nports: [{{name: {}, port: 8080}}]\nendpoints:",
+                    if odd == 3 { "IPv7" } else { "IPv4" },
+                    ["a", "a", "a", "b"][below(4) as usize],
+                )
+                .unwrap();
+                (0..below(4)).for_each(|_| {
+                    writeln!(text, "- {{addresses: [10.1.0.{}], nodeName: node-a}}", below(9) + 1).unwrap();
+                });
+                text.push_str("---\n");
+            }
+        }
+        if odd == 4 {
+            text.push_str("apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d}\n---\n");
+        }
+        if file.is_multiple_of(2) {
+            let number = if below(12) == 0 { below(3) } else { file % 3 };
+            writeln!(
+                text,
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: p{file}, namespace: x}}\nspec: {{nodeName: node-a, containers: [{{name: \
+                 c, ports: [{{containerPort: 80, hostPort: {}}}]}}]}}\nstatus: {{podIP: 10.1.{file}.{number}}}\n---",
+                8000 + number
+            )
+            .unwrap();
+        }
+        if odd == 5 {
+            text.push_str(
+                "apiVersion: projectcalico.org/v3\nkind: NetworkPolicy\nmetadata: {name: n, namespace: x}\nspec: {egress: [{action: Allow, \
+                 destination: {services: {name: s0, namespace: x}}}]}\n---\n",
+            );
+        }
+        text
+    };
+    (0..FILES).for_each(|file| write(file, &text(&mut below, file, 0)));
+    let mut keeping = Loader::new(&path);
+    let mut previous = keeping.load_strictly().unwrap();
+    let mut previous_afresh = keeping.afresh().load_strictly().unwrap();
+    let mut compiler = weir_nat::Compiler::default();
+    let mut before = compiler.compile(&previous.services).unwrap();
+    let (mut same_pods, mut of_endpoints, mut with_faults) = (0, 0, 0);
+    for step in 0..200 {
+        for _ in 0..=below(2) {
+            let odd = if below(6) == 0 { below(6) } else { 0 };
+            let file = below(FILES);
+            write(file, &text(&mut below, file, odd));
+        }
+        keeping.revisit.believe();
+        let kept = keeping.reload(&previous.objects);
+        let afresh = keeping.afresh().reload(&previous_afresh.objects);
+        let (kept_outcome, afresh_outcome) = (outcome(&kept), outcome(&afresh));
+        let differing = kept_outcome.lines().zip(afresh_outcome.lines()).find(|(kept, afresh)| kept != afresh);
+        assert!(kept_outcome == afresh_outcome, "step {step}: {differing:?}");
+        let (Ok((kept, all)), Ok((afresh, _))) = (kept, afresh) else { panic!("step {step}: refused") };
+        with_faults += usize::from(all.is_some());
+        same_pods += usize::from(Arc::ptr_eq(&kept.cluster, &previous.cluster));
+        let table = compiler.compile(&kept.services).unwrap();
+        of_endpoints += usize::from(table.differs_in_endpoints_only(&before));
+        (previous, previous_afresh, before) = (kept, afresh, table);
+    }
+    assert!(with_faults > 10, "{with_faults} with faults");
+    assert!(
+        same_pods > 60 && of_endpoints > 25,
+        "{same_pods} with the same pods, {of_endpoints} with the same ports"
+    );
 }

@@ -1,6 +1,10 @@
 //! Services and EndpointSlices (the design's companion on services says which fields count).
 
-use std::{collections::HashSet, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use hashbrown::HashMap;
 use ipnet::IpNet;
@@ -19,7 +23,7 @@ use crate::{
         },
     },
     text::{
-        Problems, Topic,
+        Diagnostic, Problems, Topic,
         address::{parse_ip, parse_network},
         problem::nearest,
     },
@@ -31,7 +35,36 @@ const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 const AFFINITY_SECONDS: u32 = 10_800;
 
 /// The service ports of each service, by its number.
-pub(super) type Assembled = Memo<u32, Parts, Box<[Arc<ServicePort>]>>;
+type Assembled = Memo<u32, Parts, Box<[Arc<ServicePort>]>>;
+
+/// What services were translated to last.
+#[derive(Debug, Default)]
+pub(super) struct Kept {
+    assembled: Assembled,
+    last: Option<Last>,
+    /// How often all were looked at.
+    whole: u64,
+}
+
+/// The whole of it, and where in it what is: see [`again`].
+#[derive(Debug)]
+struct Last {
+    manifests: Arc<Manifests>,
+    model: Model,
+    /// What was said.
+    said: Vec<Diagnostic>,
+    /// By namespace and name, those that only slices name too.
+    places: HashMap<(Name, Name), Place>,
+}
+
+/// A service in a model.
+#[derive(Debug, Default)]
+struct Place {
+    /// Its number and its first service port's place; `None` where it is not served.
+    served: Option<(u32, u32)>,
+    /// Its slices' numbers, in the order of their names.
+    slices: Vec<u32>,
+}
 
 /// What service ports are made of.
 #[derive(Debug)]
@@ -51,20 +84,21 @@ impl Parts {
     }
 }
 
+/// The services, and a number: as long as it is the same, so are they but for their endpoints.
 pub(super) fn translate(
     config: &RouterConfig,
-    manifests: &Manifests,
+    manifests: &Arc<Manifests>,
     cluster: &Cluster,
-    assembled: &mut Assembled,
+    kept: &mut Kept,
     problems: &mut Problems,
-) -> Model {
+) -> (Model, u64) {
     let this_node = manifests.nodes().iter().find(|node| *node.name == *config.node_name);
     let zone = this_node.and_then(|node| node.value.metadata.labels.get(ZONE_LABEL).map(|zone| zone.to_string()));
     let local_addresses = config.local_addresses.clone().unwrap_or_else(|| {
         let node = cluster.nodes.iter().find(|node| node.name == config.node_name);
         node.map_or(Vec::new(), |node| node.internal_ips.iter().chain(&node.other_ips).copied().collect())
     });
-    let mut model = Model {
+    let model = Model {
         node_name: config.node_name.clone(),
         zone: zone.filter(|zone| !zone.is_empty()),
         pod_cidrs: cluster.pod_cidrs.clone(),
@@ -72,49 +106,183 @@ pub(super) fn translate(
         node_port_addresses: config.node_port_addresses.clone(),
         local_addresses,
         service_cidrs: config.service_cidrs.clone(),
-        unserved: Vec::new(),
-        services: Vec::with_capacity(manifests.services().len()),
+        ..Model::default()
     };
+    if let Some(mut last) = kept.last.take()
+        && again(&model, manifests, &mut last, &mut kept.assembled).is_some()
+    {
+        let last = kept.last.insert(Last { manifests: Arc::clone(manifests), ..last });
+        problems.extend(last.said.iter().cloned());
+        return (last.model.clone(), kept.whole);
+    }
+    let mut own = problems.without_diagnostics();
+    let (model, places) = whole(model, manifests, &mut kept.assembled, &mut own);
+    let said = own.diagnostics().to_vec();
+    problems.extend(said.iter().cloned());
+    if !own.has_errors() {
+        kept.last = Some(Last { manifests: Arc::clone(manifests), model: model.clone(), said, places });
+    }
+    kept.whole += 1;
+    (model, kept.whole)
+}
+
+/// Translates all services into `model`.
+fn whole(
+    mut model: Model,
+    manifests: &Manifests,
+    assembled: &mut Assembled,
+    problems: &mut Problems,
+) -> (Model, HashMap<(Name, Name), Place>) {
+    let services = manifests.services();
     let mut slices = slices(manifests, problems);
-    let node_name: Arc<str> = config.node_name.as_str().into();
-    let mut claims = Claims { cluster_ips: HashMap::with_capacity(manifests.services().len()), ..Claims::default() };
+    let mut places = HashMap::with_capacity(services.len().max(slices.len()));
+    let mut claims = Claims { cluster_ips: HashMap::with_capacity(services.len()), ..Claims::default() };
+    let mut all = Vec::with_capacity(services.len());
     assembled.turn();
-    for object in manifests.services() {
+    for object in services {
         let Some(facts) = object.made(problems, service) else { continue };
         claims.of(object, facts, problems);
-        let slices = slices.remove(&(object.namespace.as_ref(), object.name.as_ref())).unwrap_or_default();
-        let is_served =
-            |name: &str, protocol| facts.ports.iter().any(|p| (p.name.as_str(), p.protocol) == (name, protocol));
-        model
-            .unserved
-            .extend(slices.iter().flat_map(|slice| backends(*slice, |name, protocol| !is_served(name, protocol))));
-        let make = |before: Option<&Box<[Arc<ServicePort>]>>| {
-            let parts = Parts {
-                node_name: Arc::clone(&node_name),
-                service: Same(Arc::clone(object.content())),
-                slices: slices.iter().map(|(slice, _)| Same(Arc::clone(slice.content()))).collect(),
-            };
-            let mut ports = service_ports(object, facts, &slices, &config.node_name);
-            if is_api(object) {
-                keep_backends(&mut ports, before.map_or(&[], |before| before));
-            }
-            (parts, ports)
-        };
-        let ports = assembled.get(object.origin, |parts| parts.are(&node_name, object, &slices), make);
+        let of_service = slices.remove(&(object.namespace.as_ref(), object.name.as_ref())).unwrap_or_default();
+        model.unserved.extend(unserved(Some(facts), &of_service));
+        let ports = assembled_ports(object, facts, &of_service, &model.node_name, assembled);
         if is_api(object)
-            && !slices.iter().any(has_usable)
+            && !of_service.iter().any(has_usable)
             && ports.iter().any(|port| port.endpoints.iter().any(Endpoint::is_usable))
         {
             let message = "no backend is left, so its last ones stay: without the API nobody would hear of others";
             let help = "if the API is elsewhere now, write its EndpointSlice".to_owned();
             object.reporter(problems).warning(object.at().key("metadata").key("name"), message, help);
         }
-        model.services.extend(ports.iter().cloned());
+        let place = Place { served: Some((object.origin, all.len() as u32)), slices: numbers(&of_service) };
+        places.insert((Arc::clone(&object.namespace), Arc::clone(&object.name)), place);
+        all.extend(ports.iter().cloned());
     }
-    model.unserved.extend(slices.values().flatten().flat_map(|slice| backends(*slice, |_, _| true)));
+    for of_service in slices.values() {
+        model.unserved.extend(unserved(None, of_service));
+        if let Some((object, slice)) = of_service.first() {
+            let place = Place { served: None, slices: numbers(of_service) };
+            places.insert((Arc::clone(&object.namespace), Arc::clone(&slice.service)), place);
+        }
+    }
     model.unserved.sort_unstable();
-    model.unserved.dedup();
-    model
+    model.services = all.into();
+    (model, places)
+}
+
+fn numbers(slices: &[OfService<'_>]) -> Vec<u32> {
+    slices.iter().map(|(object, _)| object.origin).collect()
+}
+
+/// The ports of a service that is served, as they are kept or made.
+fn assembled_ports<'a>(
+    object: &Object<Service>,
+    facts: &ServiceFacts,
+    slices: &[OfService<'_>],
+    node_name: &str,
+    assembled: &'a mut Assembled,
+) -> &'a [Arc<ServicePort>] {
+    let make = |before: Option<&Box<[Arc<ServicePort>]>>| {
+        let parts = Parts {
+            node_name: node_name.into(),
+            service: Same(Arc::clone(object.content())),
+            slices: slices.iter().map(|(slice, _)| Same(Arc::clone(slice.content()))).collect(),
+        };
+        let mut ports = service_ports(object, facts, slices, node_name);
+        if is_api(object) {
+            keep_backends(&mut ports, before.map_or(&[], |before| before));
+        }
+        (parts, ports)
+    };
+    assembled.get(object.origin, |parts| parts.are(node_name, object, slices), make)
+}
+
+/// Brings `last` up to date where nothing but EndpointSlices has changed, which is nearly all that changes in a large cluster: only services
+/// whose slices changed are looked at. `None` where it cannot, and then `last` is of no use any more.
+///
+/// `model` has what is not of services. Whatever there is to say about a text that changed, or was before, is found by looking at all.
+fn again(model: &Model, manifests: &Manifests, last: &mut Last, assembled: &mut Assembled) -> Option<()> {
+    let before = Arc::clone(&last.manifests);
+    let changes = manifests.changes_since(&before)?;
+    if !last.model.is_of_same_node(model)
+        || changes.lists().contains("services")
+        || last.said.iter().any(|said| changes.has_file(said.span.file))
+    {
+        return None;
+    }
+    // What slices have to say would be said at each load.
+    let mut said = Problems::default();
+    let mut touched: BTreeMap<(Name, Name), Vec<u32>> = BTreeMap::new();
+    let (mut gone, mut come) = (Vec::new(), Vec::new());
+    for (before, after) in changes.of(|lists| &lists.endpoint_slices) {
+        gone.extend(others(before, after));
+        come.extend(others(after, before));
+    }
+    for (objects, is_new) in [(gone, false), (come, true)] {
+        for object in objects {
+            let Some(facts) = object.made(&mut said, slice) else { continue };
+            let key = (Arc::clone(&object.namespace), Arc::clone(&facts.service));
+            let place = last.places.entry(key.clone()).or_default();
+            touched.entry(key).or_insert_with(|| place.slices.clone());
+            match is_new {
+                true => place.slices.push(object.origin),
+                false => place.slices.retain(|number| *number != object.origin),
+            }
+        }
+    }
+    let services = &mut *last.model.services;
+    for (key, were) in touched {
+        let place = last.places.get_mut(&key)?;
+        let [before, after] = [(&*before, &were), (manifests, &place.slices)].map(|(manifests, numbers)| {
+            let by_number = numbers.iter().map(|number| {
+                let object = manifests.object(*number, |lists| &lists.endpoint_slices)?;
+                Some((object, object.made(&mut said, slice).as_ref()?))
+            });
+            let mut slices = by_number.collect::<Option<Vec<OfService<'_>>>>()?;
+            slices.sort_by_key(|(object, _)| &object.name);
+            Some(slices)
+        });
+        let (before, after) = (before?, after?);
+        place.slices = numbers(&after);
+        let served = match place.served {
+            None => None,
+            Some((number, first)) => {
+                let object = manifests.object(number, |lists| &lists.services)?;
+                Some((object, object.made(&mut said, service).as_ref()?, first as usize))
+            }
+        };
+        let facts = served.map(|(_, facts, _)| facts);
+        exchange(&mut last.model.unserved, unserved(facts, &before), unserved(facts, &after));
+        if let Some((object, facts, first)) = served {
+            if is_api(object) {
+                return None;
+            }
+            let ports = assembled_ports(object, facts, &after, &model.node_name, assembled);
+            services.get_mut(first..first + ports.len())?.clone_from_slice(ports);
+        }
+        if place.slices.is_empty() && place.served.is_none() {
+            last.places.remove(&key);
+        }
+    }
+    said.diagnostics().is_empty().then_some(())
+}
+
+/// Those objects of one list that are not in the other.
+fn others<'m, T>(of: &'m [Object<T>], than: &'m [Object<T>]) -> impl Iterator<Item = &'m Object<T>> {
+    let than: HashSet<*const Content<T>> = than.iter().map(|object| Arc::as_ptr(object.content())).collect();
+    of.iter().filter(move |object| !than.contains(&Arc::as_ptr(object.content())))
+}
+
+/// Takes some out of a sorted list, and puts others in.
+fn exchange<T: Ord>(list: &mut Vec<T>, gone: impl Iterator<Item = T>, come: impl Iterator<Item = T>) {
+    for one in gone {
+        if let Ok(place) = list.binary_search(&one) {
+            list.remove(place);
+        }
+    }
+    for one in come {
+        let place = list.binary_search(&one).unwrap_or_else(|place| place);
+        list.insert(place, one);
+    }
 }
 
 /// Whether it is the cluster's own API.
@@ -165,16 +333,19 @@ impl Slice {
 /// A slice, of a service.
 type OfService<'m> = (&'m Object<EndpointSlice>, &'m Slice);
 
-/// The backends of a slice's ports of these names and protocols.
-fn backends<'m>(
-    (object, slice): OfService<'m>,
-    of: impl Fn(&str, Protocol) -> bool,
-) -> impl Iterator<Item = (Protocol, IpAddr, u16)> {
-    let ports = slice.ports.iter().filter(move |port| of(&port.name, port.protocol));
-    let of_port = |port: &'m PortOfSlice| {
-        slice.endpoints(&object.value).map(|(address, _)| (port.protocol, address, port.number))
-    };
-    ports.flat_map(of_port)
+/// The backends that slices have for no port of their service, of which `None` is served.
+fn unserved<'m>(
+    facts: Option<&'m ServiceFacts>,
+    slices: &'m [OfService<'m>],
+) -> impl Iterator<Item = (Protocol, IpAddr, u16)> + 'm {
+    slices.iter().flat_map(move |(object, slice)| {
+        let is_served = move |port: &PortOfSlice| {
+            let ports = facts.map_or(&[][..], |facts| &facts.ports);
+            ports.iter().any(|one| (one.name.as_str(), one.protocol) == (&*port.name, port.protocol))
+        };
+        let ports = slice.ports.iter().filter(move |port| !is_served(port));
+        ports.flat_map(|port| slice.endpoints(&object.value).map(|(address, _)| (port.protocol, address, port.number)))
+    })
 }
 
 type SlicesByService<'m> = HashMap<(&'m str, &'m str), Vec<OfService<'m>>>;

@@ -55,8 +55,8 @@ fn read_all(weir: &str, cluster: &str, pods: &Arc<LocalPods>, reviews: bool) -> 
     };
     let mut texts = Texts::default();
     Library::default().add_text("cluster.yaml", cluster.to_owned(), &mut texts, &mut problems);
-    let mut manifests = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut Chunks::default(), &mut problems);
-    translate(config, &mut manifests, pods, &mut Kept::default(), reviews, problems)
+    let manifests = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut Chunks::default(), &mut problems);
+    translate(Arc::new(config), &Arc::new(manifests), pods, &mut Kept::default(), reviews, problems)
 }
 
 /// "place: severity: message [help]" of everything that is said.

@@ -84,7 +84,8 @@ fn rules(cluster: &Cluster, policies: Vec<Policy>) -> Rules {
             ["10.96.0.10", "fd00:96::10"],
             ["10.1.1.20", "fd00:1:1::20"],
             None,
-        ))],
+        ))]
+        .into(),
         ..weir_nat::Model::default()
     })
     .unwrap();

@@ -122,7 +122,8 @@ pub fn world(endpoints: Vec<Endpoint>) -> Model {
             endpoints,
             origin: 9,
             ..ServicePort::default()
-        })],
+        })]
+        .into(),
         ..Model::default()
     }
 }

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 use weir_cluster::{
-    compile::{self, CompileError},
+    compile::{self, CompileError, Compilers},
     config::{OffloadMode, Require, RouterConfig, WorkerMode},
     sockets::Sockets,
     sources::watch::Watch,
@@ -47,7 +47,6 @@ use weir_dataplane::{
 };
 use weir_nat::Affinity;
 use weir_packet::Mac;
-use weir_policy::Compiler;
 use weir_sync::{Counters, Domain, Published};
 
 use super::{
@@ -116,7 +115,7 @@ impl Workers {
 struct First {
     loaded: Loaded,
     loader: Loader,
-    policy: Compiler,
+    compilers: Compilers,
     rules: Arc<weir_dataplane::snapshot::Rules>,
     snat: Arc<weir_nat::SnatPorts>,
     listening: weir_cluster::sockets::Listening,
@@ -134,8 +133,8 @@ fn first(mut loader: Loader, view: &View) -> Result<First, RunError> {
     loaded.add_local_addresses(&own_addresses);
     loaded.settle_host_ports(prepare::room(&loaded.config), &HashSet::new(), Sockets::read);
     let begin = Instant::now();
-    let mut policy = Compiler::default();
-    let rules = compile::rules(&loaded, &mut policy)?.counting(loaded.config.workers.cores.len());
+    let mut compilers = Compilers::default();
+    let rules = compilers.rules(&loaded)?.counting(loaded.config.workers.cores.len());
     let rules = Arc::new(rules);
     let listening = prepare::listening(&loaded);
     let snat = Arc::new(compile::snat_ports(&loaded, &rules, &listening)?);
@@ -149,7 +148,7 @@ fn first(mut loader: Loader, view: &View) -> Result<First, RunError> {
         workloads = local_workloads(&loaded.cluster).count(),
         "configuration compiled"
     );
-    Ok(First { loaded, loader, policy, rules, snat, listening, roles, own_addresses, times })
+    Ok(First { loaded, loader, compilers, rules, snat, listening, roles, own_addresses, times })
 }
 
 /// Sockets and threads of the workers.
@@ -377,7 +376,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
         sockets,
         keeper,
     };
-    let First { loaded, loader, policy, rules, snat, listening, roles, own_addresses, times } = first;
+    let First { loaded, loader, compilers, rules, snat, listening, roles, own_addresses, times } = first;
     hands.answer_health(health::wanted(&loaded.services));
     let router = Router {
         inbox,
@@ -392,7 +391,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
             link_due: None,
         },
         path,
-        preparer: Preparer::new(loader, policy, move |finished| {
+        preparer: Preparer::new(loader, compilers, move |finished| {
             drop(sender.blocking_send(Message::Prepared(Box::new(finished))));
         }),
         reloads: Reloads::default(),

@@ -24,7 +24,7 @@ use tokio::{
     sync::{Semaphore, mpsc, oneshot},
 };
 use weir_cluster::{
-    compile,
+    compile::{self, Compilers},
     sockets::{Listening, Sockets},
     sources::{library::InForce, watch::Trigger},
     translate::{Loader, workload_device},
@@ -44,7 +44,6 @@ use weir_dataplane::{
 };
 use weir_nat::Affinity;
 use weir_packet::Mac;
-use weir_policy::Compiler;
 use weir_sync::{Counters, Domain, Published};
 
 use super::{
@@ -327,8 +326,8 @@ impl Play {
         let roles = role_rules(&loaded);
         let own = own_addresses(&view, &roles);
         loaded.add_local_addresses(&own);
-        let mut policy = Compiler::default();
-        let rules = Arc::new(compile::rules(&loaded, &mut policy).unwrap().counting(1));
+        let mut compilers = Compilers::default();
+        let rules = Arc::new(compilers.rules(&loaded).unwrap().counting(1));
         let listening = Listening::default();
         let snat = Arc::new(compile::snat_ports(&loaded, &rules, &listening).unwrap());
         let domain = Domain::new();
@@ -382,7 +381,7 @@ impl Play {
                 link_due: None,
             },
             path: weir,
-            preparer: Preparer::new(loader, policy, move |finished| {
+            preparer: Preparer::new(loader, compilers, move |finished| {
                 drop(sender.send(Message::Prepared(Box::new(finished))));
             }),
             reloads: Reloads::default(),

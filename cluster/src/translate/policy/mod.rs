@@ -30,6 +30,7 @@ use crate::{
     translate::{cluster::Described, impossible::too_many_rules},
 };
 
+/// Policy, and whether it depends on the endpoints of services.
 pub(super) fn translate(
     config: &RouterConfig,
     manifests: &Manifests,
@@ -37,7 +38,7 @@ pub(super) fn translate(
     described: &[Described<'_>],
     kept: &mut Kept,
     problems: &mut Problems,
-) -> Model {
+) -> (Model, bool) {
     let inherited = Inherited::new(manifests);
     let mut endpoints = endpoints::workloads(manifests, &inherited, cluster, described, kept, problems);
     endpoints.extend(endpoints::host_endpoints(config, manifests, &inherited, problems));
@@ -48,7 +49,8 @@ pub(super) fn translate(
     let tiers = tiers(manifests, &services, &Nodes::new(manifests, cluster), problems).into_tiers();
     let model = Model { endpoints, tiers, profiles };
     too_many_rules(&model, manifests, problems);
-    model
+    let names_services = services.were_asked();
+    (model, names_services)
 }
 
 fn tiers(manifests: &Manifests, services: &ServiceEndpoints<'_>, nodes: &Nodes<'_>, problems: &mut Problems) -> Tiers {

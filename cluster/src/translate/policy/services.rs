@@ -21,6 +21,11 @@ impl<'m> ServiceEndpoints<'m> {
         Self { slices: manifests.endpoint_slices(), by_service: OnceCell::new() }
     }
 
+    /// Whether a rule names a service.
+    pub(super) fn were_asked(&self) -> bool {
+        self.by_service.get().is_some()
+    }
+
     fn slices_of(&self, namespace: &str, name: &str) -> impl Iterator<Item = &EndpointSlice> {
         let by_service = self.by_service.get_or_init(|| {
             let mut by_service: HashMap<String, Vec<Arc<Content<EndpointSlice>>>> = HashMap::new();
