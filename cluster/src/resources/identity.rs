@@ -96,27 +96,37 @@ impl Default for Identities {
 /// Texts that many hold, each once.
 #[derive(Clone, Debug, Default)]
 pub struct Names {
-    known: Arc<Mutex<HashSet<Name>>>,
+    known: Arc<Mutex<Known>>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    names: HashSet<Name>,
+    /// How many there were when they were looked through last.
+    tidied: usize,
 }
 
 impl Names {
     /// The text as it is held already, or held from now on.
     pub fn of(&self, text: &str) -> Name {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        match known.get(text) {
+        let names = &mut self.known.lock().unwrap_or_else(PoisonError::into_inner).names;
+        match names.get(text) {
             Some(name) => Arc::clone(name),
             None => {
                 let name = Name::from(text);
-                known.insert(Arc::clone(&name));
+                names.insert(Arc::clone(&name));
                 name
             }
         }
     }
 
-    /// Forgets what nobody else holds.
+    /// Forgets what nobody else holds, now and then: when there are half as many again as were left the last time.
     pub fn tidy(&self) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.retain(|name| Arc::strong_count(name) > 1);
+        let Known { names, tidied } = &mut *self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if names.len() > *tidied + *tidied / 2 {
+            names.retain(|name| Arc::strong_count(name) > 1);
+            *tidied = names.len();
+        }
     }
 }
 

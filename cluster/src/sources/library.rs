@@ -11,7 +11,8 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fs, io,
+    fs::{self, FileType, Metadata},
+    io,
     path::{Path, PathBuf},
     sync::Arc,
     thread,
@@ -144,7 +145,8 @@ impl Library {
         reader.seen.extend(config.canonicalize());
         let outcome = tree::on_reader_thread(|| {
             for (index, path) in paths.iter().enumerate() {
-                reader.path(path, spans.get(index).copied().unwrap_or_default(), true, problems);
+                let canonical = path.canonicalize();
+                reader.path(path, canonical, spans.get(index).copied().unwrap_or_default(), true, problems);
             }
             let Reader { kept, empty_since, texts, .. } = reader;
             (kept, empty_since, texts)
@@ -216,18 +218,19 @@ struct Reader<'l> {
 impl Reader<'_> {
     /// Reads a file, or a folder with its subfolders. What a folder holds is read in the order of names, and only what
     /// is called *.yaml, *.yml or *.json; hidden entries are left out (a mounted ConfigMap has such links).
-    fn path(&mut self, path: &Path, span: Span, named: bool, problems: &mut Problems) {
+    fn path(&mut self, path: &Path, canonical: io::Result<PathBuf>, span: Span, named: bool, problems: &mut Problems) {
         self.texts.files.push(path.to_owned());
-        let canonical = match path.canonicalize() {
-            Ok(canonical) => canonical,
+        let found = canonical.and_then(|canonical| Ok((fs::metadata(&canonical)?, canonical)));
+        let (metadata, canonical) = match found {
+            Ok(found) => found,
             Err(error) => return self.lost(path, span, named, &error, problems),
         };
-        if !self.seen.insert(canonical) {
+        if !self.seen.insert(canonical.clone()) {
             self.texts.files.pop();
             return;
         }
-        if !path.is_dir() {
-            return self.file(path, span, named, problems);
+        if !metadata.is_dir() {
+            return self.file(path, &metadata, span, named, problems);
         }
         if path.join("Chart.yaml").is_file() {
             let shown = path.display();
@@ -240,20 +243,25 @@ impl Reader<'_> {
             Ok(entries) => entries,
             Err(error) => return self.lost(path, span, named, &error, problems),
         };
-        let mut paths: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).collect();
-        paths.retain(|path| {
+        let mut entries: Vec<(PathBuf, Option<FileType>)> =
+            entries.into_iter().map(|entry| (entry.path(), entry.file_type().ok())).collect();
+        entries.retain(|(path, kind)| {
             let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
             let manifest =
                 path.extension().is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|e| extension == *e));
-            !hidden && (manifest || path.is_dir())
+            !hidden && (manifest || kind.is_none_or(|kind| kind.is_dir() || kind.is_symlink() && path.is_dir()))
         });
-        paths.sort();
-        if named && paths.is_empty() {
+        entries.sort_by(|(one, _), (other, _)| one.cmp(other));
+        if named && entries.is_empty() {
             let help = "manifests are files called *.yaml, *.yml or *.json".to_owned();
             problems.warning(span, format!("the folder {} holds no manifests", path.display()), help);
         }
-        for path in paths {
-            self.path(&path, span, false, problems);
+        for (path, kind) in entries {
+            // Where a folder is said to be, only links in it may lead elsewhere.
+            let is_here = kind.is_some_and(|kind| !kind.is_symlink());
+            let own = path.file_name().filter(|_| is_here).map(|name| canonical.join(name));
+            let own = own.map_or_else(|| path.canonicalize(), Ok);
+            self.path(&path, own, span, false, problems);
         }
     }
 
@@ -292,14 +300,14 @@ impl Reader<'_> {
         self.kept.insert(path.to_owned(), text);
     }
 
-    fn file(&mut self, path: &Path, span: Span, named: bool, problems: &mut Problems) {
+    fn file(&mut self, path: &Path, metadata: &Metadata, span: Span, named: bool, problems: &mut Problems) {
         let shown = path.display().to_string();
         let library = self.library;
         let before = library.kept.get(path);
         // What is changed after this has another stamp, if this one is old enough.
-        let at_first = fs::metadata(path).ok().map(|metadata| Stamp::of(&metadata));
-        let settled = at_first.filter(|stamp| stamp.is_older_than(SETTLED));
-        if let Some(before) = before.filter(|before| before.settled && before.stamp == at_first) {
+        let at_first = Stamp::of(metadata);
+        let settled = Some(at_first).filter(|stamp| stamp.is_older_than(SETTLED));
+        if let Some(before) = before.filter(|before| before.settled && before.stamp == Some(at_first)) {
             return self.add(path, Arc::clone(before), problems);
         }
         let mut read = file::read(path);

@@ -423,8 +423,5 @@ fn what_is_passed_over_as_nothing_changed_changes_no_outcome() {
         (previous, previous_afresh, before) = (kept, afresh, table);
     }
     assert!(with_faults > 10, "{with_faults} with faults");
-    assert!(
-        same_pods > 60 && of_endpoints > 25,
-        "{same_pods} with the same pods, {of_endpoints} with the same ports"
-    );
+    assert!(same_pods > 60 && of_endpoints > 25, "{same_pods} with the same pods, {of_endpoints} with the same ports");
 }

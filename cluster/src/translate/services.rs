@@ -40,6 +40,7 @@ type Assembled = Memo<u32, Parts, Box<[Arc<ServicePort>]>>;
 /// What services were translated to last.
 #[derive(Debug, Default)]
 pub(super) struct Kept {
+    node_name: String,
     assembled: Assembled,
     last: Option<Last>,
     /// How often all were looked at.
@@ -69,18 +70,16 @@ struct Place {
 /// What service ports are made of.
 #[derive(Debug)]
 pub(super) struct Parts {
-    node_name: Arc<str>,
     service: Same<Content<Service>>,
     slices: Box<[Same<Content<EndpointSlice>>]>,
 }
 
 impl Parts {
-    fn are(&self, node_name: &str, service: &Object<Service>, slices: &[OfService<'_>]) -> bool {
+    fn are(&self, service: &Object<Service>, slices: &[OfService<'_>]) -> bool {
         let is = |(known, (slice, _)): (&Same<_>, &OfService<'_>)| Arc::ptr_eq(&known.0, slice.content());
         Arc::ptr_eq(&self.service.0, service.content())
             && self.slices.len() == slices.len()
             && self.slices.iter().zip(slices).all(is)
-            && *self.node_name == *node_name
     }
 }
 
@@ -108,6 +107,10 @@ pub(super) fn translate(
         service_cidrs: config.service_cidrs.clone(),
         ..Model::default()
     };
+    if kept.node_name != config.node_name {
+        // Of an endpoint listed twice, the listing on this node counts.
+        *kept = Kept { node_name: config.node_name.clone(), whole: kept.whole, ..Kept::default() };
+    }
     if let Some(mut last) = kept.last.take()
         && again(&model, manifests, &mut last, &mut kept.assembled).is_some()
     {
@@ -183,7 +186,6 @@ fn assembled_ports<'a>(
 ) -> &'a [Arc<ServicePort>] {
     let make = |before: Option<&Box<[Arc<ServicePort>]>>| {
         let parts = Parts {
-            node_name: node_name.into(),
             service: Same(Arc::clone(object.content())),
             slices: slices.iter().map(|(slice, _)| Same(Arc::clone(slice.content()))).collect(),
         };
@@ -193,7 +195,7 @@ fn assembled_ports<'a>(
         }
         (parts, ports)
     };
-    assembled.get(object.origin, |parts| parts.are(node_name, object, slices), make)
+    assembled.get(object.origin, |parts| parts.are(object, slices), make)
 }
 
 /// Brings `last` up to date where nothing but EndpointSlices has changed, which is nearly all that changes in a large cluster: only services

@@ -28,6 +28,8 @@ pub(super) struct Pending {
     pub(super) times: Option<(bool, Times)>,
     /// When it was taken over.
     pub(super) begun: Option<Instant>,
+    /// Whether nothing but endpoints of services is another: of those, programs and kernel are told nothing.
+    pub(super) is_of_endpoints: bool,
 }
 
 /// What became of changed configurations.
@@ -153,6 +155,13 @@ impl Router {
             warn!(pod, %protocol, port, "its hostPort is not served: {why}");
         }
         let has_other_files = loaded.config.manifests != self.config().manifests;
+        let is_of_endpoints = loaded.config == *self.config()
+            && Arc::ptr_eq(&loaded.cluster, &self.loaded.cluster)
+            && rules.services.differs_in_endpoints_only(&self.rules.services)
+            && snat.ranges().eq(self.snat.ranges())
+            && loaded.host_ports_in_use().eq(self.loaded.host_ports_in_use())
+            && own_addresses == self.in_force_addresses
+            && self.pending.as_ref().is_none_or(|pending| pending.is_of_endpoints);
         self.devices.roles.workloads = roles.workloads;
         self.loaded = loaded;
         self.rules = Arc::new(rules.counting(self.workers));
@@ -167,8 +176,11 @@ impl Router {
         let had_new_files = self.pending.as_ref().and_then(|pending| pending.times).is_some_and(|(files, _)| files);
         let times = Times { publish: Duration::ZERO, ..times };
         self.due.changes = true;
-        self.pending =
-            Some(Pending { times: Some((has_new_files || had_new_files, times)), begun: Some(Instant::now()) });
+        self.pending = Some(Pending {
+            times: Some((has_new_files || had_new_files, times)),
+            begun: Some(Instant::now()),
+            is_of_endpoints,
+        });
         if self.addresses() != self.in_force_addresses && self.preparer.due().is_none() {
             self.begin_reload(Scope::LocalPods);
         }

@@ -37,8 +37,10 @@ impl Router {
             self.devices.max_mtu,
             &known,
         );
-        // A neighbour more changes nothing of what the programs and the kernel are told, and that takes a look at all services.
-        let tells = self.pending.is_some() || links.devices != self.links.devices || self.plumbed.is_none();
+        // A neighbour or an endpoint more changes nothing of what the programs and the kernel are told, and that takes a look at all services.
+        let tells = self.pending.as_ref().is_some_and(|pending| !pending.is_of_endpoints)
+            || links.devices != self.links.devices
+            || self.plumbed.is_none();
         if links != self.links || self.pending.is_some() {
             let forwarding = Forwarding::compile(&self.loaded.cluster, &links).map_err(CompileError::from)?;
             if tells {
@@ -89,7 +91,7 @@ impl Router {
 
     /// What was taken over is in force from now on.
     fn is_in_force(&mut self, pending: Pending) {
-        let Pending { times: Some((files, times)), begun } = pending else { return };
+        let Pending { times: Some((files, times)), begun, .. } = pending else { return };
         let times = Times { publish: begun.map_or(Duration::ZERO, |begun| begun.elapsed()), ..times };
         if files {
             self.hands.keep(&self.loaded.in_force);

@@ -402,7 +402,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
         listening,
         in_force_addresses: own_addresses.clone(),
         own_addresses,
-        pending: Some(Pending { times: Some((true, times)), begun: Some(Instant::now()) }),
+        pending: Some(Pending { times: Some((true, times)), begun: Some(Instant::now()), is_of_endpoints: false }),
         learned,
         links: Links::default(),
         generation,

@@ -392,7 +392,7 @@ impl Play {
             listening,
             own_addresses: own.clone(),
             in_force_addresses: own,
-            pending: Some(Pending { times: Some((true, Times::default())), begun: Some(now) }),
+            pending: Some(Pending { times: Some((true, Times::default())), begun: Some(now), is_of_endpoints: false }),
             learned: BTreeMap::new(),
             links: Links::default(),
             generation: 1,
