@@ -144,6 +144,7 @@ pub fn name_of(address: &str) -> String {
         NODE_B => "node-b",
         BEHIND => "behind",
         "192.168.10.100" => "client",
+        "169.254.119.1" | "fd77:6569:7200:119::1" => "weir",
         other => other,
     }
     .to_owned()
