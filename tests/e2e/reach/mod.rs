@@ -3,6 +3,7 @@
 
 mod cluster;
 mod kernel;
+mod trace;
 
 use std::{
     collections::BTreeMap,
@@ -201,6 +202,9 @@ fn everybody_reaches_everything_as_with_the_kernel_and_kube_proxys_rules() {
         if *by_weir != expected || !is_expected {
             writeln!(wrong, "{cell:?}\n  kernel {by_kernel:?}\n  weir   {by_weir:?}").unwrap();
         }
+    }
+    for (cell, answer) in trace::disagreements(&site, &weir) {
+        writeln!(wrong, "{cell:?}\n  weir   {:?}\n  trace  {answer}", weir[&cell]).unwrap();
     }
     assert!(wrong.is_empty(), "{wrong}");
     site.finish();
