@@ -3,15 +3,17 @@
 
 mod cluster;
 mod kernel;
+mod table;
 mod trace;
 
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
+    fs,
     io::{self, ErrorKind, Read, Write as _},
     net::{SocketAddr, TcpStream, UdpSocket},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use self::cluster::{Backend, What, Who};
@@ -148,18 +150,26 @@ fn ask_tcp(to: SocketAddr, limit: Duration) -> io::Result<String> {
     Ok(answer)
 }
 
-/// Asks by a datagram, and takes the answer from whom it asked only.
+/// Asks by datagrams, and takes an answer from whom it asked only. Again and again: where hundreds ask at once, some wait for a neighbour's MAC
+/// address in a queue that is too short for all.
 fn ask_udp(to: SocketAddr, limit: Duration) -> io::Result<String> {
+    const PATIENCE: Duration = Duration::from_millis(400);
     let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
-    socket.set_read_timeout(Some(limit))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
     socket.connect(to)?;
-    match socket.send(b"who?") {
-        // What the kernel says where its own rules drop what is sent.
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => {}
-        sent => drop(sent?),
+    let begin = Instant::now();
+    loop {
+        match socket.send(b"who?") {
+            // What the kernel says where its own rules drop what is sent.
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {}
+            sent => drop(sent?),
+        }
+        let mut answer = [0; 256];
+        match socket.recv(&mut answer) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock && begin.elapsed() < limit => {}
+            received => return received.map(|length| String::from_utf8_lossy(&answer[..length]).into_owned()),
+        }
     }
-    let mut answer = [0; 256];
-    socket.recv(&mut answer).map(|length| String::from_utf8_lossy(&answer[..length]).into_owned())
 }
 
 /// What every cell comes to. All wait together, those that are to be dropped for a second only.
@@ -207,5 +217,8 @@ fn everybody_reaches_everything_as_with_the_kernel_and_kube_proxys_rules() {
         writeln!(wrong, "{cell:?}\n  weir   {:?}\n  trace  {answer}", weir[&cell]).unwrap();
     }
     assert!(wrong.is_empty(), "{wrong}");
+    let table = table::table(&kernel, &weir);
+    let document = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/REACH.md")).unwrap_or_default();
+    assert!(document.contains(&table), "docs/REACH.md has not this table:\n{table}");
     site.finish();
 }
