@@ -16,10 +16,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::sys::signal::Signal;
+use weir_lab::wait_until;
+
 use self::cluster::{Backend, What, Who};
 use crate::{
     kernel::family::Family,
-    site::{DEADLINE, NO_ANSWER_SECONDS, Site},
+    site::{DEADLINE, Echo, NO_ANSWER_SECONDS, Site, pattern},
 };
 
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
@@ -220,5 +223,81 @@ fn everybody_reaches_everything_as_with_the_kernel_and_kube_proxys_rules() {
     let table = table::table(&kernel, &weir);
     let document = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/REACH.md")).unwrap_or_default();
     assert!(document.contains(&table), "docs/REACH.md has not this table:\n{table}");
+    site.finish();
+}
+
+/// A server of node-a, asked by a node port.
+const SERVED: (Backend, bool) = (Backend::NodeHere, false);
+
+fn answers_taken(site: &Site) -> u64 {
+    site.status("node-a")["programs"]["AnswerTaken"].as_u64().unwrap()
+}
+
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn a_server_of_the_node_is_spoken_to_at_length_and_refuses_by_itself() {
+    let (mut site, echoes) = cluster::site();
+    let mut much = vec![0; 4 << 20];
+    pattern(0, &mut much);
+    fs::create_dir_all(site.lab.folder().join("files")).unwrap();
+    fs::write(site.lab.folder().join("files/much"), &much).unwrap();
+    // As strict as an operator may have it.
+    for device in ["all", "third0"] {
+        site.lab.run_in("node-a", &["sysctl", "-qw", &format!("net.ipv4.conf.{device}.rp_filter=1")]).unwrap();
+    }
+    site.start_all();
+    drop(echoes);
+    for who in [Who::Outside, Who::Behind, Who::NodeThere] {
+        for (family, any) in FAMILIES.into_iter().zip(["0.0.0.0", "[::]"]) {
+            let (address, port) = cluster::address(What::NodePortHere, SERVED.0, SERVED.1);
+            let to = family.socket(address, port);
+            // Much at once.
+            let mut stream = site.connect(who.namespace(), &to.to_string(), DEADLINE).unwrap();
+            stream.write_all(b"GET /files/much HTTP/1.0\r\n\r\n").unwrap();
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer).unwrap();
+            assert!(answer.ends_with(&much), "{who:?} {family:?}: {} bytes", answer.len());
+
+            // In one piece, and in fragments, both ways.
+            let client = site.udp(who.namespace(), &format!("{any}:0"));
+            client.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+            client.connect(to).unwrap();
+            {
+                let server = family.socket(SERVED.0.address(), cluster::SERVED).to_string();
+                let _echo = Echo::new(&site, "node-a", &server);
+                for size in [5, 1400, 8000] {
+                    let (sent, mut got) = (vec![size as u8; size], vec![0; 9000]);
+                    let echoed = || {
+                        client.send(&sent).unwrap();
+                        client.recv(&mut got).ok()
+                    };
+                    let length = wait_until(&format!("{size} bytes back at {who:?} {family:?}"), DEADLINE, echoed);
+                    assert_eq!(length.unwrap(), size);
+                }
+            }
+            // Nobody is there any more, and its kernel says so of the address that was asked.
+            let refused = || {
+                let _ = client.send(b"who?");
+                let error = client.recv(&mut [0; 16]).err()?;
+                (error.kind() == ErrorKind::ConnectionRefused).then_some(())
+            };
+            wait_until(&format!("a refusal at {who:?} {family:?}"), DEADLINE, refused).unwrap();
+        }
+    }
+    assert!(answers_taken(&site) > 0);
+
+    // Without a router the server is asked by itself as ever, and by the service again once there is one.
+    let (_, port) = cluster::address(What::NodePortHere, SERVED.0, SERVED.1);
+    let direct = format!("http://{}:{}/", SERVED.0.address(), cluster::SERVED);
+    site.router("node-a").signal(Signal::SIGKILL);
+    site.take_router("node-a").wait(DEADLINE).unwrap();
+    for who in [Who::Outside, Who::Behind, Who::NodeThere] {
+        assert_eq!(site.answered(who.namespace(), &direct).0, "node-a");
+    }
+    site.start("node-a");
+    for who in [Who::Outside, Who::Behind, Who::NodeThere] {
+        assert_eq!(site.answered(who.namespace(), &format!("http://{}:{port}/", SERVED.0.address())).0, "node-a");
+        assert_eq!(site.answered(who.namespace(), &direct).0, "node-a");
+    }
     site.finish();
 }
