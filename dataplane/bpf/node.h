@@ -218,7 +218,10 @@ INLINE int is_for_own_port_v4(const struct iphdr *ip, const void *end, int from_
 	__builtin_memcpy(key.address, &ends.addresses[0], sizeof(key.address));
 	key.port = ends.ports[0];
 	key.protocol = ends.protocol;
-	if ((!from_node && key.address[0] == LOOPBACK_NET) || !map_lookup(&own_ports_v4, &key))
+	if (!map_lookup(&own_ports_v4, &key))
+		return 0;
+	/* Of others the kernel drops it, which has not looked at it yet. */
+	if (!from_node && (key.address[0] == LOOPBACK_NET || map_lookup(&node_v4, &ip->saddr)))
 		return 0;
 	if (fragment) {
 		make_later_v4(ip, &ends);
@@ -247,7 +250,9 @@ INLINE int is_for_own_port_v6(const struct ipv6hdr *ip, const void *end, int fro
 	__builtin_memcpy(key.address, &ends.addresses[0], sizeof(key.address));
 	key.port = ends.ports[0];
 	key.protocol = ends.protocol;
-	if ((!from_node && is_loopback_v6(key.address)) || !map_lookup(&own_ports_v6, &key))
+	if (!map_lookup(&own_ports_v6, &key))
+		return 0;
+	if (!from_node && (is_loopback_v6(key.address) || map_lookup(&node_v6, &ip->saddr)))
 		return 0;
 	if (is_fragment) {
 		make_later_v6(ip, fragment, &ends);
@@ -257,7 +262,7 @@ INLINE int is_for_own_port_v6(const struct ipv6hdr *ip, const void *end, int fro
 }
 
 /* Whether an IP packet goes to a port of the node itself that is weir's, or is an ICMP error about what came from there. A loopback address
- * only the node itself may ask, and it has no cause to send fragments there: lo's MTU is 64 KiB. Fragments of others come in order, or not at
+ * only the node itself may ask, and only it asks from its own addresses; and it has no cause to send fragments there: lo's MTU is 64 KiB. Fragments of others come in order, or not at
  * all. */
 INLINE int is_for_own_port(__be16 protocol, const void *ip, const void *end, int from_node)
 {

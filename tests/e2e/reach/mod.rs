@@ -19,7 +19,7 @@ use std::{
 use nix::sys::signal::Signal;
 use weir_lab::wait_until;
 
-use self::cluster::{Backend, What, Who};
+use self::cluster::{Backend, GATEWAY, NODE_A, What, Who};
 use crate::{
     kernel::family::Family,
     site::{DEADLINE, Echo, NO_ANSWER_SECONDS, Site, pattern},
@@ -299,5 +299,57 @@ fn a_server_of_the_node_is_spoken_to_at_length_and_refuses_by_itself() {
         assert_eq!(site.answered(who.namespace(), &format!("http://{}:{port}/", SERVED.0.address())).0, "node-a");
         assert_eq!(site.answered(who.namespace(), &direct).0, "node-a");
     }
+    site.finish();
+}
+
+/// A VPN whose device has no link headers: datagrams of one end are the other's.
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn who_is_behind_a_device_without_link_headers_reaches_all_that_others_do() {
+    let (mut site, _echoes) = cluster::site();
+    site.lab.add_namespace("vpn").unwrap();
+    let end = |name: &str| site.lab.folder().join(name).display().to_string();
+    let (near, far) = (end("near.sock"), end("far.sock"));
+    for (at, address, own, other) in [("node-a", "10.9.0.1", &near, &far), ("vpn", "10.9.0.2", &far, &near)] {
+        // Nothing is sent before both ends are there.
+        site.lab.run_in(at, &["sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1"]).unwrap();
+        let tun = format!("TUN:{address}/24,tun-name=tun0,iff-no-pi,up");
+        let label = format!("tun-{at}");
+        site.lab.keep(at, &label, &["socat", &tun, &format!("UNIX-SENDTO:{other},bind={own}")]).unwrap();
+    }
+    for (at, socket) in [("node-a", &near), ("vpn", &far)] {
+        let is_up = || (site.lab.ip(at, "link show tun0 up").is_ok() && fs::metadata(socket).is_ok()).then_some(());
+        wait_until("the tunnel", DEADLINE, is_up).unwrap();
+    }
+    site.lab.ip("vpn", "route add default dev tun0").unwrap();
+    site.start_all();
+    for what in [What::ClusterIp, What::NodePortHere, What::LoadBalancer, What::ExternalOwn] {
+        for backend in Backend::ALL {
+            let (address, port) = cluster::address(what, backend, false);
+            let by = site.answered("vpn", &format!("http://{address}:{port}/")).0;
+            assert_eq!(by, backend.namespace(), "{what:?}");
+        }
+    }
+    // Who is asked by policy Local sees who asks.
+    for backend in [Backend::PodHere, Backend::NodeHere] {
+        let (address, port) = cluster::address(What::NodePortHere, backend, true);
+        let (by, seen) = site.answered("vpn", &format!("http://{address}:{port}/"));
+        assert_eq!((by.as_str(), seen.to_string().as_str()), (backend.namespace(), "10.9.0.2"));
+    }
+
+    // Not in the node's own name.
+    let taken = || site.status("node-a")["programs"]["DeviceTaken"].as_u64().unwrap();
+    site.lab.ip("vpn", &format!("address add {NODE_A}/32 dev lo")).unwrap();
+    let (_, port) = cluster::address(What::NodePortHere, Backend::PodHere, true);
+    let before = taken();
+    for (own, more) in [(NODE_A, 0), ("10.9.0.2", 1)] {
+        let socket = site.udp("vpn", &format!("{own}:0"));
+        socket.connect((GATEWAY, port)).unwrap();
+        socket.send(b"who?").unwrap();
+        if more > 0 {
+            assert!(socket.recv(&mut [0; 256]).is_ok(), "an honest one is answered");
+        }
+    }
+    assert_eq!(taken(), before + 1);
     site.finish();
 }
