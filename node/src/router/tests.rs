@@ -66,7 +66,7 @@ use crate::{
 const PODS: u32 = 6;
 const UPLINK: u32 = 2;
 /// Devices of the kernel's own that there may be.
-const KERNELS: [u32; 2] = [30, 31];
+const KERNELS: [u32; 6] = [30, 31, 32, 33, 34, 35];
 
 /// What can happen.
 #[derive(Clone, Copy, Debug)]
@@ -100,7 +100,7 @@ enum Step {
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         4 => (0..PODS).prop_map(Step::Device),
-        2 => (0..KERNELS.len()).prop_map(Step::Kernel),
+        4 => (0..KERNELS.len()).prop_map(Step::Kernel),
         1 => Just(Step::Uplink),
         3 => Just(Step::Files),
         1 => Just(Step::Nonsense),

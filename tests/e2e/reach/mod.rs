@@ -299,6 +299,17 @@ fn a_server_of_the_node_is_spoken_to_at_length_and_refuses_by_itself() {
         assert_eq!(site.answered(who.namespace(), &format!("http://{}:{port}/", SERVED.0.address())).0, "node-a");
         assert_eq!(site.answered(who.namespace(), &direct).0, "node-a");
     }
+
+    // Nothing is left of it on any device.
+    let config = site.config("node-a").display().to_string();
+    let mut router = site.take_router("node-a");
+    site.check_end("node-a", &mut router);
+    site.lab.weir("node-a", &["detach", "-c", &config]).unwrap();
+    for who in [Who::Outside, Who::Behind] {
+        assert_eq!(site.answered(who.namespace(), &direct).0, "node-a");
+        let refused = site.connect(who.namespace(), &format!("{}:{port}", SERVED.0.address()), DEADLINE);
+        assert_eq!(refused.map_err(|error| error.kind()).err(), Some(ErrorKind::ConnectionRefused), "{who:?}");
+    }
     site.finish();
 }
 
@@ -310,19 +321,26 @@ fn who_is_behind_a_device_without_link_headers_reaches_all_that_others_do() {
     site.lab.add_namespace("vpn").unwrap();
     let end = |name: &str| site.lab.folder().join(name).display().to_string();
     let (near, far) = (end("near.sock"), end("far.sock"));
-    for (at, address, own, other) in [("node-a", "10.9.0.1", &near, &far), ("vpn", "10.9.0.2", &far, &near)] {
-        // Nothing is sent before both ends are there.
-        site.lab.run_in(at, &["sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1"]).unwrap();
-        let tun = format!("TUN:{address}/24,tun-name=tun0,iff-no-pi,up");
-        let label = format!("tun-{at}");
-        site.lab.keep(at, &label, &["socat", &tun, &format!("UNIX-SENDTO:{other},bind={own}")]).unwrap();
-    }
+    site.start_all();
+    // It appears while the router runs. Nothing is sent before both ends are there.
+    let tunnels =
+        [("node-a", "10.9.0.1", &near, &far), ("vpn", "10.9.0.2", &far, &near)].map(|(at, address, own, other)| {
+            site.lab.run_in(at, &["sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1"]).unwrap();
+            let tun = format!("TUN:{address}/24,tun-name=tun0,iff-no-pi,up");
+            site.lab
+                .spawn(at, &format!("tun-{at}"), &["socat", &tun, &format!("UNIX-SENDTO:{other},bind={own}")])
+                .unwrap()
+        });
     for (at, socket) in [("node-a", &near), ("vpn", &far)] {
         let is_up = || (site.lab.ip(at, "link show tun0 up").is_ok() && fs::metadata(socket).is_ok()).then_some(());
         wait_until("the tunnel", DEADLINE, is_up).unwrap();
     }
     site.lab.ip("vpn", "route add default dev tun0").unwrap();
-    site.start_all();
+    let has_programs = |site: &Site| {
+        let modes = site.status("node-a")["modes"].clone();
+        modes.as_array().unwrap().iter().any(|mode| mode["device"] == "tun0")
+    };
+    wait_until("its programs", DEADLINE, || has_programs(&site).then_some(())).unwrap();
     for what in [What::ClusterIp, What::NodePortHere, What::LoadBalancer, What::ExternalOwn] {
         for backend in Backend::ALL {
             let (address, port) = cluster::address(what, backend, false);
@@ -351,5 +369,9 @@ fn who_is_behind_a_device_without_link_headers_reaches_all_that_others_do() {
         }
     }
     assert_eq!(taken(), before + 1);
+
+    // It goes, and its programs with it.
+    drop(tunnels);
+    wait_until("that it is forgotten", DEADLINE, || (!has_programs(&site)).then_some(())).unwrap();
     site.finish();
 }
