@@ -281,6 +281,9 @@ impl Pipeline {
         burst: usize,
         ports: usize,
     ) -> Self {
+        // Of a stream of their own: they change nothing of what ports and backends are drawn.
+        let mut secrets = random.clone();
+        secrets.set_stream(1);
         Self {
             own: Both::new(tables, &mut || random.next_u64()),
             counters,
@@ -290,10 +293,10 @@ impl Pipeline {
             events,
             held: Held::new(),
             generation: 0,
-            errors: Shares::of_answers(),
-            too_big: Shares::of_answers(),
-            echoes: Shares::of_answers(),
-            resets: Shares::of_answers(),
+            errors: Shares::of_answers(secrets.next_u64()),
+            too_big: Shares::of_answers(secrets.next_u64()),
+            echoes: Shares::of_answers(secrets.next_u64()),
+            resets: Shares::of_answers(secrets.next_u64()),
             action_log: ActionLog::new(),
             seen: Vec::with_capacity(burst),
             ahead: Ahead::new(burst),

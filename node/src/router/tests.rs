@@ -26,8 +26,8 @@ use tokio::{
 use weir_cluster::{
     compile::{self, Compilers},
     sockets::{Listening, Sockets},
-    sources::{library::InForce, watch::Trigger},
-    translate::{Loader, workload_device},
+    sources::watch::Trigger,
+    translate::{Loaded, Loader, workload_device},
 };
 use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
 use weir_dataplane::{
@@ -241,7 +241,7 @@ impl Hands for Played {
 
     fn answer_health(&mut self, _: BTreeMap<SocketAddr, Check>) {}
 
-    fn keep(&mut self, _: &[InForce]) {}
+    fn keep(&mut self, _: &Loaded) {}
 
     fn watch(&mut self, _: Vec<PathBuf>) {}
 
