@@ -162,7 +162,7 @@ pub fn known_besides(name: &str) -> &'static [&'static str] {
 }
 
 /// v1 Namespace.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Namespace {
     /// Of its metadata.
@@ -170,7 +170,7 @@ pub struct Namespace {
 }
 
 /// v1 ServiceAccount.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct ServiceAccount {
     /// Of its metadata.
@@ -178,7 +178,7 @@ pub struct ServiceAccount {
 }
 
 /// v1 Node.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct KubernetesNode {
     /// Of its metadata, with all that is Calico's.
@@ -191,7 +191,7 @@ pub struct KubernetesNode {
 }
 
 /// Of a Node's spec.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct NodeSpec {
     /// The first range of its pods.
@@ -203,7 +203,7 @@ pub struct NodeSpec {
 }
 
 /// An address of a Node.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct NodeAddress {
     /// The address.
@@ -223,7 +223,7 @@ fn node_addresses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Box<[Nod
 }
 
 /// v1 Pod.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Pod {
     /// Of its metadata.
@@ -235,7 +235,7 @@ pub struct Pod {
 }
 
 /// Of a Pod's spec.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PodSpec {
     /// Whether it has the host's network.
@@ -256,7 +256,7 @@ pub struct PodSpec {
 }
 
 /// Of a container.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Container {
     /// "Always" for an init container that goes on running.
@@ -267,7 +267,7 @@ pub struct Container {
 }
 
 /// A port of a container.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ContainerPort {
     /// Its name.
@@ -286,7 +286,7 @@ pub struct ContainerPort {
 }
 
 /// Of a Pod's status.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct PodStatus {
     /// Whether it runs.
@@ -311,7 +311,7 @@ fn pod_ips<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Box<[Name]>, D:
 }
 
 /// v1 Service.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Service {
     /// The label that leaves it to another than this router.
@@ -325,7 +325,7 @@ pub struct Service {
 }
 
 /// Of a Service's spec.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ServiceSpec {
     /// Its type.
@@ -365,7 +365,7 @@ pub struct ServiceSpec {
 }
 
 /// A port of a Service.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ServicePort {
     /// Its name.
@@ -381,7 +381,7 @@ pub struct ServicePort {
 }
 
 /// An address of a load balancer.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Ingress {
     /// The address.
@@ -438,7 +438,7 @@ fn is_not_empty<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::E
 }
 
 /// discovery.k8s.io/v1 EndpointSlice.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EndpointSlice {
     /// The service that its label says it is of; `None` too where another label leaves it to others.
@@ -459,7 +459,7 @@ fn service_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Nam
 }
 
 /// An endpoint of a slice.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(from = "Endpoint")]
 pub struct SliceEndpoint {
     /// Its addresses.
@@ -524,7 +524,7 @@ impl From<Endpoint> for SliceEndpoint {
 }
 
 /// Addresses of an endpoint: nearly always one.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Addresses {
     /// One.
     One(Address),
@@ -549,7 +549,7 @@ impl<'de> Deserialize<'de> for Addresses {
 }
 
 /// An address as it was written.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Address {
     /// As the address itself is written.
     Ip(IpAddr),
@@ -599,7 +599,7 @@ impl Address {
 }
 
 /// A port of a slice.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct SlicePort {
     /// Its name.
