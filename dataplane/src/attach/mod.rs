@@ -478,9 +478,20 @@ impl Attachment {
         if !link.is_ethernet {
             return Err(AttachError::NotEthernet { device: name.to_owned() });
         }
+        let hook = self.attach_uplink_at(index, name, &link, hook)?;
         // Whatever it was before.
         self.detach_kernel_device(index)?;
         self.attach_answers(index, name)?;
+        Ok(hook)
+    }
+
+    fn attach_uplink_at(
+        &mut self,
+        index: u32,
+        name: &str,
+        link: &Link,
+        hook: Option<UplinkHook>,
+    ) -> Result<UplinkHook, AttachError> {
         if let Some(master) = MASTERS.iter().find(|master| **master == link.kind) {
             if hook == Some(UplinkHook::Xdp) {
                 return Err(AttachError::RunsInSlaves { device: name.to_owned(), master });
