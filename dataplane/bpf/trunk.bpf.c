@@ -8,6 +8,7 @@
  *          node's kernel -> lo -> loopback_send -> weir0, to ports of the node that are weir's
  *   pod <- its veth <- trunk_deliver <---  weir0 <= weir1 <-------------------AF_XDP socket
  *          node's kernel <-- (pass) <----
+ *          node's kernel <- uplink  <----   groups' packets and others of the uplink's link
  *
  * Everything here fails closed: without a router there is no socket, and what pods send ends in trunk_receive. */
 #include "offload.h"
@@ -180,6 +181,12 @@ SECTION("classifier") int trunk_deliver(struct __sk_buff *packet)
 	if (source[0] != ENCODED || source[1] || !device) {
 		count(COUNTER_DELIVERED_HOST);
 		return from_loopback ? to_loopback(packet) : TC_ACT_OK;
+	}
+	/* For the node by an address that is good on one link only: of another device the kernel would not take it. */
+	if (device & FORWARDED) {
+		packet->tc_index = RETURNED;
+		count(COUNTER_DELIVERED_HOST);
+		return redirect(device & ~FORWARDED, BPF_F_INGRESS);
 	}
 	workload = map_lookup(&workloads, &device);
 	if (!workload) {

@@ -60,6 +60,7 @@ pub use self::context::{Context, Event};
 use self::{ahead::Ahead, straight::Seen};
 use crate::{
     action_log::ActionLog,
+    afxdp::trunk,
     allowance::Shares,
     counters::{COUNTERS, Counter, Totals, drop_index},
     driver::{Driver, PortId},
@@ -156,6 +157,8 @@ enum End {
     Transmit(PortId),
     /// The node's kernel gets the frame.
     Punt,
+    /// It gets it by the device that it came by: what it is for is there on that link only.
+    Return,
     /// It is answered, or something is sent in its place.
     Consume,
     /// It waits for the MAC address of that next hop. It came by that device.
@@ -218,6 +221,16 @@ impl<D: Driver> Handler<'_, D> {
                     packet.bytes_mut()[..6].copy_from_slice(&mac.0);
                     packet.bytes_mut()[6..12].copy_from_slice(&host_source(mac).0);
                 }
+                pipeline.egress[usize::from(PortId::TRUNK.0)].push(packet);
+            }
+            Ok(End::Return) => {
+                // Of what came by the trunk, the destination's MAC is one of the trunk's own form by now.
+                let forwarding = &*context.snapshot.forwarding;
+                let own = forwarding.device_by_index(packet.device).map(|id| forwarding.device(id).mac);
+                packet.device = packet.device.forwarded();
+                let (source, bytes) = (trunk::target(packet.device), packet.bytes_mut());
+                bytes[..6].copy_from_slice(&own.unwrap_or_default().0);
+                bytes[6..12].copy_from_slice(&source.0);
                 pipeline.egress[usize::from(PortId::TRUNK.0)].push(packet);
             }
             Ok(End::Consume) => {
@@ -359,7 +372,7 @@ impl Pipeline {
             }
             let count = packets.len();
             let to_host = |packets: &[Packet]| match port {
-                0 => packets.iter().filter(|p| p.device == IfIndex::HOST).count(),
+                0 => packets.iter().filter(|p| p.device.is_kernels()).count(),
                 _ => 0,
             };
             let punted = to_host(packets);
