@@ -269,6 +269,8 @@ pub struct Pipeline {
     /// Echo replies of addresses that no device has.
     echoes: Shares,
     resets: Shares,
+    /// MAC addresses of pods that are others than were known.
+    changes: Shares,
     action_log: ActionLog,
     /// What was seen of the packets of a burst.
     seen: Vec<Seen>,
@@ -310,6 +312,7 @@ impl Pipeline {
             too_big: Shares::of_answers(secrets.next_u64()),
             echoes: Shares::of_answers(secrets.next_u64()),
             resets: Shares::of_answers(secrets.next_u64()),
+            changes: Shares::of_changes(),
             action_log: ActionLog::new(),
             seen: Vec::with_capacity(burst),
             ahead: Ahead::new(burst),
