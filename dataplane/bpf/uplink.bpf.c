@@ -300,6 +300,15 @@ SECTION("xdp.frags") int uplink_receive(struct xdp_md *packet)
 	return action;
 }
 
+/* Whether a worker has judged a packet already, and hands it back. */
+INLINE int is_returned(struct __sk_buff *packet)
+{
+	if (packet->tc_index != RETURNED)
+		return 0;
+	packet->tc_index = 0;
+	return 1;
+}
+
 /* What a packet is that the kernel has received, and merged with others perhaps; -1: there is no memory for its headers, or for it without
  * its tags. Then it may be weir's, and the kernel could not read it either. What is weir's has no tag any more. */
 INLINE int judge_received(struct __sk_buff *packet)
@@ -353,7 +362,7 @@ SECTION("classifier") int uplink_carry(struct __sk_buff *packet)
 {
 	int cause, action;
 
-	if (!offload_is_on)
+	if (is_returned(packet) || !offload_is_on)
 		return TC_ACT_UNSPEC;
 	cause = judge_received(packet);
 	if (cause < 0)
@@ -375,9 +384,12 @@ SECTION("classifier") int uplink_carry(struct __sk_buff *packet)
 /* On a device that has no uplink_receive. Its sockets are the trunk's. */
 SECTION("classifier") int uplink_take(struct __sk_buff *packet)
 {
-	int cause = judge_received(packet), action, may_pass;
+	int cause, action, may_pass;
 	__u32 first = 0;
 
+	if (is_returned(packet))
+		return TC_ACT_UNSPEC;
+	cause = judge_received(packet);
 	if (cause < 0)
 		return TC_ACT_SHOT;
 	action = carry_owned(packet, cause);

@@ -24,25 +24,34 @@ const NETWORKS: usize = 256;
 /// Answers to one of them that may be sent at once; of all together a worker sends 25,600 a second at most.
 const ANSWERS_OUTSIDE: u32 = 100;
 const ANSWERS_OUTSIDE_PER_TICK: u32 = 1;
+/// MAC addresses of a pod that are told at once where others were known, and the ticks that each more takes.
+const CHANGES: u32 = 4;
+const TICKS_PER_CHANGE: u32 = 100;
 
 /// What one worker may still send of one kind.
 #[derive(Clone, Debug)]
 pub(crate) struct Allowance {
     left: u32,
     most: u32,
-    per_tick: u32,
+    per_earning: u32,
+    earning_ticks: u32,
     earned_at: Tick,
 }
 
 impl Allowance {
     /// So many at once, and so many are earned with each tick.
     pub(crate) fn full(most: u32, per_tick: u32) -> Self {
-        Self { left: most, most, per_tick, earned_at: Tick::default() }
+        Self { left: most, most, per_earning: per_tick, earning_ticks: 1, earned_at: Tick::default() }
+    }
+
+    /// So many at once, and one is earned in so many ticks.
+    fn seldom(most: u32, earning_ticks: u32) -> Self {
+        Self { earning_ticks, ..Self::full(most, 1) }
     }
 
     /// Takes one, if any is left.
     pub(crate) fn take(&mut self, now: Tick) -> bool {
-        let earned = now.since(self.earned_at).saturating_mul(self.per_tick);
+        let earned = (now.since(self.earned_at) / self.earning_ticks).saturating_mul(self.per_earning);
         if earned > 0 {
             self.left = self.left.saturating_add(earned).min(self.most);
             self.earned_at = now;
@@ -93,12 +102,18 @@ impl Shares {
         Self { secret, outside: vec![outside; NETWORKS].into(), host: share.clone(), pods: vec![share; PODS].into() }
     }
 
+    /// Those of news of pods' MAC addresses.
+    pub(crate) fn of_changes() -> Self {
+        let share = Allowance::seldom(CHANGES, TICKS_PER_CHANGE);
+        Self { secret: 0, outside: [share.clone()].into(), host: share.clone(), pods: vec![share; PODS].into() }
+    }
+
     /// Takes one of the share of who causes it, if any is left there.
     pub(crate) fn take(&mut self, cause: Cause, now: Tick) -> bool {
         let share = match cause {
             Cause::Outside(Network(network)) => {
                 let hash = mixed((self.secret, network as u64, (network >> 64) as u64));
-                &mut self.outside[(hash >> 32) as usize % NETWORKS]
+                &mut self.outside[(hash >> 32) as usize % self.outside.len()]
             }
             Cause::Host => &mut self.host,
             Cause::Pod(IfIndex(device)) => &mut self.pods[device as usize % PODS],
@@ -118,6 +133,9 @@ mod tests {
         let mut allowance = Allowance::full(3, 2);
         let mut taken = |now| (0..10).filter(|_| allowance.take(Tick(now))).count();
         assert_eq!([taken(100), taken(100), taken(101), taken(200)], [3, 0, 2, 3]);
+        let mut allowance = Allowance::seldom(2, 50);
+        let mut taken = |now| (0..10).filter(|_| allowance.take(Tick(now))).count();
+        assert_eq!([taken(100), taken(149), taken(150), taken(199), taken(1000)], [2, 0, 1, 0, 2]);
     }
 
     #[test]

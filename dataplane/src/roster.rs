@@ -9,6 +9,7 @@
 
 /// Owners that are told apart; more share counts.
 pub(crate) const OWNERS: usize = 64;
+const _: () = assert!(OWNERS <= u8::MAX as usize);
 
 /// The end of a chain.
 const NONE: u16 = u16::MAX;

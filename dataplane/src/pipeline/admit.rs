@@ -47,7 +47,7 @@ impl<D: Driver> Handler<'_, D> {
                 }
                 match scope(packet, &view, origin, forwarding)? {
                     Scope::Routed => {}
-                    Scope::Kernel => return Ok(Admitted::End(End::Punt)),
+                    Scope::Kernel => return self.hand_over(packet, &view).map(Admitted::End),
                     // IPv4 has ARP for its neighbours; multicast and IGMP end here.
                     Scope::Pod => return Err(DropReason::LinkScope),
                 }
@@ -57,7 +57,7 @@ impl<D: Driver> Handler<'_, D> {
             Ok(Parsed::V6(view)) => {
                 match scope(packet, &view, origin, forwarding)? {
                     Scope::Routed => {}
-                    Scope::Kernel => return Ok(Admitted::End(End::Punt)),
+                    Scope::Kernel => return self.hand_over(packet, &view).map(Admitted::End),
                     Scope::Pod => return self.neighbor_solicitation(packet, &view, device).map(Admitted::End),
                 }
                 self.cut_padding(packet, &view);

@@ -851,34 +851,6 @@ fn a_nic_is_told_to_leave_tags_in_the_frames_where_xdp_takes_them() {
 }
 
 #[test]
-fn a_device_made_of_others_is_taken_at_tc() {
-    if skipped() {
-        return;
-    }
-    let node = Node::new();
-    node.run(|| {
-        let mut attachment = node.open();
-        attachment.set_owned(&node_owned()).unwrap();
-        for kind in ["bond", "team"] {
-            let name = format!("{kind}7");
-            // Not every kernel can make them.
-            if !Command::new("ip").args(["link", "add", &name, "type", kind]).status().unwrap().success() {
-                eprintln!("this kernel has no {kind}");
-                continue;
-            }
-            let index = index_of(&name);
-            assert!(matches!(
-                attachment.attach_uplink(index, &name, Some(UplinkHook::Xdp)),
-                Err(AttachError::RunsInSlaves { .. })
-            ));
-            assert_eq!(attachment.attach_uplink(index, &name, None).unwrap(), UplinkHook::Tc);
-            let mode = attachment.modes().into_iter().find(|mode| mode.device == name).expect("it is reported");
-            assert!(mode.reason.contains("devices below it"), "{mode:?}");
-        }
-    });
-}
-
-#[test]
 fn the_packets_of_a_vlan_are_not_the_uplinks_own() {
     if skipped() {
         return;
