@@ -46,7 +46,8 @@ impl Server {
     fn start(streams: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let world = World { version: 10, streams, groups: json!({"groups": []}), ..World::default() };
-        let server = Self { world: Arc::new((Mutex::new(world), Condvar::new())), address: listener.local_addr().unwrap() };
+        let server =
+            Self { world: Arc::new((Mutex::new(world), Condvar::new())), address: listener.local_addr().unwrap() };
         let own = server.clone();
         thread::spawn(move || {
             for stream in listener.incoming() {
@@ -69,7 +70,12 @@ impl Server {
             object["metadata"]["name"] = json!(name);
             object["metadata"]["resourceVersion"] = json!(world.version.to_string());
             let was = world.objects.insert((path.to_owned(), name.to_owned()), object.clone());
-            world.events.push((world.version, path.to_owned(), if was.is_some() { "MODIFIED" } else { "ADDED" }, object));
+            world.events.push((
+                world.version,
+                path.to_owned(),
+                if was.is_some() { "MODIFIED" } else { "ADDED" },
+                object,
+            ));
         });
     }
 
@@ -110,21 +116,29 @@ impl Server {
                 path if path.starts_with("/apis/") && path.matches('/').count() == 3 && !query.contains("limit") => {
                     (200, json!({"resources": [{"name": "tiers", "kind": "Tier"}]}))
                 }
-                _ if world.refuses_fields && given.contains_key("fieldSelector") => {
-                    (400, json!({"kind": "Status", "code": 400, "reason": "BadRequest", "message": "field label not supported"}))
-                }
+                _ if world.refuses_fields && given.contains_key("fieldSelector") => (
+                    400,
+                    json!({"kind": "Status", "code": 400, "reason": "BadRequest", "message": "field label not supported"}),
+                ),
                 path => {
                     let all: Vec<&Value> =
                         world.objects.iter().filter(|((of, _), _)| of == path).map(|(_, object)| object).collect();
                     let from: usize = given.get("continue").map_or(0, |token| token.parse().unwrap());
                     let page: Vec<_> = all.iter().skip(from).take(2).collect();
                     let go_on = (from + 2 < all.len()).then(|| (from + 2).to_string());
-                    (200, json!({"metadata": {"resourceVersion": world.version.to_string(), "continue": go_on}, "items": page}))
+                    (
+                        200,
+                        json!({"metadata": {"resourceVersion": world.version.to_string(), "continue": go_on}, "items": page}),
+                    )
                 }
             };
             drop(world);
             let body = body.to_string();
-            write!(out, "HTTP/1.1 {code} X\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
+            write!(
+                out,
+                "HTTP/1.1 {code} X\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+                body.len()
+            )?;
         }
     }
 
@@ -134,12 +148,18 @@ impl Server {
         let mut world = lock.lock().unwrap();
         let refusal = match () {
             () if is_list && !world.streams => Some((422, "sendInitialEvents is forbidden for watch")),
-            () if world.refuses_fields && given.contains_key("fieldSelector") => Some((400, "field label not supported")),
+            () if world.refuses_fields && given.contains_key("fieldSelector") => {
+                Some((400, "field label not supported"))
+            }
             () => None,
         };
         if let Some((code, message)) = refusal {
             let body = json!({"kind": "Status", "code": code, "message": message}).to_string();
-            return write!(out, "HTTP/1.1 {code} X\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+            return write!(
+                out,
+                "HTTP/1.1 {code} X\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+                body.len()
+            );
         }
         write!(out, "HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n")?;
         let mut send = |kind: &str, object: Value| {
@@ -214,7 +234,12 @@ impl Node {
     fn comes_to(&self, expected: &str) {
         let until = Instant::now() + PATIENCE;
         while self.names().as_deref() != Some(expected) {
-            assert!(Instant::now() < until, "{:?} is not {expected:?}: {}", self.names(), self.source.state().missing());
+            assert!(
+                Instant::now() < until,
+                "{:?} is not {expected:?}: {}",
+                self.names(),
+                self.source.state().missing()
+            );
             thread::sleep(Duration::from_millis(10));
         }
     }
@@ -306,7 +331,9 @@ fn what_makes_no_sense_is_told_and_changes_nothing() {
     node.comes_to("Pod/x/a");
     server.change(|world| world.events.push((world.version + 1, PODS.to_owned(), "ADDED", json!([1, 2, 3]))));
     let until = Instant::now() + PATIENCE;
-    let is_told = || node.source.state().kinds.iter().any(|kind| kind.failure.as_ref().is_some_and(|why| why.contains("no object")));
+    let is_told = || {
+        node.source.state().kinds.iter().any(|kind| kind.failure.as_ref().is_some_and(|why| why.contains("no object")))
+    };
     while !is_told() {
         assert!(Instant::now() < until);
         thread::sleep(Duration::from_millis(10));
