@@ -64,7 +64,8 @@ class Cluster:
                    f"--etcd-servers=http://127.0.0.1:{self.etcd}", "--authorization-mode=RBAC", "--allow-privileged=true",
                    "--disable-admission-plugins=ServiceAccount", "--client-ca-file=ca.crt", "--tls-cert-file=server.crt", "--tls-private-key-file=server.key",
                    "--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file=accounts.key",
-                   "--service-account-signing-key-file=accounts.key", "--service-cluster-ip-range=10.0.0.0/8,fd00::/64", "--endpoint-reconciler-type=none", *more)
+                   "--service-account-signing-key-file=accounts.key", "--service-cluster-ip-range=10.255.0.0/16,fd00:255::/112", "--service-node-port-range=1-65535",
+                   "--endpoint-reconciler-type=none", *more)
         until = time.monotonic() + 120
         while True:
             try:
@@ -104,6 +105,13 @@ class Cluster:
             assert time.monotonic() < until, f"{plural} is not served"
             time.sleep(0.1)
 
+    def more_addresses(self, *ranges):
+        """Cluster IPs that cases have outside of the server's own range."""
+        for number, one in enumerate(ranges):
+            path = "apis/networking.k8s.io/v1/servicecidrs"
+            code, answer = self.ask("POST", path, {"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": f"more-{number}"}, "spec": {"cidrs": [one]}})
+            assert code == 201, answer
+
     def down(self):
         for process in reversed(self.started):
             process.kill()
@@ -118,6 +126,8 @@ def main():
         cluster.up()
         for kind, plural, namespaced in CALICO:
             cluster.define("crd.projectcalico.org", "v1", kind, plural, namespaced)
+        cluster.more_addresses("10.0.0.0/9", "10.254.0.0/16", "172.16.0.0/12", "2001:db8:85a3::/64", "2001:db8:96::/64", "fd00:172:30::/64",
+                               "fd00:10:96::/64")
         cluster.define("policy.networking.k8s.io", "v1beta1", "ClusterNetworkPolicy", "clusternetworkpolicies", False)
         for suite in suites:
             report = os.path.join(folder, suite + ".jsonl")

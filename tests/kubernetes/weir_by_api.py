@@ -64,6 +64,8 @@ def stored(document):
             metadata["name"] = "default." + metadata["name"]
         if metadata.get("labels"):
             metadata.setdefault("annotations", {})["projectcalico.org/metadata"] = json.dumps({"labels": metadata.pop("labels")})
+    if group == "policy.networking.k8s.io":
+        document["apiVersion"] = group + "/v1beta1"
     if document["kind"] == "Pod":
         for container in document["spec"].setdefault("containers", [{"name": "c"}]) + document["spec"].get("initContainers", []):
             container.setdefault("image", "x")
@@ -74,9 +76,15 @@ def stored(document):
 def write(api, group, document):
     kind, status = document["kind"], document.pop("status", None)
     if (group, kind) not in KINDS:
-        return
+        raise Refused(f"{kind}: no API server has this kind")
     path = path_of(group, kind, document["metadata"])
-    code, answer = api.ask("POST", path, document)
+    until = time.monotonic() + 10
+    while True:
+        code, answer = api.ask("POST", path, document)
+        # An address that a case before had is free a little after its Service has gone.
+        if code < 300 or "already allocated" not in str(answer) or time.monotonic() > until:
+            break
+        time.sleep(0.05)
     if code == 409 and answer.get("reason") == "AlreadyExists":
         code, answer = api.ask("PATCH", f"{path}/{document['metadata']['name']}", document, "application/merge-patch+json")
     if code >= 300:
