@@ -102,7 +102,7 @@ pub fn decide<'s, A: Routed>(
         route: Route::None,
     };
 
-    if let Err(reason) = check_source(snapshot, from, key) {
+    if let Err(reason) = check_source(snapshot, from, key).and_then(|()| check_link(snapshot, from, key)) {
         decision.verdict = Verdict::Drop(reason);
         return decision;
     }
@@ -160,7 +160,7 @@ pub fn decide<'s, A: Routed>(
         }
     }
 
-    decision.route = forwarding.route_of(&decision.translated);
+    decision.route = route(forwarding, key, &decision.translated);
     let judged =
         judge(snapshot, from, &decision.translated, &mut decision.egress, &mut decision.ingress).and_then(|own| {
             match own {
@@ -189,18 +189,20 @@ pub fn decide<'s, A: Routed>(
             }
             let leaves = kind.leaves_node();
             // A reply to the node's own port would never reach weir: what the kernel sends to a service takes a port of weir's. Nor would one to
-            // whoever the kernel forwards for, unless it comes from a pod of this node.
+            // whoever the kernel forwards for, unless it comes from a pod of this node or from the node itself.
             let own_port = claimed
                 && match from {
                     Origin::Host => true,
-                    Origin::Forwarded { .. } => kind != RouteKind::Workload,
+                    Origin::Forwarded { .. } => !matches!(kind, RouteKind::Workload | RouteKind::Host),
                     Origin::Workload(_) | Origin::Uplink => false,
                 };
+            // What ends at the node itself does not leave it, and keeps its source, as with netfilter: the programs bring the answers.
+            let masquerade = decision.masquerade && (kind != RouteKind::Host || from == Origin::Host);
             // What the kernel forwards keeps its source: answers to an address of the node that come by its devices do not come to weir.
             let outgoing = leaves
                 && kind != RouteKind::Kernel
                 && forwarding.nat_outgoing(decision.translated.src, decision.translated.dst);
-            if !decision.untracked && (decision.masquerade || own_port || outgoing) {
+            if !decision.untracked && (masquerade || own_port || outgoing) {
                 decision.snat = masquerade_source(forwarding, from, adjacency);
                 // No pod takes anything from ::1, and no answer to it leaves the pod.
                 if decision.snat.is_none() && key.src.is_loopback() {
@@ -244,6 +246,20 @@ pub fn check_source<A: Routed>(snapshot: &Snapshot, from: Origin, key: &FlowKey<
             || key.protocol == Protocol::UDP && key.ports.destination() == VXLAN_PORT
     };
     if from.workload().is_some() && is_tunnel() { Err(DropReason::WorkloadTunnel) } else { Ok(()) }
+}
+
+/// Where a packet goes that may ([`check_link`]): for its link alone, to the node.
+fn route<A: Routed>(forwarding: &Forwarding, key: &FlowKey<A>, translated: &FlowKey<A>) -> Route {
+    if key.dst.ends_at_link() { Route::Via(forwarding.host()) } else { forwarding.route_of(translated) }
+}
+
+/// Whether a packet may go where it goes, if it is not to leave its link: by an uplink to the node itself, and nowhere else.
+fn check_link<A: Routed>(snapshot: &Snapshot, from: Origin, key: &FlowKey<A>) -> Result<(), DropReason> {
+    if !key.dst.ends_at_link() && !key.src.is_bound_to_link() {
+        return Ok(());
+    }
+    let is_for_node = from == Origin::Uplink && snapshot.forwarding.is_for_node(key.dst);
+    if is_for_node { Ok(()) } else { Err(DropReason::LinkScope) }
 }
 
 /// What the pods' own policies say of a packet that they do not deny.
@@ -314,7 +330,7 @@ pub fn judge_again<A: Routed>(
     match judge(snapshot, arrival.origin, translated, &mut None, &mut None)? {
         OwnPolicy::Exempt => Ok(()),
         OwnPolicy::Allows => {
-            let route = snapshot.forwarding.route_of(translated);
+            let route = route(&snapshot.forwarding, original, translated);
             host_policy::after_services(snapshot, arrival, translated, route, before, &mut host)
         }
     }

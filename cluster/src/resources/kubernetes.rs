@@ -3,7 +3,7 @@
 //! serde skips the rest. What the types of Kubernetes have besides is listed in [`known_besides`], so that a misspelt field can be told from
 //! one that weir has no use for.
 
-use std::{borrow::Cow, collections::BTreeMap, net::IpAddr};
+use std::{borrow::Cow, collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use serde::{Deserialize, Deserializer};
 use weir_nat::Hints;
@@ -473,29 +473,26 @@ pub struct SliceEndpoint {
     /// Condition `terminating`.
     pub terminating: Option<bool>,
     /// Whom it is meant for.
-    pub hints: Option<Box<ForZonesAndNodes>>,
+    pub hints: Option<Arc<Hints>>,
 }
 
-/// Whom an endpoint is meant for.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(default)]
-pub struct ForZonesAndNodes {
-    /// hints.forZones.
-    #[serde(rename = "forZones", deserialize_with = "hints")]
-    pub zones: Hints,
-    /// hints.forNodes.
-    #[serde(rename = "forNodes", deserialize_with = "hints")]
-    pub nodes: Hints,
-}
-
-fn hints<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Hints, D::Error> {
+fn hints<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Arc<Hints>>, D::Error> {
+    #[derive(Default, Deserialize)]
+    #[serde(rename_all = "camelCase", default)]
+    struct EndpointHints {
+        for_zones: Option<Vec<Hint>>,
+        for_nodes: Option<Vec<Hint>>,
+    }
     #[derive(Default, Deserialize)]
     #[serde(default)]
     struct Hint {
         #[serde(deserialize_with = "name")]
         name: Name,
     }
-    Ok(Option::<Vec<Hint>>::deserialize(deserializer)?.into_iter().flatten().map(|hint| hint.name).collect())
+    let EndpointHints { for_zones, for_nodes } = Option::deserialize(deserializer)?.unwrap_or_default();
+    let [zones, nodes] =
+        [for_zones, for_nodes].map(|hints| hints.into_iter().flatten().map(|hint| hint.name).collect::<Vec<_>>());
+    Ok((!zones.is_empty() || !nodes.is_empty()).then(|| Arc::new(Hints { zones, nodes })))
 }
 
 /// An endpoint as it is written.
@@ -504,7 +501,8 @@ fn hints<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Hints, D::Error> 
 struct Endpoint {
     addresses: Addresses,
     conditions: EndpointConditions,
-    hints: Option<Box<ForZonesAndNodes>>,
+    #[serde(deserialize_with = "hints")]
+    hints: Option<Arc<Hints>>,
     #[serde(deserialize_with = "maybe_name")]
     node_name: Option<Name>,
 }

@@ -178,7 +178,7 @@ impl<T> Object<T> {
             // The number is the same as long as any version of the object is in use.
             let object = Self::new(Arc::clone(&self.content), self.text.clone(), Base::default(), self.origin);
             let value = make(&object, &mut problems);
-            Fact { value, findings: problems.diagnostics().to_vec() }
+            Fact { value, findings: problems.diagnostics().into() }
         });
         replay(&fact.findings, self.base, problems);
         &fact.value

@@ -8,6 +8,7 @@ mod cluster;
 mod host;
 mod host_ports;
 mod impossible;
+mod last_api;
 mod local_pods;
 mod policy;
 mod ports;
@@ -45,6 +46,7 @@ use crate::{
 pub use assume::{Assumed, Assumptions, makes_pods};
 pub use cluster::workload_device;
 pub use host_ports::{Room, Unserved};
+pub use last_api::LastApi;
 pub use local_pods::{LocalPod, LocalPods};
 use stages::{OfPods, Translated};
 
@@ -266,6 +268,11 @@ impl Loader {
         let texts = self.library.remember(kept.texts, &mut problems);
         self.beginning = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut Chunks::default(), &mut problems);
         self.stale = Some(Stale { since_unix_seconds: kept.since_unix_seconds, objects: BTreeSet::new() });
+    }
+
+    /// Takes what default/kubernetes had in an earlier run as what it had last.
+    pub fn begin_from_api(&mut self, api: LastApi) {
+        self.kept.stages.services.api = api;
     }
 
     /// The first load of a router: as [`Loader::reload`], after what [`Loader::begin_from`] was given.

@@ -60,6 +60,7 @@ pub use self::context::{Context, Event};
 use self::{ahead::Ahead, straight::Seen};
 use crate::{
     action_log::ActionLog,
+    afxdp::trunk,
     allowance::Shares,
     counters::{COUNTERS, Counter, Totals, drop_index},
     driver::{Driver, PortId},
@@ -156,6 +157,8 @@ enum End {
     Transmit(PortId),
     /// The node's kernel gets the frame.
     Punt,
+    /// The same of what weir has translated for a server of the node: its answers are to come back, by whatever device they would leave.
+    Serve,
     /// It is answered, or something is sent in its place.
     Consume,
     /// It waits for the MAC address of that next hop. It came by that device.
@@ -210,13 +213,14 @@ impl<D: Driver> Handler<'_, D> {
         let Self { pipeline, driver, context } = self;
         match ended {
             Ok(End::Transmit(port)) => pipeline.egress[usize::from(port.0)].push(packet),
-            Ok(End::Punt) => {
+            Ok(end @ (End::Punt | End::Serve)) => {
                 packet.device = IfIndex::HOST;
                 // On the trunk the source says whose the packet is: its sender's own might name a workload.
                 let forwarding = &*context.snapshot.forwarding;
                 if let Some(mac) = forwarding.adjacency(forwarding.host()).mac {
+                    let source = if matches!(end, End::Serve) { trunk::ANSWERED } else { host_source(mac) };
                     packet.bytes_mut()[..6].copy_from_slice(&mac.0);
-                    packet.bytes_mut()[6..12].copy_from_slice(&host_source(mac).0);
+                    packet.bytes_mut()[6..12].copy_from_slice(&source.0);
                 }
                 pipeline.egress[usize::from(PortId::TRUNK.0)].push(packet);
             }
@@ -281,6 +285,9 @@ impl Pipeline {
         burst: usize,
         ports: usize,
     ) -> Self {
+        // Of a stream of their own: they change nothing of what ports and backends are drawn.
+        let mut secrets = random.clone();
+        secrets.set_stream(1);
         Self {
             own: Both::new(tables, &mut || random.next_u64()),
             counters,
@@ -290,10 +297,10 @@ impl Pipeline {
             events,
             held: Held::new(),
             generation: 0,
-            errors: Shares::of_answers(),
-            too_big: Shares::of_answers(),
-            echoes: Shares::of_answers(),
-            resets: Shares::of_answers(),
+            errors: Shares::of_answers(secrets.next_u64()),
+            too_big: Shares::of_answers(secrets.next_u64()),
+            echoes: Shares::of_answers(secrets.next_u64()),
+            resets: Shares::of_answers(secrets.next_u64()),
             action_log: ActionLog::new(),
             seen: Vec::with_capacity(burst),
             ahead: Ahead::new(burst),

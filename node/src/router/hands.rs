@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::{Map, Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
-use weir_cluster::sources::library::InForce;
+use weir_cluster::translate::Loaded;
 use weir_dataplane::{
     attach::{self, AttachError, Attachment, Owned},
     frame::IfIndex,
@@ -51,6 +51,16 @@ pub(super) trait Hands: Send {
     /// # Errors
     /// Where a map or a pin cannot be removed.
     fn forget(&mut self, index: u32) -> Result<(), AttachError>;
+    /// Attaches the programs to a device of the kernel's own, or renews them.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    fn attach_kernel_device(&mut self, index: u32, name: &str) -> Result<(), AttachError>;
+    /// Takes them off again; the device may be gone.
+    ///
+    /// # Errors
+    /// Where a pin cannot be removed.
+    fn detach_kernel_device(&mut self, index: u32) -> Result<(), AttachError>;
     /// The index of a device of that name.
     fn index_of(&self, name: &str) -> Option<u32>;
     /// Whether no device has that index.
@@ -66,8 +76,8 @@ pub(super) trait Hands: Send {
     fn plumb(&mut self, wanted: Wanted);
     /// Has health checks answered.
     fn answer_health(&mut self, checks: BTreeMap<SocketAddr, Check>);
-    /// Has the texts that are in force kept for the next start.
-    fn keep(&mut self, in_force: &[InForce]);
+    /// Has what is in force kept for the next start.
+    fn keep(&mut self, loaded: &Loaded);
     /// Watches these files.
     fn watch(&mut self, files: Vec<PathBuf>);
     /// Makes the kernel ask for a neighbour.
@@ -114,6 +124,14 @@ impl Hands for RealHands {
         self.attachment.forget_workload(index)
     }
 
+    fn attach_kernel_device(&mut self, index: u32, name: &str) -> Result<(), AttachError> {
+        self.attachment.attach_kernel_device(index, name)
+    }
+
+    fn detach_kernel_device(&mut self, index: u32) -> Result<(), AttachError> {
+        self.attachment.detach_kernel_device(index)
+    }
+
     fn index_of(&self, name: &str) -> Option<u32> {
         attach::index_of(name)
     }
@@ -141,9 +159,9 @@ impl Hands for RealHands {
         self.health.follow(checks);
     }
 
-    fn keep(&mut self, in_force: &[InForce]) {
+    fn keep(&mut self, loaded: &Loaded) {
         if let Some(keeper) = &self.keeper {
-            keeper.offer(in_force);
+            keeper.offer(loaded);
         }
     }
 

@@ -26,8 +26,8 @@ use tokio::{
 use weir_cluster::{
     compile::{self, Compilers},
     sockets::{Listening, Sockets},
-    sources::{library::InForce, watch::Trigger},
-    translate::{Loader, workload_device},
+    sources::watch::Trigger,
+    translate::{Loaded, Loader, workload_device},
 };
 use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
 use weir_dataplane::{
@@ -120,6 +120,8 @@ struct World {
     versions: u8,
     device_sets: Vec<BTreeSet<u32>>,
     adopted: BTreeMap<u32, Adopted>,
+    /// Devices of the kernel's own that have programs.
+    kernel_devices: BTreeMap<u32, String>,
     owned: Owned,
     /// What was published last: the version of the files, and the place of the set of devices.
     in_force: (u8, usize),
@@ -185,6 +187,20 @@ impl Hands for Played {
         world.refuse()
     }
 
+    fn attach_kernel_device(&mut self, index: u32, name: &str) -> Result<(), AttachError> {
+        let mut world = self.world();
+        world.refuse()?;
+        world.kernel_devices.insert(index, name.to_owned());
+        Ok(())
+    }
+
+    fn detach_kernel_device(&mut self, index: u32) -> Result<(), AttachError> {
+        let mut world = self.world();
+        world.refuse()?;
+        world.kernel_devices.remove(&index);
+        Ok(())
+    }
+
     fn index_of(&self, _: &str) -> Option<u32> {
         None
     }
@@ -241,7 +257,7 @@ impl Hands for Played {
 
     fn answer_health(&mut self, _: BTreeMap<SocketAddr, Check>) {}
 
-    fn keep(&mut self, _: &[InForce]) {}
+    fn keep(&mut self, _: &Loaded) {}
 
     fn watch(&mut self, _: Vec<PathBuf>) {}
 
@@ -358,6 +374,7 @@ impl Play {
             versions: 0,
             device_sets: vec![BTreeSet::new()],
             adopted: BTreeMap::new(),
+            kernel_devices: BTreeMap::new(),
             owned: Owned::default(),
             in_force: (0, 0),
             publications: 0,
@@ -376,6 +393,7 @@ impl Play {
                 roles,
                 tracker: DeviceTracker::new(Role::Workload),
                 adopted: BTreeMap::new(),
+                kernels: BTreeMap::new(),
                 max_mtu: 1500,
                 too_large: Vec::new(),
                 link_due: None,
