@@ -10,6 +10,7 @@
  *          a server of the node -> answer_send -> weir0, on its way out, where weir has translated what it answers
  *   pod <- its veth <- trunk_deliver <---  weir0 <= weir1 <-------------------AF_XDP socket
  *          node's kernel <-- (pass) <----
+ *          node's kernel <- uplink  <----   groups' packets and others of the uplink's link
  *
  * Everything here fails closed: without a router there is no socket, and what pods send ends in trunk_receive. */
 #include "node.h"
@@ -214,6 +215,12 @@ SECTION("classifier") int trunk_deliver(struct __sk_buff *packet)
 			remember_answered(ethernet->h_proto, ethernet + 1, (void *)(long)packet->data_end);
 		count(COUNTER_DELIVERED_HOST);
 		return from_loopback ? to_loopback(packet) : TC_ACT_OK;
+	}
+	/* For the node by an address that is good on one link only: of another device the kernel would not take it. */
+	if (device & FORWARDED) {
+		packet->tc_index = RETURNED;
+		count(COUNTER_DELIVERED_HOST);
+		return redirect(device & ~FORWARDED, BPF_F_INGRESS);
 	}
 	workload = map_lookup(&workloads, &device);
 	if (!workload) {

@@ -56,6 +56,27 @@ INLINE int has_port(enum port_set set, enum port_protocol protocol, __u16 port)
 	return bits && *bits >> port % 64 & 1;
 }
 
+/* Whether a host endpoint governs what the node itself gets. */
+INLINE int is_governed(void)
+{
+	__u32 first = 0;
+	__u64 *value = map_lookup(&governed, &first);
+
+	return !value || *value;
+}
+
+/* Groups, and everybody (RFC 5771, RFC 919): the node's where it takes part, and no router's to forward. */
+INLINE int is_group_v4(__be32 address)
+{
+	return from_network32(address) >> 28 == 0xe || address == 0xffffffff;
+}
+
+/* Groups, and addresses that are good on one link only (RFC 4291, 2.5.6 and 2.7). */
+INLINE int ends_at_link_v6(const struct in6_addr *address)
+{
+	return address->s6_addr[0] == 0xff || (address->s6_addr[0] == 0xfe && (address->s6_addr[1] & 0xc0) == 0x80);
+}
+
 /* A whole packet to one of the node's own addresses. TCP, UDP and SCTP begin with the source and destination port. */
 INLINE enum counter judge_ports(__u8 protocol, const void *header, const void *end)
 {
@@ -94,7 +115,7 @@ INLINE enum counter judge_v4(const struct iphdr *ip, const void *end)
 	prefix.bits = 32;
 	__builtin_memcpy(prefix.address, &ip->daddr, sizeof(prefix.address));
 
-	if (!map_lookup(&node_v4, prefix.address))
+	if (!map_lookup(&node_v4, prefix.address) && !(is_group_v4(ip->daddr) && is_governed()))
 		return map_lookup(&prefixes_v4, &prefix) ? COUNTER_UPLINK_TAKEN_PREFIX : COUNTER_UPLINK_PASSED;
 	if (ip->protocol == IPPROTO_IPIP)
 		return COUNTER_UPLINK_TAKEN_TUNNEL;
@@ -140,7 +161,7 @@ INLINE enum counter judge_v6(const struct ipv6hdr *ip, const void *end)
 	prefix.bits = 128;
 	__builtin_memcpy(prefix.address, &ip->daddr, sizeof(prefix.address));
 
-	if (!map_lookup(&node_v6, prefix.address))
+	if (!map_lookup(&node_v6, prefix.address) && !(ends_at_link_v6(&ip->daddr) && is_governed()))
 		return map_lookup(&prefixes_v6, &prefix) ? COUNTER_UPLINK_TAKEN_PREFIX : COUNTER_UPLINK_PASSED;
 	for (i = 0; i < MAX_EXTENSIONS && is_extension(next); i++) {
 		const struct ipv6_opt_hdr *extension = header;
@@ -206,15 +227,9 @@ INLINE int is_the_kernels(enum counter cause)
  * alone shows which port a packet is for, so where ports are governed, none passes. */
 INLINE int passes_unclaimed(enum counter cause)
 {
-	__u64 *is_governed;
-	__u32 first = 0;
-
 	if (cause == COUNTER_UPLINK_TAKEN_ICMP)
 		return 1;
-	if (cause != COUNTER_UPLINK_TAKEN_FRAGMENT)
-		return 0;
-	is_governed = map_lookup(&governed, &first);
-	return is_governed && !*is_governed;
+	return cause == COUNTER_UPLINK_TAKEN_FRAGMENT && !is_governed();
 }
 
 /* Whether uplink_carry would carry a packet that weir owns. */
@@ -285,6 +300,15 @@ SECTION("xdp.frags") int uplink_receive(struct xdp_md *packet)
 	return action;
 }
 
+/* Whether a worker has judged a packet already, and hands it back. */
+INLINE int is_returned(struct __sk_buff *packet)
+{
+	if (packet->tc_index != RETURNED)
+		return 0;
+	packet->tc_index = 0;
+	return 1;
+}
+
 /* What a packet is that the kernel has received, and merged with others perhaps; -1: there is no memory for its headers, or for it without
  * its tags. Then it may be weir's, and the kernel could not read it either. What is weir's has no tag any more. */
 INLINE int judge_received(struct __sk_buff *packet)
@@ -338,7 +362,7 @@ SECTION("classifier") int uplink_carry(struct __sk_buff *packet)
 {
 	int cause, action;
 
-	if (!offload_is_on)
+	if (is_returned(packet) || !offload_is_on)
 		return TC_ACT_UNSPEC;
 	cause = judge_received(packet);
 	if (cause < 0)
@@ -360,9 +384,12 @@ SECTION("classifier") int uplink_carry(struct __sk_buff *packet)
 /* On a device that has no uplink_receive. Its sockets are the trunk's. */
 SECTION("classifier") int uplink_take(struct __sk_buff *packet)
 {
-	int cause = judge_received(packet), action, may_pass;
+	int cause, action, may_pass;
 	__u32 first = 0;
 
+	if (is_returned(packet))
+		return TC_ACT_UNSPEC;
+	cause = judge_received(packet);
 	if (cause < 0)
 		return TC_ACT_SHOT;
 	action = carry_owned(packet, cause);

@@ -51,6 +51,9 @@ static long (*const skb_change_type)(struct __sk_buff *packet, __u32 type) = (vo
 /* With the index of a device: what the node's kernel received by it and only forwards. */
 #define FORWARDED 0x80000000
 
+/* In tc_index, of a packet that a worker has judged and hands back to the uplink that it came by: nothing else that is received has one. */
+#define RETURNED 0x7765
+
 /* A workload device, by its index. */
 struct workload {
 	__u8 mac[ETH_ALEN];

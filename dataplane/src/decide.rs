@@ -102,7 +102,7 @@ pub fn decide<'s, A: Routed>(
         route: Route::None,
     };
 
-    if let Err(reason) = check_source(snapshot, from, key) {
+    if let Err(reason) = check_source(snapshot, from, key).and_then(|()| check_link(snapshot, from, key)) {
         decision.verdict = Verdict::Drop(reason);
         return decision;
     }
@@ -160,7 +160,7 @@ pub fn decide<'s, A: Routed>(
         }
     }
 
-    decision.route = forwarding.route_of(&decision.translated);
+    decision.route = route(forwarding, key, &decision.translated);
     let judged =
         judge(snapshot, from, &decision.translated, &mut decision.egress, &mut decision.ingress).and_then(|own| {
             match own {
@@ -248,6 +248,20 @@ pub fn check_source<A: Routed>(snapshot: &Snapshot, from: Origin, key: &FlowKey<
     if from.workload().is_some() && is_tunnel() { Err(DropReason::WorkloadTunnel) } else { Ok(()) }
 }
 
+/// Where a packet goes that may ([`check_link`]): for its link alone, to the node.
+fn route<A: Routed>(forwarding: &Forwarding, key: &FlowKey<A>, translated: &FlowKey<A>) -> Route {
+    if key.dst.ends_at_link() { Route::Via(forwarding.host()) } else { forwarding.route_of(translated) }
+}
+
+/// Whether a packet may go where it goes, if it is not to leave its link: by an uplink to the node itself, and nowhere else.
+fn check_link<A: Routed>(snapshot: &Snapshot, from: Origin, key: &FlowKey<A>) -> Result<(), DropReason> {
+    if !key.dst.ends_at_link() && !key.src.is_bound_to_link() {
+        return Ok(());
+    }
+    let is_for_node = from == Origin::Uplink && snapshot.forwarding.is_for_node(key.dst);
+    if is_for_node { Ok(()) } else { Err(DropReason::LinkScope) }
+}
+
 /// What the pods' own policies say of a packet that they do not deny.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum OwnPolicy {
@@ -316,7 +330,7 @@ pub fn judge_again<A: Routed>(
     match judge(snapshot, arrival.origin, translated, &mut None, &mut None)? {
         OwnPolicy::Exempt => Ok(()),
         OwnPolicy::Allows => {
-            let route = snapshot.forwarding.route_of(translated);
+            let route = route(&snapshot.forwarding, original, translated);
             host_policy::after_services(snapshot, arrival, translated, route, before, &mut host)
         }
     }

@@ -218,6 +218,8 @@ enum Owner {
 #[derive(Debug)]
 pub struct Family<A: Address> {
     local: HashSet<A>,
+    /// Those of `local` that the node shares with others: its networks' broadcast addresses, and the anycast address of routers.
+    shared: HashSet<A>,
     pods: HashMap<A, Owner>,
     ranges: PrefixMap<A, Owner>,
     routes: PrefixMap<A, Way>,
@@ -394,6 +396,18 @@ impl Forwarding {
     #[inline]
     pub fn is_local<A: Routed>(&self, address: A) -> bool {
         A::family(self).local.contains(&address)
+    }
+
+    /// Whether `address` is one of this node's that it shares with its neighbours: a broadcast or anycast address of a network that it is in.
+    #[inline]
+    pub fn is_shared<A: Routed>(&self, address: A) -> bool {
+        A::family(self).shared.contains(&address)
+    }
+
+    /// Whether what comes by an uplink for `address` is for the node itself: one of its own, a group's, or one that is good on a link only.
+    #[inline]
+    pub fn is_for_node<A: Routed>(&self, address: A) -> bool {
+        self.is_local(address) || address.ends_at_link()
     }
 
     /// The workload of this node that has `address`.
@@ -634,13 +648,23 @@ impl Forwarding {
         shared.map(|(_, id)| id).chain(foreign.flatten()).collect()
     }
 
-    /// This node's addresses, both families, sorted.
+    /// This node's own addresses, both families, sorted.
     pub fn local_addresses(&self) -> Vec<IpAddr> {
-        let mut all: Vec<IpAddr> = self.v4.local.iter().map(|a| a.to_ip()).collect();
-        all.extend(self.v6.local.iter().map(|a| a.to_ip()));
-        all.sort();
-        all
+        let own_v4 = self.v4.local.difference(&self.v4.shared).map(|a| a.to_ip());
+        let own_v6 = self.v6.local.difference(&self.v6.shared).map(|a| a.to_ip());
+        sorted(own_v4.chain(own_v6))
     }
+
+    /// Those that it shares ([`Self::is_shared`]), both families, sorted.
+    pub fn shared_addresses(&self) -> Vec<IpAddr> {
+        sorted(self.v4.shared.iter().map(|a| a.to_ip()).chain(self.v6.shared.iter().map(|a| a.to_ip())))
+    }
+}
+
+fn sorted(addresses: impl Iterator<Item = IpAddr>) -> Vec<IpAddr> {
+    let mut all: Vec<IpAddr> = addresses.collect();
+    all.sort_unstable();
+    all
 }
 
 struct Compiler<'a> {
@@ -1010,8 +1034,14 @@ impl<'a> Compiler<'a> {
             node.pod_cidrs.iter().filter_map(move |net| Some((A::from_ip(net.network())?, net.prefix_len(), owner)))
         });
 
+        let networks = self.links.devices.iter().filter(|d| d.role != Role::Workload).flat_map(|d| &d.addresses);
+        let shared = networks.filter_map(shared_address).filter_map(A::from_ip);
+        let shared: HashSet<A> = shared.filter(|a| !local.contains(a) && !pods.contains_key(a)).collect();
+        local.extend(&shared);
+
         Family {
             local,
+            shared,
             pods,
             ranges: PrefixMap::compile(ranges),
             routes: PrefixMap::compile(routes),
@@ -1040,6 +1070,16 @@ pub fn local_workloads(cluster: &Cluster) -> impl Iterator<Item = (WorkloadId, &
 fn direct_address<A: Address>(node: &model::Node) -> Option<A> {
     let annotated = node.ipv4_address.and_then(|net| A::from_ip(IpAddr::V4(net.addr())));
     annotated.or_else(|| node.internal_ips.iter().find_map(|ip| A::from_ip(*ip)))
+}
+
+/// The address that all who are in a network share, as Linux has it: its broadcast address (RFC 1812, 5.3.5), or that of its routers (RFC 4291,
+/// 2.6.1). Networks of two (RFC 3021, RFC 6164) and single addresses have none.
+fn shared_address(network: &IpNet) -> Option<IpAddr> {
+    match network {
+        IpNet::V4(net) if net.prefix_len() < 31 => Some(net.broadcast().into()),
+        IpNet::V6(net) if net.prefix_len() < 127 && !net.addr().is_unicast_link_local() => Some(net.network().into()),
+        IpNet::V4(_) | IpNet::V6(_) => None,
+    }
 }
 
 /// Whether an address is good on one link only.

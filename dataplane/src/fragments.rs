@@ -18,10 +18,11 @@
 //! *Who shares a packet.* Fragments join only where they come from one place: one workload's device, the node's kernel, or any uplink. A
 //! workload cannot ride on another's packet.
 //!
-//! *Layout.* A fixed table, allocated once: buckets of `WAYS` packets, by a hash that is keyed by a random number. In a full bucket a new
-//! packet takes the place of the oldest, if nobody can expect more of that one ([`PATIENCE`]); else it is refused. One place fills `SHARE`
-//! ways at most, and `WAITING_SHARE` fragments from it may wait, so that one workload does not stop the fragments of all. Waiting fragments
-//! are in one list, oldest first.
+//! *Layout.* A fixed table, allocated once, whose places a [`Roster`] finds by a hash that is keyed by a random number: whatever the hashes, as many
+//! packets are followed as there are places. In a full table a new packet displaces the oldest, if nobody can expect more of that one
+//! ([`PATIENCE`]); else the oldest from the place that has most, if that has more than the new one's place; else it is refused. So one
+//! workload may have all of the table, and takes nothing from who has less. `WAITING_SHARE` fragments from one place may wait. Waiting
+//! fragments are in one list, oldest first.
 //!
 //! *Invariants.* (1) A fragment waits only for a packet in the table whose fate is [`Fate::Unknown`]; so whoever decides a fate takes the
 //! waiting ones out. (2) `datagram.waiting` is the number of them. (3) A packet with waiting fragments is not forgotten.
@@ -44,14 +45,11 @@ use weir_packet::{
 use crate::{
     frame::{IfIndex, Packet},
     origin::Origin,
+    roster::{OWNERS, Roster},
 };
 
 /// Packets that are followed at once, per worker and family.
 const DATAGRAMS: usize = 512;
-/// Packets that share a bucket.
-const WAYS: usize = 8;
-/// Ways of a bucket that one place may fill.
-const SHARE: usize = 6;
 /// Fragments of one packet: 65,535 bytes over an MTU of 576 are 119.
 const PIECES: usize = 128;
 /// Fragments that wait for their first, per worker and family.
@@ -75,6 +73,13 @@ pub struct DatagramKey<A: Address> {
     protocol: Protocol,
     /// The device of a workload or of the node's kernel; `None`: an uplink.
     from: Option<IfIndex>,
+}
+
+impl<A: Address> DatagramKey<A> {
+    /// Whose share of the table it is of: uplinks have one, devices one each, as long as their indices do not meet.
+    fn owner(&self) -> u8 {
+        self.from.map_or(0, |IfIndex(index)| 1 + (index % (OWNERS as u32 - 1)) as u8)
+    }
 }
 
 /// The part of a packet that a fragment carries.
@@ -177,7 +182,6 @@ struct Datagram<A: Address> {
     fate: Fate<A>,
     /// When its first fragment to arrive did.
     since: Tick,
-    is_live: bool,
     waiting: u8,
     /// Where the packet ends, if that fragment has come.
     end: Option<u16>,
@@ -190,7 +194,7 @@ struct Datagram<A: Address> {
 
 // With 512 of each family a worker has 0.7 MB of them.
 const _: () = assert!(size_of::<Datagram<Ipv4Addr>>() <= 640 && size_of::<Datagram<Ipv6Addr>>() <= 768);
-const _: () = assert!(PIECES <= u8::MAX as usize && DATAGRAMS <= u16::MAX as usize && DATAGRAMS.is_multiple_of(WAYS));
+const _: () = assert!(PIECES <= u8::MAX as usize);
 
 impl<A: Address> Datagram<A> {
     fn unused() -> Self {
@@ -199,7 +203,6 @@ impl<A: Address> Datagram<A> {
             key: DatagramKey { src: nobody, dst: nobody, id: 0, protocol: Protocol::default(), from: None },
             fate: Fate::Unknown,
             since: Tick::default(),
-            is_live: false,
             waiting: 0,
             end: None,
             seen_bytes: 0,
@@ -212,7 +215,6 @@ impl<A: Address> Datagram<A> {
         self.key = key;
         self.fate = Fate::Unknown;
         self.since = now;
-        self.is_live = true;
         self.waiting = 0;
         self.end = None;
         self.seen_bytes = 0;
@@ -221,7 +223,7 @@ impl<A: Address> Datagram<A> {
 
     /// Whether it is over, so that a fragment with its key is another packet's.
     fn is_over(&self, now: Tick, lifetime: u32) -> bool {
-        !self.is_live || (self.waiting == 0 && now.since(self.since) > lifetime)
+        self.waiting == 0 && now.since(self.since) > lifetime
     }
 
     fn note(&mut self, extent: Extent) -> Result<(), DropReason> {
@@ -265,6 +267,7 @@ impl<A: Address> Datagram<A> {
 #[derive(Debug)]
 pub struct Fragments<A: Address> {
     datagrams: Box<[Datagram<A>]>,
+    roster: Roster,
     waiting: Vec<Waiting<A>>,
     secret: [u64; 2],
     /// How long a packet is followed.
@@ -278,6 +281,7 @@ impl<A: Address> Fragments<A> {
         const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
         Self {
             datagrams: (0..DATAGRAMS).map(|_| Datagram::unused()).collect(),
+            roster: Roster::new(DATAGRAMS),
             waiting: Vec::with_capacity(WAITING),
             secret: [secret[0], secret[1] ^ SPREAD],
             lifetime: LIFETIME,
@@ -301,30 +305,39 @@ impl<A: Address> Fragments<A> {
 
     /// The packet with that key, known already or from now on; `None` where there is no room for one more.
     pub fn datagram(&mut self, key: &DatagramKey<A>, now: Tick) -> Option<Slot> {
-        let first = self.bucket(key) * WAYS;
-        let lifetime = self.lifetime;
-        let bucket = &mut self.datagrams[first..first + WAYS];
-        let slot = |way: usize| Slot((first + way) as u16);
-        if let Some(way) = bucket.iter().position(|d| d.key == *key && !d.is_over(now, lifetime)) {
-            return Some(slot(way));
+        let hash = self.hash(key);
+        if let Some(place) = self.roster.find(hash, |place| self.of(Slot(place)).key == *key) {
+            if !self.of(Slot(place)).is_over(now, self.lifetime) {
+                return Some(Slot(place));
+            }
+            self.roster.release(place);
         }
-        let same_place = bucket.iter().filter(|d| !d.is_over(now, lifetime) && d.key.from == key.from).count();
-        let is_usable = |d: &Datagram<A>| {
-            let is_old = d.waiting == 0 && now.since(d.since) > PATIENCE;
-            match d.is_over(now, lifetime) {
-                true => same_place < SHARE,
-                false => is_old && (same_place < SHARE || d.key.from == key.from),
+        let owner = key.owner();
+        let place = match self.roster.take(hash, owner) {
+            Some(place) => place,
+            None => {
+                let least = self.least_expected(owner, now)?;
+                self.roster.release(least);
+                self.roster.take(hash, owner)?
             }
         };
-        let age = |d: &Datagram<A>| if d.is_over(now, lifetime) { u32::MAX } else { now.since(d.since) };
-        let (way, datagram) =
-            bucket.iter_mut().enumerate().filter(|(_, d)| is_usable(d)).max_by_key(|(_, d)| age(d))?;
-        datagram.begin(*key, now);
-        Some(slot(way))
+        self.of_mut(Slot(place)).begin(*key, now);
+        Some(Slot(place))
+    }
+
+    /// Whom a new packet of `owner` displaces in a full table: the oldest, if nobody can expect more of it, else the oldest of the place that has most.
+    fn least_expected(&self, owner: u8, now: Tick) -> Option<u16> {
+        let mut idle = self.roster.by_age().filter(|(place, _)| self.of(Slot(*place)).waiting == 0);
+        let (oldest, of) = idle.next()?;
+        if now.since(self.of(Slot(oldest)).since) > PATIENCE {
+            return Some(oldest);
+        }
+        let largest = self.roster.gives_to(owner)?;
+        std::iter::once((oldest, of)).chain(idle).find(|(_, of)| *of == largest).map(|(place, _)| place)
     }
 
     /// Multiplies the key's words with a secret factor, as the connection table's hash does (weir-conntrack, hash.rs).
-    fn bucket(&self, key: &DatagramKey<A>) -> usize {
+    fn hash(&self, key: &DatagramKey<A>) -> u32 {
         let [seed, factor] = self.secret;
         let fold = |a: u64| {
             let product = u128::from(a) * u128::from(factor);
@@ -333,8 +346,7 @@ impl<A: Address> Fragments<A> {
         let (src, dst) = (key.src.words(), key.dst.words());
         let ends = src.as_ref().iter().zip(dst.as_ref());
         let mixed = ends.fold(seed, |mixed, (src, dst)| fold(mixed ^ (u64::from(*src) << 32 | u64::from(*dst))));
-        let hash = fold(fold(mixed ^ (u64::from(key.id) << 8 | u64::from(key.protocol.0))));
-        (hash >> 32) as usize % (DATAGRAMS / WAYS)
+        (fold(fold(mixed ^ (u64::from(key.id) << 8 | u64::from(key.protocol.0)))) >> 32) as u32
     }
 
     /// Notes that a fragment has come.
@@ -394,16 +406,16 @@ impl<A: Address> Fragments<A> {
 
     /// Forgets a packet if all of it has passed.
     pub fn finish(&mut self, slot: Slot) {
-        let datagram = self.of_mut(slot);
+        let datagram = self.of(slot);
         if datagram.waiting == 0 && datagram.end.is_some_and(|end| u32::from(end) == datagram.seen_bytes) {
-            datagram.is_live = false;
+            self.roster.release(slot.0);
         }
     }
 
     /// Forgets a packet, none of whose fragments wait.
     pub fn forget(&mut self, slot: Slot) {
         debug_assert_eq!(self.of(slot).waiting, 0);
-        self.of_mut(slot).is_live = false;
+        self.roster.release(slot.0);
     }
 
     /// Removes and returns any waiting fragment: the worker ends.
@@ -499,40 +511,80 @@ mod tests {
     }
 
     #[test]
-    fn a_full_bucket_keeps_ways_for_other_places_and_takes_back_what_is_old() {
-        let mut table = Table::new([1, 2]);
-        let (pod, other) = (Some(IfIndex(3)), Some(IfIndex(4)));
-        let home = table.bucket(&key(0, pod));
-        let same_bucket: Vec<u32> = (0..).filter(|id| table.bucket(&key(*id, pod)) == home).take(3 * WAYS).collect();
-        let mut ids = same_bucket.into_iter();
-        let mut add = |table: &mut Table, from, now| table.datagram(&key(ids.next().unwrap(), from), Tick(now));
-        let slots: Vec<Slot> = (0..SHARE).map(|_| add(&mut table, pod, 100).unwrap()).collect();
-        assert_eq!(add(&mut table, pod, 100), None, "the pod's share");
-        let others: Vec<Slot> = (SHARE..WAYS).map(|_| add(&mut table, other, 101).unwrap()).collect();
-        assert_eq!(add(&mut table, None, 101), None, "the whole bucket");
-        // The pod replaces its own oldest, others may take any.
-        let late = 101 + PATIENCE;
-        assert!(slots.contains(&add(&mut table, pod, late).unwrap()));
-        assert_eq!(add(&mut table, other, late).map(|slot| slots.contains(&slot)), Some(true));
-        assert!(others.iter().all(|slot| table.fate(*slot) == Fate::Unknown && table.of(*slot).since == Tick(101)));
-        // After its lifetime a packet is another's.
-        let first = table.of(others[0]).key;
-        let again = table.datagram(&first, Tick(102 + LIFETIME)).unwrap();
-        assert_eq!(table.of(again).since, Tick(102 + LIFETIME));
-        table.set_lifetime(500);
-        for (now, since) in [(602, 102), (603, 603)] {
-            let slot = table.datagram(&first, Tick(now + LIFETIME)).unwrap();
-            assert_eq!(table.of(slot).since, Tick(since + LIFETIME));
+    fn as_many_packets_are_followed_as_is_said_whatever_their_hashes() {
+        // Many of one source, of many sources, and such as meet in one bucket.
+        let of_source = |i: u32| DatagramKey { src: Ipv4Addr::from_bits(0x0a00_0000 + i), ..key(7, None) };
+        let by_id: Vec<_> = (0..).map(|id| key(id, None)).take(DATAGRAMS).collect();
+        let by_source: Vec<_> = (0..).map(of_source).take(DATAGRAMS).collect();
+        let table = Table::new([1, 2]);
+        let meets = |key: &DatagramKey<_>| table.hash(key) % (2 * DATAGRAMS as u32) == 7;
+        let colliding: Vec<_> = (0..).map(|id| key(id, None)).filter(meets).take(DATAGRAMS).collect();
+        for keys in [by_id, by_source, colliding] {
+            let mut table = Table::new([1, 2]);
+            let slots: Vec<Slot> = keys.iter().map(|key| table.datagram(key, Tick(100)).unwrap()).collect();
+            for (key, slot) in keys.iter().zip(&slots) {
+                assert_eq!(table.datagram(key, Tick(100)), Some(*slot), "still the same");
+            }
+            assert_eq!(table.datagram(&key(1 << 30, None), Tick(100)), None, "and not one more");
+            // One that has passed makes way.
+            table.note(slots[5], part(0, 8, false)).unwrap();
+            table.finish(slots[5]);
+            assert!(table.datagram(&key(1 << 30, None), Tick(100)).is_some());
+            assert_eq!(table.datagram(&keys[5], Tick(100)), None);
         }
     }
 
     #[test]
+    fn who_has_most_gives_to_who_has_less_and_what_is_old_to_anybody() {
+        let mut table = Table::new([1, 2]);
+        let (pod, other) = (Some(IfIndex(3)), Some(IfIndex(4)));
+        let mut ids = 0..;
+        let mut add = |table: &mut Table, from, now| table.datagram(&key(ids.next().unwrap(), from), Tick(now));
+        let slots: Vec<Slot> = (0..DATAGRAMS).map(|_| add(&mut table, pod, 100).unwrap()).collect();
+        assert_eq!(add(&mut table, pod, 100), None, "all is the pod's");
+        // Its oldest make way, one after another, until both have as many.
+        let taken: Vec<Slot> = std::iter::from_fn(|| add(&mut table, other, 101)).collect();
+        assert_eq!(taken, slots[..DATAGRAMS / 2]);
+        assert_eq!(add(&mut table, pod, 101), None);
+        // The uplinks have a share, too; whoever has most gives.
+        let thirds: Vec<Slot> = std::iter::from_fn(|| add(&mut table, None, 101)).collect();
+        assert_eq!(thirds.len(), DATAGRAMS / 3);
+        // What waits for its first is not displaced; the next oldest is.
+        let late = 101 + PATIENCE;
+        let (oldest, next) = {
+            let mut by_age = table.roster.by_age();
+            (by_age.next().unwrap(), by_age.next().unwrap())
+        };
+        table.of_mut(Slot(oldest.0)).waiting = 1;
+        assert_eq!(add(&mut table, other, late), Some(Slot(next.0)));
+        table.of_mut(Slot(oldest.0)).waiting = 0;
+        assert_eq!(add(&mut table, pod, late), Some(Slot(oldest.0)));
+    }
+
+    #[test]
+    fn after_its_lifetime_an_identification_is_another_packets() {
+        let mut table = Table::new([1, 2]);
+        let key = key(1, None);
+        let since = |table: &mut Table, now| {
+            let slot = table.datagram(&key, Tick(now)).unwrap();
+            table.of(slot).since
+        };
+        assert_eq!(since(&mut table, 101), Tick(101));
+        assert_eq!(since(&mut table, 101 + LIFETIME), Tick(101));
+        assert_eq!(since(&mut table, 102 + LIFETIME), Tick(102 + LIFETIME));
+        table.set_lifetime(500);
+        assert_eq!(since(&mut table, 602 + LIFETIME), Tick(102 + LIFETIME));
+        assert_eq!(since(&mut table, 603 + LIFETIME), Tick(603 + LIFETIME));
+    }
+
+    #[test]
     fn keys_spread_over_all_buckets() {
+        const BUCKETS: usize = 64;
         for secret in [[0, 0], [1, 2], [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210]] {
             let table = Table::new(secret);
             let of = |spread: &dyn Fn(u32) -> DatagramKey<Ipv4Addr>| {
-                let mut counts = [0_u32; DATAGRAMS / WAYS];
-                (0..65536).for_each(|i| counts[table.bucket(&spread(i))] += 1);
+                let mut counts = [0_u32; BUCKETS];
+                (0..65536).for_each(|i| counts[table.hash(&spread(i)) as usize % BUCKETS] += 1);
                 counts
             };
             let by_id = of(&|i| key(i, None));

@@ -112,7 +112,7 @@ fn before<A: Routed>(
         }
     };
     let Some(number) = number else { return Ok(Before::Nothing) };
-    let is_for_host = snapshot.forwarding.is_local(key.dst);
+    let is_for_host = snapshot.forwarding.is_for_node(key.dst);
     if is_failsafe(snapshot, direction, key) {
         return Ok(Before::Nothing);
     }
@@ -150,7 +150,7 @@ pub fn is_untracked<A: Routed>(snapshot: &Snapshot, arrival: Arrival, key: &Flow
 fn is_failsafe<A: Routed>(snapshot: &Snapshot, direction: PolicyDirection, key: &FlowKey<A>) -> bool {
     let settings = &snapshot.rules.host.settings;
     let (failsafes, peer) = match direction {
-        PolicyDirection::Ingress if !snapshot.forwarding.is_local(key.dst) => return false,
+        PolicyDirection::Ingress if !snapshot.forwarding.is_for_node(key.dst) => return false,
         PolicyDirection::Ingress => (&settings.failsafe_inbound, key.src),
         PolicyDirection::Egress => (&settings.failsafe_outbound, key.dst),
     };
@@ -162,7 +162,7 @@ fn is_failsafe<A: Routed>(snapshot: &Snapshot, direction: PolicyDirection, key: 
 fn answered_failsafe<A: Routed>(snapshot: &Snapshot, direction: PolicyDirection, key: &FlowKey<A>) -> Option<u16> {
     let settings = &snapshot.rules.host.settings;
     let (failsafes, peer) = match direction {
-        PolicyDirection::Ingress if !snapshot.forwarding.is_local(key.dst) => return None,
+        PolicyDirection::Ingress if !snapshot.forwarding.is_for_node(key.dst) => return None,
         PolicyDirection::Ingress => (&settings.failsafe_outbound, key.src),
         PolicyDirection::Egress => (&settings.failsafe_inbound, key.dst),
     };

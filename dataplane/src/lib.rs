@@ -31,6 +31,7 @@ pub mod origin;
 pub mod pipeline;
 pub mod prefix;
 mod rejudge;
+mod roster;
 pub mod snapshot;
 pub mod tables;
 pub mod worker;

@@ -11,8 +11,13 @@
 //!
 //! # Eviction
 //! A full bucket loses the place that would be forgotten first; those that are overdue come first by that. A client that lost its place
-//! gets a backend at random, as at its first connection. A client whose TCP connection came about ([`Clients::prove`]) loses its place to
-//! another such client only: senders of SYNs under made-up addresses have among them what those leave.
+//! gets a backend at random, as at its first connection. But nobody loses its place to whom less [`Evidence`] is for: senders of first packets under
+//! made-up addresses have among them what others leave.
+//!
+//! A TCP client has shaken hands, which it cannot in another's name. UDP has no such proof: nothing that a client sends shows that it
+//! got an answer. So who comes back after a backend has answered, by another flow, or by the same one once that is a stream (two seconds),
+//! stands above whoever sends one packet under each address, and below who has shaken hands: that costs a sender of made-up ones a second packet for
+//! each, which the answered one has no cause to send, and gives it no more than other clients' of UDP.
 //!
 //! # Invariants, thread safety
 //! A lock is held for a look at one bucket, and only by the first packet of a connection to a service with affinity; workers wait for each
@@ -80,8 +85,20 @@ struct Place<A> {
     backend: A,
     forget_at: Tick,
     port: u16,
-    /// Whether the client was seen to have that address.
-    is_proven: bool,
+    evidence: Evidence,
+}
+
+/// What was seen of a client, by what it takes to be seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Evidence {
+    /// A first packet, whose source anybody may have made up.
+    Unknown,
+    /// A backend has answered it by a datagram, to whoever has that address.
+    Answered,
+    /// It came back after such an answer.
+    Returned,
+    /// It has shaken hands: it has that address.
+    Proven,
 }
 
 impl<A: Address> Place<A> {
@@ -112,7 +129,14 @@ pub struct Clients<A> {
 impl<A: Address> Clients<A> {
     /// With room for at least so many.
     fn new(clients: usize, seed: [u64; 2], nobody: A) -> Self {
-        let free = Place { service: 0, client: nobody, backend: nobody, forget_at: Tick(0), port: 0, is_proven: false };
+        let free = Place {
+            service: 0,
+            client: nobody,
+            backend: nobody,
+            forget_at: Tick(0),
+            port: 0,
+            evidence: Evidence::Unknown,
+        };
         let buckets = clients.div_ceil(WAYS).next_power_of_two();
         Self {
             buckets: (0..buckets).map(|_| CachePadded::new(Mutex::new([free; WAYS]))).collect(),
@@ -156,51 +180,54 @@ impl<A: Address> Clients<A> {
                 index
             }
             // Where there is none, it is remembered when its connection comes about.
-            None => match self.place_for_another(&bucket, now, |place| !place.is_proven) {
+            None => match self.place_for_another(&bucket, now, Evidence::Answered) {
                 Some(index) => index,
                 None => return true,
             },
         };
-        let is_proven = known.is_some() && bucket[index].is_proven;
+        let evidence = match known.map(|index| bucket[index].evidence) {
+            None => Evidence::Unknown,
+            Some(Evidence::Answered) => Evidence::Returned,
+            Some(evidence) => evidence,
+        };
         let forget_at = forget_at(timeout_seconds, now);
-        bucket[index] = Place { service, client, backend, forget_at, port, is_proven };
+        bucket[index] = Place { service, client, backend, forget_at, port, evidence };
         true
     }
 
-    /// The place that is free, or overdue, or would be forgotten first of those that may be taken; that one is counted as evicted.
-    fn place_for_another(
-        &self,
-        bucket: &[Place<A>; WAYS],
-        now: Tick,
-        may_take: impl Fn(&Place<A>) -> bool,
-    ) -> Option<usize> {
-        let places = bucket.iter().enumerate().map(|(index, place)| (index, place.remaining(now), place));
-        let (index, remaining, _) = places
-            .filter(|(_, remaining, place)| *remaining == 0 || may_take(place))
-            .min_by_key(|(_, remaining, _)| *remaining)?;
+    /// The place that is free, or overdue, or of those with the least evidence, `most` at most, would be forgotten first; that one is counted as evicted.
+    fn place_for_another(&self, bucket: &[Place<A>; WAYS], now: Tick, most: Evidence) -> Option<usize> {
+        // An answer went to whoever has the address: it says nothing.
+        let rank = |place: &Place<A>| match place.remaining(now) {
+            0 => (Evidence::Unknown, 0),
+            remaining => (place.evidence.max(Evidence::Answered), remaining),
+        };
+        let places = bucket.iter().map(rank).enumerate();
+        let (index, (_, remaining)) =
+            places.filter(|(_, (evidence, _))| *evidence <= most).min_by_key(|(_, rank)| *rank)?;
         if remaining > 0 {
             self.evicted.fetch_add(1, Ordering::Relaxed);
         }
         Some(index)
     }
 
-    /// Notes that a connection of a client to a backend came about, so that nobody has made the client up.
-    pub(crate) fn prove(
+    /// Notes what was seen of a client of that backend. One that has no place gets one by it, if others have it of whom no more was seen.
+    pub(crate) fn note(
         &self,
         (service, timeout_seconds): (u64, u32),
         client: A,
         (backend, port): (A, u16),
+        evidence: Evidence,
         now: Tick,
     ) {
         let mut bucket = lock(self.bucket(service, client));
         if let Some(place) = bucket.iter_mut().find(|place| place.is_of(service, client) && place.remaining(now) > 0) {
-            place.is_proven = true;
-            return;
-        }
-        let place = self.place_for_another(&bucket, now, |place| !place.is_proven);
-        if let Some(index) = place.or_else(|| self.place_for_another(&bucket, now, |_| true)) {
+            place.evidence = place.evidence.max(evidence);
+        } else if evidence > Evidence::Answered
+            && let Some(index) = self.place_for_another(&bucket, now, evidence)
+        {
             let forget_at = forget_at(timeout_seconds, now);
-            bucket[index] = Place { service, client, backend, forget_at, port, is_proven: true };
+            bucket[index] = Place { service, client, backend, forget_at, port, evidence };
         }
     }
 
@@ -307,8 +334,45 @@ mod tests {
         bucket.iter().any(|place| place.is_of(SERVICE, client) && place.remaining(now) > 0)
     }
 
+    fn note(clients: &Clients<Ipv4Addr>, client: u32, evidence: Evidence, now: Tick) {
+        clients.note((SERVICE, SECONDS), Ipv4Addr::from_bits(client), (Ipv4Addr::LOCALHOST, 80), evidence, now);
+    }
+
     fn prove(clients: &Clients<Ipv4Addr>, client: u32, now: Tick) {
-        clients.prove((SERVICE, SECONDS), Ipv4Addr::from_bits(client), (Ipv4Addr::LOCALHOST, 80), now);
+        note(clients, client, Evidence::Proven, now);
+    }
+
+    #[test]
+    fn who_came_back_after_an_answer_stands_between_the_unknown_and_the_proven() {
+        let clients = Clients::new(1, [1, 2], Ipv4Addr::UNSPECIFIED);
+        let (now, udp, tcp) = (Tick(1000), 1..7, 7..10);
+        for client in udp.clone().chain(tcp.clone()) {
+            assert!(clients.remember(&choice(client), now));
+        }
+        for client in udp.clone() {
+            note(&clients, client, Evidence::Answered, now);
+            assert!(clients.remember(&choice(client), now), "it comes back");
+        }
+        tcp.clone().for_each(|client| prove(&clients, client, now));
+        // Made up, and answered all the same.
+        for made_up in 100..1100 {
+            assert!(clients.remember(&choice(made_up), Tick(1001)) && known(&clients, made_up, Tick(1001)));
+            note(&clients, made_up, Evidence::Answered, Tick(1001));
+        }
+        let all = |clients: &Clients<_>, of: std::ops::Range<u32>| of.clone().all(|client| known(clients, client, now));
+        assert!(all(&clients, udp.clone()) && all(&clients, tcp.clone()));
+        // As many who come back, which costs them a packet more: they have the places of their like, and no others.
+        for made_up in 2000..2100 {
+            assert!(clients.remember(&choice(made_up), Tick(1002)));
+            note(&clients, made_up, Evidence::Returned, Tick(1002));
+        }
+        assert!(all(&clients, tcp) && !all(&clients, udp));
+        // One of no place gets none by an answer.
+        note(&clients, 3000, Evidence::Answered, Tick(1003));
+        assert!(!known(&clients, 3000, Tick(1003)));
+        // One that has shaken hands takes one of theirs.
+        prove(&clients, 3001, Tick(1003));
+        assert!(known(&clients, 3001, Tick(1003)) && all(&clients, 7..10));
     }
 
     #[test]

@@ -15,7 +15,7 @@ mod snat;
 mod table;
 mod usage;
 
-pub use affinity::{Affinity, Choice, Clients, MAX_AFFINITY_SECONDS};
+pub use affinity::{Affinity, Choice, Clients, Evidence, MAX_AFFINITY_SECONDS};
 pub use again::Compiler;
 pub use compile::CompileError;
 pub use model::{Endpoint, Hints, HostAddresses, Model, ServicePort, ServicePorts, TrafficPolicy};

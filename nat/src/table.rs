@@ -48,7 +48,7 @@ use weir_packet::{Address, DropReason, FlowKey, Protocol, Tick};
 
 use crate::{
     ServicePort, TrafficPolicy,
-    affinity::{Affinity, Choice, Clients},
+    affinity::{Affinity, Choice, Clients, Evidence},
     compile::{Condition, hash_of_service},
     listed::Listed,
     ranges::{self, AddressRange},
@@ -337,12 +337,19 @@ impl<A: Address> Services<A> {
         }
     }
 
-    /// Notes that the connection `key`, as its opener sends it, came about with that backend: its client is one, and nobody who makes addresses up
-    /// takes its place in what `clients` remember.
-    pub fn prove(&self, key: &FlowKey<A>, backend: (A, u16), clients: &Clients<A>, now: Tick) {
+    /// Notes what was seen of the client of the connection `key`, as its opener sends it, with that backend: nobody of whom less was seen takes its
+    /// place in what `clients` remember.
+    pub fn note_client(
+        &self,
+        key: &FlowKey<A>,
+        backend: (A, u16),
+        evidence: Evidence,
+        clients: &Clients<A>,
+        now: Tick,
+    ) {
         let Some(record) = self.target(key).map(|target| &self.records[target.record()]) else { return };
         if let Some(timeout_seconds) = record.affinity {
-            clients.prove((record.identity, timeout_seconds), key.src, backend, now);
+            clients.note((record.identity, timeout_seconds), key.src, backend, evidence, now);
         }
     }
 

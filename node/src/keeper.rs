@@ -14,7 +14,7 @@ use weir_cluster::{
         keep::{KeepError, Kept},
         library::InForce,
     },
-    translate::Loader,
+    translate::{LastApi, Loaded, Loader},
 };
 
 /// The least time between two times of writing.
@@ -38,11 +38,23 @@ struct Shared {
 
 #[derive(Default)]
 struct Slot {
-    /// The texts to be written.
-    next: Option<Vec<InForce>>,
+    next: Option<Next>,
     ends: bool,
     /// Why the last try failed.
     problem: Option<String>,
+}
+
+/// What is to be written.
+struct Next {
+    texts: Vec<InForce>,
+    api: LastApi,
+}
+
+impl Next {
+    fn write(&self, folder: &Path) -> Result<(), KeepError> {
+        self.api.write(folder)?;
+        Kept::write(folder, &self.texts).map(|_| ())
+    }
 }
 
 impl Shared {
@@ -63,6 +75,11 @@ impl Keeper {
             Ok(None) => {}
             Err(error) => warn!(%error, "a start from the objects of the last run is not possible"),
         }
+        match LastApi::read(&folder) {
+            Ok(Some(api)) => loader.begin_from_api(api),
+            Ok(None) => {}
+            Err(error) => warn!(%error, "the backends that default/kubernetes had in the last run are not known"),
+        }
         let shared = Arc::<Shared>::default();
         let (end, ended) = mpsc::channel::<()>();
         let work = {
@@ -81,9 +98,9 @@ impl Keeper {
         Self { folder, shared, ended: started.is_ok().then_some(ended) }
     }
 
-    /// Has these texts written, soon; they are in force.
-    pub fn offer(&self, in_force: &[InForce]) {
-        self.shared.slot().next = Some(in_force.to_vec());
+    /// Has the texts of what is in force written, soon.
+    pub fn offer(&self, loaded: &Loaded) {
+        self.shared.slot().next = Some(Next { texts: loaded.in_force.clone(), api: LastApi::of(&loaded.services) });
         self.shared.changed.notify_one();
     }
 
@@ -117,22 +134,22 @@ fn write_on(shared: &Shared, folder: &Path, interval: Duration) {
             slot = waited.unwrap_or_else(PoisonError::into_inner).0;
             continue;
         }
-        let Some(texts) = slot.next.take() else { return };
+        let Some(next) = slot.next.take() else { return };
         drop(slot);
         last = Some(Instant::now());
-        let outcome = Kept::write(folder, &texts);
+        let outcome = next.write(folder);
         slot = shared.slot();
         tell(&mut slot, outcome);
         if slot.problem.is_some() && !slot.ends {
             // What came meanwhile is newer.
-            slot.next.get_or_insert(texts);
+            slot.next.get_or_insert(next);
         }
     }
 }
 
-fn tell(slot: &mut Slot, outcome: Result<bool, KeepError>) {
+fn tell(slot: &mut Slot, outcome: Result<(), KeepError>) {
     match outcome {
-        Ok(_) => {
+        Ok(()) => {
             if slot.problem.take().is_some() {
                 info!("the objects in force are kept again");
             }
@@ -175,7 +192,7 @@ mod tests {
         let keeper = Keeper::with_interval(state.clone(), &mut loader, Duration::from_millis(300));
         let mut put_in_force = |name: &str| {
             fs::write(&manifests, text(name)).unwrap();
-            keeper.offer(&loader.start().unwrap().0.in_force);
+            keeper.offer(&loader.start().unwrap().0);
         };
         put_in_force("a");
         until("a problem", || keeper.to_json()["problem"].as_str().is_some_and(|why| why.contains("state")));
@@ -195,5 +212,41 @@ mod tests {
         let (loaded, _) = loader.start().unwrap();
         assert_eq!(loaded.counts.get("Namespace"), Some(&1));
         assert_eq!(loaded.stale.unwrap().objects.into_iter().collect::<Vec<_>>(), ["Namespace d"]);
+    }
+
+    /// Whatever becomes of its Service and its slice, and of the router.
+    #[test]
+    fn the_api_keeps_its_last_backends_over_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let (weir, manifests, state) =
+            (folder.path().join("weir.yaml"), folder.path().join("m.yaml"), folder.path().join("state"));
+        fs::write(&weir, "nodeName: a\nmanifests: [m.yaml]\n").unwrap();
+        let service = "apiVersion: v1\nkind: Service\nmetadata: {name: kubernetes}\nspec: {clusterIP: 10.96.0.1, ports: [{name: https, port: \
+                       443}]}\n";
+        let slice = |address: &str| {
+            format!(
+                "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: kubernetes, labels: {{kubernetes.io/service-name: \
+                 kubernetes}}}}\naddressType: IPv4\nports: [{{name: https, port: 6443}}]\nendpoints: [{{addresses: [{address}]}}]\n"
+            )
+        };
+        // One run of a router with these objects; the backends of the API's service.
+        let run = |text: &str| {
+            fs::write(&manifests, text).unwrap();
+            let mut loader = Loader::new(&weir);
+            let keeper = Keeper::start(state.clone(), &mut loader);
+            let loaded = loader.start().unwrap().0;
+            keeper.offer(&loaded);
+            let ports = loaded.services.services.iter();
+            ports.flat_map(|port| port.endpoints.iter().map(|one| one.address.to_string())).collect::<Vec<_>>()
+        };
+        assert_eq!(run(service), [""; 0], "nobody has heard of any yet");
+        assert_eq!(run(&(service.to_owned() + &slice("192.0.2.1"))), ["192.0.2.1"]);
+        assert_eq!(run(service), ["192.0.2.1"], "its slice is gone");
+        assert_eq!(run("---\n"), ["192.0.2.1"], "so is the service");
+        assert_eq!(run("---\n"), ["192.0.2.1"]);
+        assert_eq!(run(&(service.to_owned() + &slice("192.0.2.2"))), ["192.0.2.2"]);
+        assert_eq!(run(&slice("192.0.2.3")), ["192.0.2.2"]);
+        fs::write(state.join("api"), "{").unwrap();
+        assert_eq!(run(service), [""; 0], "a file that cannot be read is none");
     }
 }

@@ -88,9 +88,10 @@ impl Offloader {
     /// Where there can be no thread.
     pub fn spawn(&self, workers: Arc<Shared>) -> io::Result<()> {
         let (keeper, requests) = (self.keeper.clone(), self.requests.clone());
-        thread::Builder::new()
-            .name("weir-offload".into())
-            .spawn(move || keep(&keeper, &requests, &workers.tables, || workers.stop.load(Ordering::Relaxed)))?;
+        thread::Builder::new().name("weir-offload".into()).spawn(move || {
+            let is_over = || workers.stop.load(Ordering::Relaxed);
+            keep(&keeper, &requests, &workers.tables, is_over, wait_for_programs);
+        })?;
         Ok(())
     }
 

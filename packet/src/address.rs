@@ -54,6 +54,10 @@ pub trait Address: Copy + Eq + Ord + Hash + Debug + Display + Send + Sync + 'sta
     /// A unicast address that no router may forward from or to (RFC 4291, 2.5.6). None of IPv4's: routers do forward 169.254.0.0/16, where
     /// clouds have their metadata service.
     fn is_bound_to_link(self) -> bool;
+    /// Whether a destination is for this link alone: whoever gets the packet has it, and no router passes it on.
+    fn ends_at_link(self) -> bool {
+        self.is_multicast_or_broadcast() || self.is_bound_to_link()
+    }
 }
 
 impl Address for Ipv4Addr {

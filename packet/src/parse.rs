@@ -427,13 +427,14 @@ fn ipv4_view(
     }
 }
 
-/// RFC 1812, 4.2.2.11 and 5.3.7: sources that are groups, and "this host" or (unless `of_own`) loopback on either side.
+/// RFC 1812, 4.2.2.11 and 5.3.7: sources that are groups, and "this host" or (unless `of_own`) loopback on either side; but who has no address
+/// yet asks everybody for one (RFC 2131, 4.1).
 #[inline(always)]
 pub(crate) fn is_martian_ipv4(src: Ipv4Addr, dst: Ipv4Addr, of_own: bool) -> bool {
     let (src, dst) = (src.to_bits(), dst.to_bits());
     (src >> 28 == 0xe)
         | (src == u32::MAX)
-        | (src >> 24 == 0)
+        | (src >> 24 == 0 && !(src == 0 && dst == u32::MAX))
         | (dst >> 24 == 0)
         | (!of_own & ((src >> 24 == 127) | (dst >> 24 == 127)))
 }

@@ -88,6 +88,7 @@ fn refused_frames_and_their_reasons() {
         ("source multicast", with_ipv4(udp4(), 12, &[224, 0, 0, 1]), MartianAddress),
         ("source broadcast", with_ipv4(udp4(), 12, &[255; 4]), MartianAddress),
         ("source 0.0.0.0", with_ipv4(udp4(), 12, &[0; 4]), MartianAddress),
+        ("source 0.0.0.1, to all", with_ipv4(udp4(), 12, &[0, 0, 0, 1, 255, 255, 255, 255]), MartianAddress),
         ("source 0.1.2.3", with_ipv4(udp4(), 12, &[0, 1, 2, 3]), MartianAddress),
         ("source loopback", with_ipv4(udp4(), 12, &[127, 0, 0, 1]), MartianAddress),
         ("destination loopback", with_ipv4(udp4(), 16, &[127, 1, 2, 3]), MartianAddress),

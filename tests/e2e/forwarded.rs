@@ -1,6 +1,6 @@
 //! What the node's kernel only forwards: clients of a VPN, containers of a bridge, ports that the kernel translates, pods that nobody has named.
 
-use std::{io::Write, process::Stdio, thread, time::Duration};
+use std::{thread, time::Duration};
 
 use serde_json::Value;
 use weir_cluster::translate::workload_device;
@@ -52,7 +52,7 @@ fn manifests() -> Manifests {
 }
 
 /// A namespace behind a device of node-a that is no uplink.
-fn add_behind(site: &mut Site, name: &str, device: &str, gateway: &[&str], addresses: &[&str]) {
+pub fn add_behind(site: &mut Site, name: &str, device: &str, gateway: &[&str], addresses: &[&str]) {
     site.lab.add_namespace(name).unwrap();
     let namespace = site.lab.namespace_name(name);
     site.lab.ip("node-a", &format!("link add {device} type veth peer name eth0 netns {namespace}")).unwrap();
@@ -87,19 +87,9 @@ fn site() -> Site {
 
 /// What `weir trace` says of a packet to a pod that node-a's kernel sends on.
 fn traced(site: &Site, src: &str, dst: &str) -> Value {
-    let config = site.config("node-a").display().to_string();
-    let mut trace = site
-        .lab
-        .command("node-a", &[crate::site::weir_binary().to_str().unwrap(), "trace", "-c", &config, "--flows", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
     let flow =
         format!(r#"{{"id": 1, "src": "{src}", "dst": "{dst}", "proto": "tcp", "dport": 8080, "device": "host"}}"#);
-    writeln!(trace.stdin.take().unwrap(), "{flow}").unwrap();
-    let output = trace.wait_with_output().unwrap();
-    serde_json::from_slice(&output.stdout).unwrap()
+    site.trace("node-a", &flow).remove(0)
 }
 
 #[test]

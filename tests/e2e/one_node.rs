@@ -84,3 +84,25 @@ fn one_gibibyte_over_tcp_arrives_intact() {
     }
     site.finish();
 }
+
+/// The pod speaks first: its kernel tells nobody of a new address by itself.
+#[test]
+#[cfg_attr(skip_e2e, ignore = "WEIR_SKIP_E2E=1")]
+fn a_pod_whose_mac_changes_is_found_again() {
+    let mut site = two_pods();
+    site.serve("default/client", &[8080]);
+    site.serve("default/server", &[8080]);
+    site.start_all();
+    site.answered("default/client", "http://10.1.1.20:8080/");
+    let (near, far) = connection(&site, "default/client", "default/server", "10.1.1.20:5000");
+    bulk(&near, &far, 1 << 20);
+    for last in 1..3 {
+        site.lab.ip("default/server", &format!("link set eth0 address 02:aa:bb:cc:dd:0{last}")).unwrap();
+        site.answered("default/server", "http://10.1.1.10:8080/");
+        site.answered("default/client", "http://10.1.1.20:8080/");
+        bulk(&near, &far, 1 << 20);
+        bulk(&far, &near, 1 << 20);
+    }
+    drop((near, far));
+    site.finish();
+}

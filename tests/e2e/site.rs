@@ -6,6 +6,7 @@ use std::{
     io::{self, Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::{Path, PathBuf},
+    process::Stdio,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -125,6 +126,22 @@ impl Site {
             }
         }
         site
+    }
+
+    /// What `weir trace` says on a node of flows, a line each.
+    pub fn trace(&self, node: &str, flows: &str) -> Vec<Value> {
+        let (weir, config) = (weir_binary().display().to_string(), self.config(node).display().to_string());
+        let mut trace = self
+            .lab
+            .command(node, &[&weir, "trace", "-c", &config, "--flows", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        writeln!(trace.stdin.take().unwrap(), "{flows}").unwrap();
+        let output = trace.wait_with_output().unwrap();
+        let lines = String::from_utf8(output.stdout).unwrap();
+        lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
     /// Makes nodes' names those of this lab, wherever a line ends with one as its value.

@@ -1,4 +1,5 @@
-//! The texts that are in force, kept on a disk for a start that finds its sources unreadable or half written.
+//! The texts that are in force, kept on a disk for a start that finds its sources unreadable or half written; and beside them what
+//! default/kubernetes had last ([`crate::translate::LastApi`]).
 //!
 //! # File
 //! [`MAGIC`] and the version; seconds since 1970; how many texts; each text as the lengths of its path and of its compressed bytes, its file's
@@ -31,6 +32,8 @@ const MAGIC: [u8; 8] = *b"weirkept";
 const VERSION: u32 = 1;
 /// The name of the file in its folder.
 const NAME: &str = "objects";
+/// That of the file with the API's backends.
+pub(crate) const API_NAME: &str = "api";
 /// The longest file, in bytes: a tenth of the texts, or less.
 const MAX_FILE_BYTES: u64 = 256 << 20;
 /// All texts together, in bytes.
@@ -159,15 +162,23 @@ impl Kept {
     /// # Errors
     /// Where it cannot be removed.
     pub fn remove(folder: &Path) -> io::Result<bool> {
-        let removed = match fs::remove_file(path_in(folder)) {
-            Ok(()) => true,
-            Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory].contains(&error.kind()) => false,
-            Err(error) => return Err(error),
-        };
+        let mut removed = false;
+        for path in [path_in(folder), folder.join(API_NAME)] {
+            removed |= match fs::remove_file(path) {
+                Ok(()) => true,
+                Err(error) if is_absent(&error) => false,
+                Err(error) => return Err(error),
+            };
+        }
         // What else is in it is not weir's.
         let _ = fs::remove_dir(folder);
         Ok(removed)
     }
+}
+
+/// Whether there is no such file.
+pub(crate) fn is_absent(error: &io::Error) -> bool {
+    [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory].contains(&error.kind())
 }
 
 /// A file's text in the state with that stamp; `None` where it has another by now.
@@ -217,11 +228,7 @@ fn checksum(bytes: &[u8]) -> u32 {
 fn read_entries(path: &Path) -> Result<Option<(u64, Vec<PathBuf>, Entries)>, KeepError> {
     let bytes = match file::read(path) {
         Ok((_, bytes)) => bytes,
-        Err(Unread::System(error))
-            if [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory].contains(&error.kind()) =>
-        {
-            return Ok(None);
-        }
+        Err(Unread::System(error)) if is_absent(&error) => return Ok(None),
         Err(why) => return Err(KeepError::Bad { path: path.to_owned(), why }),
     };
     decode(&bytes).map(Some).map_err(|why| KeepError::Malformed { path: path.to_owned(), why })
@@ -276,7 +283,8 @@ fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
     Some(*taken)
 }
 
-fn write_whole(folder: &Path, path: &Path, bytes: &[u8]) -> Result<(), KeepError> {
+/// Writes a file of a folder, which is made where it is not there: as it was, or with these bytes.
+pub(crate) fn write_whole(folder: &Path, path: &Path, bytes: &[u8]) -> Result<(), KeepError> {
     let new = path.with_extension("new");
     let failed = |what, path: &Path| {
         let path = path.to_owned();

@@ -8,6 +8,7 @@ mod cluster;
 mod host;
 mod host_ports;
 mod impossible;
+mod last_api;
 mod local_pods;
 mod policy;
 mod ports;
@@ -31,7 +32,7 @@ use weir_packet::Protocol;
 
 use crate::{
     config::RouterConfig,
-    resources::{Chunks, Manifests, ObjectId, Substitute},
+    resources::{Chunks, Identities, Manifests, ObjectId, Substitute, live::LiveObjects},
     sources::{
         Library, Revisit,
         file::is_written,
@@ -45,6 +46,7 @@ use crate::{
 pub use assume::{Assumed, Assumptions, makes_pods};
 pub use cluster::workload_device;
 pub use host_ports::{Room, Unserved};
+pub use last_api::LastApi;
 pub use local_pods::{LocalPod, LocalPods};
 use stages::{OfPods, Translated};
 
@@ -186,13 +188,8 @@ pub fn load_strictly(path: &Path) -> Result<Loaded, Problems> {
     Loader::new(path).load_strictly()
 }
 
-/// As [`load_strictly`] with assumptions, and warns of what is valid but probably not meant so, which takes a look at everything.
-///
-/// # Errors
-/// As there.
-pub fn load_with_review(path: &Path, assumptions: &Assumptions) -> Result<Loaded, Problems> {
-    Loader { reviews: true, ..Loader::assuming(path, assumptions) }.load_strictly()
-}
+/// What stands for a weir.yaml where a running cluster is looked at from outside.
+const NO_NODE: &str = "nodeName: this-node\nmanifests: []\n";
 
 /// Loads a configuration, at first and again and again; what did not change is taken as it was.
 #[derive(Debug)]
@@ -203,6 +200,9 @@ pub struct Loader {
     reviews: bool,
     kept: Kept,
     local_pods: Arc<LocalPods>,
+    live: LiveObjects,
+    /// Whether they are there instead of the manifests.
+    only_live: bool,
     assumes_pods: bool,
     /// What was read for the last load that succeeded.
     read: Option<Read>,
@@ -245,6 +245,8 @@ impl Loader {
             reviews: false,
             kept: Kept::default(),
             local_pods: Arc::default(),
+            live: Arc::default(),
+            only_live: false,
             assumes_pods: false,
             read: None,
             beginning: Manifests::default(),
@@ -266,6 +268,11 @@ impl Loader {
         let texts = self.library.remember(kept.texts, &mut problems);
         self.beginning = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut Chunks::default(), &mut problems);
         self.stale = Some(Stale { since_unix_seconds: kept.since_unix_seconds, objects: BTreeSet::new() });
+    }
+
+    /// Takes what default/kubernetes had in an earlier run as what it had last.
+    pub fn begin_from_api(&mut self, api: LastApi) {
+        self.kept.stages.services.api = api;
     }
 
     /// The first load of a router: as [`Loader::reload`], after what [`Loader::begin_from`] was given.
@@ -293,6 +300,27 @@ impl Loader {
     /// The pods that this node's CNI plugin has made, for the loads from now on.
     pub fn set_local_pods(&mut self, pods: Arc<LocalPods>) {
         self.local_pods = pods;
+    }
+
+    /// The objects of a running cluster, for the loads from now on. They were read by a [`live::Reader`](crate::resources::live::Reader) with
+    /// [`Loader::identities`].
+    pub fn set_live(&mut self, objects: LiveObjects) {
+        self.live = objects;
+    }
+
+    /// Takes the objects of a running cluster instead of the manifests. Without a weir.yaml, a node is made up that has none of the pods.
+    pub fn set_only_live(&mut self, objects: LiveObjects) {
+        (self.live, self.only_live) = (objects, true);
+    }
+
+    /// Looks from now on for what is valid and probably not meant so.
+    pub fn review(&mut self) {
+        self.reviews = true;
+    }
+
+    /// What numbers the objects.
+    pub fn identities(&self) -> &Identities {
+        self.library.identities()
     }
 
     /// From now on for another weir.yaml, of the same cluster.
@@ -425,7 +453,11 @@ impl Loader {
         let begin = Instant::now();
         let mut problems = Problems::default();
         let believes = self.revisit.takes_belief();
-        let made_up = if self.assumes_pods { assume::configuration(&self.path) } else { None };
+        let made_up = match (self.assumes_pods, self.only_live && !self.path.exists()) {
+            (true, _) => assume::configuration(&self.path),
+            (false, true) => Some(Source::new("weir.yaml, made up by --kubernetes", NO_NODE.to_owned())),
+            (false, false) => None,
+        };
         // What is no weir.yaml is a manifest, though it lies at its path.
         let no_path = Path::new("");
         let (path, config) = match made_up {
@@ -441,7 +473,8 @@ impl Loader {
             problems.sort();
             return Err(problems);
         };
-        let texts = self.library.read(&config.manifests, &spans, path, believes, &mut problems);
+        let manifests: &[PathBuf] = if self.only_live { &[] } else { &config.manifests };
+        let texts = self.library.read(manifests, &spans, path, believes, &mut problems);
         self.revisit.set(texts.awaited.clone());
         Ok(Read { config: Arc::new(config), texts, problems, took: begin.elapsed() })
     }
@@ -456,7 +489,10 @@ impl Loader {
         let mut problems = read.problems.clone();
         let none = BTreeMap::new();
         let substitutes = reload.map_or(&none, |(substitutes, _)| substitutes);
-        let mut manifests = Manifests::of(read.texts.pieces(), substitutes, &mut self.kept.chunks, &mut problems);
+        let live: Vec<_> =
+            self.live.iter().map(|pieces| (problems.share_source(Arc::clone(pieces.source())), pieces)).collect();
+        let all = read.texts.pieces().chain(live.iter().copied());
+        let mut manifests = Manifests::of(all, substitutes, &mut self.kept.chunks, &mut problems);
         let mut faulty = Vec::new();
         if let Some((substitutes, previous)) = reload {
             let last_good = substitutes.iter().filter(|(_, substitute)| **substitute == Substitute::LastGood);

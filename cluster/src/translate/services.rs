@@ -9,7 +9,7 @@ use std::{
 use hashbrown::HashMap;
 use ipnet::IpNet;
 use weir_dataplane::model::Cluster;
-use weir_nat::{Endpoint, Hints, MAX_AFFINITY_SECONDS, Model, ServicePort, TrafficPolicy};
+use weir_nat::{Endpoint, MAX_AFFINITY_SECONDS, Model, ServicePort, TrafficPolicy};
 use weir_packet::Protocol;
 
 use crate::{
@@ -23,11 +23,14 @@ use crate::{
         },
     },
     text::{
-        Diagnostic, Problems, Topic,
+        Diagnostic, Problems, Span, Topic,
         address::{parse_ip, parse_network},
         problem::nearest,
     },
-    translate::impossible::{is_usable, usable, usable_on_link},
+    translate::{
+        impossible::{is_usable, usable, usable_on_link},
+        last_api::{API, LastApi},
+    },
 };
 
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
@@ -42,6 +45,8 @@ type Assembled = Memo<u32, Parts, Box<[Arc<ServicePort>]>>;
 pub(super) struct Kept {
     node_name: String,
     assembled: Assembled,
+    /// What default/kubernetes had last.
+    pub(super) api: LastApi,
     last: Option<Last>,
     /// How often all were looked at.
     whole: u64,
@@ -109,17 +114,22 @@ pub(super) fn translate(
     };
     if kept.node_name != config.node_name {
         // Of an endpoint listed twice, the listing on this node counts.
-        *kept = Kept { node_name: config.node_name.clone(), whole: kept.whole, ..Kept::default() };
+        let api = std::mem::take(&mut kept.api);
+        *kept = Kept { node_name: config.node_name.clone(), whole: kept.whole, api, ..Kept::default() };
     }
     if let Some(mut last) = kept.last.take()
-        && again(&model, manifests, &mut last, &mut kept.assembled).is_some()
+        && again(&model, manifests, &mut last, &kept.api, &mut kept.assembled).is_some()
     {
         let last = kept.last.insert(Last { manifests: Arc::clone(manifests), ..last });
         problems.extend(last.said.iter().cloned());
         return (last.model.clone(), kept.whole);
     }
     let mut own = problems.without_diagnostics();
-    let (model, places) = whole(model, manifests, &mut kept.assembled, &mut own);
+    let (model, places) = whole(model, manifests, &kept.api, &mut kept.assembled, &mut own);
+    let api = LastApi::of(&model);
+    if !api.is_empty() {
+        kept.api = api;
+    }
     let said = own.diagnostics().to_vec();
     problems.extend(said.iter().cloned());
     if !own.has_errors() {
@@ -133,6 +143,7 @@ pub(super) fn translate(
 fn whole(
     mut model: Model,
     manifests: &Manifests,
+    last_api: &LastApi,
     assembled: &mut Assembled,
     problems: &mut Problems,
 ) -> (Model, HashMap<(Name, Name), Place>) {
@@ -141,13 +152,18 @@ fn whole(
     let mut places = HashMap::with_capacity(services.len().max(slices.len()));
     let mut claims = Claims { cluster_ips: HashMap::with_capacity(services.len()), ..Claims::default() };
     let mut all = Vec::with_capacity(services.len());
+    let mut has_api = false;
     assembled.turn();
     for object in services {
-        let Some(facts) = object.made(problems, service) else { continue };
+        let Some(facts) = object.made(problems, service) else {
+            has_api |= is_api(object) && is_others(&object.value);
+            continue;
+        };
         claims.of(object, facts, problems);
         let of_service = slices.remove(&(object.namespace.as_ref(), object.name.as_ref())).unwrap_or_default();
         model.unserved.extend(unserved(Some(facts), &of_service));
-        let ports = assembled_ports(object, facts, &of_service, &model.node_name, assembled);
+        let ports = assembled_ports(object, facts, &of_service, &model.node_name, last_api, assembled);
+        has_api |= is_api(object) && !ports.is_empty();
         if is_api(object)
             && !of_service.iter().any(has_usable)
             && ports.iter().any(|port| port.endpoints.iter().any(Endpoint::is_usable))
@@ -167,6 +183,16 @@ fn whole(
             places.insert((Arc::clone(&object.namespace), Arc::clone(&slice.service)), place);
         }
     }
+    if !has_api {
+        let before = all.len();
+        all.extend(last_api.service_ports(|address| claims.cluster_ips.contains_key(address)));
+        if all.len() > before {
+            let message = "no manifest has the service default/kubernetes any more, so it stays as it was last: without the API nobody would \
+                           hear of another";
+            let help = "write its Service and EndpointSlice, if the API is elsewhere now".to_owned();
+            problems.warning(Span { file: 0, start: 0, end: 0 }, message, help);
+        }
+    }
     model.unserved.sort_unstable();
     model.services = all.into();
     (model, places)
@@ -182,16 +208,17 @@ fn assembled_ports<'a>(
     facts: &ServiceFacts,
     slices: &[OfService<'_>],
     node_name: &str,
+    last_api: &LastApi,
     assembled: &'a mut Assembled,
 ) -> &'a [Arc<ServicePort>] {
-    let make = |before: Option<&Box<[Arc<ServicePort>]>>| {
+    let make = |_: Option<&_>| {
         let parts = Parts {
             service: Same(Arc::clone(object.content())),
             slices: slices.iter().map(|(slice, _)| Same(Arc::clone(slice.content()))).collect(),
         };
         let mut ports = service_ports(object, facts, slices, node_name);
         if is_api(object) {
-            keep_backends(&mut ports, before.map_or(&[], |before| before));
+            last_api.fill(&mut ports);
         }
         (parts, ports)
     };
@@ -202,7 +229,13 @@ fn assembled_ports<'a>(
 /// whose slices changed are looked at. `None` where it cannot, and then `last` is of no use any more.
 ///
 /// `model` has what is not of services. Whatever there is to say about a text that changed, or was before, is found by looking at all.
-fn again(model: &Model, manifests: &Manifests, last: &mut Last, assembled: &mut Assembled) -> Option<()> {
+fn again(
+    model: &Model,
+    manifests: &Manifests,
+    last: &mut Last,
+    last_api: &LastApi,
+    assembled: &mut Assembled,
+) -> Option<()> {
     let before = Arc::clone(&last.manifests);
     let changes = manifests.changes_since(&before)?;
     if !last.model.is_of_same_node(model)
@@ -258,7 +291,7 @@ fn again(model: &Model, manifests: &Manifests, last: &mut Last, assembled: &mut 
             if is_api(object) {
                 return None;
             }
-            let ports = assembled_ports(object, facts, &after, &model.node_name, assembled);
+            let ports = assembled_ports(object, facts, &after, &model.node_name, last_api, assembled);
             services.get_mut(first..first + ports.len())?.clone_from_slice(ports);
         }
         if place.slices.is_empty() && place.served.is_none() {
@@ -287,24 +320,20 @@ fn exchange<T: Ord>(list: &mut Vec<T>, gone: impl Iterator<Item = T>, come: impl
     }
 }
 
+/// Whether a service says itself that it is not to be served here.
+fn is_others(service: &Service) -> bool {
+    let is_headless = service.spec.as_ref().is_some_and(|spec| spec.cluster_ip.as_deref() == Some("None"));
+    is_headless || service.left_to_others.is_some()
+}
+
 /// Whether it is the cluster's own API.
 fn is_api(object: &Object<Service>) -> bool {
-    (&*object.namespace, &*object.name) == ("default", "kubernetes")
+    (&*object.namespace, &*object.name) == API
 }
 
 /// Whether a slice has an endpoint that packets may come to.
 fn has_usable((object, slice): &OfService<'_>) -> bool {
     slice.endpoints(&object.value).any(|(address, endpoint)| model_endpoint(address, 0, endpoint).is_usable())
-}
-
-/// Gives ports that have no usable backend any more those that they had `before`. The API server takes its own endpoint out while it restarts, and
-/// manifests may lose its slice; who asks the API by its service could then not hear of a new one.
-fn keep_backends(ports: &mut [Arc<ServicePort>], before: &[Arc<ServicePort>]) {
-    for port in ports.iter_mut().filter(|port| !port.endpoints.iter().any(Endpoint::is_usable)) {
-        if let Some(before) = before.iter().find(|one| (&one.name, one.protocol) == (&port.name, port.protocol)) {
-            Arc::make_mut(port).endpoints.clone_from(&before.endpoints);
-        }
-    }
 }
 
 /// What services take from an EndpointSlice, besides its endpoints.
@@ -464,8 +493,7 @@ fn model_endpoint(address: IpAddr, port: u16, endpoint: &SliceEndpoint) -> Endpo
         ready,
         serving: endpoint.serving.unwrap_or(true),
         terminating: endpoint.terminating.unwrap_or(false),
-        zone_hints: endpoint.hints.as_ref().map_or_else(Hints::default, |hints| hints.zones.clone()),
-        node_hints: endpoint.hints.as_ref().map_or_else(Hints::default, |hints| hints.nodes.clone()),
+        hints: endpoint.hints.clone(),
     }
 }
 

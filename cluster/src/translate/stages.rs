@@ -22,7 +22,7 @@ use crate::{
 /// What the load before has left. Each stage knows what it read itself, as a load that fails may have come past some.
 #[derive(Debug, Default)]
 pub(super) struct Kept {
-    services: services::Kept,
+    pub(super) services: services::Kept,
     policy: policy::Kept,
     of_pods: Option<Stage<OfPods>>,
     host_ports: Option<(Stage<HostPorts>, BesideHostPorts)>,

@@ -12,7 +12,8 @@
 //!
 //! Index 0 is the node itself: a process of its network namespace made the packet. With the highest bit set the index is that of the device
 //! by which the node's kernel has received what it only forwards ([`IfIndex::forwarded`]). What comes with another destination has met no
-//! program, so nobody knows who made it. The trunk's own MAC addresses do not begin with 0x02, so that the two cannot be confused.
+//! program, so nobody knows who made it. From weir such an index hands a packet to the kernel as one that it has received by that device,
+//! an uplink. The trunk's own MAC addresses do not begin with 0x02, so that the two cannot be confused.
 
 use weir_packet::Mac;
 

@@ -63,6 +63,7 @@ mod tools;
 mod trunk;
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     fs, io,
     os::fd::BorrowedFd,
@@ -204,6 +205,36 @@ struct Uplink {
     /// None: they are the trunk's.
     sockets: Option<XskMap<MapData>>,
     mode: ModeReport,
+}
+
+/// How an uplink is to be taken.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Plan {
+    Xdp,
+    /// By XDP if that can be, else at tc.
+    Try,
+    /// At tc, for that reason.
+    Tc(Cow<'static, str>),
+    /// Not as it is wanted: XDP would run in the devices below such a one.
+    Refuse(&'static str),
+}
+
+/// How an uplink of that kind (as rtnetlink names it; physical ones have none) is to be taken, `wanted` so or as is best. `carries`: whether the
+/// kernel carries flows.
+fn plan(wanted: Option<UplinkHook>, kind: &str, carries: bool) -> Plan {
+    let master = MASTERS.into_iter().find(|master| *master == kind);
+    match (wanted, master) {
+        (Some(UplinkHook::Xdp), Some(master)) => Plan::Refuse(master),
+        (_, Some(master)) => {
+            Plan::Tc(format!("a {master} runs XDP in the devices below it, which have other queues").into())
+        }
+        (Some(UplinkHook::Xdp), None) => Plan::Xdp,
+        (Some(UplinkHook::Tc), None) => Plan::Tc("so it is wanted".into()),
+        (None, None) if kind == "veth" && carries => {
+            Plan::Tc("for XDP a veth copies each packet, also of the flows that the kernel carries".into())
+        }
+        (None, None) => Plan::Try,
+    }
 }
 
 impl Attachment {
@@ -492,21 +523,11 @@ impl Attachment {
         link: &Link,
         hook: Option<UplinkHook>,
     ) -> Result<UplinkHook, AttachError> {
-        if let Some(master) = MASTERS.iter().find(|master| **master == link.kind) {
-            if hook == Some(UplinkHook::Xdp) {
-                return Err(AttachError::RunsInSlaves { device: name.to_owned(), master });
-            }
-            let reason = format!("a {master} runs XDP in the devices below it, which have other queues");
-            return self.attach_uplink_tc(index, name, &reason);
-        }
-        match hook {
-            Some(UplinkHook::Xdp) => self.attach_uplink_xdp(index, name),
-            Some(UplinkHook::Tc) => self.attach_uplink_tc(index, name, "so it is wanted"),
-            None if link.kind == "veth" && self.flows.is_some() => {
-                let reason = "for XDP a veth copies each packet, also of the flows that the kernel carries";
-                self.attach_uplink_tc(index, name, reason)
-            }
-            None => match self.attach_uplink_xdp(index, name) {
+        match plan(hook, &link.kind, self.flows.is_some()) {
+            Plan::Xdp => self.attach_uplink_xdp(index, name),
+            Plan::Tc(reason) => self.attach_uplink_tc(index, name, &reason),
+            Plan::Refuse(master) => Err(AttachError::RunsInSlaves { device: name.to_owned(), master }),
+            Plan::Try => match self.attach_uplink_xdp(index, name) {
                 Err(AttachError::NoNativeMode { .. }) => {
                     self.attach_uplink_tc(index, name, "its driver has no XDP of its own; generic mode is never used")
                 }
@@ -762,5 +783,30 @@ fn is_missing(error: &MapError) -> bool {
         MapError::KeyNotFound => true,
         MapError::SyscallError(call) => call.io_error.kind() == io::ErrorKind::NotFound,
         _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn xdp_is_for_devices_whose_queues_are_their_own() {
+        let is_tc = |plan: &Plan, why: &str| matches!(plan, Plan::Tc(reason) if reason.contains(why));
+        for carries in [false, true] {
+            for master in MASTERS {
+                for wanted in [None, Some(UplinkHook::Tc)] {
+                    let plan = plan(wanted, master, carries);
+                    assert!(is_tc(&plan, "the devices below it") && is_tc(&plan, master), "{plan:?}");
+                }
+                assert_eq!(plan(Some(UplinkHook::Xdp), master, carries), Plan::Refuse(master));
+            }
+            for kind in ["", "veth", "vlan", "bridge", "bonding"] {
+                assert_eq!(plan(Some(UplinkHook::Xdp), kind, carries), Plan::Xdp);
+                assert!(is_tc(&plan(Some(UplinkHook::Tc), kind, carries), "wanted"));
+                let best = plan(None, kind, carries);
+                assert!(if kind == "veth" && carries { is_tc(&best, "copies") } else { best == Plan::Try }, "{kind}");
+            }
+        }
     }
 }

@@ -33,7 +33,7 @@ pub struct Owned {
     /// What is weir's also where the node itself asks for it: node ports and host ports, each on one of the node's addresses, loopback ones
     /// among them. Those at failsafe ports stay the kernel's.
     pub own_ports: Vec<(IpAddr, Protocol, u16)>,
-    /// Whether a host endpoint governs what the node itself gets. Where no router runs, fragments to the node then end: whether their ports
+    /// Whether a host endpoint governs what the node itself gets: groups' and link-local addresses are the node's then. Where no router runs, fragments to the node then end: whether their ports
     /// are allowed, only the first of a packet could tell.
     pub governed: bool,
 }

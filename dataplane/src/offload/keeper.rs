@@ -14,7 +14,7 @@ use weir_sync::{Domain, Epoch, Mutex, Participant, Turn, atomic::Ordering, lock}
 
 use super::{
     ASKED, CANDIDATE, Offload, REQUESTS, Request,
-    flow::{Flow, Phase, wait_for_programs},
+    flow::{Flow, Phase},
     recipe::{self, Key, Recipe, Stays},
 };
 use crate::{
@@ -156,6 +156,8 @@ struct Slots {
     /// Slots that were freed: when all turns of that time are over, and so many grace periods have passed.
     resting: VecDeque<(Epoch, u64, u32)>,
     graces: u64,
+    /// Whether one has passed since the requests were made that are being answered.
+    has_passed: bool,
     /// Who was refused because all slots are used, the longest waiting first; no more than there are slots.
     waiting: VecDeque<Request>,
     counts: Counts,
@@ -186,6 +188,7 @@ impl Keeper {
             serials: vec![0; capacity as usize],
             resting: VecDeque::new(),
             graces: 0,
+            has_passed: false,
             waiting: VecDeque::new(),
             counts: Counts { capacity: capacity as usize, ..Counts::default() },
             confirmed: 0,
@@ -254,9 +257,11 @@ impl Keeper {
         true
     }
 
-    /// Answers requests. A grace period must have passed since they were made ([`wait_for_programs`]), and since `graces` of them.
+    /// Answers requests. `graces`: how many grace periods have passed by now ([`wait_for_programs`](super::flow::wait_for_programs)). Where that is one more than before, it must have passed
+    /// since the requests were made; where it is none, the kernel did not say so, and no slot is written that any program may have read.
     pub fn answer(&mut self, requests: &[Request], graces: u64, tables: &Tables) {
         let Self { participant, slots } = self;
+        slots.has_passed = graces > slots.graces;
         slots.graces = slots.graces.max(graces);
         let (turn, mut seen, mut written) = (participant.enter(), HashSet::new(), Vec::new());
         for request in requests.iter().filter(|request| seen.insert(**request)) {
@@ -441,6 +446,10 @@ impl Slots {
             (Err(stays), _) => self.refuse(&conn, before, stays),
             (Ok(_), None) => self.refuse_for_room(request),
             (Ok(None), Some(slot)) => self.renew(&conn, slot),
+            // A program may be reading it yet.
+            (Ok(Some(_)), Some(_)) if before.is_some() && !self.has_passed => {
+                self.refuse(&conn, before, Stays::Unsettled);
+            }
             (Ok(Some(recipe)), Some(slot)) => {
                 return Some((slot, self.write(&conn, slot, recipe, before.is_some())?));
             }
@@ -658,8 +667,14 @@ fn heard<A: Family>(conn: &ConnRef<'_, A>, direction: Direction, windows: Option
     }
 }
 
-/// The keeper's thread: answers requests as they come and looks after flows, until `is_over` says so.
-pub fn keep(keeper: &Mutex<Keeper>, requests: &Receiver<Request>, tables: &Tables, is_over: impl Fn() -> bool) {
+/// The keeper's thread: answers requests as they come and looks after flows, until `is_over` says so. `wait`: [`wait_for_programs`](super::flow::wait_for_programs).
+pub fn keep(
+    keeper: &Mutex<Keeper>,
+    requests: &Receiver<Request>,
+    tables: &Tables,
+    is_over: impl Fn() -> bool,
+    wait: impl Fn() -> io::Result<()>,
+) {
     let mut batch = Vec::with_capacity(BATCH);
     let (mut graces, mut looked, mut is_behind) = (0, Instant::now(), false);
     while !is_over() {
@@ -668,8 +683,8 @@ pub fn keep(keeper: &Mutex<Keeper>, requests: &Receiver<Request>, tables: &Table
             Ok(request) => {
                 batch.push(request);
                 batch.extend(requests.try_iter().take(BATCH - 1));
-                // What it does not write again is never reused.
-                if wait_for_programs().is_ok() {
+                // Without it, what programs may have read is not written again.
+                if wait().is_ok() {
                     graces += 1;
                 }
                 lock(keeper).answer(&batch, graces, tables);

@@ -41,8 +41,16 @@
 //! # Reuse of a slot
 //! A slot is written while its state is not live. A program may have found it live a moment before, and still be reading: so it is
 //! written again only after all programs that ran at that time have ended, an RCU grace period, which `membarrier(2)` waits for
-//! (`MEMBARRIER_CMD_GLOBAL` is `synchronize_rcu()`). A worker may have found the connection marked, and read its slot: so
+//! (`MEMBARRIER_CMD_GLOBAL` is `synchronize_rcu()`). Where that fails, no slot is written that ever was live: who would need it stays with the
+//! workers, until it succeeds again. A worker may have found the connection marked, and read its slot: so
 //! a slot that is freed is used again only when all turns of that time are over ([`weir_sync::domain`]).
+//!
+//! # Memory order
+//! Whoever writes a slot stores its state last, with release; programs load the state first, and nothing else of the slot but by an address that depends on
+//! what was loaded (`find` in dataplane/bpf/offload.h), which arm64 keeps in order without a barrier; older kernels' BPF has no acquire load. Workers
+//! load it with acquire. What is stored of a slot that is live (windows, counters, the epoch) stands alone: each word is right by itself, whenever it is seen. The epoch in
+//! force is stored after the slots', so who sees an old one of both takes the flow's packet for one of before the publication, and who sees the
+//! newer of the two only, for a stale one.
 //!
 //! # Ageing
 //! The programs read no clock. The keeper looks at their counters several times a second: a flow that was carried since keeps its connection alive.

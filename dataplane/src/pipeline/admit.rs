@@ -10,7 +10,7 @@ use crate::{
     driver::Driver,
     forwarding::Forwarding,
     frame::{IfIndex, LinkType, Packet},
-    origin::Origin,
+    origin::{Arrival, Origin},
     tables::Family,
 };
 
@@ -47,7 +47,7 @@ impl<D: Driver> Handler<'_, D> {
                 }
                 match scope(packet, &view, origin, forwarding)? {
                     Scope::Routed => {}
-                    Scope::Kernel => return Ok(Admitted::End(End::Punt)),
+                    Scope::Kernel => return self.hand_over(packet, &view).map(Admitted::End),
                     // IPv4 has ARP for its neighbours; multicast and IGMP end here.
                     Scope::Pod => return Err(DropReason::LinkScope),
                 }
@@ -57,7 +57,7 @@ impl<D: Driver> Handler<'_, D> {
             Ok(Parsed::V6(view)) => {
                 match scope(packet, &view, origin, forwarding)? {
                     Scope::Routed => {}
-                    Scope::Kernel => return Ok(Admitted::End(End::Punt)),
+                    Scope::Kernel => return self.hand_over(packet, &view).map(Admitted::End),
                     Scope::Pod => return self.neighbor_solicitation(packet, &view, device).map(Admitted::End),
                 }
                 self.cut_padding(packet, &view);
@@ -103,19 +103,26 @@ fn scope<A: Family>(
     {
         return Err(DropReason::SpoofedSource);
     }
-    if matches!(packet.link, LinkType::Broadcast | LinkType::Multicast) && !multicast {
+    let is_of_group = multicast || forwarding.is_shared(view.key.dst);
+    if matches!(packet.link, LinkType::Broadcast | LinkType::Multicast) && !is_of_group {
         return Err(DropReason::WrongMac);
     }
+    // Where a host endpoint governs, what is for the node is judged whatever address of the node it is for; but not what links live by.
+    let is_governed = || Arrival::by(origin, packet.device, packet.through_tunnel, forwarding).host_endpoint.is_some();
     if matches!(view.kind, Kind::Control) || multicast {
         return match origin {
+            Origin::Uplink if !matches!(view.kind, Kind::Control) && is_governed() => Ok(Scope::Routed),
             Origin::Uplink => Ok(Scope::Kernel),
             Origin::Workload(_) => Ok(Scope::Pod),
             Origin::Host | Origin::Forwarded { .. } => Err(DropReason::LinkScope),
         };
     }
     if view.key.dst.is_bound_to_link() || view.key.src.is_bound_to_link() {
-        let for_node = view.key.dst.is_bound_to_link() || forwarding.is_local(view.key.dst);
-        return if origin == Origin::Uplink && for_node { Ok(Scope::Kernel) } else { Err(DropReason::LinkScope) };
+        return match origin == Origin::Uplink && forwarding.is_for_node(view.key.dst) {
+            true if is_governed() => Ok(Scope::Routed),
+            true => Ok(Scope::Kernel),
+            false => Err(DropReason::LinkScope),
+        };
     }
     Ok(Scope::Routed)
 }

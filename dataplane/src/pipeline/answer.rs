@@ -9,7 +9,7 @@ use weir_packet::{
 
 use super::Handler;
 use crate::{
-    allowance::Cause,
+    allowance::{Cause, Network},
     counters::Counter,
     decide,
     driver::Driver,
@@ -31,7 +31,7 @@ impl<D: Driver> Handler<'_, D> {
             && decide::is_echo_request(&view.key)
             && services.is_external(view.key.dst)
         {
-            let cause = self.cause(packet);
+            let cause = self.cause(packet, view);
             if self.pipeline.echoes.take(cause, self.context.now) {
                 self.answer::<A>(packet, self.back_to(packet, view), |out, frame, _| {
                     build::echo_reply(out, frame, view)
@@ -48,7 +48,7 @@ impl<D: Driver> Handler<'_, D> {
         if view.key.protocol != Protocol::TCP || error != IcmpError::PortUnreachable {
             return self.answer_error(packet, view, error, reason);
         }
-        if self.may_reset(packet) {
+        if self.may_reset(packet, view) {
             self.answer::<A>(packet, self.back_to(packet, view), |out, frame, _| build::tcp_reset(out, frame, view));
         }
         reason
@@ -63,7 +63,7 @@ impl<D: Driver> Handler<'_, D> {
         error: IcmpError,
         reason: DropReason,
     ) -> DropReason {
-        let (cause, now) = (self.cause(packet), self.context.now);
+        let (cause, now) = (self.cause(packet, view), self.context.now);
         let shares = match error {
             IcmpError::TooBig { .. } => &mut self.pipeline.too_big,
             _ => &mut self.pipeline.errors,
@@ -95,7 +95,7 @@ impl<D: Driver> Handler<'_, D> {
             return DropReason::Invalid;
         }
         conn.end_soon(self.context.now);
-        if direction == Direction::Reply && self.may_reset(packet) {
+        if direction == Direction::Reply && self.may_reset(packet, view) {
             let to = conn.key(Direction::Original).invert();
             let answers = next_hops::of(conn, Direction::Reply, self.context.snapshot);
             self.answer::<A>(packet, answers, |out, frame, _| build::tcp_reset_onwards(out, frame, view, &to));
@@ -103,18 +103,18 @@ impl<D: Driver> Handler<'_, D> {
         self.reject(packet, view, reason)
     }
 
-    fn may_reset(&mut self, packet: &Packet) -> bool {
-        let cause = self.cause(packet);
+    fn may_reset<A: Family>(&mut self, packet: &Packet, view: &View<A>) -> bool {
+        let cause = self.cause(packet, view);
         self.pipeline.resets.take(cause, self.context.now)
     }
 
     /// Who sent a packet.
-    fn cause(&self, packet: &Packet) -> Cause {
+    fn cause<A: Family>(&self, packet: &Packet, view: &View<A>) -> Cause {
         let forwarding = &*self.context.snapshot.forwarding;
         match forwarding.device_by_index(packet.device).map(|device| forwarding.device(device).role) {
             Some(Role::Workload) => Cause::Pod(packet.device),
             Some(Role::Host) => Cause::Host,
-            Some(Role::Uplink | Role::Kernel) | None => Cause::Outside,
+            Some(Role::Uplink | Role::Kernel) | None => Cause::Outside(Network::of(view.key.src)),
         }
     }
 

@@ -43,7 +43,7 @@ impl<'a, D: Driver> Handler<'a, D> {
         // What opens nothing is only let go by untracked policy, or by what is known of the node's own.
         let may_pass = match origin {
             Origin::Workload(_) => false,
-            Origin::Uplink => snapshot.rules.host.has_untracked() || forwarding.is_local(view.key.dst),
+            Origin::Uplink => snapshot.rules.host.has_untracked() || forwarding.is_for_node(view.key.dst),
             Origin::Host | Origin::Forwarded { .. } => true,
         };
         if !opens && !may_pass {
@@ -185,14 +185,14 @@ impl<'a, D: Driver> Handler<'a, D> {
             Some(HostStage::Local) => {}
             // Denied before services were looked at.
             Some(HostStage::PreDnat)
-                if forwarding.is_local(key.dst) && !snapshot.rules.services.services::<A>().claims(key) => {}
+                if forwarding.is_for_node(key.dst) && !snapshot.rules.services.services::<A>().claims(key) => {}
             _ => return false,
         }
         if matches!(self.observed(packet, view).opening(key), Opening::Opens) {
             return host_policy::may_answer_failsafe(snapshot, key);
         }
         let is_listened_to = key.protocol == Protocol::TCP
-            && forwarding.is_local(key.dst)
+            && forwarding.is_for_node(key.dst)
             && forwarding.listens(key.ports.destination());
         !is_listened_to
     }

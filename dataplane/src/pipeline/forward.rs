@@ -11,6 +11,7 @@ use weir_packet::{
 
 use super::{Course, ETHERNET_BYTES, End, Handler};
 use crate::{
+    afxdp::trunk,
     counters::Counter,
     driver::Driver,
     forwarding::{Adjacency, AdjacencyId, Route, RouteKind},
@@ -46,7 +47,7 @@ impl<D: Driver> Handler<'_, D> {
                 }
             }
             Course::Untracked(hop) | Course::Pass(hop) => self.forward_to(packet, view, &view.key, hop),
-            Course::Punt => Ok(self.punt(packet)),
+            Course::Punt => self.hand_over(packet, view),
         }
     }
 
@@ -131,6 +132,19 @@ impl<D: Driver> Handler<'_, D> {
             }
         }
         if complete { Ok(End::Consume) } else { Err(DropReason::NoFrame) }
+    }
+
+    /// Hands a packet for the node to its kernel: where that takes it.
+    pub(super) fn hand_over<A: Family>(&mut self, packet: &mut Packet, view: &View<A>) -> Result<End, DropReason> {
+        let forwarding = &*self.context.snapshot.forwarding;
+        let FlowKey { src, dst, .. } = view.key;
+        let is_of_link = dst.ends_at_link() || src.is_bound_to_link() || forwarding.is_shared(dst);
+        if !is_of_link || packet.through_tunnel || packet.device.is_kernels() {
+            return Ok(self.punt(packet));
+        }
+        // The program there has let it come a second time: without an end.
+        let is_back = packet.bytes()[6..12] == trunk::target(packet.device.forwarded()).0;
+        if is_back { Err(DropReason::WrongMac) } else { Ok(End::Return) }
     }
 
     /// Hands a packet, which may be one that weir has made, to the node's kernel.

@@ -41,9 +41,9 @@ impl<'a, D: Driver> Handler<'a, D> {
         let now = self.context.now;
         let Some(slot) = self.fragments::<A>().datagram(&key, now) else {
             // The node's own are its kernel's to join, unless a connection claims them, which the first one tells.
-            let is_for_node = origin == Origin::Uplink && self.context.snapshot.forwarding.is_local(view.key.dst);
+            let is_for_node = origin == Origin::Uplink && self.context.snapshot.forwarding.is_for_node(view.key.dst);
             let ended = match is_for_node {
-                true if view.is_later_fragment() => Ok(self.punt(&mut packet)),
+                true if view.is_later_fragment() => self.hand_over(&mut packet, view),
                 true => self.track_and_forward(&mut packet, known),
                 false => Err(DropReason::FragmentLimit),
             };
@@ -87,8 +87,8 @@ impl<'a, D: Driver> Handler<'a, D> {
         };
         // For the node itself: its kernel has more room. Any other packet will not be whole without this fragment.
         if self.is_for_node::<A>(slot, forwarding) {
-            let end = self.punt(&mut packet);
-            return self.end(packet, Ok(end));
+            let ended = self.hand_over(&mut packet, view);
+            return self.end(packet, ended);
         }
         self.fragments::<A>().decide(slot, Fate::Drop(DropReason::FragmentOrphan));
         self.end(packet, Err(DropReason::FragmentOrphan));
@@ -162,7 +162,7 @@ impl<'a, D: Driver> Handler<'a, D> {
 
     /// Whether the packet came by an uplink and is for this node's own address.
     fn is_for_node<A: Family>(&mut self, slot: Slot, forwarding: &Forwarding) -> bool {
-        self.fragments::<A>().uplink_destination(slot).is_some_and(|destination| forwarding.is_local(destination))
+        self.fragments::<A>().uplink_destination(slot).is_some_and(|destination| forwarding.is_for_node(destination))
     }
 
     /// Ends the wait of fragments whose first does not come: those for the node itself are its kernel's, which may have it.

@@ -132,7 +132,7 @@ fn unrelated<'t, A: Family>(
     context: &Context<'_>,
 ) -> Result<Course<'t, A>, DropReason> {
     let forwarding = &*context.snapshot.forwarding;
-    if origin.is_outside() && forwarding.is_local(view.key.dst) {
+    if origin.is_outside() && forwarding.is_for_node(view.key.dst) {
         return Ok(Course::Punt);
     }
     // Who is redirected is the sender on the router's own link, nobody behind weir (RFC 1812, 5.2.7.2).

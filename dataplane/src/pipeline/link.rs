@@ -9,6 +9,7 @@ use weir_packet::{
 
 use super::{End, Event, Handler};
 use crate::{
+    allowance::Cause,
     counters::Counter,
     driver::Driver,
     forwarding::DeviceId,
@@ -85,13 +86,15 @@ impl<D: Driver> Handler<'_, D> {
         self.end(answer, Ok(End::Transmit(port)));
     }
 
-    /// Tells control the MAC address of a workload that sent a packet from `address`, where it does not know it yet.
+    /// Tells control the MAC address of a workload that sent a packet from `address`, where it does not know it yet, or knows another. Each that it is
+    /// told is a publication, so of a pod whose address changes all the time it hears seldom.
     pub(super) fn learn(&mut self, packet: &Packet, address: IpAddr) {
-        if self.context.snapshot.forwarding.neighbor(packet.device, address).is_some() {
+        let known = self.context.snapshot.forwarding.neighbor(packet.device, address);
+        let mac = Mac(*packet.bytes()[6..].first_chunk().expect("an Ethernet header"));
+        if known == Some(mac) || mac.is_group() {
             return;
         }
-        let mac = Mac(*packet.bytes()[6..].first_chunk().expect("an Ethernet header"));
-        if !mac.is_group() {
+        if known.is_none() || self.pipeline.changes.take(Cause::Pod(packet.device), self.context.now) {
             // A full channel loses nothing that the next packet does not bring again.
             let _ = self.pipeline.events.try_send(Event::Learned { device: packet.device, address, mac });
         }

@@ -159,6 +159,8 @@ enum End {
     Punt,
     /// The same of what weir has translated for a server of the node: its answers are to come back, by whatever device they would leave.
     Serve,
+    /// It gets it by the device that it came by: what it is for is there on that link only.
+    Return,
     /// It is answered, or something is sent in its place.
     Consume,
     /// It waits for the MAC address of that next hop. It came by that device.
@@ -224,6 +226,16 @@ impl<D: Driver> Handler<'_, D> {
                 }
                 pipeline.egress[usize::from(PortId::TRUNK.0)].push(packet);
             }
+            Ok(End::Return) => {
+                // Of what came by the trunk, the destination's MAC is one of the trunk's own form by now.
+                let forwarding = &*context.snapshot.forwarding;
+                let own = forwarding.device_by_index(packet.device).map(|id| forwarding.device(id).mac);
+                packet.device = packet.device.forwarded();
+                let (source, bytes) = (trunk::target(packet.device), packet.bytes_mut());
+                bytes[..6].copy_from_slice(&own.unwrap_or_default().0);
+                bytes[6..12].copy_from_slice(&source.0);
+                pipeline.egress[usize::from(PortId::TRUNK.0)].push(packet);
+            }
             Ok(End::Consume) => {
                 pipeline.count(Counter::Consumed);
                 driver.release(packet);
@@ -260,6 +272,8 @@ pub struct Pipeline {
     /// Echo replies of addresses that no device has.
     echoes: Shares,
     resets: Shares,
+    /// MAC addresses of pods that are others than were known.
+    changes: Shares,
     action_log: ActionLog,
     /// What was seen of the packets of a burst.
     seen: Vec<Seen>,
@@ -285,6 +299,9 @@ impl Pipeline {
         burst: usize,
         ports: usize,
     ) -> Self {
+        // Of a stream of their own: they change nothing of what ports and backends are drawn.
+        let mut secrets = random.clone();
+        secrets.set_stream(1);
         Self {
             own: Both::new(tables, &mut || random.next_u64()),
             counters,
@@ -294,10 +311,11 @@ impl Pipeline {
             events,
             held: Held::new(),
             generation: 0,
-            errors: Shares::of_answers(),
-            too_big: Shares::of_answers(),
-            echoes: Shares::of_answers(),
-            resets: Shares::of_answers(),
+            errors: Shares::of_answers(secrets.next_u64()),
+            too_big: Shares::of_answers(secrets.next_u64()),
+            echoes: Shares::of_answers(secrets.next_u64()),
+            resets: Shares::of_answers(secrets.next_u64()),
+            changes: Shares::of_changes(),
             action_log: ActionLog::new(),
             seen: Vec::with_capacity(burst),
             ahead: Ahead::new(burst),
@@ -360,7 +378,7 @@ impl Pipeline {
             }
             let count = packets.len();
             let to_host = |packets: &[Packet]| match port {
-                0 => packets.iter().filter(|p| p.device == IfIndex::HOST).count(),
+                0 => packets.iter().filter(|p| p.device.is_kernels()).count(),
                 _ => 0,
             };
             let punted = to_host(packets);

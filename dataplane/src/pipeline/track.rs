@@ -1,6 +1,7 @@
 //! Tracking: the connection of a packet, and whether it stands by these tables.
 
 use weir_conntrack::{ConnRef, Hash, Observed, Opening, SctpPacket, Tracked};
+use weir_nat::Evidence;
 use weir_packet::{
     Address, Direction, DropReason, Protocol,
     options::TcpOptions,
@@ -87,11 +88,14 @@ impl<'a, D: Driver> Handler<'a, D> {
                 // It stays bad, so its receiver drops it.
                 return Ok(Course::Connection(conn, direction));
             }
-            let may_prove = may_change && !conn.assured();
+            let before = Seen::of(&conn);
             match follow(&conn, direction, segment, context) {
                 Tracked::Accept => {
-                    if may_prove && conn.assured() {
-                        prove(&conn, context);
+                    let now = Seen::of(&conn);
+                    if now != before
+                        && let Some(evidence) = now.since(before, view.key.protocol, direction)
+                    {
+                        note_client(&conn, evidence, context);
                     }
                     return Ok(Course::Connection(conn, direction));
                 }
@@ -240,12 +244,40 @@ pub(super) fn comes_as_expected<A: Family>(
     })
 }
 
-/// A connection came about, so its client has the address that it says: ClientIP affinity may count on it.
-fn prove<A: Family>(conn: &ConnRef<'_, A>, context: &Context<'_>) {
+/// How far a connection has come.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Seen {
+    reply: bool,
+    assured: bool,
+}
+
+impl Seen {
+    #[inline]
+    fn of<A: Family>(conn: &ConnRef<'_, A>) -> Self {
+        Self { reply: conn.seen_reply(), assured: conn.assured() }
+    }
+
+    /// What a packet tells of the client that brought its connection from `before` to here.
+    fn since(self, before: Self, protocol: Protocol, direction: Direction) -> Option<Evidence> {
+        match protocol {
+            Protocol::UDP if self.reply && !before.reply => Some(Evidence::Answered),
+            // A backend may go on without its client.
+            Protocol::UDP => {
+                (self.assured && !before.assured && direction == Direction::Original).then_some(Evidence::Returned)
+            }
+            _ => (self.assured && !before.assured).then_some(Evidence::Proven),
+        }
+    }
+}
+
+/// Notes what was seen of a connection's client, for ClientIP affinity.
+#[cold]
+fn note_client<A: Family>(conn: &ConnRef<'_, A>, evidence: Evidence, context: &Context<'_>) {
     let (asked, backend) = (conn.key(Direction::Original), conn.key(Direction::Reply));
     if asked.dst != backend.src || asked.ports.destination() != backend.ports.source() {
         let services = context.snapshot.rules.services.services::<A>();
-        services.prove(&asked, (backend.src, backend.ports.source()), context.affinity.clients(), context.now);
+        let backend = (backend.src, backend.ports.source());
+        services.note_client(&asked, backend, evidence, context.affinity.clients(), context.now);
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use crate::packets::{Packet, TCP, received};
+use crate::packets::{Packet, TCP, UDP, received};
 use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, ip, rules, service};
 use weir_dataplane::snapshot::Rules;
 use weir_nat::SnatPorts;
@@ -163,6 +163,83 @@ fn made_up_clients_take_no_place_from_those_that_have_shaken_hands() {
         }
         let has: Vec<_> = (0..CLIENTS).map(|number| open(&mut router, number, 41_000).1.0).collect();
         assert_eq!(has == had, shakes_hands, "{had:?}, now {has:?}");
+        router.finish();
+    }
+}
+
+fn datagram((src, sport): (IpAddr, u16), (dst, dport): (IpAddr, u16)) -> Vec<u8> {
+    let l4 = [&sport.to_be_bytes()[..], &dport.to_be_bytes(), &[0, 12, 0, 0, 1, 2, 3, 4]].concat();
+    Packet { src, dst, protocol: UDP, ttl: 64, tos: 0, options: 0, l4 }.frame()
+}
+
+/// Many more senders of datagrams than may be remembered, all made up, and answered by the backends: clients that came back after an answer, by a second
+/// flow or in a stream, stay with theirs. Without that, or if only the backend goes on, they do not.
+#[test]
+fn made_up_senders_of_datagrams_take_no_place_from_clients_that_came_back() {
+    const CLIENTS: u16 = 40;
+    const MADE_UP: u32 = 200_000;
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Comes {
+        Again,
+        InAStream,
+        Once,
+        OnlyTheBackendDoes,
+    }
+    for comes in [Comes::Again, Comes::InAStream, Comes::Once, Comes::OnlyTheBackendDoes] {
+        let mut dns = service("default/dns", Protocol::UDP, VIP, BACKENDS[0], None);
+        dns.endpoints.extend(service("", Protocol::UDP, VIP, BACKENDS[1], None).endpoints);
+        dns.affinity = Some(10_000);
+        let snat = SnatPorts::new(10_000..=20_000, []).unwrap();
+        let mut router = Router::new(rules(vec![dns], true), snat, 1000);
+        let frontend = (ip(VIP[0]), 53);
+        // The client's address and port, as the backend sees them; the backend.
+        let ask = |router: &mut Router, client: (IpAddr, u16)| {
+            let sent = router.one(UPLINK, &datagram(client, frontend));
+            let packet = Packet::read(received(&sent).first().unwrap_or_else(|| panic!("{:?}", router.drops())).1);
+            let port = |at: usize| u16::from_be_bytes([packet.l4[at], packet.l4[at + 1]]);
+            ((packet.src, port(0)), (packet.dst, port(2)))
+        };
+        let answer = |router: &mut Router, (seen, backend): ((IpAddr, u16), (IpAddr, u16))| {
+            let device = if backend.0 == ip(BACKENDS[0][0]) { CLIENT_POD } else { SERVER_POD };
+            assert_eq!(router.one(device, &datagram(backend, seen)).len(), 1);
+        };
+        let client = |number: u16, sport: u16| (IpAddr::from([172, 20, 0, number as u8]), sport);
+        let had: Vec<_> = (0..CLIENTS)
+            .map(|number| {
+                let asked = ask(&mut router, client(number, 40_000));
+                answer(&mut router, asked);
+                asked
+            })
+            .collect();
+        router.wait(3 * SECOND);
+        for (number, asked) in (0..CLIENTS).zip(&had) {
+            match comes {
+                Comes::Again => _ = ask(&mut router, client(number, 40_001)),
+                Comes::InAStream => _ = ask(&mut router, client(number, 40_000)),
+                Comes::OnlyTheBackendDoes => answer(&mut router, *asked),
+                Comes::Once => {}
+            }
+        }
+        let mut frames = Vec::new();
+        for made_up in 0..MADE_UP {
+            let source = (IpAddr::from((0xac15_0000 + made_up).to_be_bytes()), 50_000);
+            frames.push((UPLINK, datagram(source, frontend)));
+            if frames.len() == 64 {
+                let sent = router.turn(&frames);
+                frames.clear();
+                // They answer all.
+                let back = |(device, bytes): &(_, Vec<u8>)| {
+                    let packet = Packet::read(&bytes[14..]);
+                    (*device, datagram((packet.dst, 5353), (packet.src, 50_000)))
+                };
+                router.turn(&sent.iter().map(back).collect::<Vec<_>>());
+            }
+        }
+        // What would be displaced by nobody has no place in the full table.
+        router.wait(200 * SECOND);
+        let has: Vec<_> = (0..CLIENTS).map(|number| ask(&mut router, client(number, 41_000)).1.0).collect();
+        let had: Vec<_> = had.into_iter().map(|(_, backend)| backend.0).collect();
+        assert_eq!(has == had, matches!(comes, Comes::Again | Comes::InAStream), "{comes:?}: {had:?}, now {has:?}");
         router.finish();
     }
 }

@@ -764,6 +764,66 @@ fn fragments_to_the_node_end_with_the_router_where_a_host_endpoint_governs() {
     });
 }
 
+/// Every address of the node is the node's, where what it gets is governed; what links live by is not.
+#[test]
+fn groups_and_link_local_addresses_are_the_nodes_where_a_host_endpoint_governs() {
+    if skipped() {
+        return;
+    }
+    let node = Node::new();
+    let outside = Namespace::new();
+    node.connect("up0", &outside);
+    node.run(|| {
+        let mut attachment = node.open();
+        let index = index_of("up0");
+        let (all_hosts, link_local) = (
+            [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+            [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+        );
+        let (udp, tcp) = (17, 6);
+        let judged = [
+            v4([224, 0, 0, 251], udp, 0, &to_port(5353)),
+            v4([239, 255, 255, 255], udp, 0x2000, &to_port(5353)),
+            v4([255; 4], udp, 0, &to_port(137)),
+            priority_tagged(v4([255; 4], udp, 0, &to_port(137)), 1),
+            v6(all_hosts, udp, 1, &to_port(5353)),
+            v6(link_local, tcp, 64, &to_port(80)),
+            v6(link_local, 44, 64, &extension(tcp, 0, &to_port(80))),
+        ];
+        let nd = |kind| [kind, 0, 0, 0, 0, 0, 0, 0];
+        let kernels = [
+            // Failsafe ports; IGMP, OSPF; neighbour discovery, listeners.
+            v4([255; 4], udp, 0, &to_port(68)),
+            v6(link_local, tcp, 64, &to_port(22)),
+            v4([224, 0, 0, 22], 2, 0, &[0; 8]),
+            v4([224, 0, 0, 5], 89, 0, &[0; 24]),
+            v6(all_hosts, 58, 255, &nd(134)),
+            v6(link_local, 58, 255, &nd(136)),
+            v6(all_hosts, 0, 1, &extension(58, 0, &nd(130))),
+        ];
+        let ports = [Protocol::TCP, Protocol::UDP].map(|protocol| (protocol, 0..=u16::MAX)).to_vec();
+        for hook in [UplinkHook::Xdp, UplinkHook::Tc] {
+            attachment.attach_uplink(index, "up0", Some(hook)).unwrap();
+            for governed in [false, true] {
+                let all = if governed { ports.clone() } else { Vec::new() };
+                attachment.set_owned(&Owned { governed, ports: all, ..node_owned() }).unwrap();
+                let action = |frame: &[u8]| match hook {
+                    UplinkHook::Xdp => {
+                        test_run(&node.pins.join(format!("uplink_{index}")), frame, index, 0) != XDP_DROP
+                    }
+                    UplinkHook::Tc => run_tc(&tc_program(&node.pins.join(format!("uplink_carry_{index}"))), frame) != 2,
+                };
+                for frame in &judged {
+                    assert_eq!(action(frame), !governed, "{hook:?}, governed: {governed}, {frame:x?}");
+                }
+                for frame in &kernels {
+                    assert!(action(frame), "{hook:?}, governed: {governed}, {frame:x?}");
+                }
+            }
+        }
+    });
+}
+
 #[test]
 fn a_nic_is_told_to_leave_tags_in_the_frames_where_xdp_takes_them() {
     if skipped() {
@@ -787,34 +847,6 @@ fn a_nic_is_told_to_leave_tags_in_the_frames_where_xdp_takes_them() {
         assert!(reason(&attachment).contains("rxvlan off"), "it is said");
         attachment.attach_uplink(index, "up0", Some(UplinkHook::Xdp)).unwrap();
         assert!(!reason(&attachment).contains("rxvlan off"), "once");
-    });
-}
-
-#[test]
-fn a_device_made_of_others_is_taken_at_tc() {
-    if skipped() {
-        return;
-    }
-    let node = Node::new();
-    node.run(|| {
-        let mut attachment = node.open();
-        attachment.set_owned(&node_owned()).unwrap();
-        for kind in ["bond", "team"] {
-            let name = format!("{kind}7");
-            // Not every kernel can make them.
-            if !Command::new("ip").args(["link", "add", &name, "type", kind]).status().unwrap().success() {
-                eprintln!("this kernel has no {kind}");
-                continue;
-            }
-            let index = index_of(&name);
-            assert!(matches!(
-                attachment.attach_uplink(index, &name, Some(UplinkHook::Xdp)),
-                Err(AttachError::RunsInSlaves { .. })
-            ));
-            assert_eq!(attachment.attach_uplink(index, &name, None).unwrap(), UplinkHook::Tc);
-            let mode = attachment.modes().into_iter().find(|mode| mode.device == name).expect("it is reported");
-            assert!(mode.reason.contains("devices below it"), "{mode:?}");
-        }
     });
 }
 

@@ -5,9 +5,10 @@ use crate::router;
 use std::sync::Arc;
 
 use crate::packets::{Packet, TCP, UDP};
-use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, service, tunnelled};
+use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, UPLINK_MAC, cluster, ip, service, tunnelled};
 use weir_dataplane::{
-    frame::IfIndex,
+    afxdp::trunk,
+    frame::{IfIndex, LinkType},
     model::{Cluster, EndpointToHost, HostEndpoint},
     snapshot::Rules,
 };
@@ -202,6 +203,61 @@ fn answers_to_the_node_pass_where_first_packets_do_not_and_what_goes_to_a_listen
             router.finish();
         }
     }
+}
+
+/// Which address of the node a packet is for makes no difference: groups', broadcast, its routers' anycast, those of its link.
+#[test]
+fn whatever_address_of_the_node_a_packet_is_for_it_is_judged() {
+    // To the kernel by the uplink, as it takes such packets by no other device.
+    const BACK: Result<IfIndex, DropReason> = Ok(UPLINK.forwarded());
+    let v4 = ["224.0.0.251", "239.1.2.3", "255.255.255.255", "192.168.10.255"];
+    let v6 = ["ff02::fb", "ff05::1:3", "fe80::1", "fd00:10::"];
+    let open = || vec![policy(PolicyScope::Normal, Some(vec![rule(Action::Allow, Protocol::UDP, Some(5353))]), None)];
+    for (outside, addresses) in [("192.168.10.100", v4), ("fd00:10::100", v6), ("fe80::100", v6)] {
+        let mut router = router(&governed("eth0"), open());
+        router.link_types = vec![LinkType::Multicast];
+        if outside.starts_with("fe80") {
+            router.link_types = vec![LinkType::Host];
+            // Whom the source does not reach is judged all the same.
+            assert_eq!(fate(&mut router, UPLINK, &udp([outside, "fd00:10::1"], [40_000, 5354])), DENIED);
+        }
+        for address in addresses {
+            if address == "fe80::1" {
+                router.link_types = vec![LinkType::Host];
+            }
+            let packet = |port| udp([outside, address], [40_000, port]);
+            assert_eq!(fate(&mut router, UPLINK, &packet(5353)), BACK, "{outside} {address}");
+            assert_eq!(fate(&mut router, UPLINK, &packet(5354)), DENIED, "{outside} {address}");
+            // A failsafe port, and an answer of one.
+            assert_eq!(fate(&mut router, UPLINK, &packet(68)), BACK, "{outside} {address}");
+            assert_eq!(fate(&mut router, UPLINK, &udp([outside, address], [53, 40_000])), BACK, "{outside} {address}");
+        }
+        assert_eq!(router.totals().opened, 0);
+        // It has the uplink's MAC address, from whom the trunk's program knows where it goes; one that has been there comes round no more.
+        let mut frame = udp([outside, addresses[0]], [40_000, 5353]);
+        let sent = router.one(UPLINK, &frame);
+        assert_eq!(sent[0].1[..12], [UPLINK_MAC.0, trunk::target(UPLINK.forwarded()).0].concat());
+        assert_eq!(sent[0].1[14..], frame[14..]);
+        frame[6..12].copy_from_slice(&trunk::target(UPLINK.forwarded()).0);
+        assert_eq!(fate(&mut router, UPLINK, &frame), Err(DropReason::WrongMac));
+        router.finish();
+    }
+    // Who has no address yet asks for one: judged too.
+    let mut router = router(&governed("eth0"), open());
+    router.link_types = vec![LinkType::Broadcast];
+    assert_eq!(fate(&mut router, UPLINK, &udp(["0.0.0.0", "255.255.255.255"], [68, 67])), DENIED);
+    assert_eq!(fate(&mut router, UPLINK, &udp(["0.0.0.0", "255.255.255.255"], [68, 5353])), BACK);
+    // A pod's is nobody's.
+    let pods = udp(["10.1.1.10", "224.0.0.251"], [40_000, 5353]);
+    assert_eq!(fate(&mut router, CLIENT_POD, &pods), Err(DropReason::LinkScope));
+    router.finish();
+    // Where nothing governs the device, all of it is the kernel's.
+    let mut router =
+        Router::of(&cluster(), rules(&cluster(), Vec::new()), SnatPorts::new(10_000..=20_000, []).unwrap(), 64);
+    for address in ["224.0.0.251", "255.255.255.255", "192.168.10.255"] {
+        assert_eq!(fate(&mut router, UPLINK, &udp(["192.168.10.100", address], [40_000, 5354])), BACK, "{address}");
+    }
+    router.finish();
 }
 
 #[test]

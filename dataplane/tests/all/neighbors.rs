@@ -120,3 +120,27 @@ fn only_a_pods_own_addresses_are_learned() {
     assert_eq!(router.learned(), [(CLIENT_POD, ip("10.1.1.10"))]);
     router.finish();
 }
+
+#[test]
+fn a_pods_mac_that_changes_is_learned_again_but_not_each_of_many() {
+    let (rules, snat) = (rules(Vec::new(), true), SnatPorts::new(10_000..=20_000, []).unwrap());
+    let mut router = Router::between(&cluster(), &links(), rules, snat, 1024);
+    // Each opens a flow, as packets of one are not looked at for that.
+    let mut ports = 1000_u16..;
+    let mut says = |router: &mut Router, mac: u8| {
+        let mut frame = word("10.1.1.20");
+        frame[6..12].copy_from_slice(&[10, 0, 0, 0, 0, mac]);
+        frame[34..36].copy_from_slice(&ports.next().unwrap().to_be_bytes());
+        router.one(CLIENT_POD, &frame);
+        router.learned().len()
+    };
+    // As the manifests have it.
+    assert_eq!(says(&mut router, 1), 0);
+    assert_eq!(says(&mut router, 9), 1);
+    let told: usize = (10..110).map(|mac| says(&mut router, mac)).sum();
+    assert_eq!(told, 3, "four at once");
+    router.wait(2 * SECOND);
+    let told: usize = (10..110).map(|mac| says(&mut router, mac)).sum();
+    assert_eq!(told, 2, "one a second");
+    router.finish();
+}

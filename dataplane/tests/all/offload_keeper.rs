@@ -25,11 +25,11 @@ use weir_dataplane::{
     clock::now,
     forwarding::Forwarding,
     frame::IfIndex,
-    model::{Cluster, Links},
+    model::{Cluster, Links, Neighbor},
     offload::{
         Offload, Request,
         flow::{Flow, Mapped, Phase},
-        keeper::{Counts, Keeper, Keys},
+        keeper::{Counts, Keeper, Keys, keep},
         recipe::{Exit, Key},
     },
     snapshot::{Rules, Snapshot},
@@ -464,6 +464,51 @@ fn a_slot_is_used_again_only_when_programs_and_turns_of_its_time_are_over() {
     let requests = next(&mut bench, 5004);
     bench.answer_these(&requests);
     assert_eq!((bench.keeper.counts().flows, bench.keeper.counts().full), (1, 2));
+}
+
+/// Where the kernel does not tell when programs have ended, slots that were never used are all there are: neither is another's written for a new flow,
+/// nor a flow's own for what it is to do by new tables.
+#[test]
+fn where_the_kernel_does_not_tell_of_programs_no_slot_is_written_again() {
+    let mut bench = Bench::new(2);
+    // The thread as it runs, one batch at a time, with a membarrier that fails or not.
+    let run = |bench: &mut Bench, works: bool| {
+        let keeper =
+            Mutex::new(std::mem::replace(&mut bench.keeper, keeper(&bench.router, &bench.offload, 2, &bench.keys)));
+        let waits = AtomicU64::new(0);
+        let wait = || {
+            waits.fetch_add(1, Ordering::Relaxed);
+            if works { Ok(()) } else { Err(std::io::Error::from_raw_os_error(libc::ENOSYS)) }
+        };
+        let is_over = || waits.load(Ordering::Relaxed) > 0;
+        keep(&keeper, &bench.requests, &bench.router.tables, is_over, wait);
+        bench.keeper = keeper.into_inner().unwrap();
+    };
+    let flows = [5000, 5001].map(|port| {
+        let flow = bench.open(CLIENT_POD, port, (SERVER, 80));
+        run(&mut bench, false);
+        flow
+    });
+    assert_eq!(flows.map(|flow| bench.carries(flow).is_some()), [true; 2], "slots that were never used");
+    bench.remove(flows[0]);
+    bench.look();
+    let third = bench.open(CLIENT_POD, 5002, (SERVER, 80));
+    run(&mut bench, false);
+    assert_eq!([flows[1], third].map(|flow| bench.carries(flow).is_some()), [true, false]);
+    // The server's MAC is another: the flow visits a worker, and its slot would be written for that.
+    let mut links = links();
+    links.neighbors.push(Neighbor { address: ip(SERVER), mac: Mac([7; 6]), device: SERVER_POD });
+    let changed = forwarding(&cluster(), &links);
+    bench.prepare(service_rules(true, true), changed);
+    assert!(bench.carries(flows[1]).is_none());
+    bench.again(flows[1]);
+    run(&mut bench, false);
+    assert!(bench.carries(flows[1]).is_none());
+    // Until it works again.
+    bench.look();
+    bench.again(flows[1]);
+    run(&mut bench, true);
+    assert!(bench.carries(flows[1]).is_some());
 }
 
 impl Bench {

@@ -5,9 +5,15 @@ use std::{net::IpAddr, sync::Arc};
 use crate::packets::{Packet, TCP, UDP};
 use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service};
 use proptest::prelude::*;
-use weir_dataplane::{afxdp::trunk::ANSWERED, forwarding::Forwarding, frame::IfIndex, snapshot::Rules};
+use weir_dataplane::{
+    afxdp::trunk::{self, ANSWERED},
+    forwarding::Forwarding,
+    frame::IfIndex,
+    model::{Device, Role},
+    snapshot::Rules,
+};
 use weir_nat::SnatPorts;
-use weir_packet::{DropReason, Protocol};
+use weir_packet::{DropReason, Mac, Protocol};
 
 const NODE: [&str; 2] = ["192.168.10.1", "fd00:10::1"];
 const OTHER_NODE: [&str; 2] = ["192.168.10.2", "fd00:10::2"];
@@ -333,6 +339,43 @@ proptest! {
                 let is_let_in = is_by_node || device == to && (is_told || is_itself);
                 prop_assert!(is_let_in || to != SERVER_POD && to != CLIENT_POD, "{packet:?} from {device:?} reaches {to:?}");
             }
+        }
+        router.finish();
+    }
+}
+
+/// Frames of the trunk name a pod's device in their source: what somebody outside sends with such a MAC address must not go into that pod.
+#[test]
+fn what_is_handed_to_the_kernel_has_none_of_its_senders_macs() {
+    const OUTSIDE: [&str; 2] = ["192.168.10.100", "fd00:10::100"];
+    let mac = Mac([6, 1, 2, 3, 4, 5]);
+    let mut links = links();
+    links.devices.push(Device {
+        name: "host".into(),
+        index: IfIndex::HOST,
+        role: Role::Host,
+        mac,
+        mtu: 65535,
+        addresses: Vec::new(),
+    });
+    for family in 0..2 {
+        let snat = SnatPorts::new(10000..=20000, []).unwrap();
+        let mut router = Router::between(&cluster(), &links, some_rules(true), snat, 64);
+        let to_pod = trunk::target(SERVER_POD);
+        let echo = [[8, 128][family], 0, 0, 0, 0, 1, 0, 1];
+        let packets = [
+            datagram(OUTSIDE[family], NODE[family], [5000, 80]),
+            segment(OUTSIDE[family], NODE[family], [5000, 80], SYN),
+            Packet { l4: echo.to_vec(), protocol: [1, 58][family], ..datagram(OUTSIDE[family], NODE[family], [0, 0]) },
+        ];
+        for packet in packets {
+            let mut frame = packet.frame();
+            frame[..6].copy_from_slice(&to_pod.0);
+            frame[6..12].copy_from_slice(&to_pod.0);
+            let sent = router.one(UPLINK, &frame);
+            let [(device, sent)] = &sent[..] else { panic!("{packet:?}: {:?}", router.drops()) };
+            assert_eq!((*device, &sent[..6], &sent[6..12]), (IfIndex::HOST, &mac.0[..], &[6, 1, 2, 3, 4, 4][..]));
+            assert_eq!(sent[14..], frame[14..], "and is as it was");
         }
         router.finish();
     }

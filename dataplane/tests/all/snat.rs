@@ -350,3 +350,32 @@ fn one_address_serves_many_more_flows_than_it_has_ports() {
     let in_vain = totals.snat_taken as f64 / f64::from(FLOWS);
     assert!((0.2..0.36).contains(&in_vain), "{in_vain}");
 }
+
+/// A pod that claims another pod's address, or one of nobody: the node lends its own address to neither, and keeps no port for them.
+#[test]
+fn what_a_pod_sends_in_anothers_name_is_not_masqueraded_out() {
+    for (family, outside) in OUTSIDE.into_iter().enumerate() {
+        for protocol in [UDP, TCP] {
+            let mut router = router(20001..=20004, &[], 1024);
+            for claimed in
+                [["10.1.1.20", "fd00:1:1::20"], ["10.1.1.77", "fd00:1:1::77"], ["10.1.2.20", "fd00:1:2::20"], NODE]
+            {
+                let asked = opening(protocol, (ip(claimed[family]), 5000), (ip(outside), 443));
+                assert_eq!(through(&mut router, CLIENT_POD, &asked), None, "{}", claimed[family]);
+            }
+            assert_eq!(router.drops(), BTreeMap::from([(DropReason::SpoofedSource, 4)]));
+            let totals = router.totals();
+            assert_eq!((totals.opened, totals.snat_allocated), (0, 0));
+            // Nor is a flow that the other has: it stays his.
+            let (own, to) = ((ip(CLIENT[family]), 5000), (ip(outside), 443));
+            let asked = opening(protocol, own, to);
+            let left = through(&mut router, CLIENT_POD, &asked).expect("its own");
+            established(&mut router, &asked, &left, CLIENT_POD);
+            let next = packet(protocol, 0x10, own, to);
+            assert_eq!(through(&mut router, SERVER_POD, &next), None, "by another's device");
+            assert_eq!(through(&mut router, CLIENT_POD, &next).map(|(_, got)| got.src), Some(ip(NODE[family])));
+            assert_eq!(router.drops(), BTreeMap::from([(DropReason::SpoofedSource, 5)]));
+            router.finish();
+        }
+    }
+}

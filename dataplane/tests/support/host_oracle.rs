@@ -114,6 +114,15 @@ impl Site<'_> {
         let mut fate = Fate { refusals: Vec::new(), untracked: false, said: Vec::new() };
         let entry = self.met(from);
         let aim = place(packet.destination);
+        // No router passes such packets on (RFC 1812, 5.3.5; RFC 4291, 2.5.6), so only who comes by a link can mean the node by them.
+        let is_of_link = match packet.destination {
+            IpAddr::V4(to) => to.is_multicast() || to.is_broadcast(),
+            IpAddr::V6(to) => to.is_multicast() || to.is_unicast_link_local(),
+        };
+        if is_of_link && matches!(from, Place::Node | Place::Pod(_)) {
+            fate.refusals.push(DropReason::LinkScope);
+            return fate;
+        }
         // Failsafe ports are the node's own (29), before services as behind them.
         let inbound_failsafe = |packet: &Packet| {
             from != Place::Node

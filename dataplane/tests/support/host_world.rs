@@ -42,11 +42,17 @@ const OTHER_NODE: u32 = 17;
 /// From here on, addresses are beyond the second uplink.
 const SECOND: u32 = 24;
 const OUTSIDE: u32 = 32;
+/// A group, and everybody on the link: in IPv6 the router under its link-local address.
+const GROUPS: [u32; 2] = [33, 34];
 
 fn address(is_v6: bool, host: u32) -> IpAddr {
     match (is_v6, host) {
         (false, OUTSIDE) => Ipv4Addr::new(203, 0, 113, 1).into(),
         (true, OUTSIDE) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
+        (false, host) if host == GROUPS[0] => Ipv4Addr::new(224, 0, 0, 251).into(),
+        (true, host) if host == GROUPS[0] => Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 0xfb).into(),
+        (false, host) if host == GROUPS[1] => Ipv4Addr::BROADCAST.into(),
+        (true, host) if host == GROUPS[1] => Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1).into(),
         (false, host) => Ipv4Addr::from(0x0a00_0000 + host).into(),
         (true, host) => Ipv6Addr::from((0xfd << 120) + u128::from(host)).into(),
     }
@@ -86,6 +92,8 @@ fn place(at: IpAddr) -> Place {
     }
     match at {
         _ if UPLINKS.iter().any(|(_, host)| is(*host)) => Place::Node,
+        // What is for the link alone is the node's where it comes in.
+        _ if GROUPS.iter().any(|host| is(*host)) => Place::Node,
         _ if at == address(false, TUNNELLED) => Place::Tunnel,
         _ if (SECOND..OUTSIDE).any(is) => Place::Uplink("eth1"),
         _ => Place::Uplink("eth0"),
@@ -188,8 +196,7 @@ fn services() -> ServiceTable {
             ready: true,
             serving: true,
             terminating: false,
-            zone_hints: Default::default(),
-            node_hints: Default::default(),
+            hints: None,
         };
         let is_vip = front.contains(&VIP);
         // A service with a node port has a cluster IP too; to this one nobody sends.
@@ -461,7 +468,7 @@ pub fn packets() -> impl Strategy<Value = Vec<Sent>> {
     ]);
     // The node, pods here and there, a service's address, and outside. Nobody has the service's address.
     let source = prop_oneof![select(vec![1, 2, 4, 5, TUNNELLED, DIRECT]), VIP + 1..=OUTSIDE];
-    let destination = prop_oneof![select(vec![1, 2, 4, 5, TUNNELLED, DIRECT, VIP]), 0..=OUTSIDE];
+    let destination = prop_oneof![select(vec![1, 2, 4, 5, TUNNELLED, DIRECT, VIP, GROUPS[0], GROUPS[1]]), 0..=OUTSIDE];
     let packet = (any::<[bool; 2]>(), source, destination, protocol, port(), port()).prop_map(
         |([is_v6, is_bare], source, destination, protocol, source_port, destination_port)| {
             let (source, destination) = (address(is_v6, source), address(is_v6, destination));

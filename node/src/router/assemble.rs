@@ -105,9 +105,13 @@ pub(super) fn owned(loaded: &Loaded, rules: &Rules, snat: &SnatPorts, forwarding
     let all_ports = all_ports.into_iter().filter(|_| governed);
     // Those for some peers only are looked at by weir, which knows the peers.
     let failsafes = cluster.host_settings.failsafe_inbound.iter().filter(|failsafe| failsafe.net.is_none());
+    let mut node_addresses = forwarding.local_addresses();
+    if governed {
+        node_addresses.extend(forwarding.shared_addresses());
+    }
     Owned {
         prefixes,
-        node_addresses: forwarding.local_addresses(),
+        node_addresses,
         ports: node_ports.chain(snat).chain(all_ports).collect(),
         failsafe_ports: failsafes.map(|failsafe| (failsafe.protocol, failsafe.port)).collect(),
         own_ports: rules.services.own_frontends().to_vec(),

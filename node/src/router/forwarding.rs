@@ -95,7 +95,7 @@ impl Router {
         let Pending { times: Some((files, times)), begun, .. } = pending else { return };
         let times = Times { publish: begun.map_or(Duration::ZERO, |begun| begun.elapsed()), ..times };
         if files {
-            self.hands.keep(&self.loaded.in_force);
+            self.hands.keep(&self.loaded);
         }
         if !self.serves {
             info!(took_ms = %times.to_json(), "configuration in force");

@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::{Map, Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
-use weir_cluster::sources::library::InForce;
+use weir_cluster::translate::Loaded;
 use weir_dataplane::{
     attach::{self, AttachError, Attachment, Owned},
     frame::IfIndex,
@@ -76,8 +76,8 @@ pub(super) trait Hands: Send {
     fn plumb(&mut self, wanted: Wanted);
     /// Has health checks answered.
     fn answer_health(&mut self, checks: BTreeMap<SocketAddr, Check>);
-    /// Has the texts that are in force kept for the next start.
-    fn keep(&mut self, in_force: &[InForce]);
+    /// Has what is in force kept for the next start.
+    fn keep(&mut self, loaded: &Loaded);
     /// Watches these files.
     fn watch(&mut self, files: Vec<PathBuf>);
     /// Makes the kernel ask for a neighbour.
@@ -159,9 +159,9 @@ impl Hands for RealHands {
         self.health.follow(checks);
     }
 
-    fn keep(&mut self, in_force: &[InForce]) {
+    fn keep(&mut self, loaded: &Loaded) {
         if let Some(keeper) = &self.keeper {
-            keeper.offer(in_force);
+            keeper.offer(loaded);
         }
     }
 

@@ -26,8 +26,8 @@ use tokio::{
 use weir_cluster::{
     compile::{self, Compilers},
     sockets::{Listening, Sockets},
-    sources::{library::InForce, watch::Trigger},
-    translate::{Loader, workload_device},
+    sources::watch::Trigger,
+    translate::{Loaded, Loader, workload_device},
 };
 use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
 use weir_dataplane::{
@@ -266,7 +266,7 @@ impl Hands for Played {
 
     fn answer_health(&mut self, _: BTreeMap<SocketAddr, Check>) {}
 
-    fn keep(&mut self, _: &[InForce]) {}
+    fn keep(&mut self, _: &Loaded) {}
 
     fn watch(&mut self, _: Vec<PathBuf>) {}
 
@@ -414,6 +414,7 @@ impl Play {
                 drop(sender.send(Message::Prepared(Box::new(finished))));
             }),
             reloads: Reloads::default(),
+            cluster: None,
             loaded,
             hits: Hits::new(Arc::clone(&rules)),
             rules,

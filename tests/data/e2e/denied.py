@@ -3,7 +3,8 @@
 
     denied.py DEVICE COUNT SEED DESTINATION-MAC SHAPES PAYLOAD SOURCE,... ADDRESS/PORT...
 
-SHAPES: "all", or "tagged" for whole datagrams behind one to four priority tags. SOURCE: addresses that senders claim to have. ADDRESS/PORT: whom
+SHAPES: "all"; "tagged" for whole datagrams behind one to four priority tags; or "tunnelled:DESTINATION,SOURCE,..." for all of it in IPIP with these
+outer addresses, IPv4 only. SOURCE: addresses that senders claim to have. ADDRESS/PORT: whom
 they are for. Each is a whole UDP datagram with a right checksum, whatever lies before it, from no failsafe port. Needs root and nothing but Python's own library.
 """
 import ipaddress
@@ -48,9 +49,14 @@ def ipv4(rng, source, target, data, shapes):
     options = b"\x01" * (0 if shapes == "tagged" else rng.choice([0, 0, 4, 40]))
     name = rng.getrandbits(16)
     for offset, part, more in [(0, data, False)] if whole else pieces(rng, data):
-        header = struct.pack("!BBHHHBBH", 0x45 + len(options) // 4, 0, 20 + len(options) + len(part), name,
-                             (0x2000 if more else 0) | offset // 8, 64, 17, 0) + source.packed + target.packed + options
-        yield header[:10] + struct.pack("!H", checksum(header)) + header[12:] + part
+        flags = (0x2000 if more else 0) | offset // 8
+        yield ipv4_packet(source, target, 17, part, name, flags, options)
+
+
+def ipv4_packet(source, target, protocol, data, name=0, flags=0, options=b""):
+    header = struct.pack("!BBHHHBBH", 0x45 + len(options) // 4, 0, 20 + len(options) + len(data), name, flags, 64,
+                         protocol, 0) + source.packed + target.packed + options
+    return header[:10] + struct.pack("!H", checksum(header)) + header[12:] + data
 
 
 def chain(rng, following, data, count):
@@ -95,7 +101,7 @@ def tags(rng, shapes):
     else:
         count = rng.choice([0, 0, 0, 1, 1, 2, 3, 4, 5, 8])
     made = [(rng.choice([0x8100, 0x88A8]), rng.randrange(16) << 12) for _ in range(count)]
-    if shapes == "all" and count and rng.random() < 0.1:
+    if shapes != "tagged" and count and rng.random() < 0.1:
         # Of a VLAN that nobody has.
         made[rng.randrange(count)] = (0x8100, 5)
     return made
@@ -106,6 +112,7 @@ def main():
     shapes, payload = sys.argv[5], sys.argv[6].encode()
     sources = [ipaddress.ip_address(a) for a in sys.argv[7].split(",")]
     targets = [(ipaddress.ip_address(a), int(port)) for a, port in (target.rsplit("/", 1) for target in sys.argv[8:])]
+    outer = [ipaddress.ip_address(a) for a in shapes.removeprefix("tunnelled:").split(",")] if shapes.startswith("tunnelled:") else []
     rng = random.Random(seed)
     sent = refused = 0
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
@@ -119,6 +126,8 @@ def main():
             link = mac + own + b"".join(struct.pack("!HH", *tag) for tag in tags(rng, shapes))
             ethertype = 0x0800 if target.version == 4 else 0x86DD
             for packet in packets:
+                if outer:
+                    packet = ipv4_packet(rng.choice(outer[1:]), outer[0], 4, packet)
                 try:
                     raw.send(link + struct.pack("!H", ethertype) + packet)
                     sent += 1
