@@ -134,8 +134,7 @@ impl Size {
                 ready: true,
                 serving: true,
                 terminating: false,
-                zone_hints: Default::default(),
-                node_hints: Default::default(),
+                hints: None,
             };
             let backends = || (0..BACKENDS_OF_EACH_KIND).map(move |index| number * BACKENDS_OF_EACH_KIND + index);
             let here = backends().map(|backend| endpoint(server(backend % SERVERS), 0));

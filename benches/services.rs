@@ -25,8 +25,7 @@ fn model(services: u32) -> Model {
         ready: true,
         serving: true,
         terminating: false,
-        zone_hints: Default::default(),
-        node_hints: Default::default(),
+        hints: None,
     };
     let service = |number: u32| ServicePort {
         name: format!("namespace-{}/service-{number}:http", number % 50),

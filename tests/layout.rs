@@ -7,7 +7,7 @@ use std::{
 };
 
 /// Crates with those that they may name, in their manifests and in their texts. What is not listed may not be named.
-const ARROWS: [(&str, &[&str]); 13] = [
+const ARROWS: [(&str, &[&str]); 14] = [
     ("sync", &[]),
     ("packet", &[]),
     ("conntrack", &["sync", "packet"]),
@@ -15,11 +15,27 @@ const ARROWS: [(&str, &[&str]); 13] = [
     ("policy", &["packet"]),
     ("dataplane", &["sync", "packet", "conntrack", "nat", "policy"]),
     ("cluster", &["sync", "packet", "conntrack", "nat", "policy", "dataplane"]),
+    ("kubernetes", &["cluster"]),
     ("cni", &[]),
-    ("node", &["sync", "packet", "conntrack", "nat", "policy", "dataplane", "cluster", "cni"]),
+    ("node", &["sync", "packet", "conntrack", "nat", "policy", "dataplane", "cluster", "kubernetes", "cni"]),
     ("lab", &["dataplane", "node"]),
     ("benches", &["packet", "nat", "policy", "dataplane"]),
-    (".", &["sync", "packet", "conntrack", "nat", "policy", "dataplane", "cluster", "node", "lab", "benches"]),
+    (
+        ".",
+        &[
+            "sync",
+            "packet",
+            "conntrack",
+            "nat",
+            "policy",
+            "dataplane",
+            "cluster",
+            "kubernetes",
+            "node",
+            "lab",
+            "benches",
+        ],
+    ),
     ("fuzz", &["sync", "packet", "conntrack", "nat", "policy", "dataplane", "node"]),
 ];
 

@@ -252,8 +252,7 @@ fn rules(cluster: &Cluster) -> Rules {
                     ready: true,
                     serving: true,
                     terminating: false,
-                    zone_hints: Default::default(),
-                    node_hints: Default::default(),
+                    hints: None,
                 })
                 .into(),
             ..ServicePort::default()

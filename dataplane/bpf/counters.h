@@ -38,4 +38,8 @@ enum counter {
 	COUNTER_UPLINK_TAKEN_UNREAD,
 	/* Uplinks: dropped, behind more priority tags than are looked through. */
 	COUNTER_UPLINK_TAGS_DROPPED,
+	/* Devices of the kernel's own: what came for ports of the node that are weir's. */
+	COUNTER_DEVICE_TAKEN,
+	/* What servers of the node sent by uplinks and by these, in answer to what weir has translated. */
+	COUNTER_ANSWER_TAKEN,
 };

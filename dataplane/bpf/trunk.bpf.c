@@ -6,11 +6,14 @@
  *          a process of the node (routes) -> host_send -> pod, likewise
  *          node's kernel (routes) -> host_send ->  weir0, marked as the node's own or as forwarded
  *          node's kernel -> lo -> loopback_send -> weir0, to ports of the node that are weir's
+ *          a device of the kernel's own -> device_take -> weir0, likewise, marked as forwarded
+ *          a server of the node -> answer_send -> weir0, on its way out, where weir has translated what it answers
  *   pod <- its veth <- trunk_deliver <---  weir0 <= weir1 <-------------------AF_XDP socket
  *          node's kernel <-- (pass) <----
  *          node's kernel <- uplink  <----   groups' packets and others of the uplink's link
  *
  * Everything here fails closed: without a router there is no socket, and what pods send ends in trunk_receive. */
+#include "node.h"
 #include "offload.h"
 
 #include <linux/if_packet.h>
@@ -19,9 +22,12 @@
 #include <linux/pkt_cls.h>
 #include <linux/udp.h>
 
-#define IPV4_FRAGMENT 0x3fff /* more fragments, or an offset */
 /* The index of lo is the same in every network namespace (LOOPBACK_IFINDEX, include/net/net_namespace.h). */
 #define LOOPBACK_DEVICE 1
+
+#define VLAN_ID 0x0fff
+
+static long (*const change_head)(struct __sk_buff *packet, __u32 bytes, __u64 flags) = (void *)BPF_FUNC_skb_change_head;
 
 /* Bytes of the largest IP packet that weir0 carries; the loader fills it in. */
 volatile const __u32 trunk_mtu;
@@ -71,45 +77,6 @@ SECTION("classifier") int host_send(struct __sk_buff *packet)
 	return mark(packet, PACKET_HOST, device) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
-/* Whether a packet goes to a port of the node itself that is weir's. TCP, UDP and SCTP begin with the source and destination port; those of
- * other protocols are in no map. Fragments and extension headers the node has no cause to send itself: lo's MTU is 64 KiB. */
-INLINE int is_own_port(const struct ethhdr *ethernet, const void *end)
-{
-	const void *header = ethernet + 1;
-
-	switch (from_network16(ethernet->h_proto)) {
-	case ETH_P_IP: {
-		const struct iphdr *ip = header;
-		struct own_port_v4 key = {};
-		const __be16 *port;
-
-		if ((const void *)(ip + 1) > end || from_network16(ip->frag_off) & IPV4_FRAGMENT)
-			return 0;
-		port = header + ip->ihl * 4;
-		if ((const void *)(port + 2) > end)
-			return 0;
-		__builtin_memcpy(key.address, &ip->daddr, sizeof(key.address));
-		key.port = port[1];
-		key.protocol = ip->protocol;
-		return map_lookup(&own_ports_v4, &key) != 0;
-	}
-	case ETH_P_IPV6: {
-		const struct ipv6hdr *ip = header;
-		struct own_port_v6 key = {};
-		const __be16 *port = (const void *)(ip + 1);
-
-		if ((const void *)(port + 2) > end)
-			return 0;
-		__builtin_memcpy(key.address, &ip->daddr, sizeof(key.address));
-		key.port = port[1];
-		key.protocol = ip->nexthdr;
-		return map_lookup(&own_ports_v6, &key) != 0;
-	}
-	default:
-		return 0;
-	}
-}
-
 /* Whether a packet, or each of the segments that it is to be cut into, is longer than the trunk carries. (The kernel's own helper for it is for
  * programs under the GPL.) */
 INLINE int is_too_long(const struct __sk_buff *packet)
@@ -131,7 +98,7 @@ SECTION("classifier") int loopback_send(struct __sk_buff *packet)
 	const struct ethhdr *ethernet = (void *)(long)packet->data;
 	const void *end = (void *)(long)packet->data_end;
 
-	if ((const void *)(ethernet + 1) > end || !is_own_port(ethernet, end))
+	if ((const void *)(ethernet + 1) > end || !is_for_own_port(ethernet->h_proto, ethernet + 1, end, 1))
 		return TC_ACT_UNSPEC;
 	if (is_too_long(packet))
 		return TC_ACT_UNSPEC;
@@ -139,16 +106,79 @@ SECTION("classifier") int loopback_send(struct __sk_buff *packet)
 	return redirect(trunk_device, 0);
 }
 
+/* Gives a packet of a device without link headers an Ethernet header, for the trunk. */
+INLINE int add_ethernet(struct __sk_buff *packet)
+{
+	struct ethhdr header = { .h_proto = packet->protocol };
+
+	return change_head(packet, sizeof(header), 0) || skb_store_bytes(packet, 0, &header, sizeof(header), 0);
+}
+
+/* Of what a device of the kernel's own receives, which is no uplink: frontends on addresses of the node that no route leads to weir, as the
+ * kernel has those addresses itself. It goes to a worker as what the kernel forwards. What bears the tag of a VLAN is that VLAN's device's, and
+ * what is not addressed to this one is nobody's here. */
+INLINE int take_from_device(struct __sk_buff *packet, __u32 link_header)
+{
+	/* Headers and ports. Where a driver left less in the packet's first buffer. */
+	__u32 headers = link_header + sizeof(struct ipv6hdr) + sizeof(struct udphdr);
+
+	if (packet->pkt_type != PACKET_HOST || (packet->vlan_present && packet->vlan_tci & VLAN_ID))
+		return TC_ACT_UNSPEC;
+	if (headers > packet->len)
+		headers = packet->len;
+	if ((void *)(long)packet->data + headers > (void *)(long)packet->data_end && skb_pull_data(packet, headers))
+		return TC_ACT_SHOT;
+	if (!is_for_own_port(packet->protocol, (void *)(long)packet->data + link_header, (void *)(long)packet->data_end, 0))
+		return TC_ACT_UNSPEC;
+	if (!link_header && add_ethernet(packet))
+		return TC_ACT_SHOT;
+	count(COUNTER_DEVICE_TAKEN);
+	return mark(packet, PACKET_HOST, packet->ifindex | FORWARDED) ? TC_ACT_SHOT : redirect(trunk_device, 0);
+}
+
+SECTION("classifier") int device_take(struct __sk_buff *packet)
+{
+	return take_from_device(packet, ETH_HLEN);
+}
+
+/* On a device without link headers, such as a VPN's. */
+SECTION("classifier") int device_take_bare(struct __sk_buff *packet)
+{
+	return take_from_device(packet, 0);
+}
+
+/* Of what the node itself sends by a device: answers that only weir can give the name that was asked. */
+INLINE int take_answer(struct __sk_buff *packet, __u32 link_header)
+{
+	const void *ip = (void *)(long)packet->data + link_header;
+
+	if (packet->ingress_ifindex || !is_answer(packet->protocol, ip, (void *)(long)packet->data_end))
+		return TC_ACT_UNSPEC;
+	if (!link_header && add_ethernet(packet))
+		return TC_ACT_SHOT;
+	count(COUNTER_ANSWER_TAKEN);
+	return mark(packet, PACKET_HOST, HOST_DEVICE) ? TC_ACT_SHOT : redirect(trunk_device, 0);
+}
+
+/* On uplinks and devices of the kernel's own, of what leaves by them. */
+SECTION("classifier") int answer_send(struct __sk_buff *packet)
+{
+	return take_answer(packet, ETH_HLEN);
+}
+
+SECTION("classifier") int answer_send_bare(struct __sk_buff *packet)
+{
+	return take_answer(packet, 0);
+}
+
 /* Whether it is an IPv6 packet with the source ::1: an answer, by way of a host port. */
 INLINE int is_from_loopback_v6(const struct ethhdr *ethernet, const void *end)
 {
 	const struct ipv6hdr *ip = (const void *)(ethernet + 1);
-	const __u32 *source;
 
 	if (ethernet->h_proto != from_network16(ETH_P_IPV6) || (const void *)(ip + 1) > end)
 		return 0;
-	source = ip->saddr.in6_u.u6_addr32;
-	return !source[0] && !source[1] && !source[2] && source[3] == from_network32(1);
+	return is_loopback_v6(ip->saddr.in6_u.u6_addr8);
 }
 
 /* Hands a packet to the kernel on lo: from no other device does it take ::1 (RFC 4291, 2.5.3). For IPv4 it has a sysctl. */
@@ -179,6 +209,8 @@ SECTION("classifier") int trunk_deliver(struct __sk_buff *packet)
 	source = ethernet->h_source;
 	device = (__u32)source[2] << 24 | (__u32)source[3] << 16 | (__u32)source[4] << 8 | source[5];
 	if (source[0] != ENCODED || source[1] || !device) {
+		if (source[0] == ENCODED && source[1] == ANSWERED)
+			remember_answered(ethernet->h_proto, ethernet + 1, (void *)(long)packet->data_end);
 		count(COUNTER_DELIVERED_HOST);
 		return from_loopback ? to_loopback(packet) : TC_ACT_OK;
 	}

@@ -46,6 +46,8 @@ static long (*const skb_change_type)(struct __sk_buff *packet, __u32 type) = (vo
 #define ENCODED 0x02
 /* What stands for the node's own kernel where a device's index stands for others. */
 #define HOST_DEVICE 0
+/* Second byte of the source MAC address of what weir has translated for a server of the node. */
+#define ANSWERED 1
 /* With the index of a device: what the node's kernel received by it and only forwards. */
 #define FORWARDED 0x80000000
 

@@ -189,18 +189,20 @@ pub fn decide<'s, A: Routed>(
             }
             let leaves = kind.leaves_node();
             // A reply to the node's own port would never reach weir: what the kernel sends to a service takes a port of weir's. Nor would one to
-            // whoever the kernel forwards for, unless it comes from a pod of this node.
+            // whoever the kernel forwards for, unless it comes from a pod of this node or from the node itself.
             let own_port = claimed
                 && match from {
                     Origin::Host => true,
-                    Origin::Forwarded { .. } => kind != RouteKind::Workload,
+                    Origin::Forwarded { .. } => !matches!(kind, RouteKind::Workload | RouteKind::Host),
                     Origin::Workload(_) | Origin::Uplink => false,
                 };
+            // What ends at the node itself does not leave it, and keeps its source, as with netfilter: the programs bring the answers.
+            let masquerade = decision.masquerade && (kind != RouteKind::Host || from == Origin::Host);
             // What the kernel forwards keeps its source: answers to an address of the node that come by its devices do not come to weir.
             let outgoing = leaves
                 && kind != RouteKind::Kernel
                 && forwarding.nat_outgoing(decision.translated.src, decision.translated.dst);
-            if !decision.untracked && (decision.masquerade || own_port || outgoing) {
+            if !decision.untracked && (masquerade || own_port || outgoing) {
                 decision.snat = masquerade_source(forwarding, from, adjacency);
                 // No pod takes anything from ::1, and no answer to it leaves the pod.
                 if decision.snat.is_none() && key.src.is_loopback() {

@@ -156,7 +156,7 @@ mod tests {
     use weir_packet::Protocol;
 
     use super::*;
-    use crate::{Endpoint, Hints};
+    use crate::Endpoint;
 
     fn endpoints(count: u32) -> Vec<Endpoint> {
         let endpoint = |number: u32| Endpoint {
@@ -166,8 +166,7 @@ mod tests {
             ready: true,
             serving: true,
             terminating: false,
-            zone_hints: Hints::default(),
-            node_hints: Hints::default(),
+            hints: None,
         };
         (0..count).map(endpoint).collect()
     }

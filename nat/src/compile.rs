@@ -439,19 +439,19 @@ pub(crate) enum Hints<'a> {
 
 impl<'a> Hints<'a> {
     fn of<A>(model: &'a Model, candidates: &[Candidate<'_, A>]) -> Self {
-        let apply = |hints: fn(&Endpoint) -> &crate::Hints, wanted: &str| {
+        let apply = |hints: fn(&Endpoint) -> &[Arc<str>], wanted: &str| {
             let mut named = false;
             let ready = candidates.iter().filter(|one| one.condition == Condition::Ready);
             ready.map(|one| hints(one.endpoint)).all(|hints| {
-                named |= hints.name(wanted);
+                named |= name(hints, wanted);
                 !hints.is_empty()
             }) && named
         };
-        if apply(|endpoint| &endpoint.node_hints, &model.node_name) {
+        if apply(Endpoint::node_hints, &model.node_name) {
             return Self::Node(&model.node_name);
         }
         match model.zone.as_deref().filter(|zone| !zone.is_empty()) {
-            Some(zone) if apply(|endpoint| &endpoint.zone_hints, zone) => Self::Zone(zone),
+            Some(zone) if apply(Endpoint::zone_hints, zone) => Self::Zone(zone),
             _ => Self::Ignored,
         }
     }
@@ -459,10 +459,15 @@ impl<'a> Hints<'a> {
     pub(crate) fn admit(&self, endpoint: &Endpoint) -> bool {
         match self {
             Self::Ignored => true,
-            Self::Node(name) => endpoint.node_hints.name(name),
-            Self::Zone(name) => endpoint.zone_hints.name(name),
+            Self::Node(wanted) => name(endpoint.node_hints(), wanted),
+            Self::Zone(wanted) => name(endpoint.zone_hints(), wanted),
         }
     }
+}
+
+/// Whether one of the hints is that.
+fn name(hints: &[Arc<str>], wanted: &str) -> bool {
+    hints.iter().any(|hint| **hint == *wanted)
 }
 
 /// FNV-1a over name and protocol: fixed, so that stamps mean the same in every process.

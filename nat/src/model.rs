@@ -286,10 +286,8 @@ pub struct Endpoint {
     pub serving: bool,
     /// Condition `terminating`; unset means false.
     pub terminating: bool,
-    /// `hints.forZones`.
-    pub zone_hints: Hints,
-    /// `hints.forNodes`.
-    pub node_hints: Hints,
+    /// Whom it is meant for; `None` where that is anybody, as it is for most.
+    pub hints: Option<Arc<Hints>>,
 }
 
 impl Endpoint {
@@ -297,33 +295,25 @@ impl Endpoint {
     pub fn is_usable(&self) -> bool {
         self.ready || self.serving && self.terminating
     }
+
+    /// The zones that it is meant for.
+    pub fn zone_hints(&self) -> &[Arc<str>] {
+        self.hints.as_ref().map_or(&[], |hints| &hints.zones)
+    }
+
+    /// The nodes that it is meant for.
+    pub fn node_hints(&self) -> &[Arc<str>] {
+        self.hints.as_ref().map_or(&[], |hints| &hints.nodes)
+    }
 }
 
-/// Names of zones or nodes, which most endpoints have none of.
+/// Whom an endpoint is meant for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[allow(clippy::box_collection, reason = "of the size of one pointer: nearly all endpoints have none")]
-pub struct Hints(Option<Box<Vec<Arc<str>>>>);
-
-impl Hints {
-    /// Whether one of them is that.
-    pub fn name(&self, wanted: &str) -> bool {
-        self.iter().any(|hint| **hint == *wanted)
-    }
+pub struct Hints {
+    /// `hints.forZones`.
+    pub zones: Vec<Arc<str>>,
+    /// `hints.forNodes`.
+    pub nodes: Vec<Arc<str>>,
 }
 
-impl std::ops::Deref for Hints {
-    type Target = [Arc<str>];
-
-    fn deref(&self) -> &[Arc<str>] {
-        self.0.as_deref().map_or(&[], Vec::as_slice)
-    }
-}
-
-impl<N: Into<Arc<str>>> FromIterator<N> for Hints {
-    fn from_iter<I: IntoIterator<Item = N>>(names: I) -> Self {
-        let names: Vec<Arc<str>> = names.into_iter().map(Into::into).collect();
-        Self((!names.is_empty()).then(|| Box::new(names)))
-    }
-}
-
-const _: () = assert!(size_of::<Endpoint>() <= 56, "a cluster has hundreds of thousands");
+const _: () = assert!(size_of::<Endpoint>() <= 48, "a cluster has hundreds of thousands");

@@ -80,8 +80,8 @@ fn of_family<'m, A: Address>(model: &'m Model, service: &'m ServicePort, all: &m
     };
     let elsewhere = |endpoint: &Endpoint| match hints {
         _ if hints.admit(endpoint) => None,
-        Hints::Node(_) => Some(WhyNot::OtherNodes(endpoint.node_hints.to_vec())),
-        Hints::Zone(_) | Hints::Ignored => Some(WhyNot::OtherZones(endpoint.zone_hints.to_vec())),
+        Hints::Node(_) => Some(WhyNot::OtherNodes(endpoint.node_hints().to_vec())),
+        Hints::Zone(_) | Hints::Ignored => Some(WhyNot::OtherZones(endpoint.zone_hints().to_vec())),
     };
     let not_local = |one: &Candidate<'_, A>| match &one.endpoint.node_name {
         _ if one.local => None,

@@ -74,15 +74,16 @@ fn lists<'a>(model: &'a Model, service: &'a ServicePort, family: IpAddr) -> [Vec
     };
     let (mut cluster, ready) = or_terminating(&once);
     if ready {
-        let all_and_one = |hints: fn(&Endpoint) -> &Hints, name: &str| {
-            cluster.iter().all(|one| !hints(one).is_empty()) && cluster.iter().any(|one| hints(one).name(name))
+        let named = |hints: &[Arc<str>], name: &str| hints.iter().any(|hint| **hint == *name);
+        let all_and_one = |hints: fn(&Endpoint) -> &[Arc<str>], name: &str| {
+            cluster.iter().all(|one| !hints(one).is_empty()) && cluster.iter().any(|one| named(hints(one), name))
         };
-        if all_and_one(|one| &one.node_hints, &model.node_name) {
-            cluster.retain(|one| one.node_hints.name(&model.node_name));
+        if all_and_one(Endpoint::node_hints, &model.node_name) {
+            cluster.retain(|one| named(one.node_hints(), &model.node_name));
         } else if let Some(zone) = &model.zone
-            && all_and_one(|one| &one.zone_hints, zone)
+            && all_and_one(Endpoint::zone_hints, zone)
         {
-            cluster.retain(|one| one.zone_hints.name(zone));
+            cluster.retain(|one| named(one.zone_hints(), zone));
         }
     }
     let here: Vec<_> =
@@ -291,8 +292,8 @@ fn protocol() -> impl Strategy<Value = Protocol> {
     select(vec![Protocol::TCP, Protocol::TCP, Protocol::UDP, Protocol::SCTP])
 }
 
-fn names(names: &'static [&'static str]) -> impl Strategy<Value = Hints> {
-    vec(select(names), 0..3).prop_map(|names| names.into_iter().collect())
+fn names(names: &'static [&'static str]) -> impl Strategy<Value = Vec<Arc<str>>> {
+    vec(select(names), 0..3).prop_map(|names| names.into_iter().map(Arc::from).collect())
 }
 
 prop_compose! {
@@ -302,11 +303,12 @@ prop_compose! {
         node_name in select(vec![None, Some("node-a"), Some("node-b")]),
         (ready, serving, terminating) in
             (prop::bool::weighted(0.7), prop::bool::weighted(0.8), prop::bool::weighted(0.5)),
-        zone_hints in names(&["zone-a", "zone-b"]),
-        node_hints in names(&["node-a", "node-b"]),
+        zones in names(&["zone-a", "zone-b"]),
+        nodes in names(&["node-a", "node-b"]),
     ) -> Endpoint {
         let node_name = node_name.map(Into::into);
-        Endpoint { address, port, node_name, ready, serving, terminating, zone_hints, node_hints }
+        let hints = Some(Arc::new(Hints { zones, nodes }));
+        Endpoint { address, port, node_name, ready, serving, terminating, hints }
     }
 }
 

@@ -6,8 +6,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use common::*;
 use weir_nat::{
-    CompileError, Decision, Endpoint, Hints, HostAddresses, Model, ServiceId, ServicePort, ServiceTable, Source,
-    Standing, TrafficPolicy,
+    CompileError, Decision, Endpoint, HostAddresses, Model, ServiceId, ServicePort, ServiceTable, Source, Standing,
+    TrafficPolicy,
 };
 use weir_packet::{DropReason, FlowKey, Ports, Protocol};
 
@@ -144,16 +144,20 @@ fn rule_06_zone_hints_filter_only_if_all_have_them<A: Carried>() {
 }
 
 fn rule_07_node_hints_come_first<A: Carried>() {
+    let hint = |model: &mut Model, index: usize, names: &[&str]| {
+        let endpoint = &mut port(model, 0).endpoints[index];
+        *endpoint = nodes(endpoint.clone(), names);
+    };
     let hinted = |address, node, zone| nodes(zones(on("node-a", address), &[zone]), &[node]);
     let endpoints = vec![hinted("10.1.0.1", "node-a", "zone-b"), hinted("10.1.0.2", "node-b", "zone-a")];
     let mut model = Model { zone: Some("zone-a".into()), ..policies(world(endpoints), Cluster, Local) };
     assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&["10.1.0.1:8080"], false));
     let both = ["10.1.0.1:8080", "10.1.0.2:8080"];
     assert_eq!(tcp::<A>(&model, OUTSIDE, (NODE, 3001)), forward(&both, false), "the local list has no hints");
-    port(&mut model, 0).endpoints[0].node_hints = ["node-c"].into_iter().collect();
+    hint(&mut model, 0, &["node-c"]);
     assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&["10.1.0.2:8080"], false), "then zones");
-    port(&mut model, 0).endpoints[1].node_hints = Hints::default();
-    port(&mut model, 0).endpoints[0].node_hints = ["node-a"].into_iter().collect();
+    hint(&mut model, 1, &[]);
+    hint(&mut model, 0, &["node-a"]);
     assert_eq!(tcp::<A>(&model, POD, (CLUSTER_IP, 80)), forward(&["10.1.0.2:8080"], false), "not all have one");
 }
 

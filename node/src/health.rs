@@ -321,8 +321,7 @@ mod tests {
             ready,
             serving: true,
             terminating: !ready,
-            zone_hints: Default::default(),
-            node_hints: Default::default(),
+            hints: None,
         }
     }
 

@@ -219,8 +219,7 @@ mod tests {
             ready,
             serving,
             terminating,
-            zone_hints: Default::default(),
-            node_hints: Default::default(),
+            hints: None,
         };
         let ready = (true, true, false);
         let service = ServicePort {

@@ -30,6 +30,7 @@ mod own_node;
 mod path_mtu;
 mod pods;
 mod policy;
+mod reach;
 mod scale;
 mod services;
 mod site;

@@ -133,6 +133,11 @@ impl Manifests {
         }
     }
 
+    /// Makes the pod that was added last one of its node's own network.
+    pub fn host_network(&mut self) {
+        self.0.last_mut().expect("a pod")["spec"]["hostNetwork"] = true.into();
+    }
+
     /// Gives the pod that was added last a service account.
     pub fn service_account(&mut self, name: &str) {
         self.0.last_mut().expect("a pod")["spec"]["serviceAccountName"] = name.into();

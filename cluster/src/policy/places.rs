@@ -4,10 +4,7 @@ use std::collections::HashMap;
 
 use weir_policy::{Model, RuleOrigin};
 
-use crate::{
-    resources::{Manifests, Origin},
-    translate::Loaded,
-};
+use crate::{resources::Manifests, translate::Loaded};
 
 /// What decided, for people.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -41,8 +38,7 @@ impl<'l> Places<'l> {
 
     /// "file:line" of a model's object; `None` for one that no file has.
     pub fn of(&self, origin: u32) -> Option<String> {
-        let Origin { file, line, .. } = self.objects.get(origin)?;
-        Some(format!("{file}:{line}"))
+        self.objects.get(origin).map(|origin| origin.place())
     }
 
     /// The name and place of what decided.

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::{identity::ObjectId, object::Base};
 use crate::text::{
-    Problems, Span, Topic,
-    tree::{Node, Value},
+    Problems, Span, Topic, Untexted,
+    tree::{self, Node, Value},
 };
 
 /// Steps of the longest way to a place that a message names.
@@ -27,6 +27,8 @@ pub struct At<'t> {
 enum Root<'t> {
     Tree(&'t Node),
     Text(&'t dyn Reread),
+    /// An object without a text, and whether parts of it were dropped.
+    Untexted(&'t dyn Untexted, bool),
 }
 
 /// A text whose tree can be had again.
@@ -68,6 +70,11 @@ impl<'t> At<'t> {
         Self { root: Root::Text(text), steps: [Step::Item(0); MAX_STEPS], count: 0, base }
     }
 
+    /// The place of a resource without a text, of which parts were dropped or not.
+    pub(super) fn in_object(objects: &'t dyn Untexted, has_dropped: bool, base: Base) -> Self {
+        Self { root: Root::Untexted(objects, has_dropped), steps: [Step::Item(0); MAX_STEPS], count: 0, base }
+    }
+
     fn step(mut self, step: Step<'t>) -> Self {
         // A longer way ends where it has no more room.
         if let Some(free) = self.steps.get_mut(usize::from(self.count)) {
@@ -100,6 +107,11 @@ impl<'t> At<'t> {
     fn end(&self) -> End {
         match self.root {
             Root::Tree(node) => self.end_in(node),
+            Root::Untexted(objects, has_dropped) => {
+                let end = objects.number(&self.path());
+                // Which part that was nobody knows any more; the object is at fault, whatever else is wrong with it.
+                End { span: self.base.place(Span { file: 0, start: 0, end }), follows_from_fault: has_dropped }
+            }
             Root::Text(text) => {
                 let tree = text.reread();
                 let node = tree.as_ref().and_then(|tree| text.object(tree));
@@ -109,6 +121,17 @@ impl<'t> At<'t> {
                 )
             }
         }
+    }
+
+    fn path(&self) -> String {
+        let mut path = String::new();
+        for step in &self.steps[..usize::from(self.count)] {
+            match step {
+                Step::Key(key, _) => tree::push_key(&mut path, key),
+                Step::Item(index) => tree::push_index(&mut path, *index),
+            }
+        }
+        path
     }
 
     fn end_in(&self, root: &Node) -> End {

@@ -290,9 +290,12 @@ impl Chunk {
     pub(super) fn origin(&self, placement: &Placement) -> Origin {
         let ObjectId { kind, namespace, name, .. } = placement.id().clone();
         let source = self.pieces.source();
-        let (line, _) = source.line_column(placement.offset + placement.item.start);
+        let (file, line) = match source.objects() {
+            Some(objects) => (objects.object(placement.offset), 0),
+            None => (source.name().to_owned(), source.line_column(placement.offset + placement.item.start).0),
+        };
         let namespace = Some(namespace.to_string()).filter(|namespace| !namespace.is_empty());
-        Origin { kind, namespace, name: name.to_string(), file: source.name().to_owned(), line }
+        Origin { kind, namespace, name: name.to_string(), file, line }
     }
 
     /// Numbers the objects of the text in their order, those that are absent too.

@@ -5,10 +5,12 @@
 
 use std::{
     fmt,
+    hash::BuildHasher,
+    ptr,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
-use hashbrown::{HashMap, HashSet};
+use hashbrown::{DefaultHashBuilder, HashSet, HashTable};
 
 use super::meta::Name;
 
@@ -68,9 +70,10 @@ impl Identity {
 impl Drop for Identity {
     fn drop(&mut self) {
         let mut book = lock(&self.book);
+        let hash = book.hasher.hash_one(&self.id);
         // Another may have come for the same object between the last holder's end and this.
-        if book.known.get(&self.id).is_some_and(|known| known.strong_count() == 0) {
-            book.known.remove(&self.id);
+        if let Ok(own) = book.known.find_entry(hash, |(_, known)| ptr::eq(known.as_ptr(), self)) {
+            own.remove();
         }
         book.free.push(self.number);
     }
@@ -132,7 +135,9 @@ impl Names {
 
 #[derive(Debug, Default)]
 struct Book {
-    known: HashMap<ObjectId, Weak<Identity>>,
+    /// Each with the hash of what it identifies, which it holds itself.
+    known: HashTable<(u64, Weak<Identity>)>,
+    hasher: DefaultHashBuilder,
     free: Vec<u32>,
     next: u32,
 }
@@ -150,16 +155,23 @@ impl Identities {
 
     /// The identity of an object: the one that is in use, or a new one.
     pub fn of(&self, id: ObjectId) -> Arc<Identity> {
+        // What one of the last holders drops takes the lock: these are dropped after it is given back.
+        let mut others = Vec::new();
         let mut book = lock(&self.book);
-        if let Some(identity) = book.known.get(&id).and_then(Weak::upgrade) {
-            return identity;
+        let hash = book.hasher.hash_one(&id);
+        let of_hash = book.known.iter_hash(hash).filter(|(known, _)| *known == hash);
+        for identity in of_hash.filter_map(|(_, known)| known.upgrade()) {
+            if identity.id == id {
+                return identity;
+            }
+            others.push(identity);
         }
         let number = book.free.pop().unwrap_or_else(|| {
             book.next += 1;
             book.next - 1
         });
-        let identity = Arc::new(Identity { id: id.clone(), number, book: Arc::clone(&self.book) });
-        book.known.insert(id, Arc::downgrade(&identity));
+        let identity = Arc::new(Identity { id, number, book: Arc::clone(&self.book) });
+        book.known.insert_unique(hash, (hash, Arc::downgrade(&identity)), |(hash, _)| *hash);
         identity
     }
 }

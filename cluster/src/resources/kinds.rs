@@ -30,9 +30,14 @@ impl Kind {
         self.groups[0]
     }
 
-    fn api_version(&self, group: &str) -> String {
+    pub(super) fn api_version(&self, group: &str) -> String {
         let newest = self.versions[0];
         if group.is_empty() { newest.to_owned() } else { format!("{group}/{newest}") }
+    }
+
+    /// Whether a field of its spec that weir does not know is no fault.
+    pub(super) fn unknown_is_allowed(&self) -> bool {
+        self.unknown != ERROR
     }
 
     fn is_policy(&self) -> bool {
@@ -86,6 +91,11 @@ const KINDS: &[Kind] = &[
     kind(CALICO, V3, "FelixConfiguration", false, None),
     kind(CLUSTER_POLICY, &["v1beta1", "v1alpha2"], "ClusterNetworkPolicy", false, ERROR),
 ];
+
+/// The kind of that name in one of its groups.
+pub(super) fn known(group: &str, name: &str) -> Option<&'static Kind> {
+    KINDS.iter().find(|kind| kind.name == name && kind.groups.contains(&group))
+}
 
 /// The version under which kubectl dumps Calico's kinds.
 const CALICO_CRD: (&str, &str) = ("crd.projectcalico.org", "v1");

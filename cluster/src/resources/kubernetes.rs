@@ -3,7 +3,7 @@
 //! serde skips the rest. What the types of Kubernetes have besides is listed in [`known_besides`], so that a misspelt field can be told from
 //! one that weir has no use for.
 
-use std::{borrow::Cow, collections::BTreeMap, net::IpAddr};
+use std::{borrow::Cow, collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use serde::{Deserialize, Deserializer};
 use weir_nat::Hints;
@@ -162,7 +162,7 @@ pub fn known_besides(name: &str) -> &'static [&'static str] {
 }
 
 /// v1 Namespace.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Namespace {
     /// Of its metadata.
@@ -170,7 +170,7 @@ pub struct Namespace {
 }
 
 /// v1 ServiceAccount.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct ServiceAccount {
     /// Of its metadata.
@@ -178,7 +178,7 @@ pub struct ServiceAccount {
 }
 
 /// v1 Node.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct KubernetesNode {
     /// Of its metadata, with all that is Calico's.
@@ -191,7 +191,7 @@ pub struct KubernetesNode {
 }
 
 /// Of a Node's spec.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct NodeSpec {
     /// The first range of its pods.
@@ -203,7 +203,7 @@ pub struct NodeSpec {
 }
 
 /// An address of a Node.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct NodeAddress {
     /// The address.
@@ -223,7 +223,7 @@ fn node_addresses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Box<[Nod
 }
 
 /// v1 Pod.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Pod {
     /// Of its metadata.
@@ -235,7 +235,7 @@ pub struct Pod {
 }
 
 /// Of a Pod's spec.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PodSpec {
     /// Whether it has the host's network.
@@ -256,7 +256,7 @@ pub struct PodSpec {
 }
 
 /// Of a container.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Container {
     /// "Always" for an init container that goes on running.
@@ -267,7 +267,7 @@ pub struct Container {
 }
 
 /// A port of a container.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ContainerPort {
     /// Its name.
@@ -286,7 +286,7 @@ pub struct ContainerPort {
 }
 
 /// Of a Pod's status.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct PodStatus {
     /// Whether it runs.
@@ -311,7 +311,7 @@ fn pod_ips<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Box<[Name]>, D:
 }
 
 /// v1 Service.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Service {
     /// The label that leaves it to another than this router.
@@ -325,7 +325,7 @@ pub struct Service {
 }
 
 /// Of a Service's spec.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ServiceSpec {
     /// Its type.
@@ -365,7 +365,7 @@ pub struct ServiceSpec {
 }
 
 /// A port of a Service.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ServicePort {
     /// Its name.
@@ -381,7 +381,7 @@ pub struct ServicePort {
 }
 
 /// An address of a load balancer.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Ingress {
     /// The address.
@@ -438,7 +438,7 @@ fn is_not_empty<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::E
 }
 
 /// discovery.k8s.io/v1 EndpointSlice.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EndpointSlice {
     /// The service that its label says it is of; `None` too where another label leaves it to others.
@@ -459,7 +459,7 @@ fn service_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Nam
 }
 
 /// An endpoint of a slice.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(from = "Endpoint")]
 pub struct SliceEndpoint {
     /// Its addresses.
@@ -473,29 +473,26 @@ pub struct SliceEndpoint {
     /// Condition `terminating`.
     pub terminating: Option<bool>,
     /// Whom it is meant for.
-    pub hints: Option<Box<ForZonesAndNodes>>,
+    pub hints: Option<Arc<Hints>>,
 }
 
-/// Whom an endpoint is meant for.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-pub struct ForZonesAndNodes {
-    /// hints.forZones.
-    #[serde(rename = "forZones", deserialize_with = "hints")]
-    pub zones: Hints,
-    /// hints.forNodes.
-    #[serde(rename = "forNodes", deserialize_with = "hints")]
-    pub nodes: Hints,
-}
-
-fn hints<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Hints, D::Error> {
+fn hints<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Arc<Hints>>, D::Error> {
+    #[derive(Default, Deserialize)]
+    #[serde(rename_all = "camelCase", default)]
+    struct EndpointHints {
+        for_zones: Option<Vec<Hint>>,
+        for_nodes: Option<Vec<Hint>>,
+    }
     #[derive(Default, Deserialize)]
     #[serde(default)]
     struct Hint {
         #[serde(deserialize_with = "name")]
         name: Name,
     }
-    Ok(Option::<Vec<Hint>>::deserialize(deserializer)?.into_iter().flatten().map(|hint| hint.name).collect())
+    let EndpointHints { for_zones, for_nodes } = Option::deserialize(deserializer)?.unwrap_or_default();
+    let [zones, nodes] =
+        [for_zones, for_nodes].map(|hints| hints.into_iter().flatten().map(|hint| hint.name).collect::<Vec<_>>());
+    Ok((!zones.is_empty() || !nodes.is_empty()).then(|| Arc::new(Hints { zones, nodes })))
 }
 
 /// An endpoint as it is written.
@@ -504,7 +501,8 @@ fn hints<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Hints, D::Error> 
 struct Endpoint {
     addresses: Addresses,
     conditions: EndpointConditions,
-    hints: Option<Box<ForZonesAndNodes>>,
+    #[serde(deserialize_with = "hints")]
+    hints: Option<Arc<Hints>>,
     #[serde(deserialize_with = "maybe_name")]
     node_name: Option<Name>,
 }
@@ -526,7 +524,7 @@ impl From<Endpoint> for SliceEndpoint {
 }
 
 /// Addresses of an endpoint: nearly always one.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Addresses {
     /// One.
     One(Address),
@@ -551,7 +549,7 @@ impl<'de> Deserialize<'de> for Addresses {
 }
 
 /// An address as it was written.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Address {
     /// As the address itself is written.
     Ip(IpAddr),
@@ -601,7 +599,7 @@ impl Address {
 }
 
 /// A port of a slice.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct SlicePort {
     /// Its name.

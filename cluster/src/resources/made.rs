@@ -20,16 +20,16 @@ pub(super) struct Made {
     first: OnceLock<Box<Link>>,
 }
 
-struct Link {
-    /// A `Fact` of some type.
-    fact: Box<dyn Any + Send + Sync>,
+/// A [`Fact`] of some type, in one piece of memory with its link.
+struct Link<F: ?Sized = dyn Any + Send + Sync> {
     next: Made,
+    fact: F,
 }
 
 /// A value that was made, with what there was to say about the object, at places counted from the beginning of its piece of text.
 pub(super) struct Fact<F> {
     pub(super) value: F,
-    pub(super) findings: Vec<Diagnostic>,
+    pub(super) findings: Box<[Diagnostic]>,
 }
 
 impl Made {
@@ -40,7 +40,7 @@ impl Made {
         loop {
             let link = made.first.get_or_init(|| {
                 let make = make.take().expect("the list ends once");
-                Box::new(Link { fact: Box::new(make()), next: Self::default() })
+                Box::new(Link { next: Self::default(), fact: make() })
             });
             match link.fact.downcast_ref() {
                 Some(fact) => return fact,
@@ -129,9 +129,9 @@ mod tests {
     #[test]
     fn one_value_of_each_type_is_made_once() {
         let made = Made::default();
-        let fact = |value| Fact { value, findings: Vec::new() };
+        let fact = |value| Fact { value, findings: Box::default() };
         assert_eq!(made.get(|| fact(7_u32)).value, 7);
-        assert_eq!(made.get(|| Fact { value: "text", findings: Vec::new() }).value, "text");
+        assert_eq!(made.get(|| Fact { value: "text", findings: Box::default() }).value, "text");
         assert_eq!(made.get::<u32>(|| unreachable!("it is there")).value, 7);
         assert_eq!(made.get::<&str>(|| unreachable!("it is there")).value, "text");
     }

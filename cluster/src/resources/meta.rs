@@ -131,7 +131,7 @@ fn annotations<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Labels, D::
 }
 
 /// Of an object's metadata.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Metadata {
     /// Its labels.

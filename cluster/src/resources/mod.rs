@@ -10,6 +10,7 @@ pub mod cluster_network_policy;
 pub mod identity;
 mod kinds;
 pub mod kubernetes;
+pub mod live;
 mod made;
 pub mod meta;
 pub mod network_policy;
@@ -58,10 +59,17 @@ pub struct Origin {
     pub namespace: Option<String>,
     /// Its name.
     pub name: String,
-    /// The file.
+    /// The file; of an object that no file has, its own name with its version.
     pub file: String,
-    /// The line where it begins, from 1.
+    /// The line where it begins, from 1; 0 where there is no file.
     pub line: usize,
+}
+
+impl Origin {
+    /// "file:line", or what stands for it.
+    pub fn place(&self) -> String {
+        if self.line == 0 { self.file.clone() } else { format!("{}:{}", self.file, self.line) }
+    }
 }
 
 impl std::fmt::Display for Origin {

@@ -114,6 +114,9 @@ fn drop_faulty<T: Readable>(node: &Node) {
 impl<T: Readable> Reread for Object<T> {
     fn reread(&self) -> Option<Arc<Node>> {
         let InText { source, piece, form } = &self.text;
+        if source.objects().is_some() {
+            return None;
+        }
         let tree = form.reread(source, *piece)?;
         if self.content.is_faulty
             && let Some(node) = self.object(&tree)
@@ -175,7 +178,7 @@ impl<T> Object<T> {
             // The number is the same as long as any version of the object is in use.
             let object = Self::new(Arc::clone(&self.content), self.text.clone(), Base::default(), self.origin);
             let value = make(&object, &mut problems);
-            Fact { value, findings: problems.diagnostics().to_vec() }
+            Fact { value, findings: problems.diagnostics().into() }
         });
         replay(&fact.findings, self.base, problems);
         &fact.value
@@ -195,7 +198,10 @@ impl<T> Object<T> {
 impl<T: Readable> Object<T> {
     /// The place of the whole object.
     pub fn at(&self) -> At<'_> {
-        At::in_text(self, self.base)
+        match self.text.source.objects() {
+            Some(objects) => At::in_object(&**objects, self.content.is_faulty, self.base),
+            None => At::in_text(self, self.base),
+        }
     }
 
     /// Its tree, read once more.

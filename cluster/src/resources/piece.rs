@@ -222,6 +222,25 @@ impl Piece {
     }
 }
 
+impl Piece {
+    /// Reads an object of a known kind out of its tree. `place` moves what is found from its tree to its own places.
+    pub(super) fn of_object(
+        kind: &'static Kind,
+        tree: Node,
+        identities: &Identities,
+        place: impl Fn(&Node, &Diagnostic) -> Diagnostic,
+    ) -> Self {
+        let mut reading = Reading { piece: Self::default(), problems: Problems::default(), identities };
+        reading.add_object(kind, 0, &tree);
+        let Reading { mut piece, problems, .. } = reading;
+        piece.findings = problems.diagnostics().iter().map(|finding| place(&tree, finding)).collect();
+        for item in piece.items.iter_mut().filter_map(Arc::get_mut) {
+            item.findings = item.findings.iter().map(|finding| place(&tree, finding)).collect();
+        }
+        piece
+    }
+}
+
 /// What to say of a text that is no YAML because it is a template of Helm's or of another tool that writes YAML with `{{ }}`.
 fn template(text: &str, problems: &Problems) -> Option<Diagnostic> {
     // Within quotes and blocks of text, braces are as good as anything, and the text reads well.
@@ -311,7 +330,7 @@ impl Reading<'_> {
         }
         let place_of = |key: &str| At::root(&node).key(key).span();
         match recognise(&api_version, &kind_name, &node) {
-            Recognised::Known(kind, version) => self.add_object(kind, version, node),
+            Recognised::Known(kind, version) => self.add_object(kind, version, &node),
             Recognised::Misnamed(kind, Slip { is_in_kind, help }) => {
                 let place = place_of(if is_in_kind { "kind" } else { "apiVersion" });
                 let message = format!("{kind_name} of {api_version} is not read");
@@ -338,12 +357,11 @@ impl Reading<'_> {
         }
     }
 
-    fn add_object(&mut self, kind: &'static Kind, version: u8, node: Node) {
+    fn add_object(&mut self, kind: &'static Kind, version: u8, node: &Node) {
         let names = self.identities.names.clone();
-        self.add_item(kind, version, &node, |identity| {
+        self.add_item(kind, version, node, |identity| {
             let mut problems = Problems::default();
-            let object =
-                Untyped { identity, node: &node, unknown: kind.unknown, problems: &mut problems, names: &names };
+            let object = Untyped { identity, node, unknown: kind.unknown, problems: &mut problems, names: &names };
             (Body::read(kind, object), problems)
         });
     }

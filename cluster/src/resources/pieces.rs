@@ -77,6 +77,13 @@ impl Pieces {
         Self { source: Arc::new(source), pieces, has_versions }
     }
 
+    /// Objects without a text, each at its position.
+    pub(super) fn of_objects(source: Source, objects: impl Iterator<Item = Arc<Piece>>) -> Self {
+        let at = |position| Span { file: 0, start: position, end: position + 1 };
+        let pieces = (0..).zip(objects).map(|(position, piece)| (Form::Document, at(position), piece)).collect();
+        Self { source: Arc::new(source), pieces, has_versions: false }
+    }
+
     /// The text.
     pub fn source(&self) -> &Arc<Source> {
         &self.source

@@ -13,4 +13,4 @@ pub mod tree;
 pub mod typed;
 
 pub use problem::{Diagnostic, Problems, Severity, Topic};
-pub use source::{Source, Span};
+pub use source::{Source, Span, Untexted};

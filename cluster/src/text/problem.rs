@@ -64,12 +64,15 @@ impl fmt::Display for Topic {
 /// A diagnostic in the form that programs read.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct JsonDiagnostic {
-    /// The file's name.
+    /// The file's name; of an object that no file has, its own, with its version.
     pub file: String,
-    /// Line, from 1.
+    /// Line, from 1; 0 where there is no file.
     pub line: usize,
-    /// Column in characters, from 1.
+    /// Column in characters, from 1; 0 where there is no file.
     pub column: usize,
+    /// The field, where there is no file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
     /// How bad it is.
     pub severity: Severity,
     /// What is wrong.
@@ -111,11 +114,9 @@ impl Problems {
         &self.sources[file as usize]
     }
 
-    /// File, line and column of a place, as "file:line:column".
+    /// File, line and column of a place, as "file:line:column"; or the object and the path of its field.
     pub fn place(&self, span: Span) -> String {
-        let source = self.source(span.file);
-        let (line, column) = source.line_column(span.start);
-        format!("{}:{line}:{column}", source.name())
+        self.source(span.file).place(span)
     }
 
     /// Lets go of the trees that places were looked up in.
@@ -209,12 +210,16 @@ impl Problems {
     /// All of them for programs.
     pub fn to_json(&self) -> Vec<JsonDiagnostic> {
         let to_json = |diagnostic: &Diagnostic| {
-            let source = self.source(diagnostic.span.file);
-            let (line, column) = source.line_column(diagnostic.span.start);
+            let (source, span) = (self.source(diagnostic.span.file), diagnostic.span);
+            let (file, (line, column), path) = match source.objects() {
+                Some(objects) => (objects.object(span.start), (0, 0), Some(objects.path(span.end - span.start))),
+                None => (source.name().to_owned(), source.line_column(span.start), None),
+            };
             JsonDiagnostic {
-                file: source.name().to_owned(),
+                file,
                 line,
                 column,
+                path,
                 severity: diagnostic.severity,
                 message: diagnostic.message.clone(),
                 help: diagnostic.help.clone(),
@@ -285,7 +290,12 @@ struct Shown<'a> {
 
 impl fmt::Display for Report<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.diagnostic.message)
+        f.write_str(&self.diagnostic.message)?;
+        // There is no line to show.
+        if self.shown.source.objects().is_some() {
+            write!(f, "\nat {}", self.shown.source.place(self.diagnostic.span))?;
+        }
+        Ok(())
     }
 }
 
@@ -305,10 +315,13 @@ impl miette::Diagnostic for Report<'_> {
     }
 
     fn source_code(&self) -> Option<&dyn SourceCode> {
-        Some(&self.shown)
+        self.shown.source.objects().is_none().then_some(&self.shown as &dyn SourceCode)
     }
 
     fn labels(&self) -> Option<Box<dyn Iterator<Item = LabeledSpan> + '_>> {
+        if self.shown.source.objects().is_some() {
+            return None;
+        }
         let Span { start, end, .. } = self.diagnostic.span;
         // Marks stay on the first line: a list or an object would otherwise be quoted whole.
         let Shown { source, text } = self.shown;

@@ -32,10 +32,24 @@ const BLOCK_BYTES: usize = 64 << 10;
 /// Shorter texts are not worth it.
 const WORTH_BYTES: usize = 4 << 10;
 
+/// What is in objects that have no text, as they come from a running API server.
+///
+/// A place of such a source has the object's position as its first byte; as far behind that as the number of a field's path is its end.
+pub trait Untexted: std::fmt::Debug + Send + Sync {
+    /// What an object is called, with its version.
+    fn object(&self, position: u32) -> String;
+    /// The path of a field by its number; empty for the object itself.
+    fn path(&self, number: u32) -> String;
+    /// The number of a field's path.
+    fn number(&self, path: &str) -> u32;
+}
+
 /// A file's name as it is shown, and its text.
 #[derive(Debug)]
 pub struct Source {
     name: String,
+    /// What it has instead of a text.
+    objects: Option<Arc<dyn Untexted>>,
     text: Mutex<Kept>,
     /// The text's bytes.
     length: usize,
@@ -92,7 +106,31 @@ impl Source {
         let marks = starts.step_by(STRIDE).collect();
         let length = text.len();
         let text = Mutex::new(Kept::Plain(Arc::new(text)));
-        Self { name: name.into(), text, length, marks, line_count, tree: Mutex::default() }
+        Self { name: name.into(), objects: None, text, length, marks, line_count, tree: Mutex::default() }
+    }
+
+    /// Objects without a text.
+    pub fn of_objects(name: impl Into<String>, objects: Arc<dyn Untexted>) -> Self {
+        Self { objects: Some(objects), ..Self::new(name, String::new()) }
+    }
+
+    /// What it has instead of a text.
+    pub fn objects(&self) -> Option<&Arc<dyn Untexted>> {
+        self.objects.as_ref()
+    }
+
+    /// "file:line:column" of a place, or the object and the path of its field.
+    pub fn place(&self, span: Span) -> String {
+        match &self.objects {
+            Some(objects) => {
+                let (object, path) = (objects.object(span.start), objects.path(span.end.saturating_sub(span.start)));
+                if path.is_empty() { object } else { format!("{object} {path}") }
+            }
+            None => {
+                let (line, column) = self.line_column(span.start);
+                format!("{}:{line}:{column}", self.name)
+            }
+        }
     }
 
     /// The name that diagnostics show.

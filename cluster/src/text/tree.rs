@@ -78,6 +78,58 @@ impl Node {
         Self { span: Span::default(), value: Value::Null, dropped: OnceLock::new() }
     }
 
+    /// A value of JSON, whose nodes have their numbers in the order of reading for places: see [`Node::path_to`].
+    pub fn of_json(value: serde_json::Value) -> Self {
+        fn node(value: serde_json::Value, next: &mut u32) -> Node {
+            use serde_json::Value as Json;
+            let span = Span { file: 0, start: *next, end: *next + 1 };
+            *next += 1;
+            let value = match value {
+                Json::Null => Value::Null,
+                Json::Bool(value) => Value::Bool(value),
+                Json::Number(number) => match number.as_i128() {
+                    Some(number) => Value::Integer(number),
+                    None => Value::Float(number.as_f64().unwrap_or(f64::INFINITY)),
+                },
+                Json::String(text) => Value::String(text),
+                Json::Array(items) => Value::List(items.into_iter().map(|item| node(item, next)).collect()),
+                Json::Object(entries) => {
+                    let entry = |(text, value)| {
+                        let value = node(value, next);
+                        (Key { text, span: value.span }, value)
+                    };
+                    Value::Map(entries.into_iter().map(entry).collect())
+                }
+            };
+            Node { span, value, dropped: OnceLock::new() }
+        }
+        node(value, &mut 0)
+    }
+
+    /// The way to the node with a number that [`Node::of_json`] gave: "spec.ingress[0].from"; empty where there is none.
+    pub fn path_to(&self, number: u32) -> String {
+        let (mut node, mut path) = (self, String::new());
+        while node.span.start < number {
+            // The last that begins before or with it holds it.
+            match &node.value {
+                Value::Map(entries) => {
+                    let before = entries.partition_point(|(_, value)| value.span.start <= number);
+                    let Some((key, value)) = entries[..before].last() else { break };
+                    push_key(&mut path, &key.text);
+                    node = value;
+                }
+                Value::List(items) => {
+                    let before = items.partition_point(|item| item.span.start <= number);
+                    let Some(item) = items[..before].last() else { break };
+                    push_index(&mut path, before - 1);
+                    node = item;
+                }
+                _ => break,
+            }
+        }
+        path
+    }
+
     /// The place of the node with all that is in it.
     pub fn extent(&self) -> Span {
         let mut extent = self.span;
@@ -162,6 +214,19 @@ impl Node {
             Value::Map(_) => "an object".to_owned(),
         }
     }
+}
+
+/// Adds a key to the path of a field.
+pub fn push_key(path: &mut String, key: &str) {
+    if !path.is_empty() {
+        path.push('.');
+    }
+    path.push_str(key);
+}
+
+/// Adds an item of a list to the path of a field.
+pub fn push_index(path: &mut String, index: usize) {
+    path.push_str(&format!("[{index}]"));
 }
 
 /// Reads all documents of a text that [`Problems::add_source`] made known. Faulty ones are reported and left out;

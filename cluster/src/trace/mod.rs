@@ -221,7 +221,7 @@ impl<'l> Tracer<'l> {
             RuleOrigin::Policy { object, .. } => vec![self.place(object)],
             RuleOrigin::TierEnd { policies, .. } => {
                 let all = self.loaded.objects.iter().filter(|origin| policies.contains(&origin.to_string().as_str()));
-                all.map(|origin| format!("{}:{}", origin.file, origin.line)).collect()
+                all.map(|origin| origin.place()).collect()
             }
             RuleOrigin::Profile { .. } | RuleOrigin::NoProfile | RuleOrigin::Undecided => Vec::new(),
         };
@@ -231,7 +231,7 @@ impl<'l> Tracer<'l> {
 
     /// "file:line" of an object.
     fn place(&self, object: u32) -> String {
-        self.loaded.objects.get(object).map_or_else(String::new, |origin| format!("{}:{}", origin.file, origin.line))
+        self.loaded.objects.get(object).map_or_else(String::new, |origin| origin.place())
     }
 
     fn answer<A: Routed>(&self, flow: &Flow, decision: &Decision<'_, A>) -> Value {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use weir_dataplane::{forwarding::local_workloads, model::Cluster};
-use weir_nat::{Endpoint, Hints, HostAddresses, Model, ServicePort};
+use weir_nat::{Endpoint, HostAddresses, Model, ServicePort};
 use weir_packet::Protocol;
 
 use super::{Loaded, LocalPods, cluster::is_workload, services::port_number};
@@ -361,8 +361,7 @@ fn endpoint(address: IpAddr, port: u16, config: &RouterConfig) -> Endpoint {
         ready: true,
         serving: true,
         terminating: false,
-        zone_hints: Hints::default(),
-        node_hints: Hints::default(),
+        hints: None,
     }
 }
 

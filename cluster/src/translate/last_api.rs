@@ -8,7 +8,7 @@
 use std::{net::IpAddr, path::Path, sync::Arc};
 
 use serde::{Deserialize, Serialize};
-use weir_nat::{Endpoint, Hints, Model, ServicePort};
+use weir_nat::{Endpoint, Model, ServicePort};
 use weir_packet::Protocol;
 
 use super::impossible::is_usable;
@@ -161,8 +161,7 @@ impl Backend {
             ready: true,
             serving: true,
             terminating: false,
-            zone_hints: Hints::default(),
-            node_hints: Hints::default(),
+            hints: None,
         }
     }
 }

@@ -32,7 +32,7 @@ use weir_packet::Protocol;
 
 use crate::{
     config::RouterConfig,
-    resources::{Chunks, Manifests, ObjectId, Substitute},
+    resources::{Chunks, Identities, Manifests, ObjectId, Substitute, live::LiveObjects},
     sources::{
         Library, Revisit,
         file::is_written,
@@ -205,6 +205,7 @@ pub struct Loader {
     reviews: bool,
     kept: Kept,
     local_pods: Arc<LocalPods>,
+    live: LiveObjects,
     assumes_pods: bool,
     /// What was read for the last load that succeeded.
     read: Option<Read>,
@@ -247,6 +248,7 @@ impl Loader {
             reviews: false,
             kept: Kept::default(),
             local_pods: Arc::default(),
+            live: Arc::default(),
             assumes_pods: false,
             read: None,
             beginning: Manifests::default(),
@@ -300,6 +302,17 @@ impl Loader {
     /// The pods that this node's CNI plugin has made, for the loads from now on.
     pub fn set_local_pods(&mut self, pods: Arc<LocalPods>) {
         self.local_pods = pods;
+    }
+
+    /// The objects of a running cluster, for the loads from now on. They were read by a [`live::Reader`](crate::resources::live::Reader) with
+    /// [`Loader::identities`].
+    pub fn set_live(&mut self, objects: LiveObjects) {
+        self.live = objects;
+    }
+
+    /// What numbers the objects.
+    pub fn identities(&self) -> &Identities {
+        self.library.identities()
     }
 
     /// From now on for another weir.yaml, of the same cluster.
@@ -463,7 +476,10 @@ impl Loader {
         let mut problems = read.problems.clone();
         let none = BTreeMap::new();
         let substitutes = reload.map_or(&none, |(substitutes, _)| substitutes);
-        let mut manifests = Manifests::of(read.texts.pieces(), substitutes, &mut self.kept.chunks, &mut problems);
+        let live: Vec<_> =
+            self.live.iter().map(|pieces| (problems.share_source(Arc::clone(pieces.source())), pieces)).collect();
+        let all = read.texts.pieces().chain(live.iter().copied());
+        let mut manifests = Manifests::of(all, substitutes, &mut self.kept.chunks, &mut problems);
         let mut faulty = Vec::new();
         if let Some((substitutes, previous)) = reload {
             let last_good = substitutes.iter().filter(|(_, substitute)| **substitute == Substitute::LastGood);

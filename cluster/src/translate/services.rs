@@ -9,7 +9,7 @@ use std::{
 use hashbrown::HashMap;
 use ipnet::IpNet;
 use weir_dataplane::model::Cluster;
-use weir_nat::{Endpoint, Hints, MAX_AFFINITY_SECONDS, Model, ServicePort, TrafficPolicy};
+use weir_nat::{Endpoint, MAX_AFFINITY_SECONDS, Model, ServicePort, TrafficPolicy};
 use weir_packet::Protocol;
 
 use crate::{
@@ -493,8 +493,7 @@ fn model_endpoint(address: IpAddr, port: u16, endpoint: &SliceEndpoint) -> Endpo
         ready,
         serving: endpoint.serving.unwrap_or(true),
         terminating: endpoint.terminating.unwrap_or(false),
-        zone_hints: endpoint.hints.as_ref().map_or_else(Hints::default, |hints| hints.zones.clone()),
-        node_hints: endpoint.hints.as_ref().map_or_else(Hints::default, |hints| hints.nodes.clone()),
+        hints: endpoint.hints.clone(),
     }
 }
 

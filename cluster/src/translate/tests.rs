@@ -21,6 +21,7 @@ mod assume;
 mod host;
 mod host_ports;
 mod lints;
+mod live;
 mod local_pods;
 mod policy;
 mod review;
@@ -55,8 +56,13 @@ fn read_all(weir: &str, cluster: &str, pods: &Arc<LocalPods>, reviews: bool) -> 
     };
     let mut texts = Texts::default();
     Library::default().add_text("cluster.yaml", cluster.to_owned(), &mut texts, &mut problems);
+    let (config, is_sound) = (Arc::new(config), !problems.has_errors());
     let manifests = Manifests::of(texts.pieces(), &BTreeMap::new(), &mut Chunks::default(), &mut problems);
-    translate(Arc::new(config), &Arc::new(manifests), pods, &mut Kept::default(), reviews, problems)
+    let outcome = translate(Arc::clone(&config), &Arc::new(manifests), pods, &mut Kept::default(), reviews, problems);
+    if is_sound {
+        live::compare(&config, cluster, pods, &outcome);
+    }
+    outcome
 }
 
 /// "place: severity: message [help]" of everything that is said.
@@ -755,7 +761,7 @@ fn a_service_becomes_its_ports() {
     let facts = |port: &weir_nat::ServicePort| -> Vec<String> {
         let fact = |e: &weir_nat::Endpoint| {
             let flags = (e.ready, e.serving, e.terminating);
-            let [zones, nodes] = [&e.zone_hints[..], &e.node_hints[..]];
+            let [zones, nodes] = [e.zone_hints(), e.node_hints()];
             format!("{}:{} {:?} {flags:?} {zones:?}{nodes:?}", e.address, e.port, e.node_name)
         };
         port.endpoints.iter().map(fact).collect()

@@ -8,6 +8,7 @@
 //! |---|---|---|
 //! | to weir | destination MAC | 0x02, pkt_type (0 host, 1 broadcast, 2 multicast, 3 other), device index as big-endian u32 |
 //! | from weir | source MAC | 0x02, 0, device index as big-endian u32 |
+//! | from weir, translated for a server of the node | source MAC | 0x02, 1, 0 |
 //!
 //! Index 0 is the node itself: a process of its network namespace made the packet. With the highest bit set the index is that of the device
 //! by which the node's kernel has received what it only forwards ([`IfIndex::forwarded`]). What comes with another destination has met no
@@ -42,6 +43,10 @@ pub fn target(device: IfIndex) -> Mac {
     let [a, b, c, d] = device.0.to_be_bytes();
     Mac([MARK, 0, a, b, c, d])
 }
+
+/// The source MAC address of what weir has translated for a server of the node, whose answers then come back by the trunk: the programs
+/// remember who asked (`bpf/node.h`).
+pub const ANSWERED: Mac = Mac([MARK, 1, 0, 0, 0, 0]);
 
 #[cfg(test)]
 mod tests {

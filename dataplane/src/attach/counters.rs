@@ -56,11 +56,15 @@ pub enum Counter {
     UplinkTakenUnread,
     /// Frames of uplinks, dropped: behind more priority tags (VLAN id 0) than are looked through.
     UplinkTagsDropped,
+    /// What devices that are no uplinks received for frontends on the node's addresses, put into the trunk.
+    DeviceTaken,
+    /// What servers of the node answered to what weir has translated for them, put into the trunk on its way out.
+    AnswerTaken,
 }
 
 impl Counter {
     /// All of them, in the order of their slots.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 25] = [
         Self::TrunkTaken,
         Self::TrunkUnclaimed,
         Self::WorkloadSent,
@@ -84,6 +88,8 @@ impl Counter {
         Self::LoopbackTaken,
         Self::UplinkTakenUnread,
         Self::UplinkTagsDropped,
+        Self::DeviceTaken,
+        Self::AnswerTaken,
     ];
 
     /// Its name in metrics, in snake case.
@@ -112,6 +118,8 @@ impl Counter {
             Self::LoopbackTaken => "loopback_taken",
             Self::UplinkTakenUnread => "uplink_taken_unread",
             Self::UplinkTagsDropped => "uplink_tags_dropped",
+            Self::DeviceTaken => "device_taken",
+            Self::AnswerTaken => "answer_taken",
         }
     }
 }

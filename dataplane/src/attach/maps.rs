@@ -33,10 +33,13 @@ pub(super) type WorkloadEntry = [u8; 8];
 pub(super) type OwnPortV4 = [u8; 8];
 pub(super) type OwnPortV6 = [u8; 20];
 
+/// Flows of each family that servers of the node answer by weir (`MAX_ANSWERED` of `bpf/node.h`).
+const MAX_ANSWERED: u32 = 65_536;
+
 const SOCKETS: &str = "sockets";
 
 /// Name, type, bytes of key and value, entries of each shared map. A pinned map that differs is of another version.
-const LAYOUT: [(&str, MapType, u32, u32, u32); 11] = [
+const LAYOUT: [(&str, MapType, u32, u32, u32); 13] = [
     ("counters", MapType::PerCpuArray, 4, 8, 64),
     ("workloads", MapType::Hash, 4, size_of::<WorkloadEntry>() as u32, MAX_WORKLOADS),
     ("prefixes_v4", MapType::LpmTrie, 8, 4, MAX_PREFIXES),
@@ -48,6 +51,9 @@ const LAYOUT: [(&str, MapType, u32, u32, u32); 11] = [
     ("own_ports_v6", MapType::Hash, size_of::<OwnPortV6>() as u32, 4, MAX_OWN_PORTS),
     ("identity", MapType::Array, 4, 8, 1),
     ("governed", MapType::Array, 4, 8, 1),
+    // Both ends' addresses and ports, the protocol and zeros.
+    ("answered_v4", MapType::LruHash, 16, 4, MAX_ANSWERED),
+    ("answered_v6", MapType::LruHash, 40, 4, MAX_ANSWERED),
 ];
 
 /// Name, type, bytes of key and value of each map of flows in the kernel, and how many entries for a flow.

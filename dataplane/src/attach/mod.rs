@@ -11,6 +11,8 @@
 //! | `trunk_deliver` | tc ingress of weir0 | gives what weir sends to the device in the source MAC, else to the node's kernel |
 //! | `host_send` | tc egress of weir0 | carries what was handed over of what the node sends to pods; of the rest writes into the destination MAC whether the node made it or only forwards it |
 //! | `loopback_send` | tc egress of lo | redirects what the node's processes send to node ports and host ports of the node itself to weir0 |
+//! | `device_take` | tc ingress of each device of the kernel's own that has addresses | redirects what is for node ports and host ports of the node to weir0, as forwarded by it |
+//! | `answer_send` | tc egress of these and of uplinks | redirects answers of the node's servers to what weir has translated to weir0 (bpf/node.h) |
 //! | `uplink_receive` | XDP of each uplink | gives what weir owns to the socket of its queue, leaves the rest to the kernel |
 //! | `uplink_carry` | tc ingress of each uplink, where flows are handed over | gives packets of such flows, which `uplink_receive` leaves to the kernel's GRO, to their pods |
 //! | `uplink_take` | tc ingress of an uplink, in place of both ([`UplinkHook::Tc`]) | carries what was handed over; gives the rest of what weir owns to the sockets of the trunk, as `workload_send` does |
@@ -20,7 +22,7 @@
 //! device's index, big endian; its source MAC is the workload's. Index 0 says: made by the node itself; the highest bit set, with the index
 //! of a device: received by it and only forwarded by the node's kernel. A frame that a worker sends on the trunk has the source MAC `02:00:II:II:II:II`
 //! and the workload's MAC as destination, and leaves with the host end's MAC as source. Index 0, or any source MAC that
-//! does not begin with `02:00`, means the node's own kernel. [`crate::afxdp::trunk`] is this paragraph as code. Both
+//! does not begin with `02:00`, means the node's own kernel; `02:01`, that its answers come back by weir0. [`crate::afxdp::trunk`] is this paragraph as code. Both
 //! ends of the trunk have MACs that begin with 06. `tcpdump -i weir0` sees all these frames.
 //!
 //! *Pins.* All links and maps are pinned in the pin folder. (1) When the process ends, however it ends, everything
@@ -53,6 +55,7 @@ mod error;
 mod filter;
 mod maps;
 mod offload;
+mod own_devices;
 mod owned;
 mod pins;
 mod tags;
@@ -184,6 +187,7 @@ pub struct Attachment {
     /// Those that have a filter and no link yet.
     unlinked: BTreeSet<u32>,
     uplinks: BTreeMap<u32, Uplink>,
+    kernel_devices: BTreeMap<u32, ModeReport>,
     owned: OwnedMaps,
     counters: PerCpuArray<MapData, u64>,
     offload: Option<OffloadMaps>,
@@ -320,6 +324,7 @@ impl Attachment {
             workloads: BTreeMap::new(),
             unlinked: BTreeSet::new(),
             uplinks: BTreeMap::new(),
+            kernel_devices: BTreeMap::new(),
             owned: OwnedMaps::take(&mut object)?,
             counters: maps::take(&mut object, "counters")?,
             offload: flows.map(|flows| OffloadMaps::take(&mut object, flows, &pins)).transpose()?,
@@ -504,6 +509,9 @@ impl Attachment {
         if !link.is_ethernet {
             return Err(AttachError::NotEthernet { device: name.to_owned() });
         }
+        // Whatever it was before.
+        self.detach_kernel_device(index)?;
+        self.attach_answers(index, name)?;
         match plan(hook, &link.kind, self.flows.is_some()) {
             Plan::Xdp => self.attach_uplink_xdp(index, name),
             Plan::Tc(reason) => self.attach_uplink_tc(index, name, &reason),
@@ -563,6 +571,7 @@ impl Attachment {
         self.uplinks.remove(&index);
         pins::unpin_link(&self.pins.uplink_xdp(index))?;
         pins::unpin_link(&self.pins.uplink_tc(index))?;
+        pins::unpin_link(&self.pins.uplink_answer(index))?;
         pins::unpin_map(&self.pins.uplink_sockets(index))
     }
 
@@ -623,7 +632,7 @@ impl Attachment {
         self.offload.take()
     }
 
-    /// How the programs are attached and why: the trunk's, the uplinks', and those workloads that are not served the
+    /// How the programs are attached and why: the trunk's, the uplinks', the kernel's own devices', and those workloads that are not served the
     /// fastest way.
     pub fn modes(&self) -> Vec<ModeReport> {
         let slow = self.workloads.values().filter(|workload| !workload.peer_elsewhere).map(|workload| ModeReport {
@@ -633,7 +642,8 @@ impl Attachment {
             reason: "its peer is not in another network namespace, as bpf_redirect_peer demands".to_owned(),
         });
         let uplinks = self.uplinks.values().map(|uplink| uplink.mode.clone());
-        self.modes.iter().cloned().chain(uplinks).chain(slow).collect()
+        let kernels = self.kernel_devices.values().cloned();
+        self.modes.iter().cloned().chain(uplinks).chain(kernels).chain(slow).collect()
     }
 
     /// Forgets what an earlier process left on devices that do not exist any longer.
@@ -646,6 +656,7 @@ impl Attachment {
             self.detach_uplink(index)?;
             warn!(index, "forgot an uplink that is gone");
         }
+        self.forget_kernel_devices()?;
         let entries: Vec<u32> = self.workload_map.keys().collect::<Result<_, _>>().map_err(map_error("workloads"))?;
         for index in entries.into_iter().filter(|index| is_gone(*index)) {
             self.forget_workload(index)?;

@@ -31,6 +31,9 @@ const BPF_MOUNT: &str = "/sys/fs/bpf";
 const WORKLOAD: &str = "workload_";
 const UPLINK_XDP: &str = "uplink_";
 const UPLINK_TC: &str = "uplink_carry_";
+const UPLINK_ANSWER: &str = "uplink_answer_";
+const DEVICE_TAKE: &str = "device_take_";
+const DEVICE_ANSWER: &str = "device_answer_";
 const SOCKETS: &str = "sockets_";
 
 /// A pin folder that belongs to this process alone, while it lives.
@@ -111,6 +114,18 @@ impl Pins {
         self.dir.join(format!("{UPLINK_TC}{index}"))
     }
 
+    pub(super) fn uplink_answer(&self, index: u32) -> PathBuf {
+        self.dir.join(format!("{UPLINK_ANSWER}{index}"))
+    }
+
+    pub(super) fn kernel_device_take(&self, index: u32) -> PathBuf {
+        self.dir.join(format!("{DEVICE_TAKE}{index}"))
+    }
+
+    pub(super) fn kernel_device_answer(&self, index: u32) -> PathBuf {
+        self.dir.join(format!("{DEVICE_ANSWER}{index}"))
+    }
+
     pub(super) fn trunk_sockets(&self) -> PathBuf {
         self.dir.join("sockets_trunk")
     }
@@ -126,7 +141,17 @@ impl Pins {
 
     /// Indexes of the devices that have an uplink's link.
     pub(super) fn uplinks(&self) -> Result<Vec<u32>, AttachError> {
-        let mut indexes = [self.indexes(UPLINK_XDP)?, self.indexes(UPLINK_TC)?].concat();
+        self.indexes_of(&[UPLINK_XDP, UPLINK_TC, UPLINK_ANSWER])
+    }
+
+    /// Indexes of the devices of the kernel's own that have a link.
+    pub(super) fn kernel_devices(&self) -> Result<Vec<u32>, AttachError> {
+        self.indexes_of(&[DEVICE_TAKE, DEVICE_ANSWER])
+    }
+
+    fn indexes_of(&self, prefixes: &[&str]) -> Result<Vec<u32>, AttachError> {
+        let all: Vec<Vec<u32>> = prefixes.iter().map(|prefix| self.indexes(prefix)).collect::<Result<_, _>>()?;
+        let mut indexes = all.concat();
         indexes.sort_unstable();
         indexes.dedup();
         Ok(indexes)
@@ -173,7 +198,8 @@ impl Pins {
     /// Removes all pins; their names. Links are removed first and are off when this returns.
     pub(super) fn remove_all(&self) -> Result<Vec<String>, AttachError> {
         let names = self.names()?;
-        let is_link = |name: &&String| [WORKLOAD, UPLINK_XDP, "trunk_"].iter().any(|prefix| name.starts_with(prefix));
+        let is_link =
+            |name: &&String| [WORKLOAD, UPLINK_XDP, "trunk_", "device_"].iter().any(|prefix| name.starts_with(prefix));
         for name in names.iter().filter(is_link) {
             unpin_link(&self.dir.join(name))?;
         }

@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use weir_packet::{
-    Address, DropReason, FlowKey,
+    Address, Direction, DropReason, FlowKey,
     build::{self, IcmpError},
     parse::{self, Parsed, View},
     rewrite,
@@ -14,7 +14,7 @@ use crate::{
     afxdp::trunk,
     counters::Counter,
     driver::Driver,
-    forwarding::{Adjacency, AdjacencyId, Route},
+    forwarding::{Adjacency, AdjacencyId, Route, RouteKind},
     frame::{IfIndex, Packet},
     next_hops,
     tables::Family,
@@ -37,13 +37,28 @@ impl<D: Driver> Handler<'_, D> {
             Course::Connection(ref conn, direction) => {
                 let to = conn.key(direction.flip()).invert();
                 match next_hops::of(conn, direction, self.context.snapshot) {
-                    Some(hop) => self.forward_to(packet, view, &to, hop),
+                    Some(hop) => match self.forward_to(packet, view, &to, hop)? {
+                        End::Punt if direction == Direction::Original && self.is_served(view, &to, hop) => {
+                            Ok(End::Serve)
+                        }
+                        end => Ok(end),
+                    },
                     None => Err(self.nowhere(packet, view, to.dst)),
                 }
             }
             Course::Untracked(hop) | Course::Pass(hop) => self.forward_to(packet, view, &view.key, hop),
             Course::Punt => self.hand_over(packet, view),
         }
+    }
+
+    /// Whether the node's kernel gets a packet for one of its servers that was sent to a service, and would answer it past weir: not who has a
+    /// source that only weir's routes lead to, a pod's or one that weir gave it.
+    fn is_served<A: Family>(&self, view: &View<A>, to: &FlowKey<A>, hop: AdjacencyId) -> bool {
+        let forwarding = &*self.context.snapshot.forwarding;
+        (to.dst, to.ports) != (view.key.dst, view.key.ports)
+            && to.src == view.key.src
+            && forwarding.adjacency(hop).kind == RouteKind::Host
+            && forwarding.local_workload(to.src).is_none()
     }
 
     /// A packet of a connection whose other end cannot be reached any more. Its sender is told as that of a first packet is: other nodes

@@ -159,6 +159,8 @@ enum End {
     Punt,
     /// It gets it by the device that it came by: what it is for is there on that link only.
     Return,
+    /// The same of what weir has translated for a server of the node: its answers are to come back, by whatever device they would leave.
+    Serve,
     /// It is answered, or something is sent in its place.
     Consume,
     /// It waits for the MAC address of that next hop. It came by that device.
@@ -213,13 +215,14 @@ impl<D: Driver> Handler<'_, D> {
         let Self { pipeline, driver, context } = self;
         match ended {
             Ok(End::Transmit(port)) => pipeline.egress[usize::from(port.0)].push(packet),
-            Ok(End::Punt) => {
+            Ok(end @ (End::Punt | End::Serve)) => {
                 packet.device = IfIndex::HOST;
                 // On the trunk the source says whose the packet is: its sender's own might name a workload.
                 let forwarding = &*context.snapshot.forwarding;
                 if let Some(mac) = forwarding.adjacency(forwarding.host()).mac {
+                    let source = if matches!(end, End::Serve) { trunk::ANSWERED } else { host_source(mac) };
                     packet.bytes_mut()[..6].copy_from_slice(&mac.0);
-                    packet.bytes_mut()[6..12].copy_from_slice(&host_source(mac).0);
+                    packet.bytes_mut()[6..12].copy_from_slice(&source.0);
                 }
                 pipeline.egress[usize::from(PortId::TRUNK.0)].push(packet);
             }

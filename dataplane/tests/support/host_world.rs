@@ -196,8 +196,7 @@ fn services() -> ServiceTable {
             ready: true,
             serving: true,
             terminating: false,
-            zone_hints: Default::default(),
-            node_hints: Default::default(),
+            hints: None,
         };
         let is_vip = front.contains(&VIP);
         // A service with a node port has a cluster IP too; to this one nobody sends.

@@ -123,8 +123,7 @@ pub fn service(
                 ready: true,
                 serving: true,
                 terminating: false,
-                zone_hints: Default::default(),
-                node_hints: Default::default(),
+                hints: None,
             })
             .collect(),
         ..weir_nat::ServicePort::default()

@@ -154,8 +154,7 @@ pub fn on(node: &str, address: &str) -> Endpoint {
         ready: true,
         serving: true,
         terminating: false,
-        zone_hints: Hints::default(),
-        node_hints: Hints::default(),
+        hints: None,
     }
 }
 
@@ -168,11 +167,20 @@ pub fn unready(endpoint: Endpoint) -> Endpoint {
 }
 
 pub fn zones(endpoint: Endpoint, zones: &[&str]) -> Endpoint {
-    Endpoint { zone_hints: zones.iter().copied().collect(), ..endpoint }
+    hinted(endpoint, |hints| hints.zones = names(zones))
 }
 
 pub fn nodes(endpoint: Endpoint, nodes: &[&str]) -> Endpoint {
-    Endpoint { node_hints: nodes.iter().copied().collect(), ..endpoint }
+    hinted(endpoint, |hints| hints.nodes = names(nodes))
+}
+
+pub fn names(names: &[&str]) -> Vec<Arc<str>> {
+    names.iter().copied().map(Arc::from).collect()
+}
+
+fn hinted(mut endpoint: Endpoint, change: impl FnOnce(&mut Hints)) -> Endpoint {
+    change(Arc::make_mut(endpoint.hints.get_or_insert_default()));
+    endpoint
 }
 
 pub fn policies(mut model: Model, internal: TrafficPolicy, external: TrafficPolicy) -> Model {

@@ -34,6 +34,8 @@ pub(super) struct Devices {
     pub(super) tracker: DeviceTracker,
     /// Adopted workload devices.
     pub(super) adopted: BTreeMap<IfIndex, Adopted>,
+    /// Devices of the kernel's own that have programs, by their names.
+    pub(super) kernels: BTreeMap<IfIndex, String>,
     /// The largest MTU of a device that there is room for.
     pub(super) max_mtu: u32,
     /// Names and MTUs of those that there is no room for, until it is told of them.
@@ -88,6 +90,46 @@ impl Router {
         self.devices.adopted.remove(&index);
         if let Err(error) = self.hands.forget(index.0) {
             self.trouble.note(&error, self.now);
+        }
+    }
+
+    /// Attaches programs to the devices of the kernel's own that were published, and takes them off those that are none any more.
+    pub(super) fn follow_kernel_devices(&mut self) {
+        let own = self.links.devices.iter().filter(|device| device.role == Role::Kernel);
+        let wanted: BTreeMap<IfIndex, String> =
+            own.map(|device| (device.index.received_by(), device.name.clone())).collect();
+        let Self { devices: Devices { kernels, .. }, hands, trouble, now, .. } = self;
+        if *kernels == wanted {
+            return;
+        }
+        // One that became a pod's must not go on as the kernel's; one that is gone leaves its pins.
+        let left: Vec<IfIndex> = kernels.keys().filter(|index| !wanted.contains_key(index)).copied().collect();
+        for index in left {
+            match hands.detach_kernel_device(index.0) {
+                Ok(()) => drop(kernels.remove(&index)),
+                Err(error) => trouble.note(&error, *now),
+            }
+        }
+        for (index, name) in wanted {
+            if kernels.get(&index) == Some(&name) {
+                continue;
+            }
+            match hands.attach_kernel_device(index.0, &name) {
+                Ok(()) => {
+                    info!(
+                        device = name,
+                        index = index.0,
+                        "what it receives for ports of this node that are weir's is taken"
+                    );
+                    kernels.insert(index, name);
+                }
+                // Gone again already: the next change says so.
+                Err(AttachError::DeviceGone { .. }) => {}
+                Err(error) => {
+                    error!(device = name, %error, "node ports and host ports are not reached by it");
+                    trouble.note(&error, *now);
+                }
+            }
         }
     }
 

@@ -67,6 +67,7 @@ impl Router {
                 self.is_in_force(pending);
             }
         }
+        self.follow_kernel_devices();
         if tells {
             let wanted = self.wanted();
             if self.plumbed.as_ref() != Some(&wanted) {

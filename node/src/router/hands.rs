@@ -51,6 +51,16 @@ pub(super) trait Hands: Send {
     /// # Errors
     /// Where a map or a pin cannot be removed.
     fn forget(&mut self, index: u32) -> Result<(), AttachError>;
+    /// Attaches the programs to a device of the kernel's own, or renews them.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    fn attach_kernel_device(&mut self, index: u32, name: &str) -> Result<(), AttachError>;
+    /// Takes them off again; the device may be gone.
+    ///
+    /// # Errors
+    /// Where a pin cannot be removed.
+    fn detach_kernel_device(&mut self, index: u32) -> Result<(), AttachError>;
     /// The index of a device of that name.
     fn index_of(&self, name: &str) -> Option<u32>;
     /// Whether no device has that index.
@@ -112,6 +122,14 @@ impl Hands for RealHands {
 
     fn forget(&mut self, index: u32) -> Result<(), AttachError> {
         self.attachment.forget_workload(index)
+    }
+
+    fn attach_kernel_device(&mut self, index: u32, name: &str) -> Result<(), AttachError> {
+        self.attachment.attach_kernel_device(index, name)
+    }
+
+    fn detach_kernel_device(&mut self, index: u32) -> Result<(), AttachError> {
+        self.attachment.detach_kernel_device(index)
     }
 
     fn index_of(&self, name: &str) -> Option<u32> {

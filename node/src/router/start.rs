@@ -39,7 +39,7 @@ use weir_dataplane::{
     forwarding::{Forwarding, local_workloads},
     frame::{IfIndex, MAX_MTU, ONE_FRAME_MTU},
     hits::Hits,
-    model::{Links, Role},
+    model::{Device, Links, Role},
     offload::keeper::Keys as _,
     pipeline::{Event, Pipeline},
     snapshot::Snapshot,
@@ -284,6 +284,12 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
             attachment.detach_uplink(left)?;
         }
     }
+    for left in attachment.pinned_kernel_devices()? {
+        let is_left = |device: &Device| device.role == Role::Kernel && device.index.received_by().0 == left;
+        if !links.devices.iter().any(is_left) {
+            attachment.detach_kernel_device(left)?;
+        }
+    }
     let attach = |uplink: Link| {
         let hook = required(config, &uplink.name).map(|_| UplinkHook::Xdp);
         let hook = attachment.attach_uplink(uplink.index.0, &uplink.name, hook)?;
@@ -386,6 +392,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
             roles,
             tracker: DeviceTracker::new(Role::Workload),
             adopted: BTreeMap::new(),
+            kernels: BTreeMap::new(),
             max_mtu,
             too_large: Vec::new(),
             link_due: None,

@@ -120,6 +120,8 @@ struct World {
     versions: u8,
     device_sets: Vec<BTreeSet<u32>>,
     adopted: BTreeMap<u32, Adopted>,
+    /// Devices of the kernel's own that have programs.
+    kernel_devices: BTreeMap<u32, String>,
     owned: Owned,
     /// What was published last: the version of the files, and the place of the set of devices.
     in_force: (u8, usize),
@@ -183,6 +185,20 @@ impl Hands for Played {
         let mut world = self.world();
         world.adopted.remove(&index);
         world.refuse()
+    }
+
+    fn attach_kernel_device(&mut self, index: u32, name: &str) -> Result<(), AttachError> {
+        let mut world = self.world();
+        world.refuse()?;
+        world.kernel_devices.insert(index, name.to_owned());
+        Ok(())
+    }
+
+    fn detach_kernel_device(&mut self, index: u32) -> Result<(), AttachError> {
+        let mut world = self.world();
+        world.refuse()?;
+        world.kernel_devices.remove(&index);
+        Ok(())
     }
 
     fn index_of(&self, _: &str) -> Option<u32> {
@@ -358,6 +374,7 @@ impl Play {
             versions: 0,
             device_sets: vec![BTreeSet::new()],
             adopted: BTreeMap::new(),
+            kernel_devices: BTreeMap::new(),
             owned: Owned::default(),
             in_force: (0, 0),
             publications: 0,
@@ -376,6 +393,7 @@ impl Play {
                 roles,
                 tracker: DeviceTracker::new(Role::Workload),
                 adopted: BTreeMap::new(),
+                kernels: BTreeMap::new(),
                 max_mtu: 1500,
                 too_large: Vec::new(),
                 link_due: None,

@@ -1,16 +1,16 @@
 //! Both families from one text: addresses are written as IPv4 ones and carried over.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 /// The family of a run.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Family {
     V4,
     V6,
 }
 
 /// Prefixes of addresses, in both families.
-const CARRIED: [(&str, &str); 7] = [
+const CARRIED: [(&str, &str); 8] = [
     ("10.1.1.", "fd00:1:1::"),
     ("10.1.2.", "fd00:1:2::"),
     ("10.96.0.", "fd00:96::"),
@@ -18,6 +18,7 @@ const CARRIED: [(&str, &str); 7] = [
     ("198.51.100.", "2001:db8:198::"),
     ("203.0.113.", "2001:db8:203::"),
     ("192.0.2.", "2001:db8:192::"),
+    ("10.8.0.", "fd00:8::"),
 ];
 
 impl Family {
@@ -27,6 +28,20 @@ impl Family {
         match self {
             Self::V4 => text.to_owned(),
             Self::V6 => CARRIED.iter().find_map(carry).expect("a known prefix"),
+        }
+    }
+
+    /// A port of an address.
+    pub fn socket(self, text: &str, port: u16) -> SocketAddr {
+        SocketAddr::new(self.address(text).parse().expect("an address"), port)
+    }
+
+    /// The IPv4 address that an address was carried over from.
+    pub fn written(self, address: &str) -> String {
+        let back = |(v4, v6): &(&str, &str)| Some(format!("{v4}{}", address.strip_prefix(v6)?));
+        match self {
+            Self::V4 => address.to_owned(),
+            Self::V6 => CARRIED.iter().find_map(back).unwrap_or_else(|| address.to_owned()),
         }
     }
 

@@ -4,8 +4,8 @@
 //! backends answer, whom they see, what is refused, what gets no answer.
 
 mod cluster;
-mod family;
-mod rules;
+pub mod family;
+pub mod rules;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -3,9 +3,10 @@
 use std::{
     fmt::Write as _,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
-use weir_nat::{Endpoint, Hints, Model, ServicePort, TrafficPolicy};
+use weir_nat::{Endpoint, Model, ServicePort, TrafficPolicy};
 use weir_packet::Protocol;
 
 use super::{cluster::NODE, family::Family};
@@ -24,13 +25,16 @@ fn backends(model: &Model, service: &ServicePort, policy: TrafficPolicy) -> Vec<
     if picked.is_empty() {
         picked = listed().filter(|one| one.serving && one.terminating).collect();
     } else if is_cluster {
-        let hinted = |hints: fn(&Endpoint) -> &Hints, own: Option<&String>| -> Option<Vec<&Endpoint>> {
-            let of_own = picked.iter().copied().filter(|one| own.is_some_and(|own| hints(one).name(own)));
+        let hinted = |hints: fn(&Endpoint) -> &[Arc<str>], own: Option<&String>| -> Option<Vec<&Endpoint>> {
+            let of_own = picked
+                .iter()
+                .copied()
+                .filter(|one| own.is_some_and(|own| hints(one).iter().any(|hint| **hint == **own)));
             let of_own: Vec<&Endpoint> = of_own.collect();
             (picked.iter().all(|one| !hints(one).is_empty()) && !of_own.is_empty()).then_some(of_own)
         };
-        picked = hinted(|one| &one.node_hints, Some(&model.node_name))
-            .or_else(|| hinted(|one| &one.zone_hints, model.zone.as_ref()))
+        picked = hinted(Endpoint::node_hints, Some(&model.node_name))
+            .or_else(|| hinted(Endpoint::zone_hints, model.zone.as_ref()))
             .unwrap_or(picked);
     }
     picked.iter().map(|one| (one.address, one.port)).collect()

@@ -1,0 +1,15 @@
+//! A running Kubernetes API server as a source of objects.
+//!
+//! [`Source`] follows all kinds that weir reads, on a thread of its own, and has them as [`LiveObjects`] for the loader. What is done with one kind is
+//! pure ([`follow`]); [`watch`] speaks for it, by way of [`dial`]. Which kinds there are is [`resource`].
+
+pub mod dial;
+pub mod follow;
+pub mod resource;
+mod source;
+pub mod watch;
+mod wire;
+
+pub use dial::{Access, Failure};
+pub use source::{KindState, Source, State};
+pub use weir_cluster::resources::live::LiveObjects;

@@ -1,0 +1,133 @@
+//! What is watched: kinds by their group, and which objects of them.
+
+use weir_cluster::resources::live::LiveKind;
+
+/// Objects of one kind, as an API server has them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resource {
+    /// The group; empty for the core's.
+    pub group: &'static str,
+    /// Its version.
+    pub version: String,
+    /// Its name in paths.
+    pub plural: &'static str,
+    /// Its kind.
+    pub kind: &'static str,
+    /// Which of them, by labels.
+    pub labels: &'static str,
+    /// Which of them, by fields, where the server knows these.
+    pub fields: &'static str,
+}
+
+impl Resource {
+    fn new(group: &'static str, version: &str, plural: &'static str, kind: &'static str) -> Self {
+        Self { group, version: version.to_owned(), plural, kind, labels: "", fields: "" }
+    }
+
+    /// The path of all of them.
+    pub fn path(&self) -> String {
+        let Self { group, version, plural, .. } = self;
+        if group.is_empty() { format!("/api/{version}/{plural}") } else { format!("/apis/{group}/{version}/{plural}") }
+    }
+
+    /// How it is read.
+    ///
+    /// # Panics
+    /// Never for what is listed here.
+    pub fn live(&self) -> LiveKind {
+        LiveKind::new(self.group, self.kind).expect("what is watched is read")
+    }
+}
+
+/// What every cluster has.
+pub fn always() -> Vec<Resource> {
+    vec![
+        Resource::new("", "v1", "nodes", "Node"),
+        Resource::new("", "v1", "namespaces", "Namespace"),
+        Resource::new("", "v1", "pods", "Pod"),
+        Resource {
+            labels: "!service.kubernetes.io/service-proxy-name",
+            fields: "spec.clusterIP!=None",
+            ..Resource::new("", "v1", "services", "Service")
+        },
+        Resource {
+            labels: "!service.kubernetes.io/headless",
+            ..Resource::new("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice")
+        },
+        Resource::new("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy"),
+    ]
+}
+
+/// What is watched once a policy asks for it.
+pub fn service_accounts() -> Resource {
+    Resource::new("", "v1", "serviceaccounts", "ServiceAccount")
+}
+
+/// A group that a cluster may have.
+pub struct Optional {
+    /// Its name.
+    pub group: &'static str,
+    /// The versions that are read, the best first.
+    pub versions: &'static [&'static str],
+    /// Its resources with their kinds.
+    pub resources: &'static [(&'static str, &'static str)],
+    /// The group whose presence makes this one superfluous: it has the same objects.
+    pub unless: Option<&'static str>,
+}
+
+/// Calico's kinds by their names in paths.
+const CALICO: &[(&str, &str)] = &[
+    ("ippools", "IPPool"),
+    ("globalnetworkpolicies", "GlobalNetworkPolicy"),
+    ("networkpolicies", "NetworkPolicy"),
+    ("tiers", "Tier"),
+    ("globalnetworksets", "GlobalNetworkSet"),
+    ("networksets", "NetworkSet"),
+    ("hostendpoints", "HostEndpoint"),
+    ("profiles", "Profile"),
+    ("stagedglobalnetworkpolicies", "StagedGlobalNetworkPolicy"),
+    ("stagednetworkpolicies", "StagedNetworkPolicy"),
+    ("stagedkubernetesnetworkpolicies", "StagedKubernetesNetworkPolicy"),
+    ("felixconfigurations", "FelixConfiguration"),
+];
+
+/// Groups that a cluster may have.
+pub const OPTIONAL: &[Optional] = &[
+    Optional {
+        group: "policy.networking.k8s.io",
+        versions: &["v1beta1", "v1alpha2"],
+        resources: &[("clusternetworkpolicies", "ClusterNetworkPolicy")],
+        unless: None,
+    },
+    Optional { group: "crd.projectcalico.org", versions: &["v1"], resources: CALICO, unless: None },
+    Optional {
+        group: "projectcalico.org",
+        versions: &["v3"],
+        resources: CALICO,
+        unless: Some("crd.projectcalico.org"),
+    },
+];
+
+impl Optional {
+    /// One of its resources.
+    pub fn resource(&self, version: &str, plural: &'static str, kind: &'static str) -> Resource {
+        Resource::new(self.group, version, plural, kind)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_is_watched_is_read() {
+        let optional = OPTIONAL.iter().flat_map(|group| {
+            group.resources.iter().map(|(plural, kind)| group.resource(group.versions[0], plural, kind))
+        });
+        for resource in always().into_iter().chain([service_accounts()]).chain(optional) {
+            assert_eq!(resource.live().name(), resource.kind, "{resource:?}");
+        }
+        assert_eq!(always()[0].path(), "/api/v1/nodes");
+        assert_eq!(always()[5].path(), "/apis/networking.k8s.io/v1/networkpolicies");
+    }
+}

@@ -1,0 +1,291 @@
+//! All kinds of one cluster.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    rc::Rc,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{Notify, oneshot},
+    task::{AbortHandle, LocalSet, spawn_local},
+    time::sleep,
+};
+use weir_cluster::resources::{
+    Identities,
+    live::{LiveObjects, Reader},
+};
+
+use crate::{
+    dial::{Access, Dial, Failure},
+    resource::{self, OPTIONAL, Resource},
+    watch::{Shared, Watched, random},
+    wire::{Groups, Resources},
+};
+
+/// Objects are read on this thread, as of [`weir_cluster::text::tree::on_reader_thread`].
+const STACK_BYTES: usize = 16 << 20;
+/// How often it is looked which groups there are.
+const DISCOVERY: Duration = Duration::from_secs(60);
+/// Changes that come closer than this are handed on together.
+const TOGETHER: Duration = Duration::from_millis(5);
+
+/// What is known of a cluster.
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    /// Its objects, as of the last change after every kind had its first list; `None` before.
+    pub objects: Option<LiveObjects>,
+    /// Each kind.
+    pub kinds: Vec<KindState>,
+    /// Why there is nothing to follow; `None` where there is.
+    pub failure: Option<String>,
+    /// The address that is asked.
+    pub address: String,
+}
+
+/// One kind.
+#[derive(Clone, Debug)]
+pub struct KindState {
+    /// "GROUP/PLURAL".
+    pub name: String,
+    /// How many objects there are.
+    pub count: usize,
+    /// Whether there was a whole list.
+    pub is_whole: bool,
+    /// Whether the server is behind what was seen.
+    pub is_behind: bool,
+    /// When the server last said something of it.
+    pub last_word: Option<Instant>,
+    /// What went wrong last.
+    pub failure: Option<String>,
+}
+
+#[derive(Default)]
+struct Cell {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Cell {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A cluster that is followed until this is dropped.
+pub struct Source {
+    cell: Arc<Cell>,
+    /// Dropped, it ends the thread.
+    _end: oneshot::Sender<()>,
+}
+
+impl Source {
+    /// Begins to follow a cluster. `on_change` is called on a thread of its own after each change of [`State::objects`].
+    ///
+    /// # Errors
+    /// Where there is no thread for it.
+    pub fn start(
+        access: Access,
+        identities: &Identities,
+        delay: Duration,
+        on_change: impl Fn() + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let cell = Arc::new(Cell::default());
+        let (end, ended) = oneshot::channel();
+        let (reader, own) = (Reader::new(identities), Arc::clone(&cell));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let run = move || {
+            let local = LocalSet::new();
+            let work = async move {
+                sleep(delay).await;
+                follow(access, reader, own, on_change).await;
+            };
+            local.block_on(&runtime, async {
+                tokio::select! {
+                    () = work => {}
+                    _ = ended => {}
+                }
+            });
+        };
+        thread::Builder::new().name("kubernetes".to_owned()).stack_size(STACK_BYTES).spawn(run)?;
+        Ok(Self { cell, _end: end })
+    }
+
+    /// What is known now.
+    pub fn state(&self) -> State {
+        self.cell.lock().clone()
+    }
+
+    /// The objects, once every kind had its first list.
+    ///
+    /// # Errors
+    /// What is wrong, where that is not so in time.
+    pub fn wait(&self, patience: Duration) -> Result<LiveObjects, String> {
+        let until = Instant::now() + patience;
+        let mut state = self.cell.lock();
+        loop {
+            if let Some(objects) = &state.objects {
+                return Ok(Arc::clone(objects));
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(state.missing());
+            }
+            let waited = self.cell.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if state.is_hopeless() {
+                return Err(state.missing());
+            }
+        }
+    }
+}
+
+impl State {
+    /// Whether waiting changes nothing.
+    fn is_hopeless(&self) -> bool {
+        self.kinds.is_empty() && self.failure.as_ref().is_some_and(|why| why.starts_with(CONFIGURATION))
+    }
+
+    /// Why there are no objects.
+    pub fn missing(&self) -> String {
+        if let Some(failure) = &self.failure {
+            return failure.clone();
+        }
+        let waits = self.kinds.iter().filter(|kind| !kind.is_whole);
+        let waits: Vec<String> =
+            waits.map(|kind| format!("{}: {}", kind.name, kind.failure.as_deref().unwrap_or("no list yet"))).collect();
+        if waits.is_empty() { format!("{} has not answered yet", self.address) } else { waits.join("\n") }
+    }
+}
+
+const CONFIGURATION: &str = "kubernetes: ";
+
+/// Kinds by group and name in paths.
+type Kinds = BTreeMap<(&'static str, &'static str), (Rc<Watched>, AbortHandle)>;
+
+async fn follow(access: Access, reader: Reader, cell: Arc<Cell>, on_change: impl Fn()) {
+    let dial = loop {
+        match Dial::new(&access).await {
+            Ok(dial) => break dial,
+            Err(failure) => {
+                cell.lock().failure = Some(format!("{CONFIGURATION}{failure}"));
+                cell.changed.notify_all();
+                sleep(Duration::from_secs(5)).await;
+            }
+        }
+    };
+    let shared = Rc::new(Shared { dial, reader, changed: Notify::new() });
+    let mut kinds = Kinds::new();
+    let mut has_discovered = false;
+    let mut look_at = Instant::now();
+    let mut published: Option<u64> = None;
+    resource::always().into_iter().for_each(|resource| begin(resource, &shared, &mut kinds));
+    loop {
+        if Instant::now() >= look_at {
+            let outcome = discover(&shared.dial).await;
+            let failure = outcome.as_ref().err().map(Failure::to_string);
+            has_discovered |= outcome.is_ok();
+            if let Ok(resources) = outcome {
+                settle(resources, &shared, &mut kinds);
+            }
+            let pause = if has_discovered { DISCOVERY } else { Duration::from_millis(800) };
+            look_at = Instant::now() + pause.mul_f64(0.8 + 0.4 * random());
+            cell.lock().failure = failure.filter(|_| !has_discovered);
+        }
+        if kinds.values().any(|(watched, _)| watched.names_accounts.get()) {
+            begin(resource::service_accounts(), &shared, &mut kinds);
+        }
+        if let Some((slices, _)) = kinds.get(&("discovery.k8s.io", "endpointslices")) {
+            shared.dial.learn(&own_endpoints(slices));
+        }
+        let is_whole = has_discovered && kinds.values().all(|(watched, _)| watched.follow.borrow().is_whole());
+        // Each only grows, and a kind that comes or goes changes it too.
+        let now = kinds.values().map(|(watched, _)| watched.follow.borrow().changes() + 1).sum();
+        let objects: Option<LiveObjects> = (is_whole && published != Some(now)).then(|| {
+            published = Some(now);
+            kinds.values().flat_map(|(watched, _)| watched.follow.borrow_mut().set().pieces()).collect()
+        });
+        let has_changed = objects.is_some();
+        {
+            let mut state = cell.lock();
+            state.objects = objects.or_else(|| state.objects.take());
+            state.kinds = kinds.values().map(|(watched, _)| kind_state(watched)).collect();
+            state.address = shared.dial.address();
+            cell.changed.notify_all();
+        }
+        if has_changed {
+            on_change();
+        }
+        sleep(TOGETHER).await;
+        tokio::select! {
+            () = shared.changed.notified() => {}
+            () = sleep(look_at.saturating_duration_since(Instant::now())) => {}
+        }
+    }
+}
+
+fn begin(resource: Resource, shared: &Rc<Shared>, kinds: &mut Kinds) {
+    kinds.entry((resource.group, resource.plural)).or_insert_with(|| {
+        let watched = Rc::new(Watched::new(resource, &shared.reader));
+        let task = spawn_local(Rc::clone(&watched).run(Rc::clone(shared)));
+        (watched, task.abort_handle())
+    });
+}
+
+/// Begins to follow what has come, and lets go of what is not served any more.
+fn settle(resources: Vec<Resource>, shared: &Rc<Shared>, kinds: &mut Kinds) {
+    let is_optional = |group: &str| OPTIONAL.iter().any(|optional| optional.group == group);
+    let served: BTreeSet<_> = resources.iter().map(|one| (one.group, one.plural, one.version.clone())).collect();
+    kinds.retain(|(group, plural), (watched, task)| {
+        let stays = !is_optional(group) || served.contains(&(*group, *plural, watched.resource.version.clone()));
+        if !stays {
+            task.abort();
+        }
+        stays
+    });
+    resources.into_iter().for_each(|resource| begin(resource, shared, kinds));
+}
+
+/// The resources of optional groups that are served.
+async fn discover(dial: &Dial) -> Result<Vec<Resource>, Failure> {
+    let nonsense = |error: serde_json::Error| Failure::Nonsense(error.to_string());
+    let groups: Groups = serde_json::from_str(&dial.text("/apis").await?).map_err(nonsense)?;
+    let mut found = Vec::new();
+    for optional in OPTIONAL {
+        let of = |name: &str| groups.groups.iter().find(|group| group.name == name);
+        let Some(group) = of(optional.group).filter(|_| optional.unless.is_none_or(|other| of(other).is_none())) else {
+            continue;
+        };
+        let serves = |version: &&str| group.versions.iter().any(|served| served.version == **version);
+        let Some(version) = optional.versions.iter().copied().find(|version| serves(version)) else { continue };
+        let path = format!("/apis/{}/{version}", optional.group);
+        let served: Resources = serde_json::from_str(&dial.text(&path).await?).map_err(nonsense)?;
+        for (plural, kind) in optional.resources {
+            if served.resources.iter().any(|one| one.name == *plural && one.kind == *kind) {
+                found.push(optional.resource(version, plural, kind));
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn kind_state(watched: &Watched) -> KindState {
+    let Resource { group, plural, .. } = &watched.resource;
+    let mut follow = watched.follow.borrow_mut();
+    KindState {
+        name: if group.is_empty() { (*plural).to_owned() } else { format!("{group}/{plural}") },
+        count: follow.set().len(),
+        is_whole: follow.is_whole(),
+        is_behind: follow.is_behind(),
+        last_word: watched.last_word.get(),
+        failure: watched.failure.borrow().clone(),
+    }
+}
+
+/// The addresses of the API server, by the slices of its service.
+fn own_endpoints(slices: &Watched) -> BTreeSet<SocketAddr> {
+    slices.follow.borrow_mut().set().kubernetes_endpoints()
+}

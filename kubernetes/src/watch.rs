@@ -1,0 +1,370 @@
+//! Follows one kind for as long as it is asked to: list, watch, again where that ends.
+
+use std::{
+    cell::{Cell, RefCell},
+    hash::{BuildHasher, RandomState},
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use http_body_util::BodyExt as _;
+use kube_client::client::Body;
+use tokio::{
+    sync::Notify,
+    time::{sleep, timeout},
+};
+use weir_cluster::resources::live::{Live, Reader};
+
+use crate::{
+    dial::{Dial, Failure},
+    follow::Follow,
+    resource::Resource,
+    wire::{Bookmark, Event, Page, Status},
+};
+
+/// For how long a watch is asked for; each a little other, so that a cluster's watches do not end at once.
+const WATCH: Duration = Duration::from_secs(290);
+/// How much longer than that nothing may come before a connection is taken for dead.
+const MARGIN: Duration = Duration::from_secs(20);
+/// The same, of a server that sends bookmarks: it does each minute.
+const BOOKMARKS: Duration = Duration::from_secs(150);
+/// The longest event: etcd holds 1.5 MiB of an object, and JSON may be longer than what is stored.
+const MAX_EVENT: usize = 16 << 20;
+/// Objects of a page.
+const PAGE: usize = 500;
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(800), Duration::from_secs(30));
+/// How long a server may be behind what was seen before it is believed all the same.
+const BEHIND: Duration = Duration::from_secs(300);
+
+/// A number from 0 to 1 that is hard to guess.
+pub fn random() -> f64 {
+    let state = RandomState::new().hash_one(0_u8);
+    (state >> 11) as f64 / (1_u64 << 53) as f64
+}
+
+/// One kind, as it is followed.
+pub struct Watched {
+    /// Which.
+    pub resource: Resource,
+    /// What is known.
+    pub follow: RefCell<Follow>,
+    /// When the server last said something of it.
+    pub last_word: Cell<Option<Instant>>,
+    /// What went wrong last, if nothing has gone well since.
+    pub failure: RefCell<Option<String>>,
+    /// Objects and events that could not be read.
+    pub unreadable: Cell<u64>,
+    /// Whether an object asks for service accounts.
+    pub names_accounts: Cell<bool>,
+}
+
+/// What all kinds share.
+pub struct Shared {
+    /// How the server is reached.
+    pub dial: Dial,
+    /// What reads objects.
+    pub reader: Reader,
+    /// Told of each change.
+    pub changed: Notify,
+}
+
+/// How a watch went.
+enum Ended {
+    /// As it was asked to.
+    InTime,
+    /// The server does not have what it should go on from any more.
+    Expired,
+}
+
+impl Watched {
+    /// One that was not asked for yet.
+    pub fn new(resource: Resource, reader: &Reader) -> Self {
+        let set = weir_cluster::resources::live::Set::new(reader, resource.live());
+        Self {
+            resource,
+            follow: RefCell::new(Follow::new(set)),
+            last_word: Cell::new(None),
+            failure: RefCell::default(),
+            unreadable: Cell::new(0),
+            names_accounts: Cell::new(false),
+        }
+    }
+
+    /// Follows it, without an end.
+    pub async fn run(self: Rc<Self>, shared: Rc<Shared>) {
+        let mut pause = BACKOFF.0;
+        let mut way = Way::default();
+        let mut behind_since: Option<Instant> = None;
+        loop {
+            let begin = Instant::now();
+            let outcome = self.turn(&shared, &mut way).await;
+            self.follow.borrow_mut().ended();
+            match outcome {
+                Ok(Ended::InTime) => {}
+                Ok(Ended::Expired) => self.follow.borrow_mut().expired(),
+                Err(failure) => {
+                    tracing::debug!("{}: {failure}", self.resource.plural);
+                    self.failure.replace(Some(failure.to_string()));
+                    shared.changed.notify_one();
+                }
+            }
+            let is_behind = self.follow.borrow().is_behind();
+            behind_since = is_behind.then(|| behind_since.unwrap_or(begin));
+            if behind_since.is_some_and(|since| since.elapsed() > BEHIND) {
+                self.follow.borrow_mut().forget_version();
+                behind_since = None;
+            }
+            // A turn that went well for a while is followed by the next at once.
+            if begin.elapsed() > BACKOFF.1 {
+                pause = BACKOFF.0;
+                continue;
+            }
+            sleep(pause.mul_f64(0.5 + random())).await;
+            pause = (pause * 2).min(BACKOFF.1);
+        }
+    }
+
+    async fn turn(&self, shared: &Shared, way: &mut Way) -> Result<Ended, Failure> {
+        let resume = self.follow.borrow().resume().map(str::to_owned);
+        let outcome = match resume {
+            Some(from) => self.watch(shared, way, Some(&from)).await,
+            None if way.in_pages => {
+                self.list(shared, way).await?;
+                return Ok(Ended::InTime);
+            }
+            None => self.watch(shared, way, None).await,
+        };
+        match outcome {
+            // A server without streaming lists refuses them, or ends the watch with an error; one that knows no such field of a selector does too.
+            Err(failure) if matches!(failure.code(), 400 | 422) => {
+                if !way.without_fields && !self.resource.fields.is_empty() && failure.to_string().contains("field") {
+                    way.without_fields = true;
+                } else if !way.in_pages {
+                    way.in_pages = true;
+                } else {
+                    return Err(failure);
+                }
+                tracing::debug!("{}: another way, as {failure}", self.resource.plural);
+                Ok(Ended::InTime)
+            }
+            other => other,
+        }
+    }
+
+    /// What is asked for, without a question mark.
+    fn query(&self, way: &Way, more: &str) -> String {
+        let Resource { labels, fields, .. } = &self.resource;
+        let encode = |text: &str| text.replace('!', "%21").replace('/', "%2F").replace('=', "%3D");
+        let mut path = format!("{}?{more}", self.resource.path());
+        if !labels.is_empty() {
+            path += &format!("&labelSelector={}", encode(labels));
+        }
+        if !fields.is_empty() && !way.without_fields {
+            path += &format!("&fieldSelector={}", encode(fields));
+        }
+        path
+    }
+
+    fn heard(&self) {
+        self.last_word.set(Some(Instant::now()));
+        if self.failure.borrow().is_some() {
+            self.failure.replace(None);
+        }
+    }
+
+    /// A list in pages.
+    async fn list(&self, shared: &Shared, way: &mut Way) -> Result<(), Failure> {
+        self.follow.borrow_mut().begin_list();
+        let mut go_on: Option<String> = None;
+        loop {
+            let more = match &go_on {
+                // Whatever it is, it must not add to the question.
+                Some(token) if token.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_=.".contains(&byte)) => {
+                    format!("limit={PAGE}&continue={}", token.replace('=', "%3D"))
+                }
+                Some(_) => return Err(Failure::Nonsense("its continue is none".to_owned())),
+                None => format!("limit={PAGE}"),
+            };
+            let text = match shared.dial.text(&self.query(way, &more)).await {
+                // The version that the pages are of is gone: begin again.
+                Err(failure) if failure.code() == 410 => {
+                    self.follow.borrow_mut().expired();
+                    return Ok(());
+                }
+                Err(failure) if matches!(failure.code(), 400 | 422) && !way.without_fields => {
+                    way.without_fields = true;
+                    return Ok(());
+                }
+                other => other?,
+            };
+            let page: Page<'_> = serde_json::from_str(&text).map_err(|error| Failure::Nonsense(error.to_string()))?;
+            for item in page.items.unwrap_or_default() {
+                let object = self.read(shared, item.get())?;
+                self.follow.borrow_mut().item(object).map_err(|error| Failure::Nonsense(error.to_string()))?;
+            }
+            self.heard();
+            go_on = page.metadata.go_on.filter(|token| !token.is_empty());
+            if go_on.is_none() {
+                self.follow.borrow_mut().end_list(&page.metadata.resource_version.unwrap_or_default());
+                shared.changed.notify_one();
+                return Ok(());
+            }
+        }
+    }
+
+    fn read(&self, shared: &Shared, json: &str) -> Result<Live, Failure> {
+        let object = shared.reader.read(self.resource.live(), json).map_err(|error| {
+            self.unreadable.set(self.unreadable.get() + 1);
+            Failure::Nonsense(error.to_string())
+        })?;
+        // Only policy is told apart by accounts.
+        if !self.names_accounts.get() && self.resource.plural.ends_with("policies") && json.contains("\"serviceAccount")
+        {
+            self.names_accounts.set(true);
+        }
+        Ok(object)
+    }
+
+    /// Watches from a version on; without one, the objects that there are come first.
+    async fn watch(&self, shared: &Shared, way: &mut Way, from: Option<&str>) -> Result<Ended, Failure> {
+        let seconds = WATCH.mul_f64(0.8 + 0.4 * random());
+        let mut more = format!("watch=1&allowWatchBookmarks=true&timeoutSeconds={}", seconds.as_secs());
+        match from {
+            Some(version) if version.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_./".contains(&byte)) => {
+                more += &format!("&resourceVersion={version}");
+            }
+            Some(_) => return Ok(Ended::Expired),
+            None => more += "&sendInitialEvents=true&resourceVersionMatch=NotOlderThan",
+        }
+        let response = match shared.dial.get(&self.query(way, &more)).await {
+            Err(failure) if failure.code() == 410 => return Ok(Ended::Expired),
+            other => other?,
+        };
+        let mut is_list = from.is_none();
+        if is_list {
+            self.follow.borrow_mut().begin_list();
+        }
+        let mut lines = Lines::new(response.into_body());
+        let mut silence = seconds + MARGIN;
+        while let Some(line) = lines.next(silence).await? {
+            if line.is_empty() {
+                continue;
+            }
+            let nonsense = |error: serde_json::Error| Failure::Nonsense(error.to_string());
+            let event: Event<'_> = serde_json::from_str(&line).map_err(nonsense)?;
+            let json = event.object.get();
+            match event.kind {
+                "BOOKMARK" => {
+                    let bookmark: Bookmark = serde_json::from_str(json).map_err(nonsense)?;
+                    silence = BOOKMARKS.min(silence);
+                    if is_list && bookmark.ends_list() {
+                        self.follow.borrow_mut().end_list(bookmark.version());
+                        is_list = false;
+                    } else if is_list {
+                        // It does not know what it was asked for.
+                        way.in_pages = true;
+                        return Ok(Ended::InTime);
+                    } else {
+                        self.follow.borrow_mut().bookmark(bookmark.version());
+                    }
+                }
+                "ERROR" => {
+                    let status: Status = serde_json::from_str(json).unwrap_or_default();
+                    if status.code == 410 {
+                        return Ok(Ended::Expired);
+                    }
+                    if is_list && !matches!(status.code, 429 | 500..=599) {
+                        way.in_pages = true;
+                        return Ok(Ended::InTime);
+                    }
+                    // A watch cache that cannot serve it says so by an error of the server as well.
+                    way.count_refusal(is_list);
+                    return Err(Failure::Refused { path: self.resource.path(), status });
+                }
+                "ADDED" | "MODIFIED" if is_list => {
+                    let object = self.read(shared, json)?;
+                    self.follow.borrow_mut().item(object).map_err(|error| Failure::Nonsense(error.to_string()))?;
+                }
+                "ADDED" | "MODIFIED" => {
+                    let object = self.read(shared, json)?;
+                    let changed = self.follow.borrow_mut().changed(object);
+                    changed.map_err(|error| Failure::Nonsense(error.to_string()))?;
+                }
+                // What is gone before the list is whole is not in it.
+                "DELETED" if is_list => return Err(Failure::Nonsense("a deletion within a list".to_owned())),
+                "DELETED" => {
+                    let object = self.read(shared, json)?;
+                    self.follow.borrow_mut().deleted(&object);
+                }
+                other => return Err(Failure::Nonsense(format!("an event of the kind {other:?}"))),
+            }
+            self.heard();
+            if !is_list {
+                shared.changed.notify_one();
+            }
+        }
+        if is_list { Err(Failure::Broken("before the list was whole".to_owned())) } else { Ok(Ended::InTime) }
+    }
+}
+
+/// What was found out of how this server wants to be asked.
+#[derive(Debug, Default)]
+struct Way {
+    /// It has no streaming lists.
+    in_pages: bool,
+    /// It does not know the fields of a selector.
+    without_fields: bool,
+    refusals: u8,
+}
+
+impl Way {
+    /// After a third streaming list that ended with an error, another way is tried.
+    fn count_refusal(&mut self, of_list: bool) {
+        self.refusals += u8::from(of_list);
+        self.in_pages |= self.refusals >= 3;
+    }
+}
+
+/// A body by lines.
+struct Lines {
+    body: Body,
+    bytes: Vec<u8>,
+    /// Where the next line begins.
+    start: usize,
+    /// Up to where there is no end of it.
+    searched: usize,
+}
+
+impl Lines {
+    fn new(body: Body) -> Self {
+        Self { body, bytes: Vec::new(), start: 0, searched: 0 }
+    }
+
+    /// The next line, unless nothing comes for so long.
+    async fn next(&mut self, silence: Duration) -> Result<Option<String>, Failure> {
+        loop {
+            if let Some(length) = self.bytes[self.searched..].iter().position(|byte| *byte == b'\n') {
+                let end = self.searched + length;
+                let line = std::str::from_utf8(&self.bytes[self.start..end]).map(str::to_owned);
+                (self.start, self.searched) = (end + 1, end + 1);
+                return line.map(Some).map_err(|_| Failure::Nonsense("it is no UTF-8".to_owned()));
+            }
+            self.bytes.drain(..self.start);
+            (self.start, self.searched) = (0, self.bytes.len());
+            if self.bytes.len() > MAX_EVENT {
+                return Err(Failure::Nonsense(format!("an event of more than {} MiB", MAX_EVENT >> 20)));
+            }
+            let frame = timeout(silence, self.body.frame()).await;
+            let frame = frame.map_err(|_| Failure::Broken(format!("nothing came for {} s", silence.as_secs())))?;
+            match frame {
+                None => return Ok(None),
+                Some(Err(error)) => return Err(Failure::Broken(error.to_string())),
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        self.bytes.extend_from_slice(&data);
+                    }
+                }
+            }
+        }
+    }
+}
