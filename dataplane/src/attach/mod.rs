@@ -511,8 +511,7 @@ impl Attachment {
         }
         // Whatever it was before.
         self.detach_kernel_device(index)?;
-        self.attach_answers(index, name)?;
-        match plan(hook, &link.kind, self.flows.is_some()) {
+        let taken = match plan(hook, &link.kind, self.flows.is_some()) {
             Plan::Xdp => self.attach_uplink_xdp(index, name),
             Plan::Tc(reason) => self.attach_uplink_tc(index, name, &reason),
             Plan::Refuse(master) => Err(AttachError::RunsInSlaves { device: name.to_owned(), master }),
@@ -526,7 +525,10 @@ impl Attachment {
                 }
                 result => result,
             },
-        }
+        }?;
+        // Of one that is refused nothing stays.
+        self.attach_answers(index, name)?;
+        Ok(taken)
     }
 
     fn attach_uplink_xdp(&mut self, index: u32, name: &str) -> Result<UplinkHook, AttachError> {
