@@ -1355,10 +1355,9 @@ fn what_cannot_work_is_refused_with_a_reason() {
         ));
         shell("ip link add narrow numrxqueues 1 type veth peer name wide numtxqueues 4; ethtool -L wide tx 4");
         shell("ip link set narrow up; ip link set wide up");
-        assert!(matches!(
-            attachment.attach_uplink(index_of("narrow"), "narrow", xdp),
-            Err(AttachError::FewerQueues { .. })
-        ));
+        let narrow = attachment.attach_uplink(index_of("narrow"), "narrow", xdp);
+        assert!(matches!(narrow, Err(AttachError::FewerQueues { .. })), "{narrow:?}");
+        assert!(narrow.unwrap_err().to_string().contains("ethtool -L narrow rx N"), "what to do is said");
         assert!(attachment.pinned_uplinks().unwrap().is_empty());
     });
 }
