@@ -18,7 +18,7 @@ LOOM_FLAGS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMP
 
 CLUSTER_TARGETS = cluster cluster-build cluster-status cluster-shell cluster-e2e cluster-down cluster-test
 
-.PHONY: $(CLUSTER_TARGETS) help setup build release cni demo demo-memory test lint unit loom e2e test-loaded storm cases instructions record-instructions bench bench-path bench-tables bench-reload bench-cni report publish-report perf perf-offload soak properties fuzz miri install clean
+.PHONY: $(CLUSTER_TARGETS) help setup build release cni demo demo-memory test lint unit loom e2e test-loaded storm cases instructions record-instructions bench bench-path bench-tables bench-reload bench-cni report publish-report perf perf-offload soak properties fuzz miri test-kubernetes install clean
 
 help: ## Lists the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -128,6 +128,9 @@ fuzz: setup ## Every fuzz target for FUZZ_SECONDS (60); finds lie in fuzz/artifa
 	for target in $$($(CARGO) fuzz list); do \
 		$(CARGO) fuzz run --sanitizer $(FUZZ_SANITIZER) $$target -- -max_total_time=$(FUZZ_SECONDS) -len_control=10 || exit 1; \
 	done
+
+test-kubernetes: build ## The conformance cases by way of a real kube-apiserver and etcd: the same verdicts as from files. Needs Go, once, to build those.
+	@binaries=$$(./scripts/kubernetes-binaries.sh) && /usr/bin/python3 tests/kubernetes/run.py target/debug/weir "$$binaries"
 
 miri: ## The unsafe and lock-free parts under miri (needs a nightly toolchain with miri).
 	$(CARGO) +nightly miri test -p weir-sync -p weir-conntrack --lib

@@ -10,16 +10,18 @@ use std::{
 use weir_cluster::{
     compile,
     text::{Problems, Severity, Span, Topic},
-    translate::{Assumed, Assumptions, Loaded, load_with_review, makes_pods},
+    translate::{Assumed, Loaded, Loader, makes_pods},
 };
 
-use crate::common::{ConfigFile, Output, Unapplied};
+use crate::common::{Cluster, ConfigFile, Output, Unapplied};
 
 /// Load and compile the configuration and all manifests; print every problem as file:line:column.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     config: ConfigFile,
+    #[command(flatten)]
+    cluster: Cluster,
     #[command(flatten)]
     unapplied: Unapplied,
     /// The namespace of objects that give none.
@@ -37,7 +39,13 @@ pub struct Args {
 /// problems goes to standard output. Exit status 0, or 1 where there is an error.
 pub fn run(args: &Args) -> ExitCode {
     let (config, output) = (&*args.config.config, args.output);
-    let outcome = load_and_compile(config, &args.unapplied.assumptions(Some(&args.namespace)));
+    let mut loader = Loader::assuming(config, &args.unapplied.assumptions(Some(&args.namespace)));
+    loader.review();
+    if let Err(failed) = args.cluster.add_to(&mut loader, config) {
+        eprintln!("weir: {}", failed.message());
+        return ExitCode::FAILURE;
+    }
+    let outcome = load_and_compile(&mut loader);
     let colour = output == Output::Text && std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let Report { stdout, stderr, success } = report(&outcome, config, Form { output, colour, verbose: args.verbose });
     // A reader that went away must not turn the answer into a panic.
@@ -47,8 +55,8 @@ pub fn run(args: &Args) -> ExitCode {
 }
 
 /// Loads, and compiles what was loaded as a running router does.
-fn load_and_compile(config: &Path, assumptions: &Assumptions) -> Result<Loaded, Problems> {
-    let mut loaded = load_with_review(config, assumptions)?;
+fn load_and_compile(loader: &mut Loader) -> Result<Loaded, Problems> {
+    let mut loaded = loader.load_strictly()?;
     missing_cores(&mut loaded);
     if let Err(error) = compile::snapshot(&loaded) {
         loaded.notes.error(Span::default(), error.to_string(), None);
@@ -163,13 +171,21 @@ fn made_up(assumed: &Assumed) -> String {
 mod tests {
     use std::fs;
 
+    use weir_cluster::translate::Assumptions;
+
     use super::*;
+
+    fn loaded(path: &Path, assumptions: &Assumptions) -> Result<Loaded, Problems> {
+        let mut loader = Loader::assuming(path, assumptions);
+        loader.review();
+        load_and_compile(&mut loader)
+    }
 
     fn check(weir: &str, output: Output) -> (Report, String) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("weir.yaml");
         fs::write(&path, weir).unwrap();
-        let outcome = load_and_compile(&path, &Assumptions::default());
+        let outcome = loaded(&path, &Assumptions::default());
         (report(&outcome, &path, Form { output, colour: false, verbose: false }), path.display().to_string())
     }
 
@@ -205,7 +221,7 @@ mod tests {
         fs::write(folder.path().join("m.yaml"), text).unwrap();
         let path = folder.path().join("weir.yaml");
         fs::write(&path, "nodeName: a\nmanifests: [m.yaml]\n").unwrap();
-        let outcome = load_and_compile(&path, &Assumptions::default());
+        let outcome = loaded(&path, &Assumptions::default());
         let form = |verbose: bool| Form { output: Output::Text, colour: false, verbose };
         let short = report(&outcome, &path, form(false));
         let told = [
@@ -224,7 +240,7 @@ mod tests {
         assert_eq!(json.stdout.matches("\"severity\": \"note\"").count(), 14);
 
         let assumptions = Assumptions { pods: true, namespace: None };
-        let outcome = load_and_compile(folder.path().join("m.yaml").as_path(), &assumptions);
+        let outcome = loaded(folder.path().join("m.yaml").as_path(), &assumptions);
         let assumed = report(&outcome, &path, form(false));
         let made_up = "  made up: 0 pods of 0 workloads, addresses of 0 other pods and of 1 service, endpoint slices of 0 services\n";
         assert!(assumed.stdout.ends_with(made_up), "{}", assumed.stdout);

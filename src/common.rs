@@ -3,14 +3,17 @@
 use std::{
     fmt::Display,
     io::{self, IsTerminal as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
+    time::Duration,
 };
 
 use clap::ValueEnum;
 use weir_cluster::{
+    config::RouterConfig,
     text::Problems,
     translate::{Assumptions, Faulty, Loaded, Loader},
 };
+use weir_kubernetes::{Access, Source, access_of};
 
 /// Which configuration.
 #[derive(clap::Args)]
@@ -25,12 +28,60 @@ impl ConfigFile {
     ///
     /// # Errors
     /// A bad weir.yaml.
-    pub fn load(&self, assumptions: &Assumptions) -> Result<Loaded, Failed> {
+    pub fn load(&self, assumptions: &Assumptions, cluster: &Cluster) -> Result<Loaded, Failed> {
         let mut loader = Loader::assuming(&self.config, assumptions);
+        cluster.add_to(&mut loader, &self.config)?;
         let (loaded, _) = loader.load().map_err(|problems| Failed::config(&problems))?;
         tell_faulty(&loaded.faulty);
         Ok(loaded)
     }
+}
+
+/// A running cluster to look at.
+#[derive(clap::Args)]
+pub struct Cluster {
+    /// Take the objects of a running cluster instead of the manifests, by a kubeconfig (--kubernetes=FILE; without FILE: $KUBECONFIG, else
+    /// ~/.kube/config). It needs to list and watch what weir reads, and no privileges here. Without a weir.yaml, the node is a made-up one.
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub kubernetes: Option<PathBuf>,
+}
+
+/// How long a cluster has for its first lists.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+impl Cluster {
+    /// Gives a loader the objects of the cluster that is named, here or by the weir.yaml at `path`.
+    ///
+    /// # Errors
+    /// Where they cannot be had.
+    pub fn add_to(&self, loader: &mut Loader, path: &Path) -> Result<(), Failed> {
+        let (access, is_asked) = match &self.kubernetes {
+            Some(path) if path.as_os_str().is_empty() => (Access::Kubeconfig(own_kubeconfig()), true),
+            Some(path) => (Access::Kubeconfig(path.clone()), true),
+            None => {
+                // What is wrong with it is told by the load.
+                let config = RouterConfig::read(path, &mut Problems::default());
+                let Some(kubernetes) = config.and_then(|(config, _)| config.kubernetes) else { return Ok(()) };
+                (access_of(&kubernetes), false)
+            }
+        };
+        let source = Source::start(access, loader.identities(), Duration::ZERO)?;
+        let objects = source.wait(PATIENCE).map_err(|why| format!("the cluster's objects are not to be had: {why}"))?;
+        if is_asked {
+            loader.set_only_live(objects)
+        } else {
+            loader.set_live(objects)
+        }
+        Ok(())
+    }
+}
+
+/// The kubeconfig that kubectl takes.
+fn own_kubeconfig() -> PathBuf {
+    let given = std::env::var_os("KUBECONFIG").filter(|given| !given.is_empty());
+    // Of several, the first.
+    let given = given.and_then(|given| std::env::split_paths(&given).next());
+    given.unwrap_or_else(|| Path::new(&std::env::var_os("HOME").unwrap_or_default()).join(".kube/config"))
 }
 
 /// Manifests as people write them, before a cluster has made pods and addresses of them.

@@ -9,7 +9,7 @@ use std::{
 
 use weir_cluster::trace::Tracer;
 
-use crate::common::{ConfigFile, Failed, Unapplied};
+use crate::common::{Cluster, ConfigFile, Failed, Unapplied};
 
 /// Say what the router would do with the first packet of each flow, without touching a network.
 #[derive(clap::Args)]
@@ -22,6 +22,8 @@ use crate::common::{ConfigFile, Failed, Unapplied};
 pub struct Args {
     #[command(flatten)]
     config: ConfigFile,
+    #[command(flatten)]
+    cluster: Cluster,
     #[command(flatten)]
     unapplied: Unapplied,
     /// The namespace of objects that give none.
@@ -40,7 +42,7 @@ pub struct Args {
 /// # Errors
 /// A bad configuration, and what cannot be read or written.
 pub fn run(args: &Args) -> Result<ExitCode, Failed> {
-    let loaded = args.config.load(&args.unapplied.assumptions(Some(&args.namespace)))?;
+    let loaded = args.config.load(&args.unapplied.assumptions(Some(&args.namespace)), &args.cluster)?;
     let mut tracer = Tracer::new(&loaded)?;
     let input: Box<dyn Read> = if args.flows.as_os_str() == "-" {
         Box::new(io::stdin())

@@ -35,6 +35,8 @@ pub struct RouterConfig {
     pub node_name: String,
     /// YAML files or folders of them, already relative to the place where weir.yaml is.
     pub manifests: Vec<PathBuf>,
+    /// The running cluster whose objects there are besides.
+    pub kubernetes: Option<Kubernetes>,
     /// Sources taken as pods by service NAT. `None`: the pools, else the nodes' pod ranges; empty: unknown.
     #[serde(rename = "podCIDRs", deserialize_with = "optional_networks")]
     pub pod_cidrs: Option<Vec<IpNet>>,
@@ -80,6 +82,7 @@ impl Default for RouterConfig {
             kind: KIND.to_owned(),
             node_name: String::new(),
             manifests: Vec::new(),
+            kubernetes: None,
             pod_cidrs: None,
             service_cidrs: Vec::new(),
             masquerade_all: false,
@@ -98,6 +101,16 @@ impl Default for RouterConfig {
             state: None,
         }
     }
+}
+
+/// `kubernetes`: how its API server is reached, one of these.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Kubernetes {
+    /// A kubeconfig.
+    pub kubeconfig: Option<PathBuf>,
+    /// As a pod of the cluster, by the account that it runs as.
+    pub in_cluster: bool,
 }
 
 /// `cni`.
@@ -465,6 +478,9 @@ impl RouterConfig {
         for manifest in &mut config.manifests {
             *manifest = folder.join(&*manifest);
         }
+        if let Some(path) = config.kubernetes.as_mut().and_then(|kubernetes| kubernetes.kubeconfig.as_mut()) {
+            *path = folder.join(&*path);
+        }
         config.state = config.state.map(|state| folder.join(state));
         if let Some(cni) = &mut config.cni {
             cni.socket = folder.join(&cni.socket);
@@ -500,8 +516,14 @@ impl RouterConfig {
             let help = "write the name that `kubectl get nodes` shows".to_owned();
             problems.error(at("nodeName"), format!("{:?} is no node's name", self.node_name), help);
         }
-        if required("manifests") {
-            let help = "add: manifests: [cluster.yaml], the files that describe the cluster".to_owned();
+        if let Some(Kubernetes { kubeconfig, in_cluster }) = &self.kubernetes
+            && kubeconfig.is_some() == *in_cluster
+        {
+            let help = "write {kubeconfig: PATH} or {inCluster: true}".to_owned();
+            problems.error(at("kubernetes"), "kubernetes does not say which API server", help);
+        }
+        if required("manifests") && self.kubernetes.is_none() {
+            let help = "add: manifests: [cluster.yaml], the files that describe the cluster; or kubernetes".to_owned();
             problems.error(root.span, "manifests is missing", help);
         }
         let workers = root.get("workers").unwrap_or(root);

@@ -130,6 +130,8 @@ INLINE int take_from_device(struct __sk_buff *packet, __u32 link_header)
 		return TC_ACT_SHOT;
 	if (!is_for_own_port(packet->protocol, (void *)(long)packet->data + link_header, (void *)(long)packet->data_end, 0))
 		return TC_ACT_UNSPEC;
+	if (is_too_long(packet))
+		return TC_ACT_UNSPEC;
 	if (!link_header && add_ethernet(packet))
 		return TC_ACT_SHOT;
 	count(COUNTER_DEVICE_TAKEN);

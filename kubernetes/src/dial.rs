@@ -37,6 +37,11 @@ pub enum Access {
     InCluster,
 }
 
+/// What a weir.yaml says.
+pub fn access_of(kubernetes: &weir_cluster::config::Kubernetes) -> Access {
+    kubernetes.kubeconfig.clone().map_or(Access::InCluster, Access::Kubeconfig)
+}
+
 /// Why there is no answer.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Failure {

@@ -10,6 +10,6 @@ mod source;
 pub mod watch;
 mod wire;
 
-pub use dial::{Access, Failure};
-pub use source::{KindState, Source, State};
+pub use dial::{Access, Failure, access_of};
+pub use source::{KindState, Source, State, start_delay};
 pub use weir_cluster::resources::live::LiveObjects;

@@ -10,7 +10,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{Notify, oneshot},
+    sync::{Notify, oneshot, watch},
     task::{AbortHandle, LocalSet, spawn_local},
     time::sleep,
 };
@@ -75,25 +75,30 @@ impl Cell {
     }
 }
 
+/// When a node begins to ask after its start, by its name, so that a thousand that start at once do not ask at once.
+pub fn start_delay(node: &str) -> Duration {
+    let hash = node
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    Duration::from_millis((hash >> 32) % 2000)
+}
+
 /// A cluster that is followed until this is dropped.
 pub struct Source {
     cell: Arc<Cell>,
+    changes: watch::Receiver<()>,
     /// Dropped, it ends the thread.
     _end: oneshot::Sender<()>,
 }
 
 impl Source {
-    /// Begins to follow a cluster. `on_change` is called on a thread of its own after each change of [`State::objects`].
+    /// Begins to follow a cluster, after a while.
     ///
     /// # Errors
     /// Where there is no thread for it.
-    pub fn start(
-        access: Access,
-        identities: &Identities,
-        delay: Duration,
-        on_change: impl Fn() + Send + 'static,
-    ) -> std::io::Result<Self> {
+    pub fn start(access: Access, identities: &Identities, delay: Duration) -> std::io::Result<Self> {
         let cell = Arc::new(Cell::default());
+        let (tell, changes) = watch::channel(());
         let (end, ended) = oneshot::channel();
         let (reader, own) = (Reader::new(identities), Arc::clone(&cell));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -101,7 +106,7 @@ impl Source {
             let local = LocalSet::new();
             let work = async move {
                 sleep(delay).await;
-                follow(access, reader, own, on_change).await;
+                follow(access, reader, own, tell).await;
             };
             local.block_on(&runtime, async {
                 tokio::select! {
@@ -111,12 +116,22 @@ impl Source {
             });
         };
         thread::Builder::new().name("kubernetes".to_owned()).stack_size(STACK_BYTES).spawn(run)?;
-        Ok(Self { cell, _end: end })
+        Ok(Self { cell, changes, _end: end })
+    }
+
+    /// Tells of changes of [`State::objects`].
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changes.clone()
     }
 
     /// What is known now.
     pub fn state(&self) -> State {
         self.cell.lock().clone()
+    }
+
+    /// The objects, if every kind had its first list.
+    pub fn objects(&self) -> Option<LiveObjects> {
+        self.cell.lock().objects.clone()
     }
 
     /// The objects, once every kind had its first list.
@@ -166,7 +181,7 @@ const CONFIGURATION: &str = "kubernetes: ";
 /// Kinds by group and name in paths.
 type Kinds = BTreeMap<(&'static str, &'static str), (Rc<Watched>, AbortHandle)>;
 
-async fn follow(access: Access, reader: Reader, cell: Arc<Cell>, on_change: impl Fn()) {
+async fn follow(access: Access, reader: Reader, cell: Arc<Cell>, tell: watch::Sender<()>) {
     let dial = loop {
         match Dial::new(&access).await {
             Ok(dial) => break dial,
@@ -217,7 +232,7 @@ async fn follow(access: Access, reader: Reader, cell: Arc<Cell>, on_change: impl
             cell.changed.notify_all();
         }
         if has_changed {
-            on_change();
+            tell.send_replace(());
         }
         sleep(TOGETHER).await;
         tokio::select! {

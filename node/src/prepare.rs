@@ -20,6 +20,7 @@ use weir_cluster::{
     translate::{LoadTimes, Loaded, Loader, LocalPods, Room},
 };
 use weir_dataplane::{attach::MAX_OWN_PORTS, snapshot::Rules};
+use weir_kubernetes::LiveObjects;
 use weir_nat::SnatPorts;
 use weir_packet::Protocol;
 
@@ -31,6 +32,8 @@ const SHOWN_ERRORS: usize = 20;
 pub enum Scope {
     /// The pods that this node's CNI plugin made.
     LocalPods,
+    /// The objects of a running cluster too.
+    Cluster,
     /// The files too.
     Files,
 }
@@ -43,6 +46,8 @@ pub struct Basis {
     pub own_addresses: Vec<IpAddr>,
     /// The pods that this node's CNI plugin has made.
     pub local_pods: Arc<LocalPods>,
+    /// The objects of a running cluster.
+    pub live: LiveObjects,
     /// Ports that sockets of the node listen on, as they were looked at last.
     pub listening: Listening,
     /// The host ports that are served.
@@ -182,11 +187,12 @@ impl Preparer {
 }
 
 fn prepare(tools: &mut Tools, scope: Scope, basis: Basis) -> Result<Prepared, Refused> {
-    let Basis { in_force, own_addresses, local_pods, listening: looked_at, host_ports } = basis;
+    let Basis { in_force, own_addresses, local_pods, live, listening: looked_at, host_ports } = basis;
     tools.loader.set_local_pods(local_pods);
+    tools.loader.set_live(live);
     let outcome = match scope {
         Scope::Files => tools.loader.reload(&in_force),
-        Scope::LocalPods => tools.loader.reload_local_pods(&in_force),
+        Scope::LocalPods | Scope::Cluster => tools.loader.reload_local_pods(&in_force),
     };
     let (mut loaded, problems) = outcome.map_err(Refused::Config)?;
     loaded.add_local_addresses(&own_addresses);
@@ -196,7 +202,7 @@ fn prepare(tools: &mut Tools, scope: Scope, basis: Basis) -> Result<Prepared, Re
     let listening = match scope {
         Scope::Files => listening(&loaded),
         // Where there are many sockets, to list them takes longer than all else.
-        Scope::LocalPods => looked_at,
+        Scope::LocalPods | Scope::Cluster => looked_at,
     };
     let snat = compile::snat_ports(&loaded, &rules, &listening).map_err(Refused::Compile)?;
     let times = Times { load: loaded.times, compile: begin.elapsed(), publish: Duration::ZERO };
@@ -233,6 +239,7 @@ mod tests {
             in_force: Arc::clone(objects),
             own_addresses: Vec::new(),
             local_pods: Arc::clone(local_pods),
+            live: Arc::default(),
             listening: Listening::default(),
             host_ports: HashSet::new(),
         }

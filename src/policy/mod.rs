@@ -21,7 +21,7 @@ use weir_cluster::policy::{
 };
 use weir_node::control::{self, AskError};
 
-use crate::common::{ConfigFile, Failed, Output, Unapplied, as_json, has_colour, written};
+use crate::common::{Cluster, ConfigFile, Failed, Output, Unapplied, as_json, has_colour, written};
 
 /// What is asked about policy.
 #[derive(clap::Subcommand)]
@@ -49,6 +49,8 @@ pub struct List {
     #[command(flatten)]
     config: ConfigFile,
     #[command(flatten)]
+    cluster: Cluster,
+    #[command(flatten)]
     unapplied: Unapplied,
     /// The namespace of objects that give none.
     #[arg(long, value_name = "NS", default_value = "default")]
@@ -73,6 +75,8 @@ pub struct List {
 pub struct Matrix {
     #[command(flatten)]
     config: ConfigFile,
+    #[command(flatten)]
+    cluster: Cluster,
     #[command(flatten)]
     unapplied: Unapplied,
     /// The namespace of objects that give none.
@@ -116,7 +120,7 @@ pub fn run(command: &Command) -> Result<ExitCode, Failed> {
 }
 
 fn matrix(args: &Matrix, out: &mut impl io::Write) -> Result<(), Failed> {
-    let loaded = args.config.load(&args.unapplied.assumptions(Some(&args.default_namespace)))?;
+    let loaded = args.config.load(&args.unapplied.assumptions(Some(&args.default_namespace)), &args.cluster)?;
     let both = |pods: &[Pods]| pods.iter().chain(&args.namespace).cloned().collect();
     let question = Question { ports: args.ports.clone(), from: both(&args.from), to: both(&args.to) };
     let matrix = matrix::Matrix::new(&loaded, &question)?;
@@ -134,7 +138,7 @@ fn matrix(args: &Matrix, out: &mut impl io::Write) -> Result<(), Failed> {
 }
 
 fn list(args: &List, out: &mut impl io::Write) -> Result<(), Failed> {
-    let loaded = args.config.load(&args.unapplied.assumptions(Some(&args.default_namespace)))?;
+    let loaded = args.config.load(&args.unapplied.assumptions(Some(&args.default_namespace)), &args.cluster)?;
     let json = args.output == Output::Json;
     let Some(endpoint) = &args.endpoint else {
         let overview = Lister::new(&loaded, None).overview();

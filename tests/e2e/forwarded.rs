@@ -26,6 +26,9 @@ const VPN: [&str; 2] = ["10.8.0.2", "fd00:8::2"];
 const CONTAINER: &str = "172.17.0.2";
 const WEB: &str = "10.96.0.10";
 const LOCAL_PORT: u16 = 31390;
+/// Of the closed pod.
+const SHUT: &str = "10.96.0.11";
+const SHUT_PORT: u16 = 31391;
 
 fn manifests() -> Manifests {
     let mut manifests = Manifests::cluster("Never");
@@ -37,6 +40,13 @@ fn manifests() -> Manifests {
         ports: &[("http", "TCP", 80, 8080, LOCAL_PORT)],
         local: true,
         backends: &[("10.1.1.20", "node-a")],
+    });
+    manifests.service(&ServiceSpec {
+        name: "default/shut",
+        addresses: &[SHUT],
+        ports: &[("http", "TCP", 80, 8080, SHUT_PORT)],
+        local: true,
+        backends: &[("10.1.1.21", "node-a")],
     });
     manifests
 }
@@ -109,9 +119,13 @@ fn what_the_nodes_kernel_forwards_meets_ingress_policy() {
     // A service, with what it says of sources; and by a port of the node.
     for url in [format!("http://{WEB}/"), format!("http://10.8.0.1:{LOCAL_PORT}/")] {
         site.answered("node-a", &url.replace("10.8.0.1", "192.168.10.1"));
-        if url.contains(WEB) {
-            site.answered("vpn", &url);
-        }
+        site.answered("vpn", &url);
+    }
+    // Policy is asked of them too.
+    for url in [format!("http://{SHUT}/"), format!("http://10.8.0.1:{SHUT_PORT}/")] {
+        site.answered("node-a", &url);
+        site.unanswered("vpn", &url);
+        site.unanswered("container", &url);
     }
     // Much at once.
     let (near, far) = connection(&site, "vpn", "default/open", "10.1.1.20:5000");

@@ -188,13 +188,8 @@ pub fn load_strictly(path: &Path) -> Result<Loaded, Problems> {
     Loader::new(path).load_strictly()
 }
 
-/// As [`load_strictly`] with assumptions, and warns of what is valid but probably not meant so, which takes a look at everything.
-///
-/// # Errors
-/// As there.
-pub fn load_with_review(path: &Path, assumptions: &Assumptions) -> Result<Loaded, Problems> {
-    Loader { reviews: true, ..Loader::assuming(path, assumptions) }.load_strictly()
-}
+/// What stands for a weir.yaml where a running cluster is looked at from outside.
+const NO_NODE: &str = "nodeName: this-node\nmanifests: []\n";
 
 /// Loads a configuration, at first and again and again; what did not change is taken as it was.
 #[derive(Debug)]
@@ -206,6 +201,8 @@ pub struct Loader {
     kept: Kept,
     local_pods: Arc<LocalPods>,
     live: LiveObjects,
+    /// Whether they are there instead of the manifests.
+    only_live: bool,
     assumes_pods: bool,
     /// What was read for the last load that succeeded.
     read: Option<Read>,
@@ -249,6 +246,7 @@ impl Loader {
             kept: Kept::default(),
             local_pods: Arc::default(),
             live: Arc::default(),
+            only_live: false,
             assumes_pods: false,
             read: None,
             beginning: Manifests::default(),
@@ -308,6 +306,16 @@ impl Loader {
     /// [`Loader::identities`].
     pub fn set_live(&mut self, objects: LiveObjects) {
         self.live = objects;
+    }
+
+    /// Takes the objects of a running cluster instead of the manifests. Without a weir.yaml, a node is made up that has none of the pods.
+    pub fn set_only_live(&mut self, objects: LiveObjects) {
+        (self.live, self.only_live) = (objects, true);
+    }
+
+    /// Looks from now on for what is valid and probably not meant so.
+    pub fn review(&mut self) {
+        self.reviews = true;
     }
 
     /// What numbers the objects.
@@ -445,7 +453,11 @@ impl Loader {
         let begin = Instant::now();
         let mut problems = Problems::default();
         let believes = self.revisit.takes_belief();
-        let made_up = if self.assumes_pods { assume::configuration(&self.path) } else { None };
+        let made_up = match (self.assumes_pods, self.only_live && !self.path.exists()) {
+            (true, _) => assume::configuration(&self.path),
+            (false, true) => Some(Source::new("weir.yaml, made up by --kubernetes", NO_NODE.to_owned())),
+            (false, false) => None,
+        };
         // What is no weir.yaml is a manifest, though it lies at its path.
         let no_path = Path::new("");
         let (path, config) = match made_up {
@@ -461,7 +473,8 @@ impl Loader {
             problems.sort();
             return Err(problems);
         };
-        let texts = self.library.read(&config.manifests, &spans, path, believes, &mut problems);
+        let manifests: &[PathBuf] = if self.only_live { &[] } else { &config.manifests };
+        let texts = self.library.read(manifests, &spans, path, believes, &mut problems);
         self.revisit.set(texts.awaited.clone());
         Ok(Read { config: Arc::new(config), texts, problems, took: begin.elapsed() })
     }

@@ -42,7 +42,7 @@ fn load_with_pods(cluster: &str, pods: &[LocalPod]) -> Result<Loaded, Problems> 
     read_all(WEIR, cluster, &Arc::new(all), false)
 }
 
-/// The same, perhaps as [`load_with_review`].
+/// The same, perhaps as `weir check` does.
 fn read_texts(weir: &str, cluster: &str, reviews: bool) -> Result<Loaded, Problems> {
     read_all(weir, cluster, &Arc::default(), reviews)
 }

@@ -509,9 +509,21 @@ impl Attachment {
         if !link.is_ethernet {
             return Err(AttachError::NotEthernet { device: name.to_owned() });
         }
+        let hook = self.attach_uplink_at(index, name, &link, hook)?;
         // Whatever it was before.
         self.detach_kernel_device(index)?;
-        let taken = match plan(hook, &link.kind, self.flows.is_some()) {
+        self.attach_answers(index, name)?;
+        Ok(hook)
+    }
+
+    fn attach_uplink_at(
+        &mut self,
+        index: u32,
+        name: &str,
+        link: &Link,
+        hook: Option<UplinkHook>,
+    ) -> Result<UplinkHook, AttachError> {
+        match plan(hook, &link.kind, self.flows.is_some()) {
             Plan::Xdp => self.attach_uplink_xdp(index, name),
             Plan::Tc(reason) => self.attach_uplink_tc(index, name, &reason),
             Plan::Refuse(master) => Err(AttachError::RunsInSlaves { device: name.to_owned(), master }),
@@ -525,10 +537,7 @@ impl Attachment {
                 }
                 result => result,
             },
-        }?;
-        // Of one that is refused nothing stays.
-        self.attach_answers(index, name)?;
-        Ok(taken)
+        }
     }
 
     fn attach_uplink_xdp(&mut self, index: u32, name: &str) -> Result<UplinkHook, AttachError> {

@@ -38,7 +38,7 @@ impl<D: Driver> Handler<'_, D> {
                 let to = conn.key(direction.flip()).invert();
                 match next_hops::of(conn, direction, self.context.snapshot) {
                     Some(hop) => match self.forward_to(packet, view, &to, hop)? {
-                        End::Punt if direction == Direction::Original && self.is_served(view, &to, hop) => {
+                        End::Punt if direction == Direction::Original && self.is_served(packet, view, &to, hop) => {
                             Ok(End::Serve)
                         }
                         end => Ok(end),
@@ -51,12 +51,12 @@ impl<D: Driver> Handler<'_, D> {
         }
     }
 
-    /// Whether the node's kernel gets a packet for one of its servers that was sent to a service, and would answer it past weir: not who has a
-    /// source that only weir's routes lead to, a pod's or one that weir gave it.
-    fn is_served<A: Family>(&self, view: &View<A>, to: &FlowKey<A>, hop: AdjacencyId) -> bool {
+    /// Whether the node's kernel gets a packet for one of its servers that was sent to a service, and would answer it past weir: not one from a
+    /// pod or from the node itself, which have sources that weir's routes lead to.
+    fn is_served<A: Family>(&self, packet: &Packet, view: &View<A>, to: &FlowKey<A>, hop: AdjacencyId) -> bool {
         let forwarding = &*self.context.snapshot.forwarding;
         (to.dst, to.ports) != (view.key.dst, view.key.ports)
-            && to.src == view.key.src
+            && packet.device != IfIndex::HOST
             && forwarding.adjacency(hop).kind == RouteKind::Host
             && forwarding.local_workload(to.src).is_none()
     }

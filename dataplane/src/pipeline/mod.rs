@@ -157,10 +157,10 @@ enum End {
     Transmit(PortId),
     /// The node's kernel gets the frame.
     Punt,
-    /// It gets it by the device that it came by: what it is for is there on that link only.
-    Return,
     /// The same of what weir has translated for a server of the node: its answers are to come back, by whatever device they would leave.
     Serve,
+    /// It gets it by the device that it came by: what it is for is there on that link only.
+    Return,
     /// It is answered, or something is sent in its place.
     Consume,
     /// It waits for the MAC address of that next hop. It came by that device.

@@ -6,7 +6,7 @@ use crate::packets::{Packet, TCP, UDP};
 use crate::router::{CLIENT_POD, Router, SERVER_POD, UPLINK, cluster, ip, links, rules, service};
 use proptest::prelude::*;
 use weir_dataplane::{
-    afxdp::trunk,
+    afxdp::trunk::{self, ANSWERED},
     forwarding::Forwarding,
     frame::IfIndex,
     model::{Device, Role},
@@ -157,6 +157,52 @@ fn what_is_forwarded_is_answered_to_the_kernel() {
             }
         }
         router.finish();
+    }
+}
+
+#[test]
+fn a_server_of_the_node_sees_who_asked_a_service_and_its_answers_are_awaited() {
+    const OUTSIDE: [&str; 2] = ["192.168.10.100", "fd00:10::100"];
+    for family in 0..2 {
+        // What the node's routes bring to weir anyway needs no mark.
+        for (device, client, is_marked) in [
+            (UPLINK, OUTSIDE, true),
+            (OTHER_DEVICE.forwarded(), CONTAINER, true),
+            (CLIENT_POD, CLIENT, false),
+            (IfIndex::HOST, NODE, false),
+        ] {
+            let (client, node, vip) = (client[family], NODE[family], VIP[family]);
+            let services = vec![service("default/s", Protocol::UDP, VIP, NODE, Some(31_000))];
+            let mut router = Router::new(rules(services, true), SnatPorts::new(10000..=20000, []).unwrap(), 1024);
+            // By the cluster IP, which others than pods are masqueraded by, and by the node port, which all are: not what stays here.
+            for (number, (asked, port)) in [(vip, 53), (node, 31_000)].into_iter().enumerate() {
+                let from = 40_000 + number as u16;
+                // The second packet is one of a connection.
+                for _ in 0..2 {
+                    let sent = router.one(device, &datagram(client, asked, [from, port]).frame());
+                    let [(to, frame)] = &sent[..] else { panic!("{sent:?}") };
+                    let seen = Packet::read(&frame[14..]);
+                    assert_eq!((*to, seen.dst), (IfIndex::HOST, ip(node)), "{client} to {asked}");
+                    assert_eq!(frame[6..12] == ANSWERED.0, is_marked, "{client} to {asked}");
+                    if device == IfIndex::HOST {
+                        continue;
+                    }
+                    assert_eq!(seen.src, ip(client));
+                    let answer = datagram(node, client, [5353, from]);
+                    let (to, seen) = fate(&mut router, IfIndex::HOST, &answer).unwrap();
+                    let back = if device.is_forwarded() { IfIndex::HOST } else { device };
+                    assert_eq!((to, seen.src, seen.dst), (back, ip(asked), ip(client)));
+                    assert_eq!(seen.l4[..2], port.to_be_bytes());
+                }
+            }
+            // What it answers without a connection goes as it is.
+            if device == UPLINK {
+                let stray = datagram(node, client, [5353, 50_000]);
+                let (to, seen) = fate(&mut router, IfIndex::HOST, &stray).unwrap();
+                assert_eq!((to, seen.src), (UPLINK, ip(node)));
+            }
+            router.finish();
+        }
     }
 }
 

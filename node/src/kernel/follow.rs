@@ -120,6 +120,12 @@ impl View {
     pub(crate) fn set_links(&self, links: impl IntoIterator<Item = Link>) {
         self.picture().set_links(links);
     }
+
+    /// Has this address on the device of that index, whenever there is one.
+    #[cfg(test)]
+    pub(crate) fn set_address(&self, index: u32, net: ipnet::IpNet) {
+        self.picture().set_address(index, net);
+    }
 }
 
 /// Keeps a [`View`] current.

@@ -221,6 +221,12 @@ impl Picture {
         self.links = links.into_iter().map(|link| (link.index.0, link)).collect();
     }
 
+    /// Has this address on the device of that index, whenever there is one.
+    #[cfg(test)]
+    pub(super) fn set_address(&mut self, index: u32, net: IpNet) {
+        self.addresses.insert(index, vec![Address { net, secondary: false }]);
+    }
+
     /// Takes over a picture made of a dump.
     pub(super) fn replace(&mut self, fresh: Picture) {
         let Picture { mut links, addresses, routes, neighbors, rules, .. } = fresh;

@@ -14,6 +14,8 @@ use weir_cluster::{
     translate::{Loaded, Unserved},
 };
 
+use weir_kubernetes::Source;
+
 use super::{Router, assemble::role_rules};
 use crate::{
     book::Pods,
@@ -98,11 +100,12 @@ impl Router {
     /// Begins to prepare a configuration of what is known now; where one is being prepared, sees to one more.
     pub(super) fn begin_reload(&mut self, scope: Scope) {
         self.own_addresses = self.addresses();
-        let Self { preparer, loaded, pods, listening, own_addresses, .. } = self;
+        let Self { preparer, loaded, pods, listening, own_addresses, cluster, .. } = self;
         preparer.begin(scope, || Basis {
             in_force: Arc::clone(&loaded.objects),
             own_addresses: own_addresses.clone(),
             local_pods: pods.as_ref().map(|pods| Arc::clone(pods.all())).unwrap_or_default(),
+            live: cluster.as_ref().and_then(Source::objects).unwrap_or_default(),
             listening: listening.clone(),
             host_ports: loaded.served_host_ports(),
         });
@@ -119,7 +122,7 @@ impl Router {
                     pods.book().refuse(&self.loaded.local_pods, &refused.to_string());
                 }
             }
-            Err((Scope::Files, refused)) => {
+            Err((Scope::Cluster | Scope::Files, refused)) => {
                 error!("reload refused, the last good configuration stays:\n{refused}");
                 self.reloads.refused(refused.lines());
                 // Neither pods nor the node's addresses wait for who mends the files.
@@ -135,7 +138,7 @@ impl Router {
 
     fn take_over(&mut self, prepared: Prepared) {
         let Prepared { scope, loaded, problems, rules, listening, snat, own_addresses, times } = prepared;
-        let has_new_files = scope == Scope::Files;
+        let has_new_files = scope != Scope::LocalPods;
         warn_of_faulty(&loaded, problems.as_ref().filter(|_| has_new_files));
         if has_new_files && problems.is_none() {
             warn_of_new(&loaded.notes, &self.loaded.notes);
@@ -143,6 +146,9 @@ impl Router {
         let roles = role_rules(&loaded);
         if loaded.config.workers != self.config().workers || roles.uplinks != self.devices.roles.uplinks {
             warn!("changed workers, uplinks or nodeName take effect at the next start only");
+        }
+        if loaded.config.kubernetes != self.config().kubernetes {
+            warn!("a changed section kubernetes takes effect at the next start only");
         }
         let apart_from_mtu = |config: &RouterConfig| config.cni.clone().map(|cni| Cni { mtu: None, ..cni });
         if apart_from_mtu(&loaded.config) != apart_from_mtu(self.config()) {

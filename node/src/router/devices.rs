@@ -27,6 +27,8 @@ use crate::{
 /// some 10 ms.
 const LINK_QUIET: Duration = Duration::from_secs(1);
 const LINK_PAUSE: Duration = Duration::from_millis(50);
+/// Devices of the kernel's own that get their two links at once: each takes some 20 ms.
+const KERNELS_AT_ONCE: usize = 4;
 
 /// The node's devices, as control deals with them.
 pub(super) struct Devices {
@@ -98,7 +100,7 @@ impl Router {
         let own = self.links.devices.iter().filter(|device| device.role == Role::Kernel);
         let wanted: BTreeMap<IfIndex, String> =
             own.map(|device| (device.index.received_by(), device.name.clone())).collect();
-        let Self { devices: Devices { kernels, .. }, hands, trouble, now, .. } = self;
+        let Self { devices: Devices { kernels, .. }, hands, trouble, now, due, .. } = self;
         if *kernels == wanted {
             return;
         }
@@ -110,10 +112,11 @@ impl Router {
                 Err(error) => trouble.note(&error, *now),
             }
         }
-        for (index, name) in wanted {
-            if kernels.get(&index) == Some(&name) {
-                continue;
-            }
+        let mut owed: Vec<(IfIndex, String)> =
+            wanted.into_iter().filter(|(index, name)| kernels.get(index) != Some(name)).collect();
+        let mut is_rest_due = owed.len() > KERNELS_AT_ONCE;
+        owed.truncate(KERNELS_AT_ONCE);
+        for (index, name) in owed {
             match hands.attach_kernel_device(index.0, &name) {
                 Ok(()) => {
                     info!(
@@ -124,13 +127,16 @@ impl Router {
                     kernels.insert(index, name);
                 }
                 // Gone again already: the next change says so.
-                Err(AttachError::DeviceGone { .. }) => {}
+                Err(AttachError::DeviceGone { .. }) => is_rest_due = false,
                 Err(error) => {
+                    is_rest_due = false;
                     error!(device = name, %error, "node ports and host ports are not reached by it");
                     trouble.note(&error, *now);
                 }
             }
         }
+        // With the next look, as messages wait meanwhile; where something fails, when that is tried again.
+        due.changes |= is_rest_due;
     }
 
     /// Adopts all workload devices that could not be until now.

@@ -50,6 +50,8 @@ pub(super) enum Message {
     Files(Trigger),
     /// Files cannot be watched; it is tried again.
     FilesFailed(WatchError),
+    /// Objects of the running cluster changed.
+    Cluster,
     /// A configuration is ready, or refused.
     Prepared(Box<Finished>),
     /// Which ports the node's sockets have.
@@ -245,6 +247,17 @@ pub(super) fn hear_pods(mut asks: mpsc::Receiver<Ask>, inbox: mpsc::Sender<Messa
             }
         }
         error!("the maker of pods has ended: no pod is made any more until weir is started again");
+    });
+}
+
+/// Hands on that objects of the running cluster changed.
+pub(super) fn follow_cluster(mut changes: watch::Receiver<()>, inbox: mpsc::Sender<Message>) {
+    tokio::spawn(async move {
+        while changes.changed().await.is_ok() {
+            if inbox.send(Message::Cluster).await.is_err() {
+                return;
+            }
+        }
     });
 }
 

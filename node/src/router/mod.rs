@@ -51,6 +51,7 @@ use weir_dataplane::{
     attach::Owned, counters::COUNTERS, frame::IfIndex, hits::Hits, model::Links, pipeline::Event, snapshot::Rules,
     worker::Shared,
 };
+use weir_kubernetes::Source;
 use weir_nat::SnatPorts;
 use weir_packet::Mac;
 use weir_sync::Counters;
@@ -89,6 +90,8 @@ pub(crate) struct Router {
     preparer: Preparer,
     reloads: Reloads,
     /// What was taken over, and is in force unless [`Router::pending`].
+    /// The running cluster that is followed.
+    cluster: Option<Source>,
     loaded: Loaded,
     rules: Arc<Rules>,
     snat: Arc<SnatPorts>,
@@ -244,6 +247,7 @@ impl Router {
             }
             // Who hands events on writes it.
             Message::Worker(Event::Logged(_)) => {}
+            Message::Cluster => self.begin_reload(Scope::Cluster),
             Message::Files(trigger) => {
                 // What a signal asks for is set right also where no file changed.
                 if trigger == Trigger::Signal {

@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 use weir_cluster::{
     compile::{self, CompileError, Compilers},
-    config::{OffloadMode, Require, RouterConfig, WorkerMode},
+    config::{Kubernetes, OffloadMode, Require, RouterConfig, WorkerMode},
     sockets::Sockets,
     sources::watch::Watch,
     text::{Problems, Severity},
@@ -45,6 +45,7 @@ use weir_dataplane::{
     snapshot::Snapshot,
     worker::{Mode, Shared, Worker},
 };
+use weir_kubernetes::{Source, access_of};
 use weir_nat::Affinity;
 use weir_packet::Mac;
 use weir_sync::{Counters, Domain, Published};
@@ -76,6 +77,8 @@ use crate::{
 
 /// Events that workers may have waiting for control.
 const EVENTS: usize = 4096;
+/// How often it is told what a start waits for.
+const WAITING: Duration = Duration::from_secs(10);
 /// Entries of an rx ring that nothing is received by.
 const UNUSED_RING: u32 = 64;
 
@@ -217,6 +220,24 @@ fn required(config: &RouterConfig, device: &str) -> Option<Require> {
     config.devices.iter().find(|known| known.name == device).and_then(|known| known.require)
 }
 
+/// Begins to follow a running cluster, and waits until all is known that it has: half of a cluster's policies are none, and half of its
+/// backends are connections lost.
+async fn follow_cluster(kubernetes: &Kubernetes, node: &str, loader: &mut Loader) -> Result<Source, RunError> {
+    let delay = weir_kubernetes::start_delay(node);
+    let source = Source::start(access_of(kubernetes), loader.identities(), delay)
+        .map_err(system("cannot start the thread that follows the cluster"))?;
+    let mut changes = source.changes();
+    loop {
+        if let Some(objects) = source.objects() {
+            loader.set_live(objects);
+            return Ok(source);
+        }
+        if tokio::time::timeout(WAITING, changes.changed()).await.is_err() {
+            warn!("waiting for the cluster's objects: {}", source.state().missing());
+        }
+    }
+}
+
 /// Makes a router ready to serve. Needs a tokio runtime, which must outlive its serving.
 ///
 /// # Errors
@@ -229,13 +250,16 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
     let mut problems = Problems::default();
     let config = RouterConfig::read(&path, &mut problems).filter(|_| !problems.has_errors());
     loader.follow(watched.revisit());
-    let (mut made, mut keeper) = (None, None);
+    let (mut made, mut keeper, mut cluster) = (None, None, None);
     if let Some((config, _)) = config {
         check_alone(&config.node_name).await?;
         // Before they are read, so that no change is missed.
         watched.set_paths(std::iter::once(path.clone()).chain(config.manifests.iter().cloned()))?;
         made = Pods::start(&config)?;
         keeper = Some(Keeper::start(config.state_folder(), &mut loader));
+        if let Some(kubernetes) = &config.kubernetes {
+            cluster = Some(follow_cluster(kubernetes, &config.node_name, &mut loader).await?);
+        }
     }
     if let Some((pods, _)) = &made {
         loader.set_local_pods(Arc::clone(pods.all()));
@@ -364,6 +388,9 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
     inbox::hear_failures(failure_receiver, sender.clone());
     inbox::follow_kernel(kernel, resolver, sender.clone());
     inbox::watch_files(watched, files_receiver, sender.clone());
+    if let Some(cluster) = &cluster {
+        inbox::follow_cluster(cluster.changes(), sender.clone());
+    }
     inbox::plumb(host, plumbing, wanted_receiver, sender.clone());
     let pods = made.map(|(pods, asks)| {
         inbox::hear_pods(asks, sender.clone());
@@ -402,6 +429,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
             drop(sender.blocking_send(Message::Prepared(Box::new(finished))));
         }),
         reloads: Reloads::default(),
+        cluster,
         loaded,
         hits: Hits::new(Arc::clone(&rules)),
         rules,

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use weir_cluster::resources::Substitute;
 use weir_conntrack::Table;
 use weir_dataplane::{clock::now, counters::Totals, model::Role, tables::Family};
+use weir_kubernetes::{KindState, State};
 use weir_nat::{Clients, Model};
 
 use super::{Router, answers::Answer};
@@ -78,6 +79,7 @@ impl Router {
                 "sinceUnixSeconds": stale.since_unix_seconds, "objects": stale.objects,
             })),
             "state": null,
+            "kubernetes": self.cluster.as_ref().map(|cluster| cluster_json(&cluster.state())),
             "unservedHostPorts": self.loaded.unserved_host_ports().iter().map(|unserved| json!({
                 "pod": unserved.pod, "proto": unserved.protocol.to_string().to_lowercase(), "hostPort": unserved.port,
                 "why": unserved.why,
@@ -93,6 +95,21 @@ impl Router {
         }
         status
     }
+}
+
+/// What is known of a running cluster, and how old that is.
+fn cluster_json(state: &State) -> Value {
+    let kind = |kind: &KindState| {
+        json!({
+            "kind": kind.name, "objects": kind.count, "listed": kind.is_whole, "behind": kind.is_behind,
+            "lastWordSeconds": kind.last_word.map(|at| (at.elapsed().as_secs_f64() * 10.0).round() / 10.0),
+            "problem": kind.failure,
+        })
+    };
+    json!({
+        "address": state.address, "inForce": state.objects.is_some(), "problem": state.failure,
+        "kinds": state.kinds.iter().map(kind).collect::<Vec<_>>(),
+    })
 }
 
 /// A connection table's totals.

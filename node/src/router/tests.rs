@@ -65,12 +65,16 @@ use crate::{
 
 const PODS: u32 = 6;
 const UPLINK: u32 = 2;
+/// Devices of the kernel's own that there may be.
+const KERNELS: [u32; 6] = [30, 31, 32, 33, 34, 35];
 
 /// What can happen.
 #[derive(Clone, Copy, Debug)]
 enum Step {
     /// A pod's device comes or goes.
     Device(u32),
+    /// One of the kernel's own comes or goes.
+    Kernel(usize),
     /// An uplink's MTU is too large for what the router has room for, or is right again.
     Uplink,
     /// Files change: a service more, with the address 10.96.0.VERSION.
@@ -96,6 +100,7 @@ enum Step {
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         4 => (0..PODS).prop_map(Step::Device),
+        4 => (0..KERNELS.len()).prop_map(Step::Kernel),
         1 => Just(Step::Uplink),
         3 => Just(Step::Files),
         1 => Just(Step::Nonsense),
@@ -116,6 +121,7 @@ struct World {
     failing: u8,
     /// Devices that there are.
     devices: BTreeSet<u32>,
+    kernels: BTreeSet<u32>,
     /// Versions of the files, and of the set of devices, that there were; the last ones are now.
     versions: u8,
     device_sets: Vec<BTreeSet<u32>>,
@@ -189,6 +195,9 @@ impl Hands for Played {
 
     fn attach_kernel_device(&mut self, index: u32, name: &str) -> Result<(), AttachError> {
         let mut world = self.world();
+        if !world.kernels.contains(&index) {
+            return Err(AttachError::DeviceGone { name: name.to_owned(), index });
+        }
         world.refuse()?;
         world.kernel_devices.insert(index, name.to_owned());
         Ok(())
@@ -339,6 +348,7 @@ impl Play {
         let mut loader = Loader::new(&weir);
         let mut loaded = loader.load_strictly().unwrap_or_else(|problems| panic!("{problems}"));
         let view = View::default();
+        KERNELS.iter().for_each(|index| view.set_address(*index, "fe80::1/64".parse().unwrap()));
         let roles = role_rules(&loaded);
         let own = own_addresses(&view, &roles);
         loaded.add_local_addresses(&own);
@@ -371,6 +381,7 @@ impl Play {
             random: ChaCha8Rng::seed_from_u64(seed),
             failing: 0,
             devices: BTreeSet::new(),
+            kernels: BTreeSet::new(),
             versions: 0,
             device_sets: vec![BTreeSet::new()],
             adopted: BTreeMap::new(),
@@ -403,6 +414,7 @@ impl Play {
                 drop(sender.send(Message::Prepared(Box::new(finished))));
             }),
             reloads: Reloads::default(),
+            cluster: None,
             loaded,
             hits: Hits::new(Arc::clone(&rules)),
             rules,
@@ -447,7 +459,9 @@ impl Play {
             world.device_sets.push(pods.clone());
         }
         let uplink = std::iter::once(link(UPLINK, "eth0", self.uplink_mtu));
-        self.view.set_links(uplink.chain(pods.iter().map(|index| link(*index, &pod_device(index - 10), 1500))));
+        let pods = pods.iter().map(|index| link(*index, &pod_device(index - 10), 1500));
+        let own = world.kernels.iter().map(|index| link(*index, &format!("wg{index}"), 1420));
+        self.view.set_links(uplink.chain(pods).chain(own));
     }
 
     fn take(&mut self, message: Message) {
@@ -483,6 +497,16 @@ impl Play {
                     let mut world = self.played.world();
                     if !world.devices.remove(&index) {
                         world.devices.insert(index);
+                    }
+                }
+                self.show_devices();
+                self.take(Message::KernelChanged);
+            }
+            Step::Kernel(which) => {
+                {
+                    let mut world = self.played.world();
+                    if !world.kernels.remove(&KERNELS[which]) {
+                        world.kernels.insert(KERNELS[which]);
                     }
                 }
                 self.show_devices();
@@ -581,6 +605,8 @@ proptest! {
                 assert_eq!(world.in_force.0, world.versions, "the last files are in force");
                 let pods: BTreeSet<u32> = world.adopted.keys().copied().collect();
                 assert_eq!(pods, world.devices, "all workloads are adopted, and no others");
+                let own: BTreeSet<u32> = world.kernel_devices.keys().copied().collect();
+                assert_eq!(own, world.kernels, "the kernel's own have their programs, and no others");
                 assert_eq!(world.device_sets[world.in_force.1], world.devices, "and published");
                 assert_eq!(world.owned, play.router.owned);
                 world.plumbed.clone()

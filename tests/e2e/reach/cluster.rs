@@ -41,6 +41,18 @@ impl Who {
         }
     }
 
+    pub fn address(self) -> &'static str {
+        match self {
+            Self::PodHere => "10.1.1.10",
+            Self::PodThere => "10.1.2.10",
+            Self::Node => NODE_A,
+            Self::NodeThere => NODE_B,
+            Self::Outside => OUTSIDE,
+            Self::Behind => BEHIND,
+            Self::Itself => Backend::PodHere.address(),
+        }
+    }
+
     /// The node that sees its packets for a service first.
     pub fn asks(self) -> &'static str {
         match self {
@@ -123,6 +135,7 @@ pub const NODE_A: &str = "192.168.10.1";
 pub const NODE_B: &str = "192.168.10.2";
 /// The address of node-a's device that is no uplink, and who is behind it.
 pub const GATEWAY: &str = "10.8.0.1";
+const OUTSIDE: &str = crate::site::CLIENT;
 const BEHIND: &str = "10.8.0.2";
 const CLUSTER_IP: &str = "10.96.0.";
 const LOAD_BALANCER: &str = "203.0.113.1";
@@ -143,7 +156,7 @@ pub fn name_of(address: &str) -> String {
         NODE_A | GATEWAY => "node-a",
         NODE_B => "node-b",
         BEHIND => "behind",
-        "192.168.10.100" => "client",
+        OUTSIDE => "client",
         "169.254.119.1" | "fd77:6569:7200:119::1" => "weir",
         other => other,
     }
@@ -242,8 +255,8 @@ fn manifests() -> Manifests {
     }
     all.namespace("default");
     for (node, pod, address) in [
-        ("node-a", Who::PodHere.namespace(), "10.1.1.10"),
-        ("node-b", Who::PodThere.namespace(), "10.1.2.10"),
+        ("node-a", Who::PodHere.namespace(), Who::PodHere.address()),
+        ("node-b", Who::PodThere.namespace(), Who::PodThere.address()),
         ("node-a", Backend::PodHere.namespace(), Backend::PodHere.address()),
         ("node-b", Backend::PodThere.namespace(), Backend::PodThere.address()),
     ] {
@@ -285,7 +298,7 @@ pub fn site() -> (Site, Vec<Echo>) {
         site.lab.ip("behind", &format!("route add default via {}", of(GATEWAY))).unwrap();
         // As on a real node, what nobody else claims has a way to go.
         for node in ["node-a", "node-b"] {
-            site.lab.ip(node, &format!("route add default via {}", of("192.168.10.100"))).unwrap();
+            site.lab.ip(node, &format!("route add default via {}", of(OUTSIDE))).unwrap();
         }
         site.lab.ip("node-b", &format!("route add {} via {}", family.net("10.8.0.0"), of(NODE_A))).unwrap();
         for (net, node) in [

@@ -1,0 +1,342 @@
+//! The client beside an API server that is played: one that has no streaming lists, cuts, loses its history, refuses a field, sends nonsense.
+
+use std::{
+    collections::BTreeMap,
+    io::{BufRead, BufReader, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::PathBuf,
+    sync::{Arc, Condvar, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use weir_cluster::resources::{Identities, Manifests};
+use weir_kubernetes::{Access, Source};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[derive(Default)]
+struct World {
+    /// Up to which version there is history.
+    version: u64,
+    /// By path and name.
+    objects: BTreeMap<(String, String), Value>,
+    /// Version, path, type, object.
+    events: Vec<(u64, String, &'static str, Value)>,
+    /// What was before is compacted.
+    compacted: u64,
+    streams: bool,
+    refuses_fields: bool,
+    /// Watches end when this changes.
+    cuts: u32,
+    groups: Value,
+    asked: Vec<String>,
+    /// A list breaks off within its first object.
+    breaks_lists: bool,
+}
+
+#[derive(Clone)]
+struct Server {
+    world: Arc<(Mutex<World>, Condvar)>,
+    address: SocketAddr,
+}
+
+impl Server {
+    fn start(streams: bool) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let world = World { version: 10, streams, groups: json!({"groups": []}), ..World::default() };
+        let server =
+            Self { world: Arc::new((Mutex::new(world), Condvar::new())), address: listener.local_addr().unwrap() };
+        let own = server.clone();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (own, stream) = (own.clone(), stream.unwrap());
+                thread::spawn(move || drop(own.serve(stream)));
+            }
+        });
+        server
+    }
+
+    fn change(&self, change: impl FnOnce(&mut World)) {
+        change(&mut self.world.0.lock().unwrap());
+        self.world.1.notify_all();
+    }
+
+    fn put(&self, path: &str, name: &str, more: Value) {
+        self.change(|world| {
+            world.version += 1;
+            let mut object = more;
+            object["metadata"]["name"] = json!(name);
+            object["metadata"]["resourceVersion"] = json!(world.version.to_string());
+            let was = world.objects.insert((path.to_owned(), name.to_owned()), object.clone());
+            world.events.push((
+                world.version,
+                path.to_owned(),
+                if was.is_some() { "MODIFIED" } else { "ADDED" },
+                object,
+            ));
+        });
+    }
+
+    fn delete(&self, path: &str, name: &str) {
+        self.change(|world| {
+            world.version += 1;
+            let mut object = world.objects.remove(&(path.to_owned(), name.to_owned())).unwrap();
+            object["metadata"]["resourceVersion"] = json!(world.version.to_string());
+            world.events.push((world.version, path.to_owned(), "DELETED", object));
+        });
+    }
+
+    fn serve(&self, stream: TcpStream) -> std::io::Result<()> {
+        let mut reader = BufReader::new(stream.try_clone()?);
+        let mut out = stream;
+        loop {
+            let mut first = String::new();
+            if reader.read_line(&mut first)? == 0 {
+                return Ok(());
+            }
+            loop {
+                let mut line = String::new();
+                reader.read_line(&mut line)?;
+                if line.trim().is_empty() {
+                    break;
+                }
+            }
+            let target = first.split(' ').nth(1).unwrap().to_owned();
+            let (path, query) = target.split_once('?').unwrap_or((&target, ""));
+            let given: BTreeMap<&str, &str> = query.split('&').filter_map(|pair| pair.split_once('=')).collect();
+            self.world.0.lock().unwrap().asked.push(target.clone());
+            if given.contains_key("watch") {
+                return self.watch(&mut out, path, &given);
+            }
+            let world = self.world.0.lock().unwrap();
+            let (code, body) = match path {
+                "/apis" => (200, world.groups.clone()),
+                path if path.starts_with("/apis/") && path.matches('/').count() == 3 && !query.contains("limit") => {
+                    (200, json!({"resources": [{"name": "tiers", "kind": "Tier"}]}))
+                }
+                _ if world.refuses_fields && given.contains_key("fieldSelector") => (
+                    400,
+                    json!({"kind": "Status", "code": 400, "reason": "BadRequest", "message": "field label not supported"}),
+                ),
+                path => {
+                    let all: Vec<&Value> =
+                        world.objects.iter().filter(|((of, _), _)| of == path).map(|(_, object)| object).collect();
+                    let from: usize = given.get("continue").map_or(0, |token| token.parse().unwrap());
+                    let page: Vec<_> = all.iter().skip(from).take(2).collect();
+                    let go_on = (from + 2 < all.len()).then(|| (from + 2).to_string());
+                    (
+                        200,
+                        json!({"metadata": {"resourceVersion": world.version.to_string(), "continue": go_on}, "items": page}),
+                    )
+                }
+            };
+            drop(world);
+            let body = body.to_string();
+            write!(
+                out,
+                "HTTP/1.1 {code} X\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+                body.len()
+            )?;
+        }
+    }
+
+    fn watch(&self, out: &mut TcpStream, path: &str, given: &BTreeMap<&str, &str>) -> std::io::Result<()> {
+        let (lock, changed) = &*self.world;
+        let is_list = given.contains_key("sendInitialEvents");
+        let mut world = lock.lock().unwrap();
+        let refusal = match () {
+            () if is_list && !world.streams => Some((422, "sendInitialEvents is forbidden for watch")),
+            () if world.refuses_fields && given.contains_key("fieldSelector") => {
+                Some((400, "field label not supported"))
+            }
+            () => None,
+        };
+        if let Some((code, message)) = refusal {
+            let body = json!({"kind": "Status", "code": code, "message": message}).to_string();
+            return write!(
+                out,
+                "HTTP/1.1 {code} X\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+                body.len()
+            );
+        }
+        write!(out, "HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n")?;
+        let mut send = |kind: &str, object: Value| {
+            let line = json!({"type": kind, "object": object}).to_string() + "\n";
+            // In two pieces, as a network cuts where it likes.
+            let (one, other) = line.split_at(line.len() / 2);
+            write!(out, "{:x}\r\n{one}\r\n", one.len())?;
+            out.flush()?;
+            write!(out, "{:x}\r\n{other}\r\n", other.len())
+        };
+        let mut from = given.get("resourceVersion").map_or(world.version, |from| from.parse().unwrap());
+        let cuts = world.cuts;
+        if is_list {
+            for object in world.objects.iter().filter(|((of, _), _)| of == path).map(|(_, object)| object.clone()) {
+                send("ADDED", object)?;
+                if world.breaks_lists {
+                    return Ok(());
+                }
+            }
+            let mark = json!({"metadata": {"resourceVersion": from.to_string(),
+                "annotations": {"k8s.io/initial-events-end": "true"}}});
+            send("BOOKMARK", mark)?;
+        }
+        if from < world.compacted {
+            return send("ERROR", json!({"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}));
+        }
+        loop {
+            for (version, of, kind, object) in world.events.clone() {
+                if version > from && of == path {
+                    send(kind, object)?;
+                }
+            }
+            from = world.version;
+            world = changed.wait(world).unwrap();
+            if world.cuts != cuts {
+                return Ok(());
+            }
+        }
+    }
+}
+
+struct Node {
+    source: Source,
+    _kubeconfig: tempfile::TempDir,
+}
+
+impl Node {
+    fn of(server: &Server) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path: PathBuf = folder.path().join("kubeconfig");
+        let text = format!(
+            "apiVersion: v1\nkind: Config\nclusters: [{{name: c, cluster: {{server: 'http://{}'}}}}]\ncontexts: [{{name: c, context: {{cluster: c, \
+             user: u}}}}]\nusers: [{{name: u, user: {{token: t}}}}]\ncurrent-context: c\n",
+            server.address
+        );
+        std::fs::write(&path, text).unwrap();
+        let source = Source::start(Access::Kubeconfig(path), &Identities::default(), Duration::ZERO).unwrap();
+        Self { source, _kubeconfig: folder }
+    }
+
+    fn names(&self) -> Option<String> {
+        let objects = self.source.objects()?;
+        let numbered = (0..).zip(objects.iter());
+        let mut problems = weir_cluster::text::Problems::default();
+        let manifests = Manifests::of(numbered, &BTreeMap::new(), &mut Default::default(), &mut problems);
+        let mut names: Vec<String> = manifests.iter().map(|origin| origin.to_string()).collect();
+        names.sort();
+        Some(names.join(" "))
+    }
+
+    #[track_caller]
+    fn comes_to(&self, expected: &str) {
+        let until = Instant::now() + PATIENCE;
+        while self.names().as_deref() != Some(expected) {
+            assert!(
+                Instant::now() < until,
+                "{:?} is not {expected:?}: {}",
+                self.names(),
+                self.source.state().missing()
+            );
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+const PODS: &str = "/api/v1/pods";
+const SERVICES: &str = "/api/v1/services";
+
+fn in_x() -> Value {
+    json!({"metadata": {"namespace": "x"}})
+}
+
+fn life(streams: bool) {
+    let server = Server::start(streams);
+    for name in ["a", "b", "c"] {
+        server.put(PODS, name, in_x());
+    }
+    let node = Node::of(&server);
+    node.comes_to("Pod/x/a Pod/x/b Pod/x/c");
+    server.put(PODS, "d", in_x());
+    server.delete(PODS, "a");
+    node.comes_to("Pod/x/b Pod/x/c Pod/x/d");
+    // The watch goes on from where it was cut, or from a new list where its place is gone.
+    server.change(|world| world.cuts += 1);
+    server.put(PODS, "e", in_x());
+    node.comes_to("Pod/x/b Pod/x/c Pod/x/d Pod/x/e");
+    server.change(|world| {
+        world.cuts += 1;
+        world.version += 10;
+        world.compacted = world.version;
+        world.events.clear();
+        drop(world.objects.remove(&(PODS.to_owned(), "b".to_owned())));
+    });
+    node.comes_to("Pod/x/c Pod/x/d Pod/x/e");
+    let asked = server.world.0.lock().unwrap().asked.clone();
+    let lists = |what: &str| asked.iter().filter(|asked| asked.starts_with(PODS) && asked.contains(what)).count();
+    if streams {
+        assert_eq!((lists("limit="), lists("sendInitialEvents")), (0, 2), "{asked:#?}");
+    } else {
+        // It is remembered that there are no streaming lists.
+        assert!(lists("limit=") >= 4 && lists("sendInitialEvents") == 1, "{asked:#?}");
+    }
+}
+
+#[test]
+fn a_server_with_streaming_lists_is_followed_through_cuts_and_compaction() {
+    life(true);
+}
+
+#[test]
+fn a_server_without_streaming_lists_is_followed_as_well() {
+    life(false);
+}
+
+#[test]
+fn nothing_is_handed_on_of_a_list_that_broke_off_and_fields_that_a_server_does_not_know_are_left_out() {
+    let server = Server::start(true);
+    server.put(PODS, "a", in_x());
+    server.put(PODS, "b", in_x());
+    server.put(SERVICES, "s", json!({"metadata": {"namespace": "x"}, "spec": {"clusterIP": "10.96.0.1"}}));
+    server.change(|world| (world.breaks_lists, world.refuses_fields) = (true, true));
+    let node = Node::of(&server);
+    let until = Instant::now() + PATIENCE;
+    let is_broken = || node.source.state().kinds.iter().any(|kind| kind.name == "pods" && kind.failure.is_some());
+    while !is_broken() {
+        assert!(Instant::now() < until);
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(node.names(), None);
+    server.change(|world| world.breaks_lists = false);
+    node.comes_to("Pod/x/a Pod/x/b Service/x/s");
+    // A later list that breaks off takes nothing away.
+    server.change(|world| {
+        world.breaks_lists = true;
+        world.cuts += 1;
+        world.version += 10;
+        world.compacted = world.version;
+    });
+    server.put(SERVICES, "t", json!({"metadata": {"namespace": "x"}, "spec": {"clusterIP": "10.96.0.2"}}));
+    server.change(|world| world.breaks_lists = false);
+    node.comes_to("Pod/x/a Pod/x/b Service/x/s Service/x/t");
+}
+
+#[test]
+fn what_makes_no_sense_is_told_and_changes_nothing() {
+    let server = Server::start(true);
+    server.put(PODS, "a", in_x());
+    let node = Node::of(&server);
+    node.comes_to("Pod/x/a");
+    server.change(|world| world.events.push((world.version + 1, PODS.to_owned(), "ADDED", json!([1, 2, 3]))));
+    let until = Instant::now() + PATIENCE;
+    let is_told = || {
+        node.source.state().kinds.iter().any(|kind| kind.failure.as_ref().is_some_and(|why| why.contains("no object")))
+    };
+    while !is_told() {
+        assert!(Instant::now() < until);
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(node.names().as_deref(), Some("Pod/x/a"));
+}
