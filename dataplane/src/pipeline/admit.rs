@@ -103,8 +103,10 @@ fn scope<A: Family>(
     {
         return Err(DropReason::SpoofedSource);
     }
-    let is_of_group = multicast || forwarding.is_shared(view.key.dst);
-    if matches!(packet.link, LinkType::Broadcast | LinkType::Multicast) && !is_of_group {
+    if matches!(packet.link, LinkType::Broadcast | LinkType::Multicast)
+        && !multicast
+        && !forwarding.is_shared(view.key.dst)
+    {
         return Err(DropReason::WrongMac);
     }
     // Where a host endpoint governs, what is for the node is judged whatever address of the node it is for; but not what links live by.
