@@ -30,6 +30,8 @@ use crate::{
 const STACK_BYTES: usize = 16 << 20;
 /// How often it is looked which groups there are.
 const DISCOVERY: Duration = Duration::from_secs(60);
+/// How long a kind that comes later is waited for with what changes meanwhile.
+const GRACE: Duration = Duration::from_secs(10);
 /// Changes that come closer than this are handed on together.
 const TOGETHER: Duration = Duration::from_millis(5);
 
@@ -204,7 +206,7 @@ async fn follow(access: Access, reader: Reader, cell: Arc<Cell>, tell: watch::Se
             let failure = outcome.as_ref().err().map(Failure::to_string);
             has_discovered |= outcome.is_ok();
             if let Ok(resources) = outcome {
-                settle(resources, &shared, &mut kinds);
+                settle(resources, &shared, &mut kinds).await;
             }
             let pause = if has_discovered { DISCOVERY } else { Duration::from_millis(800) };
             look_at = Instant::now() + pause.mul_f64(0.8 + 0.4 * random());
@@ -216,7 +218,10 @@ async fn follow(access: Access, reader: Reader, cell: Arc<Cell>, tell: watch::Se
         if let Some((slices, _)) = kinds.get(&("discovery.k8s.io", "endpointslices")) {
             shared.dial.learn(&own_endpoints(slices));
         }
-        let is_whole = has_discovered && kinds.values().all(|(watched, _)| watched.follow.borrow().is_whole());
+        // What comes later is waited for as well, but does not hold up all else if it cannot be had.
+        let may_lack = |watched: &Watched| published.is_some() && watched.begun.elapsed() > GRACE;
+        let is_whole = has_discovered
+            && kinds.values().all(|(watched, _)| watched.follow.borrow().is_whole() || may_lack(watched));
         // Each only grows, and a kind that comes or goes changes it too.
         let now = kinds.values().map(|(watched, _)| watched.follow.borrow().changes() + 1).sum();
         let objects: Option<LiveObjects> = (is_whole && published != Some(now)).then(|| {
@@ -250,17 +255,24 @@ fn begin(resource: Resource, shared: &Rc<Shared>, kinds: &mut Kinds) {
     });
 }
 
-/// Begins to follow what has come, and lets go of what is not served any more.
-fn settle(resources: Vec<Resource>, shared: &Rc<Shared>, kinds: &mut Kinds) {
+/// Begins to follow what has come, and lets go of what is not served any more: where its own path says so too, as a group whose server is only down
+/// is not listed either, and its policies are in force still.
+async fn settle(resources: Vec<Resource>, shared: &Rc<Shared>, kinds: &mut Kinds) {
+    let served: BTreeSet<_> = resources.iter().map(|one| (one.group, one.plural, one.version.as_str())).collect();
     let is_optional = |group: &str| OPTIONAL.iter().any(|optional| optional.group == group);
-    let served: BTreeSet<_> = resources.iter().map(|one| (one.group, one.plural, one.version.clone())).collect();
-    kinds.retain(|(group, plural), (watched, task)| {
-        let stays = !is_optional(group) || served.contains(&(*group, *plural, watched.resource.version.clone()));
-        if !stays {
+    let mut gone = Vec::new();
+    for (key, (watched, _)) in &*kinds {
+        let Resource { group, plural, version, .. } = &watched.resource;
+        if is_optional(group) && !served.contains(&(*group, *plural, version.as_str())) {
+            let outcome = shared.dial.text(&format!("{}?limit=1", watched.resource.path())).await;
+            gone.extend(outcome.is_err_and(|failure| failure.code() == 404).then_some(*key));
+        }
+    }
+    for key in gone {
+        if let Some((_, task)) = kinds.remove(&key) {
             task.abort();
         }
-        stays
-    });
+    }
     resources.into_iter().for_each(|resource| begin(resource, shared, kinds));
 }
 

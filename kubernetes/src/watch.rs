@@ -46,6 +46,8 @@ pub fn random() -> f64 {
 pub struct Watched {
     /// Which.
     pub resource: Resource,
+    /// Since when.
+    pub begun: Instant,
     /// What is known.
     pub follow: RefCell<Follow>,
     /// When the server last said something of it.
@@ -82,6 +84,7 @@ impl Watched {
         let set = weir_cluster::resources::live::Set::new(reader, resource.live());
         Self {
             resource,
+            begun: Instant::now(),
             follow: RefCell::new(Follow::new(set)),
             last_word: Cell::new(None),
             failure: RefCell::default(),

@@ -1,7 +1,7 @@
 //! The client beside an API server that is played: one that has no streaming lists, cuts, loses its history, refuses a field, sends nonsense.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io::{BufRead, BufReader, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     path::PathBuf,
@@ -32,6 +32,8 @@ struct World {
     cuts: u32,
     groups: Value,
     asked: Vec<String>,
+    /// Paths that it does not let be read.
+    forbidden: BTreeSet<String>,
     /// A list breaks off within its first object.
     breaks_lists: bool,
 }
@@ -113,6 +115,10 @@ impl Server {
             let world = self.world.0.lock().unwrap();
             let (code, body) = match path {
                 "/apis" => (200, world.groups.clone()),
+                // It asks with limit=1 whether a path is there.
+                path if world.forbidden.contains(path) => {
+                    (403, json!({"kind": "Status", "code": 403, "reason": "Forbidden", "message": "no"}))
+                }
                 path if path.starts_with("/apis/") && path.matches('/').count() == 3 && !query.contains("limit") => {
                     (200, json!({"resources": [{"name": "tiers", "kind": "Tier"}]}))
                 }
@@ -147,6 +153,7 @@ impl Server {
         let is_list = given.contains_key("sendInitialEvents");
         let mut world = lock.lock().unwrap();
         let refusal = match () {
+            () if world.forbidden.contains(path) => Some((403, "no")),
             () if is_list && !world.streams => Some((422, "sendInitialEvents is forbidden for watch")),
             () if world.refuses_fields && given.contains_key("fieldSelector") => {
                 Some((400, "field label not supported"))
@@ -321,6 +328,33 @@ fn nothing_is_handed_on_of_a_list_that_broke_off_and_fields_that_a_server_does_n
     server.put(SERVICES, "t", json!({"metadata": {"namespace": "x"}, "spec": {"clusterIP": "10.96.0.2"}}));
     server.change(|world| world.breaks_lists = false);
     node.comes_to("Pod/x/a Pod/x/b Service/x/s Service/x/t");
+}
+
+#[test]
+fn a_kind_that_cannot_be_read_is_told_and_holds_up_the_start_only() {
+    let server = Server::start(true);
+    server.put(PODS, "a", in_x());
+    server.put(PODS, "b", json!({"metadata": {"namespace": "x"}}));
+    let accounts = "/api/v1/serviceaccounts";
+    server.change(|world| world.forbidden.extend([accounts.to_owned(), SERVICES.to_owned()]));
+    let node = Node::of(&server);
+    let until = Instant::now() + PATIENCE;
+    while !node.source.state().missing().contains("services: the API server refuses /api/v1/services: 403") {
+        assert!(Instant::now() < until, "{}", node.source.state().missing());
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(node.names(), None);
+    server.change(|world| assert!(world.forbidden.remove(SERVICES)));
+    node.comes_to("Pod/x/a Pod/x/b");
+    // A policy by accounts has them asked for, in vain.
+    let policies = "/apis/networking.k8s.io/v1/networkpolicies";
+    server.put(
+        policies,
+        "p",
+        json!({"metadata": {"namespace": "x"}, "spec": {"serviceAccountSelector": "a", "podSelector": {}}}),
+    );
+    server.put(PODS, "c", in_x());
+    node.comes_to("NetworkPolicy/x/p Pod/x/a Pod/x/b Pod/x/c");
 }
 
 #[test]
