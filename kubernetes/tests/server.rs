@@ -210,21 +210,25 @@ impl Server {
 
 struct Node {
     source: Source,
-    _kubeconfig: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Node {
     fn of(server: &Server) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        Self::start(server.address, tempfile::tempdir().unwrap())
+    }
+
+    /// With a folder in which objects are kept.
+    fn start(server: SocketAddr, folder: tempfile::TempDir) -> Self {
         let path: PathBuf = folder.path().join("kubeconfig");
         let text = format!(
-            "apiVersion: v1\nkind: Config\nclusters: [{{name: c, cluster: {{server: 'http://{}'}}}}]\ncontexts: [{{name: c, context: {{cluster: c, \
-             user: u}}}}]\nusers: [{{name: u, user: {{token: t}}}}]\ncurrent-context: c\n",
-            server.address
+            "apiVersion: v1\nkind: Config\nclusters: [{{name: c, cluster: {{server: 'http://{server}'}}}}]\ncontexts: [{{name: c, context: {{cluster: c, \
+             user: u}}}}]\nusers: [{{name: u, user: {{token: t}}}}]\ncurrent-context: c\n"
         );
         std::fs::write(&path, text).unwrap();
-        let source = Source::start(Access::Kubeconfig(path), &Identities::default(), Duration::ZERO).unwrap();
-        Self { source, _kubeconfig: folder }
+        let kept = Some(folder.path().join("kept"));
+        let source = Source::start(Access::Kubeconfig(path), &Identities::default(), Duration::ZERO, kept).unwrap();
+        Self { source, folder }
     }
 
     fn names(&self) -> Option<String> {
@@ -355,6 +359,48 @@ fn a_kind_that_cannot_be_read_is_told_and_holds_up_the_start_only() {
     );
     server.put(PODS, "c", in_x());
     node.comes_to("NetworkPolicy/x/p Pod/x/a Pod/x/b Pod/x/c");
+}
+
+#[test]
+fn where_nobody_answers_a_start_has_what_was_kept_until_somebody_does() {
+    let server = Server::start(true);
+    server.put(PODS, "a", in_x());
+    server.put(PODS, "b", in_x());
+    let node = Node::of(&server);
+    node.comes_to("Pod/x/a Pod/x/b");
+    server.put(PODS, "c", in_x());
+    server.delete(PODS, "a");
+    node.comes_to("Pod/x/b Pod/x/c");
+    assert!(node.source.fresh().is_some() && node.source.state().kept_since.is_none());
+    let Node { source, folder } = node;
+    drop(source);
+    let file = folder.path().join("kept/_v1_pods");
+    let until = Instant::now() + PATIENCE;
+    while !std::fs::read_to_string(&file).is_ok_and(|text| text.lines().any(|line| line.starts_with('-'))) {
+        assert!(Instant::now() < until);
+        thread::sleep(Duration::from_millis(10));
+    }
+    // A port that nobody listens at.
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let node = Node::start(nobody, folder);
+    node.comes_to("Pod/x/b Pod/x/c");
+    assert!(node.source.fresh().is_none() && node.source.state().kept_since.is_some());
+    server.delete(PODS, "b");
+    let node = Node::start(server.address, node.folder);
+    node.comes_to("Pod/x/c");
+    assert!(node.source.state().kept_since.is_none());
+    // What is broken in the middle is not taken at all.
+    let Node { source, folder } = node;
+    drop(source);
+    std::fs::write(&file, "+{\"metadata\":{}}\n").unwrap();
+    let node = Node::start(nobody, folder);
+    let until = Instant::now() + PATIENCE;
+    // By then it has read what was kept.
+    while node.source.state().kinds.is_empty() {
+        assert!(Instant::now() < until);
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(node.names(), None);
 }
 
 #[test]

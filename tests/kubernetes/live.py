@@ -112,6 +112,18 @@ def main():
         service(cluster, "paged")
         node.until("its changes are in force", lambda: "default/paged" in node.services())
 
+        # A node that starts while nobody answers.
+        server.kill()
+        server.wait()
+        time.sleep(2)
+        node.process.terminate()
+        node.process.wait()
+        node.start()
+        node.until("a start without an API server, from what was kept", lambda: "default/paged" in node.services())
+        assert node.status()["kubernetes"]["staleSinceUnixSeconds"]
+        server = cluster.api("--etcd-compaction-interval=0", "--feature-gates=WatchList=false")
+        node.until("it is told that it is not stale any more", lambda: node.status()["kubernetes"]["staleSinceUnixSeconds"] is None)
+
         # Kinds that come later.
         for kind, plural, namespaced in (("GlobalNetworkPolicy", "globalnetworkpolicies", False), ("Tier", "tiers", False)):
             cluster.define("crd.projectcalico.org", "v1", kind, plural, namespaced)
