@@ -5,6 +5,7 @@
 
 pub mod dial;
 pub mod follow;
+mod keep;
 pub mod resource;
 mod source;
 pub mod watch;

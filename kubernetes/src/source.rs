@@ -3,10 +3,11 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    path::PathBuf,
     rc::Rc,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::{
@@ -14,6 +15,7 @@ use tokio::{
     task::{AbortHandle, LocalSet, spawn_local},
     time::sleep,
 };
+use tracing::warn;
 use weir_cluster::resources::{
     Identities,
     live::{LiveObjects, Reader},
@@ -21,6 +23,7 @@ use weir_cluster::resources::{
 
 use crate::{
     dial::{Access, Dial, Failure},
+    keep::Folder,
     resource::{self, OPTIONAL, Resource},
     watch::{Shared, Watched, random},
     wire::{Groups, Resources},
@@ -30,14 +33,18 @@ use crate::{
 const STACK_BYTES: usize = 16 << 20;
 /// How often it is looked which groups there are.
 const DISCOVERY: Duration = Duration::from_secs(60);
+/// How long a kind that comes later is waited for with what changes meanwhile.
+const GRACE: Duration = Duration::from_secs(10);
 /// Changes that come closer than this are handed on together.
 const TOGETHER: Duration = Duration::from_millis(5);
 
 /// What is known of a cluster.
 #[derive(Clone, Debug, Default)]
 pub struct State {
-    /// Its objects, as of the last change after every kind had its first list; `None` before.
+    /// Its objects, as of the last change after every kind had its first list; before, those that were kept, if any.
     pub objects: Option<LiveObjects>,
+    /// Since when they are as they were kept, where that is so.
+    pub kept_since: Option<SystemTime>,
     /// Each kind.
     pub kinds: Vec<KindState>,
     /// Why there is nothing to follow; `None` where there is.
@@ -92,11 +99,16 @@ pub struct Source {
 }
 
 impl Source {
-    /// Begins to follow a cluster, after a while.
+    /// Begins to follow a cluster, after a while. Its objects are kept in `folder`, and those that are there count until the cluster has answered.
     ///
     /// # Errors
     /// Where there is no thread for it.
-    pub fn start(access: Access, identities: &Identities, delay: Duration) -> std::io::Result<Self> {
+    pub fn start(
+        access: Access,
+        identities: &Identities,
+        delay: Duration,
+        folder: Option<PathBuf>,
+    ) -> std::io::Result<Self> {
         let cell = Arc::new(Cell::default());
         let (tell, changes) = watch::channel(());
         let (end, ended) = oneshot::channel();
@@ -105,8 +117,7 @@ impl Source {
         let run = move || {
             let local = LocalSet::new();
             let work = async move {
-                sleep(delay).await;
-                follow(access, reader, own, tell).await;
+                follow(access, reader, own, tell, delay, folder).await;
             };
             local.block_on(&runtime, async {
                 tokio::select! {
@@ -124,12 +135,18 @@ impl Source {
         self.changes.clone()
     }
 
+    /// The objects that the cluster itself has told.
+    pub fn fresh(&self) -> Option<LiveObjects> {
+        let state = self.cell.lock();
+        state.objects.clone().filter(|_| state.kept_since.is_none())
+    }
+
     /// What is known now.
     pub fn state(&self) -> State {
         self.cell.lock().clone()
     }
 
-    /// The objects, if every kind had its first list.
+    /// The objects, if every kind had its first list or is known from a run before.
     pub fn objects(&self) -> Option<LiveObjects> {
         self.cell.lock().objects.clone()
     }
@@ -142,7 +159,7 @@ impl Source {
         let until = Instant::now() + patience;
         let mut state = self.cell.lock();
         loop {
-            if let Some(objects) = &state.objects {
+            if let Some(objects) = state.objects.as_ref().filter(|_| state.kept_since.is_none()) {
                 return Ok(Arc::clone(objects));
             }
             let left = until.saturating_duration_since(Instant::now());
@@ -181,7 +198,28 @@ const CONFIGURATION: &str = "kubernetes: ";
 /// Kinds by group and name in paths.
 type Kinds = BTreeMap<(&'static str, &'static str), (Rc<Watched>, AbortHandle)>;
 
-async fn follow(access: Access, reader: Reader, cell: Arc<Cell>, tell: watch::Sender<()>) {
+async fn follow(
+    access: Access,
+    reader: Reader,
+    cell: Arc<Cell>,
+    tell: watch::Sender<()>,
+    delay: Duration,
+    folder: Option<PathBuf>,
+) {
+    let folder = folder.and_then(|path| {
+        let opened = Folder::open(&path);
+        opened.map_err(|error| warn!("the cluster's objects are not kept in {}: {error}", path.display())).ok()
+    });
+    let known = folder.as_ref().map_or_else(Vec::new, |folder| read_kept(folder, &reader));
+    if let Some(oldest) = known.iter().map(|(_, written)| *written).min() {
+        let mut state = cell.lock();
+        state.objects =
+            Some(known.iter().flat_map(|(watched, _)| watched.follow.borrow_mut().set().pieces()).collect());
+        state.kept_since = Some(oldest);
+        drop(state);
+        tell.send_replace(());
+    }
+    sleep(delay).await;
     let dial = loop {
         match Dial::new(&access).await {
             Ok(dial) => break dial,
@@ -192,11 +230,12 @@ async fn follow(access: Access, reader: Reader, cell: Arc<Cell>, tell: watch::Se
             }
         }
     };
-    let shared = Rc::new(Shared { dial, reader, changed: Notify::new() });
+    let shared = Rc::new(Shared { dial, reader, folder, changed: Notify::new() });
     let mut kinds = Kinds::new();
     let mut has_discovered = false;
     let mut look_at = Instant::now();
     let mut published: Option<u64> = None;
+    known.into_iter().for_each(|(watched, _)| begin_with(watched, &shared, &mut kinds));
     resource::always().into_iter().for_each(|resource| begin(resource, &shared, &mut kinds));
     loop {
         if Instant::now() >= look_at {
@@ -204,7 +243,7 @@ async fn follow(access: Access, reader: Reader, cell: Arc<Cell>, tell: watch::Se
             let failure = outcome.as_ref().err().map(Failure::to_string);
             has_discovered |= outcome.is_ok();
             if let Ok(resources) = outcome {
-                settle(resources, &shared, &mut kinds);
+                settle(resources, &shared, &mut kinds).await;
             }
             let pause = if has_discovered { DISCOVERY } else { Duration::from_millis(800) };
             look_at = Instant::now() + pause.mul_f64(0.8 + 0.4 * random());
@@ -216,7 +255,10 @@ async fn follow(access: Access, reader: Reader, cell: Arc<Cell>, tell: watch::Se
         if let Some((slices, _)) = kinds.get(&("discovery.k8s.io", "endpointslices")) {
             shared.dial.learn(&own_endpoints(slices));
         }
-        let is_whole = has_discovered && kinds.values().all(|(watched, _)| watched.follow.borrow().is_whole());
+        // What comes later is waited for as well, but does not hold up all else if it cannot be had.
+        let may_lack = |watched: &Watched| published.is_some() && watched.begun.elapsed() > GRACE;
+        let is_whole = has_discovered
+            && kinds.values().all(|(watched, _)| watched.follow.borrow().is_whole() || may_lack(watched));
         // Each only grows, and a kind that comes or goes changes it too.
         let now = kinds.values().map(|(watched, _)| watched.follow.borrow().changes() + 1).sum();
         let objects: Option<LiveObjects> = (is_whole && published != Some(now)).then(|| {
@@ -226,7 +268,9 @@ async fn follow(access: Access, reader: Reader, cell: Arc<Cell>, tell: watch::Se
         let has_changed = objects.is_some();
         {
             let mut state = cell.lock();
-            state.objects = objects.or_else(|| state.objects.take());
+            if let Some(objects) = objects {
+                (state.objects, state.kept_since) = (Some(objects), None);
+            }
             state.kinds = kinds.values().map(|(watched, _)| kind_state(watched)).collect();
             state.address = shared.dial.address();
             cell.changed.notify_all();
@@ -243,24 +287,68 @@ async fn follow(access: Access, reader: Reader, cell: Arc<Cell>, tell: watch::Se
 }
 
 fn begin(resource: Resource, shared: &Rc<Shared>, kinds: &mut Kinds) {
-    kinds.entry((resource.group, resource.plural)).or_insert_with(|| {
-        let watched = Rc::new(Watched::new(resource, &shared.reader));
-        let task = spawn_local(Rc::clone(&watched).run(Rc::clone(shared)));
-        (watched, task.abort_handle())
-    });
+    if !kinds.contains_key(&(resource.group, resource.plural)) {
+        begin_with(Watched::new(resource, &shared.reader), shared, kinds);
+    }
 }
 
-/// Begins to follow what has come, and lets go of what is not served any more.
-fn settle(resources: Vec<Resource>, shared: &Rc<Shared>, kinds: &mut Kinds) {
+fn begin_with(watched: Watched, shared: &Rc<Shared>, kinds: &mut Kinds) {
+    let key = (watched.resource.group, watched.resource.plural);
+    watched.journal.replace(shared.folder.as_ref().map(|folder| folder.journal(&watched.resource)));
+    let watched = Rc::new(watched);
+    let task = spawn_local(Rc::clone(&watched).run(Rc::clone(shared)));
+    kinds.insert(key, (watched, task.abort_handle()));
+}
+
+/// What a run before has kept, if it is all that every cluster has, with when each was written.
+fn read_kept(folder: &Folder, reader: &Reader) -> Vec<(Watched, SystemTime)> {
+    let optional = OPTIONAL.iter().flat_map(|optional| {
+        let of_version = |version: &'static &str| {
+            optional.resources.iter().map(|(plural, kind)| optional.resource(version, plural, kind))
+        };
+        optional.versions.iter().flat_map(of_version)
+    });
+    let always = resource::always();
+    let needed = always.len();
+    let mut known = Vec::new();
+    for (index, resource) in always.into_iter().chain(optional).chain([resource::service_accounts()]).enumerate() {
+        let written = folder.written(&resource);
+        let watched = Watched::new(resource, reader);
+        match written.ok_or(None).and_then(|written| folder.read(&watched, reader).map(|()| written).map_err(Some)) {
+            Ok(written) => known.push((watched, written)),
+            Err(error) => {
+                if let Some(error) = error {
+                    warn!("what was kept of {} cannot be read: {error}", watched.resource.plural);
+                }
+                // Half of what was in force is not what was in force.
+                if index < needed {
+                    return Vec::new();
+                }
+            }
+        }
+    }
+    known
+}
+
+/// Begins to follow what has come, and lets go of what is not served any more: where its own path says so too, as a group whose server is only down
+/// is not listed either, and its policies are in force still.
+async fn settle(resources: Vec<Resource>, shared: &Rc<Shared>, kinds: &mut Kinds) {
+    let served: BTreeSet<_> = resources.iter().map(|one| (one.group, one.plural, one.version.as_str())).collect();
     let is_optional = |group: &str| OPTIONAL.iter().any(|optional| optional.group == group);
-    let served: BTreeSet<_> = resources.iter().map(|one| (one.group, one.plural, one.version.clone())).collect();
-    kinds.retain(|(group, plural), (watched, task)| {
-        let stays = !is_optional(group) || served.contains(&(*group, *plural, watched.resource.version.clone()));
-        if !stays {
+    let mut gone = Vec::new();
+    for (key, (watched, _)) in &*kinds {
+        let Resource { group, plural, version, .. } = &watched.resource;
+        if is_optional(group) && !served.contains(&(*group, *plural, version.as_str())) {
+            let outcome = shared.dial.text(&format!("{}?limit=1", watched.resource.path())).await;
+            gone.extend(outcome.is_err_and(|failure| failure.code() == 404).then_some(*key));
+        }
+    }
+    for key in gone {
+        if let Some((watched, task)) = kinds.remove(&key) {
+            shared.folder.iter().for_each(|folder| folder.forget(&watched.resource));
             task.abort();
         }
-        stays
-    });
+    }
     resources.into_iter().for_each(|resource| begin(resource, shared, kinds));
 }
 

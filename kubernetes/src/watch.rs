@@ -17,7 +17,8 @@ use weir_cluster::resources::live::{Live, Reader};
 
 use crate::{
     dial::{Dial, Failure},
-    follow::Follow,
+    follow::{Follow, TooMany},
+    keep::{Folder, Journal},
     resource::Resource,
     wire::{Bookmark, Event, Page, Status},
 };
@@ -46,8 +47,12 @@ pub fn random() -> f64 {
 pub struct Watched {
     /// Which.
     pub resource: Resource,
+    /// Since when.
+    pub begun: Instant,
     /// What is known.
     pub follow: RefCell<Follow>,
+    /// Where it is kept for the next start.
+    pub journal: RefCell<Option<Journal>>,
     /// When the server last said something of it.
     pub last_word: Cell<Option<Instant>>,
     /// What went wrong last, if nothing has gone well since.
@@ -64,6 +69,8 @@ pub struct Shared {
     pub dial: Dial,
     /// What reads objects.
     pub reader: Reader,
+    /// Where objects are kept.
+    pub folder: Option<Folder>,
     /// Told of each change.
     pub changed: Notify,
 }
@@ -82,7 +89,9 @@ impl Watched {
         let set = weir_cluster::resources::live::Set::new(reader, resource.live());
         Self {
             resource,
+            begun: Instant::now(),
             follow: RefCell::new(Follow::new(set)),
+            journal: RefCell::default(),
             last_word: Cell::new(None),
             failure: RefCell::default(),
             unreadable: Cell::new(0),
@@ -107,6 +116,9 @@ impl Watched {
                     self.failure.replace(Some(failure.to_string()));
                     shared.changed.notify_one();
                 }
+            }
+            if self.journal.borrow().as_ref().is_some_and(Journal::is_overgrown) {
+                self.follow.borrow_mut().expired();
             }
             let is_behind = self.follow.borrow().is_behind();
             behind_since = is_behind.then(|| behind_since.unwrap_or(begin));
@@ -165,6 +177,46 @@ impl Watched {
         path
     }
 
+    /// Does something to what is known, and writes it down if that made another of it.
+    fn known(
+        &self,
+        sign: char,
+        json: &str,
+        change: impl FnOnce(&mut Follow) -> Result<(), TooMany>,
+    ) -> Result<(), Failure> {
+        let mut follow = self.follow.borrow_mut();
+        let before = follow.changes();
+        change(&mut follow).map_err(|error| Failure::Nonsense(error.to_string()))?;
+        if follow.changes() != before {
+            self.kept(|journal| journal.change(sign, json));
+        }
+        Ok(())
+    }
+
+    fn kept(&self, write: impl FnOnce(&mut Journal)) {
+        if let Some(journal) = &mut *self.journal.borrow_mut() {
+            write(journal);
+        }
+    }
+
+    fn begin_list(&self) {
+        self.follow.borrow_mut().begin_list();
+        self.kept(Journal::begin);
+    }
+
+    fn item(&self, json: &str, object: Live) -> Result<(), Failure> {
+        self.kept(|journal| journal.item(json));
+        self.follow.borrow_mut().item(object).map_err(|error| Failure::Nonsense(error.to_string()))
+    }
+
+    fn end_list(&self, version: &str) {
+        let mut follow = self.follow.borrow_mut();
+        follow.end_list(version);
+        // A list that is passed over is not kept either; the file stays, and what comes is added to it.
+        let is_behind = follow.is_behind();
+        self.kept(|journal| if is_behind { journal.pass_over() } else { journal.end() });
+    }
+
     fn heard(&self) {
         self.last_word.set(Some(Instant::now()));
         if self.failure.borrow().is_some() {
@@ -174,7 +226,7 @@ impl Watched {
 
     /// A list in pages.
     async fn list(&self, shared: &Shared, way: &mut Way) -> Result<(), Failure> {
-        self.follow.borrow_mut().begin_list();
+        self.begin_list();
         let mut go_on: Option<String> = None;
         loop {
             let more = match &go_on {
@@ -200,12 +252,12 @@ impl Watched {
             let page: Page<'_> = serde_json::from_str(&text).map_err(|error| Failure::Nonsense(error.to_string()))?;
             for item in page.items.unwrap_or_default() {
                 let object = self.read(shared, item.get())?;
-                self.follow.borrow_mut().item(object).map_err(|error| Failure::Nonsense(error.to_string()))?;
+                self.item(item.get(), object)?;
             }
             self.heard();
             go_on = page.metadata.go_on.filter(|token| !token.is_empty());
             if go_on.is_none() {
-                self.follow.borrow_mut().end_list(&page.metadata.resource_version.unwrap_or_default());
+                self.end_list(&page.metadata.resource_version.unwrap_or_default());
                 shared.changed.notify_one();
                 return Ok(());
             }
@@ -242,7 +294,7 @@ impl Watched {
         };
         let mut is_list = from.is_none();
         if is_list {
-            self.follow.borrow_mut().begin_list();
+            self.begin_list();
         }
         let mut lines = Lines::new(response.into_body());
         let mut silence = seconds + MARGIN;
@@ -258,7 +310,7 @@ impl Watched {
                     let bookmark: Bookmark = serde_json::from_str(json).map_err(nonsense)?;
                     silence = BOOKMARKS.min(silence);
                     if is_list && bookmark.ends_list() {
-                        self.follow.borrow_mut().end_list(bookmark.version());
+                        self.end_list(bookmark.version());
                         is_list = false;
                     } else if is_list {
                         // It does not know what it was asked for.
@@ -283,18 +335,20 @@ impl Watched {
                 }
                 "ADDED" | "MODIFIED" if is_list => {
                     let object = self.read(shared, json)?;
-                    self.follow.borrow_mut().item(object).map_err(|error| Failure::Nonsense(error.to_string()))?;
+                    self.item(json, object)?;
                 }
                 "ADDED" | "MODIFIED" => {
                     let object = self.read(shared, json)?;
-                    let changed = self.follow.borrow_mut().changed(object);
-                    changed.map_err(|error| Failure::Nonsense(error.to_string()))?;
+                    self.known('+', json, |follow| follow.changed(object))?;
                 }
                 // What is gone before the list is whole is not in it.
                 "DELETED" if is_list => return Err(Failure::Nonsense("a deletion within a list".to_owned())),
                 "DELETED" => {
                     let object = self.read(shared, json)?;
-                    self.follow.borrow_mut().deleted(&object);
+                    self.known('-', json, |follow| {
+                        follow.deleted(&object);
+                        Ok(())
+                    })?;
                 }
                 other => return Err(Failure::Nonsense(format!("an event of the kind {other:?}"))),
             }

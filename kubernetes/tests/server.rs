@@ -1,7 +1,7 @@
 //! The client beside an API server that is played: one that has no streaming lists, cuts, loses its history, refuses a field, sends nonsense.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io::{BufRead, BufReader, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     path::PathBuf,
@@ -32,6 +32,8 @@ struct World {
     cuts: u32,
     groups: Value,
     asked: Vec<String>,
+    /// Paths that it does not let be read.
+    forbidden: BTreeSet<String>,
     /// A list breaks off within its first object.
     breaks_lists: bool,
 }
@@ -113,6 +115,10 @@ impl Server {
             let world = self.world.0.lock().unwrap();
             let (code, body) = match path {
                 "/apis" => (200, world.groups.clone()),
+                // It asks with limit=1 whether a path is there.
+                path if world.forbidden.contains(path) => {
+                    (403, json!({"kind": "Status", "code": 403, "reason": "Forbidden", "message": "no"}))
+                }
                 path if path.starts_with("/apis/") && path.matches('/').count() == 3 && !query.contains("limit") => {
                     (200, json!({"resources": [{"name": "tiers", "kind": "Tier"}]}))
                 }
@@ -147,6 +153,7 @@ impl Server {
         let is_list = given.contains_key("sendInitialEvents");
         let mut world = lock.lock().unwrap();
         let refusal = match () {
+            () if world.forbidden.contains(path) => Some((403, "no")),
             () if is_list && !world.streams => Some((422, "sendInitialEvents is forbidden for watch")),
             () if world.refuses_fields && given.contains_key("fieldSelector") => {
                 Some((400, "field label not supported"))
@@ -203,21 +210,25 @@ impl Server {
 
 struct Node {
     source: Source,
-    _kubeconfig: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Node {
     fn of(server: &Server) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        Self::start(server.address, tempfile::tempdir().unwrap())
+    }
+
+    /// With a folder in which objects are kept.
+    fn start(server: SocketAddr, folder: tempfile::TempDir) -> Self {
         let path: PathBuf = folder.path().join("kubeconfig");
         let text = format!(
-            "apiVersion: v1\nkind: Config\nclusters: [{{name: c, cluster: {{server: 'http://{}'}}}}]\ncontexts: [{{name: c, context: {{cluster: c, \
-             user: u}}}}]\nusers: [{{name: u, user: {{token: t}}}}]\ncurrent-context: c\n",
-            server.address
+            "apiVersion: v1\nkind: Config\nclusters: [{{name: c, cluster: {{server: 'http://{server}'}}}}]\ncontexts: [{{name: c, context: {{cluster: c, \
+             user: u}}}}]\nusers: [{{name: u, user: {{token: t}}}}]\ncurrent-context: c\n"
         );
         std::fs::write(&path, text).unwrap();
-        let source = Source::start(Access::Kubeconfig(path), &Identities::default(), Duration::ZERO).unwrap();
-        Self { source, _kubeconfig: folder }
+        let kept = Some(folder.path().join("kept"));
+        let source = Source::start(Access::Kubeconfig(path), &Identities::default(), Duration::ZERO, kept).unwrap();
+        Self { source, folder }
     }
 
     fn names(&self) -> Option<String> {
@@ -321,6 +332,75 @@ fn nothing_is_handed_on_of_a_list_that_broke_off_and_fields_that_a_server_does_n
     server.put(SERVICES, "t", json!({"metadata": {"namespace": "x"}, "spec": {"clusterIP": "10.96.0.2"}}));
     server.change(|world| world.breaks_lists = false);
     node.comes_to("Pod/x/a Pod/x/b Service/x/s Service/x/t");
+}
+
+#[test]
+fn a_kind_that_cannot_be_read_is_told_and_holds_up_the_start_only() {
+    let server = Server::start(true);
+    server.put(PODS, "a", in_x());
+    server.put(PODS, "b", json!({"metadata": {"namespace": "x"}}));
+    let accounts = "/api/v1/serviceaccounts";
+    server.change(|world| world.forbidden.extend([accounts.to_owned(), SERVICES.to_owned()]));
+    let node = Node::of(&server);
+    let until = Instant::now() + PATIENCE;
+    while !node.source.state().missing().contains("services: the API server refuses /api/v1/services: 403") {
+        assert!(Instant::now() < until, "{}", node.source.state().missing());
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(node.names(), None);
+    server.change(|world| assert!(world.forbidden.remove(SERVICES)));
+    node.comes_to("Pod/x/a Pod/x/b");
+    // A policy by accounts has them asked for, in vain.
+    let policies = "/apis/networking.k8s.io/v1/networkpolicies";
+    server.put(
+        policies,
+        "p",
+        json!({"metadata": {"namespace": "x"}, "spec": {"serviceAccountSelector": "a", "podSelector": {}}}),
+    );
+    server.put(PODS, "c", in_x());
+    node.comes_to("NetworkPolicy/x/p Pod/x/a Pod/x/b Pod/x/c");
+}
+
+#[test]
+fn where_nobody_answers_a_start_has_what_was_kept_until_somebody_does() {
+    let server = Server::start(true);
+    server.put(PODS, "a", in_x());
+    server.put(PODS, "b", in_x());
+    let node = Node::of(&server);
+    node.comes_to("Pod/x/a Pod/x/b");
+    server.put(PODS, "c", in_x());
+    server.delete(PODS, "a");
+    node.comes_to("Pod/x/b Pod/x/c");
+    assert!(node.source.fresh().is_some() && node.source.state().kept_since.is_none());
+    let Node { source, folder } = node;
+    drop(source);
+    let file = folder.path().join("kept/_v1_pods");
+    let until = Instant::now() + PATIENCE;
+    while !std::fs::read_to_string(&file).is_ok_and(|text| text.lines().any(|line| line.starts_with('-'))) {
+        assert!(Instant::now() < until);
+        thread::sleep(Duration::from_millis(10));
+    }
+    // A port that nobody listens at.
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let node = Node::start(nobody, folder);
+    node.comes_to("Pod/x/b Pod/x/c");
+    assert!(node.source.fresh().is_none() && node.source.state().kept_since.is_some());
+    server.delete(PODS, "b");
+    let node = Node::start(server.address, node.folder);
+    node.comes_to("Pod/x/c");
+    assert!(node.source.state().kept_since.is_none());
+    // What is broken in the middle is not taken at all.
+    let Node { source, folder } = node;
+    drop(source);
+    std::fs::write(&file, "+{\"metadata\":{}}\n").unwrap();
+    let node = Node::start(nobody, folder);
+    let until = Instant::now() + PATIENCE;
+    // By then it has read what was kept.
+    while node.source.state().kinds.is_empty() {
+        assert!(Instant::now() < until);
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(node.names(), None);
 }
 
 #[test]

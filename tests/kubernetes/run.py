@@ -6,6 +6,7 @@ BINARIES: the folder with kube-apiserver and etcd (`make cluster-build`). Neithe
 """
 import http.client, json, os, shutil, signal, socket, ssl, subprocess, sys, tempfile, time
 from collections import Counter
+import yaml
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CALICO = [("IPPool", "ippools", False), ("GlobalNetworkPolicy", "globalnetworkpolicies", False), ("NetworkPolicy", "networkpolicies", True),
@@ -23,8 +24,10 @@ def certificates(folder):
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=test", "-days", "2")
-    for name, subject, more in (("server", "/CN=kube-apiserver", "subjectAltName=IP:127.0.0.1,DNS:localhost,DNS:kubernetes.default.svc"),
-                                ("admin", "/O=system:masters/CN=admin", "extendedKeyUsage=clientAuth")):
+    for name, subject, more in (("server", "/CN=kube-apiserver", "subjectAltName=IP:127.0.0.1,IP:198.18.0.1,DNS:localhost,DNS:kubernetes.default.svc"),
+                                ("admin", "/O=system:masters/CN=admin", "extendedKeyUsage=clientAuth"),
+                                # As weir is in a cluster, with no more rights than that.
+                                ("weir", "/CN=system:serviceaccount:kube-system:weir", "extendedKeyUsage=clientAuth")):
         openssl("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", subject)
         with open(os.path.join(folder, f"{name}.ext"), "w") as file:
             file.write(more + "\n")
@@ -37,14 +40,19 @@ class Cluster:
         certificates(folder)
         self.port, self.etcd, self.peer = free_port(), free_port(), free_port()
         at = lambda name: os.path.join(folder, name)
-        kubeconfig = {"apiVersion": "v1", "kind": "Config", "current-context": "c", "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-                      "clusters": [{"name": "c", "cluster": {"server": f"https://127.0.0.1:{self.port}", "certificate-authority": at("ca.crt")}}],
-                      "users": [{"name": "u", "user": {"client-certificate": at("admin.crt"), "client-key": at("admin.key")}}]}
-        with open(at("kubeconfig"), "w") as file:
-            json.dump(kubeconfig, file)
+        self.kubeconfig("kubeconfig", "127.0.0.1")
         with open(at("server.json"), "w") as file:
             json.dump({"host": "127.0.0.1", "port": self.port, "ca": at("ca.crt"), "cert": at("admin.crt"), "key": at("admin.key"),
                        "kubeconfig": at("kubeconfig"), "calico": CALICO}, file)
+
+    def kubeconfig(self, name, host):
+        at = lambda name: os.path.join(self.folder, name)
+        kubeconfig = {"apiVersion": "v1", "kind": "Config", "current-context": "c", "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+                      "clusters": [{"name": "c", "cluster": {"server": f"https://{host}:{self.port}", "certificate-authority": at("ca.crt")}}],
+                      "users": [{"name": "u", "user": {"client-certificate": at("weir.crt"), "client-key": at("weir.key")}}]}
+        with open(at(name), "w") as file:
+            json.dump(kubeconfig, file)
+        return at(name)
 
     def start(self, name, *arguments):
         log = open(os.path.join(self.folder, name + ".log"), "ab")
@@ -57,10 +65,16 @@ class Cluster:
                    "--listen-client-urls", f"http://127.0.0.1:{self.etcd}", "--advertise-client-urls", f"http://127.0.0.1:{self.etcd}",
                    "--listen-peer-urls", f"http://127.0.0.1:{self.peer}", "--initial-advertise-peer-urls", f"http://127.0.0.1:{self.peer}",
                    "--initial-cluster", f"default=http://127.0.0.1:{self.peer}")
-        return self.api(*more)
+        server = self.api(*more)
+        with open(os.path.join(HERE, "../../configs/kubernetes/rbac.yaml")) as file:
+            for document in yaml.safe_load_all(file):
+                path = "api/v1/namespaces/kube-system/serviceaccounts" if document["kind"] == "ServiceAccount" else f"apis/rbac.authorization.k8s.io/v1/{document['kind'].lower()}s"
+                code, answer = self.ask("POST", path, document)
+                assert code == 201, answer
+        return server
 
     def api(self, *more):
-        server = self.start("kube-apiserver", "--bind-address=127.0.0.1", "--advertise-address=192.0.2.1", f"--secure-port={self.port}",
+        server = self.start("kube-apiserver", "--bind-address=0.0.0.0", "--advertise-address=192.0.2.1", f"--secure-port={self.port}",
                    f"--etcd-servers=http://127.0.0.1:{self.etcd}", "--authorization-mode=RBAC", "--allow-privileged=true",
                    "--disable-admission-plugins=ServiceAccount", "--client-ca-file=ca.crt", "--tls-cert-file=server.crt", "--tls-private-key-file=server.key",
                    "--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file=accounts.key",
@@ -76,6 +90,15 @@ class Cluster:
             if server.poll() is not None or time.monotonic() > until:
                 raise SystemExit(f"the API server does not come up; its log: {self.log('kube-apiserver')}")
             time.sleep(0.2)
+
+    def compact(self):
+        """All versions but the last are gone."""
+        def etcd(path, body):
+            connection = http.client.HTTPConnection("127.0.0.1", self.etcd, timeout=30)
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            return json.loads(connection.getresponse().read())
+        revision = etcd("/v3/kv/range", {"key": "AA=="})["header"]["revision"]
+        etcd("/v3/kv/compaction", {"revision": revision, "physical": True})
 
     def log(self, name):
         with open(os.path.join(self.folder, name + ".log")) as file:

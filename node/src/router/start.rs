@@ -222,17 +222,27 @@ fn required(config: &RouterConfig, device: &str) -> Option<Require> {
 
 /// Begins to follow a running cluster, and waits until all is known that it has: half of a cluster's policies are none, and half of its
 /// backends are connections lost.
-async fn follow_cluster(kubernetes: &Kubernetes, node: &str, loader: &mut Loader) -> Result<Source, RunError> {
-    let delay = weir_kubernetes::start_delay(node);
-    let source = Source::start(access_of(kubernetes), loader.identities(), delay)
+async fn follow_cluster(
+    kubernetes: &Kubernetes,
+    config: &RouterConfig,
+    loader: &mut Loader,
+) -> Result<Source, RunError> {
+    let delay = weir_kubernetes::start_delay(&config.node_name);
+    let folder = config.state_folder().join("kubernetes");
+    let source = Source::start(access_of(kubernetes), loader.identities(), delay, Some(folder))
         .map_err(system("cannot start the thread that follows the cluster"))?;
     let mut changes = source.changes();
     loop {
-        if let Some(objects) = source.objects() {
+        if let Some(objects) = source.fresh() {
             loader.set_live(objects);
             return Ok(source);
         }
         if tokio::time::timeout(WAITING, changes.changed()).await.is_err() {
+            if let Some(objects) = source.objects() {
+                warn!("the cluster does not answer, its objects of the last run count: {}", source.state().missing());
+                loader.set_live(objects);
+                return Ok(source);
+            }
             warn!("waiting for the cluster's objects: {}", source.state().missing());
         }
     }
@@ -258,7 +268,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
         made = Pods::start(&config)?;
         keeper = Some(Keeper::start(config.state_folder(), &mut loader));
         if let Some(kubernetes) = &config.kubernetes {
-            cluster = Some(follow_cluster(kubernetes, &config.node_name, &mut loader).await?);
+            cluster = Some(follow_cluster(kubernetes, &config, &mut loader).await?);
         }
     }
     if let Some((pods, _)) = &made {

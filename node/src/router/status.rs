@@ -2,7 +2,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 use weir_cluster::resources::Substitute;
@@ -107,7 +107,9 @@ fn cluster_json(state: &State) -> Value {
         })
     };
     json!({
-        "address": state.address, "inForce": state.objects.is_some(), "problem": state.failure,
+        "address": state.address,
+        "staleSinceUnixSeconds": state.kept_since.and_then(|since| Some(since.duration_since(UNIX_EPOCH).ok()?.as_secs())),
+        "inForce": state.objects.is_some(), "problem": state.failure,
         "kinds": state.kinds.iter().map(kind).collect::<Vec<_>>(),
     })
 }

@@ -17,7 +17,6 @@ import (
 
 	"weir.dev/lab/kubernetes/internal/build"
 	"weir.dev/lab/kubernetes/internal/cluster"
-	"weir.dev/lab/kubernetes/internal/feed"
 )
 
 const usage = `lab: a real Kubernetes cluster on this machine, with weir as its network
@@ -90,11 +89,6 @@ func run(ctx context.Context, command string, arguments []string) error {
 	// What holders run.
 	case "holder":
 		return cluster.RunHolder()
-	case "feed":
-		if len(arguments) != 2 {
-			return usageError("lab feed KUBECONFIG FOLDER")
-		}
-		return feed.Run(ctx, arguments[0], arguments[1])
 	case "ranges":
 		if len(arguments) != 2 {
 			return usageError("lab ranges NAME PLUGINS")
@@ -136,7 +130,7 @@ func up(ctx context.Context, name string) error {
 	}
 	made, err := cluster.Up(ctx, cluster.Options{
 		Name: name, Nodes: nodes, Kind: variable("WITH", cluster.Weir), Family: variable("FAMILY", "ipv4"),
-		Encap: variable("ENCAP", "none"), Offload: variable("OFFLOAD", "auto"), Binaries: builder.Folder,
+		Encap: variable("ENCAP", "none"), Offload: variable("OFFLOAD", "auto"), Source: builder.Source, Binaries: builder.Folder,
 		Weir: os.Getenv("WEIR"), WeirCNI: os.Getenv("WEIR_CNI"), Plugins: variable("CNI_PLUGINS", "/usr/lib/cni"), Out: os.Stdout,
 	})
 	if err != nil {

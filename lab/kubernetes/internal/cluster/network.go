@@ -47,23 +47,21 @@ func (c *Cluster) pools() string {
 	return text.String()
 }
 
-// ObjectsFolder is where the feed writes the cluster's objects, and weir reads them.
-func (c *Cluster) ObjectsFolder() string { return filepath.Join(c.Dir, "objects") }
+// weirUser is who a router is in the cluster: the account of configs/kubernetes/rbac.yaml, with its rights and no more.
+const weirUser = "system:serviceaccount:kube-system:weir"
 
 func (u *up) weir(ctx context.Context) error {
-	objects := u.ObjectsFolder()
-	if err := os.MkdirAll(objects, 0o700); err != nil {
-		return err
-	}
-	if err := os.WriteFile(filepath.Join(objects, "pools.yaml"), []byte(u.pools()), 0o600); err != nil {
-		return err
-	}
-	self, err := os.Executable()
-	if err != nil {
+	pools := filepath.Join(u.Dir, "pools.yaml")
+	if err := os.WriteFile(pools, []byte(u.pools()), 0o600); err != nil {
 		return err
 	}
 	first := u.Nodes[0].Name
-	if err := u.serve(first, "feed", Service{Arguments: []string{self, "feed", u.Kubeconfig, objects}}); err != nil {
+	rights := filepath.Join(u.options.Source, "../../configs/kubernetes/rbac.yaml")
+	if err := u.waitFor(ctx, 30*time.Second, "weir's rights", first, "kubectl", "apply", "-f", rights); err != nil {
+		return err
+	}
+	kubeconfig, err := u.keys.kubeconfig("weir", weirUser, "", u.server)
+	if err != nil {
 		return err
 	}
 	// The files of this cluster, not whatever is built meanwhile.
@@ -76,23 +74,18 @@ func (u *up) weir(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := Until(ctx, 30*time.Second, "the feed's first lists (its log: "+u.log(first, "feed")+")", func() error {
-		_, err := os.Stat(filepath.Join(objects, "complete"))
-		return err
-	}); err != nil {
-		return err
-	}
 	for number, node := range u.Nodes {
 		config := fmt.Sprintf(`apiVersion: weir.dev/v1alpha1
 kind: RouterConfig
 nodeName: %s
+kubernetes: {kubeconfig: "%s"}
 manifests: ["%s"]
 devices:
 - {name: eth0, role: uplink}
 workers: {cores: [%d]}
 offload: %s
 cni: {}
-`, node.Name, objects, number%runtime.NumCPU(), u.Offload)
+`, node.Name, kubeconfig, pools, number%runtime.NumCPU(), u.Offload)
 		if err := os.WriteFile(node.Config, []byte(config), 0o600); err != nil {
 			return err
 		}

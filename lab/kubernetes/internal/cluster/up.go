@@ -22,6 +22,8 @@ type Options struct {
 	Nodes int
 	// Kind, Family, Encap and Offload are as in Cluster.
 	Kind, Family, Encap, Offload string
+	// Source is the folder of this module, beside which the configurations that weir ships are.
+	Source string
 	// Binaries is the folder with what was built for the cluster.
 	Binaries string
 	// Weir and WeirCNI are the programs under test.

@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"weir.dev/lab/kubernetes/internal/cluster"
 )
 
 const (
@@ -194,6 +196,22 @@ func (r *runner) applyDefinition(ctx context.Context) error {
 	} {
 		if output, err := r.Cluster.Command(ctx, r.node, "kubectl", args...).CombinedOutput(); err != nil {
 			return fmt.Errorf("the definition of ClusterNetworkPolicy: kubectl %s: %w: %s", strings.Join(args, " "), err, lastBytes(string(output), 2000))
+		}
+	}
+	if r.Cluster.Kind != cluster.Weir {
+		return nil
+	}
+	// A router looks for groups that it does not know each minute.
+	for _, node := range r.Cluster.Nodes {
+		weir := filepath.Join(r.Cluster.Dir, "bin", "weir")
+		if err := cluster.Until(ctx, 100*time.Second, "weir on "+node.Name+" to follow ClusterNetworkPolicies", func() error {
+			output, err := r.Cluster.Command(ctx, node.Name, weir, "status", "--output", "json", "-c", node.Config).Output()
+			if err == nil && !strings.Contains(string(output), "clusternetworkpolicies") {
+				err = errors.New("it does not yet")
+			}
+			return err
+		}); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -1,0 +1,217 @@
+//! The objects of a cluster on a disk, for a start at which nobody answers.
+//!
+//! A file for each kind: what the last whole list had, then each change since, a line each. A list is written beside and takes the file's place when it is
+//! whole. A thread of its own writes; where the disk is too slow for it, a kind goes without until its next list.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, OpenOptions},
+    io::{self, BufRead, BufReader, BufWriter, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    thread,
+    time::{Duration, SystemTime},
+};
+
+use crate::{resource::Resource, watch::Watched};
+use weir_cluster::resources::live::Reader;
+
+/// Lines that may wait to be written.
+const WAITING: usize = 4096;
+/// How long what was written may wait for the disk.
+const SOON: Duration = Duration::from_secs(1);
+/// Bytes of changes after which a kind is listed again, so that its file does not grow without end.
+const MAX_CHANGES: u64 = 64 << 20;
+
+/// What is to be written of a kind.
+enum Line {
+    /// A list begins.
+    Begin,
+    /// An object of it.
+    Item(String),
+    /// It is whole.
+    End,
+    /// It broke off, or something is missing in it.
+    Drop,
+    /// An object that is another since, or is no more.
+    Change(char, String),
+}
+
+/// Where one kind is written to.
+pub struct Journal {
+    name: String,
+    lines: SyncSender<(String, Line)>,
+    /// Whether all since the last list was taken.
+    is_complete: bool,
+    changes: u64,
+}
+
+/// Where all kinds are.
+#[derive(Clone)]
+pub struct Folder {
+    path: PathBuf,
+    lines: SyncSender<(String, Line)>,
+}
+
+fn name(resource: &Resource) -> String {
+    format!("{}_{}_{}", resource.group, resource.version, resource.plural)
+}
+
+impl Folder {
+    /// Makes it, and begins to write there.
+    ///
+    /// # Errors
+    /// Where that is not possible.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+        let (lines, waiting) = sync_channel(WAITING);
+        let own = path.to_owned();
+        thread::Builder::new().name("kubernetes-keep".to_owned()).spawn(move || write(&own, &waiting))?;
+        Ok(Self { path: path.to_owned(), lines })
+    }
+
+    /// For one kind.
+    pub fn journal(&self, resource: &Resource) -> Journal {
+        Journal { name: name(resource), lines: self.lines.clone(), is_complete: false, changes: 0 }
+    }
+
+    /// Lets go of a kind that is no more.
+    pub fn forget(&self, resource: &Resource) {
+        // It is gone, or it stays and the next start finds that it is gone.
+        let _ = fs::remove_file(self.path.join(name(resource)));
+    }
+
+    /// When a kind's file was written last, if it is there.
+    pub fn written(&self, resource: &Resource) -> Option<SystemTime> {
+        fs::metadata(self.path.join(name(resource))).and_then(|file| file.modified()).ok()
+    }
+
+    /// Reads the objects of a kind into what is known of it.
+    ///
+    /// # Errors
+    /// Where a line is none. The last one may be cut off.
+    pub fn read(&self, watched: &Watched, reader: &Reader) -> io::Result<()> {
+        let mut lines = BufReader::new(File::open(self.path.join(name(&watched.resource)))?);
+        let mut line = String::new();
+        let mut follow = watched.follow.borrow_mut();
+        loop {
+            line.clear();
+            if lines.read_line(&mut line)? == 0 || !line.ends_with('\n') {
+                return Ok(());
+            }
+            let (sign, json) = line.split_at_checked(1).unwrap_or_default();
+            let object = reader.read(watched.resource.live(), json.trim_end()).map_err(io::Error::other)?;
+            match sign {
+                "+" => follow.set().put(object.into()),
+                "-" => follow.set().remove(&object.id().clone()),
+                _ => return Err(io::Error::other("no sign before an object")),
+            }
+        }
+    }
+}
+
+impl Journal {
+    fn send(&mut self, line: Line) {
+        self.is_complete &= self.lines.try_send((self.name.clone(), line)).is_ok();
+    }
+
+    /// A list begins.
+    pub fn begin(&mut self) {
+        (self.is_complete, self.changes) = (true, 0);
+        self.send(Line::Begin);
+    }
+
+    /// An object of it.
+    pub fn item(&mut self, json: &str) {
+        if self.is_complete {
+            self.send(Line::Item(json.to_owned()));
+        }
+    }
+
+    /// It is whole, and older than what the file has already.
+    pub fn pass_over(&mut self) {
+        self.send(Line::Drop);
+    }
+
+    /// It is whole.
+    pub fn end(&mut self) {
+        // If there is no room for this word either, what was begun is dropped by the next beginning.
+        let line = if self.is_complete { Line::End } else { Line::Drop };
+        self.send(line);
+    }
+
+    /// An object that is another, `+`, or is gone, `-`.
+    pub fn change(&mut self, sign: char, json: &str) {
+        if self.is_complete {
+            self.changes += json.len() as u64;
+            self.send(Line::Change(sign, json.to_owned()));
+        }
+    }
+
+    /// Whether its file should be begun anew.
+    pub fn is_overgrown(&self) -> bool {
+        self.changes > MAX_CHANGES
+    }
+}
+
+/// A kind's files.
+#[derive(Default)]
+struct Files {
+    list: Option<BufWriter<File>>,
+    changes: Option<BufWriter<File>>,
+}
+
+fn write(folder: &Path, lines: &Receiver<(String, Line)>) {
+    let mut all: BTreeMap<String, Files> = BTreeMap::new();
+    loop {
+        let (name, line) = match lines.recv_timeout(SOON) {
+            Ok(line) => line,
+            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
+                for files in all.values_mut() {
+                    // What cannot be written is found at the next line.
+                    let _ = files.changes.as_mut().map(Write::flush);
+                }
+                continue;
+            }
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return,
+        };
+        let files = all.entry(name.clone()).or_default();
+        if let Err(error) = files.take(folder, &name, line) {
+            tracing::warn!("the objects of {name} are not kept for the next start: {error}");
+            *files = Files::default();
+        }
+    }
+}
+
+impl Files {
+    fn take(&mut self, folder: &Path, name: &str, line: Line) -> io::Result<()> {
+        let (path, beside) = (folder.join(name), folder.join(format!(".{name}.new")));
+        match line {
+            Line::Begin => {
+                let mut options = OpenOptions::new();
+                let file = options.write(true).create(true).truncate(true).mode(0o600).open(beside)?;
+                self.list = Some(BufWriter::new(file));
+            }
+            Line::Item(json) => {
+                if let Some(list) = &mut self.list {
+                    writeln!(list, "+{json}")?;
+                }
+            }
+            Line::End => {
+                let Some(list) = self.list.take() else { return Ok(()) };
+                let file = list.into_inner().map_err(io::IntoInnerError::into_error)?;
+                file.sync_data()?;
+                fs::rename(beside, path)?;
+                self.changes = Some(BufWriter::new(file));
+            }
+            Line::Drop => self.list = None,
+            Line::Change(sign, json) => {
+                if let Some(changes) = &mut self.changes {
+                    writeln!(changes, "{sign}{json}")?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
