@@ -523,7 +523,7 @@ impl RouterConfig {
             problems.error(at("kubernetes"), "kubernetes does not say which API server", help);
         }
         if required("manifests") && self.kubernetes.is_none() {
-            let help = "add: manifests: [cluster.yaml], the files that describe the cluster; or kubernetes".to_owned();
+            let help = "add: manifests: [cluster.yaml], the files that describe the cluster".to_owned();
             problems.error(root.span, "manifests is missing", help);
         }
         let workers = root.get("workers").unwrap_or(root);
