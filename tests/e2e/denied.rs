@@ -335,7 +335,7 @@ fn site(manifests: &Manifests) -> Site {
 
 /// A node from which weir was taken off.
 fn site_without_routers(manifests: &Manifests) -> Site {
-    let mut site = site(&manifests);
+    let mut site = site(manifests);
     site.start("node-a");
     let mut router = site.take_router("node-a");
     router.signal(Signal::SIGTERM);
