@@ -1,7 +1,8 @@
 //! The objects of a cluster on a disk, for a start at which nobody answers.
 //!
 //! A file for each kind: what the last whole list had, then each change since, a line each. A list is written beside and takes the file's place when it is
-//! whole. A thread of its own writes; where the disk is too slow for it, a kind goes without until its next list.
+//! whole. A thread of its own writes. A list waits for it a while; what is told after a list does not, and where the disk is too slow for it, a kind goes without
+//! until its next list.
 
 use std::{
     collections::BTreeMap,
@@ -9,7 +10,11 @@ use std::{
     io::{self, BufRead, BufReader, BufWriter, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
     thread,
     time::{Duration, SystemTime},
 };
@@ -42,6 +47,7 @@ enum Line {
 pub struct Journal {
     name: String,
     lines: SyncSender<(String, Line)>,
+    waiting: Arc<AtomicUsize>,
     /// Whether all since the last list was taken.
     is_complete: bool,
     changes: u64,
@@ -52,6 +58,8 @@ pub struct Journal {
 pub struct Folder {
     path: PathBuf,
     lines: SyncSender<(String, Line)>,
+    /// Lines of all kinds that are not written yet.
+    waiting: Arc<AtomicUsize>,
 }
 
 fn name(resource: &Resource) -> String {
@@ -65,15 +73,23 @@ impl Folder {
     /// Where that is not possible.
     pub fn open(path: &Path) -> io::Result<Self> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-        let (lines, waiting) = sync_channel(WAITING);
-        let own = path.to_owned();
-        thread::Builder::new().name("kubernetes-keep".to_owned()).spawn(move || write(&own, &waiting))?;
-        Ok(Self { path: path.to_owned(), lines })
+        let (lines, written) = sync_channel(WAITING);
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let (own_path, own_waiting) = (path.to_owned(), Arc::clone(&waiting));
+        let work = move || write(&own_path, &written, &own_waiting);
+        thread::Builder::new().name("kubernetes-keep".to_owned()).spawn(work)?;
+        Ok(Self { path: path.to_owned(), lines, waiting })
     }
 
     /// For one kind.
     pub fn journal(&self, resource: &Resource) -> Journal {
-        Journal { name: name(resource), lines: self.lines.clone(), is_complete: false, changes: 0 }
+        Journal {
+            name: name(resource),
+            lines: self.lines.clone(),
+            waiting: Arc::clone(&self.waiting),
+            is_complete: false,
+            changes: 0,
+        }
     }
 
     /// Lets go of a kind that is no more.
@@ -113,7 +129,21 @@ impl Folder {
 
 impl Journal {
     fn send(&mut self, line: Line) {
-        self.is_complete &= self.lines.try_send((self.name.clone(), line)).is_ok();
+        self.waiting.fetch_add(1, Relaxed);
+        if self.lines.try_send((self.name.clone(), line)).is_err() {
+            self.waiting.fetch_sub(1, Relaxed);
+            self.is_complete = false;
+        }
+    }
+
+    /// Whether an object of a list should wait for the disk. Half of the room is for what cannot wait.
+    pub fn is_crowded(&self) -> bool {
+        self.is_complete && self.waiting.load(Relaxed) >= WAITING / 2
+    }
+
+    /// The disk is not waited for any more.
+    pub fn give_up(&mut self) {
+        self.is_complete = false;
     }
 
     /// A list begins.
@@ -162,7 +192,7 @@ struct Files {
     changes: Option<BufWriter<File>>,
 }
 
-fn write(folder: &Path, lines: &Receiver<(String, Line)>) {
+fn write(folder: &Path, lines: &Receiver<(String, Line)>, waiting: &AtomicUsize) {
     let mut all: BTreeMap<String, Files> = BTreeMap::new();
     loop {
         let (name, line) = match lines.recv_timeout(SOON) {
@@ -176,6 +206,7 @@ fn write(folder: &Path, lines: &Receiver<(String, Line)>) {
             }
             Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return,
         };
+        waiting.fetch_sub(1, Relaxed);
         let files = all.entry(name.clone()).or_default();
         if let Err(error) = files.take(folder, &name, line) {
             tracing::warn!("the objects of {name} are not kept for the next start: {error}");
@@ -213,5 +244,49 @@ impl Files {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    /// The disk is a pipe: it takes nothing until somebody reads.
+    #[test]
+    fn a_list_waits_for_a_slow_disk_and_is_kept_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let resource = crate::resource::always().remove(0);
+        let pipe = folder.path().join(format!(".{}.new", name(&resource)));
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let mut journal = Folder::open(folder.path()).unwrap().journal(&resource);
+        journal.begin();
+        let mut sent = 0;
+        while !journal.is_crowded() {
+            journal.item("{}");
+            sent += 1;
+            assert!(journal.is_complete && sent <= WAITING);
+        }
+        let reader = thread::spawn(move || {
+            let mut text = String::new();
+            io::Read::read_to_string(&mut File::open(pipe).unwrap(), &mut text).unwrap();
+            text
+        });
+        let until = Instant::now() + Duration::from_secs(60);
+        while journal.is_crowded() {
+            assert!(Instant::now() < until, "what is written makes no room");
+            thread::sleep(Duration::from_millis(1));
+        }
+        for _ in 0..WAITING / 2 - 1 {
+            journal.item("{}");
+        }
+        assert!(journal.is_complete);
+        journal.end();
+        assert_eq!(reader.join().unwrap(), "+{}\n".repeat(sent + WAITING / 2 - 1));
+        journal.begin();
+        journal.give_up();
+        journal.item("{}");
+        assert!(!journal.is_crowded(), "who has given up waits for nothing");
     }
 }

@@ -34,6 +34,8 @@ const MAX_EVENT: usize = 16 << 20;
 /// Objects of a page.
 const PAGE: usize = 500;
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(800), Duration::from_secs(30));
+/// How long an object of a list waits for the disk that it is kept on.
+const DISK: Duration = Duration::from_secs(5);
 /// How long a server may be behind what was seen before it is believed all the same.
 const BEHIND: Duration = Duration::from_secs(300);
 
@@ -204,7 +206,15 @@ impl Watched {
         self.kept(Journal::begin);
     }
 
-    fn item(&self, json: &str, object: Live) -> Result<(), Failure> {
+    async fn item(&self, json: &str, object: Live) -> Result<(), Failure> {
+        let begin = Instant::now();
+        while self.journal.borrow().as_ref().is_some_and(Journal::is_crowded) {
+            if begin.elapsed() > DISK {
+                tracing::warn!("the disk is too slow to keep {} for the next start", self.resource.plural);
+                self.kept(Journal::give_up);
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
         self.kept(|journal| journal.item(json));
         self.follow.borrow_mut().item(object).map_err(|error| Failure::Nonsense(error.to_string()))
     }
@@ -252,7 +262,7 @@ impl Watched {
             let page: Page<'_> = serde_json::from_str(&text).map_err(|error| Failure::Nonsense(error.to_string()))?;
             for item in page.items.unwrap_or_default() {
                 let object = self.read(shared, item.get())?;
-                self.item(item.get(), object)?;
+                self.item(item.get(), object).await?;
             }
             self.heard();
             go_on = page.metadata.go_on.filter(|token| !token.is_empty());
@@ -335,7 +345,7 @@ impl Watched {
                 }
                 "ADDED" | "MODIFIED" if is_list => {
                     let object = self.read(shared, json)?;
-                    self.item(json, object)?;
+                    self.item(json, object).await?;
                 }
                 "ADDED" | "MODIFIED" => {
                     let object = self.read(shared, json)?;
