@@ -12,6 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+// For the allocator that `weir` has.
+use weir as _;
 use weir_benches::figures::{Spread, tell};
 use weir_cluster::{
     compile::{self, Compilers},
@@ -75,6 +77,8 @@ fn measure(services: u32) -> Result<(), Box<dyn std::error::Error>> {
         pod_steps.iter_mut().zip([next.times.translate, compile]).for_each(|(step, took)| step.push(took));
         loaded = next;
     }
+    // What is free is given back within ten seconds.
+    std::thread::sleep(Duration::from_secs(12));
     let held_bytes = resident_bytes()?.saturating_sub(held_before);
     let row = format!("{services} services");
     let [read, translate, compile, forwarding] = steps;
@@ -172,7 +176,7 @@ fn documents(number: u32, round: u32) -> String {
     text
 }
 
-/// This process's memory in RAM.
+/// This process's memory in RAM, which is only telling for the first size that is asked for: others use what that one left.
 fn resident_bytes() -> io::Result<usize> {
     let pages: Option<usize> = fs::read_to_string("/proc/self/statm")?.split(' ').nth(1).and_then(|p| p.parse().ok());
     Ok(pages.unwrap_or_default() * 4096)
