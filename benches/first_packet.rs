@@ -130,11 +130,10 @@ impl Size {
             let endpoint = |address: Ipv4Addr, node: u32| weir_nat::Endpoint {
                 address: address.into(),
                 port: self.port(number),
-                node_name: Some(node_name(node).into()),
                 ready: true,
                 serving: true,
                 terminating: false,
-                hints: None,
+                topology: Some(Arc::new(weir_nat::Topology::on(node_name(node)))),
             };
             let backends = || (0..BACKENDS_OF_EACH_KIND).map(move |index| number * BACKENDS_OF_EACH_KIND + index);
             let here = backends().map(|backend| endpoint(server(backend % SERVERS), 0));

@@ -21,11 +21,10 @@ fn model(services: u32) -> Model {
     let endpoint = |number: u32| Endpoint {
         address: Ipv4Addr::from_bits(0x0a00_0000 + number).into(),
         port: 8080,
-        node_name: Some(format!("node-{}", number % 100).into()),
         ready: true,
         serving: true,
         terminating: false,
-        hints: None,
+        topology: Some(Arc::new(weir_nat::Topology::on(format!("node-{}", number % 100)))),
     };
     let service = |number: u32| ServicePort {
         name: format!("namespace-{}/service-{number}:http", number % 50),

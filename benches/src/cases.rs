@@ -248,11 +248,10 @@ fn rules(cluster: &Cluster) -> Rules {
                 .map(|address| Endpoint {
                     address: ip(address),
                     port: BACKEND_PORT + number,
-                    node_name: Some("node-b".into()),
                     ready: true,
                     serving: true,
                     terminating: false,
-                    hints: None,
+                    topology: Some(Arc::new(weir_nat::Topology::on("node-b"))),
                 })
                 .into(),
             ..ServicePort::default()

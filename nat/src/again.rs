@@ -162,11 +162,10 @@ mod tests {
         let endpoint = |number: u32| Endpoint {
             address: Ipv4Addr::from(0x0a01_0000 + number).into(),
             port: 80,
-            node_name: None,
             ready: true,
             serving: true,
             terminating: false,
-            hints: None,
+            topology: None,
         };
         (0..count).map(endpoint).collect()
     }

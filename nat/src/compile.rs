@@ -371,7 +371,7 @@ pub(crate) fn read_candidates<'a, A: Address>(
     candidates.clear();
     candidates.extend((0_u32..).zip(&service.endpoints).filter_map(|(listing, endpoint)| {
         let (address, port, condition) = (A::from_ip(endpoint.address)?, endpoint.port, Condition::of(endpoint));
-        let local = endpoint.node_name.as_deref() == Some(model.node_name.as_str());
+        let local = endpoint.node_name() == Some(&*model.node_name);
         Some(Candidate { address, port, condition, local, listing, endpoint })
     }));
     // Of one listed twice, as while it moves between slices, the most usable listing is kept, then the first.

@@ -18,7 +18,7 @@ mod usage;
 pub use affinity::{Affinity, Choice, Clients, Evidence, MAX_AFFINITY_SECONDS};
 pub use again::Compiler;
 pub use compile::CompileError;
-pub use model::{Endpoint, Hints, HostAddresses, Model, ServicePort, ServicePorts, TrafficPolicy};
+pub use model::{Endpoint, HostAddresses, Model, ServicePort, ServicePorts, Topology, TrafficPolicy};
 pub use snat::{AllocateError, Allocated, Attempt, MAX_TRIES, NoSnatPorts, SnatPorts};
 pub use table::{
     Backend, BackendIdentity, BackendSlot, Conflict, Decision, Family, Foreseen, ServiceId, ServiceTable, Services,

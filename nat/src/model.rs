@@ -278,16 +278,14 @@ pub struct Endpoint {
     pub address: IpAddr,
     /// The backend's port; not zero.
     pub port: u16,
-    /// The node that it is on; without one it is never local.
-    pub node_name: Option<Arc<str>>,
     /// Condition `ready`; unset means true.
     pub ready: bool,
     /// Condition `serving`; unset means true.
     pub serving: bool,
     /// Condition `terminating`; unset means false.
     pub terminating: bool,
-    /// Whom it is meant for; `None` where that is anybody, as it is for most.
-    pub hints: Option<Arc<Hints>>,
+    /// Where it is, and whom it is meant for; many endpoints share it.
+    pub topology: Option<Arc<Topology>>,
 }
 
 impl Endpoint {
@@ -296,24 +294,38 @@ impl Endpoint {
         self.ready || self.serving && self.terminating
     }
 
+    /// The node that it is on; without one it is never local.
+    pub fn node_name(&self) -> Option<&str> {
+        self.topology.as_ref()?.node_name.as_deref()
+    }
+
     /// The zones that it is meant for.
     pub fn zone_hints(&self) -> &[Arc<str>] {
-        self.hints.as_ref().map_or(&[], |hints| &hints.zones)
+        self.topology.as_ref().map_or(&[], |topology| &topology.zone_hints)
     }
 
     /// The nodes that it is meant for.
     pub fn node_hints(&self) -> &[Arc<str>] {
-        self.hints.as_ref().map_or(&[], |hints| &hints.nodes)
+        self.topology.as_ref().map_or(&[], |topology| &topology.node_hints)
     }
 }
 
-/// Whom an endpoint is meant for.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Hints {
-    /// `hints.forZones`.
-    pub zones: Vec<Arc<str>>,
+/// Where an endpoint is, and whom it is meant for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Topology {
+    /// `nodeName`.
+    pub node_name: Option<Arc<str>>,
+    /// `hints.forZones`; those of most endpoints are empty, which means anybody.
+    pub zone_hints: Vec<Arc<str>>,
     /// `hints.forNodes`.
-    pub nodes: Vec<Arc<str>>,
+    pub node_hints: Vec<Arc<str>>,
 }
 
-const _: () = assert!(size_of::<Endpoint>() <= 48, "a cluster has hundreds of thousands");
+impl Topology {
+    /// On a node, meant for anybody.
+    pub fn on(node_name: impl Into<Arc<str>>) -> Self {
+        Self { node_name: Some(node_name.into()), ..Self::default() }
+    }
+}
+
+const _: () = assert!(size_of::<Endpoint>() <= 32, "a cluster has hundreds of thousands");

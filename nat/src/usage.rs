@@ -83,9 +83,9 @@ fn of_family<'m, A: Address>(model: &'m Model, service: &'m ServicePort, all: &m
         Hints::Node(_) => Some(WhyNot::OtherNodes(endpoint.node_hints().to_vec())),
         Hints::Zone(_) | Hints::Ignored => Some(WhyNot::OtherZones(endpoint.zone_hints().to_vec())),
     };
-    let not_local = |one: &Candidate<'_, A>| match &one.endpoint.node_name {
+    let not_local = |one: &Candidate<'_, A>| match one.endpoint.node_name() {
         _ if one.local => None,
-        Some(node) => Some(WhyNot::NotHere(Arc::clone(node))),
+        Some(node) => Some(WhyNot::NotHere(node.into())),
         None => Some(WhyNot::NoNode),
     };
     all.extend(candidates.iter().map(|one| Usage {

@@ -12,8 +12,8 @@ use common::*;
 use ipnet::IpNet;
 use proptest::{collection::vec, prelude::*, sample::select};
 use weir_nat::{
-    Affinity, Compiler, Decision, Endpoint, Family, Hints, HostAddresses, Model, ServicePort, ServiceTable, Standing,
-    TrafficPolicy, usage,
+    Affinity, Compiler, Decision, Endpoint, Family, HostAddresses, Model, ServicePort, ServiceTable, Standing,
+    Topology, TrafficPolicy, usage,
 };
 use weir_packet::{DropReason, FlowKey, Ports, Protocol, Tick};
 
@@ -51,7 +51,7 @@ fn once<'a>(model: &'a Model, service: &'a ServicePort, family: IpAddr) -> Vec<&
                 (false, true, false) => 1,
                 (false, false, _) => 0,
             };
-            (condition, one.node_name.as_deref() == Some(&model.node_name))
+            (condition, one.node_name() == Some(&*model.node_name))
         };
         match once.iter_mut().find(|one| (one.address, one.port) == (endpoint.address, endpoint.port)) {
             Some(listed) if worth(endpoint) > worth(listed) => *listed = endpoint,
@@ -86,8 +86,7 @@ fn lists<'a>(model: &'a Model, service: &'a ServicePort, family: IpAddr) -> [Vec
             cluster.retain(|one| named(one.zone_hints(), zone));
         }
     }
-    let here: Vec<_> =
-        once.into_iter().filter(|one| one.node_name.as_deref() == Some(model.node_name.as_str())).collect();
+    let here: Vec<_> = once.into_iter().filter(|one| one.node_name() == Some(&*model.node_name)).collect();
     [cluster, or_terminating(&here).0]
 }
 
@@ -303,12 +302,12 @@ prop_compose! {
         node_name in select(vec![None, Some("node-a"), Some("node-b")]),
         (ready, serving, terminating) in
             (prop::bool::weighted(0.7), prop::bool::weighted(0.8), prop::bool::weighted(0.5)),
-        zones in names(&["zone-a", "zone-b"]),
-        nodes in names(&["node-a", "node-b"]),
+        zone_hints in names(&["zone-a", "zone-b"]),
+        node_hints in names(&["node-a", "node-b"]),
     ) -> Endpoint {
         let node_name = node_name.map(Into::into);
-        let hints = Some(Arc::new(Hints { zones, nodes }));
-        Endpoint { address, port, node_name, ready, serving, terminating, hints }
+        let topology = Some(Arc::new(Topology { node_name, zone_hints, node_hints }));
+        Endpoint { address, port, ready, serving, terminating, topology }
     }
 }
 

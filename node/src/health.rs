@@ -91,7 +91,7 @@ pub fn wanted(model: &Model) -> BTreeMap<SocketAddr, Check> {
             families[usize::from(cluster_ip.is_ipv6())].get_or_insert_default();
         }
         for endpoint in &port.endpoints {
-            let is_local = endpoint.node_name.as_deref() == Some(model.node_name.as_str());
+            let is_local = endpoint.node_name() == Some(&*model.node_name);
             if let Some(local) = &mut families[usize::from(endpoint.address.is_ipv6())]
                 && is_local
                 && endpoint.ready
@@ -309,7 +309,7 @@ async fn answer(stream: TcpStream, check: watch::Receiver<Check>) -> hyper::Resu
 mod tests {
     use std::io::{Read, Write};
 
-    use weir_nat::{Endpoint, ServicePort};
+    use weir_nat::{Endpoint, ServicePort, Topology};
 
     use super::*;
 
@@ -317,11 +317,10 @@ mod tests {
         Endpoint {
             address: address.parse().unwrap(),
             port: 8080,
-            node_name: Some(node.into()),
             ready,
             serving: true,
             terminating: !ready,
-            hints: None,
+            topology: Some(Arc::new(Topology::on(node))),
         }
     }
 

@@ -77,7 +77,7 @@ fn describe(model: &Model, service: &ServicePort, hits: &HashMap<BackendIdentity
             total += hits;
             json!({
                 "address": address_port(endpoint.address, endpoint.port),
-                "node": endpoint.node_name.as_deref(),
+                "node": endpoint.node_name(),
                 "cluster": cluster.is_none(),
                 "local": local.is_none(),
                 "notCluster": why(cluster),
@@ -190,7 +190,9 @@ fn node_or_dash(value: &Value) -> &str {
 
 #[cfg(test)]
 mod tests {
-    use weir_nat::Endpoint;
+    use std::sync::Arc;
+
+    use weir_nat::{Endpoint, Topology};
 
     use super::*;
 
@@ -215,11 +217,10 @@ mod tests {
         let endpoint = |address: &str, node: Option<&str>, (ready, serving, terminating)| Endpoint {
             address: address.parse().unwrap(),
             port: 8080,
-            node_name: node.map(Into::into),
             ready,
             serving,
             terminating,
-            hints: None,
+            topology: node.map(Topology::on).map(Arc::new),
         };
         let ready = (true, true, false);
         let service = ServicePort {

@@ -12,6 +12,8 @@ use std::{
 
 use hashbrown::{DefaultHashBuilder, HashSet, HashTable};
 
+use weir_nat::Topology;
+
 use super::meta::Name;
 
 /// What makes an object the same one in two versions of a manifest.
@@ -105,6 +107,7 @@ pub struct Names {
 #[derive(Debug, Default)]
 struct Known {
     names: HashSet<Name>,
+    topologies: HashSet<Arc<Topology>>,
     /// How many there were when they were looked through last.
     tidied: usize,
 }
@@ -123,12 +126,26 @@ impl Names {
         }
     }
 
+    /// The same of an endpoint's topology.
+    pub fn topology(&self, topology: Topology) -> Arc<Topology> {
+        let topologies = &mut self.known.lock().unwrap_or_else(PoisonError::into_inner).topologies;
+        match topologies.get(&topology) {
+            Some(known) => Arc::clone(known),
+            None => {
+                let topology = Arc::new(topology);
+                topologies.insert(Arc::clone(&topology));
+                topology
+            }
+        }
+    }
+
     /// Forgets what nobody else holds, now and then: when there are half as many again as were left the last time.
     pub fn tidy(&self) {
-        let Known { names, tidied } = &mut *self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if names.len() > *tidied + *tidied / 2 {
+        let Known { names, topologies, tidied } = &mut *self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if names.len() + topologies.len() > *tidied + *tidied / 2 {
+            topologies.retain(|topology| Arc::strong_count(topology) > 1);
             names.retain(|name| Arc::strong_count(name) > 1);
-            *tidied = names.len();
+            *tidied = names.len() + topologies.len();
         }
     }
 }

@@ -6,9 +6,9 @@
 use std::{borrow::Cow, collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use serde::{Deserialize, Deserializer};
-use weir_nat::Hints;
+use weir_nat::Topology;
 
-use super::meta::{Metadata, maybe_name, name, names};
+use super::meta::{self, Metadata, maybe_name, name, names};
 use crate::text::address::parse_ip;
 
 pub use super::meta::{Labels, MIRRORED_UID, Name};
@@ -464,19 +464,24 @@ fn service_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Nam
 pub struct SliceEndpoint {
     /// Its addresses.
     pub addresses: Addresses,
-    /// The node that it is on.
-    pub node_name: Option<Name>,
     /// Condition `ready`.
     pub ready: Option<bool>,
     /// Condition `serving`.
     pub serving: Option<bool>,
     /// Condition `terminating`.
     pub terminating: Option<bool>,
-    /// Whom it is meant for.
-    pub hints: Option<Arc<Hints>>,
+    /// Where it is, and whom it is meant for.
+    pub topology: Option<Arc<Topology>>,
 }
 
-fn hints<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Arc<Hints>>, D::Error> {
+impl SliceEndpoint {
+    /// The node that it is on.
+    pub fn node_name(&self) -> Option<&str> {
+        self.topology.as_ref()?.node_name.as_deref()
+    }
+}
+
+fn hints<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[Vec<Name>; 2], D::Error> {
     #[derive(Default, Deserialize)]
     #[serde(rename_all = "camelCase", default)]
     struct EndpointHints {
@@ -490,9 +495,7 @@ fn hints<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Arc<Hints>
         name: Name,
     }
     let EndpointHints { for_zones, for_nodes } = Option::deserialize(deserializer)?.unwrap_or_default();
-    let [zones, nodes] =
-        [for_zones, for_nodes].map(|hints| hints.into_iter().flatten().map(|hint| hint.name).collect::<Vec<_>>());
-    Ok((!zones.is_empty() || !nodes.is_empty()).then(|| Arc::new(Hints { zones, nodes })))
+    Ok([for_zones, for_nodes].map(|hints| hints.into_iter().flatten().map(|hint| hint.name).collect()))
 }
 
 /// An endpoint as it is written.
@@ -501,8 +504,9 @@ fn hints<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Arc<Hints>
 struct Endpoint {
     addresses: Addresses,
     conditions: EndpointConditions,
+    /// Zones and nodes.
     #[serde(deserialize_with = "hints")]
-    hints: Option<Arc<Hints>>,
+    hints: [Vec<Name>; 2],
     #[serde(deserialize_with = "maybe_name")]
     node_name: Option<Name>,
 }
@@ -517,9 +521,11 @@ struct EndpointConditions {
 
 impl From<Endpoint> for SliceEndpoint {
     fn from(written: Endpoint) -> Self {
-        let Endpoint { addresses, conditions, hints, node_name } = written;
+        let Endpoint { addresses, conditions, hints: [zone_hints, node_hints], node_name } = written;
         let EndpointConditions { ready, serving, terminating } = conditions;
-        Self { addresses, node_name, ready, serving, terminating, hints }
+        let topology = Topology { node_name, zone_hints, node_hints };
+        let topology = (topology != Topology::default()).then(|| meta::shared_topology(topology));
+        Self { addresses, ready, serving, terminating, topology }
     }
 }
 

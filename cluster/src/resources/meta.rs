@@ -7,6 +7,8 @@ use serde::{
     de::{Error, MapAccess, Visitor},
 };
 
+use weir_nat::Topology;
+
 use super::identity::Names;
 
 /// A text that may be held by many.
@@ -28,6 +30,14 @@ pub fn sharing<R>(names: &Names, read: impl FnOnce() -> R) -> R {
 /// The text as it is held, see [`sharing`].
 fn shared(text: &str) -> Name {
     NAMES.with_borrow(|names| names.as_ref().map_or_else(|| text.into(), |names| names.of(text)))
+}
+
+/// The topology as it is held, see [`sharing`].
+pub(super) fn shared_topology(topology: Topology) -> Arc<Topology> {
+    NAMES.with_borrow(|names| match names {
+        Some(names) => names.topology(topology),
+        None => Arc::new(topology),
+    })
 }
 
 /// A text that is held once, see [`sharing`].

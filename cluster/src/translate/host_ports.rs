@@ -11,7 +11,7 @@ use std::{
 };
 
 use weir_dataplane::{forwarding::local_workloads, model::Cluster};
-use weir_nat::{Endpoint, HostAddresses, Model, ServicePort};
+use weir_nat::{Endpoint, HostAddresses, Model, ServicePort, Topology};
 use weir_packet::Protocol;
 
 use super::{Loaded, LocalPods, cluster::is_workload, services::port_number};
@@ -357,11 +357,10 @@ fn endpoint(address: IpAddr, port: u16, config: &RouterConfig) -> Endpoint {
     Endpoint {
         address,
         port,
-        node_name: Some(config.node_name.as_str().into()),
         ready: true,
         serving: true,
         terminating: false,
-        hints: None,
+        topology: Some(Arc::new(Topology::on(config.node_name.as_str()))),
     }
 }
 

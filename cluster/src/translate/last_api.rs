@@ -8,7 +8,7 @@
 use std::{net::IpAddr, path::Path, sync::Arc};
 
 use serde::{Deserialize, Serialize};
-use weir_nat::{Endpoint, Model, ServicePort};
+use weir_nat::{Endpoint, Model, ServicePort, Topology};
 use weir_packet::Protocol;
 
 use super::impossible::is_usable;
@@ -150,18 +150,17 @@ impl LastApi {
 
 impl Backend {
     fn of(endpoint: &Endpoint) -> Self {
-        Self { address: endpoint.address, port: endpoint.port, node: endpoint.node_name.as_deref().map(str::to_owned) }
+        Self { address: endpoint.address, port: endpoint.port, node: endpoint.node_name().map(str::to_owned) }
     }
 
     fn endpoint(&self) -> Endpoint {
         Endpoint {
             address: self.address,
             port: self.port,
-            node_name: self.node.as_deref().map(Into::into),
             ready: true,
             serving: true,
             terminating: false,
-            hints: None,
+            topology: self.node.as_deref().map(Topology::on).map(Arc::new),
         }
     }
 }

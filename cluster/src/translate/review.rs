@@ -295,7 +295,7 @@ fn nodes_and_namespaces(manifests: &Manifests, problems: &mut Problems) {
         let mut seen = HashSet::new();
         let mut report = object.reporter(problems);
         for (index, endpoint) in object.value.endpoints.iter().enumerate() {
-            if let Some(name) = endpoint.node_name.as_deref().filter(|name| seen.insert(*name)) {
+            if let Some(name) = endpoint.node_name().filter(|name| seen.insert(*name)) {
                 let at = object.at().key("endpoints").item(index).key("nodeName");
                 check_node(name, &format!("endpoints[{index}].nodeName"), at, &mut report);
             }

@@ -443,8 +443,7 @@ fn slice(object: &Object<EndpointSlice>, problems: &mut Problems) -> Option<Slic
 /// Keeps each address and port once: its most usable listing (ready, then serving and terminating), of those one on this node, of those the
 /// first. A pod that got the address of one that is stuck while it terminates is so not hidden by it.
 fn each_once(endpoints: &mut Vec<Endpoint>, node_name: &str) {
-    let worth =
-        |endpoint: &Endpoint| (endpoint.ready, endpoint.is_usable(), endpoint.node_name.as_deref() == Some(node_name));
+    let worth = |endpoint: &Endpoint| (endpoint.ready, endpoint.is_usable(), endpoint.node_name() == Some(node_name));
     let mut places: HashMap<(IpAddr, u16), usize> = HashMap::with_capacity(endpoints.len());
     let mut unique: Vec<Endpoint> = Vec::with_capacity(endpoints.len());
     for endpoint in endpoints.drain(..) {
@@ -489,11 +488,10 @@ fn model_endpoint(address: IpAddr, port: u16, endpoint: &SliceEndpoint) -> Endpo
     Endpoint {
         address,
         port,
-        node_name: endpoint.node_name.clone(),
         ready,
         serving: endpoint.serving.unwrap_or(true),
         terminating: endpoint.terminating.unwrap_or(false),
-        hints: endpoint.hints.clone(),
+        topology: endpoint.topology.clone(),
     }
 }
 

@@ -762,7 +762,7 @@ fn a_service_becomes_its_ports() {
         let fact = |e: &weir_nat::Endpoint| {
             let flags = (e.ready, e.serving, e.terminating);
             let [zones, nodes] = [e.zone_hints(), e.node_hints()];
-            format!("{}:{} {:?} {flags:?} {zones:?}{nodes:?}", e.address, e.port, e.node_name)
+            format!("{}:{} {:?} {flags:?} {zones:?}{nodes:?}", e.address, e.port, e.node_name())
         };
         port.endpoints.iter().map(fact).collect()
     };

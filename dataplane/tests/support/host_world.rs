@@ -192,11 +192,10 @@ fn services() -> ServiceTable {
         let endpoint = |address| weir_nat::Endpoint {
             address,
             port: *target,
-            node_name: None,
             ready: true,
             serving: true,
             terminating: false,
-            hints: None,
+            topology: None,
         };
         let is_vip = front.contains(&VIP);
         // A service with a node port has a cluster IP too; to this one nobody sends.

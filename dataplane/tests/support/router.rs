@@ -119,11 +119,10 @@ pub fn service(
             .map(|address| weir_nat::Endpoint {
                 address: ip(address),
                 port: 5353,
-                node_name: None,
                 ready: true,
                 serving: true,
                 terminating: false,
-                hints: None,
+                topology: None,
             })
             .collect(),
         ..weir_nat::ServicePort::default()

@@ -10,7 +10,7 @@ use std::{
 
 use ipnet::{IpNet, Ipv6Net};
 use weir_nat::{
-    Affinity, Backend, Decision, Endpoint, Family, Hints, HostAddresses, Model, ServicePort, ServiceTable,
+    Affinity, Backend, Decision, Endpoint, Family, HostAddresses, Model, ServicePort, ServiceTable, Topology,
     TrafficPolicy,
 };
 use weir_packet::{DropReason, FlowKey, Ports, Protocol, Tick};
@@ -150,11 +150,10 @@ pub fn on(node: &str, address: &str) -> Endpoint {
     Endpoint {
         address: address.parse().expect("an address"),
         port: 8080,
-        node_name: (!node.is_empty()).then(|| node.into()),
         ready: true,
         serving: true,
         terminating: false,
-        hints: None,
+        topology: (!node.is_empty()).then(|| Arc::new(Topology::on(node))),
     }
 }
 
@@ -167,19 +166,19 @@ pub fn unready(endpoint: Endpoint) -> Endpoint {
 }
 
 pub fn zones(endpoint: Endpoint, zones: &[&str]) -> Endpoint {
-    hinted(endpoint, |hints| hints.zones = names(zones))
+    hinted(endpoint, |topology| topology.zone_hints = names(zones))
 }
 
 pub fn nodes(endpoint: Endpoint, nodes: &[&str]) -> Endpoint {
-    hinted(endpoint, |hints| hints.nodes = names(nodes))
+    hinted(endpoint, |topology| topology.node_hints = names(nodes))
 }
 
 pub fn names(names: &[&str]) -> Vec<Arc<str>> {
     names.iter().copied().map(Arc::from).collect()
 }
 
-fn hinted(mut endpoint: Endpoint, change: impl FnOnce(&mut Hints)) -> Endpoint {
-    change(Arc::make_mut(endpoint.hints.get_or_insert_default()));
+fn hinted(mut endpoint: Endpoint, change: impl FnOnce(&mut Topology)) -> Endpoint {
+    change(Arc::make_mut(endpoint.topology.get_or_insert_default()));
     endpoint
 }
 

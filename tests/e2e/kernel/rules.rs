@@ -19,7 +19,7 @@ const MASQUERADE: &str = "0x4000";
 /// keep for this node, or else for its zone.
 fn backends(model: &Model, service: &ServicePort, policy: TrafficPolicy) -> Vec<(IpAddr, u16)> {
     let is_cluster = policy == TrafficPolicy::Cluster;
-    let is_local = |one: &Endpoint| one.node_name.as_deref() == Some(model.node_name.as_str());
+    let is_local = |one: &Endpoint| one.node_name() == Some(&*model.node_name);
     let listed = || service.endpoints.iter().filter(|one| is_cluster || is_local(one));
     let mut picked: Vec<&Endpoint> = listed().filter(|one| one.ready).collect();
     if picked.is_empty() {

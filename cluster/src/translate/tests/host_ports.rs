@@ -33,7 +33,7 @@ fn host_ports(loaded: &Loaded) -> Vec<(String, String, u16, HostAddresses, Vec<S
         let on = port.host_port?;
         let backends = port.endpoints.iter().map(|one| format!("{} {}", one.address, one.port)).collect();
         assert!(port.cluster_ips.is_empty() && port.endpoints.iter().all(|one| one.ready && one.serving));
-        assert!(port.endpoints.iter().all(|one| one.node_name.as_deref() == Some("node-a")));
+        assert!(port.endpoints.iter().all(|one| one.node_name() == Some("node-a")));
         Some((port.name.clone(), port.protocol.to_string(), port.port, on, backends))
     });
     host_ports.collect()

@@ -42,7 +42,7 @@ fn an_address_that_is_listed_twice_has_its_most_usable_listing() {
             listings.iter().enumerate().map(|(at, listing)| slice(&format!("s{at}"), listing)).collect();
         for loaded in [one, loaded(WEIR, &api(&several.concat()))] {
             assert_eq!(endpoints(&loaded), [expected], "{listings:?}");
-            assert_eq!(loaded.services.services[0].endpoints[0].node_name.as_deref(), Some(node), "{listings:?}");
+            assert_eq!(loaded.services.services[0].endpoints[0].node_name(), Some(node), "{listings:?}");
         }
     }
 }
