@@ -97,8 +97,9 @@ fn a_log_that_takes_no_line_ends_no_router() {
     site.serve("default/server", &[80]);
     let command = format!("exec {} run -c {config} 2>/dev/full", crate::site::weir_binary().display());
     let mut router = site.lab.spawn("node-a", "weir-without-log", &["sh", "-c", &command]).unwrap();
+    // Before it runs, nobody tells the client its gateway's MAC address, and the client gives up.
+    wait_until("its status", DEADLINE, || site.lab.weir("node-a", &["status", "-c", &config]).ok()).unwrap();
     site.answered("default/client", "http://10.1.1.20/");
-    site.lab.weir("node-a", &["status", "-c", &config]).unwrap();
     assert!(router.is_running());
     router.signal(Signal::SIGTERM);
     assert!(router.wait(DEADLINE).unwrap().success());
