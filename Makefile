@@ -8,8 +8,8 @@ PROPERTY_ROUNDS ?= 20
 PERF_ROUNDS ?= 5
 PERF_SECONDS ?= 1
 FUZZ_SANITIZER ?= none
-# Tests that run at once. The end-to-end ones wait most of the time, each in namespaces of its own: 4 takes a third of the time.
-TEST_THREADS ?= 1
+# Tests that run at once. The end-to-end ones wait most of the time, each in namespaces of its own: two are dependable beside four busy loops (make test-loaded).
+TEST_THREADS ?= 2
 # Tests of flow offload itself test nothing where it is off: the summary of such a run counts them as filtered out.
 WITHOUT_OFFLOAD = --skip offload_only
 CNI_FOLDER = $(or $(CARGO_TARGET_DIR),target)/cni

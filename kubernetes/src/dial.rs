@@ -153,11 +153,17 @@ impl Dial {
         Ok((index, client.clone().expect("it was made")))
     }
 
-    /// Asks; what is answered begins at most [`ANSWER`] later.
+    /// Asks for what comes bit by bit; it begins at most [`ANSWER`] later.
     ///
     /// # Errors
     /// Where nobody answers, or the server refuses.
-    pub async fn get(&self, path: &str) -> Result<Response<Body>, Failure> {
+    pub async fn stream(&self, path: &str) -> Result<Response<Body>, Failure> {
+        // Whoever compresses it would hold back what has happened until there is more of it.
+        self.get(path, Some("identity")).await
+    }
+
+    /// `encoding`: the one that the answer is to have; `None` where it may be compressed.
+    async fn get(&self, path: &str, encoding: Option<&str>) -> Result<Response<Body>, Failure> {
         let (index, client) = self.client()?;
         let address = self.address();
         let unreachable = |why: String| {
@@ -167,8 +173,11 @@ impl Dial {
             }
             Failure::Unreachable { address: address.clone(), why }
         };
-        let request = Request::get(path).header("accept", "application/json").body(Body::empty());
-        let request = request.map_err(|error| Failure::Config(error.to_string()))?;
+        let mut request = Request::get(path).header("accept", "application/json");
+        if let Some(encoding) = encoding {
+            request = request.header("accept-encoding", encoding);
+        }
+        let request = request.body(Body::empty()).map_err(|error| Failure::Config(error.to_string()))?;
         let response = match timeout(ANSWER, client.send(request)).await {
             Err(_) => return Err(unreachable(format!("no answer within {} s", ANSWER.as_secs()))),
             Ok(Err(error)) => return Err(unreachable(in_full(&error))),
@@ -188,12 +197,12 @@ impl Dial {
         Err(Failure::Refused { path, status })
     }
 
-    /// A whole answer.
+    /// A whole answer. The server may compress it, as it does with long lists.
     ///
     /// # Errors
-    /// As [`Dial::get`], and where it is too long.
+    /// As [`Dial::stream`], and where it is too long.
     pub async fn text(&self, path: &str) -> Result<String, Failure> {
-        let body = collect(self.get(path).await?.into_body(), MAX_BYTES).await?;
+        let body = collect(self.get(path, None).await?.into_body(), MAX_BYTES).await?;
         String::from_utf8(body).map_err(|_| Failure::Nonsense("it is no UTF-8".to_owned()))
     }
 }

@@ -298,7 +298,7 @@ impl Watched {
             Some(_) => return Ok(Ended::Expired),
             None => more += "&sendInitialEvents=true&resourceVersionMatch=NotOlderThan",
         }
-        let response = match shared.dial.get(&self.query(way, &more)).await {
+        let response = match shared.dial.stream(&self.query(way, &more)).await {
             Err(failure) if failure.code() == 410 => return Ok(Ended::Expired),
             other => other?,
         };

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     path::PathBuf,
     sync::{Arc, Condvar, Mutex},
@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use flate2::{Compression, read::GzEncoder};
 use serde_json::{Value, json};
 use weir_cluster::resources::{Identities, Manifests};
 use weir_kubernetes::{Access, Source};
@@ -98,9 +99,11 @@ impl Server {
             if reader.read_line(&mut first)? == 0 {
                 return Ok(());
             }
+            let mut may_compress = false;
             loop {
                 let mut line = String::new();
                 reader.read_line(&mut line)?;
+                may_compress |= line.to_lowercase().starts_with("accept-encoding: gzip");
                 if line.trim().is_empty() {
                     break;
                 }
@@ -110,6 +113,7 @@ impl Server {
             let given: BTreeMap<&str, &str> = query.split('&').filter_map(|pair| pair.split_once('=')).collect();
             self.world.0.lock().unwrap().asked.push(target.clone());
             if given.contains_key("watch") {
+                assert!(!may_compress, "a watch may not be held back");
                 return self.watch(&mut out, path, &given);
             }
             let world = self.world.0.lock().unwrap();
@@ -139,12 +143,15 @@ impl Server {
                 }
             };
             drop(world);
-            let body = body.to_string();
+            assert!(may_compress, "lists are long");
+            let (body, mut bytes) = (body.to_string(), Vec::new());
+            GzEncoder::new(body.as_bytes(), Compression::fast()).read_to_end(&mut bytes)?;
             write!(
                 out,
-                "HTTP/1.1 {code} X\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-                body.len()
+                "HTTP/1.1 {code} X\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\nContent-Length: {}\r\n\r\n",
+                bytes.len()
             )?;
+            out.write_all(&bytes)?;
         }
     }
 
