@@ -9,8 +9,9 @@ use weir_packet::Tick;
 
 use crate::frame::{IfIndex, Packet};
 
-/// Packets that may wait for one next hop.
-const PER_NEXT_HOP: usize = 16;
+/// Packets that may wait for one next hop: more than the 45 fragments of a datagram of 64 KiB (the kernel holds 212,992 bytes, some 100
+/// packets; net.ipv4.neigh.*.unres_qlen_bytes).
+const PER_NEXT_HOP: usize = 64;
 /// Packets that may wait in all, per worker.
 const CAPACITY: usize = 256;
 /// How long a packet waits: 3 s, as long as the kernel tries (three solicitations, one second apart; net.ipv4.neigh.*.mcast_solicit).
