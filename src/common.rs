@@ -65,7 +65,7 @@ impl Cluster {
                 (access_of(&kubernetes), false)
             }
         };
-        let source = Source::start(access, loader.identities(), Duration::ZERO, None)?;
+        let source = Source::start(access, loader.identities(), Duration::ZERO, None, None)?;
         let objects = source.wait(PATIENCE).map_err(|why| format!("the cluster's objects are not to be had: {why}"))?;
         if is_asked {
             loader.set_only_live(objects)

@@ -234,7 +234,8 @@ impl Node {
         );
         std::fs::write(&path, text).unwrap();
         let kept = Some(folder.path().join("kept"));
-        let source = Source::start(Access::Kubeconfig(path), &Identities::default(), Duration::ZERO, kept).unwrap();
+        let source =
+            Source::start(Access::Kubeconfig(path), &Identities::default(), Duration::ZERO, kept, None).unwrap();
         Self { source, folder }
     }
 
