@@ -167,9 +167,10 @@ pub async fn run(speaker: Arc<Speaker>, shared: Rc<Shared>) {
         }
         let mut next = due;
         if reporter.owns() {
-            match reporter.say(&faults).await {
+            let outcome = reporter.say(&faults).await;
+            speaker.wishes().owes_ends = !reporter.said.is_empty();
+            match outcome {
                 Ok(is_all) => {
-                    speaker.wishes().is_settled = is_all && (!faults.is_empty() || reporter.said.is_empty());
                     if is_all && faults.is_empty() {
                         // Nothing is left to say: others need not look any more either.
                         super::lease::release(&speaker, &reporter.shared.dial).await;
@@ -179,7 +180,6 @@ pub async fn run(speaker: Arc<Speaker>, shared: Rc<Shared>) {
                     }
                 }
                 Err(failure) => {
-                    speaker.wishes().is_settled = false;
                     speaker.wishes().fault.hear::<()>(&Err(failure));
                     pause = longer(pause);
                     next = next.min(Instant::now() + jittered(pause));

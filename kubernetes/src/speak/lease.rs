@@ -121,16 +121,20 @@ fn won(outcome: Result<String, Failure>, told: impl FnOnce()) -> Result<Held, Fa
 pub async fn release(speaker: &Speaker, dial: &Dial) {
     let settings = &speaker.settings;
     let one = format!("{}/{NAME}", collection(&settings.lease_namespace));
-    let work = async {
-        let mut object: Value = serde_json::from_str(&dial.text(&one).await.ok()?).ok()?;
-        if object["spec"]["holderIdentity"] == settings.node {
-            object["spec"]["holderIdentity"] = json!("");
-            object["spec"]["leaseDurationSeconds"] = json!(1);
-            dial.write(Method::PUT, &one, JSON, object.to_string()).await.ok()?;
+    let give_back = async || {
+        let mut object: Value = serde_json::from_str(&dial.text(&one).await?).unwrap_or_default();
+        if object["spec"]["holderIdentity"] != settings.node {
+            return Ok(String::new());
         }
-        Some(())
+        object["spec"]["holderIdentity"] = json!("");
+        object["spec"]["leaseDurationSeconds"] = json!(1);
+        dial.write(Method::PUT, &one, JSON, object.to_string()).await
     };
-    if let Ok(Some(())) = timeout(RELEASE, work).await {
+    let work = async {
+        // A renewal that was under way may have been first.
+        while give_back().await.is_err_and(|failure| failure.code() == 409) {}
+    };
+    if timeout(RELEASE, work).await.is_ok() {
         speaker.wishes().holder = None;
     }
 }

@@ -25,7 +25,10 @@ use std::{
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
-use tokio::{sync::Notify, task::spawn_local};
+use tokio::{
+    sync::Notify,
+    task::{AbortHandle, spawn_local},
+};
 use weir_cluster::resources::meta::Name;
 
 pub use self::{faults::Fault, pods::PodAddresses};
@@ -101,8 +104,9 @@ struct Wishes {
     fault: Told,
     /// Who has the lease, as far as this node knows.
     holder: Option<String>,
-    /// Whether who has the lease next need know nothing of this node.
-    is_settled: bool,
+    /// Whether it is to be said of some objects that their fault is over.
+    owes_ends: bool,
+    tasks: Vec<AbortHandle>,
 }
 
 /// Says things to an API server. Nothing here waits for it.
@@ -195,17 +199,22 @@ impl Speaker {
 
     /// Begins to say what is wished.
     pub(crate) fn begin(self: &Arc<Self>, shared: &Rc<Shared>) {
-        for _ in 0..pods::AT_ONCE {
-            spawn_local(pods::run(Arc::clone(self), Rc::clone(shared)));
-        }
-        spawn_local(node::run(Arc::clone(self), Rc::clone(shared)));
-        spawn_local(faults::run(Arc::clone(self), Rc::clone(shared)));
+        let of_pods = (0..pods::AT_ONCE).map(|_| spawn_local(pods::run(Arc::clone(self), Rc::clone(shared))));
+        let mut tasks: Vec<_> = of_pods.map(|task| task.abort_handle()).collect();
+        tasks.push(spawn_local(node::run(Arc::clone(self), Rc::clone(shared))).abort_handle());
+        tasks.push(spawn_local(faults::run(Arc::clone(self), Rc::clone(shared))).abort_handle());
+        self.wishes().tasks = tasks;
     }
 
     /// Gives back what this node alone has.
     pub(crate) async fn end(&self, shared: &Shared) {
-        // Else who has no fault any more would not look for what is left to be said: the lease has to run out.
-        if self.has_lease() && self.wishes().is_settled {
+        std::mem::take(&mut self.wishes().tasks).iter().for_each(AbortHandle::abort);
+        // Whoever has no fault any more takes no lease that was given back, but one that runs out, and looks for what is left to be said.
+        let is_settled = {
+            let wishes = self.wishes();
+            !wishes.faults.is_empty() || !wishes.owes_ends
+        };
+        if self.has_lease() && is_settled {
             lease::release(self, &shared.dial).await;
         }
     }

@@ -21,7 +21,7 @@ const STRATEGIC: &str = "application/strategic-merge-patch+json";
 /// How often it is looked for the taint without an occasion: a Node that is made anew has it again.
 const LOOK: Duration = Duration::from_secs(600);
 /// How long a written condition has to come back by the watch before it is written again.
-const COMES_BACK: Duration = Duration::from_secs(10);
+const COMES_BACK: Duration = Duration::from_secs(5);
 
 /// One of the two things, as it goes.
 #[derive(Default)]
