@@ -282,6 +282,7 @@ fn node(server: &Server, name: &str, taint: Option<&str>, lease: Duration) -> (S
         startup_taint: taint.map(str::to_owned),
         lease_namespace: "kube-system".to_owned(),
         lease,
+        refusals: Duration::ZERO,
     };
     let access = Access::Kubeconfig(path);
     let source = Source::start(access, &Identities::default(), Duration::ZERO, None, Some(settings)).unwrap();

@@ -20,7 +20,7 @@ use tokio::time::sleep;
 use weir_cluster::resources::{ObjectId, Substitute};
 
 use super::{
-    FORBIDDEN, JSON, MERGE, Speaker, find, jittered,
+    FORBIDDEN, JSON, MERGE, Refused, Speaker, code_of, find, jittered,
     lease::{Held, Lease},
     longer, now, now_in_micros,
 };
@@ -114,7 +114,9 @@ struct Reporter {
     has_looked: bool,
     said: BTreeMap<ObjectId, Said>,
     budget: Budget,
-    /// Until when events are forbidden, and conditions.
+    /// Of events, and of conditions.
+    refused: [Refused; 2],
+    /// Until when they are forbidden.
     forbidden: [Option<Instant>; 2],
 }
 
@@ -132,10 +134,11 @@ pub async fn run(speaker: Arc<Speaker>, shared: Rc<Shared>) {
         has_looked: false,
         said: BTreeMap::new(),
         budget,
+        refused: Default::default(),
         forbidden: [None; 2],
     };
     let lease = speaker.settings.lease;
-    let (mut is_candidate, mut pause) = (false, Duration::ZERO);
+    let (mut is_candidate, mut pause, mut refused) = (false, Duration::ZERO, Refused::default());
     let mut due = Instant::now();
     loop {
         let faults = Arc::clone(&speaker.wishes().faults);
@@ -144,6 +147,7 @@ pub async fn run(speaker: Arc<Speaker>, shared: Rc<Shared>) {
             let wants = !faults.is_empty() || !reporter.said.is_empty();
             let outcome = reporter.lease.hold(&speaker, &reporter.shared.dial, wants).await;
             let begin = Instant::now();
+            let is_forbidden = refused.hear(code_of(&outcome), &speaker.settings, begin);
             reporter.own_until = matches!(outcome, Ok(Held::Own)).then(|| begin + lease.mul_f64(2.0 / 3.0));
             reporter.has_looked &= reporter.own_until.is_some();
             due = begin
@@ -154,7 +158,7 @@ pub async fn run(speaker: Arc<Speaker>, shared: Rc<Shared>) {
                         is_candidate = wants;
                         lease / 3
                     }
-                    Err(failure) if failure.code() == 403 => FORBIDDEN,
+                    Err(_) if is_forbidden => FORBIDDEN,
                     Err(_) => {
                         pause = longer(pause);
                         jittered(pause)
@@ -273,9 +277,10 @@ impl Reporter {
     /// What is written well, is forbidden, or can never be written, is done.
     fn settle(&mut self, what: usize, outcome: Result<String, Failure>) -> Result<(), Failure> {
         self.speaker.wishes().fault.hear(&outcome);
+        let is_forbidden = self.refused[what].hear(code_of(&outcome), &self.speaker.settings, Instant::now());
         match outcome {
             Ok(_) => Ok(()),
-            Err(failure) if failure.code() == 403 => {
+            Err(_) if is_forbidden => {
                 self.forbidden[what] = Some(Instant::now() + FORBIDDEN);
                 Ok(())
             }

@@ -9,7 +9,8 @@
 //! network of the own node is there ([`node`]), and what is at fault ([`faults`]), which one node says for all by a lease ([`lease`]).
 //!
 //! *What fails* is tried again, from 0.8 s to 30 s later, unless the server says that it never will be so: the object is gone or is another's, which ends a
-//! wish well. Who may not write (403) is told so once, and says nothing more of that sort for [`FORBIDDEN`]. None of it holds up what is read.
+//! wish well. Who may not write (403) is told so, and says nothing more of that sort for [`FORBIDDEN`]; but only where that goes on for a while, as a server that
+//! has just started refuses everybody until it knows its roles. None of it holds up what is read.
 
 mod faults;
 mod lease;
@@ -56,6 +57,8 @@ pub struct Settings {
     pub lease_namespace: String,
     /// For how long a node has the lease after it was last heard of. It is renewed every third of that.
     pub lease: Duration,
+    /// For how long a server has to go on refusing (403) before it is believed.
+    pub refusals: Duration,
 }
 
 impl Settings {
@@ -67,6 +70,7 @@ impl Settings {
             startup_taint: kubernetes.startup_taint.clone(),
             lease_namespace: kubernetes.lease_namespace.clone(),
             lease: Duration::from_secs(60),
+            refusals: Duration::from_secs(30),
         })
     }
 }
@@ -87,6 +91,31 @@ impl Told {
             Err(failure) => self.problem = Some(failure.to_string()),
         }
     }
+}
+
+/// Since when a server refuses to have something written, as it is not allowed.
+#[derive(Default)]
+struct Refused {
+    since: Option<Instant>,
+}
+
+impl Refused {
+    /// What was answered; whether it is to be believed that it is forbidden.
+    fn hear(&mut self, code: u16, settings: &Settings, now: Instant) -> bool {
+        match code {
+            403 => now.saturating_duration_since(*self.since.get_or_insert(now)) >= settings.refusals,
+            200 => {
+                self.since = None;
+                false
+            }
+            _ => false,
+        }
+    }
+}
+
+/// HTTP's code of an outcome; 0 where there is none.
+fn code_of<T>(outcome: &Result<T, Failure>) -> u16 {
+    outcome.as_ref().err().map_or(200, Failure::code)
 }
 
 /// What there is to say.

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::time::sleep;
 use weir_cluster::resources::{kubernetes::NETWORK_UNAVAILABLE, meta::Name};
 
-use super::{FORBIDDEN, MERGE, Settings, Speaker, find, jittered, longer, now};
+use super::{FORBIDDEN, MERGE, Refused, Settings, Speaker, code_of, find, jittered, longer, now};
 use crate::{
     dial::{Dial, Failure},
     watch::Shared,
@@ -29,6 +29,7 @@ struct Step {
     pause: Duration,
     /// Not before.
     due: Option<Instant>,
+    refused: Refused,
 }
 
 impl Step {
@@ -36,11 +37,12 @@ impl Step {
         self.due.is_none_or(|due| due <= now)
     }
 
-    fn heard(&mut self, outcome: &Result<(), Failure>, rest: Duration, now: Instant) {
+    fn heard(&mut self, outcome: &Result<(), Failure>, rest: Duration, settings: &Settings, now: Instant) {
         self.pause = if outcome.is_ok() { Duration::ZERO } else { longer(self.pause) };
+        let is_forbidden = self.refused.hear(code_of(outcome), settings, now);
         let wait = match outcome {
             Ok(()) => rest,
-            Err(failure) if failure.code() == 403 => FORBIDDEN,
+            Err(_) if is_forbidden => FORBIDDEN,
             Err(_) => self.pause,
         };
         self.due = Some(now + jittered(wait));
@@ -69,7 +71,7 @@ pub async fn run(speaker: Arc<Speaker>, shared: Rc<Shared>) {
                 condition.due = condition.due.filter(|due| *due > begin);
             } else if condition.is_due(begin) {
                 let outcome = say_it_is_there(&shared.dial, settings).await;
-                condition.heard(&outcome, COMES_BACK, Instant::now());
+                condition.heard(&outcome, COMES_BACK, settings, Instant::now());
                 speaker.wishes().node.hear(&outcome);
             }
             if let Some(key) = settings.startup_taint.as_ref().filter(|_| taint.is_due(begin)) {
@@ -77,7 +79,7 @@ pub async fn run(speaker: Arc<Speaker>, shared: Rc<Shared>) {
                 if !matches!(outcome, Ok(false)) {
                     speaker.wishes().node.hear(&outcome);
                 }
-                taint.heard(&outcome.map(drop), LOOK, Instant::now());
+                taint.heard(&outcome.map(drop), LOOK, settings, Instant::now());
             }
         }
         let due = [condition.due, taint.due].into_iter().flatten().filter(|due| *due > begin).min();

@@ -19,7 +19,7 @@ use serde_json::json;
 use tokio::time::sleep;
 use weir_cluster::resources::kubernetes::{POD_IP, POD_IPS};
 
-use super::{BACKOFF, FORBIDDEN, JSON_PATCH, MERGE, Speaker, Told, jittered, longer};
+use super::{BACKOFF, FORBIDDEN, JSON_PATCH, MERGE, Refused, Settings, Speaker, Told, code_of, jittered, longer};
 use crate::{
     dial::{Dial, Failure},
     watch::Shared,
@@ -77,6 +77,7 @@ struct Wish {
 pub struct Wishes {
     by_uid: BTreeMap<String, Wish>,
     numbers: u64,
+    refused: Refused,
     /// Until when nothing is said, as it is forbidden.
     forbidden: Option<Instant>,
     /// Whether what was tried last failed, so that nobody should wait.
@@ -127,10 +128,11 @@ impl Wishes {
     }
 
     /// What became of it.
-    fn heard(&mut self, uid: &str, number: u64, outcome: &Result<String, Failure>, now: Instant) {
+    fn heard(&mut self, uid: &str, number: u64, outcome: &Result<String, Failure>, settings: &Settings, now: Instant) {
+        let code = code_of(outcome);
+        let is_forbidden = self.refused.hear(code, settings, now);
         let Some(wish) = self.by_uid.get_mut(uid) else { return };
         wish.is_written = false;
-        let code = outcome.as_ref().err().map_or(200, Failure::code);
         if wish.number != number {
             // It is another's by now, and due.
             self.fails = outcome.is_err() && !is_final(code);
@@ -146,7 +148,7 @@ impl Wishes {
                 self.fails = false;
                 self.by_uid.remove(uid);
             }
-            403 => {
+            403 if is_forbidden => {
                 self.told.hear(outcome);
                 self.forbidden = Some(now + FORBIDDEN);
                 self.by_uid.clear();
@@ -173,7 +175,7 @@ impl Wishes {
 
 /// Whether a server that answers so will not answer otherwise.
 fn is_final(code: u16) -> bool {
-    (400..500).contains(&code) && ![401, 408, 425, 429].contains(&code)
+    (400..500).contains(&code) && ![401, 403, 408, 425, 429].contains(&code)
 }
 
 /// Writes one after another, without an end.
@@ -183,7 +185,7 @@ pub async fn run(speaker: Arc<Speaker>, shared: Rc<Shared>) {
         match next {
             Ok((pod, is_there, number)) => {
                 let outcome = write(&shared.dial, &pod, is_there).await;
-                speaker.wishes().pods.heard(&pod.uid, number, &outcome, Instant::now());
+                speaker.wishes().pods.heard(&pod.uid, number, &outcome, &speaker.settings, Instant::now());
                 // A wish that waited for this one is another's to see.
                 speaker.of_pods.notify_one();
             }
@@ -229,6 +231,11 @@ mod tests {
         }
     }
 
+    fn settings() -> Settings {
+        let (lease, refusals) = (Duration::from_secs(60), Duration::from_secs(30));
+        Settings { node: "n".into(), startup_taint: None, lease_namespace: "l".into(), lease, refusals }
+    }
+
     fn refused(code: u16) -> Result<String, Failure> {
         Err(Failure::Refused { path: "/p".into(), status: Status { code, ..Status::default() } })
     }
@@ -248,10 +255,10 @@ mod tests {
         drop(wishes.announce(pod("u", "10.0.0.2"), now));
         assert_eq!(wishes.next(now), Err(None), "it is being written");
         assert!(heard.recv().is_err(), "nobody waits for what is not wanted any more");
-        wishes.heard("u", number, &unreachable(), now);
+        wishes.heard("u", number, &unreachable(), &settings(), now);
         let (second, is_there, number) = wishes.next(now).unwrap();
         assert!(is_there && second == pod("u", "10.0.0.2"));
-        wishes.heard("u", number, &Ok(String::new()), now);
+        wishes.heard("u", number, &Ok(String::new()), &settings(), now);
         assert_eq!((wishes.len(), wishes.told.written), (0, 1));
     }
 
@@ -262,7 +269,7 @@ mod tests {
         let mut pauses = Vec::new();
         for _ in 0..8 {
             let (_, _, number) = wishes.next(now).unwrap();
-            wishes.heard("u", number, &unreachable(), now);
+            wishes.heard("u", number, &unreachable(), &settings(), now);
             let Err(Some(due)) = wishes.next(now) else { panic!("it is not due") };
             pauses.push((due - now).as_secs_f64());
             now = due;
@@ -272,25 +279,29 @@ mod tests {
         assert!(wishes.announce(pod("v", "10.0.0.2"), now).is_none(), "nobody waits for a server that is away");
         assert!(wishes.told.problem.as_ref().unwrap().contains("away"));
         let (of, _, number) = wishes.next(now).unwrap();
-        wishes.heard(&of.uid, number, &Ok(String::new()), now);
+        wishes.heard(&of.uid, number, &Ok(String::new()), &settings(), now);
         assert!(wishes.announce(pod("w", "10.0.0.3"), now).is_some(), "it is there again");
     }
 
     #[test]
     fn what_can_never_be_ends_a_wish_and_what_is_forbidden_all() {
         let now = Instant::now();
-        for (code, left) in [(404, 0), (422, 0), (400, 0), (409, 1), (429, 1), (500, 1), (401, 1)] {
+        for (code, left) in [(404, 0), (422, 0), (400, 0), (409, 1), (429, 1), (500, 1), (401, 1), (403, 1)] {
             let mut wishes = Wishes::default();
             drop(wishes.announce(pod("u", "10.0.0.1"), now));
             let (_, _, number) = wishes.next(now).unwrap();
-            wishes.heard("u", number, &refused(code), now);
+            wishes.heard("u", number, &refused(code), &settings(), now);
             assert_eq!(wishes.len(), left, "{code}");
         }
         let mut wishes = Wishes::default();
         drop(wishes.announce(pod("u", "10.0.0.1"), now));
         drop(wishes.announce(pod("v", "10.0.0.2"), now));
         let (of, _, number) = wishes.next(now).unwrap();
-        wishes.heard(&of.uid, number, &refused(403), now);
+        wishes.heard(&of.uid, number, &refused(403), &settings(), now);
+        assert_eq!(wishes.len(), 2, "a server that has just started refuses everybody");
+        let now = now + settings().refusals;
+        let (of, _, number) = wishes.next(now).unwrap();
+        wishes.heard(&of.uid, number, &refused(403), &settings(), now);
         assert!(wishes.announce(pod("w", "10.0.0.3"), now).is_none());
         assert_eq!((wishes.len(), wishes.next(now)), (0, Err(None)));
         assert!(wishes.told.problem.is_some());
@@ -300,7 +311,7 @@ mod tests {
         let mut now = later;
         for _ in 0..=CONFLICTS {
             let (of, _, number) = wishes.next(now).unwrap();
-            wishes.heard(&of.uid, number, &refused(409), now);
+            wishes.heard(&of.uid, number, &refused(409), &settings(), now);
             now += BACKOFF.1 * 2;
         }
         assert_eq!(wishes.len(), 0);
