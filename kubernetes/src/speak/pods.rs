@@ -306,7 +306,8 @@ mod tests {
         assert_eq!((wishes.len(), wishes.next(now)), (0, Err(None)));
         assert!(wishes.told.problem.is_some());
         let later = now + FORBIDDEN;
-        assert!(wishes.announce(pod("w", "10.0.0.3"), later).is_some());
+        assert!(wishes.announce(pod("w", "10.0.0.3"), later).is_none(), "nobody waits for it yet");
+        assert_eq!(wishes.len(), 1, "but it is tried");
         // Conflicts do not go on for ever.
         let mut now = later;
         for _ in 0..=CONFLICTS {
