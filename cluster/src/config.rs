@@ -43,6 +43,8 @@ pub struct RouterConfig {
     /// Where cluster IPs are allocated.
     #[serde(rename = "serviceCIDRs", deserialize_with = "networks")]
     pub service_cidrs: Vec<IpNet>,
+    /// The value of the label service.kubernetes.io/service-proxy-name that services are served by. `None`: those without it.
+    pub service_proxy_name: Option<String>,
     /// Masquerade all that goes to a cluster IP.
     pub masquerade_all: bool,
     /// Addresses with node ports; empty: all of the node's.
@@ -85,6 +87,7 @@ impl Default for RouterConfig {
             kubernetes: None,
             pod_cidrs: None,
             service_cidrs: Vec::new(),
+            service_proxy_name: None,
             masquerade_all: false,
             node_port_addresses: Vec::new(),
             local_addresses: None,
@@ -526,6 +529,11 @@ impl RouterConfig {
             let help = "add: manifests: [cluster.yaml], the files that describe the cluster".to_owned();
             problems.error(root.span, "manifests is missing", help);
         }
+        if self.service_proxy_name.as_deref().is_some_and(|name| !is_label_value(name)) {
+            let help =
+                "write the value that services have in the label service.kubernetes.io/service-proxy-name".to_owned();
+            problems.error(at("serviceProxyName"), "serviceProxyName is no value that a label can have", help);
+        }
         let workers = root.get("workers").unwrap_or(root);
         if !(1..=MAX_BURST).contains(&self.workers.burst) {
             problems.error(
@@ -800,4 +808,13 @@ fn switch<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> 
         }
     }
     deserializer.deserialize_any(Switch)
+}
+
+/// Whether a label can have this value, other than none (Kubernetes, "Labels and Selectors": at most 63 letters, digits, "-", "_" and ".").
+fn is_label_value(text: &str) -> bool {
+    let is_inner = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let ends = text.as_bytes().first().zip(text.as_bytes().last());
+    text.len() <= 63
+        && text.bytes().all(is_inner)
+        && ends.is_some_and(|(first, last)| first.is_ascii_alphanumeric() && last.is_ascii_alphanumeric())
 }

@@ -63,7 +63,7 @@ pub struct Folder {
 }
 
 fn name(resource: &Resource) -> String {
-    format!("{}_{}_{}", resource.group, resource.version, resource.plural)
+    format!("{}_{}_{}", resource.group, resource.version, resource.key().1.replace(' ', "-"))
 }
 
 impl Folder {
@@ -257,7 +257,7 @@ mod tests {
     #[test]
     fn a_list_waits_for_a_slow_disk_and_is_kept_whole() {
         let folder = tempfile::tempdir().unwrap();
-        let resource = crate::resource::always().remove(0);
+        let resource = crate::resource::always(None).remove(0);
         let pipe = folder.path().join(format!(".{}.new", name(&resource)));
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
         let mut journal = Folder::open(folder.path()).unwrap().journal(&resource);

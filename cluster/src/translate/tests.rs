@@ -24,6 +24,7 @@ mod lints;
 mod live;
 mod local_pods;
 mod policy;
+mod ranges;
 mod review;
 mod services;
 mod start;

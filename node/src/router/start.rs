@@ -229,7 +229,8 @@ async fn follow_cluster(
 ) -> Result<Source, RunError> {
     let delay = weir_kubernetes::start_delay(&config.node_name);
     let folder = config.state_folder().join("kubernetes");
-    let source = Source::start(access_of(kubernetes), loader.identities(), delay, Some(folder))
+    let proxy_name = config.service_proxy_name.clone();
+    let source = Source::start(access_of(kubernetes), loader.identities(), delay, Some(folder), proxy_name)
         .map_err(system("cannot start the thread that follows the cluster"))?;
     let mut changes = source.changes();
     loop {

@@ -109,7 +109,7 @@ fn cluster_json(state: &State) -> Value {
     json!({
         "address": state.address,
         "staleSinceUnixSeconds": state.kept_since.and_then(|since| Some(since.duration_since(UNIX_EPOCH).ok()?.as_secs())),
-        "inForce": state.objects.is_some(), "problem": state.failure,
+        "frozen": state.is_frozen, "inForce": state.objects.is_some(), "problem": state.failure,
         "kinds": state.kinds.iter().map(kind).collect::<Vec<_>>(),
     })
 }

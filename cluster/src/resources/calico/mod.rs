@@ -1,6 +1,7 @@
 //! Calico's resources (projectcalico.org/v3, and the same as crd.projectcalico.org/v1).
 
 pub mod host;
+pub mod ipam;
 pub mod policy;
 
 use std::collections::BTreeMap;
@@ -10,7 +11,7 @@ use serde::{Deserialize, de::IgnoredAny};
 use super::meta::{IntOrString, Metadata};
 
 /// What all of Calico's resources have.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Resource<S> {
     /// The API group and version; an item of a typed list need not say it.
@@ -47,7 +48,7 @@ impl<S> Resource<S> {
 }
 
 /// A field that is known and means nothing to weir.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Unread;
 
 impl<'de> Deserialize<'de> for Unread {
