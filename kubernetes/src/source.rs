@@ -284,6 +284,9 @@ async fn follow(
             published = Some(now);
             in_use.iter().flat_map(|watched| watched.follow.borrow_mut().set().pieces()).collect()
         });
+        if let Some(folder) = shared.folder.as_ref().filter(|_| is_frozen || is_whole) {
+            folder.judge(!is_frozen);
+        }
         // Then it may be that they move, and where to is looked at without waiting.
         if std::mem::replace(&mut was_frozen, is_frozen) != is_frozen {
             look_at = Instant::now();
@@ -396,7 +399,7 @@ async fn settle(resources: Vec<Resource>, shared: &Rc<Shared>, kinds: &mut Kinds
         if versions.contains(&(*key, watched.resource.version.clone())) {
             continue;
         }
-        let has_moved_back = optional.unless.is_some_and(|other| are_served(other));
+        let has_moved_back = optional.unless.is_some_and(are_served);
         let moves = OPTIONAL.iter().any(|other| other.unless == Some(key.0) && are_served(other.group));
         if has_moved_back {
             gone.push(*key);

@@ -122,7 +122,7 @@ impl Watched {
                     shared.changed.notify_one();
                 }
             }
-            if self.journal.borrow().as_ref().is_some_and(Journal::is_overgrown) {
+            if self.journal.borrow().as_ref().is_some_and(Journal::needs_list) {
                 self.follow.borrow_mut().expired();
             }
             let is_behind = self.follow.borrow().is_behind();

@@ -398,6 +398,11 @@ fn where_nobody_answers_a_start_has_what_was_kept_until_somebody_does() {
     let node = Node::start(server.address, node.folder);
     node.comes_to("Pod/x/c");
     assert!(node.source.state().kept_since.is_none());
+    let until = Instant::now() + PATIENCE;
+    while !std::fs::read_to_string(&file).is_ok_and(|text| text.lines().count() == 1) {
+        assert!(Instant::now() < until);
+        thread::sleep(Duration::from_millis(10));
+    }
     // What is broken in the middle is not taken at all.
     let Node { source, folder } = node;
     drop(source);
@@ -480,6 +485,13 @@ fn while_calicos_datastore_is_not_ready_what_was_in_force_stays() {
     drop(source);
     let node = Node::start(server.address, folder);
     is_frozen(&node, true);
+    assert_eq!(node.names().as_deref(), Some("ClusterInformation/default Tier/one"));
+    // Once more, after all was listed meanwhile.
+    let Node { source, folder } = node;
+    drop(source);
+    let node = Node::start(server.address, folder);
+    is_frozen(&node, true);
+    assert_eq!(node.names().as_deref(), Some("ClusterInformation/default Tier/one"));
     assert!(node.source.fresh().is_none() && node.source.state().missing().contains("datastoreReady"));
     ready(&server, CRD, true);
     is_frozen(&node, false);

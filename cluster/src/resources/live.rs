@@ -223,9 +223,9 @@ fn have_same_value(one: &Body, other: &Body) -> bool {
         (Body::ServiceAccount(one), Body::ServiceAccount(other)) => one.value == other.value,
         (Body::EndpointSlice(one), Body::EndpointSlice(other)) => one.value == other.value,
         (Body::ServiceCidr(one), Body::ServiceCidr(other)) => one.value == other.value,
-        (Body::ClusterInformation(one), Body::ClusterInformation(other)) => one.value.spec == other.value.spec,
-        (Body::BlockAffinity(one), Body::BlockAffinity(other)) => one.value.spec == other.value.spec,
-        (Body::IpamBlock(one), Body::IpamBlock(other)) => one.value.spec == other.value.spec,
+        (Body::ClusterInformation(one), Body::ClusterInformation(other)) => one.value == other.value,
+        (Body::BlockAffinity(one), Body::BlockAffinity(other)) => one.value == other.value,
+        (Body::IpamBlock(one), Body::IpamBlock(other)) => one.value == other.value,
         _ => false,
     }
 }

@@ -6,11 +6,27 @@
 
 use serde::{Deserialize, Deserializer};
 
-use super::Resource;
+use super::Unread;
 use crate::resources::meta::{Name, maybe_name, name};
 
+/// An object that Calico writes for itself, so that nothing is missed where it lacks something.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Own<S> {
+    /// The API group and version.
+    pub api_version: Option<Unread>,
+    /// The kind.
+    pub kind: Option<Unread>,
+    /// Of no interest.
+    pub metadata: Option<Unread>,
+    /// What it says.
+    pub spec: S,
+    /// Of no interest.
+    pub status: Option<Unread>,
+}
+
 /// A ClusterInformation.
-pub type ClusterInformation = Resource<ClusterInformationSpec>;
+pub type ClusterInformation = Own<ClusterInformationSpec>;
 
 /// ClusterInformation's spec.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -21,7 +37,7 @@ pub struct ClusterInformationSpec {
 }
 
 /// A BlockAffinity.
-pub type BlockAffinity = Resource<BlockAffinitySpec>;
+pub type BlockAffinity = Own<BlockAffinitySpec>;
 
 /// BlockAffinity's spec.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -69,7 +85,7 @@ fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
 }
 
 /// An IPAMBlock.
-pub type IpamBlock = Resource<IpamBlockSpec>;
+pub type IpamBlock = Own<IpamBlockSpec>;
 
 /// What is read of an IPAMBlock's spec.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]

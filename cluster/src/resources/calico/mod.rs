@@ -11,7 +11,7 @@ use serde::{Deserialize, de::IgnoredAny};
 use super::meta::{IntOrString, Metadata};
 
 /// What all of Calico's resources have.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Resource<S> {
     /// The API group and version; an item of a typed list need not say it.
