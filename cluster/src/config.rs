@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -73,6 +73,8 @@ pub struct RouterConfig {
     pub offload_udp_packets: u8,
     /// Where it is given, this router makes the pods of its node: weir-cni asks it.
     pub cni: Option<Cni>,
+    /// What weir says of itself over HTTP.
+    pub http: Http,
     /// The folder where the objects in force are kept for the next start. `None`: [`RouterConfig::state_folder`].
     pub state: Option<PathBuf>,
 }
@@ -101,6 +103,7 @@ impl Default for RouterConfig {
             offload_max_flows: 65_536,
             offload_udp_packets: 8,
             cni: None,
+            http: Http::default(),
             state: None,
         }
     }
@@ -114,6 +117,21 @@ pub struct Kubernetes {
     pub kubeconfig: Option<PathBuf>,
     /// As a pod of the cluster, by the account that it runs as.
     pub in_cluster: bool,
+}
+
+/// `http`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Http {
+    /// Where metrics and probes are answered; `None`: nowhere.
+    #[serde(deserialize_with = "listen_address")]
+    pub listen: Option<SocketAddr>,
+}
+
+impl Default for Http {
+    fn default() -> Self {
+        Self { listen: Some((Ipv4Addr::LOCALHOST, 9091).into()) }
+    }
 }
 
 /// `cni`.
@@ -748,6 +766,18 @@ fn port_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(u16, u16), 
 /// How long a new pod waits for its object. weir-cni waits for the whole ADD, and runtimes wait for it.
 fn patience<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     seconds(deserializer, Cni::MAX_PATIENCE.as_secs(), "longer than a runtime waits")
+}
+
+/// Where to listen: "ADDRESS:PORT", or "none".
+fn listen_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text == "none" {
+        return Ok(None);
+    }
+    let address = text.parse().map_err(|_| {
+        advised(format_args!("{text:?} is no address with a port"), "write one like 127.0.0.1:9091, or none")
+    })?;
+    Ok(Some(address))
 }
 
 /// For how long an address is not given again.

@@ -73,6 +73,7 @@ use crate::{
     prepare::{self, Preparer, Times},
     run::{RunError, check_alone, host_record, pin_folder, system},
     trouble::Trouble,
+    web,
 };
 
 /// Events that workers may have waiting for control.
@@ -391,6 +392,10 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
     let (sender, inbox) = inbox::inbox();
     let listener = Listener::start(&socket, sender.clone(), Message::Client)
         .map_err(system(format!("cannot listen at {}", socket.display())))?;
+    if let Some(address) = config.http.listen {
+        web::start(address, sender.clone(), Message::Facts)
+            .map_err(system("cannot start the thread that answers HTTP"))?;
+    }
     let (wanted, wanted_receiver) = watch::channel(None);
     let (files, files_receiver) = watch::channel(Vec::new());
     let (resolver, resolver_receiver) = watch::channel(kernel.resolver());

@@ -8,11 +8,11 @@ use serde_json::{Value, json};
 use weir_cluster::resources::Substitute;
 use weir_conntrack::Table;
 use weir_dataplane::{clock::now, counters::Totals, model::Role, tables::Family};
-use weir_kubernetes::{KindState, State};
+use weir_kubernetes::{KindState, Source, State};
 use weir_nat::{Clients, Model};
 
 use super::{Router, answers::Answer};
-use crate::{control::Request, report::counters_json};
+use crate::{control::Request, report::counters_json, web::Facts};
 
 impl Router {
     /// What is to be answered.
@@ -37,6 +37,15 @@ impl Router {
 
     pub(super) fn totals(&self) -> Totals {
         Totals::new(&self.counters.sums(), 0)
+    }
+
+    pub(super) fn facts(&self) -> Facts {
+        Facts {
+            serves: self.serves,
+            generation: self.generation,
+            faulty: self.loaded.faulty.len(),
+            cluster: self.cluster.as_ref().map(Source::state),
+        }
     }
 
     fn status(&self) -> Value {
