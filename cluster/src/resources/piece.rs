@@ -194,6 +194,12 @@ impl Form {
 }
 
 impl Piece {
+    /// This one without some of its objects.
+    pub(super) fn without(&self, is_gone: impl Fn(&ObjectId) -> bool) -> Self {
+        let items = self.items.iter().filter(|item| !is_gone(item.identity.id()));
+        Self { findings: self.findings.clone(), is_template: self.is_template, items: items.cloned().collect() }
+    }
+
     /// Reads a piece. `None` where it is no list item that says all by itself: then the document must be read as a whole. Call it within
     /// [`tree::on_reader_thread`].
     pub fn read(form: Form, text: &str, identities: &Identities) -> Option<Self> {
