@@ -13,7 +13,7 @@ use weir_cluster::{
     text::Problems,
     translate::{Assumptions, Faulty, Loaded, Loader},
 };
-use weir_kubernetes::{Access, Source, access_of};
+use weir_kubernetes::{Access, Settings, Source, access_of};
 
 /// Which configuration.
 #[derive(clap::Args)]
@@ -63,7 +63,8 @@ impl Cluster {
             (None, Some(kubernetes)) => (access_of(kubernetes), false),
             (None, None) => return Ok(()),
         };
-        let source = Source::start(access, loader.identities(), Duration::ZERO, None, config.service_proxy_name)?;
+        let settings = Settings { proxy_name: config.service_proxy_name, ..Settings::default() };
+        let source = Source::start(access, loader.identities(), settings)?;
         let objects = source.wait(PATIENCE).map_err(|why| format!("the cluster's objects are not to be had: {why}"))?;
         if is_asked {
             loader.set_only_live(objects)

@@ -109,14 +109,24 @@ impl Default for RouterConfig {
     }
 }
 
-/// `kubernetes`: how its API server is reached, one of these.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
+/// `kubernetes`: how its API server is reached, by one of the first two, and what is written there.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Kubernetes {
     /// A kubeconfig.
     pub kubeconfig: Option<PathBuf>,
     /// As a pod of the cluster, by the account that it runs as.
     pub in_cluster: bool,
+    /// The taint of the own Node, by its key, that is taken off once policy is in force.
+    pub startup_taint: Option<String>,
+    /// The namespace of the Lease by which one node speaks for all.
+    pub lease_namespace: String,
+}
+
+impl Default for Kubernetes {
+    fn default() -> Self {
+        Self { kubeconfig: None, in_cluster: false, startup_taint: None, lease_namespace: "kube-system".to_owned() }
+    }
 }
 
 /// `http`.
@@ -537,11 +547,26 @@ impl RouterConfig {
             let help = "write the name that `kubectl get nodes` shows".to_owned();
             problems.error(at("nodeName"), format!("{:?} is no node's name", self.node_name), help);
         }
-        if let Some(Kubernetes { kubeconfig, in_cluster }) = &self.kubernetes
+        if let Some(Kubernetes { kubeconfig, in_cluster, .. }) = &self.kubernetes
             && kubeconfig.is_some() == *in_cluster
         {
             let help = "write {kubeconfig: PATH} or {inCluster: true}".to_owned();
             problems.error(at("kubernetes"), "kubernetes does not say which API server", help);
+        }
+        if let Some(Kubernetes { startup_taint, lease_namespace, .. }) = &self.kubernetes {
+            // It stands in paths.
+            let is_label = |text: &str| {
+                !text.is_empty()
+                    && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+            };
+            if !is_label(lease_namespace) {
+                let help = "write the name of a namespace, like kube-system".to_owned();
+                problems.error(at("kubernetes"), format!("kubernetes.leaseNamespace {lease_namespace:?}"), help);
+            }
+            if startup_taint.as_ref().is_some_and(|key| key.is_empty() || key.contains([':', '='])) {
+                let help = "write the taint's key alone, like example.com/network-not-ready".to_owned();
+                problems.error(at("kubernetes"), "kubernetes.startupTaint is no key of a taint", help);
+            }
         }
         if required("manifests") && self.kubernetes.is_none() {
             let help = "add: manifests: [cluster.yaml], the files that describe the cluster".to_owned();

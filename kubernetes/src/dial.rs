@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use http::{Request, Response, Uri};
+use http::{Method, Request, Response, Uri};
 use http_body_util::BodyExt as _;
 use kube_client::{
     Client, Config,
@@ -82,6 +82,15 @@ impl Failure {
     }
 }
 
+/// What an API server is asked.
+struct Question {
+    method: Method,
+    /// What the answer is to be encoded in; `None` where it may be compressed.
+    encoding: Option<&'static str>,
+    /// The content's type, and the content.
+    content: Option<(&'static str, String)>,
+}
+
 /// One after another, the addresses of an API server.
 pub struct Dial {
     config: Config,
@@ -108,7 +117,7 @@ impl Dial {
                 config.map_err(|error| Failure::Config(format!("kubernetes.inCluster: {error}")))?
             }
         };
-        // Nothing is written that must not be repeated, and repetitions have their own rules here.
+        // Repetitions have their own rules here.
         config.default_retry = false;
         config.connect_timeout = Some(Duration::from_secs(10));
         let mut addresses = vec![(config.cluster_url.clone(), None)];
@@ -159,11 +168,19 @@ impl Dial {
     /// Where nobody answers, or the server refuses.
     pub async fn stream(&self, path: &str) -> Result<Response<Body>, Failure> {
         // Whoever compresses it would hold back what has happened until there is more of it.
-        self.get(path, Some("identity")).await
+        self.ask(path, Question { method: Method::GET, encoding: Some("identity"), content: None }).await
     }
 
-    /// `encoding`: the one that the answer is to have; `None` where it may be compressed.
-    async fn get(&self, path: &str, encoding: Option<&str>) -> Result<Response<Body>, Failure> {
+    /// Writes something; what the server says of it.
+    ///
+    /// # Errors
+    /// As [`Dial::text`].
+    pub async fn write(&self, method: Method, path: &str, kind: &'static str, text: String) -> Result<String, Failure> {
+        let question = Question { method, encoding: None, content: Some((kind, text)) };
+        self.whole(self.ask(path, question).await?).await
+    }
+
+    async fn ask(&self, path: &str, question: Question) -> Result<Response<Body>, Failure> {
         let (index, client) = self.client()?;
         let address = self.address();
         let unreachable = |why: String| {
@@ -173,11 +190,15 @@ impl Dial {
             }
             Failure::Unreachable { address: address.clone(), why }
         };
-        let mut request = Request::get(path).header("accept", "application/json");
-        if let Some(encoding) = encoding {
+        let mut request = Request::builder().method(question.method).uri(path).header("accept", "application/json");
+        if let Some(encoding) = question.encoding {
             request = request.header("accept-encoding", encoding);
         }
-        let request = request.body(Body::empty()).map_err(|error| Failure::Config(error.to_string()))?;
+        if let Some((kind, _)) = question.content {
+            request = request.header("content-type", kind);
+        }
+        let body = question.content.map_or_else(Body::empty, |(_, text)| Body::from(text.into_bytes()));
+        let request = request.body(body).map_err(|error| Failure::Config(error.to_string()))?;
         let response = match timeout(ANSWER, client.send(request)).await {
             Err(_) => return Err(unreachable(format!("no answer within {} s", ANSWER.as_secs()))),
             Ok(Err(error)) => return Err(unreachable(in_full(&error))),
@@ -202,7 +223,11 @@ impl Dial {
     /// # Errors
     /// As [`Dial::stream`], and where it is too long.
     pub async fn text(&self, path: &str) -> Result<String, Failure> {
-        let body = collect(self.get(path, None).await?.into_body(), MAX_BYTES).await?;
+        self.whole(self.ask(path, Question { method: Method::GET, encoding: None, content: None }).await?).await
+    }
+
+    async fn whole(&self, response: Response<Body>) -> Result<String, Failure> {
+        let body = collect(response.into_body(), MAX_BYTES).await?;
         String::from_utf8(body).map_err(|_| Failure::Nonsense("it is no UTF-8".to_owned()))
     }
 }

@@ -42,6 +42,21 @@ impl Resource {
         if group.is_empty() { format!("/api/{version}/{plural}") } else { format!("/apis/{group}/{version}/{plural}") }
     }
 
+    /// The path of those in a namespace; of all of a kind without, and of all where it is empty.
+    pub fn path_in(&self, namespace: &str) -> String {
+        if namespace.is_empty() {
+            return self.path();
+        }
+        let all = self.path();
+        let (start, plural) = all.rsplit_once('/').expect("a path has a slash");
+        format!("{start}/namespaces/{namespace}/{plural}")
+    }
+
+    /// "GROUP/VERSION".
+    pub fn api_version(&self) -> String {
+        if self.group.is_empty() { self.version.clone() } else { format!("{}/{}", self.group, self.version) }
+    }
+
     /// How it is read.
     ///
     /// # Panics
@@ -174,5 +189,9 @@ mod tests {
         assert_eq!(always[0].path(), "/api/v1/nodes");
         assert_eq!(always[3].labels, "service.kubernetes.io/service-proxy-name=own");
         assert_eq!(always[5].path(), "/apis/networking.k8s.io/v1/networkpolicies");
+        assert_eq!((always[0].path_in(""), always[0].api_version()), ("/api/v1/nodes".into(), "v1".into()));
+        assert_eq!(always[2].path_in("x"), "/api/v1/namespaces/x/pods");
+        assert_eq!(always[5].path_in("x"), "/apis/networking.k8s.io/v1/namespaces/x/networkpolicies");
+        assert_eq!(always[5].api_version(), "networking.k8s.io/v1");
     }
 }

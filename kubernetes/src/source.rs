@@ -1,6 +1,7 @@
 //! All kinds of one cluster.
 
 use std::{
+    cell::OnceCell,
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     path::PathBuf,
@@ -25,6 +26,7 @@ use crate::{
     dial::{Access, Dial, Failure},
     keep::Folder,
     resource::{self, CLUSTER_INFORMATION, Key, OPTIONAL, Resource},
+    speak::{self, Speaker},
     watch::{Shared, Watched, random},
     wire::{Groups, Resources},
 };
@@ -92,46 +94,73 @@ pub fn start_delay(node: &str) -> Duration {
     Duration::from_millis((hash >> 32) % 2000)
 }
 
+/// How a cluster is followed.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// How long to wait before the first question.
+    pub delay: Duration,
+    /// Where its objects are kept; those that are there count until the cluster has answered. `None`: it is only looked at.
+    pub folder: Option<PathBuf>,
+    /// Services are those that a label gives to the proxy of that name, or to none.
+    pub proxy_name: Option<String>,
+    /// For whom things are said there; `None`: it is only read.
+    pub speaks: Option<speak::Settings>,
+}
+
 /// A cluster that is followed until this is dropped.
 pub struct Source {
     cell: Arc<Cell>,
     changes: watch::Receiver<()>,
+    speaker: Option<Arc<Speaker>>,
     /// Dropped, it ends the thread.
-    _end: oneshot::Sender<()>,
+    end: Option<oneshot::Sender<()>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.end = None;
+        // It gives a lease back, which has a time of its own; else nobody waits for it.
+        let has_lease = self.speaker.as_ref().is_some_and(|speaker| speaker.has_lease());
+        if let Some(thread) = self.thread.take().filter(|_| has_lease) {
+            drop(thread.join());
+        }
+    }
 }
 
 impl Source {
-    /// Begins to follow a cluster, after a while. Its objects are kept in `folder`, and those that are there count until the cluster has answered.
-    /// Services are those that a label gives to the proxy of that name, or to none.
+    /// Begins to follow a cluster.
     ///
     /// # Errors
     /// Where there is no thread for it.
-    pub fn start(
-        access: Access,
-        identities: &Identities,
-        delay: Duration,
-        folder: Option<PathBuf>,
-        proxy_name: Option<String>,
-    ) -> std::io::Result<Self> {
+    pub fn start(access: Access, identities: &Identities, settings: Settings) -> std::io::Result<Self> {
         let cell = Arc::new(Cell::default());
         let (tell, changes) = watch::channel(());
         let (end, ended) = oneshot::channel();
         let (reader, own) = (Reader::new(identities), Arc::clone(&cell));
+        let speaker = settings.speaks.clone().map(Speaker::new);
+        let own_speaker = speaker.clone();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let run = move || {
             let local = LocalSet::new();
-            let work = async move {
-                follow(access, reader, own, tell, delay, folder, proxy_name).await;
-            };
+            let shared = OnceCell::new();
             local.block_on(&runtime, async {
                 tokio::select! {
-                    () = work => {}
+                    () = follow(access, reader, own, tell, settings, own_speaker.clone(), &shared) => {}
                     _ = ended => {}
+                }
+                if let (Some(speaker), Some(shared)) = (own_speaker, shared.get()) {
+                    speaker.end(shared).await;
                 }
             });
         };
-        thread::Builder::new().name("kubernetes".to_owned()).stack_size(STACK_BYTES).spawn(run)?;
-        Ok(Self { cell, changes, _end: end })
+        let thread = thread::Builder::new().name("kubernetes".to_owned()).stack_size(STACK_BYTES).spawn(run)?;
+        Ok(Self { cell, changes, speaker, end: Some(end), thread: Some(thread) })
+    }
+
+    /// Who says things there.
+    pub fn speaker(&self) -> Option<&Arc<Speaker>> {
+        self.speaker.as_ref()
     }
 
     /// Tells of changes of [`State::objects`].
@@ -211,10 +240,11 @@ async fn follow(
     reader: Reader,
     cell: Arc<Cell>,
     tell: watch::Sender<()>,
-    delay: Duration,
-    folder: Option<PathBuf>,
-    proxy_name: Option<String>,
+    settings: Settings,
+    speaker: Option<Arc<Speaker>>,
+    for_the_end: &OnceCell<Rc<Shared>>,
 ) {
+    let Settings { delay, folder, proxy_name, .. } = settings;
     let always = resource::always(proxy_name.as_deref());
     // Who only looks at a cluster has nothing that could stay.
     let may_freeze = folder.is_some();
@@ -243,6 +273,10 @@ async fn follow(
         }
     };
     let shared = Rc::new(Shared { dial, reader, folder, changed: Notify::new() });
+    drop(for_the_end.set(Rc::clone(&shared)));
+    if let Some(speaker) = &speaker {
+        speaker.begin(&shared);
+    }
     let mut kinds = Kinds::new();
     let mut has_discovered = false;
     let mut look_at = Instant::now();
@@ -258,6 +292,9 @@ async fn follow(
             if let Ok(resources) = outcome {
                 settle(resources, &shared, &mut kinds).await;
             }
+            for (watched, _) in kinds.values() {
+                speaker.iter().for_each(|speaker| speaker.saw_resource(&watched.resource));
+            }
             let pause = if has_discovered { DISCOVERY } else { Duration::from_millis(800) };
             look_at = Instant::now() + pause.mul_f64(0.8 + 0.4 * random());
             cell.lock().failure = failure.filter(|_| !has_discovered);
@@ -272,6 +309,9 @@ async fn follow(
             shared.dial.learn(&own_endpoints(slices));
         }
         let in_use: Vec<&Rc<Watched>> = in_use(&kinds).collect();
+        if let (Some(speaker), Some((nodes, _))) = (&speaker, kinds.get(&("", "nodes"))) {
+            speaker.saw_node(nodes.follow.borrow_mut().set().node(speaker.node_name()));
+        }
         // What comes later is waited for as well, but does not hold up all else if it cannot be had.
         let may_lack = |watched: &Watched| published.is_some() && watched.begun.elapsed() > GRACE;
         let is_whole =

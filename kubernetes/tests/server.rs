@@ -13,7 +13,7 @@ use std::{
 use flate2::{Compression, read::GzEncoder};
 use serde_json::{Value, json};
 use weir_cluster::resources::{Identities, Manifests};
-use weir_kubernetes::{Access, Source};
+use weir_kubernetes::{Access, Settings, Source};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -234,9 +234,8 @@ impl Node {
              user: u}}}}]\nusers: [{{name: u, user: {{token: t}}}}]\ncurrent-context: c\n"
         );
         std::fs::write(&path, text).unwrap();
-        let kept = Some(folder.path().join("kept"));
-        let source =
-            Source::start(Access::Kubeconfig(path), &Identities::default(), Duration::ZERO, kept, None).unwrap();
+        let settings = Settings { folder: Some(folder.path().join("kept")), ..Settings::default() };
+        let source = Source::start(Access::Kubeconfig(path), &Identities::default(), settings).unwrap();
         Self { source, folder }
     }
 

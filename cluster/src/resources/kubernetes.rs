@@ -11,7 +11,7 @@ use weir_nat::Topology;
 use super::meta::{self, Metadata, maybe_name, name, names};
 use crate::text::address::parse_ip;
 
-pub use super::meta::{Labels, MIRRORED_UID, Name};
+pub use super::meta::{Labels, MIRRORED_UID, Name, POD_IP, POD_IPS};
 
 /// The label that says which service a slice is of.
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
@@ -42,7 +42,6 @@ pub fn known_besides(name: &str) -> &'static [&'static str] {
         "NodeStatus" => &[
             "allocatable",
             "capacity",
-            "conditions",
             "config",
             "daemonEndpoints",
             "declaredFeatures",
@@ -54,6 +53,7 @@ pub fn known_besides(name: &str) -> &'static [&'static str] {
             "volumesAttached",
             "volumesInUse",
         ],
+        "NodeCondition" => &["lastHeartbeatTime", "lastTransitionTime", "message", "reason"],
         "Namespace" => &["apiVersion", "kind", "spec", "status"],
         "ServiceAccount" => &["apiVersion", "kind", "automountServiceAccountToken", "imagePullSecrets", "secrets"],
         "Pod" => &["apiVersion", "kind"],
@@ -189,9 +189,8 @@ pub struct KubernetesNode {
     pub metadata: Metadata,
     /// Its spec.
     pub spec: Option<NodeSpec>,
-    /// status.addresses.
-    #[serde(rename = "status", deserialize_with = "node_addresses")]
-    pub addresses: Box<[NodeAddress]>,
+    /// Of its status.
+    pub status: NodeStatus,
 }
 
 /// Of a Node's spec.
@@ -217,25 +216,80 @@ pub struct NodeAddress {
     pub type_: String,
 }
 
-fn node_addresses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Box<[NodeAddress]>, D::Error> {
+/// Of a Node's status.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct NodeStatus {
+    /// Its addresses.
+    pub addresses: Box<[NodeAddress]>,
+    /// The status of its condition [`NETWORK_UNAVAILABLE`], if it has one. The kubelet's own conditions change with each heartbeat.
+    #[serde(rename = "conditions", deserialize_with = "network_unavailable")]
+    pub network_unavailable: Option<Name>,
+}
+
+/// The condition by which a node's network says that it is there.
+pub const NETWORK_UNAVAILABLE: &str = "NetworkUnavailable";
+
+fn network_unavailable<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Name>, D::Error> {
     #[derive(Default, Deserialize)]
     #[serde(default)]
-    struct NodeStatus {
-        addresses: Option<Box<[NodeAddress]>>,
+    struct NodeCondition {
+        #[serde(rename = "type", deserialize_with = "name")]
+        type_: Name,
+        #[serde(deserialize_with = "maybe_name")]
+        status: Option<Name>,
     }
-    Ok(Option::<NodeStatus>::deserialize(deserializer)?.and_then(|status| status.addresses).unwrap_or_default())
+    let conditions = Option::<Vec<NodeCondition>>::deserialize(deserializer)?;
+    let own = conditions.into_iter().flatten().find(|condition| &*condition.type_ == NETWORK_UNAVAILABLE);
+    Ok(own.and_then(|condition| condition.status))
 }
 
 /// v1 Pod.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(default)]
+#[serde(from = "WholePod")]
 pub struct Pod {
-    /// Of its metadata.
+    /// Of its metadata. Annotations with its addresses are there only while nothing better says them: see [`Pod::awaits_its_addresses`].
     pub metadata: Metadata,
     /// Of its spec.
     pub spec: Option<PodSpec>,
     /// Of its status.
     pub status: Option<PodStatus>,
+}
+
+/// A Pod as it stands in its text.
+#[derive(Default, Deserialize)]
+#[serde(rename = "Pod", default)]
+struct WholePod {
+    metadata: Metadata,
+    spec: Option<PodSpec>,
+    status: Option<PodStatus>,
+}
+
+impl From<WholePod> for Pod {
+    fn from(WholePod { metadata, spec, status }: WholePod) -> Self {
+        let mut pod = Self { metadata, spec, status };
+        if !pod.awaits_its_addresses() {
+            // So that neither they nor what becomes of them later make a pod another one.
+            let annotations = std::mem::take(&mut pod.metadata.annotations);
+            pod.metadata.annotations = annotations.without(&[POD_IP, POD_IPS]);
+        }
+        pod
+    }
+}
+
+impl Pod {
+    /// Whether it is on a node, has or gets a network of its own there, and its status does not say its addresses yet: until then its CNI plugin
+    /// may, by annotations.
+    fn awaits_its_addresses(&self) -> bool {
+        let Some(spec) = &self.spec else { return false };
+        let is_placed = spec.node_name.as_ref().is_some_and(|node| !node.is_empty()) && spec.host_network != Some(true);
+        is_placed
+            && self.status.as_ref().is_none_or(|status| {
+                status.pod_ips.is_empty()
+                    && status.pod_ip.as_ref().is_none_or(|ip| ip.is_empty())
+                    && !matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"))
+            })
+    }
 }
 
 /// Of a Pod's spec.

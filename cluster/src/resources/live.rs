@@ -77,6 +77,11 @@ impl LiveKind {
         self.kind.name
     }
 
+    /// The group that its objects are known by: of Calico's kinds the same in both forms.
+    pub fn group(&self) -> &'static str {
+        self.kind.group()
+    }
+
     /// Whether its objects are in namespaces.
     pub fn is_namespaced(&self) -> bool {
         self.kind.namespaced
@@ -451,6 +456,14 @@ impl Set {
             bucket.pieces = None;
             self.count -= 1;
         }
+    }
+
+    /// Of Nodes: the uid of the one with that name, and the status of its condition NetworkUnavailable, if it has any.
+    pub fn node(&self, name: &str) -> Option<(Option<Name>, Option<Name>)> {
+        let key = (Name::default(), Name::from(name));
+        let object = self.buckets[self.index(&key.0, &key.1)].objects.get(&key)?;
+        let Some(Body::Node(node)) = object.body() else { return None };
+        Some((node.value.metadata.uid.clone(), node.value.status.network_unavailable.clone()))
     }
 
     /// Where the API server itself is, of the slices of its service, which has that name.

@@ -92,6 +92,14 @@ impl Labels {
         self.0.iter()
     }
 
+    /// The same without some keys.
+    pub(super) fn without(self, keys: &[&str]) -> Self {
+        if !self.iter().any(|(key, _)| keys.contains(&&**key)) {
+            return self;
+        }
+        Self(self.0.into_iter().filter(|(key, _)| !keys.contains(&&**key)).collect())
+    }
+
     /// As a map of its own.
     pub fn to_map(&self) -> BTreeMap<String, String> {
         self.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
@@ -129,6 +137,10 @@ impl Labels {
 
 /// The annotation of the object that stands for a static pod.
 pub const MIRRORED_UID: &str = "kubernetes.io/config.mirror";
+/// A pod's first address as its CNI plugin writes it when it makes the pod: "10.1.0.5/32" (libcalico-go, conversion/constants.go).
+pub const POD_IP: &str = "cni.projectcalico.org/podIP";
+/// All of them, with commas between.
+pub const POD_IPS: &str = "cni.projectcalico.org/podIPs";
 /// What the annotations begin with that Calico writes, of nodes and of what it stores.
 const CALICO_ANNOTATIONS: &str = "projectcalico.org/";
 
@@ -137,7 +149,8 @@ fn all_labels<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Labels, D::E
 }
 
 fn annotations<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Labels, D::Error> {
-    Labels::read(deserializer, |key| key == MIRRORED_UID || key.starts_with(CALICO_ANNOTATIONS))
+    let is_read = |key: &str| [MIRRORED_UID, POD_IP, POD_IPS].contains(&key) || key.starts_with(CALICO_ANNOTATIONS);
+    Labels::read(deserializer, is_read)
 }
 
 /// Of an object's metadata.

@@ -225,7 +225,7 @@ impl Addresses {
             Range::new(own.unwrap_or(halves[index]))
         };
         let of_node = |index: usize| {
-            let mut given = object(&nodes[index]).into_iter().flat_map(|node| &node.value.addresses);
+            let mut given = object(&nodes[index]).into_iter().flat_map(|node| &node.value.status.addresses);
             given.find_map(|given| parse_ip(&given.address).ok().filter(|_| given.type_ == "InternalIP"))
         };
         let services = config.service_cidrs.first().copied().unwrap_or(SERVICES.into());
@@ -270,7 +270,7 @@ fn used(manifests: &Manifests) -> HashSet<IpAddr> {
         texts.extend(status.pod_ips.iter().map(|ip| &**ip));
     }
     for node in manifests.nodes() {
-        texts.extend(node.value.addresses.iter().map(|address| address.address.as_str()));
+        texts.extend(node.value.status.addresses.iter().map(|address| address.address.as_str()));
     }
     for spec in manifests.services().iter().filter_map(|service| service.value.spec.as_ref()) {
         texts.extend(spec.cluster_ips.iter().chain(&spec.cluster_ip).map(|ip| &**ip));

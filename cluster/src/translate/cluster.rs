@@ -11,7 +11,7 @@ use weir_dataplane::model::{Cluster, Node, Pool, TunnelMode, Workload};
 
 use super::{
     LocalPods,
-    impossible::{NextHops, usable_device, usable_of_pod, usable_range, usable_range_of},
+    impossible::{NextHops, is_usable, usable_device, usable_of_pod, usable_range, usable_range_of},
 };
 use crate::{
     config::RouterConfig,
@@ -22,7 +22,7 @@ use crate::{
             EncapsulationMode, IpPool, WorkloadEndpoint,
             ipam::{BlockAffinity, IpamBlock},
         },
-        kubernetes::{KubernetesNode, Name, Pod, ServiceCidr},
+        kubernetes::{KubernetesNode, Name, POD_IP, POD_IPS, Pod, ServiceCidr},
     },
     text::{
         Problems, Span, Topic,
@@ -160,7 +160,7 @@ fn node(object: &Object<KubernetesNode>, problems: &mut Problems) -> Node {
     let mut report = object.reporter(problems);
     let mut node = Node { name: object.name.to_string(), ..Node::default() };
     let addresses_at = object.at().key("status").key("addresses");
-    for (index, address) in object.value.addresses.iter().enumerate() {
+    for (index, address) in object.value.status.addresses.iter().enumerate() {
         let list = match address.type_.as_str() {
             "InternalIP" => &mut node.internal_ips,
             "ExternalIP" => &mut node.other_ips,
@@ -370,6 +370,7 @@ impl<'m, 'c> Workloads<'m, 'c> {
     fn add_pods(&mut self, manifests: &'m Manifests, local_pods: &LocalPods, problems: &mut Problems) {
         let endpoints = endpoints_of_pods(manifests);
         let lost = lost_addresses(manifests, &endpoints);
+        let announced = self.announced_addresses(manifests);
         for object in manifests.pods() {
             let facts = object.made(problems, pod);
             let node = node_of(&object.value);
@@ -381,13 +382,17 @@ impl<'m, 'c> Workloads<'m, 'c> {
             let endpoint = endpoint.map(|endpoint| endpoint.made(problems, workload_endpoint));
             let given = endpoint.map(|read| &read.addresses).filter(|addresses| !addresses.is_empty());
             let mut addresses = given.unwrap_or(&facts.addresses).clone();
+            if addresses.is_empty() {
+                let is_its = |address: &&IpAddr| announced.get(*address) == Some(&object.origin);
+                addresses = facts.announced.iter().filter(is_its).copied().collect();
+            }
             let mut report = object.reporter(problems);
             if addresses.is_empty() {
-                report.note_on(
-                    Topic::NoAddress,
-                    object.at().key("metadata").key("name"),
-                    "it has no address yet and is left out",
-                );
+                let message = match facts.announced[..] {
+                    [] => "it has no address yet and is left out",
+                    _ => "it has no address yet, as its annotations name none that can be its alone, and is left out",
+                };
+                report.note_on(Topic::NoAddress, object.at().key("metadata").key("name"), message);
                 continue;
             }
             if facts.is_terminating {
@@ -402,6 +407,57 @@ impl<'m, 'c> Workloads<'m, 'c> {
             let workload = Workload { name: facts.name.clone(), node, addresses, device, mac };
             self.add(workload, Described::Pod(object), local_pods, object.at().key("status"), &mut report);
         }
+    }
+
+    /// Addresses that nothing but annotations tell of, each with the number of its Pod's object.
+    ///
+    /// Whoever makes a pod can write annotations, so they count for what only that pod's node can have given it: an address in a range of that
+    /// node, that no node has and no other pod, however little of it is known. What two pods claim so, neither has.
+    fn announced_addresses(&self, manifests: &Manifests) -> HashMap<IpAddr, u32> {
+        // What is wrong with them is told where they become workloads.
+        let unheard = &mut Problems::default();
+        let nodes = &self.cluster.nodes;
+        let mut claims: HashMap<IpAddr, Option<u32>> = HashMap::new();
+        let mut by_name: HashMap<&str, &Node> = HashMap::new();
+        for object in manifests.pods() {
+            let facts = object.made(unheard, pod);
+            if facts.announced.is_empty() || !facts.is_workload {
+                continue;
+            }
+            if by_name.is_empty() {
+                by_name = nodes.iter().map(|node| (node.name.as_str(), node)).collect();
+            }
+            let Some(node) = node_of(&object.value).and_then(|name| by_name.get(name)) else { continue };
+            // Of those on this node the plugin itself tells.
+            if node.name == self.cluster.node_name && self.config.cni.is_some() {
+                continue;
+            }
+            for address in &facts.announced {
+                if node.ranges().any(|range| range.contains(address)) {
+                    let claim = claims.entry(*address).or_insert(Some(object.origin));
+                    *claim = claim.filter(|pod| *pod == object.origin);
+                }
+            }
+        }
+        if claims.is_empty() {
+            return HashMap::new();
+        }
+        let mut is_anothers = |address: &IpAddr| {
+            claims.remove(address);
+        };
+        self.owners.keys().for_each(&mut is_anothers);
+        for node in nodes {
+            node.internal_ips.iter().chain(&node.other_ips).for_each(&mut is_anothers);
+            node.tunnel_address.iter().for_each(|address| is_anothers(&IpAddr::V4(*address)));
+        }
+        for object in manifests.pods() {
+            let facts = object.made(unheard, pod);
+            facts.addresses.iter().filter(|_| facts.is_workload).for_each(&mut is_anothers);
+        }
+        for endpoint in manifests.workload_endpoints() {
+            endpoint.made(unheard, workload_endpoint).addresses.iter().for_each(&mut is_anothers);
+        }
+        claims.into_iter().filter_map(|(address, claim)| Some((address, claim?))).collect()
     }
 
     fn add_endpoints(&mut self, manifests: &'m Manifests, local_pods: &LocalPods, problems: &mut Problems) {
@@ -500,6 +556,8 @@ struct PodFacts {
     /// "namespace/name".
     name: String,
     addresses: Vec<IpAddr>,
+    /// Those that annotations name, which need not be its own. Empty where its status says any.
+    announced: Vec<IpAddr>,
     is_workload: bool,
     is_terminating: bool,
     /// By Calico's rule.
@@ -510,6 +568,7 @@ fn pod(object: &Object<Pod>, problems: &mut Problems) -> PodFacts {
     PodFacts {
         name: object.full_name(),
         addresses: pod_addresses(object, problems),
+        announced: announced_by(&object.value),
         is_workload: is_workload(&object.value),
         is_terminating: is_terminating(&object.value),
         device: workload_device(&object.namespace, &object.name),
@@ -542,6 +601,25 @@ fn pod_addresses(object: &Object<Pod>, problems: &mut Problems) -> Vec<IpAddr> {
         }
     }
     addresses
+}
+
+/// The addresses of a pod's annotations; none where any of them is no address of a pod. Nothing is said of that: they are not the pod's own word.
+fn announced_by(pod: &Pod) -> Vec<IpAddr> {
+    let annotation = |key: &str| pod.metadata.annotations.get(key).filter(|value| !value.is_empty());
+    let Some(texts) = annotation(POD_IPS).or_else(|| annotation(POD_IP)) else { return Vec::new() };
+    let read = |text: &str| match parse_cidr(text) {
+        Ok(net) if net.prefix_len() == net.max_prefix_len() => Some(net.addr()),
+        Ok(_) => None,
+        Err(_) => parse_ip(text).ok(),
+    };
+    // A pod has one of each family at most.
+    let addresses: Option<Vec<IpAddr>> = texts.split(',').take(3).map(|text| read(text.trim())).collect();
+    let is_of_a_pod = |addresses: &Vec<IpAddr>| match addresses[..] {
+        [_] => true,
+        [one, other] => one.is_ipv4() != other.is_ipv4(),
+        _ => false,
+    };
+    addresses.filter(is_of_a_pod).filter(|all| all.iter().all(|one| is_usable(*one))).unwrap_or_default()
 }
 
 /// What forwarding takes from a WorkloadEndpoint.

@@ -115,6 +115,8 @@ pub struct LoadTimes {
 pub struct Faulty {
     /// Which: kind and name, or the text that cannot be read.
     pub object: String,
+    /// Which object, where it is known.
+    pub id: Option<ObjectId>,
     /// What stands for it.
     pub substitute: Substitute,
     /// What kind of thing it is.
@@ -431,6 +433,7 @@ impl Loader {
                         object: id.to_string(),
                         substitute,
                         kind: FaultyKind::of(&id),
+                        id: Some(id),
                         problem,
                     });
                     loaded.faulty.extend(named);
@@ -458,6 +461,7 @@ impl Loader {
     fn finished(&mut self, read: &Read, mut loaded: Loaded, begin: Instant, faulty_texts: &BTreeSet<u32>) -> Loaded {
         let held = read.texts.held.iter().map(|Held { path, has_text, problem }| Faulty {
             object: path.display().to_string(),
+            id: None,
             substitute: if *has_text { Substitute::LastGood } else { Substitute::Nothing },
             kind: FaultyKind::Document,
             problem: problem.clone(),
@@ -552,6 +556,7 @@ impl Loader {
                     let object = name.to_owned();
                     faulty.push(Faulty {
                         object,
+                        id: None,
                         substitute: Substitute::Nothing,
                         kind: FaultyKind::Document,
                         problem,
@@ -561,6 +566,7 @@ impl Loader {
                 for id in lost {
                     faulty.push(Faulty {
                         object: id.to_string(),
+                        id: Some(id.clone()),
                         substitute: Substitute::LastGood,
                         kind: FaultyKind::of(id),
                         problem: problem.clone(),

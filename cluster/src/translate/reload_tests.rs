@@ -49,7 +49,14 @@ impl Editor {
     fn document(&mut self) -> String {
         let (name, other, number) = (self.below(6), self.below(6), self.below(200));
         let bad = self.below(12) == 0;
-        match self.below(9) {
+        match self.below(10) {
+            9 => format!(
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: p{name}, namespace: x, labels: {{app: a{other}}}, annotations: \
+                 {{cni.projectcalico.org/podIPs: 10.1.0.{}/32}}}}\nspec: {{nodeName: node-{}}}\n{}",
+                number % 4,
+                ["a", "b"][number % 2],
+                if bad { "status: {podIP: 10.1.0.2}\n" } else { "" }
+            ),
             7 => format!(
                 "apiVersion: policy.networking.k8s.io/{}\nkind: ClusterNetworkPolicy\nmetadata: {{name: c{name}}}\nspec:\n  tier: Admin\n  \
                  priority: {number}\n  subject: {{namespaces: {{}}}}\n  egress:\n  - action: {}\n    to: [{{nodes: {{matchLabels: {{l: \
@@ -99,9 +106,11 @@ impl Editor {
                     .to_owned()
             }
             _ => format!(
-                "apiVersion: v1\nkind: Node\nmetadata: {{name: node-a, labels: {{l: v{}}}}}\nstatus:\n  addresses: [{{type: InternalIP, address: \
-                 192.168.0.{number}}}]\n",
-                other % 3
+                "apiVersion: v1\nkind: Node\nmetadata: {{name: node-{}, labels: {{l: v{}}}}}\nspec: {{podCIDRs: [10.1.0.0/{}]}}\nstatus:\n  \
+                 addresses: [{{type: InternalIP, address: 192.168.0.{number}}}]\n",
+                ["a", "b"][name % 2],
+                other % 3,
+                24 + number % 8
             ),
         }
     }

@@ -17,6 +17,7 @@ use weir_policy::{
 use super::*;
 use crate::text::Source;
 
+mod announced;
 mod assume;
 mod host;
 mod host_ports;

@@ -34,6 +34,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha1::{Digest, Sha1};
 use tokio::sync::{mpsc, oneshot};
+use weir_kubernetes::speak::Speaker;
 use weir_packet::Mac;
 
 pub use self::kernel::KernelError;
@@ -228,6 +229,11 @@ impl Pods {
     /// The pods that there are, of this process and of those before it, ordered by namespace and name.
     pub fn kept(&self) -> Vec<LocalPod> {
         self.keeper.pods()
+    }
+
+    /// By whom pods' addresses are said to the cluster from now on.
+    pub fn speak_by(&self, speaker: Arc<Speaker>) {
+        self.keeper.speak_by(speaker);
     }
 
     /// From where addresses come from now on; until it is called first, an ADD is told to try again. Returns whether anything changed.

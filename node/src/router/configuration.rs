@@ -14,7 +14,7 @@ use weir_cluster::{
     translate::{Loaded, Unserved},
 };
 
-use weir_kubernetes::Source;
+use weir_kubernetes::{Source, speak::Fault};
 
 use super::{Router, assemble::role_rules};
 use crate::{
@@ -32,6 +32,17 @@ pub(super) struct Pending {
     pub(super) begun: Option<Instant>,
     /// Whether nothing but endpoints of services is another: of those, programs and kernel are told nothing.
     pub(super) is_of_endpoints: bool,
+}
+
+/// What the cluster was told of what is in force.
+#[derive(Default)]
+pub(super) struct IsTold {
+    /// Whether what is being prepared has the objects that the cluster itself told, and not those that were kept.
+    pub(super) preparing: bool,
+    /// Whether what was taken over has.
+    pub(super) in_force: bool,
+    /// Whether the cluster knows that this node is up.
+    pub(super) is_up: bool,
 }
 
 /// What became of changed configurations.
@@ -100,14 +111,17 @@ impl Router {
     /// Begins to prepare a configuration of what is known now; where one is being prepared, sees to one more.
     pub(super) fn begin_reload(&mut self, scope: Scope) {
         self.own_addresses = self.addresses();
-        let Self { preparer, loaded, pods, listening, own_addresses, cluster, .. } = self;
-        preparer.begin(scope, || Basis {
-            in_force: Arc::clone(&loaded.objects),
-            own_addresses: own_addresses.clone(),
-            local_pods: pods.as_ref().map(|pods| Arc::clone(pods.all())).unwrap_or_default(),
-            live: cluster.as_ref().and_then(Source::objects).unwrap_or_default(),
-            listening: listening.clone(),
-            host_ports: loaded.served_host_ports(),
+        let Self { preparer, loaded, pods, listening, own_addresses, cluster, is_told, .. } = self;
+        preparer.begin(scope, || {
+            is_told.preparing = cluster.as_ref().is_some_and(|cluster| cluster.fresh().is_some());
+            Basis {
+                in_force: Arc::clone(&loaded.objects),
+                own_addresses: own_addresses.clone(),
+                local_pods: pods.as_ref().map(|pods| Arc::clone(pods.all())).unwrap_or_default(),
+                live: cluster.as_ref().and_then(Source::objects).unwrap_or_default(),
+                listening: listening.clone(),
+                host_ports: loaded.served_host_ports(),
+            }
         });
     }
 
@@ -133,6 +147,13 @@ impl Router {
         }
         if let Some(scope) = self.preparer.due().max(due) {
             self.begin_reload(scope);
+        }
+    }
+
+    /// What is at fault is said on the objects, once the cluster itself has told them.
+    pub(super) fn tell_faults(&self) {
+        if let Some(speaker) = self.cluster.as_ref().and_then(Source::speaker).filter(|_| self.is_told.in_force) {
+            speaker.set_faults(self.loaded.faulty.iter().filter_map(Fault::of).collect());
         }
     }
 
@@ -170,6 +191,9 @@ impl Router {
             && self.pending.as_ref().is_none_or(|pending| pending.is_of_endpoints);
         self.devices.roles.workloads = roles.workloads;
         self.loaded = loaded;
+        // Of pods alone it is prepared from what was read before.
+        self.is_told.in_force |= self.is_told.preparing && scope != Scope::LocalPods;
+        self.tell_faults();
         self.rules = Arc::new(rules.counting(self.workers));
         (self.listening, self.snat) = (listening, Arc::new(snat));
         self.in_force_addresses = own_addresses;

@@ -59,7 +59,7 @@ use weir_sync::Counters;
 pub(crate) use self::start::{Started, start};
 use self::{
     answers::Answers,
-    configuration::{Pending, Reloads},
+    configuration::{IsTold, Pending, Reloads},
     devices::Devices,
     hands::Hands,
     inbox::Message,
@@ -89,9 +89,10 @@ pub(crate) struct Router {
     path: PathBuf,
     preparer: Preparer,
     reloads: Reloads,
-    /// What was taken over, and is in force unless [`Router::pending`].
+    is_told: IsTold,
     /// The running cluster that is followed.
     cluster: Option<Source>,
+    /// What was taken over, and is in force unless [`Router::pending`].
     loaded: Loaded,
     rules: Arc<Rules>,
     snat: Arc<SnatPorts>,
@@ -311,6 +312,11 @@ impl Router {
         if !self.serves && self.pending.is_none() && !self.plumbing {
             self.serves = true;
             self.say_it_runs();
+            self.tell_faults();
+        }
+        if self.serves && self.is_told.in_force && !self.is_told.is_up && self.pending.is_none() && !self.plumbing {
+            self.is_told.is_up = true;
+            self.cluster.iter().filter_map(Source::speaker).for_each(|speaker| speaker.set_up());
         }
     }
 

@@ -45,7 +45,7 @@ use weir_dataplane::{
     snapshot::Snapshot,
     worker::{Mode, Shared, Worker},
 };
-use weir_kubernetes::{Source, access_of};
+use weir_kubernetes::{Source, access_of, speak};
 use weir_nat::Affinity;
 use weir_packet::Mac;
 use weir_sync::{Counters, Domain, Published};
@@ -54,7 +54,7 @@ use super::{
     Due, PORTS_INTERVAL, Router,
     answers::Answers,
     assemble::{assemble_links, own_addresses, owned, role_rules},
-    configuration::{Pending, Reloads, warn_of_faulty},
+    configuration::{IsTold, Pending, Reloads, warn_of_faulty},
     devices::{Devices, near_devices},
     hands::{Hands as _, RealHands},
     inbox::{self, Message},
@@ -228,10 +228,13 @@ async fn follow_cluster(
     config: &RouterConfig,
     loader: &mut Loader,
 ) -> Result<Source, RunError> {
-    let delay = weir_kubernetes::start_delay(&config.node_name);
-    let folder = config.state_folder().join("kubernetes");
-    let proxy_name = config.service_proxy_name.clone();
-    let source = Source::start(access_of(kubernetes), loader.identities(), delay, Some(folder), proxy_name)
+    let settings = weir_kubernetes::Settings {
+        delay: weir_kubernetes::start_delay(&config.node_name),
+        folder: Some(config.state_folder().join("kubernetes")),
+        proxy_name: config.service_proxy_name.clone(),
+        speaks: speak::Settings::of(config),
+    };
+    let source = Source::start(access_of(kubernetes), loader.identities(), settings)
         .map_err(system("cannot start the thread that follows the cluster"))?;
     let mut changes = source.changes();
     loop {
@@ -273,9 +276,13 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
             cluster = Some(follow_cluster(kubernetes, &config, &mut loader).await?);
         }
     }
+    if let (Some((pods, _)), Some(speaker)) = (&made, cluster.as_ref().and_then(Source::speaker)) {
+        pods.server().speak_by(Arc::clone(speaker));
+    }
     if let Some((pods, _)) = &made {
         loader.set_local_pods(Arc::clone(pods.all()));
     }
+    let is_fresh = cluster.as_ref().is_some_and(|cluster| cluster.state().kept_since.is_none());
     let kernel = KernelState::follow(FollowSettings::default()).await?;
     let view = kernel.view().clone();
     let first = first(loader, &view)?;
@@ -445,6 +452,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
             drop(sender.blocking_send(Message::Prepared(Box::new(finished))));
         }),
         reloads: Reloads::default(),
+        is_told: IsTold { preparing: is_fresh, in_force: is_fresh, ..IsTold::default() },
         cluster,
         loaded,
         hits: Hits::new(Arc::clone(&rules)),

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use weir_cluster::resources::Substitute;
 use weir_conntrack::Table;
 use weir_dataplane::{clock::now, counters::Totals, model::Role, tables::Family};
-use weir_kubernetes::{KindState, Source, State};
+use weir_kubernetes::{KindState, Source};
 use weir_nat::{Clients, Model};
 
 use super::{Router, answers::Answer};
@@ -88,7 +88,7 @@ impl Router {
                 "sinceUnixSeconds": stale.since_unix_seconds, "objects": stale.objects,
             })),
             "state": null,
-            "kubernetes": self.cluster.as_ref().map(|cluster| cluster_json(&cluster.state())),
+            "kubernetes": self.cluster.as_ref().map(cluster_json),
             "unservedHostPorts": self.loaded.unserved_host_ports().iter().map(|unserved| json!({
                 "pod": unserved.pod, "proto": unserved.protocol.to_string().to_lowercase(), "hostPort": unserved.port,
                 "why": unserved.why,
@@ -107,7 +107,8 @@ impl Router {
 }
 
 /// What is known of a running cluster, and how old that is.
-fn cluster_json(state: &State) -> Value {
+fn cluster_json(cluster: &Source) -> Value {
+    let state = cluster.state();
     let kind = |kind: &KindState| {
         json!({
             "kind": kind.name, "objects": kind.count, "listed": kind.is_whole, "behind": kind.is_behind,
@@ -117,6 +118,7 @@ fn cluster_json(state: &State) -> Value {
     };
     json!({
         "address": state.address,
+        "speaking": cluster.speaker().map(|speaker| speaker.status()),
         "staleSinceUnixSeconds": state.kept_since.and_then(|since| Some(since.duration_since(UNIX_EPOCH).ok()?.as_secs())),
         "frozen": state.is_frozen, "inForce": state.objects.is_some(), "problem": state.failure,
         "kinds": state.kinds.iter().map(kind).collect::<Vec<_>>(),

@@ -414,6 +414,7 @@ impl Play {
                 drop(sender.send(Message::Prepared(Box::new(finished))));
             }),
             reloads: Reloads::default(),
+            is_told: super::configuration::IsTold::default(),
             cluster: None,
             loaded,
             hits: Hits::new(Arc::clone(&rules)),

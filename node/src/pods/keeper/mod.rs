@@ -13,7 +13,7 @@ use std::{
     io,
     net::IpAddr,
     os::unix::fs::MetadataExt,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, mpsc::Receiver},
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -28,6 +28,7 @@ use weir_cni::{
     queue::Queue,
     wire::{Attachment, Command, Made, PodName},
 };
+use weir_kubernetes::speak::{PodAddresses, Speaker};
 use weir_packet::Mac;
 
 use super::{
@@ -53,6 +54,8 @@ const CONTROL: Duration = Duration::from_secs(8);
 const QUEUE: Duration = Duration::from_secs(2);
 /// How long control may take to say that it is there, less than weir-cni waits for a STATUS.
 const PING: Duration = Duration::from_secs(2);
+/// How long an ADD may take at most until its pod's addresses stand on the pod's object, from when they are known.
+const SAYING: Duration = Duration::from_millis(500);
 /// After which a leak is looked at again.
 const SECOND_LOOK: Duration = Duration::from_millis(700);
 /// The least MTU of a device with IPv6, in bytes (RFC 8200, section 5): with less the kernel gives it none.
@@ -78,6 +81,8 @@ pub struct Keeper {
     queue: Queue,
     turns: Turns,
     state: Mutex<State>,
+    /// Who says pods' addresses to the cluster, where there is one.
+    speaker: OnceLock<Arc<Speaker>>,
     /// Held as long as this process uses the state folder.
     _lock: Option<Flock<File>>,
 }
@@ -167,6 +172,7 @@ impl Keeper {
                 mended: 0,
                 last_error: None,
             }),
+            speaker: OnceLock::new(),
             settings,
             disk,
             kernel,
@@ -189,6 +195,23 @@ impl Keeper {
         let mut pods: Vec<_> = made.map(|record| record.pod.clone()).collect();
         pods.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         pods
+    }
+
+    /// See [`super::Pods::speak_by`].
+    pub fn speak_by(&self, speaker: Arc<Speaker>) {
+        drop(self.speaker.set(speaker));
+    }
+
+    /// A pod's addresses are its own no more.
+    fn unsay(&self, pod: &LocalPod) {
+        if let (Some(speaker), Some(pod)) = (self.speaker.get(), said(pod)) {
+            speaker.withdraw(pod);
+        }
+    }
+
+    /// Says a pod's addresses to the cluster; who is to be waited for, if anybody. Without the uid of its object nobody knows whether it is that pod's.
+    fn say(&self, pod: &LocalPod) -> Option<Receiver<()>> {
+        self.speaker.get()?.announce(said(pod)?)
     }
 
     /// See [`super::Pods::configure`].
@@ -284,6 +307,7 @@ impl Keeper {
             if same && matches!(self.kernel.difference(&pair(&known), namespace), Ok(None)) {
                 // Its answer may have been lost, and so may what control knew.
                 self.put(&known.pod)?;
+                self.say(&known.pod);
                 return Ok(known.made());
             }
             self.take_away(&known)?;
@@ -322,11 +346,16 @@ impl Keeper {
         }
 
         let (record, given) = self.begin(&attachment, &pod, network, netns)?;
+        let (heard, since) = (self.say(&record.pod), Instant::now());
         let built = self.build(&record, namespace).map_err(|error| (error, false));
         let announced = built.and_then(|()| self.announce(&record).map_err(|error| (error, true)));
         if let Err((error, control_knows)) = announced {
             self.undo(&record, &given, control_knows);
             return Err(error);
+        }
+        // Else the pod's first packet may be at another node before its name is.
+        if let Some(heard) = heard {
+            let _ = heard.recv_timeout(SAYING.saturating_sub(since.elapsed()));
         }
         let mut made = record;
         made.phase = Phase::Made;
@@ -431,6 +460,7 @@ impl Keeper {
     /// Takes back what a failed ADD has done so far. Addresses that control never heard of nobody ever had: they are as they were. Others cool
     /// down, for they may have been in force.
     fn undo(&self, record: &Record, given: &[Given], control_knows: bool) {
+        self.unsay(&record.pod);
         let attachment = record.attachment();
         let told = if control_knows { self.gone(&record.pod) } else { Ok(()) };
         let removed = self.kernel.remove(&record.pod.device).map_err(|error| error.to_string());
@@ -490,7 +520,9 @@ impl Keeper {
     fn take_away(&self, record: &Record) -> Result<(), CniError> {
         self.gone(&record.pod).map_err(control_failure)?;
         self.remove_device(record).map_err(|error| failure(CniError::TRY_AGAIN, error))?;
-        self.release(record, (self.clock)()).map_err(|error| self.disk_failure(&error))
+        self.release(record, (self.clock)()).map_err(|error| self.disk_failure(&error))?;
+        self.unsay(&record.pod);
+        Ok(())
     }
 
     /// Removes a record's device, unless another sandbox has it.
@@ -740,6 +772,13 @@ fn says_it_is_of(end: &HostEnd, record: &Record) -> bool {
 }
 
 /// What requests of one pod take turns by.
+/// What is said of a pod.
+fn said(pod: &LocalPod) -> Option<PodAddresses> {
+    let LocalPod { namespace, name, uid, addresses, .. } = pod;
+    let (namespace, name) = (namespace.clone(), name.clone());
+    Some(PodAddresses { namespace, name, uid: uid.clone()?, addresses: addresses.clone() })
+}
+
 fn pod_key(namespace: &str, name: &str) -> String {
     format!("pod {namespace}/{name}")
 }
