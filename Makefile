@@ -130,8 +130,10 @@ fuzz: setup ## Every fuzz target for FUZZ_SECONDS (60); finds lie in fuzz/artifa
 	done
 
 test-kubernetes: build ## The conformance cases by way of a real kube-apiserver and etcd: the same verdicts as from files. Needs Go, once, to build those.
+	$(CARGO) build --workspace --bin weir-cni
 	@binaries=$$(./scripts/kubernetes-binaries.sh) && /usr/bin/python3 tests/kubernetes/run.py target/debug/weir "$$binaries" && \
-		/usr/bin/python3 tests/kubernetes/live.py target/debug/weir "$$binaries"
+		/usr/bin/python3 tests/kubernetes/live.py target/debug/weir "$$binaries" && \
+		/usr/bin/python3 tests/kubernetes/speak.py target/debug/weir target/debug/weir-cni "$$binaries"
 
 miri: ## The unsafe and lock-free parts under miri (needs a nightly toolchain with miri).
 	$(CARGO) +nightly miri test -p weir-sync -p weir-conntrack --lib

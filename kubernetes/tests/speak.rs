@@ -489,7 +489,13 @@ fn one_node_says_what_is_at_fault_and_another_goes_on_when_it_ends() {
 fn a_lease_that_nobody_renews_is_taken_over_and_one_that_is_renewed_is_not() {
     let server = Server::start();
     let web = format!("{SERVICES}/web");
-    server.change(|world| world.put(&web, json!({"metadata": {"uid": "s"}})));
+    let left = format!("{SERVICES}/left");
+    server.change(|world| {
+        world.put(&web, json!({"metadata": {"uid": "s"}}));
+        let condition =
+            json!({"type": "weir/Accepted", "status": "False", "reason": "Faulty", "message": "it was faulty"});
+        world.put(&left, json!({"metadata": {"uid": "l"}, "status": {"conditions": [condition]}}));
+    });
     let of_another = |renewed: u32| {
         json!({"spec": {"holderIdentity": "z", "leaseDurationSeconds": 2, "leaseTransitions": 7,
             "renewTime": format!("2000-01-01T00:00:{renewed:02}.000000Z")}})
@@ -508,6 +514,7 @@ fn a_lease_that_nobody_renews_is_taken_over_and_one_that_is_renewed_is_not() {
     comes("it is taken over", || server.get(&own)["spec"]["holderIdentity"] == "a");
     assert_eq!(server.get(&own)["spec"]["leaseTransitions"], 8);
     comes("it speaks", || condition(&server, &web).is_some());
+    comes("and for the other", || condition(&server, &left).is_some_and(|(status, _)| status == "True"));
 }
 
 #[test]

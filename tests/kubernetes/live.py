@@ -135,4 +135,5 @@ def main():
         cluster.down()
         shutil.rmtree(folder, ignore_errors=True)
 
-main()
+if __name__ == "__main__":
+    main()

@@ -68,7 +68,8 @@ class Cluster:
         server = self.api(*more)
         with open(os.path.join(HERE, "../../configs/kubernetes/rbac.yaml")) as file:
             for document in yaml.safe_load_all(file):
-                path = "api/v1/namespaces/kube-system/serviceaccounts" if document["kind"] == "ServiceAccount" else f"apis/rbac.authorization.k8s.io/v1/{document['kind'].lower()}s"
+                version, namespace = document["apiVersion"], document["metadata"].get("namespace")
+                path = f"{'apis' if '/' in version else 'api'}/{version}/{f'namespaces/{namespace}/' if namespace else ''}{document['kind'].lower()}s"
                 code, answer = self.ask("POST", path, document)
                 assert code == 201, answer
         return server
@@ -104,11 +105,11 @@ class Cluster:
         with open(os.path.join(self.folder, name + ".log")) as file:
             return file.read()[-3000:]
 
-    def ask(self, method, path, body=None):
+    def ask(self, method, path, body=None, content="application/json"):
         context = ssl.create_default_context(cafile=os.path.join(self.folder, "ca.crt"))
         context.load_cert_chain(os.path.join(self.folder, "admin.crt"), os.path.join(self.folder, "admin.key"))
         connection = http.client.HTTPSConnection("127.0.0.1", self.port, context=context, timeout=30)
-        connection.request(method, "/" + path, json.dumps(body) if body is not None else None, {"Content-Type": "application/json"})
+        connection.request(method, "/" + path, json.dumps(body) if body is not None else None, {"Content-Type": content})
         answer = connection.getresponse()
         return answer.status, answer.read().decode()
 
