@@ -13,7 +13,7 @@ use weir_cluster::{
     text::Problems,
     translate::{Assumptions, Faulty, Loaded, Loader},
 };
-use weir_kubernetes::{Access, Source, access_of};
+use weir_kubernetes::{Access, Settings, Source, access_of};
 
 /// Which configuration.
 #[derive(clap::Args)]
@@ -55,17 +55,16 @@ impl Cluster {
     /// # Errors
     /// Where they cannot be had.
     pub fn add_to(&self, loader: &mut Loader, path: &Path) -> Result<(), Failed> {
-        let (access, is_asked) = match &self.kubernetes {
-            Some(path) if path.as_os_str().is_empty() => (Access::Kubeconfig(own_kubeconfig()), true),
-            Some(path) => (Access::Kubeconfig(path.clone()), true),
-            None => {
-                // What is wrong with it is told by the load.
-                let config = RouterConfig::read(path, &mut Problems::default());
-                let Some(kubernetes) = config.and_then(|(config, _)| config.kubernetes) else { return Ok(()) };
-                (access_of(&kubernetes), false)
-            }
+        // What is wrong with it is told by the load.
+        let config = RouterConfig::read(path, &mut Problems::default()).map(|(config, _)| config).unwrap_or_default();
+        let (access, is_asked) = match (&self.kubernetes, &config.kubernetes) {
+            (Some(path), _) if path.as_os_str().is_empty() => (Access::Kubeconfig(own_kubeconfig()), true),
+            (Some(path), _) => (Access::Kubeconfig(path.clone()), true),
+            (None, Some(kubernetes)) => (access_of(kubernetes), false),
+            (None, None) => return Ok(()),
         };
-        let source = Source::start(access, loader.identities(), Duration::ZERO, None, None)?;
+        let settings = Settings { proxy_name: config.service_proxy_name, ..Settings::default() };
+        let source = Source::start(access, loader.identities(), settings)?;
         let objects = source.wait(PATIENCE).map_err(|why| format!("the cluster's objects are not to be had: {why}"))?;
         if is_asked {
             loader.set_only_live(objects)

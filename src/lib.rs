@@ -6,6 +6,7 @@ pub mod common;
 pub mod conntrack;
 pub mod demo;
 pub mod detach;
+pub mod diff;
 pub mod ipam;
 pub mod policy;
 pub mod replay;

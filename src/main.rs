@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use weir::{bench, check, conntrack, demo, detach, ipam, policy, replay, run, services, status, trace};
+use weir::{bench, check, conntrack, demo, detach, diff, ipam, policy, replay, run, services, status, trace};
 
 /// A userspace packet router for Kubernetes nodes: services, network policy and forwarding on AF_XDP.
 ///
@@ -30,6 +30,7 @@ enum Command {
     #[command(subcommand)]
     Policy(policy::Command),
     Services(services::Args),
+    Diff(diff::Args),
     /// Explain the addresses of the pods that weir makes on this node, with or without a running router.
     #[command(subcommand)]
     Ipam(ipam::Command),
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         Command::Conntrack(args) => conntrack::run(&args),
         Command::Policy(command) => policy::run(&command),
         Command::Services(args) => services::run(args),
+        Command::Diff(args) => Ok(diff::run(&args)),
         Command::Ipam(command) => ipam::run(&command),
         Command::Detach(args) => detach::run(&args),
     };

@@ -354,3 +354,47 @@ fn lines_that_are_no_flows_are_named_by_their_number() {
     assert_eq!(error(&answers[1]), (2.into(), "line 3: dport is missing: tcp packets go to a port".into()));
     assert_eq!(error(&answers[2]), (Value::Null, "line 4: this is not JSON from column 2 on".into()));
 }
+
+const BLOCKS: &str = "
+---
+apiVersion: v1
+kind: Node
+metadata: {name: node-b, annotations: {projectcalico.org/IPv4Address: 192.168.20.2/24}}
+spec: {podCIDR: 10.5.0.0/26}
+status: {addresses: [{type: InternalIP, address: 192.168.20.2}]}
+---
+apiVersion: projectcalico.org/v3
+kind: IPPool
+metadata: {name: pool}
+spec: {cidr: 10.5.0.0/16, ipipMode: Always}
+---
+apiVersion: crd.projectcalico.org/v1
+kind: BlockAffinity
+metadata: {name: node-a-10-5-0-0-26}
+spec: {cidr: 10.5.0.0/26, node: node-a, state: confirmed, deleted: 'false'}
+---
+apiVersion: crd.projectcalico.org/v1
+kind: BlockAffinity
+metadata: {name: node-b-10-5-0-64-26}
+spec: {cidr: 10.5.0.64/26, node: node-b, state: confirmed, deleted: 'false'}
+---
+apiVersion: crd.projectcalico.org/v1
+kind: IPAMBlock
+metadata: {name: 10-5-0-0-26}
+spec: {cidr: 10.5.0.0/26, affinity: 'host:node-a', allocations: [0, 1], attributes: [{secondary: {node: node-a}}, {secondary: {node: node-b}}]}
+";
+
+/// A node's range is where Calico's IPAM says, whatever Node.spec.podCIDR says, and a borrowed address is its borrower's.
+#[test]
+fn blocks_and_borrowed_addresses_are_routes() {
+    let flow = |dst: &str| format!("{{\"src\": \"10.5.0.3\", \"dst\": \"{dst}\", \"proto\": \"udp\", \"dport\": 9}}\n");
+    let (all_valid, answers) = trace_in(
+        &["10.5.0.70", "10.5.0.1", "10.5.0.2", "10.5.0.130"].map(flow).concat(),
+        &format!("{CLUSTER}{BLOCKS}"),
+    );
+    assert!(all_valid, "{answers:#?}");
+    let tunnels: Vec<_> = answers.iter().map(|answer| answer["route"]["tunnel"].clone()).collect();
+    assert_eq!(tunnels[..2], ["192.168.20.2", "192.168.20.2"], "{answers:#?}");
+    assert!(tunnels[2].is_null() && tunnels[3].is_null(), "{answers:#?}");
+    assert_eq!(answers[2]["reason"], "NoSuchPod", "{answers:#?}");
+}

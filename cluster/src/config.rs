@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -43,6 +43,8 @@ pub struct RouterConfig {
     /// Where cluster IPs are allocated.
     #[serde(rename = "serviceCIDRs", deserialize_with = "networks")]
     pub service_cidrs: Vec<IpNet>,
+    /// The value of the label service.kubernetes.io/service-proxy-name that services are served by. `None`: those without it.
+    pub service_proxy_name: Option<String>,
     /// Masquerade all that goes to a cluster IP.
     pub masquerade_all: bool,
     /// Addresses with node ports; empty: all of the node's.
@@ -71,6 +73,8 @@ pub struct RouterConfig {
     pub offload_udp_packets: u8,
     /// Where it is given, this router makes the pods of its node: weir-cni asks it.
     pub cni: Option<Cni>,
+    /// What weir says of itself over HTTP.
+    pub http: Http,
     /// The folder where the objects in force are kept for the next start. `None`: [`RouterConfig::state_folder`].
     pub state: Option<PathBuf>,
 }
@@ -85,6 +89,7 @@ impl Default for RouterConfig {
             kubernetes: None,
             pod_cidrs: None,
             service_cidrs: Vec::new(),
+            service_proxy_name: None,
             masquerade_all: false,
             node_port_addresses: Vec::new(),
             local_addresses: None,
@@ -98,6 +103,7 @@ impl Default for RouterConfig {
             offload_max_flows: 65_536,
             offload_udp_packets: 8,
             cni: None,
+            http: Http::default(),
             state: None,
         }
     }
@@ -120,6 +126,21 @@ pub struct Kubernetes {
 impl Default for Kubernetes {
     fn default() -> Self {
         Self { kubeconfig: None, in_cluster: false, startup_taint: None, lease_namespace: "kube-system".to_owned() }
+    }
+}
+
+/// `http`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Http {
+    /// Where metrics and probes are answered; `None`: nowhere.
+    #[serde(deserialize_with = "listen_address")]
+    pub listen: Option<SocketAddr>,
+}
+
+impl Default for Http {
+    fn default() -> Self {
+        Self { listen: Some((Ipv4Addr::LOCALHOST, 9091).into()) }
     }
 }
 
@@ -551,6 +572,11 @@ impl RouterConfig {
             let help = "add: manifests: [cluster.yaml], the files that describe the cluster".to_owned();
             problems.error(root.span, "manifests is missing", help);
         }
+        if self.service_proxy_name.as_deref().is_some_and(|name| !is_label_value(name)) {
+            let help =
+                "write the value that services have in the label service.kubernetes.io/service-proxy-name".to_owned();
+            problems.error(at("serviceProxyName"), "serviceProxyName is no value that a label can have", help);
+        }
         let workers = root.get("workers").unwrap_or(root);
         if !(1..=MAX_BURST).contains(&self.workers.burst) {
             problems.error(
@@ -767,6 +793,18 @@ fn patience<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::E
     seconds(deserializer, Cni::MAX_PATIENCE.as_secs(), "longer than a runtime waits")
 }
 
+/// Where to listen: "ADDRESS:PORT", or "none".
+fn listen_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text == "none" {
+        return Ok(None);
+    }
+    let address = text.parse().map_err(|_| {
+        advised(format_args!("{text:?} is no address with a port"), "write one like 127.0.0.1:9091, or none")
+    })?;
+    Ok(Some(address))
+}
+
 /// For how long an address is not given again.
 fn cool_down<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     seconds(deserializer, MAX_COOL_DOWN_SECONDS, "more than a day")
@@ -825,4 +863,13 @@ fn switch<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> 
         }
     }
     deserializer.deserialize_any(Switch)
+}
+
+/// Whether a label can have this value, other than none (Kubernetes, "Labels and Selectors": at most 63 letters, digits, "-", "_" and ".").
+fn is_label_value(text: &str) -> bool {
+    let is_inner = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let ends = text.as_bytes().first().zip(text.as_bytes().last());
+    text.len() <= 63
+        && text.bytes().all(is_inner)
+        && ends.is_some_and(|(first, last)| first.is_ascii_alphanumeric() && last.is_ascii_alphanumeric())
 }

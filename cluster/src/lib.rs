@@ -9,10 +9,11 @@
 //! - [`sockets`]: the ports that the node itself uses, which services must leave to it.
 //! - [`translate`]: objects to the models that the crates below compile their tables from, and what is wrong with them.
 //! - [`compile`]: models to tables.
-//! - [`trace`], [`policy`]: what these tables mean, asked without a router.
+//! - [`trace`], [`policy`]: what these tables mean, asked without a router. [`diff`]: what a change makes of that.
 
 pub mod compile;
 pub mod config;
+pub mod diff;
 pub mod policy;
 pub mod resources;
 pub mod sockets;

@@ -1026,13 +1026,18 @@ impl<'a> Compiler<'a> {
                 pods.extend(addresses.map(|a| (a, Owner::Node(NodeId(node as u32)))));
             }
         }
-        let ranges = cluster.nodes.iter().enumerate().flat_map(|(index, node)| {
-            let owner = match self.this_node {
-                Some(NodeId(own)) if own == index as u32 => Owner::OwnRange,
-                _ => Owner::Node(NodeId(index as u32)),
-            };
-            node.pod_cidrs.iter().filter_map(move |net| Some((A::from_ip(net.network())?, net.prefix_len(), owner)))
-        });
+        // Of two equal ranges the first counts. Where there are blocks, they are where addresses come from.
+        let this_node = self.this_node;
+        let of_nodes = |ranges: fn(&model::Node) -> &[IpNet]| {
+            cluster.nodes.iter().enumerate().flat_map(move |(index, node)| {
+                let owner = match this_node {
+                    Some(NodeId(own)) if own == index as u32 => Owner::OwnRange,
+                    _ => Owner::Node(NodeId(index as u32)),
+                };
+                ranges(node).iter().filter_map(move |net| Some((A::from_ip(net.network())?, net.prefix_len(), owner)))
+            })
+        };
+        let ranges = of_nodes(|node| &node.blocks).chain(of_nodes(|node| &node.pod_cidrs));
 
         let networks = self.links.devices.iter().filter(|d| d.role != Role::Workload).flat_map(|d| &d.addresses);
         let shared = networks.filter_map(shared_address).filter_map(A::from_ip);

@@ -24,7 +24,7 @@ pub struct Cluster {
     pub pools: Vec<Pool>,
     /// `podCIDRs` of weir.yaml; by default the pools', else the nodes' pod ranges.
     pub pod_cidrs: Vec<IpNet>,
-    /// `serviceCIDRs` of weir.yaml.
+    /// `serviceCIDRs` of weir.yaml, and the ServiceCIDRs.
     pub service_cidrs: Vec<IpNet>,
     /// `localAddresses` of weir.yaml, if given.
     pub local_addresses: Option<Vec<IpAddr>>,
@@ -51,6 +51,15 @@ pub struct Node {
     pub tunnel_address: Option<Ipv4Addr>,
     /// Node.spec.podCIDRs.
     pub pod_cidrs: Vec<IpNet>,
+    /// What Calico's IPAM has given the node: its blocks, and single addresses of others'.
+    pub blocks: Vec<IpNet>,
+}
+
+impl Node {
+    /// All ranges of its pods.
+    pub fn ranges(&self) -> impl Iterator<Item = IpNet> + '_ {
+        self.blocks.iter().chain(&self.pod_cidrs).copied()
+    }
 }
 
 /// A pod, or another workload with a device of its own.

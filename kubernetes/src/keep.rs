@@ -3,20 +3,25 @@
 //! A file for each kind: what the last whole list had, then each change since, a line each. A list is written beside and takes the file's place when it is
 //! whole. A thread of its own writes. A list waits for it a while; what is told after a list does not, and where the disk is too slow for it, a kind goes without
 //! until its next list.
+//!
+//! What is kept is what a start may go on with. So a list takes no file's place before it is known whether the cluster's objects may be believed,
+//! and while they may not be, nothing is written: see [`Folder::judge`].
 
 use std::{
+    cell::Cell,
     collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io::{self, BufRead, BufReader, BufWriter, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    rc::Rc,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
-        mpsc::{Receiver, SyncSender, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
     thread,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use crate::{resource::Resource, watch::Watched};
@@ -28,6 +33,14 @@ const WAITING: usize = 4096;
 const SOON: Duration = Duration::from_secs(1);
 /// Bytes of changes after which a kind is listed again, so that its file does not grow without end.
 const MAX_CHANGES: u64 = 64 << 20;
+
+/// What the writer is told.
+enum Word {
+    /// What is to be written of a kind, by its file's name.
+    Of(String, Line),
+    /// Whether that may be believed.
+    Judged(Judged),
+}
 
 /// What is to be written of a kind.
 enum Line {
@@ -46,24 +59,35 @@ enum Line {
 /// Where one kind is written to.
 pub struct Journal {
     name: String,
-    lines: SyncSender<(String, Line)>,
+    lines: SyncSender<Word>,
     waiting: Arc<AtomicUsize>,
+    judged: Rc<Cell<Judged>>,
     /// Whether all since the last list was taken.
     is_complete: bool,
+    /// Whether something was not written as it was not to be believed.
+    was_held: bool,
     changes: u64,
 }
 
+/// What is known of whether the cluster's objects may be believed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Judged {
+    Unknown,
+    Believed,
+    Held,
+}
+
 /// Where all kinds are.
-#[derive(Clone)]
 pub struct Folder {
     path: PathBuf,
-    lines: SyncSender<(String, Line)>,
+    lines: SyncSender<Word>,
     /// Lines of all kinds that are not written yet.
     waiting: Arc<AtomicUsize>,
+    judged: Rc<Cell<Judged>>,
 }
 
 fn name(resource: &Resource) -> String {
-    format!("{}_{}_{}", resource.group, resource.version, resource.plural)
+    format!("{}_{}_{}", resource.group, resource.version, resource.key().1.replace(' ', "-"))
 }
 
 impl Folder {
@@ -78,7 +102,20 @@ impl Folder {
         let (own_path, own_waiting) = (path.to_owned(), Arc::clone(&waiting));
         let work = move || write(&own_path, &written, &own_waiting);
         thread::Builder::new().name("kubernetes-keep".to_owned()).spawn(work)?;
-        Ok(Self { path: path.to_owned(), lines, waiting })
+        Ok(Self { path: path.to_owned(), lines, waiting, judged: Rc::new(Cell::new(Judged::Unknown)) })
+    }
+
+    /// Says whether the cluster's objects may be believed.
+    pub fn judge(&self, may_be_believed: bool) {
+        let judged = if may_be_believed { Judged::Believed } else { Judged::Held };
+        if self.judged.get() != judged {
+            self.waiting.fetch_add(1, Relaxed);
+            match self.lines.try_send(Word::Judged(judged)) {
+                Ok(()) => self.judged.set(judged),
+                // It is said again with the next change.
+                Err(_) => drop(self.waiting.fetch_sub(1, Relaxed)),
+            }
+        }
     }
 
     /// For one kind.
@@ -87,7 +124,9 @@ impl Folder {
             name: name(resource),
             lines: self.lines.clone(),
             waiting: Arc::clone(&self.waiting),
+            judged: Rc::clone(&self.judged),
             is_complete: false,
+            was_held: false,
             changes: 0,
         }
     }
@@ -129,8 +168,12 @@ impl Folder {
 
 impl Journal {
     fn send(&mut self, line: Line) {
+        if self.judged.get() == Judged::Held {
+            (self.is_complete, self.was_held) = (false, true);
+            return;
+        }
         self.waiting.fetch_add(1, Relaxed);
-        if self.lines.try_send((self.name.clone(), line)).is_err() {
+        if self.lines.try_send(Word::Of(self.name.clone(), line)).is_err() {
             self.waiting.fetch_sub(1, Relaxed);
             self.is_complete = false;
         }
@@ -148,7 +191,7 @@ impl Journal {
 
     /// A list begins.
     pub fn begin(&mut self) {
-        (self.is_complete, self.changes) = (true, 0);
+        (self.is_complete, self.was_held, self.changes) = (true, false, 0);
         self.send(Line::Begin);
     }
 
@@ -180,8 +223,8 @@ impl Journal {
     }
 
     /// Whether its file should be begun anew.
-    pub fn is_overgrown(&self) -> bool {
-        self.changes > MAX_CHANGES
+    pub fn needs_list(&self) -> bool {
+        self.changes > MAX_CHANGES || self.was_held && self.judged.get() == Judged::Believed
     }
 }
 
@@ -189,39 +232,80 @@ impl Journal {
 #[derive(Default)]
 struct Files {
     list: Option<BufWriter<File>>,
+    /// A list that is whole, with what changed since, of which nobody knows yet whether it may be believed.
+    whole: Option<BufWriter<File>>,
     changes: Option<BufWriter<File>>,
 }
 
-fn write(folder: &Path, lines: &Receiver<(String, Line)>, waiting: &AtomicUsize) {
+/// Where a list is written until it is whole.
+fn beside(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!(".{name}.new"))
+}
+
+fn write(folder: &Path, words: &Receiver<Word>, waiting: &AtomicUsize) {
     let mut all: BTreeMap<String, Files> = BTreeMap::new();
+    let mut judged = Judged::Unknown;
+    let mut flushed = Instant::now();
     loop {
-        let (name, line) = match lines.recv_timeout(SOON) {
-            Ok(line) => line,
-            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
-                for files in all.values_mut() {
-                    // What cannot be written is found at the next line.
-                    let _ = files.changes.as_mut().map(Write::flush);
-                }
-                continue;
+        let word = words.recv_timeout(SOON);
+        if flushed.elapsed() >= SOON {
+            for files in all.values_mut() {
+                // What cannot be written is found at the next line.
+                let _ = files.changes.as_mut().map(Write::flush);
             }
-            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return,
+            flushed = Instant::now();
+        }
+        let word = match word {
+            Ok(word) => word,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => return,
         };
         waiting.fetch_sub(1, Relaxed);
-        let files = all.entry(name.clone()).or_default();
-        if let Err(error) = files.take(folder, &name, line) {
-            tracing::warn!("the objects of {name} are not kept for the next start: {error}");
-            *files = Files::default();
+        match word {
+            Word::Judged(now) => {
+                judged = now;
+                for (name, files) in &mut all {
+                    let settled = files.settle(folder, name, judged);
+                    files.goes_without(name, settled);
+                }
+            }
+            Word::Of(name, line) => {
+                let files = all.entry(name.clone()).or_default();
+                let written = files.take(folder, &name, line).and_then(|()| files.settle(folder, &name, judged));
+                files.goes_without(&name, written);
+            }
         }
     }
 }
 
 impl Files {
+    /// Lets go of what could not be written.
+    fn goes_without(&mut self, name: &str, outcome: io::Result<()>) {
+        if let Err(error) = outcome {
+            tracing::warn!("the objects of {name} are not kept for the next start: {error}");
+            *self = Self::default();
+        }
+    }
+
+    /// A whole list takes its file's place, or is dropped, once it is known whether it may be believed.
+    fn settle(&mut self, folder: &Path, name: &str, judged: Judged) -> io::Result<()> {
+        if judged == Judged::Unknown {
+            return Ok(());
+        }
+        let Some(list) = self.whole.take().filter(|_| judged == Judged::Believed) else { return Ok(()) };
+        let file = list.into_inner().map_err(io::IntoInnerError::into_error)?;
+        file.sync_data()?;
+        fs::rename(beside(folder, name), folder.join(name))?;
+        self.changes = Some(BufWriter::new(file));
+        Ok(())
+    }
+
     fn take(&mut self, folder: &Path, name: &str, line: Line) -> io::Result<()> {
-        let (path, beside) = (folder.join(name), folder.join(format!(".{name}.new")));
         match line {
             Line::Begin => {
+                self.whole = None;
                 let mut options = OpenOptions::new();
-                let file = options.write(true).create(true).truncate(true).mode(0o600).open(beside)?;
+                let file = options.write(true).create(true).truncate(true).mode(0o600).open(beside(folder, name))?;
                 self.list = Some(BufWriter::new(file));
             }
             Line::Item(json) => {
@@ -229,16 +313,10 @@ impl Files {
                     writeln!(list, "+{json}")?;
                 }
             }
-            Line::End => {
-                let Some(list) = self.list.take() else { return Ok(()) };
-                let file = list.into_inner().map_err(io::IntoInnerError::into_error)?;
-                file.sync_data()?;
-                fs::rename(beside, path)?;
-                self.changes = Some(BufWriter::new(file));
-            }
+            Line::End => self.whole = self.list.take(),
             Line::Drop => self.list = None,
             Line::Change(sign, json) => {
-                if let Some(changes) = &mut self.changes {
+                if let Some(changes) = self.whole.as_mut().or(self.changes.as_mut()) {
                     writeln!(changes, "{sign}{json}")?;
                 }
             }
@@ -249,18 +327,18 @@ impl Files {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use super::*;
 
     /// The disk is a pipe: it takes nothing until somebody reads.
     #[test]
     fn a_list_waits_for_a_slow_disk_and_is_kept_whole() {
         let folder = tempfile::tempdir().unwrap();
-        let resource = crate::resource::always().remove(0);
+        let resource = crate::resource::always(None).remove(0);
         let pipe = folder.path().join(format!(".{}.new", name(&resource)));
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let mut journal = Folder::open(folder.path()).unwrap().journal(&resource);
+        let kept = Folder::open(folder.path()).unwrap();
+        kept.judge(true);
+        let mut journal = kept.journal(&resource);
         journal.begin();
         let mut sent = 0;
         while !journal.is_crowded() {
@@ -284,7 +362,14 @@ mod tests {
         assert!(journal.is_complete);
         journal.end();
         assert_eq!(reader.join().unwrap(), "+{}\n".repeat(sent + WAITING / 2 - 1));
+        assert!(!journal.needs_list());
+        kept.judge(false);
+        journal.change('+', "{}");
+        assert!(!journal.needs_list(), "what is not to be believed is not asked for again");
+        kept.judge(true);
+        assert!(journal.needs_list());
         journal.begin();
+        assert!(!journal.needs_list());
         journal.give_up();
         journal.item("{}");
         assert!(!journal.is_crowded(), "who has given up waits for nothing");

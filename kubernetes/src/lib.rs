@@ -13,5 +13,5 @@ pub mod watch;
 mod wire;
 
 pub use dial::{Access, Failure, access_of};
-pub use source::{KindState, Source, State, start_delay};
+pub use source::{KindState, Settings, Source, State, start_delay};
 pub use weir_cluster::resources::live::LiveObjects;

@@ -1,6 +1,11 @@
 //! What is watched: kinds by their group, and which objects of them.
 
-use weir_cluster::resources::live::LiveKind;
+use std::borrow::Cow;
+
+use weir_cluster::resources::{
+    kubernetes::{HEADLESS_LABEL, PROXY_NAME_LABEL},
+    live::LiveKind,
+};
 
 /// Objects of one kind, as an API server has them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -11,17 +16,24 @@ pub struct Resource {
     pub version: String,
     /// Its name in paths.
     pub plural: &'static str,
+    /// What these are called, where they are not all of them.
+    pub part: Option<&'static str>,
     /// Its kind.
     pub kind: &'static str,
     /// Which of them, by labels.
-    pub labels: &'static str,
+    pub labels: Cow<'static, str>,
     /// Which of them, by fields, where the server knows these.
     pub fields: &'static str,
 }
 
 impl Resource {
     fn new(group: &'static str, version: &str, plural: &'static str, kind: &'static str) -> Self {
-        Self { group, version: version.to_owned(), plural, kind, labels: "", fields: "" }
+        Self { group, version: version.to_owned(), plural, part: None, kind, labels: Cow::Borrowed(""), fields: "" }
+    }
+
+    /// By what they are known: no two that are watched have the same.
+    pub fn key(&self) -> Key {
+        (self.group, self.part.unwrap_or(self.plural))
     }
 
     /// The path of all of them.
@@ -54,23 +66,37 @@ impl Resource {
     }
 }
 
+/// A group, and what is watched of it.
+pub type Key = (&'static str, &'static str);
+
+/// Services and slices that are for the proxy of that name, or the one without a name.
+fn for_proxy(name: Option<&str>) -> String {
+    name.map_or_else(|| format!("!{PROXY_NAME_LABEL}"), |name| format!("{PROXY_NAME_LABEL}={name}"))
+}
+
 /// What every cluster has.
-pub fn always() -> Vec<Resource> {
+pub fn always(proxy_name: Option<&str>) -> Vec<Resource> {
     vec![
         Resource::new("", "v1", "nodes", "Node"),
         Resource::new("", "v1", "namespaces", "Namespace"),
         Resource::new("", "v1", "pods", "Pod"),
         Resource {
-            labels: "!service.kubernetes.io/service-proxy-name",
+            labels: for_proxy(proxy_name).into(),
             fields: "spec.clusterIP!=None",
             ..Resource::new("", "v1", "services", "Service")
         },
-        Resource {
-            labels: "!service.kubernetes.io/headless",
-            ..Resource::new("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice")
-        },
+        Resource { labels: format!("!{HEADLESS_LABEL}").into(), ..slices() },
         Resource::new("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy"),
     ]
+}
+
+fn slices() -> Resource {
+    Resource::new("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice")
+}
+
+/// What is watched once a policy names a service: no proxy serves these, but they have its endpoints.
+pub fn headless_slices() -> Resource {
+    Resource { part: Some("endpointslices of headless services"), labels: HEADLESS_LABEL.into(), ..slices() }
 }
 
 /// What is watched once a policy asks for it.
@@ -104,10 +130,22 @@ const CALICO: &[(&str, &str)] = &[
     ("stagednetworkpolicies", "StagedNetworkPolicy"),
     ("stagedkubernetesnetworkpolicies", "StagedKubernetesNetworkPolicy"),
     ("felixconfigurations", "FelixConfiguration"),
+    ("clusterinformations", CLUSTER_INFORMATION),
+    ("blockaffinities", "BlockAffinity"),
+    ("ipamblocks", "IPAMBlock"),
 ];
+
+/// The kind that says whether Calico's datastore may be believed.
+pub const CLUSTER_INFORMATION: &str = "ClusterInformation";
 
 /// Groups that a cluster may have.
 pub const OPTIONAL: &[Optional] = &[
+    Optional {
+        group: "networking.k8s.io",
+        versions: &["v1"],
+        resources: &[("servicecidrs", "ServiceCIDR")],
+        unless: None,
+    },
     Optional {
         group: "policy.networking.k8s.io",
         versions: &["v1beta1", "v1alpha2"],
@@ -124,6 +162,11 @@ pub const OPTIONAL: &[Optional] = &[
 ];
 
 impl Optional {
+    /// Whether a resource is one of this group's that a cluster may have.
+    pub fn has(&self, resource: &Resource) -> bool {
+        self.group == resource.group && self.resources.iter().any(|(plural, _)| *plural == resource.plural)
+    }
+
     /// One of its resources.
     pub fn resource(&self, version: &str, plural: &'static str, kind: &'static str) -> Resource {
         Resource::new(self.group, version, plural, kind)
@@ -139,14 +182,16 @@ mod tests {
         let optional = OPTIONAL.iter().flat_map(|group| {
             group.resources.iter().map(|(plural, kind)| group.resource(group.versions[0], plural, kind))
         });
-        for resource in always().into_iter().chain([service_accounts()]).chain(optional) {
+        for resource in always(None).into_iter().chain([service_accounts(), headless_slices()]).chain(optional) {
             assert_eq!(resource.live().name(), resource.kind, "{resource:?}");
         }
-        assert_eq!(always()[0].path(), "/api/v1/nodes");
-        assert_eq!((always()[0].path_in(""), always()[0].api_version()), ("/api/v1/nodes".into(), "v1".into()));
-        assert_eq!(always()[2].path_in("x"), "/api/v1/namespaces/x/pods");
-        assert_eq!(always()[5].path_in("x"), "/apis/networking.k8s.io/v1/namespaces/x/networkpolicies");
-        assert_eq!(always()[5].api_version(), "networking.k8s.io/v1");
-        assert_eq!(always()[5].path(), "/apis/networking.k8s.io/v1/networkpolicies");
+        let always = always(Some("own"));
+        assert_eq!(always[0].path(), "/api/v1/nodes");
+        assert_eq!(always[3].labels, "service.kubernetes.io/service-proxy-name=own");
+        assert_eq!(always[5].path(), "/apis/networking.k8s.io/v1/networkpolicies");
+        assert_eq!((always[0].path_in(""), always[0].api_version()), ("/api/v1/nodes".into(), "v1".into()));
+        assert_eq!(always[2].path_in("x"), "/api/v1/namespaces/x/pods");
+        assert_eq!(always[5].path_in("x"), "/apis/networking.k8s.io/v1/namespaces/x/networkpolicies");
+        assert_eq!(always[5].api_version(), "networking.k8s.io/v1");
     }
 }

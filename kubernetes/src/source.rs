@@ -25,7 +25,7 @@ use weir_cluster::resources::{
 use crate::{
     dial::{Access, Dial, Failure},
     keep::Folder,
-    resource::{self, OPTIONAL, Resource},
+    resource::{self, CLUSTER_INFORMATION, Key, OPTIONAL, Resource},
     speak::{self, Speaker},
     watch::{Shared, Watched, random},
     wire::{Groups, Resources},
@@ -51,6 +51,8 @@ pub struct State {
     pub kinds: Vec<KindState>,
     /// Why there is nothing to follow; `None` where there is.
     pub failure: Option<String>,
+    /// Whether Calico's ClusterInformation says that its datastore is not ready, so that the objects stay as they were.
+    pub is_frozen: bool,
     /// The address that is asked.
     pub address: String,
 }
@@ -58,7 +60,7 @@ pub struct State {
 /// One kind.
 #[derive(Clone, Debug)]
 pub struct KindState {
-    /// "GROUP/PLURAL".
+    /// "GROUP/PLURAL", or what part of these it is.
     pub name: String,
     /// How many objects there are.
     pub count: usize,
@@ -92,6 +94,19 @@ pub fn start_delay(node: &str) -> Duration {
     Duration::from_millis((hash >> 32) % 2000)
 }
 
+/// How a cluster is followed.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// How long to wait before the first question.
+    pub delay: Duration,
+    /// Where its objects are kept; those that are there count until the cluster has answered. `None`: it is only looked at.
+    pub folder: Option<PathBuf>,
+    /// Services are those that a label gives to the proxy of that name, or to none.
+    pub proxy_name: Option<String>,
+    /// For whom things are said there; `None`: it is only read.
+    pub speaks: Option<speak::Settings>,
+}
+
 /// A cluster that is followed until this is dropped.
 pub struct Source {
     cell: Arc<Cell>,
@@ -114,23 +129,16 @@ impl Drop for Source {
 }
 
 impl Source {
-    /// Begins to follow a cluster, after a while. Its objects are kept in `folder`, and those that are there count until the cluster has answered.
-    /// `speaks`: for whom it says things there; `None`: it only reads.
+    /// Begins to follow a cluster.
     ///
     /// # Errors
     /// Where there is no thread for it.
-    pub fn start(
-        access: Access,
-        identities: &Identities,
-        delay: Duration,
-        folder: Option<PathBuf>,
-        speaks: Option<speak::Settings>,
-    ) -> std::io::Result<Self> {
+    pub fn start(access: Access, identities: &Identities, settings: Settings) -> std::io::Result<Self> {
         let cell = Arc::new(Cell::default());
         let (tell, changes) = watch::channel(());
         let (end, ended) = oneshot::channel();
         let (reader, own) = (Reader::new(identities), Arc::clone(&cell));
-        let speaker = speaks.map(Speaker::new);
+        let speaker = settings.speaks.clone().map(Speaker::new);
         let own_speaker = speaker.clone();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let run = move || {
@@ -138,7 +146,7 @@ impl Source {
             let shared = OnceCell::new();
             local.block_on(&runtime, async {
                 tokio::select! {
-                    () = follow(access, reader, own, tell, delay, folder, own_speaker.clone(), &shared) => {}
+                    () = follow(access, reader, own, tell, settings, own_speaker.clone(), &shared) => {}
                     _ = ended => {}
                 }
                 if let (Some(speaker), Some(shared)) = (own_speaker, shared.get()) {
@@ -211,6 +219,10 @@ impl State {
         if let Some(failure) = &self.failure {
             return failure.clone();
         }
+        if self.is_frozen {
+            return "Calico's ClusterInformation has datastoreReady: false: its objects are not to be believed yet"
+                .to_owned();
+        }
         let waits = self.kinds.iter().filter(|kind| !kind.is_whole);
         let waits: Vec<String> =
             waits.map(|kind| format!("{}: {}", kind.name, kind.failure.as_deref().unwrap_or("no list yet"))).collect();
@@ -220,25 +232,27 @@ impl State {
 
 const CONFIGURATION: &str = "kubernetes: ";
 
-/// Kinds by group and name in paths.
-type Kinds = BTreeMap<(&'static str, &'static str), (Rc<Watched>, AbortHandle)>;
+/// What is watched.
+type Kinds = BTreeMap<Key, (Rc<Watched>, AbortHandle)>;
 
-#[allow(clippy::too_many_arguments, reason = "they are all that the thread has")]
 async fn follow(
     access: Access,
     reader: Reader,
     cell: Arc<Cell>,
     tell: watch::Sender<()>,
-    delay: Duration,
-    folder: Option<PathBuf>,
+    settings: Settings,
     speaker: Option<Arc<Speaker>>,
     for_the_end: &OnceCell<Rc<Shared>>,
 ) {
+    let Settings { delay, folder, proxy_name, .. } = settings;
+    let always = resource::always(proxy_name.as_deref());
+    // Who only looks at a cluster has nothing that could stay.
+    let may_freeze = folder.is_some();
     let folder = folder.and_then(|path| {
         let opened = Folder::open(&path);
         opened.map_err(|error| warn!("the cluster's objects are not kept in {}: {error}", path.display())).ok()
     });
-    let known = folder.as_ref().map_or_else(Vec::new, |folder| read_kept(folder, &reader));
+    let known = folder.as_ref().map_or_else(Vec::new, |folder| read_kept(folder, always.clone(), &reader));
     if let Some(oldest) = known.iter().map(|(_, written)| *written).min() {
         let mut state = cell.lock();
         state.objects =
@@ -266,12 +280,13 @@ async fn follow(
     let mut kinds = Kinds::new();
     let mut has_discovered = false;
     let mut look_at = Instant::now();
-    let mut published: Option<u64> = None;
+    let mut was_frozen = false;
+    let mut published: Option<(Vec<Key>, u64)> = None;
     known.into_iter().for_each(|(watched, _)| begin_with(watched, &shared, &mut kinds));
-    resource::always().into_iter().for_each(|resource| begin(resource, &shared, &mut kinds));
+    always.into_iter().for_each(|resource| begin(resource, &shared, &mut kinds));
     loop {
         if Instant::now() >= look_at {
-            let outcome = discover(&shared.dial).await;
+            let outcome = discover(&shared.dial, &kinds).await;
             let failure = outcome.as_ref().err().map(Failure::to_string);
             has_discovered |= outcome.is_ok();
             if let Ok(resources) = outcome {
@@ -287,28 +302,42 @@ async fn follow(
         if kinds.values().any(|(watched, _)| watched.names_accounts.get()) {
             begin(resource::service_accounts(), &shared, &mut kinds);
         }
+        if kinds.values().any(|(watched, _)| watched.names_services.get()) {
+            begin(resource::headless_slices(), &shared, &mut kinds);
+        }
         if let Some((slices, _)) = kinds.get(&("discovery.k8s.io", "endpointslices")) {
             shared.dial.learn(&own_endpoints(slices));
         }
+        let in_use: Vec<&Rc<Watched>> = in_use(&kinds).collect();
         if let (Some(speaker), Some((nodes, _))) = (&speaker, kinds.get(&("", "nodes"))) {
             speaker.saw_node(nodes.follow.borrow_mut().set().node(speaker.node_name()));
         }
         // What comes later is waited for as well, but does not hold up all else if it cannot be had.
         let may_lack = |watched: &Watched| published.is_some() && watched.begun.elapsed() > GRACE;
-        let is_whole = has_discovered
-            && kinds.values().all(|(watched, _)| watched.follow.borrow().is_whole() || may_lack(watched));
-        // Each only grows, and a kind that comes or goes changes it too.
-        let now = kinds.values().map(|(watched, _)| watched.follow.borrow().changes() + 1).sum();
-        let objects: Option<LiveObjects> = (is_whole && published != Some(now)).then(|| {
+        let is_whole =
+            has_discovered && in_use.iter().all(|watched| watched.follow.borrow().is_whole() || may_lack(watched));
+        let is_frozen = may_freeze && in_use.iter().any(|watched| says_not_ready(watched));
+        // What is counted of each only grows, as long as the kinds are the same.
+        let changes = in_use.iter().map(|watched| watched.follow.borrow().changes()).sum();
+        let now: (Vec<Key>, u64) = (in_use.iter().map(|watched| watched.resource.key()).collect(), changes);
+        let objects: Option<LiveObjects> = (is_whole && !is_frozen && published.as_ref() != Some(&now)).then(|| {
             published = Some(now);
-            kinds.values().flat_map(|(watched, _)| watched.follow.borrow_mut().set().pieces()).collect()
+            in_use.iter().flat_map(|watched| watched.follow.borrow_mut().set().pieces()).collect()
         });
+        if let Some(folder) = shared.folder.as_ref().filter(|_| is_frozen || is_whole) {
+            folder.judge(!is_frozen);
+        }
+        // Then it may be that they move, and where to is looked at without waiting.
+        if std::mem::replace(&mut was_frozen, is_frozen) != is_frozen {
+            look_at = Instant::now();
+        }
         let has_changed = objects.is_some();
         {
             let mut state = cell.lock();
             if let Some(objects) = objects {
                 (state.objects, state.kept_since) = (Some(objects), None);
             }
+            state.is_frozen = is_frozen;
             state.kinds = kinds.values().map(|(watched, _)| kind_state(watched)).collect();
             state.address = shared.dial.address();
             cell.changed.notify_all();
@@ -324,14 +353,38 @@ async fn follow(
     }
 }
 
+/// What counts of what is watched. Where Calico's objects are in two groups, as while they are moved, those of the one that was there before
+/// count until the other was listed whole and is ready.
+fn in_use(kinds: &Kinds) -> impl Iterator<Item = &Rc<Watched>> {
+    let of = |group: &'static str| {
+        let of_group = kinds.iter().filter(move |((of, _), _)| *of == group);
+        of_group.map(|(_, (watched, _))| watched)
+    };
+    let pairs = OPTIONAL.iter().filter_map(|optional| Some((optional.unless?, optional.group)));
+    let passed_over: Vec<&str> = pairs
+        .filter_map(|(before, after)| {
+            let has_moved = of(after).all(|watched| watched.follow.borrow().is_whole() && !says_not_ready(watched));
+            let are_both = of(before).next().is_some() && of(after).next().is_some();
+            are_both.then_some(if has_moved { before } else { after })
+        })
+        .collect();
+    let counts = move |watched: &&Rc<Watched>| !passed_over.contains(&watched.resource.group);
+    kinds.values().map(|(watched, _)| watched).filter(counts)
+}
+
+/// Whether this is what says that Calico's datastore is not ready.
+fn says_not_ready(watched: &Watched) -> bool {
+    watched.resource.kind == CLUSTER_INFORMATION && watched.follow.borrow_mut().set().says_not_ready()
+}
+
 fn begin(resource: Resource, shared: &Rc<Shared>, kinds: &mut Kinds) {
-    if !kinds.contains_key(&(resource.group, resource.plural)) {
+    if !kinds.contains_key(&resource.key()) {
         begin_with(Watched::new(resource, &shared.reader), shared, kinds);
     }
 }
 
 fn begin_with(watched: Watched, shared: &Rc<Shared>, kinds: &mut Kinds) {
-    let key = (watched.resource.group, watched.resource.plural);
+    let key = watched.resource.key();
     watched.journal.replace(shared.folder.as_ref().map(|folder| folder.journal(&watched.resource)));
     let watched = Rc::new(watched);
     let task = spawn_local(Rc::clone(&watched).run(Rc::clone(shared)));
@@ -339,17 +392,17 @@ fn begin_with(watched: Watched, shared: &Rc<Shared>, kinds: &mut Kinds) {
 }
 
 /// What a run before has kept, if it is all that every cluster has, with when each was written.
-fn read_kept(folder: &Folder, reader: &Reader) -> Vec<(Watched, SystemTime)> {
+fn read_kept(folder: &Folder, always: Vec<Resource>, reader: &Reader) -> Vec<(Watched, SystemTime)> {
     let optional = OPTIONAL.iter().flat_map(|optional| {
         let of_version = |version: &'static &str| {
             optional.resources.iter().map(|(plural, kind)| optional.resource(version, plural, kind))
         };
         optional.versions.iter().flat_map(of_version)
     });
-    let always = resource::always();
     let needed = always.len();
+    let later = [resource::service_accounts(), resource::headless_slices()];
     let mut known = Vec::new();
-    for (index, resource) in always.into_iter().chain(optional).chain([resource::service_accounts()]).enumerate() {
+    for (index, resource) in always.into_iter().chain(optional).chain(later).enumerate() {
         let written = folder.written(&resource);
         let watched = Watched::new(resource, reader);
         match written.ok_or(None).and_then(|written| folder.read(&watched, reader).map(|()| written).map_err(Some)) {
@@ -365,18 +418,32 @@ fn read_kept(folder: &Folder, reader: &Reader) -> Vec<(Watched, SystemTime)> {
             }
         }
     }
+    // A run that ended while objects moved has kept both, and the list of where they moved to is whole.
+    let are_kept: BTreeSet<&str> = known.iter().map(|(watched, _)| watched.resource.group).collect();
+    let moved: Vec<&str> =
+        OPTIONAL.iter().filter(|one| are_kept.contains(one.group)).filter_map(|one| one.unless).collect();
+    known.retain(|(watched, _)| !moved.contains(&watched.resource.group));
     known
 }
 
 /// Begins to follow what has come, and lets go of what is not served any more: where its own path says so too, as a group whose server is only down
-/// is not listed either, and its policies are in force still.
+/// is not listed either, and its policies are in force still. What has moved to another group goes once it counts there.
 async fn settle(resources: Vec<Resource>, shared: &Rc<Shared>, kinds: &mut Kinds) {
-    let served: BTreeSet<_> = resources.iter().map(|one| (one.group, one.plural, one.version.as_str())).collect();
-    let is_optional = |group: &str| OPTIONAL.iter().any(|optional| optional.group == group);
-    let mut gone = Vec::new();
+    let served: BTreeSet<Key> = resources.iter().map(Resource::key).collect();
+    let versions: BTreeSet<_> = resources.iter().map(|one| (one.key(), one.version.clone())).collect();
+    let are_served = |group: &str| served.iter().any(|(of, _)| *of == group);
+    let mut gone: Vec<Key> = Vec::new();
+    let counting: BTreeSet<Key> = in_use(kinds).map(|watched| watched.resource.key()).collect();
     for (key, (watched, _)) in &*kinds {
-        let Resource { group, plural, version, .. } = &watched.resource;
-        if is_optional(group) && !served.contains(&(*group, *plural, version.as_str())) {
+        let Some(optional) = OPTIONAL.iter().find(|optional| optional.has(&watched.resource)) else { continue };
+        if versions.contains(&(*key, watched.resource.version.clone())) {
+            continue;
+        }
+        let has_moved_back = optional.unless.is_some_and(are_served);
+        let moves = OPTIONAL.iter().any(|other| other.unless == Some(key.0) && are_served(other.group));
+        if has_moved_back {
+            gone.push(*key);
+        } else if !(moves && counting.contains(key)) {
             let outcome = shared.dial.text(&format!("{}?limit=1", watched.resource.path())).await;
             gone.extend(outcome.is_err_and(|failure| failure.code() == 404).then_some(*key));
         }
@@ -390,16 +457,18 @@ async fn settle(resources: Vec<Resource>, shared: &Rc<Shared>, kinds: &mut Kinds
     resources.into_iter().for_each(|resource| begin(resource, shared, kinds));
 }
 
-/// The resources of optional groups that are served.
-async fn discover(dial: &Dial) -> Result<Vec<Resource>, Failure> {
+/// The resources of optional groups that are served. What makes a group superfluous does not while its datastore is not ready: its objects may be
+/// on their way there.
+async fn discover(dial: &Dial, kinds: &Kinds) -> Result<Vec<Resource>, Failure> {
     let nonsense = |error: serde_json::Error| Failure::Nonsense(error.to_string());
     let groups: Groups = serde_json::from_str(&dial.text("/apis").await?).map_err(nonsense)?;
     let mut found = Vec::new();
     for optional in OPTIONAL {
         let of = |name: &str| groups.groups.iter().find(|group| group.name == name);
-        let Some(group) = of(optional.group).filter(|_| optional.unless.is_none_or(|other| of(other).is_none())) else {
-            continue;
-        };
+        let is_ready =
+            |group: &str| !kinds.iter().any(|((of, _), (watched, _))| *of == group && says_not_ready(watched));
+        let is_superfluous = optional.unless.is_some_and(|other| of(other).is_some() && is_ready(other));
+        let Some(group) = of(optional.group).filter(|_| !is_superfluous) else { continue };
         let serves = |version: &&str| group.versions.iter().any(|served| served.version == **version);
         let Some(version) = optional.versions.iter().copied().find(|version| serves(version)) else { continue };
         let path = format!("/apis/{}/{version}", optional.group);
@@ -414,10 +483,10 @@ async fn discover(dial: &Dial) -> Result<Vec<Resource>, Failure> {
 }
 
 fn kind_state(watched: &Watched) -> KindState {
-    let Resource { group, plural, .. } = &watched.resource;
+    let (group, part) = watched.resource.key();
     let mut follow = watched.follow.borrow_mut();
     KindState {
-        name: if group.is_empty() { (*plural).to_owned() } else { format!("{group}/{plural}") },
+        name: if group.is_empty() { part.to_owned() } else { format!("{group}/{part}") },
         count: follow.set().len(),
         is_whole: follow.is_whole(),
         is_behind: follow.is_behind(),

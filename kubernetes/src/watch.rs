@@ -63,6 +63,8 @@ pub struct Watched {
     pub unreadable: Cell<u64>,
     /// Whether an object asks for service accounts.
     pub names_accounts: Cell<bool>,
+    /// Whether an object may ask for the endpoints of a service.
+    pub names_services: Cell<bool>,
 }
 
 /// What all kinds share.
@@ -98,6 +100,7 @@ impl Watched {
             failure: RefCell::default(),
             unreadable: Cell::new(0),
             names_accounts: Cell::new(false),
+            names_services: Cell::new(false),
         }
     }
 
@@ -119,7 +122,7 @@ impl Watched {
                     shared.changed.notify_one();
                 }
             }
-            if self.journal.borrow().as_ref().is_some_and(Journal::is_overgrown) {
+            if self.journal.borrow().as_ref().is_some_and(Journal::needs_list) {
                 self.follow.borrow_mut().expired();
             }
             let is_behind = self.follow.borrow().is_behind();
@@ -279,10 +282,11 @@ impl Watched {
             self.unreadable.set(self.unreadable.get() + 1);
             Failure::Nonsense(error.to_string())
         })?;
-        // Only policy is told apart by accounts.
-        if !self.names_accounts.get() && self.resource.plural.ends_with("policies") && json.contains("\"serviceAccount")
-        {
-            self.names_accounts.set(true);
+        // Only policy is told apart by accounts, or names services.
+        if self.resource.plural.ends_with("policies") {
+            for (asked, word) in [(&self.names_accounts, "\"serviceAccount"), (&self.names_services, "\"services\"")] {
+                asked.set(asked.get() || json.contains(word));
+            }
         }
         Ok(object)
     }

@@ -13,7 +13,7 @@ use std::{
 use flate2::{Compression, read::GzEncoder};
 use serde_json::{Value, json};
 use weir_cluster::resources::{Identities, Manifests};
-use weir_kubernetes::{Access, Source};
+use weir_kubernetes::{Access, Settings, Source};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -124,7 +124,8 @@ impl Server {
                     (403, json!({"kind": "Status", "code": 403, "reason": "Forbidden", "message": "no"}))
                 }
                 path if path.starts_with("/apis/") && path.matches('/').count() == 3 && !query.contains("limit") => {
-                    (200, json!({"resources": [{"name": "tiers", "kind": "Tier"}]}))
+                    let of = |name: &str, kind: &str| json!({"name": name, "kind": kind});
+                    (200, json!({"resources": [of("tiers", "Tier"), of("clusterinformations", "ClusterInformation")]}))
                 }
                 _ if world.refuses_fields && given.contains_key("fieldSelector") => (
                     400,
@@ -233,9 +234,8 @@ impl Node {
              user: u}}}}]\nusers: [{{name: u, user: {{token: t}}}}]\ncurrent-context: c\n"
         );
         std::fs::write(&path, text).unwrap();
-        let kept = Some(folder.path().join("kept"));
-        let source =
-            Source::start(Access::Kubeconfig(path), &Identities::default(), Duration::ZERO, kept, None).unwrap();
+        let settings = Settings { folder: Some(folder.path().join("kept")), ..Settings::default() };
+        let source = Source::start(Access::Kubeconfig(path), &Identities::default(), settings).unwrap();
         Self { source, folder }
     }
 
@@ -397,13 +397,12 @@ fn where_nobody_answers_a_start_has_what_was_kept_until_somebody_does() {
     let node = Node::start(server.address, node.folder);
     node.comes_to("Pod/x/c");
     assert!(node.source.state().kept_since.is_none());
-    // What is broken in the middle is not taken at all. Before, the list that it had is on the disk.
-    let has_only_c = |text: String| text.contains(r#""name":"c""#) && !text.contains(r#""name":"b""#);
     let until = Instant::now() + PATIENCE;
-    while !std::fs::read_to_string(&file).is_ok_and(has_only_c) {
+    while !std::fs::read_to_string(&file).is_ok_and(|text| text.lines().count() == 1) {
         assert!(Instant::now() < until);
         thread::sleep(Duration::from_millis(10));
     }
+    // What is broken in the middle is not taken at all.
     let Node { source, folder } = node;
     drop(source);
     std::fs::write(&file, "+{\"metadata\":{}}\n").unwrap();
@@ -433,4 +432,125 @@ fn what_makes_no_sense_is_told_and_changes_nothing() {
         thread::sleep(Duration::from_millis(10));
     }
     assert_eq!(node.names().as_deref(), Some("Pod/x/a"));
+}
+
+/// A group of Calico's, as discovery has it.
+fn group(name: &str, version: &str) -> Value {
+    json!({"name": name, "versions": [{"version": version}]})
+}
+
+const CRD: &str = "/apis/crd.projectcalico.org/v1";
+const V3: &str = "/apis/projectcalico.org/v3";
+
+fn ready(server: &Server, group: &str, is_ready: bool) {
+    server.put(&format!("{group}/clusterinformations"), "default", json!({"spec": {"datastoreReady": is_ready}}));
+}
+
+fn tier(server: &Server, group: &str, name: &str) {
+    server.put(&format!("{group}/tiers"), name, json!({"spec": {"order": 1}}));
+}
+
+#[track_caller]
+fn is_frozen(node: &Node, expected: bool) {
+    let until = Instant::now() + PATIENCE;
+    while node.source.state().is_frozen != expected {
+        assert!(Instant::now() < until);
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn while_calicos_datastore_is_not_ready_what_was_in_force_stays() {
+    let server = Server::start(true);
+    server.change(|world| world.groups = json!({"groups": [group("crd.projectcalico.org", "v1")]}));
+    ready(&server, CRD, true);
+    tier(&server, CRD, "one");
+    let node = Node::of(&server);
+    node.comes_to("ClusterInformation/default Tier/one");
+    ready(&server, CRD, false);
+    is_frozen(&node, true);
+    tier(&server, CRD, "two");
+    server.delete(&format!("{CRD}/tiers"), "one");
+    server.put(PODS, "a", in_x());
+    let until = Instant::now() + PATIENCE;
+    let knows = || node.source.state().kinds.iter().any(|kind| kind.name == "pods" && kind.count == 1);
+    while !knows() {
+        assert!(Instant::now() < until);
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(node.names().as_deref(), Some("ClusterInformation/default Tier/one"));
+    // Who starts meanwhile goes on with what was kept.
+    let Node { source, folder } = node;
+    drop(source);
+    let node = Node::start(server.address, folder);
+    is_frozen(&node, true);
+    assert_eq!(node.names().as_deref(), Some("ClusterInformation/default Tier/one"));
+    // Once more, after all was listed meanwhile.
+    let Node { source, folder } = node;
+    drop(source);
+    let node = Node::start(server.address, folder);
+    is_frozen(&node, true);
+    assert_eq!(node.names().as_deref(), Some("ClusterInformation/default Tier/one"));
+    assert!(node.source.fresh().is_none() && node.source.state().missing().contains("datastoreReady"));
+    ready(&server, CRD, true);
+    is_frozen(&node, false);
+    node.comes_to("ClusterInformation/default Pod/x/a Tier/two");
+}
+
+#[test]
+fn calicos_objects_count_where_they_were_until_all_of_them_are_where_they_go() {
+    let server = Server::start(true);
+    let both = json!({"groups": [group("crd.projectcalico.org", "v1"), group("projectcalico.org", "v3")]});
+    server.change(|world| world.groups = both);
+    ready(&server, CRD, true);
+    tier(&server, CRD, "one");
+    let node = Node::of(&server);
+    node.comes_to("ClusterInformation/default Tier/one");
+    // They move: what is there yet is not all.
+    ready(&server, V3, false);
+    ready(&server, CRD, false);
+    is_frozen(&node, true);
+    tier(&server, V3, "one");
+    tier(&server, V3, "two");
+    let until = Instant::now() + PATIENCE;
+    let follows_both =
+        || node.source.state().kinds.iter().any(|kind| kind.name == "projectcalico.org/tiers" && kind.count == 2);
+    while !follows_both() {
+        assert!(Instant::now() < until, "{:#?}", node.source.state());
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(node.names().as_deref(), Some("ClusterInformation/default Tier/one"));
+    ready(&server, V3, true);
+    node.comes_to("ClusterInformation/default Tier/one Tier/two");
+    is_frozen(&node, false);
+    // Where they were, nothing counts any more.
+    tier(&server, CRD, "three");
+    tier(&server, V3, "four");
+    node.comes_to("ClusterInformation/default Tier/four Tier/one Tier/two");
+}
+
+#[test]
+fn slices_of_headless_services_are_followed_once_a_policy_names_a_service() {
+    let server = Server::start(true);
+    server.put(PODS, "a", in_x());
+    let node = Node::of(&server);
+    node.comes_to("Pod/x/a");
+    let follows =
+        || node.source.state().kinds.iter().any(|kind| kind.name.ends_with("endpointslices of headless services"));
+    assert!(!follows());
+    let policies = "/apis/networking.k8s.io/v1/networkpolicies";
+    server.put(policies, "p", json!({"metadata": {"namespace": "x"}, "spec": {"podSelector": {}, "services": {}}}));
+    node.comes_to("NetworkPolicy/x/p Pod/x/a");
+    let until = Instant::now() + PATIENCE;
+    while !follows() {
+        assert!(Instant::now() < until);
+        thread::sleep(Duration::from_millis(10));
+    }
+    let asked = server.world.0.lock().unwrap().asked.clone();
+    let slices: Vec<_> = asked.iter().filter(|asked| asked.contains("endpointslices")).collect();
+    assert!(
+        slices.iter().any(|asked| asked.contains("labelSelector=%21service.kubernetes.io%2Fheadless")),
+        "{slices:#?}"
+    );
+    assert!(slices.iter().any(|asked| asked.contains("labelSelector=service.kubernetes.io%2Fheadless")), "{slices:#?}");
 }

@@ -285,7 +285,12 @@ fn node(server: &Server, name: &str, taint: Option<&str>, lease: Duration) -> (S
         refusals: Duration::ZERO,
     };
     let access = Access::Kubeconfig(path);
-    let source = Source::start(access, &Identities::default(), Duration::ZERO, None, Some(settings)).unwrap();
+    let source = Source::start(
+        access,
+        &Identities::default(),
+        weir_kubernetes::Settings { speaks: Some(settings), ..Default::default() },
+    )
+    .unwrap();
     comes("its objects", || source.fresh().is_some());
     (source, folder)
 }

@@ -419,7 +419,7 @@ impl Lab {
         let label = format!("weir-{node}");
         let before = fs::read_to_string(self.folder().join(format!("{label}.log"))).map_or(0, |log| log.len());
         let mut process = self.spawn(node, &label, &[&weir, "run", "-c", &config.display().to_string()])?;
-        let limit = Duration::from_secs(20);
+        let limit = Duration::from_secs(60);
         let begin = Instant::now();
         loop {
             check_interrupted()?;

@@ -8,8 +8,8 @@
 //! is wanted ([`HealthChecks::follow`]); a port that cannot be had is tried again every few seconds, and `weir status` says so.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
-    convert::Infallible,
+    collections::{BTreeMap, BTreeSet},
+    future::ready,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
@@ -22,29 +22,16 @@ use hyper::{
     Response, StatusCode,
     body::Bytes,
     header::{self, HeaderName},
-    server::conn::http1,
-    service::service_fn,
 };
-use hyper_util::rt::{TokioIo, TokioTimer};
-use nix::sys::socket::{setsockopt, sockopt::Ipv6V6Only};
 use serde_json::{Value, json};
-use tokio::{
-    net::{TcpListener, TcpSocket, TcpStream},
-    sync::watch,
-    task::JoinHandle,
-    time,
-};
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time};
 use tracing::{info, warn};
 use weir_nat::Model;
 
-/// How long a client may take to send its request.
-const PATIENCE: Duration = Duration::from_secs(5);
+use crate::http::{self, listen, problem_of};
+
 /// How soon a port that another process has is tried again.
 const RETRY: Duration = Duration::from_secs(5);
-/// Connections to one port that are open at once. Another takes the place of the oldest: load balancers that probe are answered at once, and who
-/// says nothing for longer is none.
-const CONNECTIONS: usize = 16;
-const BACKLOG: u32 = 128;
 /// How many endpoints there are here, for load balancers that weigh nodes by that.
 const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
 
@@ -234,75 +221,11 @@ async fn serve(mut wanted: watch::Receiver<BTreeMap<SocketAddr, Check>>, reports
     }
 }
 
-fn problem_of(error: &io::Error) -> String {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => "another process listens there (`ss -ltnp` names it); stop it".into(),
-        _ => error.to_string(),
-    }
-}
-
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = match address {
-        SocketAddr::V4(_) => TcpSocket::new_v4()?,
-        SocketAddr::V6(_) => {
-            let socket = TcpSocket::new_v6()?;
-            // IPv4 has a socket of its own.
-            setsockopt(&socket, Ipv6V6Only, &true)?;
-            socket
-        }
-    };
-    // Connections of a router before this one may still be closing.
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(BACKLOG)
-}
-
-/// Answers with what the check is at that moment. What others do at other ports is no concern of this one.
+/// Answers with what the check is at that moment, whatever is asked for, as kube-proxy does.
 fn open(listener: TcpListener, check: Check) -> Port {
     let (check, current) = watch::channel(check);
-    let task = tokio::spawn(async move {
-        // Oldest first; all end with the port.
-        let mut answering = VecDeque::new();
-        loop {
-            // Out of descriptors or memory, or a client that went away: the next may do better.
-            let Ok((stream, _)) = listener.accept().await else {
-                time::sleep(Duration::from_millis(100)).await;
-                continue;
-            };
-            answering.retain(|task: &Answering| !task.0.is_finished());
-            if answering.len() == CONNECTIONS {
-                answering.pop_front();
-            }
-            let answered = time::timeout(2 * PATIENCE, answer(stream, current.clone()));
-            answering.push_back(Answering(tokio::spawn(async move {
-                let _ = answered.await;
-            })));
-        }
-    });
+    let task = tokio::spawn(http::answer_all(listener, move |_| ready(current.borrow().response())));
     Port { check, task }
-}
-
-/// A connection that is answered until this is dropped.
-struct Answering(JoinHandle<()>);
-
-impl Drop for Answering {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// Answers one request, whatever it asks for, as kube-proxy does.
-async fn answer(stream: TcpStream, check: watch::Receiver<Check>) -> hyper::Result<()> {
-    let service = service_fn(|_request| {
-        let response = check.borrow().response();
-        async { Ok::<_, Infallible>(response) }
-    });
-    http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(PATIENCE)
-        .keep_alive(false)
-        .serve_connection(TokioIo::new(stream), service)
-        .await
 }
 
 #[cfg(test)]
@@ -419,7 +342,7 @@ mod tests {
             let begin = std::time::Instant::now();
             let answer = until(|| get(address, "GET / HTTP/1.0\r\n\r\n"));
             assert!(answer.starts_with("HTTP/1.0 200 "), "{answer}");
-            assert!(begin.elapsed() < PATIENCE, "{address}: after {:?}", begin.elapsed());
+            assert!(begin.elapsed() < http::PATIENCE, "{address}: after {:?}", begin.elapsed());
         }
     }
 

@@ -5,7 +5,8 @@
 //! - [`pods`]: pods made and taken away, and their addresses ([`ipam`]); `book`: those pods as control keeps them.
 //! - [`control`]: asking a running router; [`conntrack`], [`services`]: answers of many lines; [`report`]: what is told alike.
 //! - `keeper`: the objects in force kept for the next start.
-//! - [`connections`]: where the connection tables are. [`health`]: what load balancers ask of the node.
+//! - [`connections`]: where the connection tables are. [`health`]: what load balancers ask of the node. `web`: what
+//!   weir says of itself over HTTP, `metrics` in it.
 //! - [`memory_router`]: the same pipeline over memory rings, for replays.
 
 mod action_log;
@@ -14,11 +15,13 @@ pub mod connections;
 pub mod conntrack;
 pub mod control;
 pub mod health;
+mod http;
 pub mod ipam;
 mod keeper;
 pub mod kernel;
 mod listener;
 pub mod memory_router;
+mod metrics;
 mod offload;
 pub mod pods;
 mod prefixes;
@@ -29,3 +32,4 @@ pub mod run;
 pub mod services;
 mod snat_use;
 mod trouble;
+mod web;

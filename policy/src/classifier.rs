@@ -295,6 +295,23 @@ impl Classifier {
         Judgement { allow: slot.outcome == Outcome::Allow, rule: slot.rule }
     }
 
+    /// What an address is to policy: two of one class are judged alike wherever one of them stands, port by port. A [`crate::Compiler`] keeps a
+    /// class's number for as long as rules look at it alike.
+    pub fn address_class<A: Address>(&self, address: A) -> u32 {
+        let bits = address.to_bits128();
+        if A::WORDS == 1 { self.v4.class(bits as u32) } else { self.v6.class(bits) }
+    }
+
+    /// What judges an endpoint's packets of a direction in the family of `A`: two with the same number judge alike, also in another classifier of
+    /// the same [`crate::Compiler`], as long as both are there.
+    ///
+    /// # Panics
+    /// Where `endpoint` is of another classifier that had more endpoints.
+    pub fn program_number<A: Address>(&self, endpoint: EndpointId, direction: PolicyDirection) -> usize {
+        let family = usize::from(A::WORDS != 1);
+        Arc::as_ptr(&self.endpoints[endpoint.0 as usize].programs[direction as usize][family]) as usize
+    }
+
     /// Looks an address up as [`Self::judge`] will, so that what that reads is near when it does. For the addresses of several packets one
     /// after the other, before any of them is judged.
     #[inline]

@@ -32,7 +32,7 @@ use crate::translate::Loaded;
 /// The most judgements of a matrix: what some seconds and some 100 MB allow.
 pub const MAX_PROBES: usize = 1 << 23;
 /// What a destination is asked at that publishes no port.
-const ASSUMED_PORT: Port = Port { protocol: Protocol::TCP, number: 80 };
+pub(crate) const ASSUMED_PORT: Port = Port { protocol: Protocol::TCP, number: 80 };
 /// Any source port: that of `weir trace`.
 const SOURCE_PORT: u16 = 40_000;
 
@@ -96,7 +96,13 @@ impl FromStr for Pods {
 
 impl Pods {
     fn has(&self, pod: &Pod) -> bool {
-        self.namespace == pod.namespace() && self.pod.as_deref().is_none_or(|name| name == pod.short_name())
+        self.has_name(&pod.name)
+    }
+
+    /// Whether a pod, "namespace/name", is one of these.
+    pub(crate) fn has_name(&self, name: &str) -> bool {
+        let (namespace, pod) = name.split_once('/').unwrap_or(("", name));
+        self.namespace == namespace && self.pod.as_deref().is_none_or(|wanted| wanted == pod)
     }
 }
 
@@ -168,6 +174,21 @@ pub struct Probe {
     pub port: Port,
     /// The address family: 4 or 6.
     pub version: u8,
+}
+
+impl Probe {
+    /// The protocol of its family, and the ports, of the first packet: as a flow's key has them.
+    pub(crate) fn on_the_wire(self) -> (Protocol, Ports) {
+        const ECHO: [u16; 2] = [8, 128];
+        let Port { protocol, number } = self.port;
+        let is_ipv6 = self.version == 6;
+        match protocol {
+            Protocol::ICMP if is_ipv6 => (Protocol::ICMPV6, Ports::new(0, ECHO[1])),
+            Protocol::ICMP => (protocol, Ports::new(0, ECHO[0])),
+            _ if protocol.has_ports() => (protocol, Ports::new(SOURCE_PORT, number)),
+            _ => (protocol, Ports::default()),
+        }
+    }
 }
 
 /// What both ends' policies say.
@@ -450,7 +471,7 @@ impl Matrix {
 }
 
 /// The same policy, with a program for every workload of the cluster.
-fn with_all_local(model: &Model) -> Model {
+pub(crate) fn with_all_local(model: &Model) -> Model {
     let mut model = model.clone();
     for endpoint in &mut model.endpoints {
         if endpoint.kind == EndpointKind::Workload && !endpoint.local {
@@ -460,7 +481,11 @@ fn with_all_local(model: &Model) -> Model {
     model
 }
 
-fn ports_of(name: &str, published: &BTreeMap<String, BTreeSet<(Protocol, u16)>>, question: &Question) -> Vec<Port> {
+pub(crate) fn ports_of(
+    name: &str,
+    published: &BTreeMap<String, BTreeSet<(Protocol, u16)>>,
+    question: &Question,
+) -> Vec<Port> {
     if !question.ports.is_empty() {
         return question.ports.clone();
     }
@@ -482,20 +507,12 @@ fn probes_of(pod: &Pod, ports: &[Port]) -> Vec<Probe> {
 }
 
 fn ask(classifier: &Classifier, source: &Pod, destination: &Pod, probe: Probe) -> Option<Answer> {
-    const ECHO_V4: u16 = 8;
-    const ECHO_V6: u16 = 128;
-    let Port { protocol, number } = probe.port;
-    let ports = |echo| match protocol {
-        Protocol::ICMP => Ports::new(0, echo),
-        _ if protocol.has_ports() => Ports::new(SOURCE_PORT, number),
-        _ => Ports::default(),
-    };
+    let (protocol, ports) = probe.on_the_wire();
     if probe.version == 4 {
-        let key = FlowKey { src: source.v4?, dst: destination.v4?, ports: ports(ECHO_V4), protocol };
+        let key = FlowKey { src: source.v4?, dst: destination.v4?, ports, protocol };
         Some(judge(classifier, source, destination, &key))
     } else {
-        let protocol = if protocol == Protocol::ICMP { Protocol::ICMPV6 } else { protocol };
-        let key = FlowKey { src: source.v6?, dst: destination.v6?, ports: ports(ECHO_V6), protocol };
+        let key = FlowKey { src: source.v6?, dst: destination.v6?, ports, protocol };
         Some(judge(classifier, source, destination, &key))
     }
 }

@@ -48,7 +48,7 @@ impl Kind {
 /// The group of Calico's kinds, by which two NetworkPolicies of one name are told apart.
 pub(super) const CALICO_GROUP: &str = "projectcalico.org";
 const CORE: &[&str] = &[""];
-const KUBERNETES_POLICY: &[&str] = &["networking.k8s.io"];
+const NETWORKING: &[&str] = &["networking.k8s.io"];
 const CALICO: &[&str] = &[CALICO_GROUP, "crd.projectcalico.org"];
 const CLUSTER_POLICY: &[&str] = &["policy.networking.k8s.io"];
 const V1: &[&str] = &["v1"];
@@ -75,7 +75,8 @@ const KINDS: &[Kind] = &[
     kind(CORE, V1, "Service", true, WARNING),
     kind(CORE, V1, "ServiceAccount", true, WARNING),
     kind(&["discovery.k8s.io"], V1, "EndpointSlice", true, WARNING),
-    kind(KUBERNETES_POLICY, V1, "NetworkPolicy", true, ERROR),
+    kind(NETWORKING, V1, "NetworkPolicy", true, ERROR),
+    kind(NETWORKING, &["v1", "v1beta1"], "ServiceCIDR", false, WARNING),
     kind(CALICO, V3, "IPPool", false, WARNING),
     kind(CALICO, V3, "WorkloadEndpoint", true, WARNING),
     kind(CALICO, V3, "GlobalNetworkPolicy", false, ERROR),
@@ -89,6 +90,9 @@ const KINDS: &[Kind] = &[
     kind(CALICO, V3, "StagedNetworkPolicy", true, ERROR),
     kind(CALICO, V3, "StagedKubernetesNetworkPolicy", true, ERROR),
     kind(CALICO, V3, "FelixConfiguration", false, None),
+    kind(CALICO, V3, "ClusterInformation", false, None),
+    kind(CALICO, V3, "BlockAffinity", false, None),
+    kind(CALICO, V3, "IPAMBlock", false, None),
     kind(CLUSTER_POLICY, &["v1beta1", "v1alpha2"], "ClusterNetworkPolicy", false, ERROR),
 ];
 
@@ -101,17 +105,14 @@ pub(super) fn known(group: &str, name: &str) -> Option<&'static Kind> {
 const CALICO_CRD: (&str, &str) = ("crd.projectcalico.org", "v1");
 
 /// Calico's other kinds: a dump of a healthy cluster has them, and none is a slip of one that is read.
-const CALICO_BESIDES: [&str; 18] = [
+const CALICO_BESIDES: [&str; 15] = [
     "BFDConfiguration",
     "BGPConfiguration",
     "BGPFilter",
     "BGPPeer",
-    "BlockAffinity",
     "CalicoNodeStatus",
-    "ClusterInformation",
     "EgressGatewayPolicy",
     "ExternalNetwork",
-    "IPAMBlock",
     "IPAMConfig",
     "IPAMConfiguration",
     "IPAMHandle",
@@ -334,8 +335,8 @@ mod tests {
             ("apps/v1", "Deployment"),
             ("projectcalico.org/v3", "BGPConfiguration"),
             ("projectcalico.org/v3", "IPAMConfiguration"),
-            ("crd.projectcalico.org/v1", "IPAMBlock"),
-            ("crd.projectcalico.org/v1", "ClusterInformation"),
+            ("crd.projectcalico.org/v1", "IPAMHandle"),
+            ("crd.projectcalico.org/v1", "IPAMConfig"),
             ("cilium.io/v2", "CiliumEndpoint"),
             ("crd.antrea.io/v1beta1", "Tier"),
             ("networking.k8s.io/v1", "Ingress"),

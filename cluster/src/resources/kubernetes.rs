@@ -16,8 +16,11 @@ pub use super::meta::{Labels, MIRRORED_UID, Name, POD_IP, POD_IPS};
 /// The label that says which service a slice is of.
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
-/// Labels of services and slices that leave them to another than the node's own proxy.
-const LABELS_OF_OTHERS: [&str; 2] = ["service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"];
+/// The label of services and slices that says which proxy they are for.
+pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+
+/// The label of services and slices that no proxy serves, whatever its value is.
+pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 
 /// The fields that a type of Kubernetes has and the struct of that name here has not (Kubernetes' API, v1.33 to v1.37).
 pub fn known_besides(name: &str) -> &'static [&'static str] {
@@ -157,6 +160,7 @@ pub fn known_besides(name: &str) -> &'static [&'static str] {
         "Endpoint" => &["deprecatedTopology", "hostname", "targetRef", "zone"],
         "SlicePort" => &["appProtocol"],
         "NetworkPolicy" => &["apiVersion", "kind", "metadata", "status"],
+        "ServiceCidr" => &["apiVersion", "kind", "metadata", "status"],
         _ => &[],
     }
 }
@@ -368,9 +372,9 @@ fn pod_ips<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Box<[Name]>, D:
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Service {
-    /// The label that leaves it to another than this router.
-    #[serde(rename = "metadata", deserialize_with = "left_to_others")]
-    pub left_to_others: Option<Name>,
+    /// Whom its labels leave it to.
+    #[serde(rename = "metadata", deserialize_with = "for_proxy")]
+    pub for_proxy: ForProxy,
     /// Of its spec.
     pub spec: Option<ServiceSpec>,
     /// status.loadBalancer.ingress.
@@ -446,13 +450,29 @@ pub struct Ingress {
     pub ip_mode: Option<Name>,
 }
 
-fn left_to_others<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Name>, D::Error> {
-    Metadata::deserialize(deserializer).map(|metadata| of_others(&metadata.labels))
+/// Which proxy a service or a slice is for, by its labels.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ForProxy {
+    name: Option<Name>,
+    is_headless: bool,
 }
 
-/// The one of [`LABELS_OF_OTHERS`] that is among these, whatever its value is.
-fn of_others(labels: &Labels) -> Option<Name> {
-    labels.iter().map(|(label, _)| label).find(|label| LABELS_OF_OTHERS.contains(&&***label)).cloned()
+impl ForProxy {
+    fn of(labels: &Labels) -> Self {
+        Self { name: labels.get(PROXY_NAME_LABEL).cloned(), is_headless: labels.get(HEADLESS_LABEL).is_some() }
+    }
+
+    /// The label that leaves it to another than the proxy of that name, or than the one without a name; `None`: it is for that one.
+    pub fn left_to_others(&self, own: Option<&str>) -> Option<&'static str> {
+        match self.name.as_deref() == own {
+            false => Some(PROXY_NAME_LABEL),
+            true => self.is_headless.then_some(HEADLESS_LABEL),
+        }
+    }
+}
+
+fn for_proxy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ForProxy, D::Error> {
+    Metadata::deserialize(deserializer).map(|metadata| ForProxy::of(&metadata.labels))
 }
 
 fn ingress<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Box<[Ingress]>, D::Error> {
@@ -495,9 +515,9 @@ fn is_not_empty<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::E
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EndpointSlice {
-    /// The service that its label says it is of; `None` too where another label leaves it to others.
-    #[serde(rename = "metadata", deserialize_with = "service_name")]
-    pub service: Option<Name>,
+    /// What its labels say.
+    #[serde(rename = "metadata", deserialize_with = "slice_labels")]
+    pub labels: SliceLabels,
     /// "IPv4", "IPv6" or "FQDN".
     #[serde(deserialize_with = "name")]
     pub address_type: Name,
@@ -507,9 +527,18 @@ pub struct EndpointSlice {
     pub ports: Box<[SlicePort]>,
 }
 
-fn service_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Name>, D::Error> {
+/// What the labels of a slice say.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SliceLabels {
+    /// The service that it is of.
+    pub service: Option<Name>,
+    /// Whom they leave it to.
+    pub for_proxy: ForProxy,
+}
+
+fn slice_labels<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SliceLabels, D::Error> {
     let Metadata { labels, .. } = Metadata::deserialize(deserializer)?;
-    Ok(labels.get(SERVICE_NAME_LABEL).filter(|_| of_others(&labels).is_none()).cloned())
+    Ok(SliceLabels { service: labels.get(SERVICE_NAME_LABEL).cloned(), for_proxy: ForProxy::of(&labels) })
 }
 
 /// An endpoint of a slice.
@@ -656,6 +685,23 @@ impl Address {
             Self::Text(text) => parse_ip(text),
         }
     }
+}
+
+/// networking.k8s.io/v1 ServiceCIDR.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct ServiceCidr {
+    /// Its spec.
+    pub spec: ServiceCidrSpec,
+}
+
+/// Of a ServiceCIDR's spec.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct ServiceCidrSpec {
+    /// Where cluster IPs are allocated, one of each family.
+    #[serde(deserialize_with = "names")]
+    pub cidrs: Box<[Name]>,
 }
 
 /// A port of a slice.

@@ -26,9 +26,10 @@ use sha1::{Digest, Sha1};
 
 use super::{
     Identities, ObjectId,
+    calico::ipam::{BlockAffinity, ClusterInformation, IpamBlock},
     identity::Identity,
     kinds::{self, Kind},
-    kubernetes::{EndpointSlice, KubernetesNode, Namespace, Pod, Service, ServiceAccount},
+    kubernetes::{EndpointSlice, KubernetesNode, Namespace, Pod, Service, ServiceAccount, ServiceCidr},
     made::Made,
     meta::{self, Name},
     object::{Content, Readable},
@@ -226,6 +227,10 @@ fn have_same_value(one: &Body, other: &Body) -> bool {
         (Body::Service(one), Body::Service(other)) => one.value == other.value,
         (Body::ServiceAccount(one), Body::ServiceAccount(other)) => one.value == other.value,
         (Body::EndpointSlice(one), Body::EndpointSlice(other)) => one.value == other.value,
+        (Body::ServiceCidr(one), Body::ServiceCidr(other)) => one.value == other.value,
+        (Body::ClusterInformation(one), Body::ClusterInformation(other)) => one.value == other.value,
+        (Body::BlockAffinity(one), Body::BlockAffinity(other)) => one.value == other.value,
+        (Body::IpamBlock(one), Body::IpamBlock(other)) => one.value == other.value,
         _ => false,
     }
 }
@@ -247,6 +252,10 @@ fn straight(kind: &Kind, json: &str, identity: &Arc<Identity>) -> Option<Body> {
         "Service" => Body::Service(content::<Service>(json, identity)?),
         "ServiceAccount" => Body::ServiceAccount(content::<ServiceAccount>(json, identity)?),
         "EndpointSlice" => Body::EndpointSlice(content::<EndpointSlice>(json, identity)?),
+        "ServiceCIDR" => Body::ServiceCidr(content::<ServiceCidr>(json, identity)?),
+        "ClusterInformation" => Body::ClusterInformation(content::<ClusterInformation>(json, identity)?),
+        "BlockAffinity" => Body::BlockAffinity(content::<BlockAffinity>(json, identity)?),
+        "IPAMBlock" => Body::IpamBlock(content::<IpamBlock>(json, identity)?),
         _ => return None,
     })
 }
@@ -467,6 +476,15 @@ impl Set {
         let addresses = slice.value.endpoints.iter().flat_map(|endpoint| endpoint.addresses.as_slice());
         let addresses: Vec<_> = addresses.filter_map(|address| address.ip().ok()).collect();
         ports.flat_map(|port| addresses.iter().map(move |address| SocketAddr::new(*address, port))).collect()
+    }
+
+    /// Whether one of these, which are ClusterInformations, says that what is stored may not be believed now.
+    pub fn says_not_ready(&self) -> bool {
+        let is_ready = |object: &Arc<Live>| match object.body() {
+            Some(Body::ClusterInformation(information)) => information.value.spec.datastore_ready.unwrap_or(true),
+            _ => true,
+        };
+        !self.iter().all(is_ready)
     }
 
     /// The objects as they are laid out; those of a bucket in which nothing has changed are the same.

@@ -11,13 +11,14 @@ use super::{
     calico::{
         IpPool, WorkloadEndpoint,
         host::{FelixConfiguration, HostEndpoint},
+        ipam::{BlockAffinity, ClusterInformation, IpamBlock},
         policy::{self, GlobalNetworkPolicy, NetworkSet, Profile, StagedKubernetesNetworkPolicy, Tier},
     },
     chunk::List,
     cluster_network_policy::ClusterNetworkPolicy,
     identity::Names,
     kinds::{CALICO_GROUP, Kind, Recognised, Slip, recognise},
-    kubernetes::{EndpointSlice, KubernetesNode, Namespace, Pod, Service, ServiceAccount, known_besides},
+    kubernetes::{EndpointSlice, KubernetesNode, Namespace, Pod, Service, ServiceAccount, ServiceCidr, known_besides},
     made::Made,
     meta,
     network_policy::NetworkPolicy,
@@ -171,6 +172,14 @@ bodies! {
     HostEndpoint: _, "HostEndpoint", HostEndpoint => host_endpoints;
     /// projectcalico.org/v3 FelixConfiguration.
     FelixConfiguration: _, "FelixConfiguration", FelixConfiguration => felix_configurations;
+    /// networking.k8s.io/v1 ServiceCIDR.
+    ServiceCidr: _, "ServiceCIDR", ServiceCidr => service_cidrs;
+    /// projectcalico.org/v3 ClusterInformation.
+    ClusterInformation: _, "ClusterInformation", ClusterInformation => cluster_informations;
+    /// projectcalico.org/v3 BlockAffinity.
+    BlockAffinity: _, "BlockAffinity", BlockAffinity => block_affinities;
+    /// projectcalico.org/v3 IPAMBlock.
+    IpamBlock: _, "IPAMBlock", IpamBlock => ipam_blocks;
 }
 
 impl Form {
@@ -185,6 +194,12 @@ impl Form {
 }
 
 impl Piece {
+    /// This one without some of its objects.
+    pub(super) fn without(&self, is_gone: impl Fn(&ObjectId) -> bool) -> Self {
+        let items = self.items.iter().filter(|item| !is_gone(item.identity.id()));
+        Self { findings: self.findings.clone(), is_template: self.is_template, items: items.cloned().collect() }
+    }
+
     /// Reads a piece. `None` where it is no list item that says all by itself: then the document must be read as a whole. Call it within
     /// [`tree::on_reader_thread`].
     pub fn read(form: Form, text: &str, identities: &Identities) -> Option<Self> {

@@ -6,7 +6,7 @@ use std::{num::NonZero, ops::Range, sync::Arc, thread};
 use hashbrown::HashMap;
 
 use super::{
-    Identities,
+    Identities, ObjectId,
     object::InText,
     piece::{Form, Piece, list_items},
 };
@@ -82,6 +82,24 @@ impl Pieces {
         let at = |position| Span { file: 0, start: position, end: position + 1 };
         let pieces = (0..).zip(objects).map(|(position, piece)| (Form::Document, at(position), piece)).collect();
         Self { source: Arc::new(source), pieces, has_versions: false }
+    }
+
+    /// This text without some objects; `None` where it has none of them.
+    pub fn without(&self, is_gone: impl Fn(&ObjectId) -> bool) -> Option<Self> {
+        let has_gone = |piece: &Piece| piece.items.iter().any(|item| is_gone(item.identity.id()));
+        if !self.pieces.iter().any(|(_, _, piece)| has_gone(piece)) {
+            return None;
+        }
+        let left = self.pieces.iter().map(|(form, span, piece)| {
+            let piece = if has_gone(piece) { Arc::new(piece.without(&is_gone)) } else { Arc::clone(piece) };
+            (*form, *span, piece)
+        });
+        Some(Self { source: Arc::clone(&self.source), pieces: left.collect(), has_versions: self.has_versions })
+    }
+
+    /// The objects in it, also those that cannot be read.
+    pub fn ids(&self) -> impl Iterator<Item = &ObjectId> {
+        self.pieces.iter().flat_map(|(_, _, piece)| &piece.items).map(|item| item.identity.id())
     }
 
     /// The text.

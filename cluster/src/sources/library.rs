@@ -183,7 +183,6 @@ impl Library {
     }
 
     /// An empty one that numbers objects as this one does.
-    #[cfg(test)]
     pub fn afresh(&self) -> Self {
         Self { identities: self.identities.clone(), ..Self::default() }
     }

@@ -494,7 +494,7 @@ fn slices(manifests: &Manifests, assumed: &mut Assumed) -> Documents {
     let known: HashSet<(Name, Name)> = manifests
         .endpoint_slices()
         .iter()
-        .filter_map(|slice| Some((slice.namespace.clone(), slice.value.service.clone()?)))
+        .filter_map(|slice| Some((slice.namespace.clone(), slice.value.labels.service.clone()?)))
         .collect();
     for service in manifests.services() {
         let Some(spec) = applied(service) else { continue };

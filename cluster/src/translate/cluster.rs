@@ -11,15 +11,18 @@ use weir_dataplane::model::{Cluster, Node, Pool, TunnelMode, Workload};
 
 use super::{
     LocalPods,
-    impossible::{NextHops, is_usable, usable_device, usable_of_pod, usable_range},
+    impossible::{NextHops, is_usable, usable_device, usable_of_pod, usable_range, usable_range_of},
 };
 use crate::{
     config::RouterConfig,
     resources::{
         Manifests, Object,
         at::{At, Reporter},
-        calico::{EncapsulationMode, IpPool, WorkloadEndpoint},
-        kubernetes::{KubernetesNode, POD_IP, POD_IPS, Pod},
+        calico::{
+            EncapsulationMode, IpPool, WorkloadEndpoint,
+            ipam::{BlockAffinity, IpamBlock},
+        },
+        kubernetes::{KubernetesNode, Name, POD_IP, POD_IPS, Pod, ServiceCidr},
     },
     text::{
         Problems, Span, Topic,
@@ -104,6 +107,13 @@ pub(super) fn translate<'m>(
         ..Cluster::default()
     };
     let mut next_hops = NextHops::new();
+    for object in manifests.service_cidrs() {
+        for net in object.made(problems, service_ranges) {
+            if !cluster.service_cidrs.contains(net) {
+                cluster.service_cidrs.push(*net);
+            }
+        }
+    }
     for object in manifests.nodes() {
         let node = object.made(problems, node).clone();
         // This one is never the one too many.
@@ -115,11 +125,12 @@ pub(super) fn translate<'m>(
     }
     check_node_name(config, manifests, problems);
     pools(manifests, &mut cluster, problems);
+    blocks(manifests, &mut cluster, problems);
     let described = Workloads::of(config, manifests, local_pods, &mut cluster, next_hops, problems);
     cluster.pod_cidrs = match &config.pod_cidrs {
         Some(given) => given.clone(),
         None if !cluster.pools.is_empty() => cluster.pools.iter().map(|pool| pool.cidr).collect(),
-        None => cluster.nodes.iter().flat_map(|node| node.pod_cidrs.iter().copied()).collect(),
+        None => cluster.nodes.iter().flat_map(Node::ranges).collect(),
     };
     (cluster, described)
 }
@@ -243,6 +254,66 @@ fn pool(object: &Object<IpPool>, problems: &mut Problems) -> Option<Pool> {
     Some(Pool { cidr, ipip, nat_outgoing: spec.nat_outgoing.unwrap_or(false) })
 }
 
+/// The ranges of a ServiceCIDR. One that is being deleted still has cluster IPs.
+fn service_ranges(object: &Object<ServiceCidr>, problems: &mut Problems) -> Vec<IpNet> {
+    let mut report = object.reporter(problems);
+    let at = object.at().key("spec").key("cidrs");
+    let mut ranges = Vec::new();
+    for (index, text) in object.value.spec.cidrs.iter().enumerate() {
+        let (at, field) = (at.item(index), format!("spec.cidrs[{index}]"));
+        let Some(net) = report.read(at, &field, parse_network(text)) else { continue };
+        ranges.extend(usable_range_of(&mut report, at, &field, net, "cluster IPs are allocated in"));
+    }
+    ranges
+}
+
+/// Gives nodes the blocks that Calico's IPAM has given them, and the single addresses that they have of others' blocks.
+fn blocks(manifests: &Manifests, cluster: &mut Cluster, problems: &mut Problems) {
+    let (affinities, all) = (manifests.block_affinities(), manifests.ipam_blocks());
+    if affinities.is_empty() && all.is_empty() {
+        return;
+    }
+    let places: HashMap<String, usize> =
+        cluster.nodes.iter().enumerate().map(|(place, node)| (node.name.clone(), place)).collect();
+    // Of a node that is gone, or not known yet, nobody knows the way.
+    let mut give = |node: &str, net: IpNet| {
+        if let Some(place) = places.get(node) {
+            cluster.nodes[*place].blocks.push(net);
+        }
+    };
+    for object in affinities.iter().filter(|object| object.value.spec.is_confirmed()) {
+        if let Some(net) = object.made(problems, block) {
+            give(&object.value.spec.node, *net);
+        }
+    }
+    for object in all {
+        for (node, address) in object.made(problems, borrowed) {
+            give(node, IpNet::from(*address));
+        }
+    }
+}
+
+fn block(object: &Object<BlockAffinity>, problems: &mut Problems) -> Option<IpNet> {
+    let at = object.at().key("spec").key("cidr");
+    pod_network(&mut object.reporter(problems), at, "spec.cidr", &object.value.spec.cidr)
+}
+
+/// The addresses of a block that nodes have borrowed, with whose they are.
+fn borrowed(object: &Object<IpamBlock>, problems: &mut Problems) -> Vec<(Name, IpAddr)> {
+    let spec = &object.value.spec;
+    if spec.borrowed.is_empty() {
+        return Vec::new();
+    }
+    let at = object.at().key("spec").key("cidr");
+    let Some(net) = pod_network(&mut object.reporter(problems), at, "spec.cidr", &spec.cidr) else { return Vec::new() };
+    let address = |ordinal: u32| match net.network() {
+        IpAddr::V4(first) => Some(IpAddr::V4(u32::from(first).checked_add(ordinal)?.into())),
+        IpAddr::V6(first) => Some(IpAddr::V6(u128::from(first).checked_add(ordinal.into())?.into())),
+    };
+    let all = spec.borrowed.iter().filter_map(|(ordinal, node)| Some((node.clone(), address(*ordinal)?)));
+    all.filter(|(_, address)| net.contains(address)).collect()
+}
+
 /// Workloads as they are gathered, and who owns which address.
 struct Workloads<'m, 'c> {
     config: &'c RouterConfig,
@@ -362,7 +433,7 @@ impl<'m, 'c> Workloads<'m, 'c> {
                 continue;
             }
             for address in &facts.announced {
-                if node.pod_cidrs.iter().any(|range| range.contains(address)) {
+                if node.ranges().any(|range| range.contains(address)) {
                     let claim = claims.entry(*address).or_insert(Some(object.origin));
                     *claim = claim.filter(|pod| *pod == object.origin);
                 }

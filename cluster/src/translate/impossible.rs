@@ -97,7 +97,18 @@ pub(super) fn usable_of_pod(
 /// The range that pods have addresses of, unless it cannot be one, which is reported. Weir takes it from the node's kernel, which must keep
 /// its own ways.
 pub(super) fn usable_range(report: &mut Reporter<'_>, at: At<'_>, field: &str, net: IpNet) -> Option<IpNet> {
-    let help = "write the range that pods have addresses of".to_owned();
+    usable_range_of(report, at, field, net, "pods have addresses of")
+}
+
+/// As [`usable_range`], of what else the range is of.
+pub(super) fn usable_range_of(
+    report: &mut Reporter<'_>,
+    at: At<'_>,
+    field: &str,
+    net: IpNet,
+    what_for: &str,
+) -> Option<IpNet> {
+    let help = format!("write the range that {what_for}");
     if net.prefix_len() == 0 {
         report.error(at, format_args!("{field}: {net} is every address, the nodes' own too"), help);
         return None;

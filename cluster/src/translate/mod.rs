@@ -206,6 +206,8 @@ pub struct Loader {
     /// Whether they are there instead of the manifests.
     only_live: bool,
     assumes_pods: bool,
+    /// What is laid over all objects.
+    overlay: Option<Overlay>,
     /// What was read for the last load that succeeded.
     read: Option<Read>,
     /// The objects that an earlier run had in force, until the start.
@@ -213,6 +215,14 @@ pub struct Loader {
     /// Of these, what is in force yet.
     stale: Option<Stale>,
     revisit: Revisit,
+}
+
+/// Objects that take the place of those with their names, or that go.
+#[derive(Debug)]
+struct Overlay {
+    paths: Vec<PathBuf>,
+    deletes: bool,
+    library: Library,
 }
 
 /// What the load before has left.
@@ -227,6 +237,8 @@ struct Kept {
 struct Read {
     config: Arc<RouterConfig>,
     texts: Texts,
+    /// The texts of what is laid over them.
+    overlay: Texts,
     problems: Problems,
     took: Duration,
 }
@@ -250,6 +262,7 @@ impl Loader {
             live: Arc::default(),
             only_live: false,
             assumes_pods: false,
+            overlay: None,
             read: None,
             beginning: Manifests::default(),
             stale: None,
@@ -313,6 +326,17 @@ impl Loader {
     /// Takes the objects of a running cluster instead of the manifests. Without a weir.yaml, a node is made up that has none of the pods.
     pub fn set_only_live(&mut self, objects: LiveObjects) {
         (self.live, self.only_live) = (objects, true);
+    }
+
+    /// From now on the objects of these files and folders take the place of those with their names, or, where they are to be `deleted`, these
+    /// go. [`Loader::reload`] treats them as a router does that reads them for the first time.
+    pub fn lay_over(&mut self, paths: Vec<PathBuf>, deletes: bool) {
+        self.overlay = Some(Overlay { paths, deletes, library: self.library.afresh() });
+    }
+
+    /// The objects that are laid over others, as they were read for the last load.
+    pub fn laid_over(&self) -> impl Iterator<Item = &ObjectId> {
+        self.read.iter().flat_map(|read| read.overlay.pieces()).flat_map(|(_, pieces)| pieces.ids())
     }
 
     /// Looks from now on for what is valid and probably not meant so.
@@ -480,7 +504,12 @@ impl Loader {
         let manifests: &[PathBuf] = if self.only_live { &[] } else { &config.manifests };
         let texts = self.library.read(manifests, &spans, path, believes, &mut problems);
         self.revisit.set(texts.awaited.clone());
-        Ok(Read { config: Arc::new(config), texts, problems, took: begin.elapsed() })
+        let overlay = self
+            .overlay
+            .as_mut()
+            .map(|overlay| overlay.library.read(&overlay.paths, &[], no_path, believes, &mut problems));
+        let overlay = overlay.unwrap_or_default();
+        Ok(Read { config: Arc::new(config), texts, overlay, problems, took: begin.elapsed() })
     }
 
     /// Translates what was read. At a reload with the given substitutes, and with last good versions of what a text that cannot be read
@@ -496,7 +525,20 @@ impl Loader {
         let live: Vec<_> =
             self.live.iter().map(|pieces| (problems.share_source(Arc::clone(pieces.source())), pieces)).collect();
         let all = read.texts.pieces().chain(live.iter().copied());
-        let mut manifests = Manifests::of(all, substitutes, &mut self.kept.chunks, &mut problems);
+        let mut manifests = match &self.overlay {
+            None => Manifests::of(all, substitutes, &mut self.kept.chunks, &mut problems),
+            Some(overlay) => {
+                let ids: HashSet<&ObjectId> = read.overlay.pieces().flat_map(|(_, pieces)| pieces.ids()).collect();
+                let below = all.map(|(file, pieces)| {
+                    let left = pieces.without(|id| ids.contains(id)).map(Arc::new);
+                    (file, left.unwrap_or_else(|| Arc::clone(pieces)))
+                });
+                let over = read.overlay.pieces().filter(|_| !overlay.deletes);
+                let all: Vec<_> = below.chain(over.map(|(file, pieces)| (file, Arc::clone(pieces)))).collect();
+                let all = all.iter().map(|(file, pieces)| (*file, pieces));
+                Manifests::of(all, substitutes, &mut self.kept.chunks, &mut problems)
+            }
+        };
         let mut faulty = Vec::new();
         if let Some((substitutes, previous)) = reload {
             let last_good = substitutes.iter().filter(|(_, substitute)| **substitute == Substitute::LastGood);

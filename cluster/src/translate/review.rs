@@ -205,7 +205,7 @@ impl<'m> Slices<'m> {
 
 /// The service that a slice is of.
 fn service_of(object: &Object<EndpointSlice>) -> Option<&str> {
-    let name = object.value.service.as_deref()?;
+    let name = object.value.labels.service.as_deref()?;
     (!name.is_empty()).then_some(name)
 }
 

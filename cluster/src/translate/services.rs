@@ -43,7 +43,8 @@ type Assembled = Memo<u32, Parts, Box<[Arc<ServicePort>]>>;
 /// What services were translated to last.
 #[derive(Debug, Default)]
 pub(super) struct Kept {
-    node_name: String,
+    /// For which node, and for the proxy of which name.
+    as_whom: (String, Option<String>),
     assembled: Assembled,
     /// What default/kubernetes had last.
     pub(super) api: LastApi,
@@ -109,23 +110,25 @@ pub(super) fn translate(
         masquerade_all: config.masquerade_all,
         node_port_addresses: config.node_port_addresses.clone(),
         local_addresses,
-        service_cidrs: config.service_cidrs.clone(),
+        service_cidrs: cluster.service_cidrs.clone(),
         ..Model::default()
     };
-    if kept.node_name != config.node_name {
-        // Of an endpoint listed twice, the listing on this node counts.
+    // Of an endpoint listed twice, the listing on this node counts.
+    let as_whom = (config.node_name.clone(), config.service_proxy_name.clone());
+    if kept.as_whom != as_whom {
         let api = std::mem::take(&mut kept.api);
-        *kept = Kept { node_name: config.node_name.clone(), whole: kept.whole, api, ..Kept::default() };
+        *kept = Kept { as_whom, whole: kept.whole, api, ..Kept::default() };
     }
+    let proxy_name = config.service_proxy_name.as_deref();
     if let Some(mut last) = kept.last.take()
-        && again(&model, manifests, &mut last, &kept.api, &mut kept.assembled).is_some()
+        && again(&model, manifests, &mut last, proxy_name, &kept.api, &mut kept.assembled).is_some()
     {
         let last = kept.last.insert(Last { manifests: Arc::clone(manifests), ..last });
         problems.extend(last.said.iter().cloned());
         return (last.model.clone(), kept.whole);
     }
     let mut own = problems.without_diagnostics();
-    let (model, places) = whole(model, manifests, &kept.api, &mut kept.assembled, &mut own);
+    let (model, places) = whole(model, manifests, proxy_name, &kept.api, &mut kept.assembled, &mut own);
     let api = LastApi::of(&model);
     if !api.is_empty() {
         kept.api = api;
@@ -143,20 +146,21 @@ pub(super) fn translate(
 fn whole(
     mut model: Model,
     manifests: &Manifests,
+    proxy_name: Option<&str>,
     last_api: &LastApi,
     assembled: &mut Assembled,
     problems: &mut Problems,
 ) -> (Model, HashMap<(Name, Name), Place>) {
     let services = manifests.services();
-    let mut slices = slices(manifests, problems);
+    let mut slices = slices(manifests, proxy_name, problems);
     let mut places = HashMap::with_capacity(services.len().max(slices.len()));
     let mut claims = Claims { cluster_ips: HashMap::with_capacity(services.len()), ..Claims::default() };
     let mut all = Vec::with_capacity(services.len());
     let mut has_api = false;
     assembled.turn();
     for object in services {
-        let Some(facts) = object.made(problems, service) else {
-            has_api |= is_api(object) && is_others(&object.value);
+        let Some(facts) = own_service(object, proxy_name, problems) else {
+            has_api |= is_api(object) && is_others(&object.value, proxy_name);
             continue;
         };
         claims.of(object, facts, problems);
@@ -233,6 +237,7 @@ fn again(
     model: &Model,
     manifests: &Manifests,
     last: &mut Last,
+    proxy_name: Option<&str>,
     last_api: &LastApi,
     assembled: &mut Assembled,
 ) -> Option<()> {
@@ -254,7 +259,7 @@ fn again(
     }
     for (objects, is_new) in [(gone, false), (come, true)] {
         for object in objects {
-            let Some(facts) = object.made(&mut said, slice) else { continue };
+            let Some(facts) = own_slice(object, proxy_name, &mut said) else { continue };
             let key = (Arc::clone(&object.namespace), Arc::clone(&facts.service));
             let place = last.places.entry(key.clone()).or_default();
             touched.entry(key).or_insert_with(|| place.slices.clone());
@@ -321,9 +326,33 @@ fn exchange<T: Ord>(list: &mut Vec<T>, gone: impl Iterator<Item = T>, come: impl
 }
 
 /// Whether a service says itself that it is not to be served here.
-fn is_others(service: &Service) -> bool {
+fn is_others(service: &Service, proxy_name: Option<&str>) -> bool {
     let is_headless = service.spec.as_ref().is_some_and(|spec| spec.cluster_ip.as_deref() == Some("None"));
-    is_headless || service.left_to_others.is_some()
+    is_headless || service.for_proxy.left_to_others(proxy_name).is_some()
+}
+
+/// What is made of a service, unless its labels leave it to another proxy.
+fn own_service<'m>(
+    object: &'m Object<Service>,
+    proxy_name: Option<&str>,
+    problems: &mut Problems,
+) -> Option<&'m ServiceFacts> {
+    let facts = object.made(problems, service).as_ref()?;
+    let Some(label) = object.value.for_proxy.left_to_others(proxy_name) else { return Some(facts) };
+    let at = object.at().key("metadata").key("labels").key(label);
+    let message = format_args!("its label {label} leaves it to another than this router: it is not served");
+    object.reporter(problems).note(at, message);
+    None
+}
+
+/// As [`own_service`], of a slice.
+fn own_slice<'m>(
+    object: &'m Object<EndpointSlice>,
+    proxy_name: Option<&str>,
+    problems: &mut Problems,
+) -> Option<&'m Slice> {
+    let facts = object.made(problems, slice).as_ref()?;
+    object.value.labels.for_proxy.left_to_others(proxy_name).is_none().then_some(facts)
 }
 
 /// Whether it is the cluster's own API.
@@ -382,10 +411,10 @@ fn unserved<'m>(
 type SlicesByService<'m> = HashMap<(&'m str, &'m str), Vec<OfService<'m>>>;
 
 /// The slices by namespace and service, each service's in the order of their names.
-fn slices<'m>(manifests: &'m Manifests, problems: &mut Problems) -> SlicesByService<'m> {
+fn slices<'m>(manifests: &'m Manifests, proxy_name: Option<&str>, problems: &mut Problems) -> SlicesByService<'m> {
     let mut slices = SlicesByService::with_capacity(manifests.endpoint_slices().len());
     for object in manifests.endpoint_slices() {
-        if let Some(facts) = object.made(problems, slice) {
+        if let Some(facts) = own_slice(object, proxy_name, problems) {
             slices.entry((&object.namespace, &facts.service)).or_default().push((object, facts));
         }
     }
@@ -432,7 +461,7 @@ fn slice(object: &Object<EndpointSlice>, problems: &mut Problems) -> Option<Slic
             ports.push(PortOfSlice { name: port.name.clone().unwrap_or_default(), protocol, number });
         }
     }
-    let Some(service) = slice.service.as_ref().filter(|name| !name.is_empty()) else {
+    let Some(service) = slice.labels.service.as_ref().filter(|name| !name.is_empty()) else {
         let message = format!("it has no label {SERVICE_NAME_LABEL} and belongs to no service");
         report.note_on(Topic::NoService, at.key("metadata").key("name"), message);
         return None;
@@ -575,11 +604,6 @@ fn service(object: &Object<Service>, problems: &mut Problems) -> Option<ServiceF
     let mut load_balancer_ips = load_balancer_ips(object, &mut report);
     let mut source_ranges = source_ranges(spec, at, &mut report);
     if spec.cluster_ip.as_deref() == Some("None") {
-        return None;
-    }
-    if let Some(label) = &object.value.left_to_others {
-        let at = object.at().key("metadata").key("labels").key(label);
-        report.note(at, format_args!("its label {label} leaves it to another than this router: it is not served"));
         return None;
     }
     if cluster_ips.is_empty() {

@@ -113,7 +113,8 @@ pub(super) fn translate(
     let inputs =
         Inputs { config: Arc::clone(config), manifests: Arc::clone(manifests), local_pods: Arc::clone(local_pods) };
     let reads = |stage: &Stage<OfPods>, list: &str| match list {
-        "services" => false,
+        // Whether the datastore is ready is asked where it is followed.
+        "services" | "cluster_informations" => false,
         "endpoint_slices" => stage.made.names_services,
         _ => true,
     };

@@ -25,6 +25,7 @@ mod lints;
 mod live;
 mod local_pods;
 mod policy;
+mod ranges;
 mod review;
 mod services;
 mod start;
@@ -657,7 +658,7 @@ fn a_dump_of_a_healthy_cluster_is_read_without_a_warning() {
                 default}\n- apiVersion: crd.projectcalico.org/v1\n  kind: IPAMBlock\n  metadata: {name: b}\n- apiVersion: \
                 crd.projectcalico.org/v1\n  kind: IPAMConfig\n  metadata: {name: default}\n- apiVersion: \
                 projectcalico.org/v3\n  kind: KubeControllersConfiguration\n  metadata: {name: default}\n";
-    assert_eq!(objects_of(dump), ["NetworkPolicy/x/p:5"]);
+    assert_eq!(objects_of(dump), ["NetworkPolicy/x/p:5", "IPAMBlock/b:13"]);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use weir_dataplane::{
     attach::Owned,
     forwarding::{Forwarding, is_link_local, local_workloads},
     frame::IfIndex,
-    model::{Device, Links, Neighbor, Role, Route},
+    model::{Device, Links, Neighbor, Node, Role, Route},
     snapshot::Rules,
 };
 use weir_nat::SnatPorts;
@@ -84,7 +84,7 @@ pub(super) fn assemble_links(
 pub(super) fn owned(loaded: &Loaded, rules: &Rules, snat: &SnatPorts, forwarding: &Forwarding) -> Owned {
     let cluster = &loaded.cluster;
     let own = cluster.nodes.iter().filter(|n| n.name == cluster.node_name);
-    let mut prefixes: Vec<IpNet> = own.flat_map(|n| n.pod_cidrs.iter().copied()).collect();
+    let mut prefixes: Vec<IpNet> = own.flat_map(Node::ranges).collect();
     // Within this node's pod range a pod more is nothing new.
     let ranges: Prefixes = prefixes.iter().copied().collect();
     let pods = local_workloads(cluster).flat_map(|(_, w)| &w.addresses).filter(|ip| !ranges.hold(**ip));
@@ -122,9 +122,9 @@ pub(super) fn owned(loaded: &Loaded, rules: &Rules, snat: &SnatPorts, forwarding
 pub(super) fn role_rules(loaded: &Loaded) -> RoleRules {
     let of_role = |role: Role| loaded.config.devices.iter().filter(move |d| d.role == role).map(|d| d.name.clone());
     let workloads = local_workloads(&loaded.cluster).map(|(_, w)| w.device.clone());
-    let ranges = loaded.cluster.nodes.iter().flat_map(|node| &node.pod_cidrs);
-    let pods = loaded.cluster.pools.iter().map(|pool| &pool.cidr).chain(ranges);
-    RoleRules::new(of_role(Role::Uplink), workloads.chain(of_role(Role::Workload))).with_pods(pods.copied())
+    let ranges = loaded.cluster.nodes.iter().flat_map(Node::ranges);
+    let pods = loaded.cluster.pools.iter().map(|pool| pool.cidr).chain(ranges);
+    RoleRules::new(of_role(Role::Uplink), workloads.chain(of_role(Role::Workload))).with_pods(pods)
 }
 
 /// Whether the uplinks that the router was started with are as it can use them.

@@ -119,6 +119,9 @@ impl Router {
         let cluster = &self.loaded.cluster;
         let mut through: Vec<IpNet> = cluster.nodes.iter().flat_map(|n| n.pod_cidrs.iter().copied()).collect();
         through.extend(cluster.pools.iter().map(|p| p.cidr));
+        // Blocks are cut out of pools, but a pool may be taken away before them.
+        let blocks = cluster.nodes.iter().flat_map(|n| &n.blocks);
+        through.extend(blocks.filter(|net| !cluster.pools.iter().any(|pool| pool.cidr.contains(*net))));
         let ranges: Prefixes = through.iter().copied().collect();
         through.extend(&cluster.service_cidrs);
         through.extend(self.rules.services.owned_addresses().map(IpNet::from));

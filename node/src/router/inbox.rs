@@ -26,6 +26,7 @@ use crate::{
     },
     pods::Ask,
     prepare::Finished,
+    web::Facts,
 };
 
 /// Messages that may wait for control.
@@ -62,6 +63,8 @@ pub(super) enum Message {
     ToClose { device: String, link: Result<Option<Link>, KernelError>, answer: oneshot::Sender<Result<(), String>> },
     /// A client asks; the permit is a place among those who are answered.
     Client(Request, UnixStream, OwnedSemaphorePermit),
+    /// Somebody asks by HTTP how weir is.
+    Facts(oneshot::Sender<Facts>),
     /// The kernel's routes and rules are as they were wanted last, or not.
     Plumbed(Result<HostReport, KernelError>),
     /// The router is to end.

@@ -275,6 +275,8 @@ impl Router {
                     warn!(%error, "a client was not answered");
                 }
             }
+            // Who asked may have gone.
+            Message::Facts(asker) => drop(asker.send(self.facts())),
             Message::Plumbed(outcome) => self.plumbed(outcome),
         }
         Ok(false)

@@ -73,6 +73,7 @@ use crate::{
     prepare::{self, Preparer, Times},
     run::{RunError, check_alone, host_record, pin_folder, system},
     trouble::Trouble,
+    web,
 };
 
 /// Events that workers may have waiting for control.
@@ -227,10 +228,13 @@ async fn follow_cluster(
     config: &RouterConfig,
     loader: &mut Loader,
 ) -> Result<Source, RunError> {
-    let delay = weir_kubernetes::start_delay(&config.node_name);
-    let folder = config.state_folder().join("kubernetes");
-    let speaks = speak::Settings::of(config);
-    let source = Source::start(access_of(kubernetes), loader.identities(), delay, Some(folder), speaks)
+    let settings = weir_kubernetes::Settings {
+        delay: weir_kubernetes::start_delay(&config.node_name),
+        folder: Some(config.state_folder().join("kubernetes")),
+        proxy_name: config.service_proxy_name.clone(),
+        speaks: speak::Settings::of(config),
+    };
+    let source = Source::start(access_of(kubernetes), loader.identities(), settings)
         .map_err(system("cannot start the thread that follows the cluster"))?;
     let mut changes = source.changes();
     loop {
@@ -395,6 +399,10 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
     let (sender, inbox) = inbox::inbox();
     let listener = Listener::start(&socket, sender.clone(), Message::Client)
         .map_err(system(format!("cannot listen at {}", socket.display())))?;
+    if let Some(address) = config.http.listen {
+        web::start(address, sender.clone(), Message::Facts)
+            .map_err(system("cannot start the thread that answers HTTP"))?;
+    }
     let (wanted, wanted_receiver) = watch::channel(None);
     let (files, files_receiver) = watch::channel(Vec::new());
     let (resolver, resolver_receiver) = watch::channel(kernel.resolver());

@@ -12,7 +12,7 @@ use weir_kubernetes::{KindState, Source};
 use weir_nat::{Clients, Model};
 
 use super::{Router, answers::Answer};
-use crate::{control::Request, report::counters_json};
+use crate::{control::Request, report::counters_json, web::Facts};
 
 impl Router {
     /// What is to be answered.
@@ -37,6 +37,15 @@ impl Router {
 
     pub(super) fn totals(&self) -> Totals {
         Totals::new(&self.counters.sums(), 0)
+    }
+
+    pub(super) fn facts(&self) -> Facts {
+        Facts {
+            serves: self.serves,
+            generation: self.generation,
+            faulty: self.loaded.faulty.len(),
+            cluster: self.cluster.as_ref().map(Source::state),
+        }
     }
 
     fn status(&self) -> Value {
@@ -111,7 +120,7 @@ fn cluster_json(cluster: &Source) -> Value {
         "address": state.address,
         "speaking": cluster.speaker().map(|speaker| speaker.status()),
         "staleSinceUnixSeconds": state.kept_since.and_then(|since| Some(since.duration_since(UNIX_EPOCH).ok()?.as_secs())),
-        "inForce": state.objects.is_some(), "problem": state.failure,
+        "frozen": state.is_frozen, "inForce": state.objects.is_some(), "problem": state.failure,
         "kinds": state.kinds.iter().map(kind).collect::<Vec<_>>(),
     })
 }

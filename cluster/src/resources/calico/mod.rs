@@ -1,6 +1,7 @@
 //! Calico's resources (projectcalico.org/v3, and the same as crd.projectcalico.org/v1).
 
 pub mod host;
+pub mod ipam;
 pub mod policy;
 
 use std::collections::BTreeMap;
@@ -47,7 +48,7 @@ impl<S> Resource<S> {
 }
 
 /// A field that is known and means nothing to weir.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Unread;
 
 impl<'de> Deserialize<'de> for Unread {

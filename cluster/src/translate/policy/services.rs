@@ -1,4 +1,4 @@
-//! The endpoints behind services, for rules that name a service: all that EndpointSlices list, ready or not.
+//! The endpoints behind services, for rules that name a service: all that EndpointSlices list, ready or not, whichever proxy serves them or none.
 
 use std::{cell::OnceCell, collections::HashMap, sync::Arc};
 
@@ -30,7 +30,7 @@ impl<'m> ServiceEndpoints<'m> {
         let by_service = self.by_service.get_or_init(|| {
             let mut by_service: HashMap<String, Vec<Arc<Content<EndpointSlice>>>> = HashMap::new();
             for object in self.slices {
-                if let Some(name) = &object.value.service {
+                if let Some(name) = &object.value.labels.service {
                     by_service
                         .entry(format!("{}/{name}", object.namespace))
                         .or_default()
