@@ -99,9 +99,9 @@ pub struct Change {
 pub struct Said {
     /// The verdict of both ends.
     pub verdict: Verdict,
-    /// What decided at the source; `None`: it is outside.
+    /// What decided at the source; `None`: it is outside, or lets through as before.
     pub egress: Option<By>,
-    /// What decided at the destination; `None`: it is outside.
+    /// What decided at the destination; `None`: it is outside, or lets through as before.
     pub ingress: Option<By>,
 }
 
@@ -438,6 +438,15 @@ impl Found<'_> {
             let mut of = |judgement: Judgement| (judgement.rule.0 != u32::MAX).then(|| by(judgement));
             Said { verdict: answers[side].verdict(), egress: of(egress), ingress: of(ingress) }
         });
+        // An end that lets through as before has no part in it, and would only tell apart what fares alike.
+        let (mut before, mut after) = (before, after);
+        let [was, is] = answers;
+        if was.egress.allow && is.egress.allow && before.egress == after.egress {
+            (before.egress, after.egress) = (None, None);
+        }
+        if was.ingress.allow && is.ingress.allow && before.ingress == after.ingress {
+            (before.ingress, after.ingress) = (None, None);
+        }
         let by_port = self.by_cause.entry((before, after)).or_default();
         by_port.entry(port).or_default().entry(to).or_default().insert(from);
     }
