@@ -30,6 +30,7 @@ mod start;
 mod status;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::{
     collections::BTreeMap,
@@ -63,9 +64,11 @@ use self::{
     devices::Devices,
     hands::Hands,
     inbox::Message,
+    verify::Verify,
 };
 use crate::{
     book::Pods,
+    control::Request,
     kernel::{HostReport, KernelError, View, Wanted},
     prepare::{Preparer, Scope},
     run::RunError,
@@ -89,6 +92,7 @@ pub(crate) struct Router {
     path: PathBuf,
     preparer: Preparer,
     reloads: Reloads,
+    verify: Verify,
     /// What was taken over, and is in force unless [`Router::pending`].
     /// The running cluster that is followed.
     cluster: Option<Source>,
@@ -110,8 +114,8 @@ pub(crate) struct Router {
     generation: u32,
     /// When that was.
     published: Option<Instant>,
-    /// What the programs were told last.
-    owned: Owned,
+    /// What the programs were told last; `None`: they are to be told anew.
+    owned: Option<Owned>,
     /// What the kernel's routes were to be last; `None`: that failed, or they are to be looked at anew.
     plumbed: Option<Wanted>,
     /// Whether it is not known yet what became of that.
@@ -195,7 +199,9 @@ impl Router {
         let paced = self.published.filter(|_| self.is_owed()).map(|published| published + PACE);
         let pods = self.pods.as_ref().and_then(Pods::deadline);
         let trouble = self.trouble.due().filter(|_| !self.due.all);
-        [paced, pods, self.devices.link_due, trouble, Some(self.ports_due)].into_iter().flatten().min()
+        // What is due and waits for a quiet moment is begun then; something comes before it is one.
+        let verify = self.verify.due().filter(|due| *due > self.now);
+        [paced, pods, self.devices.link_due, trouble, verify, Some(self.ports_due)].into_iter().flatten().min()
     }
 
     /// Whether something waits for the next publication, and it is not what has just failed.
@@ -268,6 +274,8 @@ impl Router {
                 }
                 drop(answer.send(closed));
             }
+            Message::Client(Request::Verify, stream, place) => self.verify(Some((stream, place))),
+            Message::Verified(round) => self.verified(round),
             Message::Client(request, stream, place) => {
                 let answer = self.answer(request);
                 if let Err(error) = self.answers.begin(answer, stream, place) {
@@ -312,6 +320,7 @@ impl Router {
             self.serves = true;
             self.say_it_runs();
         }
+        self.verify_if_due();
     }
 
     fn say_it_runs(&self) {

@@ -58,6 +58,7 @@ use super::{
     devices::{Devices, near_devices},
     hands::{Hands as _, RealHands},
     inbox::{self, Message},
+    verify::Verify,
 };
 use crate::{
     book::Pods,
@@ -414,6 +415,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
     });
     let mut hands = RealHands {
         attachment,
+        pins: pin_folder(&config.node_name),
         shared: Arc::clone(&shared),
         offload,
         health: HealthChecks::start().map_err(system("cannot start the health checks"))?,
@@ -427,6 +429,9 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
     };
     let First { loaded, loader, compilers, rules, snat, listening, roles, own_addresses, times } = first;
     hands.answer_health(health::wanted(&loaded.services));
+    let verdicts = sender.clone();
+    let mut verify = Verify::new(loader.afresh(), move |message| drop(verdicts.blocking_send(message)));
+    verify.every(loaded.config.verify.every, Instant::now());
     let router = Router {
         inbox,
         hands: Box::new(hands),
@@ -445,6 +450,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
             drop(sender.blocking_send(Message::Prepared(Box::new(finished))));
         }),
         reloads: Reloads::default(),
+        verify,
         cluster,
         loaded,
         hits: Hits::new(Arc::clone(&rules)),
@@ -458,7 +464,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
         links: Links::default(),
         generation,
         published: None,
-        owned,
+        owned: Some(owned),
         plumbed: None,
         plumbing: false,
         due: Due::default(),
