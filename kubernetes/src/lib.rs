@@ -3,6 +3,7 @@
 //! [`Source`] follows all kinds that weir reads, on a thread of its own, and has them as [`LiveObjects`] for the loader. What is done with one kind is
 //! pure ([`follow`]); [`watch`] speaks for it, by way of [`dial`]. Which kinds there are is [`resource`].
 
+mod compare;
 pub mod dial;
 pub mod follow;
 mod keep;
@@ -11,6 +12,7 @@ mod source;
 pub mod watch;
 mod wire;
 
+pub use compare::Unlike;
 pub use dial::{Access, Failure, access_of};
-pub use source::{KindState, Source, State, start_delay};
+pub use source::{KindState, Lister, Source, State, start_delay};
 pub use weir_cluster::resources::live::LiveObjects;

@@ -27,7 +27,7 @@ use weir_dataplane::{
     model::{Cluster, Links},
     snapshot::Rules,
 };
-use weir_kubernetes::Source;
+use weir_kubernetes::{Lister, Source, Unlike};
 use weir_nat::{Model as Services, SnatPorts};
 use weir_policy::Model as Policy;
 
@@ -41,6 +41,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Differences that are logged, and that a client is told.
 const TOLD: usize = 100;
+/// How long the lists of a running cluster may take.
+const LISTS: Duration = Duration::from_secs(120);
 
 /// Reads the programs' maps back, and compares them with what is owned.
 pub(super) type ReadMaps = Box<dyn FnOnce(&Owned) -> Result<Vec<WrongEntry>, AttachError> + Send>;
@@ -208,8 +210,9 @@ impl Router {
         };
         let mut loader = self.verify.loader.afresh();
         loader.begin_from_api(LastApi::of(&self.loaded.services));
+        let lister = self.cluster.as_ref().map(Source::lister);
         let (read_maps, deliver) = (self.hands.read_maps(), Arc::clone(&self.verify.deliver));
-        let work = move || deliver(Message::Verified(round(&in_force, loader, basis, read_maps)));
+        let work = move || deliver(Message::Verified(round(&in_force, lister.as_ref(), loader, basis, read_maps)));
         let thread = thread::Builder::new().name("weir-verify".into()).spawn(work);
         thread.map(drop).map_err(|error| format!("there is no thread for it: {error}"))
     }
@@ -262,6 +265,9 @@ impl Router {
         self.due.changes = true;
         self.pending.get_or_insert_with(Pending::default).is_of_endpoints = false;
         if found.iter().any(|one| one.part != MAPS) {
+            if let Some(cluster) = &self.cluster {
+                cluster.lister().follow_anew();
+            }
             self.preparer.forget();
             self.begin_reload(Scope::Files);
         }
@@ -309,10 +315,13 @@ impl Router {
     }
 }
 
+/// The part of what is followed of a running cluster.
+const FOLLOWED: &str = "followed objects";
 /// The part of what is read back from the kernel: to mend it, nothing else is made anew.
 const MAPS: &str = "maps";
 
-fn round(in_force: &InForce, loader: Loader, basis: Basis, read_maps: ReadMaps) -> Round {
+fn round(in_force: &InForce, lister: Option<&Lister>, loader: Loader, basis: Basis, read_maps: ReadMaps) -> Round {
+    let unlike = lister.map_or(Ok(Vec::new()), |lister| lister.compare(LISTS))?;
     let prepared = afresh(loader, basis).map_err(|refused| format!("sources cannot be read afresh: {refused}"))?;
     let Prepared { loaded, rules, snat, .. } = &prepared;
     let is = Whole {
@@ -333,6 +342,10 @@ fn round(in_force: &InForce, loader: Loader, basis: Basis, read_maps: ReadMaps) 
             found.push(Difference::new("owned", "what the programs take from the node's kernel", &is, &should));
         }
     }
+    found.extend(unlike.into_iter().map(|Unlike { object, known, listed }| {
+        let version = |version: Option<String>| version.map_or(String::new(), |one| format!("resourceVersion {one}"));
+        Difference::new(FOLLOWED, object, &version(known), &version(listed))
+    }));
     let wrong = read_maps(&in_force.owned).map_err(|error| format!("the programs' maps cannot be read: {error}"))?;
     found.extend(wrong.into_iter().map(|WrongEntry { map, entry, is_there }| {
         let [is, should] = if is_there { [&entry, ""] } else { ["", &*entry] };
