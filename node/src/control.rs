@@ -325,6 +325,14 @@ pub fn status_text(status: &Value) -> String {
             trouble["triedAgainInSeconds"],
         );
     }
+    let verify = &status["verify"];
+    if verify["differences"].as_u64().is_some_and(|differences| differences > 0) {
+        let _ = writeln!(
+            text,
+            "verify      {} differences in {} runs, {} mended; the log names them",
+            verify["differences"], verify["runs"], verify["mended"],
+        );
+    }
     for note in status["notes"].as_array().into_iter().flatten() {
         let _ = writeln!(text, "note        {}", word(note));
     }
