@@ -464,7 +464,9 @@ fn is_frozen(node: &Node, expected: bool) {
 fn what_is_followed_and_not_listed_is_named_and_mended() {
     let server = Server::start(true);
     let path = "/api/v1/namespaces";
-    ["a", "b"].map(|name| server.put(path, name, json!({"metadata": {"labels": {"v": "1"}}})));
+    for name in ["a", "b"] {
+        server.put(path, name, json!({"metadata": {"labels": {"v": "1"}}}));
+    }
     let node = Node::of(&server);
     node.comes_to("Namespace/a Namespace/b");
     let compare = || node.source.lister().compare(PATIENCE).unwrap();
