@@ -14,6 +14,7 @@ pub mod run;
 pub mod services;
 pub mod status;
 pub mod trace;
+pub mod verify;
 
 /// Reading manifests allocates millions of small objects on all cores, and a router holds what it read for months: 50,000 services load in 4 s with this
 /// one instead of 5.7 with glibc's, in less memory (perf/RESULTS.md). No packet's way allocates.

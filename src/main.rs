@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use weir::{bench, check, conntrack, demo, detach, diff, ipam, policy, replay, run, services, status, trace};
+use weir::{bench, check, conntrack, demo, detach, diff, ipam, policy, replay, run, services, status, trace, verify};
 
 /// A userspace packet router for Kubernetes nodes: services, network policy and forwarding on AF_XDP.
 ///
@@ -25,6 +25,7 @@ enum Command {
     Demo(demo::Args),
     Bench(bench::Args),
     Status(status::Args),
+    Verify(verify::Args),
     Conntrack(conntrack::Args),
     /// Explain policy: who can reach whom, and what applies to a pod.
     #[command(subcommand)]
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => Ok(demo::run(&args)),
         Command::Bench(args) => bench::run(args),
         Command::Status(args) => status::run(&args),
+        Command::Verify(args) => Ok(verify::run(&args)),
         Command::Conntrack(args) => conntrack::run(&args),
         Command::Policy(command) => policy::run(&command),
         Command::Services(args) => services::run(args),

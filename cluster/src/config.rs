@@ -75,6 +75,8 @@ pub struct RouterConfig {
     pub cni: Option<Cni>,
     /// What weir says of itself over HTTP.
     pub http: Http,
+    /// How weir looks whether what is in force is what it should be.
+    pub verify: Verify,
     /// The folder where the objects in force are kept for the next start. `None`: [`RouterConfig::state_folder`].
     pub state: Option<PathBuf>,
 }
@@ -104,6 +106,7 @@ impl Default for RouterConfig {
             offload_udp_packets: 8,
             cni: None,
             http: Http::default(),
+            verify: Verify::default(),
             state: None,
         }
     }
@@ -141,6 +144,21 @@ pub struct Http {
 impl Default for Http {
     fn default() -> Self {
         Self { listen: Some((Ipv4Addr::LOCALHOST, 9091).into()) }
+    }
+}
+
+/// `verify`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Verify {
+    /// The mean time between two looks that nobody asks for; `None`: there are none.
+    #[serde(deserialize_with = "every")]
+    pub every: Option<Duration>,
+}
+
+impl Default for Verify {
+    fn default() -> Self {
+        Self { every: Some(Duration::from_secs(6 * 3600)) }
     }
 }
 
@@ -817,6 +835,31 @@ fn seconds<'de, D: Deserializer<'de>>(deserializer: D, most: u64, excess: &str) 
     }
     Ok(Duration::from_secs(seconds))
 }
+
+/// "90s", "30m", "6h", or "off".
+fn every<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text == "off" {
+        return Ok(None);
+    }
+    let units = [('s', 1), ('m', 60), ('h', 3600)];
+    let found = units
+        .iter()
+        .find_map(|(unit, seconds)| text.strip_suffix(*unit)?.parse::<u32>().ok().map(|n| u64::from(n) * seconds));
+    match found {
+        Some(seconds) if (MIN_VERIFY_SECONDS..=MAX_VERIFY_SECONDS).contains(&seconds) => {
+            Ok(Some(Duration::from_secs(seconds)))
+        }
+        _ => Err(advised(
+            format_args!("{text:?} is no time between looks"),
+            format_args!("write off, or 1m to 720h, like 6h"),
+        )),
+    }
+}
+
+/// The least and the most time between two verifications.
+const MIN_VERIFY_SECONDS: u64 = 60;
+const MAX_VERIFY_SECONDS: u64 = 30 * 24 * 3600;
 
 /// A time for which fragments are followed.
 fn fragment_seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {

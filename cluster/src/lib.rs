@@ -9,7 +9,8 @@
 //! - [`sockets`]: the ports that the node itself uses, which services must leave to it.
 //! - [`translate`]: objects to the models that the crates below compile their tables from, and what is wrong with them.
 //! - [`compile`]: models to tables.
-//! - [`trace`], [`policy`]: what these tables mean, asked without a router. [`diff`]: what a change makes of that.
+//! - [`trace`], [`policy`]: what these tables mean, asked without a router. [`diff`]: what a change makes of that. [`verify`]: whether what
+//!   is in force is what it should be.
 
 pub mod compile;
 pub mod config;
@@ -21,3 +22,4 @@ pub mod sources;
 pub mod text;
 pub mod trace;
 pub mod translate;
+pub mod verify;

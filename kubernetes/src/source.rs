@@ -3,16 +3,17 @@
 use std::{
     cell::OnceCell,
     collections::{BTreeMap, BTreeSet},
+    fmt,
     net::SocketAddr,
     path::PathBuf,
     rc::Rc,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc as std_mpsc},
     thread,
     time::{Duration, Instant, SystemTime},
 };
 
 use tokio::{
-    sync::{Notify, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     task::{AbortHandle, LocalSet, spawn_local},
     time::sleep,
 };
@@ -23,6 +24,7 @@ use weir_cluster::resources::{
 };
 
 use crate::{
+    compare::{Unlike, compare},
     dial::{Access, Dial, Failure},
     keep::Folder,
     resource::{self, CLUSTER_INFORMATION, Key, OPTIONAL, Resource},
@@ -86,6 +88,46 @@ impl Cell {
     }
 }
 
+/// What is asked of the thread that follows.
+enum Ask {
+    /// What is followed is compared with what is listed afresh.
+    Compare(std_mpsc::Sender<Result<Vec<Unlike>, String>>),
+    /// All is listed anew, and takes the place of what is followed.
+    Anew,
+}
+
+/// Asks for fresh lists.
+#[derive(Clone, Debug)]
+pub struct Lister(mpsc::UnboundedSender<Ask>);
+
+impl fmt::Debug for Ask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Compare(_) => "Compare",
+            Self::Anew => "Anew",
+        })
+    }
+}
+
+impl Lister {
+    /// Has everything listed afresh, and compares what is followed with that. Waits for it.
+    ///
+    /// # Errors
+    /// Where something cannot be listed, or not in time.
+    pub fn compare(&self, patience: Duration) -> Result<Vec<Unlike>, String> {
+        let (answer, answered) = std_mpsc::channel();
+        self.0.send(Ask::Compare(answer)).map_err(|_| "nobody follows the cluster".to_owned())?;
+        let why = |_| format!("the cluster's lists did not come within {} s", patience.as_secs());
+        answered.recv_timeout(patience).map_err(why)?
+    }
+
+    /// Has everything listed afresh, and believed whatever was followed before.
+    pub fn follow_anew(&self) {
+        // Where nobody follows, nothing is followed wrongly.
+        let _ = self.0.send(Ask::Anew);
+    }
+}
+
 /// When a node begins to ask after its start, by its name, so that a thousand that start at once do not ask at once.
 pub fn start_delay(node: &str) -> Duration {
     let hash = node
@@ -112,6 +154,7 @@ pub struct Source {
     cell: Arc<Cell>,
     changes: watch::Receiver<()>,
     speaker: Option<Arc<Speaker>>,
+    asks: mpsc::UnboundedSender<Ask>,
     /// Dropped, it ends the thread.
     end: Option<oneshot::Sender<()>>,
     thread: Option<thread::JoinHandle<()>>,
@@ -137,6 +180,7 @@ impl Source {
         let cell = Arc::new(Cell::default());
         let (tell, changes) = watch::channel(());
         let (end, ended) = oneshot::channel();
+        let (asks, asked) = mpsc::unbounded_channel();
         let (reader, own) = (Reader::new(identities), Arc::clone(&cell));
         let speaker = settings.speaks.clone().map(Speaker::new);
         let own_speaker = speaker.clone();
@@ -146,7 +190,7 @@ impl Source {
             let shared = OnceCell::new();
             local.block_on(&runtime, async {
                 tokio::select! {
-                    () = follow(access, reader, own, tell, settings, own_speaker.clone(), &shared) => {}
+                    () = follow(access, reader, own, tell, settings, own_speaker.clone(), asked, &shared) => {}
                     _ = ended => {}
                 }
                 if let (Some(speaker), Some(shared)) = (own_speaker, shared.get()) {
@@ -155,12 +199,17 @@ impl Source {
             });
         };
         let thread = thread::Builder::new().name("kubernetes".to_owned()).stack_size(STACK_BYTES).spawn(run)?;
-        Ok(Self { cell, changes, speaker, end: Some(end), thread: Some(thread) })
+        Ok(Self { cell, changes, speaker, asks, end: Some(end), thread: Some(thread) })
     }
 
     /// Who says things there.
     pub fn speaker(&self) -> Option<&Arc<Speaker>> {
         self.speaker.as_ref()
+    }
+
+    /// What asks for fresh lists.
+    pub fn lister(&self) -> Lister {
+        Lister(self.asks.clone())
     }
 
     /// Tells of changes of [`State::objects`].
@@ -235,6 +284,7 @@ const CONFIGURATION: &str = "kubernetes: ";
 /// What is watched.
 type Kinds = BTreeMap<Key, (Rc<Watched>, AbortHandle)>;
 
+#[expect(clippy::too_many_arguments, reason = "each is given at the start and lives as long as the thread")]
 async fn follow(
     access: Access,
     reader: Reader,
@@ -242,6 +292,7 @@ async fn follow(
     tell: watch::Sender<()>,
     settings: Settings,
     speaker: Option<Arc<Speaker>>,
+    mut asks: mpsc::UnboundedReceiver<Ask>,
     for_the_end: &OnceCell<Rc<Shared>>,
 ) {
     let Settings { delay, folder, proxy_name, .. } = settings;
@@ -349,6 +400,18 @@ async fn follow(
         tokio::select! {
             () = shared.changed.notified() => {}
             () = sleep(look_at.saturating_duration_since(Instant::now())) => {}
+            Some(ask) = asks.recv() => match ask {
+                Ask::Compare(answer) => {
+                    let (kinds, shared) = (self::in_use(&kinds).map(Rc::clone).collect(), Rc::clone(&shared));
+                    // Who asked may have gone.
+                    spawn_local(async move { drop(answer.send(compare(kinds, shared).await)) });
+                }
+                Ask::Anew => kinds.values_mut().for_each(|(watched, task)| {
+                    task.abort();
+                    watched.follow.borrow_mut().forget_version();
+                    *task = spawn_local(Rc::clone(watched).run(Rc::clone(&shared))).abort_handle();
+                }),
+            }
         }
     }
 }

@@ -277,6 +277,44 @@ impl Watched {
         }
     }
 
+    /// Gives each object of a list to `take`, beside what is followed.
+    pub async fn fetch(
+        &self,
+        shared: &Shared,
+        mut take: impl FnMut(Live) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let mut way = Way::default();
+        let mut go_on = String::new();
+        loop {
+            let more = match go_on.as_str() {
+                "" => format!("limit={PAGE}"),
+                token => format!("limit={PAGE}&continue={}", token.replace('=', "%3D")),
+            };
+            let text = match shared.dial.text(&self.query(&way, &more)).await {
+                Err(failure)
+                    if matches!(failure.code(), 400 | 422)
+                        && !way.without_fields
+                        && !self.resource.fields.is_empty() =>
+                {
+                    way.without_fields = true;
+                    continue;
+                }
+                other => other?,
+            };
+            let page: Page<'_> = serde_json::from_str(&text).map_err(|error| Failure::Nonsense(error.to_string()))?;
+            for item in page.items.unwrap_or_default() {
+                take(self.read(shared, item.get())?)?;
+            }
+            go_on = page.metadata.go_on.unwrap_or_default();
+            if !go_on.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_=.".contains(&byte)) {
+                return Err(Failure::Nonsense("its continue is none".to_owned()));
+            }
+            if go_on.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
     fn read(&self, shared: &Shared, json: &str) -> Result<Live, Failure> {
         let object = shared.reader.read(self.resource.live(), json).map_err(|error| {
             self.unreadable.set(self.unreadable.get() + 1);

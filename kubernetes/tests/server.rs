@@ -460,6 +460,36 @@ fn is_frozen(node: &Node, expected: bool) {
 }
 
 #[test]
+fn what_is_followed_and_not_listed_is_named_and_mended() {
+    let server = Server::start(true);
+    let path = "/api/v1/namespaces";
+    for name in ["a", "b"] {
+        server.put(path, name, json!({"metadata": {"labels": {"v": "1"}}}));
+    }
+    let node = Node::of(&server);
+    node.comes_to("Namespace/a Namespace/b");
+    let compare = || node.source.lister().compare(PATIENCE).unwrap();
+    assert_eq!(compare(), []);
+    // Events that nobody tells: one goes, one is another, one comes.
+    server.change(|world| {
+        world.objects.remove(&(path.to_owned(), "a".to_owned()));
+        let changed = |name: &str, version: &str| json!({"metadata": {"name": name, "resourceVersion": version, "labels": {"v": "2"}}});
+        world.objects.insert((path.to_owned(), "b".to_owned()), changed("b", "11"));
+        world.objects.insert((path.to_owned(), "c".to_owned()), changed("c", "11"));
+    });
+    let found = compare();
+    let found: Vec<_> =
+        found.iter().map(|one| (one.object.as_str(), one.known.is_some(), one.listed.is_some())).collect();
+    assert_eq!(found, [("Namespace/b", true, true), ("Namespace/c", false, true), ("Namespace/a", true, false)]);
+    node.source.lister().follow_anew();
+    node.comes_to("Namespace/b Namespace/c");
+    let until = Instant::now() + PATIENCE;
+    while !compare().is_empty() {
+        assert!(Instant::now() < until, "{:?}", compare());
+    }
+}
+
+#[test]
 fn while_calicos_datastore_is_not_ready_what_was_in_force_stays() {
     let server = Server::start(true);
     server.change(|world| world.groups = json!({"groups": [group("crd.projectcalico.org", "v1")]}));

@@ -22,6 +22,8 @@ use crate::{conntrack, ipam::explain::Report, services};
 pub const RUN_FOLDER: &str = "/run/weir";
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a verification may take.
+const VERIFICATION: Duration = Duration::from_secs(600);
 
 /// What can be asked.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -37,6 +39,8 @@ pub enum Request {
     PolicyHits,
     /// The addresses of pods that weir makes.
     Ipam,
+    /// Whether what is in force is what it should be; answered once that is known, and what is not is mended.
+    Verify,
 }
 
 impl Request {
@@ -123,6 +127,14 @@ pub fn ipam(config: &Path) -> Result<Report, AskError> {
     Ok(serde_json::from_value(ask(config, &Request::Ipam)?)?)
 }
 
+/// What is in force on the router that runs with `config` and should not be: "differences", or the "problem" for which that cannot be told.
+///
+/// # Errors
+/// Where it does not run or does not answer.
+pub fn verify(config: &Path) -> Result<Value, AskError> {
+    ask(config, &Request::Verify)
+}
+
 /// The answer to [`Request::PolicyHits`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PolicyHits {
@@ -133,7 +145,8 @@ pub struct PolicyHits {
 /// The one line that answers a request.
 fn ask(config: &Path, request: &Request) -> Result<Value, AskError> {
     let mut stream = connect(config)?;
-    stream.set_read_timeout(Some(PATIENCE)).map_err(AskError::Broken)?;
+    let patience = if matches!(request, Request::Verify) { VERIFICATION } else { PATIENCE };
+    stream.set_read_timeout(Some(patience)).map_err(AskError::Broken)?;
     writeln!(stream, "{}", serde_json::to_string(request)?).map_err(AskError::Broken)?;
     let mut answer = String::new();
     BufReader::new(stream).read_line(&mut answer).map_err(AskError::Broken)?;
@@ -310,6 +323,14 @@ pub fn status_text(status: &Value) -> String {
             word(&trouble["error"]),
             trouble["sinceSeconds"],
             trouble["triedAgainInSeconds"],
+        );
+    }
+    let verify = &status["verify"];
+    if verify["differences"].as_u64().is_some_and(|differences| differences > 0) {
+        let _ = writeln!(
+            text,
+            "verify      {} differences in {} runs, {} mended; the log names them",
+            verify["differences"], verify["runs"], verify["mended"],
         );
     }
     for note in status["notes"].as_array().into_iter().flatten() {

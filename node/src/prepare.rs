@@ -143,6 +143,8 @@ pub struct Preparer {
     /// Not there while it is at work.
     tools: Option<Tools>,
     once_more: Option<Scope>,
+    /// Whether the next one begins from nothing.
+    forgets: bool,
     deliver: Arc<dyn Fn(Finished) + Send + Sync>,
 }
 
@@ -150,7 +152,7 @@ impl Preparer {
     /// With the loader and the compiler of the configuration that is in force. `deliver` gets what is done, for [`Preparer::finish`]; it is
     /// called on a thread that may wait.
     pub fn new(loader: Loader, compilers: Compilers, deliver: impl Fn(Finished) + Send + Sync + 'static) -> Self {
-        Self { tools: Some(Tools { loader, compilers }), once_more: None, deliver: Arc::new(deliver) }
+        Self { tools: Some(Tools { loader, compilers }), once_more: None, forgets: false, deliver: Arc::new(deliver) }
     }
 
     /// Begins to prepare what the files say now, or, by `scope`, what they said and the pods that there are now; where that is under way,
@@ -162,10 +164,20 @@ impl Preparer {
             return;
         };
         let (basis, deliver) = (basis(), Arc::clone(&self.deliver));
+        let forgets = std::mem::take(&mut self.forgets);
         spawn_blocking(move || {
+            if forgets {
+                tools.loader.forget();
+                tools.compilers = Compilers::default();
+            }
             let outcome = prepare(&mut tools, scope, basis).map_err(|refused| (scope, refused));
             deliver(Finished { tools, outcome });
         });
+    }
+
+    /// Has the next one made from nothing: nothing that those before have left is taken over.
+    pub fn forget(&mut self) {
+        self.forgets = true;
     }
 
     /// Takes back what is needed for the next one; what became of this one.
@@ -175,7 +187,6 @@ impl Preparer {
     }
 
     /// Whether nothing is being prepared.
-    #[cfg(test)]
     pub(crate) fn is_idle(&self) -> bool {
         self.tools.is_some()
     }
@@ -184,6 +195,15 @@ impl Preparer {
     pub fn due(&self) -> Option<Scope> {
         self.once_more.filter(|_| self.tools.is_some())
     }
+}
+
+/// Prepares a configuration from nothing, beside those that follow each other, with a loader that has loaded nothing yet.
+///
+/// # Errors
+/// As of any other.
+pub fn afresh(loader: Loader, basis: Basis) -> Result<Prepared, Refused> {
+    // A loader that has read nothing reads files too, and ports stay as they were looked at.
+    prepare(&mut Tools { loader, compilers: Compilers::default() }, Scope::Cluster, basis)
 }
 
 fn prepare(tools: &mut Tools, scope: Scope, basis: Basis) -> Result<Prepared, Refused> {

@@ -355,9 +355,15 @@ impl Loader {
     }
 
     /// One that has loaded nothing yet, with the numbers of this one's objects.
-    #[cfg(test)]
-    fn afresh(&self) -> Self {
+    pub fn afresh(&self) -> Self {
         Self { library: self.library.afresh(), local_pods: Arc::clone(&self.local_pods), ..Self::new(&self.path) }
+    }
+
+    /// Forgets all that earlier loads have left, but what they had of the API server: the next one reads and translates everything from nothing.
+    pub fn forget(&mut self) {
+        let api = std::mem::take(&mut self.kept.stages.services.api);
+        (self.library, self.kept, self.read) = (self.library.afresh(), Kept::default(), None);
+        self.begin_from_api(api);
     }
 
     /// Reads and translates everything, as a [`Loader::reload`] from nothing: an object at fault is left out, so that a policy denies what

@@ -88,7 +88,7 @@ pub use self::{
     error::AttachError,
     maps::MAX_OWN_PORTS,
     offload::{KernelKeys, OffloadMaps},
-    owned::Owned,
+    owned::{Owned, WrongEntry, wrong_entries},
     trunk::{KERNEL_END, KERNEL_END_MAC, ROUTER_END, ROUTER_END_MAC, Trunk},
 };
 use self::{

@@ -1,10 +1,16 @@
 //! What weir owns, told to the programs.
 
-use std::{collections::HashSet, hash::Hash, net::IpAddr, ops::RangeInclusive};
+use std::{
+    collections::HashSet,
+    hash::Hash,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    ops::RangeInclusive,
+    path::Path,
+};
 
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap, LpmTrie, MapData, MapError, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key},
 };
 use ipnet::IpNet;
 use weir_packet::Protocol;
@@ -69,6 +75,42 @@ impl OwnedMaps {
             own_ports_v6: take(object, "own_ports_v6")?,
             governed: take(object, "governed")?,
         })
+    }
+
+    /// The maps of a running router, beside its own handles: to be read only.
+    fn pinned(dir: &Path) -> Result<Self, AttachError> {
+        fn of<M: TryFrom<Map, Error = MapError>>(
+            dir: &Path,
+            name: &'static str,
+            kind: fn(MapData) -> Map,
+        ) -> Result<M, AttachError> {
+            let map = MapData::from_pin(dir.join(name)).map_err(map_error(name))?;
+            kind(map).try_into().map_err(map_error(name))
+        }
+        Ok(Self {
+            prefixes_v4: of(dir, "prefixes_v4", Map::LpmTrie)?,
+            prefixes_v6: of(dir, "prefixes_v6", Map::LpmTrie)?,
+            node_v4: of(dir, "node_v4", Map::HashMap)?,
+            node_v6: of(dir, "node_v6", Map::HashMap)?,
+            ports: of(dir, "ports", Map::Array)?,
+            own_ports_v4: of(dir, "own_ports_v4", Map::HashMap)?,
+            own_ports_v6: of(dir, "own_ports_v6", Map::HashMap)?,
+            governed: of(dir, "governed", Map::Array)?,
+        })
+    }
+
+    /// What the maps say, in their own form.
+    fn read(&self) -> Result<(Wanted, bool), AttachError> {
+        let said = Wanted {
+            prefixes_v4: collect("prefixes_v4", self.prefixes_v4.keys().map(|key| key.map(plain)))?,
+            prefixes_v6: collect("prefixes_v6", self.prefixes_v6.keys().map(|key| key.map(plain)))?,
+            node_v4: collect("node_v4", self.node_v4.keys())?,
+            node_v6: collect("node_v6", self.node_v6.keys())?,
+            ports: self.read_ports()?,
+            own_v4: collect("own_ports_v4", self.own_ports_v4.keys())?,
+            own_v6: collect("own_ports_v6", self.own_ports_v6.keys())?,
+        };
+        Ok((said, self.governed.get(&0, 0).map_err(map_error("governed"))? != 0))
     }
 
     /// Makes the maps say `owned`. All that is new is added before anything is removed, so that what is owned before
@@ -151,6 +193,78 @@ impl OwnedMaps {
         }
         self.ports.set(word as u32, new, 0).map_err(map_error("ports"))
     }
+}
+
+/// An entry of a map that is there and should not be, or the other way round.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WrongEntry {
+    /// The map.
+    pub map: &'static str,
+    /// The entry: a prefix, an address, a port.
+    pub entry: String,
+    /// Whether the map has it.
+    pub is_there: bool,
+}
+
+/// Reads the maps of the router with that pin folder back from the kernel, and compares them with what it owns. Takes as long as there are entries;
+/// the router may go on meanwhile.
+///
+/// # Errors
+/// Where a map cannot be read.
+pub fn wrong_entries(pin_dir: &Path, owned: &Owned) -> Result<Vec<WrongEntry>, AttachError> {
+    let (is, governed) = OwnedMaps::pinned(pin_dir)?.read()?;
+    let should = Wanted::of(owned)?;
+    let mut wrong = Vec::new();
+    let net_v4 = |(bits, address): &(u32, [u8; 4])| format!("{}/{bits}", Ipv4Addr::from(*address));
+    let net_v6 = |(bits, address): &(u32, [u8; 16])| format!("{}/{bits}", Ipv6Addr::from(*address));
+    compare("prefixes_v4", &is.prefixes_v4, &should.prefixes_v4, net_v4, &mut wrong);
+    compare("prefixes_v6", &is.prefixes_v6, &should.prefixes_v6, net_v6, &mut wrong);
+    compare("node_v4", &is.node_v4, &should.node_v4, |one| Ipv4Addr::from(*one).to_string(), &mut wrong);
+    compare("node_v6", &is.node_v6, &should.node_v6, |one| Ipv6Addr::from(*one).to_string(), &mut wrong);
+    let own = |address: IpAddr, rest: &[u8]| {
+        let port = u16::from_be_bytes([rest[0], rest[1]]);
+        format!("{} {}", Protocol(rest[2]), SocketAddr::new(address, port))
+    };
+    let own_v4 = |key: &OwnPortV4| {
+        let (address, rest) = key.split_at(4);
+        own(<[u8; 4]>::try_from(address).map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::from), rest)
+    };
+    let own_v6 = |key: &OwnPortV6| {
+        let (address, rest) = key.split_at(16);
+        own(<[u8; 16]>::try_from(address).map_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED), IpAddr::from), rest)
+    };
+    compare("own_ports_v4", &is.own_v4, &should.own_v4, own_v4, &mut wrong);
+    compare("own_ports_v6", &is.own_v6, &should.own_v6, own_v6, &mut wrong);
+    for (word, (is, should)) in is.ports.iter().zip(&should.ports).enumerate() {
+        let bits = (0..64_usize).filter(|bit| (is ^ should) >> bit & 1 == 1);
+        wrong.extend(bits.map(|bit| {
+            let row = word / WORDS_PER_PROTOCOL;
+            let protocol = [Protocol::TCP, Protocol::UDP, Protocol::SCTP][row % PORT_PROTOCOLS];
+            let port = word % WORDS_PER_PROTOCOL * 64 + bit;
+            let set = if row / PORT_PROTOCOLS == FAILSAFE_SET { "failsafe " } else { "" };
+            WrongEntry { map: "ports", entry: format!("{set}{protocol} {port}"), is_there: is >> bit & 1 == 1 }
+        }));
+    }
+    if governed != owned.governed {
+        wrong.push(WrongEntry {
+            map: "governed",
+            entry: "that a host endpoint governs".to_owned(),
+            is_there: governed,
+        });
+    }
+    Ok(wrong)
+}
+
+fn compare<K: Eq + Hash + Ord>(
+    map: &'static str,
+    is: &HashSet<K>,
+    should: &HashSet<K>,
+    name: impl Fn(&K) -> String,
+    wrong: &mut Vec<WrongEntry>,
+) {
+    let mut entries: Vec<&K> = is.symmetric_difference(should).collect();
+    entries.sort();
+    wrong.extend(entries.into_iter().map(|key| WrongEntry { map, entry: name(key), is_there: is.contains(key) }));
 }
 
 /// [`Owned`] in the form of the maps.

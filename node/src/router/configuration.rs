@@ -202,6 +202,7 @@ impl Router {
             self.hands.watch(self.files());
         }
         self.hands.answer_health(health::wanted(&self.loaded.services));
+        self.verify.every(self.loaded.config.verify.every, self.now);
         // What was taken over before and has not come into force comes with this.
         let had_new_files = self.pending.as_ref().and_then(|pending| pending.times).is_some_and(|(files, _)| files);
         let times = Times { publish: Duration::ZERO, ..times };

@@ -46,9 +46,9 @@ impl Router {
             if tells {
                 // The programs first: what they take reaches workers that do not know it yet, and waits or is dropped, and is never let past.
                 let owned = owned(&self.loaded, &self.rules, &self.snat, &forwarding);
-                if owned != self.owned {
+                if self.owned.as_ref() != Some(&owned) {
                     self.hands.own(&owned)?;
-                    self.owned = owned;
+                    self.owned = Some(owned);
                 }
             }
             self.links = links;

@@ -18,7 +18,10 @@ use weir_dataplane::{
 };
 use weir_packet::Mac;
 
-use super::inbox::{Message, ask_for_device, look_at_ports};
+use super::{
+    inbox::{Message, ask_for_device, look_at_ports},
+    verify::ReadMaps,
+};
 use crate::{
     health::{Check, HealthChecks},
     keeper::Keeper,
@@ -70,6 +73,8 @@ pub(super) trait Hands: Send {
     /// # Errors
     /// Where a map refuses.
     fn own(&mut self, owned: &Owned) -> Result<(), AttachError>;
+    /// What reads back, on another thread, what the programs were told.
+    fn read_maps(&self) -> ReadMaps;
     /// Puts a snapshot in force. `near`: devices whose other end is in this network namespace too.
     fn publish(&mut self, next: Arc<Snapshot>, near: BTreeSet<u32>);
     /// Begins to make the kernel's routes and rules these; the end is [`Message::Plumbed`].
@@ -93,6 +98,8 @@ pub(super) trait Hands: Send {
 /// The node itself.
 pub(super) struct RealHands {
     pub(super) attachment: Attachment,
+    /// The folder of its pins.
+    pub(super) pins: PathBuf,
     pub(super) shared: Arc<Shared>,
     pub(super) offload: Option<Offloader>,
     pub(super) health: HealthChecks,
@@ -142,6 +149,11 @@ impl Hands for RealHands {
 
     fn own(&mut self, owned: &Owned) -> Result<(), AttachError> {
         self.attachment.set_owned(owned)
+    }
+
+    fn read_maps(&self) -> ReadMaps {
+        let pins = self.pins.clone();
+        Box::new(move |owned| attach::wrong_entries(&pins, owned))
     }
 
     fn publish(&mut self, next: Arc<Snapshot>, near: BTreeSet<u32>) {

@@ -18,6 +18,7 @@ use weir_cluster::{
 };
 use weir_dataplane::{frame::IfIndex, pipeline::Event};
 
+use super::verify::Round;
 use crate::{
     action_log,
     control::Request,
@@ -55,6 +56,8 @@ pub(super) enum Message {
     Cluster,
     /// A configuration is ready, or refused.
     Prepared(Box<Finished>),
+    /// A round of a verification has ended.
+    Verified(Round),
     /// Which ports the node's sockets have.
     Ports(Listening, Option<Sockets>),
     /// weir-cni's side asks.

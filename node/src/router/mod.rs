@@ -30,6 +30,7 @@ mod start;
 mod status;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::{
     collections::BTreeMap,
@@ -63,9 +64,11 @@ use self::{
     devices::Devices,
     hands::Hands,
     inbox::Message,
+    verify::Verify,
 };
 use crate::{
     book::Pods,
+    control::Request,
     kernel::{HostReport, KernelError, View, Wanted},
     prepare::{Preparer, Scope},
     run::RunError,
@@ -90,6 +93,7 @@ pub(crate) struct Router {
     preparer: Preparer,
     reloads: Reloads,
     is_told: IsTold,
+    verify: Verify,
     /// The running cluster that is followed.
     cluster: Option<Source>,
     /// What was taken over, and is in force unless [`Router::pending`].
@@ -111,8 +115,8 @@ pub(crate) struct Router {
     generation: u32,
     /// When that was.
     published: Option<Instant>,
-    /// What the programs were told last.
-    owned: Owned,
+    /// What the programs were told last; `None`: they are to be told anew.
+    owned: Option<Owned>,
     /// What the kernel's routes were to be last; `None`: that failed, or they are to be looked at anew.
     plumbed: Option<Wanted>,
     /// Whether it is not known yet what became of that.
@@ -196,7 +200,9 @@ impl Router {
         let paced = self.published.filter(|_| self.is_owed()).map(|published| published + PACE);
         let pods = self.pods.as_ref().and_then(Pods::deadline);
         let trouble = self.trouble.due().filter(|_| !self.due.all);
-        [paced, pods, self.devices.link_due, trouble, Some(self.ports_due)].into_iter().flatten().min()
+        // What is due and waits for a quiet moment is begun then; something comes before it is one.
+        let verify = self.verify.due().filter(|due| *due > self.now);
+        [paced, pods, self.devices.link_due, trouble, verify, Some(self.ports_due)].into_iter().flatten().min()
     }
 
     /// Whether something waits for the next publication, and it is not what has just failed.
@@ -269,6 +275,8 @@ impl Router {
                 }
                 drop(answer.send(closed));
             }
+            Message::Client(Request::Verify, stream, place) => self.verify(Some((stream, place))),
+            Message::Verified(round) => self.verified(round),
             Message::Client(request, stream, place) => {
                 let answer = self.answer(request);
                 if let Err(error) = self.answers.begin(answer, stream, place) {
@@ -318,6 +326,7 @@ impl Router {
             self.is_told.is_up = true;
             self.cluster.iter().filter_map(Source::speaker).for_each(|speaker| speaker.set_up());
         }
+        self.verify_if_due();
     }
 
     fn say_it_runs(&self) {

@@ -58,6 +58,7 @@ use super::{
     devices::{Devices, near_devices},
     hands::{Hands as _, RealHands},
     inbox::{self, Message},
+    verify::Verify,
 };
 use crate::{
     book::Pods,
@@ -421,6 +422,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
     });
     let mut hands = RealHands {
         attachment,
+        pins: pin_folder(&config.node_name),
         shared: Arc::clone(&shared),
         offload,
         health: HealthChecks::start().map_err(system("cannot start the health checks"))?,
@@ -434,6 +436,9 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
     };
     let First { loaded, loader, compilers, rules, snat, listening, roles, own_addresses, times } = first;
     hands.answer_health(health::wanted(&loaded.services));
+    let verdicts = sender.clone();
+    let mut verify = Verify::new(loader.afresh(), move |message| drop(verdicts.blocking_send(message)));
+    verify.every(loaded.config.verify.every, Instant::now());
     let router = Router {
         inbox,
         hands: Box::new(hands),
@@ -453,6 +458,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
         }),
         reloads: Reloads::default(),
         is_told: IsTold { preparing: is_fresh, in_force: is_fresh, ..IsTold::default() },
+        verify,
         cluster,
         loaded,
         hits: Hits::new(Arc::clone(&rules)),
@@ -466,7 +472,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
         links: Links::default(),
         generation,
         published: None,
-        owned,
+        owned: Some(owned),
         plumbed: None,
         plumbing: false,
         due: Due::default(),

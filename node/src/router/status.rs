@@ -20,6 +20,8 @@ impl Router {
         match request {
             Request::Status => Answer::Status(self.status()),
             Request::PolicyHits => Answer::Hits(self.hits.clone()),
+            // Answered when it is done.
+            Request::Verify => Answer::Line(json!({"error": "a verification takes its time"})),
             Request::Ipam => match &self.pods {
                 Some(pods) => Answer::Ipam(Arc::clone(pods.server())),
                 None => Answer::Line(json!({"error": "this router makes no pods: its weir.yaml had no section cni"})),
@@ -76,6 +78,7 @@ impl Router {
             "offload": null,
             "counters": counters_json(&totals),
             "configuration": self.reloads.to_json(),
+            "verify": self.verify.to_json(),
             "faultyObjects": self.loaded.faulty.iter().map(|faulty| json!({
                 "object": faulty.object,
                 "inForce": match faulty.substitute {

@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ipnet::IpNet;
 use proptest::prelude::*;
 use rand_chacha::{
     ChaCha8Rng,
@@ -31,14 +32,14 @@ use weir_cluster::{
 };
 use weir_conntrack::{Table, TableConfig, TcpSettings, Timeouts};
 use weir_dataplane::{
-    attach::{AttachError, Owned},
+    attach::{AttachError, Owned, WrongEntry},
     counters::COUNTERS,
     forwarding::Forwarding,
     frame::IfIndex,
     hits::Hits,
-    model::{Links, Role},
+    model::{Links, Role, Workload},
     pipeline::Event,
-    snapshot::Snapshot,
+    snapshot::{Rules, Snapshot},
     tables::Tables,
     worker::Shared,
 };
@@ -54,6 +55,7 @@ use super::{
     devices::Devices,
     hands::{Adopted, Hands},
     inbox::{self, Message},
+    verify::{ReadMaps, Verify},
 };
 use crate::{
     control::Request,
@@ -89,6 +91,8 @@ enum Step {
     Ports(u16),
     /// A client asks for the status.
     Status,
+    /// Somebody asks whether what is in force is what it should be.
+    Verify,
     /// Something that control has begun is done.
     Deliver,
     /// Time passes, in milliseconds.
@@ -108,6 +112,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => (0..PODS).prop_map(Step::Learned),
         1 => (10_000_u16..10_005).prop_map(Step::Ports),
         1 => Just(Step::Status),
+        2 => Just(Step::Verify),
         5 => Just(Step::Deliver),
         3 => (0_u16..3000).prop_map(Step::Time),
         2 => prop_oneof![Just(0_u8), Just(30), Just(100)].prop_map(Step::Failing),
@@ -225,6 +230,18 @@ impl Hands for Played {
         Ok(())
     }
 
+    fn read_maps(&self) -> ReadMaps {
+        let played = self.clone();
+        Box::new(move |owned| {
+            let world = played.world();
+            let [is, should] = [&world.owned, owned].map(|one| one.prefixes.iter().copied().collect::<BTreeSet<_>>());
+            let wrong = is.symmetric_difference(&should);
+            let entry =
+                |net: &IpNet| WrongEntry { map: "prefixes", entry: net.to_string(), is_there: is.contains(net) };
+            Ok(wrong.map(entry).collect())
+        })
+    }
+
     fn publish(&mut self, next: Arc<Snapshot>, _: BTreeSet<u32>) {
         let mut world = self.world();
         let version = World::version(&next);
@@ -310,7 +327,7 @@ struct Play {
     folder: TempDir,
     uplink_mtu: u32,
     now: Instant,
-    /// What is prepared, held back.
+    /// What is prepared or verified, held back.
     prepared: mpsc::UnboundedReceiver<Message>,
 }
 
@@ -396,6 +413,8 @@ impl Play {
         let (_, receiver) = inbox::inbox();
         let (sender, prepared) = mpsc::unbounded_channel();
         let now = Instant::now();
+        let verdicts = sender.clone();
+        let verify = Verify::new(loader.afresh(), move |message| drop(verdicts.send(message)));
         let router = Router {
             inbox: receiver,
             hands: Box::new(played.clone()),
@@ -415,6 +434,7 @@ impl Play {
             }),
             reloads: Reloads::default(),
             is_told: super::configuration::IsTold::default(),
+            verify,
             cluster: None,
             loaded,
             hits: Hits::new(Arc::clone(&rules)),
@@ -428,7 +448,7 @@ impl Play {
             links: Links::default(),
             generation: 1,
             published: None,
-            owned: Owned::default(),
+            owned: None,
             plumbed: None,
             plumbing: false,
             due: Due::default(),
@@ -469,12 +489,12 @@ impl Play {
         assert!(!self.router.take(message).expect("nothing ends it"), "nothing ends it");
     }
 
-    /// Waits for what is being prepared, if anything is.
+    /// Waits for what is being prepared or verified, if anything is.
     async fn prepared(&mut self) -> bool {
-        if self.router.preparer.is_idle() {
+        if self.router.preparer.is_idle() && !self.router.verify.is_at_work() {
             return false;
         }
-        let message = self.prepared.recv().await.expect("it is being prepared");
+        let message = self.prepared.recv().await.expect("a thread is at it");
         self.take(message);
         true
     }
@@ -549,6 +569,7 @@ impl Play {
                 let status: Value = serde_json::from_str(&line).unwrap();
                 assert_eq!(status["nodeName"], "a");
             }
+            Step::Verify => self.router.verify(None),
             Step::Deliver => drop(self.deliver().await),
             Step::Time(ms) => self.now += Duration::from_millis(ms.into()),
             Step::Failing(of_hundred) => self.played.world().failing = of_hundred,
@@ -587,6 +608,25 @@ impl Play {
         }
         panic!("it does not come to rest: {}", self.router.trouble.to_json(self.now));
     }
+
+    /// Verifies, and waits for the outcome.
+    async fn verified(&mut self) {
+        let (runs, _, _, failed) = self.router.verify.counts();
+        self.router.verify(None);
+        for _ in 0..100 {
+            self.now += Duration::from_secs(2);
+            self.router.look(self.now);
+            self.deliver().await;
+            self.router.look(self.now);
+            self.check();
+            let (runs_now, .., failed_now) = self.router.verify.counts();
+            assert_eq!(failed_now, failed, "it can be told");
+            if runs_now > runs {
+                return;
+            }
+        }
+        panic!("it does not end: {}", self.router.verify.to_json());
+    }
 }
 
 proptest! {
@@ -609,11 +649,14 @@ proptest! {
                 let own: BTreeSet<u32> = world.kernel_devices.keys().copied().collect();
                 assert_eq!(own, world.kernels, "the kernel's own have their programs, and no others");
                 assert_eq!(world.device_sets[world.in_force.1], world.devices, "and published");
-                assert_eq!(world.owned, play.router.owned);
+                assert_eq!(Some(&world.owned), play.router.owned.as_ref());
                 world.plumbed.clone()
             };
             assert_eq!(wanted, play.router.plumbed, "the kernel has what control thinks that it has");
             assert!(wanted.is_some() && play.router.serves);
+            play.verified().await;
+            let (runs, differences, ..) = play.router.verify.counts();
+            assert!(runs > 0 && differences == 0, "{differences} differences");
         });
     }
 }
@@ -643,5 +686,64 @@ fn a_thousand_messages_that_wait_are_one_publication() {
         play.router.look(play.now);
         let world = play.played.world();
         assert_eq!((world.publications, world.adopted.len()), (before + 1, PODS as usize));
+    });
+}
+
+#[test]
+fn what_is_in_force_and_should_not_be_is_named_and_mended() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut play = Play::start(1);
+        play.step(Step::Files).await;
+        play.come_to_rest().await;
+        play.verified().await;
+        assert_eq!(play.router.verify.counts(), (1, 0, 0, 0));
+
+        // The programs' maps: one entry is missing, and one is too many.
+        let (missing, extra): (IpNet, IpNet) = ("10.96.0.1/32".parse().unwrap(), "203.0.113.0/24".parse().unwrap());
+        let good = play.played.world().owned.clone();
+        {
+            let mut world = play.played.world();
+            world.owned.prefixes.retain(|net| *net != missing);
+            assert_eq!(world.owned.prefixes.len() + 1, good.prefixes.len());
+            world.owned.prefixes.push(extra);
+        }
+        play.verified().await;
+        assert_eq!(play.router.verify.counts(), (2, 2, 2, 0));
+        assert_eq!(play.played.world().owned, good);
+        let named = play.router.verify.last_found();
+        assert!(named.contains("prefixes: 10.96.0.1/32") && named.contains("prefixes: 203.0.113.0/24"), "{named}");
+
+        // The models: an object that no source has, and one that is another.
+        let ghost = Workload {
+            name: "x/ghost".into(),
+            node: Some("b".into()),
+            addresses: vec![IpAddr::from([10, 1, 7, 7])],
+            device: "cali0".into(),
+            mac: None,
+        };
+        Arc::make_mut(&mut play.router.loaded.cluster).workloads.push(ghost);
+        let services = &mut play.router.loaded.services.services;
+        Arc::make_mut(&mut services[0]).port = 81;
+        play.verified().await;
+        assert_eq!(play.router.verify.counts(), (3, 4, 4, 0));
+        let named = play.router.verify.last_found();
+        assert!(named.contains("workload x/ghost") && named.contains("default/s1"), "{named}");
+        assert!(play.router.loaded.cluster.workloads.iter().all(|workload| workload.name != "x/ghost"));
+        assert_eq!(play.router.loaded.services.services[0].port, 80);
+        play.verified().await;
+        assert_eq!(play.router.verify.counts(), (4, 4, 4, 0));
+
+        // What is compiled, though the models are right.
+        let mut other = play.router.loaded.services.clone();
+        other.services.clear();
+        let policy = Compilers::default().rules(&play.router.loaded).unwrap().policy;
+        let none = weir_nat::Compiler::default().compile(&other).unwrap();
+        play.router.rules = Arc::new(Rules::new(none, policy, &play.router.loaded.cluster).counting(1));
+        play.verified().await;
+        let (runs, found, mended, failed) = play.router.verify.counts();
+        assert!(runs == 5 && found > 4 && mended == found && failed == 0, "{found} {mended}");
+        assert!(play.router.verify.last_found().contains("compiled services"));
+        assert_eq!(play.router.rules.services.owned_addresses().count(), 1);
     });
 }
