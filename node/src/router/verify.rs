@@ -262,14 +262,16 @@ impl Router {
         }
         // The programs are told whatever they were told before; the kernel's routes too.
         (self.owned, self.plumbed) = (None, None);
-        self.due.changes = true;
-        self.pending.get_or_insert_with(Pending::default).is_of_endpoints = false;
         if found.iter().any(|one| one.part != MAPS) {
             if let Some(cluster) = &self.cluster {
                 cluster.lister().follow_anew();
             }
             self.preparer.forget();
+            // What is wrong is not published once more: that comes with what is made anew.
             self.begin_reload(Scope::Files);
+        } else {
+            self.due.changes = true;
+            self.pending.get_or_insert_with(Pending::default).is_of_endpoints = false;
         }
         if let Some(run) = &mut self.verify.run {
             *run = Run { due: Some(self.now + PAUSE), rounds: 0, found: Vec::new(), mending: Some(found), ..*run };
