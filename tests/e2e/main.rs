@@ -36,3 +36,4 @@ mod services;
 mod site;
 mod storm;
 mod two_nodes;
+mod verify;

@@ -398,6 +398,17 @@ impl Site {
             let never = NEVER.contains(&reason.as_str());
             assert!(!never || *count == 0, "{node} dropped {count} packets: {reason}; {last}");
         }
+        // Whatever the test did, what is in force is what a router that starts now would have.
+        let (code, said) = self.verify(node);
+        assert_eq!(code, Some(0), "{node}: {said}");
+    }
+
+    /// Runs `weir verify`: its exit status, and what it said.
+    pub fn verify(&self, node: &str) -> (Option<i32>, String) {
+        let (binary, config) = (weir_binary().display().to_string(), self.configs[node].display().to_string());
+        let output = self.lab.output_in(node, &[&binary, "verify", "-c", &config]).unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        (output.status.code(), said)
     }
 
     /// Asserts that a router ends cleanly on SIGTERM.
