@@ -18,7 +18,7 @@ LOOM_FLAGS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMP
 
 CLUSTER_TARGETS = cluster cluster-build cluster-status cluster-shell cluster-e2e cluster-down cluster-test
 
-.PHONY: $(CLUSTER_TARGETS) help setup build release cni demo demo-memory test lint unit loom e2e test-loaded storm cases instructions record-instructions bench bench-path bench-tables bench-reload bench-cni report publish-report perf perf-offload soak properties fuzz miri test-kubernetes install clean
+.PHONY: $(CLUSTER_TARGETS) help setup build release cni demo demo-memory test lint unit loom e2e test-loaded storm cases instructions record-instructions bench bench-path bench-tables bench-reload bench-cni report publish-report perf perf-offload perf-kubernetes soak properties fuzz miri test-kubernetes install clean
 
 help: ## Lists the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -134,6 +134,9 @@ test-kubernetes: build ## The conformance cases by way of a real kube-apiserver 
 	@binaries=$$(./scripts/kubernetes-binaries.sh) && /usr/bin/python3 tests/kubernetes/run.py target/debug/weir "$$binaries" && \
 		/usr/bin/python3 tests/kubernetes/live.py target/debug/weir "$$binaries" && \
 		/usr/bin/python3 tests/kubernetes/speak.py target/debug/weir target/debug/weir-cni "$$binaries"
+
+perf-kubernetes: release ## A router that follows a real API server with SIZES (1000 nodes, 50,000 pods ...): start, memory, changes. Needs root and Go.
+	@binaries=$$(./scripts/kubernetes-binaries.sh) && /usr/bin/python3 perf/kubernetes.py target/release/weir "$$binaries" $(SIZES)
 
 miri: ## The unsafe and lock-free parts under miri (needs a nightly toolchain with miri).
 	$(CARGO) +nightly miri test -p weir-sync -p weir-conntrack --lib

@@ -45,10 +45,7 @@ fn a_policy_that_denies_is_told_with_what_decided_before_and_after() {
     let (code, text, errors) = diff(DENY, &[]);
     let expected = "\
 Connections: 9 pairs fare otherwise.
-  default/client, default/webapp-1, default/webapp-2 > default/client, default/webapp-1, default/webapp-2 tcp/80
-    before: allowed: ingress by profile kns.default
-    after:  denied by ingress: ingress by default-deny NetworkPolicy/default/deny-all (standard-input.yaml:1)
-  anywhere else (IPv4) > default/client, default/webapp-1, default/webapp-2 tcp/80
+  anywhere else (IPv4), default/client, default/webapp-1, default/webapp-2 > default/client, default/webapp-1, default/webapp-2 tcp/80
     before: allowed: ingress by profile kns.default
     after:  denied by ingress: ingress by default-deny NetworkPolicy/default/deny-all (standard-input.yaml:1)
 ";

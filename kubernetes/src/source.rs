@@ -1,7 +1,7 @@
 //! All kinds of one cluster.
 
 use std::{
-    cell::OnceCell,
+    cell::{OnceCell, RefCell},
     collections::{BTreeMap, BTreeSet},
     fmt,
     net::SocketAddr,
@@ -29,7 +29,7 @@ use crate::{
     keep::Folder,
     resource::{self, CLUSTER_INFORMATION, Key, OPTIONAL, Resource},
     speak::{self, Speaker},
-    watch::{Shared, Watched, random},
+    watch::{MOST_TRIGGERS, Shared, Watched, random},
     wire::{Groups, Resources},
 };
 
@@ -37,6 +37,8 @@ use crate::{
 const STACK_BYTES: usize = 16 << 20;
 /// How often it is looked which groups there are.
 const DISCOVERY: Duration = Duration::from_secs(60);
+/// How often it is told when the server last said something.
+const REFRESH: Duration = Duration::from_secs(1);
 /// How long a kind that comes later is waited for with what changes meanwhile.
 const GRACE: Duration = Duration::from_secs(10);
 /// Changes that come closer than this are handed on together.
@@ -79,6 +81,8 @@ pub struct KindState {
 #[derive(Default)]
 struct Cell {
     state: Mutex<State>,
+    /// When the cluster saw what has changed of slices in the objects, until somebody takes it.
+    triggers: Mutex<Vec<SystemTime>>,
     changed: Condvar,
 }
 
@@ -217,6 +221,11 @@ impl Source {
         self.changes.clone()
     }
 
+    /// When the cluster saw what has changed of slices since this was asked last, for who asks for the objects next.
+    pub fn take_triggers(&self) -> Vec<SystemTime> {
+        std::mem::take(&mut *self.cell.triggers.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// The objects that the cluster itself has told.
     pub fn fresh(&self) -> Option<LiveObjects> {
         let state = self.cell.lock();
@@ -323,7 +332,7 @@ async fn follow(
             }
         }
     };
-    let shared = Rc::new(Shared { dial, reader, folder, changed: Notify::new() });
+    let shared = Rc::new(Shared { dial, reader, folder, changed: Notify::new(), triggers: RefCell::default() });
     drop(for_the_end.set(Rc::clone(&shared)));
     if let Some(speaker) = &speaker {
         speaker.begin(&shared);
@@ -387,6 +396,12 @@ async fn follow(
             let mut state = cell.lock();
             if let Some(objects) = objects {
                 (state.objects, state.kept_since) = (Some(objects), None);
+                let mut own = cell.triggers.lock().unwrap_or_else(PoisonError::into_inner);
+                own.append(&mut shared.triggers.borrow_mut());
+                // Nobody takes them: they are not measured.
+                if own.len() > MOST_TRIGGERS {
+                    own.clear();
+                }
             }
             state.is_frozen = is_frozen;
             state.kinds = kinds.values().map(|(watched, _)| kind_state(watched)).collect();
@@ -399,7 +414,7 @@ async fn follow(
         sleep(TOGETHER).await;
         tokio::select! {
             () = shared.changed.notified() => {}
-            () = sleep(look_at.saturating_duration_since(Instant::now())) => {}
+            () = sleep(look_at.saturating_duration_since(Instant::now()).min(REFRESH)) => {}
             Some(ask) = asks.recv() => match ask {
                 Ask::Compare(answer) => {
                     let (kinds, shared) = (self::in_use(&kinds).map(Rc::clone).collect(), Rc::clone(&shared));

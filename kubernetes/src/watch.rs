@@ -1,10 +1,12 @@
 //! Follows one kind for as long as it is asked to: list, watch, again where that ends.
 
 use std::{
+    borrow::Cow,
     cell::{Cell, RefCell},
+    collections::BTreeMap,
     hash::{BuildHasher, RandomState},
     rc::Rc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use http_body_util::BodyExt as _;
@@ -38,6 +40,52 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(800), Duration::fro
 const DISK: Duration = Duration::from_secs(5);
 /// How long a server may be behind what was seen before it is believed all the same.
 const BEHIND: Duration = Duration::from_secs(300);
+
+/// Changes of slices that are measured until they are published.
+pub const MOST_TRIGGERS: usize = 100_000;
+
+/// When the cluster saw what changed in a slice, by its annotation.
+fn trigger_time(json: &str) -> Option<SystemTime> {
+    #[derive(serde::Deserialize)]
+    struct Slice<'j> {
+        #[serde(borrow)]
+        metadata: Metadata<'j>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Metadata<'j> {
+        #[serde(borrow, default)]
+        annotations: Option<BTreeMap<Cow<'j, str>, Cow<'j, str>>>,
+    }
+    let Slice { metadata } = serde_json::from_str(json).ok()?;
+    parse_time(metadata.annotations?.get("endpoints.kubernetes.io/last-change-trigger-time")?)
+}
+
+/// A moment as Kubernetes writes it (RFC 3339, in UTC).
+fn parse_time(text: &str) -> Option<SystemTime> {
+    let (date, time) = text.strip_suffix('Z')?.split_once('T')?;
+    let mut numbers = date.splitn(3, '-').map(|part| part.parse::<i64>().ok());
+    let (year, month, day) = (numbers.next()??, numbers.next()??, numbers.next()??);
+    let (time, fraction) = time.split_once('.').unwrap_or((time, ""));
+    let mut numbers = time.splitn(3, ':').map(|part| part.parse::<u64>().ok());
+    let (hour, minute, second) = (numbers.next()??, numbers.next()??, numbers.next()??);
+    let is_sound = (1970..=9999).contains(&year)
+        && (1..=12).contains(&month)
+        && (1..=31).contains(&day)
+        && hour < 24
+        && minute < 60
+        && second <= 60
+        && fraction.len() <= 9
+        && fraction.bytes().all(|byte| byte.is_ascii_digit());
+    if !is_sound {
+        return None;
+    }
+    // Days since 1970 of the proleptic Gregorian calendar, with years that begin in March, so that a leap day is the last of its year.
+    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let days = 365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1 - 719_468;
+    let seconds = u64::try_from(days).ok()? * 86_400 + hour * 3600 + minute * 60 + second;
+    let nanoseconds = format!("{fraction:0<9}").parse().ok()?;
+    Some(SystemTime::UNIX_EPOCH + Duration::new(seconds, nanoseconds))
+}
 
 /// A number from 0 to 1 that is hard to guess.
 pub fn random() -> f64 {
@@ -77,6 +125,8 @@ pub struct Shared {
     pub folder: Option<Folder>,
     /// Told of each change.
     pub changed: Notify,
+    /// When what changed of slices was seen by the cluster, until it is published.
+    pub triggers: RefCell<Vec<SystemTime>>,
 }
 
 /// How a watch went.
@@ -354,6 +404,8 @@ impl Watched {
             if line.is_empty() {
                 continue;
             }
+            let (was_list, had_failed) = (is_list, self.failure.borrow().is_some());
+            let before = self.follow.borrow().changes();
             let nonsense = |error: serde_json::Error| Failure::Nonsense(error.to_string());
             let event: Event<'_> = serde_json::from_str(&line).map_err(nonsense)?;
             let json = event.object.get();
@@ -392,6 +444,13 @@ impl Watched {
                 "ADDED" | "MODIFIED" => {
                     let object = self.read(shared, json)?;
                     self.known('+', json, |follow| follow.changed(object))?;
+                    let mut triggers = shared.triggers.borrow_mut();
+                    if self.resource.kind == "EndpointSlice"
+                        && self.follow.borrow().changes() != before
+                        && triggers.len() < MOST_TRIGGERS
+                    {
+                        triggers.extend(trigger_time(json));
+                    }
                 }
                 // What is gone before the list is whole is not in it.
                 "DELETED" if is_list => return Err(Failure::Nonsense("a deletion within a list".to_owned())),
@@ -405,7 +464,8 @@ impl Watched {
                 other => return Err(Failure::Nonsense(format!("an event of the kind {other:?}"))),
             }
             self.heard();
-            if !is_list {
+            // Most of what comes says nothing new: the heartbeats of a large cluster's nodes.
+            if !is_list && (was_list || had_failed || self.follow.borrow().changes() != before) {
                 shared.changed.notify_one();
             }
         }
@@ -472,5 +532,39 @@ impl Lines {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod time_tests {
+    use super::*;
+
+    #[test]
+    fn moments_are_read_as_kubernetes_writes_them() {
+        let since =
+            |text: &str| parse_time(text).map(|time| time.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos());
+        // By date(1).
+        for (text, expected) in [
+            ("1970-01-01T00:00:00Z", 0),
+            ("2000-02-29T12:34:56Z", 951_827_696_000_000_000),
+            ("2026-12-01T15:09:37.5Z", 1_796_137_777_500_000_000),
+            ("2026-12-01T15:09:37.000000001Z", 1_796_137_777_000_000_001),
+        ] {
+            assert_eq!(since(text), Some(expected), "{text}");
+        }
+        for none in [
+            "",
+            "2026-12-01",
+            "2026-13-01T00:00:00Z",
+            "2026-12-01T24:00:00Z",
+            "2026-12-01T00:00:00+01:00",
+            "x-1-1T0:0:0Z",
+            "2026-12-01T00:00:00.0000000001Z",
+        ] {
+            assert_eq!(since(none), None, "{none}");
+        }
+        let slice = r#"{"metadata": {"name": "x", "annotations": {"endpoints.kubernetes.io/last-change-trigger-time": "1970-01-01T00:00:01Z"}}, "ports": []}"#;
+        assert_eq!(trigger_time(slice), Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1)));
+        assert_eq!(trigger_time(r#"{"metadata": {"name": "x"}}"#), None);
     }
 }

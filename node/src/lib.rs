@@ -5,6 +5,7 @@
 //! - [`pods`]: pods made and taken away, and their addresses ([`ipam`]); `book`: those pods as control keeps them.
 //! - [`control`]: asking a running router; [`conntrack`], [`services`]: answers of many lines; [`report`]: what is told alike.
 //! - `keeper`: the objects in force kept for the next start.
+//! - `programming`: how long a change of endpoints takes to be in force.
 //! - [`connections`]: where the connection tables are. [`health`]: what load balancers ask of the node. `web`: what
 //!   weir says of itself over HTTP, `metrics` in it.
 //! - [`memory_router`]: the same pipeline over memory rings, for replays.
@@ -26,6 +27,7 @@ mod offload;
 pub mod pods;
 mod prefixes;
 pub mod prepare;
+mod programming;
 pub mod report;
 mod router;
 pub mod run;

@@ -35,6 +35,11 @@ pub fn of(facts: &Facts) -> String {
     whole("generation", "Number of the publication that is in force", facts.generation.into());
     whole("ready", "Whether what was there at the start is in force", facts.serves.into());
     whole("faulty_objects", "Objects whose newest version is at fault", facts.faulty as i64);
+    if let Some(programming) = &facts.programming {
+        let help =
+            "From the moment at which the cluster saw a change of endpoints to that at which this node goes by it";
+        registry.register("network_programming_duration_seconds", help, programming.clone());
+    }
     if let Some(cluster) = &facts.cluster {
         of_cluster(cluster, &mut registry);
     }

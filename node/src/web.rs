@@ -7,6 +7,7 @@ use std::{io, net::SocketAddr, thread, time::Duration};
 
 use http_body_util::Full;
 use hyper::{Method, Request, Response, StatusCode, body::Bytes, header};
+use prometheus_client::metrics::histogram::Histogram;
 use tokio::{
     sync::{mpsc, oneshot},
     time::{sleep, timeout},
@@ -35,6 +36,8 @@ pub struct Facts {
     pub faulty: usize,
     /// The running cluster that is followed.
     pub cluster: Option<State>,
+    /// How long its changes of endpoints took to be in force.
+    pub programming: Option<Histogram>,
 }
 
 /// Makes a message of who asks for the facts.

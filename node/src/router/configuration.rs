@@ -111,8 +111,10 @@ impl Router {
     /// Begins to prepare a configuration of what is known now; where one is being prepared, sees to one more.
     pub(super) fn begin_reload(&mut self, scope: Scope) {
         self.own_addresses = self.addresses();
-        let Self { preparer, loaded, pods, listening, own_addresses, cluster, is_told, .. } = self;
+        let Self { preparer, loaded, pods, listening, own_addresses, cluster, is_told, programming, .. } = self;
         preparer.begin(scope, || {
+            // Before the objects, so that nothing counts that they do not have.
+            programming.begin(cluster.as_ref().map(Source::take_triggers).unwrap_or_default());
             is_told.preparing = cluster.as_ref().is_some_and(|cluster| cluster.fresh().is_some());
             Basis {
                 in_force: Arc::clone(&loaded.objects),
@@ -193,6 +195,9 @@ impl Router {
         self.loaded = loaded;
         // Of pods alone it is prepared from what was read before.
         self.is_told.in_force |= self.is_told.preparing && scope != Scope::LocalPods;
+        if scope != Scope::LocalPods {
+            self.programming.taken_over();
+        }
         self.tell_faults();
         self.rules = Arc::new(rules.counting(self.workers));
         (self.listening, self.snat) = (listening, Arc::new(snat));

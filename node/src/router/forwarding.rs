@@ -1,6 +1,9 @@
 //! Publications: links, routes, neighbours and rules become a snapshot, and the programs and the kernel are told.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use ipnet::IpNet;
 use tracing::info;
@@ -65,6 +68,7 @@ impl Router {
             self.hits.follow(&self.rules);
             if let Some(pending) = self.pending.take() {
                 self.is_in_force(pending);
+                self.programming.in_force(SystemTime::now());
             }
         }
         self.follow_kernel_devices();

@@ -71,6 +71,7 @@ use crate::{
     control::Request,
     kernel::{HostReport, KernelError, View, Wanted},
     prepare::{Preparer, Scope},
+    programming::Programming,
     run::RunError,
     trouble::{Trouble, Try},
 };
@@ -93,6 +94,7 @@ pub(crate) struct Router {
     preparer: Preparer,
     reloads: Reloads,
     is_told: IsTold,
+    programming: Programming,
     verify: Verify,
     /// The running cluster that is followed.
     cluster: Option<Source>,

@@ -72,6 +72,7 @@ use crate::{
     listener::Listener,
     offload::{Offloader, Offloading},
     prepare::{self, Preparer, Times},
+    programming::Programming,
     run::{RunError, check_alone, host_record, pin_folder, system},
     trouble::Trouble,
     web,
@@ -457,6 +458,7 @@ pub(crate) async fn start(path: &Path) -> Result<Started, RunError> {
             drop(sender.blocking_send(Message::Prepared(Box::new(finished))));
         }),
         reloads: Reloads::default(),
+        programming: Programming::default(),
         is_told: IsTold { preparing: is_fresh, in_force: is_fresh, ..IsTold::default() },
         verify,
         cluster,

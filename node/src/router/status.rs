@@ -46,6 +46,7 @@ impl Router {
             serves: self.serves,
             generation: self.generation,
             faulty: self.loaded.faulty.len(),
+            programming: self.cluster.is_some().then(|| self.programming.histogram()),
             cluster: self.cluster.as_ref().map(Source::state),
         }
     }
@@ -92,6 +93,7 @@ impl Router {
             })),
             "state": null,
             "kubernetes": self.cluster.as_ref().map(cluster_json),
+            "networkProgramming": self.cluster.is_some().then(|| self.programming.to_json()),
             "unservedHostPorts": self.loaded.unserved_host_ports().iter().map(|unserved| json!({
                 "pod": unserved.pod, "proto": unserved.protocol.to_string().to_lowercase(), "hostPort": unserved.port,
                 "why": unserved.why,

@@ -434,6 +434,7 @@ impl Play {
             }),
             reloads: Reloads::default(),
             is_told: super::configuration::IsTold::default(),
+            programming: Default::default(),
             verify,
             cluster: None,
             loaded,
