@@ -77,6 +77,9 @@ impl Programming {
     /// The upper end of the bucket that this part of all changes is within; beyond all, the longest.
     fn quantile(&self, part: f64) -> f64 {
         let all: u64 = self.counts.iter().sum();
+        if all == 0 {
+            return 0.0;
+        }
         let wanted = (all as f64 * part).ceil() as u64;
         let mut seen = 0;
         let ends = buckets().chain([self.longest.as_secs_f64()]);
@@ -108,7 +111,7 @@ mod tests {
         let at = |ms: u64| start + Duration::from_millis(ms);
         programming.begin(vec![at(0); 98]);
         programming.in_force(at(9));
-        assert_eq!(programming.to_json()["changes"], 0);
+        assert_eq!(programming.to_json(), json!({"changes": 0, "p50Ms": 0.0, "p99Ms": 0.0, "longestMs": 0}));
         programming.taken_over();
         programming.begin(vec![at(500)]);
         programming.in_force(at(8));
