@@ -13,6 +13,9 @@ CALICO = [("IPPool", "ippools", False), ("GlobalNetworkPolicy", "globalnetworkpo
           ("Tier", "tiers", False), ("GlobalNetworkSet", "globalnetworksets", False), ("NetworkSet", "networksets", True),
           ("HostEndpoint", "hostendpoints", False), ("Profile", "profiles", False), ("FelixConfiguration", "felixconfigurations", False)]
 
+# Cluster IPs that cases have outside of the server's own range.
+RANGES = ["10.0.0.0/9", "10.254.0.0/16", "172.16.0.0/12", "2001:db8:85a3::/64", "2001:db8:96::/64", "fd00:172:30::/64", "fd00:10:96::/64"]
+
 def free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -43,7 +46,7 @@ class Cluster:
         self.kubeconfig("kubeconfig", "127.0.0.1")
         with open(at("server.json"), "w") as file:
             json.dump({"host": "127.0.0.1", "port": self.port, "ca": at("ca.crt"), "cert": at("admin.crt"), "key": at("admin.key"),
-                       "kubeconfig": at("kubeconfig"), "calico": CALICO}, file)
+                       "kubeconfig": at("kubeconfig"), "calico": CALICO, "ranges": RANGES}, file)
 
     def kubeconfig(self, name, host):
         at = lambda name: os.path.join(self.folder, name)
@@ -129,13 +132,6 @@ class Cluster:
             assert time.monotonic() < until, f"{plural} is not served"
             time.sleep(0.1)
 
-    def more_addresses(self, *ranges):
-        """Cluster IPs that cases have outside of the server's own range."""
-        for number, one in enumerate(ranges):
-            path = "apis/networking.k8s.io/v1/servicecidrs"
-            code, answer = self.ask("POST", path, {"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": f"more-{number}"}, "spec": {"cidrs": [one]}})
-            assert code == 201, answer
-
     def down(self):
         for process in reversed(self.started):
             process.kill()
@@ -150,8 +146,6 @@ def main():
         cluster.up()
         for kind, plural, namespaced in CALICO:
             cluster.define("crd.projectcalico.org", "v1", kind, plural, namespaced)
-        cluster.more_addresses("10.0.0.0/9", "10.254.0.0/16", "172.16.0.0/12", "2001:db8:85a3::/64", "2001:db8:96::/64", "fd00:172:30::/64",
-                               "fd00:10:96::/64")
         cluster.define("policy.networking.k8s.io", "v1beta1", "ClusterNetworkPolicy", "clusternetworkpolicies", False)
         for suite in suites:
             report = os.path.join(folder, suite + ".jsonl")

@@ -82,7 +82,9 @@ def write(api, group, document):
     while True:
         code, answer = api.ask("POST", path, document)
         # An address that a case before had is free a little after its Service has gone.
-        if code < 300 or "already allocated" not in str(answer) or time.monotonic() > until:
+        # Nor is one of a range that has only just come.
+        is_soon = "already allocated" in str(answer) or "spec.clusterIP" in str(answer) or "not ready" in str(answer)
+        if code < 300 or not is_soon or time.monotonic() > until:
             break
         time.sleep(0.05)
     if code == 409 and answer.get("reason") == "AlreadyExists":
@@ -94,6 +96,19 @@ def write(api, group, document):
         code, answer = api.ask("PATCH", f"{path}/{document['metadata']['name']}/status", patch, "application/merge-patch+json")
         if code >= 300:
             raise Refused(f"status of {kind} {document['metadata'].get('name')}: {answer.get('message', answer)}")
+
+def ranges(api, method):
+    """Makes cluster IPs of cases such that the server gives them, or no more: weir drops what goes to a range of cluster IPs and to no service, and cases
+    have pods in the same ranges."""
+    for number, one in enumerate(SERVER["ranges"]):
+        path = "apis/networking.k8s.io/v1/servicecidrs"
+        if method == "POST":
+            body = {"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": f"more-{number}"}, "spec": {"cidrs": [one]}}
+            code, answer = api.ask("POST", path, body)
+            assert code in (201, 409), answer
+        else:
+            code, answer = api.ask("DELETE", f"{path}/more-{number}")
+            assert code in (200, 404), answer
 
 def clear(api):
     """Takes away what a case before has written."""
@@ -126,6 +141,9 @@ def main():
     try:
         objects = [stored(document) for document in documents(config, folder)]
         api = Api()
+        # Before what a case before has left is taken away, too: an address is given back to the range that it is of.
+        ranges(api, "POST")
+        time.sleep(0.2)
         clear(api)
         order = ["Namespace", "Node", "ServiceAccount", "Tier"]
         objects.sort(key=lambda entry: order.index(entry[1]["kind"]) if entry[1]["kind"] in order else len(order))
@@ -133,8 +151,11 @@ def main():
         given = {document["metadata"]["name"] for _, document in objects if document["kind"] == "Namespace"}
         for namespace in sorted(namespaces - given - {"default"}):
             write(api, "", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
-        for group, document in objects:
-            write(api, group, document)
+        try:
+            for group, document in objects:
+                write(api, group, document)
+        finally:
+            ranges(api, "DELETE")
         by_api = subprocess.run([WEIR, arguments[0], "--kubernetes=" + SERVER["kubeconfig"]] + arguments[1:], capture_output=True, text=True)
         answer = by_api
         if arguments[0] == "check":
