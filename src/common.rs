@@ -110,6 +110,18 @@ pub fn tell_faulty(faulty: &[Faulty]) {
     }
 }
 
+/// Exit statuses of who compares, as of diff(1): nothing is another, something is, it cannot be told.
+pub const SAME: u8 = 0;
+/// See [`SAME`].
+pub const DIFFERENT: u8 = 1;
+/// See [`SAME`].
+pub const ERROR: u8 = 2;
+
+/// What makes a noun's number of `count`.
+pub fn plural(count: usize) -> &'static str {
+    if count == 1 { "" } else { "s" }
+}
+
 /// How an answer is printed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
 pub enum Output {

@@ -11,14 +11,17 @@ use serde_json::{Value, json};
 use weir_cluster::{
     diff::{
         self, ProblemDiff,
-        policy::{By, Change, PolicyDiff, Question, Said},
+        policy::{Change, PolicyDiff, Question, Said},
         services::{ServiceChange, What},
     },
-    policy::matrix::{Pods, Port},
+    policy::{
+        matrix::{Pods, Port},
+        places::Authority,
+    },
     translate::{Assumptions, Loader},
 };
 
-use crate::common::{Cluster, ConfigFile, Failed, Output, written};
+use crate::common::{Cluster, ConfigFile, DIFFERENT, ERROR, Failed, Output, SAME, plural, written};
 
 /// Say what changed objects would do to the cluster, before they are applied: who could reach whom then, what services would answer, what
 /// would be wrong. Nothing is sent to the cluster.
@@ -60,11 +63,6 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "text")]
     output: Output,
 }
-
-/// Nothing changes, something does, an error: as of diff(1).
-const SAME: u8 = 0;
-const DIFFERENT: u8 = 1;
-const ERROR: u8 = 2;
 
 /// Changes, and names, that are shown without --all.
 const SHOWN: usize = 40;
@@ -144,10 +142,6 @@ fn files(named: &[PathBuf]) -> Result<(Vec<PathBuf>, Option<tempfile::TempDir>),
     Ok((paths, folder))
 }
 
-fn plural(count: usize) -> &'static str {
-    if count == 1 { "" } else { "s" }
-}
-
 /// Names, of which the first few are written out.
 fn names(names: &[String], all: bool) -> String {
     let shown = if all || names.len() <= NAMED + 1 { names.len() } else { NAMED };
@@ -217,15 +211,10 @@ fn to_text(found: &Found, all: bool) -> String {
     text
 }
 
-fn by_text(by: &By) -> String {
-    if by.at.is_empty() { by.name.clone() } else { format!("{} ({})", by.name, by.at.join(", ")) }
-}
-
 /// A verdict with what it comes from: what bars, or else what lets through.
 fn said(said: &Said) -> String {
     let ends = [("egress", &said.egress), ("ingress", &said.ingress)];
-    let by: Vec<String> =
-        ends.into_iter().filter_map(|(end, by)| Some(format!("{end} by {}", by_text(by.as_ref()?)))).collect();
+    let by: Vec<String> = ends.into_iter().filter_map(|(end, by)| Some(format!("{end} by {}", by.as_ref()?))).collect();
     format!("{}: {}", said.verdict.words(), by.join("; "))
 }
 
@@ -253,7 +242,7 @@ fn service_text(text: &mut String, service: &ServiceChange, all: bool) {
 
 fn to_json(found: &Found) -> Value {
     let said = |said: &Said| {
-        let by = |by: &Option<By>| by.as_ref().map(|by| json!({"by": by.name, "at": by.at}));
+        let by = |by: &Option<Authority>| by.as_ref().map(|by| json!({"by": by.name, "at": by.at}));
         json!({"verdict": said.verdict.name(), "egress": by(&said.egress), "ingress": by(&said.ingress)})
     };
     let change = |change: &Change| {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use serde_json::Value;
 use weir_node::control;
 
-use crate::common::{ConfigFile, Output};
+use crate::common::{ConfigFile, DIFFERENT, ERROR, Output, SAME};
 
 /// Ask a running router to read everything afresh, and to compare it with what is in force; what is not as it should be is named and mended.
 #[derive(clap::Args)]
@@ -25,11 +25,6 @@ pub struct Args {
     #[arg(long)]
     pub json: bool,
 }
-
-/// No difference, some, an error.
-const SAME: u8 = 0;
-const DIFFERENT: u8 = 1;
-const ERROR: u8 = 2;
 
 /// Asks, and prints the answer.
 pub fn run(args: &Args) -> ExitCode {

@@ -3,7 +3,7 @@
 use std::{
     cell::{OnceCell, RefCell},
     collections::{BTreeMap, BTreeSet},
-    fmt,
+    hash::Hasher as _,
     net::SocketAddr,
     path::PathBuf,
     rc::Rc,
@@ -20,7 +20,7 @@ use tokio::{
 use tracing::warn;
 use weir_cluster::resources::{
     Identities,
-    live::{LiveObjects, Reader},
+    live::{Fnv, LiveObjects, Reader},
 };
 
 use crate::{
@@ -93,6 +93,7 @@ impl Cell {
 }
 
 /// What is asked of the thread that follows.
+#[derive(Debug)]
 enum Ask {
     /// What is followed is compared with what is listed afresh.
     Compare(std_mpsc::Sender<Result<Vec<Unlike>, String>>),
@@ -103,15 +104,6 @@ enum Ask {
 /// Asks for fresh lists.
 #[derive(Clone, Debug)]
 pub struct Lister(mpsc::UnboundedSender<Ask>);
-
-impl fmt::Debug for Ask {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Compare(_) => "Compare",
-            Self::Anew => "Anew",
-        })
-    }
-}
 
 impl Lister {
     /// Has everything listed afresh, and compares what is followed with that. Waits for it.
@@ -134,10 +126,9 @@ impl Lister {
 
 /// When a node begins to ask after its start, by its name, so that a thousand that start at once do not ask at once.
 pub fn start_delay(node: &str) -> Duration {
-    let hash = node
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-    Duration::from_millis((hash >> 32) % 2000)
+    let mut hasher = Fnv::default();
+    hasher.write(node.as_bytes());
+    Duration::from_millis((hasher.finish() >> 32) % 2000)
 }
 
 /// How a cluster is followed.
@@ -507,14 +498,13 @@ fn read_kept(folder: &Folder, always: Vec<Resource>, reader: &Reader) -> Vec<(Wa
 /// Begins to follow what has come, and lets go of what is not served any more: where its own path says so too, as a group whose server is only down
 /// is not listed either, and its policies are in force still. What has moved to another group goes once it counts there.
 async fn settle(resources: Vec<Resource>, shared: &Rc<Shared>, kinds: &mut Kinds) {
-    let served: BTreeSet<Key> = resources.iter().map(Resource::key).collect();
-    let versions: BTreeSet<_> = resources.iter().map(|one| (one.key(), one.version.clone())).collect();
-    let are_served = |group: &str| served.iter().any(|(of, _)| *of == group);
+    let served: BTreeMap<Key, &str> = resources.iter().map(|one| (one.key(), one.version.as_str())).collect();
+    let are_served = |group: &str| served.keys().any(|(of, _)| *of == group);
     let mut gone: Vec<Key> = Vec::new();
     let counting: BTreeSet<Key> = in_use(kinds).map(|watched| watched.resource.key()).collect();
     for (key, (watched, _)) in &*kinds {
         let Some(optional) = OPTIONAL.iter().find(|optional| optional.has(&watched.resource)) else { continue };
-        if versions.contains(&(*key, watched.resource.version.clone())) {
+        if served.get(key).is_some_and(|version| *version == watched.resource.version) {
             continue;
         }
         let has_moved_back = optional.unless.is_some_and(are_served);

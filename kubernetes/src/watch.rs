@@ -10,6 +10,7 @@ use std::{
 };
 
 use http_body_util::BodyExt as _;
+use jiff::Timestamp;
 use kube_client::client::Body;
 use tokio::{
     sync::Notify,
@@ -22,7 +23,7 @@ use crate::{
     follow::{Follow, TooMany},
     keep::{Folder, Journal},
     resource::Resource,
-    wire::{Bookmark, Event, Page, Status},
+    wire::{Bookmark, Event, FIRST_PAGE, Page, Status},
 };
 
 /// For how long a watch is asked for; each a little other, so that a cluster's watches do not end at once.
@@ -33,9 +34,8 @@ const MARGIN: Duration = Duration::from_secs(20);
 const BOOKMARKS: Duration = Duration::from_secs(150);
 /// The longest event: etcd holds 1.5 MiB of an object, and JSON may be longer than what is stored.
 const MAX_EVENT: usize = 16 << 20;
-/// Objects of a page.
-const PAGE: usize = 500;
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(800), Duration::from_secs(30));
+/// The pause after what failed, at first and at most.
+pub const BACKOFF: (Duration, Duration) = (Duration::from_millis(800), Duration::from_secs(30));
 /// How long an object of a list waits for the disk that it is kept on.
 const DISK: Duration = Duration::from_secs(5);
 /// How long a server may be behind what was seen before it is believed all the same.
@@ -60,31 +60,10 @@ fn trigger_time(json: &str) -> Option<SystemTime> {
     parse_time(metadata.annotations?.get("endpoints.kubernetes.io/last-change-trigger-time")?)
 }
 
-/// A moment as Kubernetes writes it (RFC 3339, in UTC).
+/// A moment as Kubernetes writes it (RFC 3339, in UTC), not before 1970.
 fn parse_time(text: &str) -> Option<SystemTime> {
-    let (date, time) = text.strip_suffix('Z')?.split_once('T')?;
-    let mut numbers = date.splitn(3, '-').map(|part| part.parse::<i64>().ok());
-    let (year, month, day) = (numbers.next()??, numbers.next()??, numbers.next()??);
-    let (time, fraction) = time.split_once('.').unwrap_or((time, ""));
-    let mut numbers = time.splitn(3, ':').map(|part| part.parse::<u64>().ok());
-    let (hour, minute, second) = (numbers.next()??, numbers.next()??, numbers.next()??);
-    let is_sound = (1970..=9999).contains(&year)
-        && (1..=12).contains(&month)
-        && (1..=31).contains(&day)
-        && hour < 24
-        && minute < 60
-        && second <= 60
-        && fraction.len() <= 9
-        && fraction.bytes().all(|byte| byte.is_ascii_digit());
-    if !is_sound {
-        return None;
-    }
-    // Days since 1970 of the proleptic Gregorian calendar, with years that begin in March, so that a leap day is the last of its year.
-    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
-    let days = 365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1 - 719_468;
-    let seconds = u64::try_from(days).ok()? * 86_400 + hour * 3600 + minute * 60 + second;
-    let nanoseconds = format!("{fraction:0<9}").parse().ok()?;
-    Some(SystemTime::UNIX_EPOCH + Duration::new(seconds, nanoseconds))
+    let time: Timestamp = text.strip_suffix('Z').and(text.parse().ok())?;
+    Some(SystemTime::from(time)).filter(|time| *time >= SystemTime::UNIX_EPOCH)
 }
 
 /// A number from 0 to 1 that is hard to guess.
@@ -290,16 +269,8 @@ impl Watched {
     /// A list in pages.
     async fn list(&self, shared: &Shared, way: &mut Way) -> Result<(), Failure> {
         self.begin_list();
-        let mut go_on: Option<String> = None;
+        let mut more = FIRST_PAGE.to_owned();
         loop {
-            let more = match &go_on {
-                // Whatever it is, it must not add to the question.
-                Some(token) if token.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_=.".contains(&byte)) => {
-                    format!("limit={PAGE}&continue={}", token.replace('=', "%3D"))
-                }
-                Some(_) => return Err(Failure::Nonsense("its continue is none".to_owned())),
-                None => format!("limit={PAGE}"),
-            };
             let text = match shared.dial.text(&self.query(way, &more)).await {
                 // The version that the pages are of is gone: begin again.
                 Err(failure) if failure.code() == 410 => {
@@ -318,12 +289,12 @@ impl Watched {
                 self.item(item.get(), object).await?;
             }
             self.heard();
-            go_on = page.metadata.go_on.filter(|token| !token.is_empty());
-            if go_on.is_none() {
+            let Some(next) = page.metadata.next_page()? else {
                 self.end_list(&page.metadata.resource_version.unwrap_or_default());
                 shared.changed.notify_one();
                 return Ok(());
-            }
+            };
+            more = next;
         }
     }
 
@@ -334,12 +305,8 @@ impl Watched {
         mut take: impl FnMut(Live) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let mut way = Way::default();
-        let mut go_on = String::new();
+        let mut more = FIRST_PAGE.to_owned();
         loop {
-            let more = match go_on.as_str() {
-                "" => format!("limit={PAGE}"),
-                token => format!("limit={PAGE}&continue={}", token.replace('=', "%3D")),
-            };
             let text = match shared.dial.text(&self.query(&way, &more)).await {
                 Err(failure)
                     if matches!(failure.code(), 400 | 422)
@@ -355,13 +322,8 @@ impl Watched {
             for item in page.items.unwrap_or_default() {
                 take(self.read(shared, item.get())?)?;
             }
-            go_on = page.metadata.go_on.unwrap_or_default();
-            if !go_on.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_=.".contains(&byte)) {
-                return Err(Failure::Nonsense("its continue is none".to_owned()));
-            }
-            if go_on.is_empty() {
-                return Ok(());
-            }
+            let Some(next) = page.metadata.next_page()? else { return Ok(()) };
+            more = next;
         }
     }
 
@@ -444,12 +406,11 @@ impl Watched {
                 "ADDED" | "MODIFIED" => {
                     let object = self.read(shared, json)?;
                     self.known('+', json, |follow| follow.changed(object))?;
-                    let mut triggers = shared.triggers.borrow_mut();
-                    if self.resource.kind == "EndpointSlice"
-                        && self.follow.borrow().changes() != before
-                        && triggers.len() < MOST_TRIGGERS
-                    {
-                        triggers.extend(trigger_time(json));
+                    if self.resource.kind == "EndpointSlice" && self.follow.borrow().changes() != before {
+                        let mut triggers = shared.triggers.borrow_mut();
+                        if triggers.len() < MOST_TRIGGERS {
+                            triggers.extend(trigger_time(json));
+                        }
                     }
                 }
                 // What is gone before the list is whole is not in it.

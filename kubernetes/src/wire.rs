@@ -3,6 +3,8 @@
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use crate::dial::Failure;
+
 /// A page of a list.
 #[derive(Deserialize)]
 pub struct Page<'j> {
@@ -23,6 +25,23 @@ pub struct ListMetadata {
     /// What to ask for the next page with.
     #[serde(rename = "continue")]
     pub go_on: Option<String>,
+}
+
+/// What asks for the first page of a list: so many objects.
+pub const FIRST_PAGE: &str = "limit=500";
+
+impl ListMetadata {
+    /// What asks for the page after this one; `None`: it was the last.
+    ///
+    /// # Errors
+    /// Where the server's token would add to the question.
+    pub fn next_page(&self) -> Result<Option<String>, Failure> {
+        let Some(token) = self.go_on.as_deref().filter(|token| !token.is_empty()) else { return Ok(None) };
+        if !token.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_=.".contains(&byte)) {
+            return Err(Failure::Nonsense("its continue is none".to_owned()));
+        }
+        Ok(Some(format!("{FIRST_PAGE}&continue={}", token.replace('=', "%3D"))))
+    }
 }
 
 /// An event of a watch.

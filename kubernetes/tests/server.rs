@@ -1,10 +1,11 @@
 //! The client beside an API server that is played: one that has no streaming lists, cuts, loses its history, refuses a field, sends nonsense.
 
+mod played;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io::{BufRead, BufReader, Read, Write},
+    io::{BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
-    path::PathBuf,
     sync::{Arc, Condvar, Mutex},
     thread,
     time::{Duration, Instant},
@@ -14,6 +15,8 @@ use flate2::{Compression, read::GzEncoder};
 use serde_json::{Value, json};
 use weir_cluster::resources::{Identities, Manifests};
 use weir_kubernetes::{Access, Settings, Source};
+
+use played::Request;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -52,12 +55,7 @@ impl Server {
         let server =
             Self { world: Arc::new((Mutex::new(world), Condvar::new())), address: listener.local_addr().unwrap() };
         let own = server.clone();
-        thread::spawn(move || {
-            for stream in listener.incoming() {
-                let (own, stream) = (own.clone(), stream.unwrap());
-                thread::spawn(move || drop(own.serve(stream)));
-            }
-        });
+        played::accept(listener, move |stream| own.serve(stream));
         server
     }
 
@@ -95,20 +93,8 @@ impl Server {
         let mut reader = BufReader::new(stream.try_clone()?);
         let mut out = stream;
         loop {
-            let mut first = String::new();
-            if reader.read_line(&mut first)? == 0 {
-                return Ok(());
-            }
-            let mut may_compress = false;
-            loop {
-                let mut line = String::new();
-                reader.read_line(&mut line)?;
-                may_compress |= line.to_lowercase().starts_with("accept-encoding: gzip");
-                if line.trim().is_empty() {
-                    break;
-                }
-            }
-            let target = first.split(' ').nth(1).unwrap().to_owned();
+            let Some(Request { target, headers, .. }) = Request::read(&mut reader)? else { return Ok(()) };
+            let may_compress = headers.contains("accept-encoding: gzip");
             let (path, query) = target.split_once('?').unwrap_or((&target, ""));
             let given: BTreeMap<&str, &str> = query.split('&').filter_map(|pair| pair.split_once('=')).collect();
             self.world.0.lock().unwrap().asked.push(target.clone());
@@ -228,12 +214,7 @@ impl Node {
 
     /// With a folder in which objects are kept.
     fn start(server: SocketAddr, folder: tempfile::TempDir) -> Self {
-        let path: PathBuf = folder.path().join("kubeconfig");
-        let text = format!(
-            "apiVersion: v1\nkind: Config\nclusters: [{{name: c, cluster: {{server: 'http://{server}'}}}}]\ncontexts: [{{name: c, context: {{cluster: c, \
-             user: u}}}}]\nusers: [{{name: u, user: {{token: t}}}}]\ncurrent-context: c\n"
-        );
-        std::fs::write(&path, text).unwrap();
+        let path = played::kubeconfig(folder.path(), server);
         let settings = Settings { folder: Some(folder.path().join("kept")), ..Settings::default() };
         let source = Source::start(Access::Kubeconfig(path), &Identities::default(), settings).unwrap();
         Self { source, folder }

@@ -1,8 +1,10 @@
 //! What a node says to an API server that is played: it holds objects, refuses what is old, forbids what it is told to, and is away for a while.
 
+mod played;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io::{BufRead, BufReader, Read, Write},
+    io::{BufReader, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{Arc, Condvar, Mutex},
     thread,
@@ -15,6 +17,8 @@ use weir_kubernetes::{
     Access, Source,
     speak::{Fault, PodAddresses, Settings},
 };
+
+use played::Request;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const PODS: &str = "/api/v1/namespaces/x/pods";
@@ -139,12 +143,7 @@ impl Server {
         let server =
             Self { world: Arc::new((Mutex::new(world), Condvar::new())), address: listener.local_addr().unwrap() };
         let own = server.clone();
-        thread::spawn(move || {
-            for stream in listener.incoming() {
-                let (own, stream) = (own.clone(), stream.unwrap());
-                thread::spawn(move || drop(own.serve(stream)));
-            }
-        });
+        played::accept(listener, move |stream| own.serve(stream));
         server
     }
 
@@ -166,36 +165,19 @@ impl Server {
         let mut reader = BufReader::new(stream.try_clone()?);
         let mut out = stream;
         loop {
-            let (mut first, mut length) = (String::new(), 0);
-            if reader.read_line(&mut first)? == 0 {
-                return Ok(());
-            }
-            loop {
-                let mut line = String::new();
-                reader.read_line(&mut line)?;
-                if let Some(given) = line.to_lowercase().strip_prefix("content-length:") {
-                    length = given.trim().parse().unwrap();
-                }
-                if line.trim().is_empty() {
-                    break;
-                }
-            }
-            let mut body = vec![0; length];
-            reader.read_exact(&mut body)?;
-            let mut words = first.split(' ');
-            let (method, target) = (words.next().unwrap(), words.next().unwrap());
-            let (path, query) = target.split_once('?').unwrap_or((target, ""));
+            let Some(Request { method, target, body, .. }) = Request::read(&mut reader)? else { return Ok(()) };
+            let (path, query) = target.split_once('?').unwrap_or((&target, ""));
             if query.contains("watch=1") {
                 return self.watch(&mut out, path, query);
             }
             while self.world.0.lock().unwrap().is_mute {
                 thread::sleep(Duration::from_millis(5));
             }
-            let (code, answer) = match method {
+            let (code, answer) = match method.as_str() {
                 "GET" => self.read(path, query),
                 _ => {
                     let body: Value = serde_json::from_slice(&body).unwrap();
-                    (self.change(|world| world.write(method, path, &body)), json!({}))
+                    (self.change(|world| world.write(&method, path, &body)), json!({}))
                 }
             };
             let answer = answer.to_string();
@@ -270,13 +252,7 @@ fn comes(what: &str, mut holds: impl FnMut() -> bool) {
 
 fn node(server: &Server, name: &str, taint: Option<&str>, lease: Duration) -> (Source, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("kubeconfig");
-    let text = format!(
-        "apiVersion: v1\nkind: Config\nclusters: [{{name: c, cluster: {{server: 'http://{}'}}}}]\ncontexts: [{{name: c, context: {{cluster: c, \
-         user: u}}}}]\nusers: [{{name: u, user: {{token: t}}}}]\ncurrent-context: c\n",
-        server.address
-    );
-    std::fs::write(&path, text).unwrap();
+    let path = played::kubeconfig(folder.path(), server.address);
     let settings = Settings {
         node: name.to_owned(),
         startup_taint: taint.map(str::to_owned),

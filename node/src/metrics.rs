@@ -27,14 +27,10 @@ pub fn of(facts: &Facts) -> String {
     let mut registry = Registry::with_prefix("weir");
     let build = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
     registry.register("build", "What runs", build);
-    let mut whole = |name: &str, help: &str, value: i64| {
-        let gauge: Gauge = Gauge::default();
-        gauge.set(value);
-        registry.register(name, help, gauge);
-    };
-    whole("generation", "Number of the publication that is in force", facts.generation.into());
-    whole("ready", "Whether what was there at the start is in force", facts.serves.into());
-    whole("faulty_objects", "Objects whose newest version is at fault", facts.faulty as i64);
+    let own = &mut registry;
+    whole(own, "generation", "Number of the publication that is in force", facts.generation.into());
+    whole(own, "ready", "Whether what was there at the start is in force", facts.serves.into());
+    whole(own, "faulty_objects", "Objects whose newest version is at fault", facts.faulty as i64);
     if let Some(programming) = &facts.programming {
         let help =
             "From the moment at which the cluster saw a change of endpoints to that at which this node goes by it";
@@ -48,6 +44,13 @@ pub fn of(facts: &Facts) -> String {
     text
 }
 
+/// A number without labels; a truth is 0 or 1.
+fn whole(registry: &mut Registry, name: &str, help: &str, value: i64) {
+    let gauge: Gauge = Gauge::default();
+    gauge.set(value);
+    registry.register(name, help, gauge);
+}
+
 fn of_cluster(cluster: &State, registry: &mut Registry) {
     let family = |registry: &mut Registry, name: &str, help: &str| {
         let family = Family::<Labels, Real>::default();
@@ -57,20 +60,10 @@ fn of_cluster(cluster: &State, registry: &mut Registry) {
     let set = |family: &Family<Labels, Real>, kind: &str, value: f64| {
         family.get_or_create(&[("kind", kind.to_owned())]).set(value);
     };
-    let flag = |registry: &mut Registry, name: &str, help: &str, value: bool| {
-        let gauge: Gauge = Gauge::default();
-        gauge.set(value.into());
-        registry.register(name, help, gauge);
-    };
-    let stale = cluster.kept_since.is_some();
-    flag(
-        registry,
-        "api_stale",
-        "Whether what is in force is what an earlier run kept, as the API server has not answered yet",
-        stale,
-    );
-    let frozen = cluster.is_frozen;
-    flag(registry, "api_frozen", "Whether Calico's datastore is not ready, so that all stays as it was", frozen);
+    let stale = "Whether what is in force is what an earlier run kept, as the API server has not answered yet";
+    whole(registry, "api_stale", stale, cluster.kept_since.is_some().into());
+    let frozen = "Whether Calico's datastore is not ready, so that all stays as it was";
+    whole(registry, "api_frozen", frozen, cluster.is_frozen.into());
     let objects = family(registry, "api_objects", "Objects of a kind that are known");
     let listed = family(registry, "api_listed", "Whether a kind was listed whole");
     let behind = family(registry, "api_behind", "Whether the API server is behind what was seen of a kind");

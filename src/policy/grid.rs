@@ -7,6 +7,8 @@ use weir_cluster::policy::{
     matrix::{Cell, Matrix, Verdict},
 };
 
+use crate::common::plural;
+
 /// Pairs that are open for some ports only, and groups, are listed up to so many lines.
 const LISTED: usize = 40;
 /// Members of a group that are named.
@@ -103,10 +105,6 @@ pub fn text(matrix: &Matrix, groups: &Groups, colour: bool) -> String {
     some_ports(&mut text, matrix, &rows, &columns, &name);
     members(&mut text, matrix, groups);
     text
-}
-
-fn plural(count: usize) -> &'static str {
-    if count == 1 { "" } else { "s" }
 }
 
 fn trim_line(text: &mut String) {

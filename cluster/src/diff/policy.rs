@@ -15,15 +15,15 @@ use std::{
 };
 
 use ipnet::IpNet;
-use weir_packet::{Address, FlowKey};
+use weir_packet::Address;
 use weir_policy::{
-    Classifier, CompileError, Compiler, EndpointId, Judgement, PolicyDirection,
+    Classifier, CompileError, Compiler, EndpointId, Judgement, PolicyDirection, RuleId,
     model::{EndpointKind, Model, Peer, Policy, PortMatch, Rule},
 };
 
 use crate::{
     policy::{
-        matrix::{self, Answer, Pods, Port, Probe, Verdict},
+        matrix::{self, Answer, Pods, Port, Probe, Side, Verdict},
         places::{Authority, Places},
     },
     translate::Loaded,
@@ -100,35 +100,12 @@ pub struct Said {
     /// The verdict of both ends.
     pub verdict: Verdict,
     /// What decided at the source; `None`: it is outside, or lets through as before.
-    pub egress: Option<By>,
+    pub egress: Option<Authority>,
     /// What decided at the destination; `None`: it is outside, or lets through as before.
-    pub ingress: Option<By>,
+    pub ingress: Option<Authority>,
 }
 
-/// What decided, and where it stands.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct By {
-    /// As [`Authority::name`].
-    pub name: String,
-    /// As [`Authority::at`].
-    pub at: Vec<String>,
-}
-
-impl From<Authority> for By {
-    fn from(Authority { name, at }: Authority) -> Self {
-        Self { name, at }
-    }
-}
-
-/// A workload or a network, as it is on one side.
-#[derive(Clone, Copy, Debug)]
-struct Side {
-    v4: Option<Ipv4Addr>,
-    v6: Option<Ipv6Addr>,
-    /// `None`: it is outside.
-    endpoint: Option<EndpointId>,
-}
-
+/// A workload or a network, before and after.
 #[derive(Clone, Debug)]
 struct End {
     name: String,
@@ -189,7 +166,7 @@ pub fn policy(before: &Loaded, after: &Loaded, question: &Question) -> Result<Po
                 continue;
             }
             for probe in &d.probes {
-                let answers = [0, 1].map(|side| ask(classifiers[side], s.sides[side], d.sides[side], *probe));
+                let answers = [0, 1].map(|side| matrix::ask(classifiers[side], s.sides[side], d.sides[side], *probe));
                 let [Some(was), Some(is)] = answers else { continue };
                 if (was.verdict() == Verdict::Allowed) != (is.verdict() == Verdict::Allowed) {
                     found.add(from, to, probe.port, [was, is]);
@@ -213,8 +190,7 @@ fn workloads(
     let sides = [0, 1].map(|side| {
         let (classifier, loaded): (&Classifier, &Loaded) = (classifiers[side], loaded[side]);
         let all = loaded.cluster.workloads.iter().filter_map(|workload| {
-            let v4 = workload.addresses.iter().find_map(|a| if let IpAddr::V4(a) = a { Some(*a) } else { None });
-            let v6 = workload.addresses.iter().find_map(|a| if let IpAddr::V6(a) = a { Some(*a) } else { None });
+            let (v4, v6) = matrix::first_addresses(workload);
             let endpoint = Some(classifier.endpoint(&workload.name)?);
             Some((workload.name.as_str(), Side { v4, v6, endpoint }))
         });
@@ -228,9 +204,8 @@ fn workloads(
     let published = [loaded[0].published_ports(), loaded[1].published_ports()];
     let both = sides[0].iter().filter_map(|(name, before)| Some((name, *before, *sides[1].get(name)?)));
     both.map(|(name, before, after)| {
-        let asked = matrix::Question { ports: question.ports.clone(), ..matrix::Question::default() };
         let ports: BTreeSet<Port> =
-            published.iter().flat_map(|published| matrix::ports_of(name, published, &asked)).collect();
+            published.iter().flat_map(|published| matrix::ports_of(name, published, &question.ports)).collect();
         let is_asked = question.only.is_empty() || question.only.iter().any(|pods| pods.has_name(name));
         let probes = probes(&ports, [before, after]);
         End { name: (*name).to_owned(), sides: [before, after], probes, is_asked }
@@ -239,12 +214,8 @@ fn workloads(
 }
 
 fn probes(ports: &BTreeSet<Port>, sides: [Side; 2]) -> Vec<Probe> {
-    let versions = [
-        sides.iter().any(|side| side.v4.is_some()).then_some(4),
-        sides.iter().any(|side| side.v6.is_some()).then_some(6),
-    ];
-    let versions: Vec<u8> = versions.into_iter().flatten().collect();
-    ports.iter().flat_map(|port| versions.iter().map(|version| Probe { port: *port, version: *version })).collect()
+    let versions = [sides.iter().any(|side| side.v4.is_some()), sides.iter().any(|side| side.v6.is_some())];
+    matrix::probes_of(versions, &ports.iter().copied().collect::<Vec<_>>())
 }
 
 /// The networks that rules name and sets have, and what nobody names.
@@ -395,24 +366,6 @@ fn count_pairs(source: &Class, destination: &Class) -> usize {
     source.members.len() * destination.members.len() - in_both
 }
 
-/// What both ends say; `None` where they have no address of the family.
-fn ask(classifier: &Classifier, source: Side, destination: Side, probe: Probe) -> Option<Answer> {
-    /// Nobody's policy.
-    const FREE: Judgement = Judgement { allow: true, rule: weir_policy::RuleId(u32::MAX) };
-    fn judge<A: Address>(classifier: &Classifier, ends: [Option<EndpointId>; 2], key: &FlowKey<A>) -> Answer {
-        let of = |end: Option<EndpointId>, direction| {
-            end.map_or(FREE, |endpoint| classifier.judge(endpoint, direction, key))
-        };
-        Answer { egress: of(ends[0], PolicyDirection::Egress), ingress: of(ends[1], PolicyDirection::Ingress) }
-    }
-    let ends = [source.endpoint, destination.endpoint];
-    let (protocol, ports) = probe.on_the_wire();
-    Some(match probe.version {
-        4 => judge(classifier, ends, &FlowKey { src: source.v4?, dst: destination.v4?, ports, protocol }),
-        _ => judge(classifier, ends, &FlowKey { src: source.v6?, dst: destination.v6?, ports, protocol }),
-    })
-}
-
 /// Which classes of sources and destinations have a change.
 type Pairs = BTreeMap<usize, BTreeSet<usize>>;
 
@@ -420,26 +373,25 @@ type Pairs = BTreeMap<usize, BTreeSet<usize>>;
 struct Found<'l> {
     classifiers: [&'l Classifier; 2],
     places: [Places<'l>; 2],
-    authorities: [HashMap<weir_policy::RuleId, By>; 2],
+    authorities: [HashMap<RuleId, Authority>; 2],
     /// Destinations with their sources.
     by_cause: BTreeMap<(Said, Said), BTreeMap<Port, Pairs>>,
 }
 
 impl Found<'_> {
     fn add(&mut self, from: usize, to: usize, port: Port, answers: [Answer; 2]) {
-        let [before, after] = [0, 1].map(|side| {
+        let [mut before, mut after] = [0, 1].map(|side| {
             let Answer { egress, ingress } = answers[side];
             let mut by = |judgement: Judgement| {
                 let known = self.authorities[side].entry(judgement.rule);
                 let (classifier, places) = (self.classifiers[side], &self.places[side]);
-                let by = known.or_insert_with(|| places.authority(&classifier.describe(judgement.rule)).into());
+                let by = known.or_insert_with(|| places.authority(&classifier.describe(judgement.rule)));
                 by.clone()
             };
-            let mut of = |judgement: Judgement| (judgement.rule.0 != u32::MAX).then(|| by(judgement));
+            let mut of = |judgement: Judgement| (judgement.rule != matrix::NO_RULE).then(|| by(judgement));
             Said { verdict: answers[side].verdict(), egress: of(egress), ingress: of(ingress) }
         });
         // An end that lets through as before has no part in it, and would only tell apart what fares alike.
-        let (mut before, mut after) = (before, after);
         let [was, is] = answers;
         if was.egress.allow && is.egress.allow && before.egress == after.egress {
             (before.egress, after.egress) = (None, None);

@@ -61,7 +61,7 @@ fn asked_all(before: &Loaded, after: &Loaded) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for from in &ends {
         for to in pods.iter().filter(|to| *to != from) {
-            for port in matrix::ports_of(to.0, &published, &Default::default()) {
+            for port in matrix::ports_of(to.0, &published, &[]) {
                 if allowed(0, *from, *to, port) != allowed(1, *from, *to, port) {
                     found.insert(format!("{} > {} {port}", from.0, to.0));
                 }

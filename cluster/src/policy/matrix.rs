@@ -20,7 +20,8 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use weir_packet::{FlowKey, Ports, Protocol};
+use weir_dataplane::model::Workload;
+use weir_packet::{Address, FlowKey, Ports, Protocol};
 use weir_policy::{
     Classifier, CompileError, EndpointId, Judgement, PolicyDirection, RuleId,
     model::{EndpointKind, Model},
@@ -161,6 +162,10 @@ impl Pod {
         self.name.split_once('/').map_or("", |(namespace, _)| namespace)
     }
 
+    fn side(&self) -> Side {
+        Side { v4: self.v4, v6: self.v6, endpoint: Some(self.endpoint) }
+    }
+
     /// The part of its name after the slash.
     pub fn short_name(&self) -> &str {
         self.name.split_once('/').map_or(&self.name, |(_, name)| name)
@@ -295,8 +300,7 @@ impl Matrix {
             .workloads
             .iter()
             .filter_map(|workload| {
-                let v4 = workload.addresses.iter().find_map(|a| if let IpAddr::V4(a) = a { Some(*a) } else { None });
-                let v6 = workload.addresses.iter().find_map(|a| if let IpAddr::V6(a) = a { Some(*a) } else { None });
+                let (v4, v6) = first_addresses(workload);
                 let endpoint = classifier.endpoint(&workload.name)?;
                 Some(Pod { name: workload.name.clone(), node: workload.node.clone(), v4, v6, endpoint })
             })
@@ -319,7 +323,9 @@ impl Matrix {
         let probes: Vec<Vec<Probe>> = pods
             .iter()
             .map(|pod| match is_destination(pod) {
-                true => probes_of(pod, &ports_of(&pod.name, &published, question)),
+                true => {
+                    probes_of([pod.v4.is_some(), pod.v6.is_some()], &ports_of(&pod.name, &published, &question.ports))
+                }
                 false => Vec::new(),
             })
             .collect();
@@ -344,7 +350,7 @@ impl Matrix {
                 let to = |destination: &usize| {
                     let (source, destination, probes) = (&pods[*source], &pods[*destination], &probes[*destination]);
                     let classifier = &classifier;
-                    probes.iter().map(move |probe| ask(classifier, source, destination, *probe))
+                    probes.iter().map(move |probe| ask(classifier, source.side(), destination.side(), *probe))
                 };
                 destinations.iter().flat_map(to).collect()
             })
@@ -484,10 +490,10 @@ pub(crate) fn with_all_local(model: &Model) -> Model {
 pub(crate) fn ports_of(
     name: &str,
     published: &BTreeMap<String, BTreeSet<(Protocol, u16)>>,
-    question: &Question,
+    asked: &[Port],
 ) -> Vec<Port> {
-    if !question.ports.is_empty() {
-        return question.ports.clone();
+    if !asked.is_empty() {
+        return asked.to_vec();
     }
     let published = published.get(name).into_iter().flatten();
     let mut ports: Vec<Port> =
@@ -498,33 +504,51 @@ pub(crate) fn ports_of(
     ports
 }
 
-fn probes_of(pod: &Pod, ports: &[Port]) -> Vec<Probe> {
-    let versions = [pod.v4.map(|_| 4), pod.v6.map(|_| 6)];
+/// What a destination is asked that has, or has not, addresses of IPv4 and of IPv6.
+pub(crate) fn probes_of([v4, v6]: [bool; 2], ports: &[Port]) -> Vec<Probe> {
+    let versions = [v4.then_some(4), v6.then_some(6)];
     ports
         .iter()
         .flat_map(|port| versions.iter().flatten().map(|version| Probe { port: *port, version: *version }))
         .collect()
 }
 
-fn ask(classifier: &Classifier, source: &Pod, destination: &Pod, probe: Probe) -> Option<Answer> {
-    let (protocol, ports) = probe.on_the_wire();
-    if probe.version == 4 {
-        let key = FlowKey { src: source.v4?, dst: destination.v4?, ports, protocol };
-        Some(judge(classifier, source, destination, &key))
-    } else {
-        let key = FlowKey { src: source.v6?, dst: destination.v6?, ports, protocol };
-        Some(judge(classifier, source, destination, &key))
-    }
+/// A workload's first addresses of each family.
+pub(crate) fn first_addresses(workload: &Workload) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
+    let v4 = workload.addresses.iter().find_map(|a| if let IpAddr::V4(a) = a { Some(*a) } else { None });
+    let v6 = workload.addresses.iter().find_map(|a| if let IpAddr::V6(a) = a { Some(*a) } else { None });
+    (v4, v6)
 }
 
-fn judge<A: weir_packet::Address>(
+/// What lets through where there is no policy: there is no such rule.
+pub(crate) const NO_RULE: RuleId = RuleId(u32::MAX);
+
+/// An end of a connection, as a classifier has it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Side {
+    pub(crate) v4: Option<Ipv4Addr>,
+    pub(crate) v6: Option<Ipv6Addr>,
+    /// `None`: it has no policy, as it is no workload.
+    pub(crate) endpoint: Option<EndpointId>,
+}
+
+/// What both ends say; `None` where they have no address of the family.
+pub(crate) fn ask(classifier: &Classifier, source: Side, destination: Side, probe: Probe) -> Option<Answer> {
+    let ends = [source.endpoint, destination.endpoint];
+    let (protocol, ports) = probe.on_the_wire();
+    Some(match probe.version {
+        4 => judge(classifier, ends, &FlowKey { src: source.v4?, dst: destination.v4?, ports, protocol }),
+        _ => judge(classifier, ends, &FlowKey { src: source.v6?, dst: destination.v6?, ports, protocol }),
+    })
+}
+
+fn judge<A: Address>(
     classifier: &Classifier,
-    source: &Pod,
-    destination: &Pod,
+    [source, destination]: [Option<EndpointId>; 2],
     key: &FlowKey<A>,
 ) -> Answer {
-    Answer {
-        egress: classifier.judge(source.endpoint, PolicyDirection::Egress, key),
-        ingress: classifier.judge(destination.endpoint, PolicyDirection::Ingress, key),
-    }
+    let free = Judgement { allow: true, rule: NO_RULE };
+    let of =
+        |end: Option<EndpointId>, direction| end.map_or(free, |endpoint| classifier.judge(endpoint, direction, key));
+    Answer { egress: of(source, PolicyDirection::Egress), ingress: of(destination, PolicyDirection::Ingress) }
 }

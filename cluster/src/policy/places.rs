@@ -7,7 +7,7 @@ use weir_policy::{Model, RuleOrigin};
 use crate::{resources::Manifests, translate::Loaded};
 
 /// What decided, for people.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Authority {
     /// Its name: "NetworkPolicy/web/p rule 2", or "default-deny NetworkPolicy/web/p" for the end of a tier.
     pub name: String,

@@ -367,9 +367,14 @@ struct Bucket {
     pieces: Option<Arc<Pieces>>,
 }
 
-/// The same in every process, so that nodes with the same objects have them in the same order.
-#[derive(Default)]
-struct Fnv(u64);
+/// FNV-1a of 64 bits: the same in every process, so that nodes with the same objects have the same order and names.
+pub struct Fnv(u64);
+
+impl Default for Fnv {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
 
 impl Hasher for Fnv {
     fn write(&mut self, bytes: &[u8]) {
@@ -379,8 +384,7 @@ impl Hasher for Fnv {
     }
 
     fn finish(&self) -> u64 {
-        // The low bits depend on all bytes, but little on the last ones' high bits.
-        self.0 ^ (self.0 >> 32)
+        self.0
     }
 }
 
@@ -411,9 +415,11 @@ impl Set {
     }
 
     fn index(&self, namespace: &str, name: &str) -> usize {
-        let mut hasher = Fnv(0xcbf2_9ce4_8422_2325);
+        let mut hasher = Fnv::default();
         (namespace, name).hash(&mut hasher);
-        hasher.finish() as usize % self.buckets.len()
+        let hash = hasher.finish();
+        // The low bits depend on all bytes, but little on the last ones' high bits.
+        (hash ^ (hash >> 32)) as usize % self.buckets.len()
     }
 
     fn bucket(&mut self, id: &ObjectId) -> &mut Bucket {

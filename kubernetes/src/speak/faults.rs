@@ -17,14 +17,19 @@ use http::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::sleep;
-use weir_cluster::resources::{ObjectId, Substitute};
+use weir_cluster::resources::{ObjectId, Substitute, live::Fnv};
 
 use super::{
     FORBIDDEN, JSON, MERGE, Refused, Speaker, code_of, find, jittered,
     lease::{Held, Lease},
     longer, now, now_in_micros,
 };
-use crate::{dial::Failure, resource::Resource, watch::Shared};
+use crate::{
+    dial::Failure,
+    resource::Resource,
+    watch::Shared,
+    wire::{FIRST_PAGE, ListMetadata},
+};
 
 /// The type of the condition.
 pub const ACCEPTED: &str = "weir/Accepted";
@@ -36,8 +41,6 @@ const RATE: (u32, Duration) = (50, Duration::from_secs(2));
 const OBJECTS: usize = 1000;
 /// The most bytes of an event's note (Kubernetes' validation of events).
 const NOTE: usize = 1024;
-/// Objects of a page.
-const PAGE: usize = 500;
 
 /// An object at fault.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -311,7 +314,7 @@ impl Reporter {
         let namespace = metadata["namespace"].as_str().unwrap_or("default");
         let collection = format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events");
         // The same in every node, so that who takes over counts up what is there.
-        let mut hasher = Fnv(0xcbf2_9ce4_8422_2325);
+        let mut hasher = Fnv::default();
         (metadata["uid"].as_str(), &fault.message).hash(&mut hasher);
         let mut stem = metadata["name"].as_str().unwrap_or_default().to_owned();
         stem.truncate(stem.floor_char_boundary(200));
@@ -386,9 +389,9 @@ impl Reporter {
             all.map(|((group, _), resource)| (*group, resource.clone())).collect()
         };
         for (group, resource) in resources {
-            let mut go_on = String::new();
+            let mut more = FIRST_PAGE.to_owned();
             loop {
-                let path = format!("{}?limit={PAGE}{go_on}", resource.path());
+                let path = format!("{}?{more}", resource.path());
                 let text = self.shared.dial.text(&path).await?;
                 let page: Page = serde_json::from_str(&text).map_err(|error| Failure::Nonsense(error.to_string()))?;
                 for One { metadata, status } in page.items.unwrap_or_default() {
@@ -399,8 +402,8 @@ impl Reporter {
                         self.said.entry(id).or_insert(Said { message: String::new(), at: None, count: 0 });
                     }
                 }
-                match page.metadata.go_on.filter(|token| !token.is_empty()) {
-                    Some(token) => go_on = format!("&continue={token}"),
+                match page.metadata.next_page()? {
+                    Some(next) => more = next,
                     None => break,
                 }
             }
@@ -413,7 +416,7 @@ impl Reporter {
 #[derive(Deserialize)]
 struct Page {
     #[serde(default)]
-    metadata: crate::wire::ListMetadata,
+    metadata: ListMetadata,
     #[serde(default)]
     items: Option<Vec<One>>,
 }
@@ -438,9 +441,8 @@ struct WithConditions {
     conditions: Option<Vec<Condition>>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(default)]
-#[derive(Default)]
 struct Condition {
     #[serde(rename = "type")]
     type_: String,
@@ -453,21 +455,6 @@ fn has_conditions(resource: &Resource) -> bool {
 
 fn conditions(object: &Value) -> &[Value] {
     object["status"]["conditions"].as_array().map_or(&[], Vec::as_slice)
-}
-
-/// The same in every process.
-struct Fnv(u64);
-
-impl std::hash::Hasher for Fnv {
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-        }
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
 }
 
 #[cfg(test)]

@@ -36,10 +36,9 @@ pub use self::{faults::Fault, pods::PodAddresses};
 use crate::{
     dial::{Dial, Failure},
     resource::Resource,
-    watch::{Shared, random},
+    watch::{BACKOFF, Shared, random},
 };
 
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(800), Duration::from_secs(30));
 /// How long nothing more is said of what was forbidden.
 const FORBIDDEN: Duration = Duration::from_secs(600);
 const MERGE: &str = "application/merge-patch+json";

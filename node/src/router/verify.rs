@@ -8,7 +8,6 @@
 
 use std::{
     collections::BTreeSet,
-    hash::{BuildHasher as _, Hasher as _, RandomState},
     sync::Arc,
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -27,7 +26,7 @@ use weir_dataplane::{
     model::{Cluster, Links},
     snapshot::Rules,
 };
-use weir_kubernetes::{Lister, Source, Unlike};
+use weir_kubernetes::{Lister, Source, Unlike, watch::random};
 use weir_nat::{Model as Services, SnatPorts};
 use weir_policy::Model as Policy;
 
@@ -115,8 +114,7 @@ impl Verify {
 
     /// Half of the mean time to one and a half of it from now.
     fn plan(&mut self, now: Instant) {
-        let random = RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64;
-        self.next = self.every.map(|every| now + every.mul_f64(0.5 + random));
+        self.next = self.every.map(|every| now + every.mul_f64(0.5 + random()));
     }
 
     /// When there is something to begin.
